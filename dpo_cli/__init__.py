@@ -1,0 +1,1 @@
+"""A lightweight DPO trainer for the command line."""

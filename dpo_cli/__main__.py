@@ -1,0 +1,5 @@
+"""``python -m dpo_cli`` is ``dpo``."""
+
+from dpo_cli.cli import main
+
+main()

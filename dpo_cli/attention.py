@@ -1,0 +1,133 @@
+"""Attention over a packed row in which both responses see the one prompt.
+
+Legend: T packed tokens, K gathered keys, A query heads, G key-value heads, D head size.
+
+A row holds ``prompt | chosen | rejected`` a pair. ``prompt+chosen`` attends causally to itself; ``rejected`` attends to
+the prompt and to itself. transformers is given this function by name and passes ``segments`` through the model to it;
+no model is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from dpo_cli.batch import Segments
+
+PREFIX_SHARED = "dpo_prefix_shared"
+
+# Keyword arguments with which a layer asks for attention of another kind than this one computes.
+_FOREIGN = ("softcap", "s_aux", "position_bias")
+
+
+class UnsupportedAttentionError(ValueError):
+    """The model's attention has a part that prefix sharing does not compute."""
+
+
+def prefix_shared_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each pair, the prompt shared by both responses.
+
+    Shapes: ``query`` (1, A, T, D), ``key`` and ``value`` (1, G, T, D) -> (1, T, A, D).
+    Source: the signature is transformers' attention interface; packing with shared prefixes after arXiv 2410.20305.
+
+    Raises:
+        UnsupportedAttentionError: soft-capping, attention sinks, a position bias, or a forward without segments.
+    """
+    foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
+    if foreign or segments is None:
+        raise UnsupportedAttentionError(
+            f"its attention takes {foreign[0]}" if foreign else "it does not pass segments on"
+        )
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+        return _varlen(query, key, value, segments, scaling, sliding_window), None
+    parts = []
+    start = 0
+    for prompt, chosen, rejected in segments.spans:
+        middle, end = start + prompt + chosen, start + prompt + chosen + rejected
+        q, k, v = (x[:, :, start:middle] for x in (query, key, value))
+        parts.append(_causal(q, k, v, scaling, dropout, sliding_window))
+        k, v = (_without_chosen(x[:, :, start:end], prompt, chosen) for x in (key, value))
+        parts.append(_causal(query[:, :, middle:end], k, v, scaling, dropout, sliding_window))
+        start = end
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _without_chosen(x: Tensor, prompt: int, chosen: int) -> Tensor:
+    return torch.cat([x[:, :, :prompt], x[:, :, prompt + chosen :]], dim=2)
+
+
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None
+) -> Tensor:
+    """Attend from a sequence's last queries to all its keys: (1, A, q, D), (1, G, k, D) -> (1, A, q, D)."""
+    q, k = query.shape[2], key.shape[2]
+    mask = None
+    if q < k or (window is not None and window < k):
+        ahead = torch.arange(k, device=query.device) - torch.arange(k - q, k, device=query.device)[:, None]  # (q, k)
+        mask = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        mask,
+        dropout,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+) -> Tensor:
+    """One flash call for all segments; its causality is aligned at the last query and key. -> (1, T, A, D)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys, values = (x[0].transpose(0, 1)[segments.key_index] for x in (key, value))  # (K, G, D)
+    if query.shape[1] != key.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        segments.query_bounds,
+        segments.key_bounds,
+        segments.longest_query,
+        segments.longest_key,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+AttentionInterface.register(PREFIX_SHARED, prefix_shared_attention)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str | None) -> Iterator[None]:
+    """Compute with the attention of this name for a while; None leaves the model's own."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name or before)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,246 @@
+"""Lay out a run as steps of packed, prefix-shared micro-batches.
+
+Legend: P pairs, B rows, T tokens of a row, N response tokens, S attention segments.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dpo_cli.tokens import Ids, Pair
+
+Layout = Literal["shared", "packed", "padded"]
+Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world]
+
+
+# ---- the plan of a run ------------------------------------------------------------------------------------------
+
+
+def plan_run(
+    costs: Sequence[int], *, batch_size: int, epochs: int, max_steps: int | None, max_tokens: int, world: int, seed: int
+) -> list[Step]:
+    """Every optimizer step of a run, as a pure function of its arguments.
+
+    Each epoch holds every pair exactly once in an order of its own; its last step may be smaller than ``batch_size``.
+    The number of micro-batches of a step is a multiple of ``world``; where pairs are too few some are empty.
+
+    Units: ``costs`` and ``max_tokens`` in tokens, see ``row_cost``.
+    """
+    steps: list[Step] = []
+    for epoch in range(epochs):
+        order = list(range(len(costs)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        for start in range(0, len(order), batch_size):
+            if len(steps) == max_steps:
+                return steps
+            steps.append(_even(pack(order[start : start + batch_size], costs, max_tokens), world))
+    return steps
+
+
+def pack(indices: Sequence[int], costs: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
+    """First-fit-decreasing bins of at most ``max_tokens``; a pair that is longer gets a bin of its own."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(indices, key=lambda i: (-costs[i], i)):
+        fit = next((b for b, left in enumerate(room) if costs[index] <= left), None)
+        if fit is None:
+            bins.append([index])
+            room.append(max_tokens - costs[index])
+        else:
+            bins[fit].append(index)
+            room[fit] -= costs[index]
+    return [tuple(b) for b in bins]
+
+
+def _even(micro_batches: list[tuple[int, ...]], world: int) -> Step:
+    """Split the fullest micro-batches until all ranks have equally many forwards; pad with empty ones at the end."""
+    bins = list(micro_batches)
+    while len(bins) % world:
+        fullest = max(range(len(bins)), key=lambda b: len(bins[b]))
+        whole = bins[fullest]
+        if len(whole) < 2:
+            bins.append(())
+        else:
+            bins[fullest : fullest + 1] = [whole[::2], whole[1::2]]
+    return bins
+
+
+def row_cost(pair: Pair, layout: Layout) -> int:
+    """Tokens that a pair takes up in a forward of this layout."""
+    prompt, chosen, rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+    if layout == "shared":
+        return prompt + chosen + rejected
+    if layout == "packed":
+        return 2 * prompt + chosen + rejected
+    return 2 * (prompt + max(chosen, rejected))
+
+
+# ---- one micro-batch --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Who attends to whom in a prefix-shared row: two query segments a pair, ``prompt+chosen`` and ``rejected``.
+
+    Queries lie in the row in order. A segment's keys are ``key_index[key_bounds[s]:key_bounds[s+1]]``: itself for
+    ``prompt+chosen``, the prompt and then itself for ``rejected``. Causality is aligned at the segment's last query and
+    last key.
+
+    Shapes: ``key_index`` (K,), ``query_bounds`` and ``key_bounds`` (S + 1,), all in tokens.
+    """
+
+    key_index: Tensor
+    query_bounds: Tensor
+    key_bounds: Tensor
+    spans: tuple[tuple[int, int, int], ...]  # prompt, chosen and rejected tokens of each pair, on the host
+    longest_query: int
+    longest_key: int
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The tensors of one forward over P pairs. Responses are in the order chosen, rejected, chosen, rejected, …
+
+    Shapes: ``input_ids``, ``position_ids``, ``attention_mask`` (B, T), the latter two None where the model makes its
+    own; ``predictors`` (N,) places in the flattened rows whose hidden state predicts ``targets`` (N,);
+    ``lengths`` (2P,) response tokens.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+    predictors: Tensor
+    targets: Tensor
+    lengths: Tensor
+    segments: Segments | None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device, without waiting for the copy."""
+        return _moved(self, device)
+
+
+Tensors = TypeVar("Tensors", Segments, MicroBatch)
+
+
+def _moved(of: Tensors, device: torch.device) -> Tensors:
+    """A copy with every tensor, also those of its segments, on the device."""
+    changed: dict[str, Any] = {}
+    for field in fields(of):
+        value = getattr(of, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, Segments):
+            changed[field.name] = _moved(value, device)
+    return replace(of, **changed)
+
+
+def lay_out(pairs: Sequence[Pair], layout: Layout) -> MicroBatch:
+    """Build the tensors of one forward over these pairs."""
+    if layout == "shared":
+        return _shared(pairs)
+    sequences = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
+    return _packed(sequences) if layout == "packed" else padded(sequences)
+
+
+def _shared(pairs: Sequence[Pair]) -> MicroBatch:
+    """One row of ``prompt | chosen | rejected``; the rejected response's positions go on from the prompt's end."""
+    ids, positions, keys, spans = [], [], [], []
+    predictors: list[npt.ArrayLike] = []
+    query_bounds, key_bounds, start = [0], [0], 0
+    for pair in pairs:
+        p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+        ids += [pair.prompt, pair.chosen, pair.rejected]
+        positions += [np.arange(p + c), np.arange(p, p + r)]
+        prompt_end, rejected = start + p - 1, start + p + c
+        predictors += [np.arange(prompt_end, prompt_end + c), [prompt_end], np.arange(rejected, rejected + r - 1)]
+        keys += [np.arange(start, rejected), np.arange(start, start + p), np.arange(rejected, rejected + r)]
+        query_bounds += [rejected, rejected + r]
+        key_bounds += [key_bounds[-1] + p + c, key_bounds[-1] + p + c + p + r]
+        spans.append((p, c, r))
+        start = rejected + r
+    segments = Segments(
+        key_index=_tensor(np.concatenate(keys)),
+        query_bounds=torch.tensor(query_bounds, dtype=torch.int32),
+        key_bounds=torch.tensor(key_bounds, dtype=torch.int32),
+        spans=tuple(spans),
+        longest_query=max(max(p + c, r) for p, c, r in spans),
+        longest_key=max(p + max(c, r) for p, c, r in spans),
+    )
+    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
+    return _micro_batch(
+        _tensor(np.concatenate(ids))[None],
+        _tensor(np.concatenate(positions))[None],
+        None,
+        predictors,
+        responses,
+        segments,
+    )
+
+
+def _packed(sequences: Sequence[tuple[Ids, Ids]]) -> MicroBatch:
+    """One row of whole sequences; positions restart at each, which is how transformers tells them apart."""
+    ids = [part for sequence in sequences for part in sequence]
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    ends = np.cumsum(lengths)
+    predictors = [np.arange(end - len(r) - 1, end - 1) for end, (_, r) in zip(ends, sequences, strict=True)]
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return _micro_batch(
+        _tensor(np.concatenate(ids))[None],
+        _tensor(positions)[None],
+        None,
+        predictors,
+        [response for _, response in sequences],
+        None,
+    )
+
+
+def padded(sequences: Sequence[tuple[Ids, Ids]]) -> MicroBatch:
+    """One row a sequence, padded on the right; a single sequence needs no mask and is the plainest forward there is."""
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = np.zeros((len(sequences), longest), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    predictors = []
+    for row, (prompt, response) in enumerate(sequences):
+        length = len(prompt) + len(response)
+        ids[row, :length] = np.concatenate([prompt, response])
+        mask[row, :length] = 1
+        predictors.append(np.arange(len(prompt) - 1, length - 1) + row * longest)
+    return _micro_batch(
+        _tensor(ids),
+        None,
+        None if mask.all() else _tensor(mask),
+        predictors,
+        [response for _, response in sequences],
+        None,
+    )
+
+
+def _micro_batch(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    predictors: Sequence[npt.ArrayLike],
+    responses: Sequence[Ids],
+    segments: Segments | None,
+) -> MicroBatch:
+    return MicroBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        predictors=_tensor(np.concatenate(predictors)),
+        targets=_tensor(np.concatenate(responses)),
+        lengths=torch.tensor([len(response) for response in responses]),
+        segments=segments,
+    )
+
+
+def _tensor(array: npt.NDArray[np.integer]) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))

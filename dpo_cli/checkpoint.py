@@ -1,0 +1,114 @@
+"""A run's state on disk: save, find, restore, export.
+
+A checkpoint is a folder of safetensors and a manifest with every file's size and hash; it is whole or absent. Nothing
+is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from dpo_cli.disk import sha256, whole_file, whole_folder
+from dpo_cli.errors import DpoError
+
+MANIFEST = "manifest.json"
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The states that dropout draws from, as bytes."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def save_checkpoint(
+    checkpoints: Path, step: int, model: PreTrainedModel, optimizer: Optimizer, rng: dict[str, Tensor], keep: int
+) -> Path:
+    """Write the state after ``step`` optimizer steps, then drop all but the newest ``keep`` checkpoints."""
+    folder = checkpoints / f"step-{step:06d}"
+    if not folder.exists():
+        with whole_folder(folder) as temporary:
+            save_file({name: p.detach() for name, p in model.named_parameters()}, temporary / "weights.safetensors")
+            save_file(_moments(optimizer), temporary / "optimizer.safetensors")
+            save_file(rng, temporary / "rng.safetensors")
+            files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
+            (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+    for old in _folders(checkpoints)[keep:]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _moments(optimizer: Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": tensor for index, moments in state.items() for name, tensor in moments.items()}
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((p for p in checkpoints.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def newest_checkpoint(checkpoints: Path, warn: Callable[[str], None]) -> tuple[Path, int] | None:
+    """The newest checkpoint whose files are all as they were written, and its step; what is skipped is told."""
+    for folder in _folders(checkpoints):
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            damaged = [name for name, told in manifest["files"].items() if sha256(folder / name) != told["sha256"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn(f"checkpoint {folder} is not whole ({error}); trying the one before")
+            continue
+        if not damaged:
+            return folder, int(manifest["step"])
+        warn(f"checkpoint {folder} is damaged ({', '.join(damaged)}); trying the one before")
+    return None
+
+
+def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
+    """Bring weights, moments and random states back to what they were.
+
+    Raises:
+        DpoError: the checkpoint is of another model.
+    """
+    weights = load_file(folder / "weights.safetensors")
+    parameters = dict(model.named_parameters())
+    if weights.keys() != parameters.keys():
+        raise DpoError(f"{folder} is a checkpoint of another model: its parameters have other names")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    rng = load_file(folder / "rng.safetensors")
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+
+
+def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str) -> None:
+    """Write a folder that any Hugging Face tool loads: weights, config, tokenizer with template, model card."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that is whole or absent."""
+    with whole_file(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,186 @@
+"""Commands and exit codes. Heavy imports stand inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from dpo_cli.config import EvalOptions, Options, PrecomputeOptions, TrainOptions, resolve, resolve_resumed
+from dpo_cli.errors import DpoError
+
+app = typer.Typer(
+    help="Train language models on preference pairs with DPO: no reward model, no critic, no resident reference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options; a flag wins.")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def with_options(kind: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Give a command a flag for every field of ``kind``; the values given reach it as a dict named ``flags``.
+
+    A flag's own default is None, so that flags that were not given leave the file's value or the default.
+    """
+    types = get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    flags = [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[types[f.name] | None, _typer_option(f)],
+        )
+        for f in fields
+    ]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+
+        def wrapped(**given: Any) -> None:
+            values = {f.name: given.pop(f.name) for f in fields}
+            _guarded(lambda: command(flags=values, **{k: v for k, v in given.items() if k != "debug"}), given["debug"])
+
+        debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        wrapped.__signature__ = inspect.Signature([*flags, *own, debug])  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate
+
+
+def _typer_option(field: dataclasses.Field[Any]) -> Any:
+    default = field.metadata["shown"] or ("required" if field.default is dataclasses.MISSING else field.default)
+    name = field.name.replace("_", "-")
+    flag = f"--{name}/--no-{name}" if isinstance(field.default, bool) else f"--{name}"
+    shown = (
+        f"{field.metadata['help']} [default: {default}]"
+        if default not in (None, False, "required")
+        else field.metadata["help"]
+    )
+    return typer.Option(flag, help=shown.replace("[", r"\["), show_default=False)
+
+
+def _guarded(action: Callable[[], None], debug: bool) -> None:
+    """Run a command; turn what a user can cause into one message and an exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        action()
+    except DpoError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _fail("interrupted; reference log-probs scored so far are kept, so the same command goes on from there", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in message)
+    print(f"error: {clean}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@app.command()
+@with_options(TrainOptions)
+def train(
+    *,
+    flags: dict[str, Any],
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before the first step.")] = False,
+    config: ConfigFile = None,
+    json_: Json = False,
+) -> None:
+    """Train a model on chosen/rejected pairs."""
+    options = resolve_resumed(flags, resume) if resume else resolve(TrainOptions, flags, config)
+    reporter = _reporter()
+    from dpo_cli.train import train as run
+
+    result = run(options, resume, sys.argv, reporter, dry_run)
+    _show(result, json_, _train_summary)
+
+
+@app.command("precompute-ref")
+@with_options(PrecomputeOptions)
+def precompute_ref(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+    """Fill the cache with the reference's log-probabilities."""
+    options = resolve(PrecomputeOptions, flags, config)
+    reporter = _reporter()
+    from dpo_cli.prepare import precompute
+
+    _show(precompute(options, reporter), json_, _plain)
+
+
+@app.command("eval")
+@with_options(EvalOptions)
+def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+    """Show implicit reward margins of a model against its reference."""
+    options = resolve(EvalOptions, flags, config)
+    reporter = _reporter()
+    from dpo_cli.evaluate import run_eval
+
+    _show(run_eval(options, reporter), json_, _plain)
+
+
+def _reporter() -> Any:
+    """A reporter, after the libraries below were told to be quiet."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from dpo_cli.metrics import Reporter
+
+    return Reporter()
+
+
+def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], str]) -> None:
+    print(json.dumps(result, ensure_ascii=False) if as_json else table(result))
+
+
+def _plain(result: dict[str, Any]) -> str:
+    width = max(map(len, result))
+    return "\n".join(f"{name:<{width}}  {_number(value)}" for name, value in result.items())
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{name}: {_number(each)}" for name, each in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _train_summary(result: dict[str, Any]) -> str:
+    lines = []
+    for answer in result.get("answers", []):
+        lines += [
+            answer["prompt"].strip(),
+            f"  reference: {answer['reference']}",
+            f"  policy:    {answer['policy']}",
+            "",
+        ]
+    before, after = result.get("before", {}), result.get("after", {})
+    if after:
+        lines.append(f"{'held out, ' + str(result['held_out']) + ' pairs':<24}{'before':>12}{'after':>12}")
+        for name in ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"):
+            lines.append(f"  {name:<22}{before.get(name, float('nan')):>12.4f}{after[name]:>12.4f}")
+    lines += [
+        f"{name:<12}{result[name]}" for name in ("pairs", "steps", "run", "model", "reference_misses") if name in result
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point of the ``dpo`` command."""
+    app()

@@ -1,0 +1,217 @@
+"""Every option once: name, type, default, help, check."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from dpo_cli.errors import UsageError
+
+Check = tuple[Callable[[Any], bool], str]
+
+positive: Check = (lambda v: math.isfinite(v) and v > 0, "must be greater than 0")
+not_negative: Check = (lambda v: math.isfinite(v) and v >= 0, "must be 0 or greater")
+share: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
+below_half: Check = (lambda v: 0 <= v < 0.5, "must be at least 0 and less than 0.5")
+at_least_16: Check = (lambda v: v >= 16, "must be at least 16 tokens")
+
+
+def one_of(*values: str) -> Check:
+    """Check that a value is one of these words."""
+    return (lambda v: v in values, "must be one of: " + ", ".join(values))
+
+
+def option(default: Any, text: str, check: Check | None = None, shown: str | None = None) -> Any:
+    """A field of an options class. ``shown`` words a default that is decided at run time."""
+    metadata = {"help": text, "check": check, "shown": shown}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every command needs: a model, pairs, and how their log-probabilities are computed."""
+
+    model: str | None = option(None, "Hub id, local folder, .gguf file or run folder.", shown="SmolLM2-135M-Instruct")
+    data: list[str] = option(MISSING, "Preference rows: .jsonl, .json, .parquet or .csv, also .gz; repeatable.")
+    columns: str | None = option(
+        None, "Names of your columns, as prompt=…,chosen=…,rejected=…", shown="prompt, chosen, rejected"
+    )
+    on_bad_row: str = option(
+        "refuse", "refuse: stop and list the bad rows; skip: go on without them.", one_of("refuse", "skip")
+    )
+    max_length: int | None = option(
+        None, "Longest prompt + response in tokens.", at_least_16, shown="1024, or what the run was trained with"
+    )
+    max_tokens: int | None = option(
+        None, "Tokens in one packed forward: the memory knob.", at_least_16, shown="from free memory"
+    )
+    dtype: str | None = option(
+        None, "Compute precision; weights stay float32.", one_of("auto", "float32", "bfloat16"), shown="auto"
+    )
+    cache_dir: Path = option(Path("~/.cache/dpo"), "Where reference log-probs are kept.")
+
+    def __post_init__(self) -> None:
+        problems = []
+        for f in dataclasses.fields(self):
+            value, check = getattr(self, f.name), f.metadata["check"]
+            if check and value is not None and not check[0](value):
+                problems.append(f"--{f.name.replace('_', '-')} {value}: {check[1]}")
+        if problems:
+            raise UsageError("\n".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Options):
+    """`dpo train`."""
+
+    eval_data: list[str] | None = option(None, "Held-out rows, scored before, during and after training.")
+    eval_fraction: float = option(0.0, "Share of --data held out when there is no --eval-data.", share)
+    output: Path | None = option(None, "Run folder; must not exist yet.", shown="runs/<date>-<time>")
+    beta: float = option(0.1, "Strength of the pull towards the reference.", positive)
+    label_smoothing: float = option(0.0, "Share of labels taken to be flipped (conservative DPO).", below_half)
+    epochs: int = option(1, "Passes over the pairs.", positive)
+    max_steps: int | None = option(None, "Stop after this many optimizer steps.", positive, shown="all of the epochs")
+    batch_size: int = option(16, "Pairs per optimizer step, over all devices.", positive)
+    lr: float = option(1e-6, "Peak learning rate.", positive)
+    schedule: str = option("linear", "Course of the learning rate.", one_of("linear", "cosine", "constant"))
+    warmup: float = option(0.1, "Share of the steps in which the learning rate rises.", share)
+    weight_decay: float = option(0.0, "AdamW's, on matrices only.", not_negative)
+    max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", not_negative)
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    seed: int = option(0, "Seed of the order of pairs and of dropout.", not_negative)
+    log_every: int = option(10, "Steps between console lines where the output is no terminal.", positive)
+    eval_every: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
+    save_every: int = option(100, "Steps between checkpoints; 0: only when interrupted.", not_negative)
+    keep: int = option(2, "Checkpoints kept.", positive)
+    show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeOptions(Options):
+    """`dpo precompute-ref`."""
+
+    verify: int = option(0, "Recompute this many random cached pairs and show the largest difference.", not_negative)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Options):
+    """`dpo eval`."""
+
+    ref: str | None = option(None, "Reference model.", shown="what the run was trained from, else the model itself")
+    beta: float | None = option(None, "Scale of the implicit reward.", positive, shown="the run's, else 0.1")
+    per_pair: Path | None = option(None, "Write one JSON line a pair to this file.")
+
+
+# Options that do not change what is trained: a resumed run may have others than it began with.
+OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers"})
+
+T = TypeVar("T", bound=Options)
+
+
+def resolve(kind: type[T], flags: Mapping[str, Any], file: Path | None = None) -> T:
+    """Merge flags over the YAML file over the defaults, and check the result.
+
+    Raises:
+        UsageError: naming every unknown key, value of a wrong type, failed check or missing option.
+    """
+    values = _from_yaml(kind, file) if file else {}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    if not values.get("data"):
+        raise UsageError("--data is missing: name a file of preference pairs, for example --data pairs.jsonl")
+    return kind(**values)
+
+
+def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
+    """The options that a run began with; flags may change only what does not change the training.
+
+    Raises:
+        UsageError: the folder is no run, or a flag asks for another training.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UsageError(f"--resume {folder}: no run there (config.yaml is missing)")
+    began = resolve(TrainOptions, {}, file)
+    options = resolve(TrainOptions, flags, file)
+    changed = [
+        f"--{f.name.replace('_', '-')} {getattr(options, f.name)} (it began with {getattr(began, f.name)})"
+        for f in dataclasses.fields(options)
+        if f.name not in OPERATIONAL and getattr(options, f.name) != getattr(began, f.name)
+    ]
+    if changed:
+        raise UsageError(f"--resume {folder}: cannot change " + ", ".join(changed))
+    return options
+
+
+def to_yaml(options: Options) -> str:
+    """All options as a YAML file that ``resolve`` reads back; the output folder is left out, so it can be run again."""
+    import yaml
+
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items() if k != "output"}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _from_yaml(kind: type[Options], file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {file}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {file}: not valid YAML\n{error}") from error
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UsageError(f"--config {file}: must be a mapping of option names to values")
+    types = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    problems = []
+    for key_node, value_node in node.value:
+        key, where = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
+        name = key.replace("-", "_")
+        value = yaml.safe_load(yaml.serialize(value_node))
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            problems.append(f"{where}: unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        elif name in values:
+            problems.append(f"{where}: option '{key}' is given twice")
+        else:
+            try:
+                values[name] = _convert(value, types[name])
+            except (TypeError, ValueError):
+                problems.append(f"{where}: option '{key}' cannot be {value!r}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _convert(value: Any, type_: Any) -> Any:
+    """A YAML value as the option's type. YAML reads ``1e-6`` as a string; here it is a number."""
+    allowed = get_args(type_) or (type_,)
+    if value is None and type(None) in allowed:
+        return None
+    if list[str] in allowed or type_ == list[str]:
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise TypeError
+        return items
+    kind = next(t for t in allowed if t is not type(None))
+    if kind is bool or isinstance(value, bool):
+        if kind is not bool or not isinstance(value, bool):
+            raise TypeError
+        return value
+    if kind is int:
+        number = float(value)
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    if kind is float:
+        return float(value)
+    if isinstance(value, (list, dict)):
+        raise TypeError
+    return kind(str(value))

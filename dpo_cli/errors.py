@@ -1,0 +1,19 @@
+"""The exceptions whose message is written for the user."""
+
+
+class DpoError(Exception):
+    """The run failed; ``str(error)`` is the whole message, cause and remedy included."""
+
+    exit_code = 1
+
+
+class UsageError(DpoError):
+    """An option or the input is wrong; nothing was started and nothing was written."""
+
+    exit_code = 2
+
+
+class Interrupted(DpoError):  # noqa: N818  (no error: someone asked for it)
+    """A signal ended the run; the message says what was saved and how to go on."""
+
+    exit_code = 130

@@ -1,0 +1,176 @@
+"""Implicit rewards and margins of a policy against its reference.
+
+Legend: P pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.attention import attention
+from dpo_cli.config import EvalOptions
+from dpo_cli.disk import whole_file
+from dpo_cli.errors import UsageError
+from dpo_cli.logps import Scorer, noise
+from dpo_cli.losses import sigmoid_loss
+from dpo_cli.metrics import Reporter, pair_sums, summarize
+from dpo_cli.model import ModelSource, default_device, find_model, fingerprint, load_model, load_tokenizer
+from dpo_cli.prepare import fill_reference, make_scorer, read_pairs
+from dpo_cli.reference import ReferenceCache
+from dpo_cli.tokens import Pair
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def policy_logps(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter, what: str = "evaluate") -> Tensor:
+    """Log-probs of all pairs under the policy: (P, 2) float32 nats on the host, chosen and rejected."""
+    table = torch.full((len(pairs), 2), torch.nan)
+    with reporter.progress(what, len(pairs)) as progress:
+        for places, logps, _ in scorer.score(pairs):
+            table[list(places)] = logps.view(2, -1).T.cpu()
+            progress.advance(len(places))
+    return table
+
+
+def evaluate(policy: Tensor, reference: Tensor, beta: float, tie: float) -> dict[str, float]:
+    """Loss, rewards, margin and accuracy over P pairs.
+
+    Shapes: ``policy``, ``reference`` (P, 2) nats.
+    """
+    logps, ref_logps = policy.T.reshape(-1), reference.T.reshape(-1)  # (2P,), chosen first
+    return summarize(pair_sums(sigmoid_loss(logps, ref_logps, beta), logps, ref_logps, beta, tie).tolist())
+
+
+def answers(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Any], own_attention: str, tokens: int = 80
+) -> list[str]:
+    """Greedy answers, one prompt (token ids) at a time, with the model's own attention."""
+    device = next(model.parameters()).device
+    texts = []
+    model.eval()
+    with attention(model, own_attention), torch.no_grad():
+        for prompt in prompts:
+            ids = torch.from_numpy(prompt).long()[None].to(device)
+            out = model.generate(  # type: ignore[operator]  # a mixin that hides the method from the checker
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
+            texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return texts
+
+
+def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
+    """`dpo eval`: score pairs under the policy and compare with the reference, one model in memory at a time.
+
+    A run brings its own beta, max_length, precision and reference, so that the numbers are those of its training.
+    """
+    source = find_model(options.model)
+    reporter.fact("model", source.told)
+    run = _run_options(source)
+    options = dataclasses.replace(
+        options,
+        max_length=options.max_length or run.get("max_length"),
+        dtype=options.dtype or run.get("dtype"),
+        beta=options.beta or run.get("beta", 0.1),
+    )
+    assert options.beta is not None
+    tokenizer = load_tokenizer(source)
+    pairs = read_pairs(options.data, options, tokenizer, reporter).pairs
+    model = load_model(source)
+    scorer = make_scorer(model, pairs, options, default_device(), reporter)
+    policy = policy_logps(scorer, pairs, reporter)
+    reference = _reference_logps(options, source, pairs, scorer, reporter)
+    result: dict[str, Any] = {"pairs": len(pairs), "beta": options.beta}
+    result |= evaluate(policy, reference, options.beta, noise(scorer.dtype))
+    result |= {"ref_logps/chosen": float(reference[:, 0].mean()), "ref_logps/rejected": float(reference[:, 1].mean())}
+    result |= _cross_entropies(pairs, policy, reference)
+    rewards = options.beta * (policy - reference)
+    margins = rewards[:, 0] - rewards[:, 1]
+    result["rewards/margins_quantiles"] = {str(q): float(margins.quantile(q)) for q in QUANTILES}
+    if options.per_pair:
+        _write_per_pair(options.per_pair, pairs, policy, reference, rewards)
+    return result
+
+
+def _run_options(source: ModelSource) -> dict[str, Any]:
+    if source.run is None:
+        return {}
+    options = yaml.safe_load((source.run / "config.yaml").read_text(encoding="utf-8"))
+    return {name: options[name] for name in ("max_length", "dtype", "beta")}
+
+
+def _reference_logps(
+    options: EvalOptions, source: ModelSource, pairs: Sequence[Pair], scorer: Scorer, reporter: Reporter
+) -> Tensor:
+    """Log-probs of all pairs under the reference: (P, 2) nats. Its model is loaded only if the cache lacks pairs.
+
+    It then takes the policy's place in memory: never two models at once.
+    """
+    name, expected = options.ref, None
+    if name is None and source.run is not None:
+        trained_from = json.loads((source.run / "manifest.json").read_text(encoding="utf-8"))["reference"]
+        name, expected = trained_from["model"], trained_from["fingerprint"]
+        cache = ReferenceCache(options.cache_dir, expected, reporter.warn)
+    elif name is None:
+        reporter.fact("reference", "the model itself: it is no run, and there is no --ref")
+        own = fingerprint(scorer.model, scorer.layout, scorer.dtype)
+        cache = ReferenceCache(options.cache_dir, own, reporter.warn)
+    if options.ref is not None or (expected is not None and cache.missing(pairs)):
+        scorer.model.to("meta")  # frees the policy's weights
+        gc.collect()
+        reference = find_model(name)
+        reporter.fact("reference", reference.told)
+        model = load_model(reference)
+        scorer = make_scorer(model, pairs, options, scorer.device, reporter)
+        found = fingerprint(model, scorer.layout, scorer.dtype)
+        if expected not in (None, found):
+            raise UsageError(
+                f"{reference.path} is no longer the model that the run was trained from; name the right one with --ref"
+            )
+        cache = ReferenceCache(options.cache_dir, found, reporter.warn)
+    fill_reference(cache, pairs, scorer, reporter)
+    return cache.lookup(pairs)
+
+
+def _cross_entropies(pairs: Sequence[Pair], policy: Tensor, reference: Tensor) -> dict[str, float]:
+    """Nats a response token, over all tokens of a side: minus the summed log-probs by the number of tokens."""
+    tokens = {"chosen": sum(len(p.chosen) for p in pairs), "rejected": sum(len(p.rejected) for p in pairs)}
+    return {
+        f"{prefix}cross_entropy/{side}": float(-logps[:, column].double().sum() / tokens[side])
+        for prefix, logps in (("", policy), ("ref_", reference))
+        for column, side in enumerate(("chosen", "rejected"))
+    }
+
+
+def _write_per_pair(file: Path, pairs: Sequence[Pair], policy: Tensor, reference: Tensor, rewards: Tensor) -> None:
+    with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for pair, logps, ref_logps, reward in zip(
+            pairs, policy.tolist(), reference.tolist(), rewards.tolist(), strict=True
+        ):
+            line = {
+                "row": pair.where,
+                "logps/chosen": logps[0],
+                "logps/rejected": logps[1],
+                "ref_logps/chosen": ref_logps[0],
+                "ref_logps/rejected": ref_logps[1],
+                "rewards/chosen": reward[0],
+                "rewards/rejected": reward[1],
+                "margin": reward[0] - reward[1],
+                "tokens/prompt": len(pair.prompt),
+                "tokens/chosen": len(pair.chosen),
+                "tokens/rejected": len(pair.rejected),
+            }
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")

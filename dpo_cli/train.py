@@ -1,0 +1,495 @@
+"""The loop.
+
+Legend: P pairs of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import PreTrainedModel
+
+from dpo_cli.attention import attention
+from dpo_cli.batch import Step, plan_run, row_cost
+from dpo_cli.checkpoint import (
+    export_model,
+    newest_checkpoint,
+    restore_checkpoint,
+    rng_state,
+    save_checkpoint,
+    write_json,
+)
+from dpo_cli.config import TrainOptions, to_yaml
+from dpo_cli.data import BadRow
+from dpo_cli.errors import DpoError, Interrupted, UsageError
+from dpo_cli.evaluate import answers, evaluate, policy_logps
+from dpo_cli.logps import Scorer, noise, response_logps
+from dpo_cli.losses import sigmoid_loss
+from dpo_cli.metrics import SUMS, Reporter, append_metrics, pair_sums, summarize, truncate_metrics
+from dpo_cli.model import (
+    STATE_BYTES,
+    ModelSource,
+    activation_bytes,
+    default_device,
+    find_model,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+)
+from dpo_cli.prepare import DEFAULT_MAX_LENGTH, fill_reference, hold_out, make_scorer, read_pairs
+from dpo_cli.reference import ReferenceCache
+from dpo_cli.tokens import Pair
+
+
+def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
+    """Learning rate of step 1, 2, …, ``steps``: a linear rise over the warm-up, then the schedule down to 0."""
+    warmup = round(options.warmup * steps)
+    if step <= warmup:
+        return options.lr * step / warmup
+    done = (step - 1 - warmup) / (steps - warmup)  # 0 at the first step after the warm-up
+    if options.schedule == "linear":
+        return options.lr * (1 - done)
+    return options.lr * (0.5 + 0.5 * math.cos(math.pi * done) if options.schedule == "cosine" else 1)
+
+
+def make_optimizer(model: PreTrainedModel, weight_decay: float) -> AdamW:
+    """AdamW with decay on matrices only; the learning rate is set before each step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)
+
+
+class StopSignal:
+    """SIGINT and SIGTERM as a flag that the loop reads between micro-batches; a second signal ends at once."""
+
+    requested = False
+
+    def __enter__(self) -> StopSignal:
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+
+
+@dataclasses.dataclass
+class Trainer:
+    """What one optimizer step needs."""
+
+    accelerator: Accelerator
+    scorer: Scorer
+    optimizer: Any
+    pairs: Sequence[Pair]
+    reference: Tensor  # (pairs, 2) nats, on the device
+    options: TrainOptions
+
+    def step(self, micro_batches: Step, lr: float, stop: StopSignal) -> dict[str, float] | None:
+        """One optimizer step over all its pairs; None if a signal came first and nothing was changed.
+
+        The gradient is that of the mean loss over the step's pairs, however they are cut into micro-batches.
+
+        Raises:
+            DpoError: a loss or the gradient is not finite; the weights are as before the step.
+        """
+        accelerator, model = self.accelerator, self.scorer.model
+        world, rank = accelerator.num_processes, accelerator.process_index
+        pairs_in_step = sum(len(indices) for indices in micro_batches)
+        mine = micro_batches[rank::world]
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=accelerator.device)
+        losses_seen = []
+        model.train()
+        for number, indices in enumerate(mine, 1):
+            with nullcontext() if number == len(mine) else accelerator.no_sync(model):
+                losses, micro_sums = self._forward(indices or (0,))  # an idle rank runs any pair, weighted 0
+                weight = world / pairs_in_step if indices else 0.0
+                accelerator.backward(losses.sum() * weight)
+            losses_seen.append(losses.detach())
+            sums += micro_sums if indices else 0
+            if stop.requested:
+                self.optimizer.zero_grad()
+                return None
+        norm = accelerator.clip_grad_norm_(model.parameters(), self.options.max_grad_norm or math.inf)
+        assert isinstance(norm, Tensor)
+        sums = accelerator.reduce(sums)
+        *totals, grad_norm = torch.cat([sums, norm.detach().double()[None]]).tolist()  # the step's one device sync
+        if not math.isfinite(totals[0] + grad_norm):
+            self.optimizer.zero_grad()
+            raise self._not_finite(mine, losses_seen)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return summarize(totals) | {"grad_norm": grad_norm, "learning_rate": lr}
+
+    @torch.no_grad()
+    def score(self, micro_batches: Step) -> dict[str, float]:
+        """The metrics of a step's pairs without training on them."""
+        self.scorer.model.eval()
+        return summarize(sum(self._forward(indices)[1] for indices in micro_batches if indices).tolist())  # type: ignore[union-attr]
+
+    def _forward(self, indices: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Losses (P,) with their graph, and the sums of the micro-batch's metrics."""
+        batch = self.scorer.batch([self.pairs[i] for i in indices])
+        logps = response_logps(self.scorer.token_logps(batch), batch)  # (2P,)
+        ref_logps = self.reference[list(indices)].T.reshape(-1)  # (2P,), chosen first
+        losses = sigmoid_loss(logps, ref_logps, self.options.beta, self.options.label_smoothing)
+        return losses, pair_sums(losses, logps, ref_logps, self.options.beta, noise(self.scorer.dtype))
+
+    def _not_finite(self, mine: Step, losses: list[Tensor]) -> DpoError:
+        places = [i for indices in mine for i in indices]
+        values = [value for indices, seen in zip(mine, losses, strict=True) if indices for value in seen.tolist()]
+        bad = [i for i, value in zip(places, values, strict=True) if not math.isfinite(value)]
+        what = "the loss is not finite for" if bad else "the gradient is not finite; the step's pairs are"
+        named = bad or places
+        names = ", ".join(self.pairs[i].where for i in named[:10])
+        more = f" and {len(named) - 10} more" if len(named) > 10 else ""
+        return DpoError(f"{what} {names}{more}; a lower --lr or --dtype float32 may help")
+
+
+# ---- a run ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is laid out and has not begun."""
+
+    folder: Path
+    options: TrainOptions
+    source: ModelSource
+    tokenizer: Any
+    pairs: list[Pair]
+    held_out: list[Pair]
+    refused: list[BadRow]
+    digest: str
+    accelerator: Accelerator
+    model: PreTrainedModel
+    own_attention: str
+    scorer: Scorer
+    plan: list[Step]
+    start: str  # fingerprint of the start policy, which is the reference
+    cache: ReferenceCache
+
+    def used(self) -> list[int]:
+        """Places of the pairs that the plan trains on."""
+        return sorted({i for step in self.plan for indices in step for i in indices} | {0})
+
+
+def train(
+    options: TrainOptions, resume: Path | None, command: Sequence[str], reporter: Reporter, dry_run: bool = False
+) -> dict[str, Any]:
+    """`dpo train`: from options to a trained model in a run folder.
+
+    Raises:
+        UsageError: the input cannot be used; nothing was written but reference log-probs.
+        DpoError: the run failed; its last checkpoint is untouched.
+        Interrupted: a signal came; a checkpoint was written.
+    """
+    run = lay_out_run(options, resume, reporter)
+    if dry_run:
+        wanted = [run.pairs[i] for i in run.used()] + run.held_out
+        missing = len(run.cache.missing(wanted))
+        reporter.fact("reference", f"{len(wanted) - missing:,} of {len(wanted):,} pairs cached, {missing:,} to score")
+        return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": missing}
+    manifest = _manifest(run, command)
+    if resume:
+        _check_same_run(run.folder, manifest)
+    trainer, held_out_reference = _make_trainer(run, reporter)
+    first_answers = _answers(run)
+    done = 0
+    if resume:
+        done = _restore(run, trainer, reporter)
+    else:
+        _create(run, manifest)
+        _check_step_0(trainer.score(run.plan[0]), run, reporter)
+
+    def score_held_out(step: int) -> dict[str, float]:
+        policy = policy_logps(trainer.scorer, run.held_out, reporter, "held out")
+        values = evaluate(policy, held_out_reference, run.options.beta, noise(run.scorer.dtype))
+        reporter.fact("held out", f"step {step}: {_brief(values)}")
+        return values
+
+    before = score_held_out(0) if run.held_out and not done else {}
+    if before:
+        append_metrics(run.folder / "metrics.jsonl", 0, _eval_keys(before))
+    with StopSignal() as stop:
+        after = _loop(run, trainer, done, stop, score_held_out, reporter)
+    model_folder = run.folder / "model"
+    with attention(run.model, run.own_attention):
+        export_model(model_folder, run.model, run.tokenizer, _card(run))
+    shown = zip(run.held_out, first_answers, _answers(run), strict=False)
+    return {
+        "run": str(run.folder),
+        "model": str(model_folder),
+        "pairs": len(run.pairs),
+        "steps": len(run.plan),
+        "held_out": len(run.held_out),
+        "before": before,
+        "after": after,
+        "answers": [
+            {"prompt": run.tokenizer.decode(pair.prompt), "reference": first, "policy": last}
+            for pair, first, last in shown
+        ],
+    }
+
+
+def lay_out_run(options: TrainOptions, resume: Path | None, reporter: Reporter) -> Run:
+    """Everything up to the first forward of the reference: data, model, layout and plan. Writes nothing."""
+    folder = resume or options.output or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    if resume is None and folder.exists():
+        raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
+    device = default_device()
+    source = find_model(options.model)
+    reporter.fact("model", source.told)
+    tokenizer = load_tokenizer(source)
+    options = dataclasses.replace(options, max_length=options.max_length or DEFAULT_MAX_LENGTH)
+    found = read_pairs(options.data, options, tokenizer, reporter)
+    digest, pairs, held_out = found.digest(), found.pairs, list[Pair]()
+    if options.eval_data:
+        held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out").pairs
+    elif options.eval_fraction:
+        pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
+        reporter.fact("held out", f"{len(held_out):,} of the pairs")
+
+    set_seed(options.seed)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    model = load_model(source)
+    own_attention = model.config._attn_implementation
+    scorer = make_scorer(model, pairs + held_out, options, accelerator.device, reporter)
+    options = dataclasses.replace(options, max_tokens=scorer.max_tokens, dtype=str(scorer.dtype).removeprefix("torch."))
+    plan = plan_run(
+        [row_cost(pair, scorer.layout) for pair in pairs],
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        max_tokens=scorer.max_tokens,
+        world=accelerator.num_processes,
+        seed=options.seed,
+    )
+    start = fingerprint(model, scorer.layout, scorer.dtype)
+    cache = ReferenceCache(options.cache_dir, start, reporter.warn)
+    run = Run(
+        folder,
+        options,
+        source,
+        tokenizer,
+        pairs,
+        held_out,
+        found.refused,
+        digest,
+        accelerator,
+        model,
+        own_attention,
+        scorer,
+        plan,
+        start,
+        cache,
+    )
+    _tell_plan(run, reporter)
+    return run
+
+
+def _make_trainer(run: Run, reporter: Reporter) -> tuple[Trainer, Tensor]:
+    """Score the reference where it is not cached, then make what a step needs; also the held-out reference (P, 2)."""
+    used = run.used()
+    fill_reference(run.cache, [run.pairs[i] for i in used] + run.held_out, run.scorer, reporter)
+    reference = torch.full((len(run.pairs), 2), torch.nan)  # pairs that no step reads stay NaN
+    reference[used] = run.cache.lookup([run.pairs[i] for i in used])
+    held_out_reference = run.cache.lookup(run.held_out)
+    if run.options.gradient_checkpointing:
+        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = make_optimizer(run.model, run.options.weight_decay)
+    prepared, optimizer = run.accelerator.prepare(run.model, optimizer)
+    scorer = dataclasses.replace(run.scorer, model=prepared)
+    device = run.accelerator.device
+    return Trainer(run.accelerator, scorer, optimizer, run.pairs, reference.to(device), run.options), held_out_reference
+
+
+def _loop(
+    run: Run,
+    trainer: Trainer,
+    done: int,
+    stop: StopSignal,
+    score_held_out: Callable[[int], dict[str, float]],
+    reporter: Reporter,
+) -> dict[str, float]:
+    """All steps after ``done``; returns the last held-out evaluation, which is that of the trained policy."""
+    options, total, metrics = run.options, len(run.plan), run.folder / "metrics.jsonl"
+    after: dict[str, float] = score_held_out(done) if run.held_out and done == total else {}
+    with reporter.progress("train", total, done, options.log_every) as progress:
+        for step in range(done + 1, total + 1):
+            rng = rng_state(run.accelerator.device)
+            began = time.monotonic()
+            values = None
+            if not stop.requested:
+                values = trainer.step(run.plan[step - 1], learning_rate(step, total, options), stop)
+            if values is None:
+                save_checkpoint(run.folder / "checkpoints", step - 1, run.model, trainer.optimizer, rng, options.keep)
+                raise Interrupted(
+                    f"interrupted after step {step - 1} of {total}; a checkpoint was written. "
+                    f"Go on with: dpo train --resume {shlex.quote(str(run.folder))}"
+                )
+            append_metrics(metrics, step, values)
+            tokens = sum(row_cost(run.pairs[i], run.scorer.layout) for indices in run.plan[step - 1] for i in indices)
+            progress.advance(1, f"{_brief(values)}  {tokens / (time.monotonic() - began):,.0f} tok/s")
+            if run.held_out and (step == total or (options.eval_every and step % options.eval_every == 0)):
+                after = score_held_out(step)
+                append_metrics(metrics, step, _eval_keys(after))
+            if options.save_every and step % options.save_every == 0:
+                rng = rng_state(run.accelerator.device)
+                save_checkpoint(run.folder / "checkpoints", step, run.model, trainer.optimizer, rng, options.keep)
+    return after
+
+
+def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
+    """Bring the run back to its newest whole checkpoint; returns the steps done."""
+    newest = newest_checkpoint(run.folder / "checkpoints", reporter.warn)
+    if newest is None:
+        raise UsageError(f"--resume {run.folder}: no whole checkpoint there; start again with another --output")
+    checkpoint, done = newest
+    restore_checkpoint(checkpoint, run.model, trainer.optimizer)
+    truncate_metrics(run.folder / "metrics.jsonl", done)
+    reporter.fact("resume", f"after step {done} of {len(run.plan)}, from {checkpoint}")
+    return done
+
+
+def _create(run: Run, manifest: dict[str, Any]) -> None:
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
+    write_json(run.folder / "manifest.json", manifest)
+    if run.refused:
+        with (run.folder / "refused.jsonl").open("w", encoding="utf-8") as stream:
+            for bad in run.refused:
+                stream.write(
+                    json.dumps({"where": bad.where, "reason": bad.reason, "row": bad.record}, default=str) + "\n"
+                )
+
+
+def _check_step_0(values: dict[str, float], run: Run, reporter: Reporter) -> None:
+    """Before the first step the policy is the reference: the loss is ln 2 and the margin 0."""
+    told = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
+    off = abs(values["loss"] - math.log(2))
+    allowed = run.options.beta * noise(run.scorer.dtype)
+    if not off <= allowed:
+        raise DpoError(
+            f"step 0: {told}, but policy and reference are the same model, so the loss must be ln 2 = 0.693147 "
+            f"(off by {off:.2g}, allowed {allowed:.2g}). The cached reference does not fit: remove {run.cache.folder}"
+        )
+    reporter.fact("step 0", f"{told}  (policy equals reference, as it must)")
+
+
+def _answers(run: Run) -> list[str]:
+    prompts = [pair.prompt for pair in run.held_out[: run.options.show_answers]]
+    return answers(run.model, run.tokenizer, prompts, run.own_attention)
+
+
+def _eval_keys(values: dict[str, float]) -> dict[str, float]:
+    return {f"eval_{name}": value for name, value in values.items()}
+
+
+def _brief(values: dict[str, float]) -> str:
+    return "loss {loss:.4f}  margin {rewards/margins:.4f}  accuracy {rewards/accuracies:.3f}".format(**values)
+
+
+def _tell_plan(run: Run, reporter: Reporter) -> None:
+    options, scorer = run.options, run.scorer
+    parameters = run.model.num_parameters()
+    threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
+    reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}, weights float32")
+    reporter.fact("parameters", f"{parameters:,}, all trained")
+    steps = [[i for indices in step for i in indices] for step in run.plan]
+    tokens = sum(row_cost(run.pairs[i], scorer.layout) for step in steps for i in step)
+    plain = sum(len(step) * max(row_cost(run.pairs[i], "padded") for i in step) for step in steps)
+    forwards = sum(len(step) for step in run.plan)
+    budget = f"{forwards:,} forwards of at most {scorer.max_tokens:,} tokens"
+    reporter.fact("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {budget}")
+    padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
+    reporter.fact("tokens", f"{tokens:,} to train on; {padded}")
+    need = parameters * STATE_BYTES + scorer.max_tokens * activation_bytes(run.model)
+    reporter.fact("memory", f"about {need / 2**30:.1f} GiB at most (estimate)")
+
+
+def _manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
+    packages = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "datasets")
+    return {
+        "command": shlex.join(command),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "git_commit": _git_commit(),
+        "device": run.scorer.device.type,
+        "processes": run.accelerator.num_processes,
+        "layout": run.scorer.layout,
+        "data": {
+            "files": run.options.data,
+            "pairs": len(run.pairs),
+            "refused": len(run.refused),
+            "tokens_sha256": run.digest,
+        },
+        "start_weights": {"model": run.source.base, "fingerprint": run.start},
+        "reference": {"model": run.options.model, "fingerprint": run.start},
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _check_same_run(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse to resume on other data or start weights than the run began with."""
+    began = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    checks = (("data", "tokens_sha256", "the data"), ("reference", "fingerprint", "the start model"))
+    changed = [name for section, key, name in checks if began[section][key] != manifest[section][key]]
+    if changed:
+        raise UsageError(
+            f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"
+        )
+
+
+def _card(run: Run) -> str:
+    """The model card: a README.md with the metadata that the hub reads."""
+    o = run.options
+    return f"""---
+base_model: {run.source.base}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [dpo]
+---
+
+# {run.folder.name}
+
+{run.source.base}, fine-tuned on {len(run.pairs):,} preference pairs with Direct Preference Optimization
+([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by dpo-cli {version("dpo-cli")}.
+
+| beta | learning rate | schedule | steps | pairs a step | label smoothing | precision |
+|---|---|---|---|---|---|---|
+| {o.beta} | {o.lr} | {o.schedule} | {len(run.plan)} | {o.batch_size} | {o.label_smoothing} | {o.dtype} |
+"""
