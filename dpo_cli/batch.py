@@ -25,7 +25,15 @@ Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[
 
 
 def plan_run(
-    costs: Sequence[int], *, batch_size: int, epochs: int, max_steps: int | None, max_tokens: int, world: int, seed: int
+    costs: Sequence[int],
+    layout: Layout,
+    *,
+    batch_size: int,
+    epochs: int,
+    max_steps: int | None,
+    max_tokens: int,
+    world: int,
+    seed: int,
 ) -> list[Step]:
     """Every optimizer step of a run, as a pure function of its arguments.
 
@@ -41,22 +49,26 @@ def plan_run(
         for start in range(0, len(order), batch_size):
             if len(steps) == max_steps:
                 return steps
-            steps.append(_even(pack(order[start : start + batch_size], costs, max_tokens), world))
+            steps.append(_even(pack(order[start : start + batch_size], costs, layout, max_tokens), world))
     return steps
 
 
-def pack(indices: Sequence[int], costs: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
-    """First-fit-decreasing bins of at most ``max_tokens``; a pair that is longer gets a bin of its own."""
+def pack(indices: Sequence[int], costs: Sequence[int], layout: Layout, max_tokens: int) -> list[tuple[int, ...]]:
+    """First-fit-decreasing bins of at most ``max_tokens``; a pair that is longer gets a bin of its own.
+
+    In a padded forward every pair takes up as much as the longest, which is the bin's first.
+    """
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(indices, key=lambda i: (-costs[i], i)):
-        fit = next((b for b, left in enumerate(room) if costs[index] <= left), None)
+        charges = (costs[b[0] if layout == "padded" else index] for b in bins)
+        fit = next((b for b, (left, charge) in enumerate(zip(room, charges, strict=True)) if charge <= left), None)
         if fit is None:
             bins.append([index])
             room.append(max_tokens - costs[index])
         else:
+            room[fit] -= costs[bins[fit][0] if layout == "padded" else index]
             bins[fit].append(index)
-            room[fit] -= costs[index]
     return [tuple(b) for b in bins]
 
 

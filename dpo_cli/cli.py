@@ -18,7 +18,6 @@ from dpo_cli.config import EvalOptions, Options, PrecomputeOptions, TrainOptions
 from dpo_cli.errors import DpoError
 
 app = typer.Typer(
-    help="Train language models on preference pairs with DPO: no reward model, no critic, no resident reference.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -93,6 +92,23 @@ def _fail(message: str, code: int) -> None:
     clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in message)
     print(f"error: {clean}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"dpo-cli {version('dpo-cli')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train language models on preference pairs with DPO: no reward model, no critic, no resident reference."""
 
 
 @app.command()

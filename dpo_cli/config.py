@@ -18,6 +18,7 @@ positive: Check = (lambda v: math.isfinite(v) and v > 0, "must be greater than 0
 not_negative: Check = (lambda v: math.isfinite(v) and v >= 0, "must be 0 or greater")
 share: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
 below_half: Check = (lambda v: 0 <= v < 0.5, "must be at least 0 and less than 0.5")
+seedlike: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and less than 2^32")
 at_least_16: Check = (lambda v: v >= 16, "must be at least 16 tokens")
 
 
@@ -83,7 +84,7 @@ class TrainOptions(Options):
     weight_decay: float = option(0.0, "AdamW's, on matrices only.", not_negative)
     max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", not_negative)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    seed: int = option(0, "Seed of the order of pairs and of dropout.", not_negative)
+    seed: int = option(0, "Seed of the order of pairs and of dropout.", seedlike)
     log_every: int = option(10, "Steps between console lines where the output is no terminal.", positive)
     eval_every: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
     save_every: int = option(100, "Steps between checkpoints; 0: only when interrupted.", not_negative)

@@ -49,7 +49,7 @@ class Scorer:
         costs = [row_cost(pair, self.layout) for pair in pairs]
         by_length = sorted(range(len(pairs)), key=lambda i: (-costs[i], i))
         for start in range(0, len(by_length), WINDOW):
-            for indices in pack(by_length[start : start + WINDOW], costs, self.max_tokens):
+            for indices in pack(by_length[start : start + WINDOW], costs, self.layout, self.max_tokens):
                 batch = self.batch([pairs[i] for i in indices])
                 logps = self.token_logps(batch)
                 yield indices, response_logps(logps, batch), logps

@@ -54,11 +54,20 @@ def summarize(sums: list[float]) -> dict[str, float]:
     }
 
 
-def append_metrics(file: Path, step: int, values: dict[str, float]) -> None:
+def append_metrics(file: Path, step: int, values: dict[str, float], prefix: str = "") -> None:
     """Add one line; a value that is no finite number is written as null, since JSON has no other word for it."""
-    line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+    line = {"step": step} | {prefix + k: v if math.isfinite(v) else None for k, v in values.items()}
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")
+
+
+def first_evaluation(file: Path) -> dict[str, float]:
+    """The held-out metrics of step 0, empty if there was no held-out data."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        values: dict[str, float] = json.loads(line)
+        if values["step"] == 0 and "eval_loss" in values:
+            return {name.removeprefix("eval_"): value for name, value in values.items() if name != "step"}
+    return {}
 
 
 def truncate_metrics(file: Path, step: int) -> None:

@@ -197,6 +197,8 @@ def choose_layout(
     probes = [pair for pair in longest_first if row_cost(pair, "packed") <= max_tokens][:1] + longest_first[-1:]
     alone = [padded([(pair.prompt, r)]).to(device) for pair in probes for r in (pair.chosen, pair.rejected)]
     expected = torch.cat([token_logps(model, batch, torch.float32) for batch in alone])
+    if not expected.isfinite().all():
+        raise DpoError("the start model's log-probs are not finite: its weights are broken")
     reasons: list[str] = []
     for layout, told in _TOLD.items():
         difference = _difference(model, lay_out(probes, layout).to(device), layout, expected)

