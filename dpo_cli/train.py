@@ -6,16 +6,12 @@ Legend: P pairs of a micro-batch.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import platform
 import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -28,34 +24,17 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from dpo_cli.attention import attention
-from dpo_cli.batch import Step, plan_run, row_cost
-from dpo_cli.checkpoint import (
-    export_model,
-    newest_checkpoint,
-    restore_checkpoint,
-    rng_state,
-    save_checkpoint,
-    write_json,
-)
-from dpo_cli.config import TrainOptions, to_yaml
-from dpo_cli.data import BadRow
+from dpo_cli.batch import Step, row_cost
+from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
+from dpo_cli.config import TrainOptions
 from dpo_cli.errors import DpoError, Interrupted, UsageError
 from dpo_cli.evaluate import answers, evaluate, policy_logps
 from dpo_cli.logps import Scorer, noise, response_logps
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, Reporter, append_metrics, first_evaluation, pair_sums, summarize, truncate_metrics
-from dpo_cli.model import (
-    STATE_BYTES,
-    ModelSource,
-    activation_bytes,
-    default_device,
-    find_model,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-)
-from dpo_cli.prepare import DEFAULT_MAX_LENGTH, fill_reference, hold_out, make_scorer, read_pairs
-from dpo_cli.reference import ReferenceCache
+from dpo_cli.model import default_device
+from dpo_cli.prepare import fill_reference
+from dpo_cli.run import Run, check_same_run, create_folder, lay_out_run, make_manifest, model_card
 from dpo_cli.tokens import Pair
 
 
@@ -173,32 +152,7 @@ class Trainer:
         return DpoError(f"{what} {names}{more}; a lower --lr or --dtype float32 may help")
 
 
-# ---- a run ------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Run:
-    """A run that is laid out and has not begun."""
-
-    folder: Path
-    options: TrainOptions
-    source: ModelSource
-    tokenizer: Any
-    pairs: list[Pair]
-    held_out: list[Pair]
-    refused: list[BadRow]
-    digest: str
-    accelerator: Accelerator
-    model: PreTrainedModel
-    own_attention: str
-    scorer: Scorer
-    plan: list[Step]
-    start: str  # fingerprint of the start policy, which is the reference
-    cache: ReferenceCache
-
-    def used(self) -> list[int]:
-        """Places of the pairs that the plan trains on."""
-        return sorted({i for step in self.plan for indices in step for i in indices} | {0})
+# ---- a run ---------------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -211,23 +165,25 @@ def train(
         DpoError: the run failed; its last checkpoint is untouched.
         Interrupted: a signal came; a checkpoint was written.
     """
-    run = lay_out_run(options, resume, reporter)
+    set_seed(options.seed)
+    accelerator = Accelerator(cpu=default_device().type == "cpu")
+    run = lay_out_run(options, resume, accelerator.device, accelerator.num_processes, reporter)
     if dry_run:
         wanted = [run.pairs[i] for i in run.used()] + run.held_out
         missing = len(run.cache.missing(wanted))
         reporter.fact("reference", f"{len(wanted) - missing:,} of {len(wanted):,} pairs cached, {missing:,} to score")
         return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": missing}
-    manifest = _manifest(run, command)
+    manifest = make_manifest(run, command, accelerator.num_processes)
     if resume:
-        _check_same_run(run.folder, manifest)
-    trainer, held_out_reference = _make_trainer(run, reporter)
+        check_same_run(run.folder, manifest)
+    trainer, held_out_reference = _make_trainer(run, accelerator, reporter)
     first_answers = _answers(run)
     done = 0
     if resume:
         done = _restore(run, trainer, reporter)
     else:
-        _create(run, manifest)
         _check_step_0(trainer.score(run.plan[0]), run, reporter)
+        create_folder(run, manifest)
 
     def score_held_out(step: int) -> dict[str, float]:
         policy = policy_logps(trainer.scorer, run.held_out, reporter, "held out")
@@ -242,7 +198,7 @@ def train(
     with StopSignal() as stop:
         after = _loop(run, trainer, done, stop, score_held_out, reporter)
         with attention(run.model, run.own_attention):
-            export_model(model_folder, run.model, run.tokenizer, _card(run))
+            export_model(model_folder, run.model, run.tokenizer, model_card(run))
     shown = zip(run.held_out, first_answers, _answers(run), strict=False)
     return {
         "run": str(run.folder),
@@ -259,65 +215,7 @@ def train(
     }
 
 
-def lay_out_run(options: TrainOptions, resume: Path | None, reporter: Reporter) -> Run:
-    """Everything up to the first forward of the reference: data, model, layout and plan. Writes nothing."""
-    folder = resume or options.output or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-    if resume is None and folder.exists():
-        raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
-    device = default_device()
-    source = find_model(options.model)
-    reporter.fact("model", source.told)
-    tokenizer = load_tokenizer(source)
-    options = dataclasses.replace(options, max_length=options.max_length or DEFAULT_MAX_LENGTH)
-    found = read_pairs(options.data, options, tokenizer, reporter)
-    digest, pairs, held_out = found.digest(), found.pairs, list[Pair]()
-    if options.eval_data:
-        found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out")
-        held_out, found.refused = found_held_out.pairs, found.refused + found_held_out.refused
-    elif options.eval_fraction:
-        pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
-        reporter.fact("held out", f"{len(held_out):,} of the pairs")
-
-    set_seed(options.seed)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    model = load_model(source)
-    own_attention = model.config._attn_implementation
-    scorer = make_scorer(model, pairs + held_out, options, accelerator.device, reporter)
-    options = dataclasses.replace(options, max_tokens=scorer.max_tokens, dtype=str(scorer.dtype).removeprefix("torch."))
-    plan = plan_run(
-        [row_cost(pair, scorer.layout) for pair in pairs],
-        scorer.layout,
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        max_tokens=scorer.max_tokens,
-        world=accelerator.num_processes,
-        seed=options.seed,
-    )
-    start = fingerprint(model, scorer.layout, scorer.dtype)
-    cache = ReferenceCache(options.cache_dir, start, reporter.warn)
-    run = Run(
-        folder,
-        options,
-        source,
-        tokenizer,
-        pairs,
-        held_out,
-        found.refused,
-        digest,
-        accelerator,
-        model,
-        own_attention,
-        scorer,
-        plan,
-        start,
-        cache,
-    )
-    _tell_plan(run, reporter)
-    return run
-
-
-def _make_trainer(run: Run, reporter: Reporter) -> tuple[Trainer, Tensor]:
+def _make_trainer(run: Run, accelerator: Accelerator, reporter: Reporter) -> tuple[Trainer, Tensor]:
     """Score the reference where it is not cached, then make what a step needs; also the held-out reference (P, 2)."""
     used = run.used()
     fill_reference(run.cache, [run.pairs[i] for i in used] + run.held_out, run.scorer, reporter)
@@ -327,10 +225,10 @@ def _make_trainer(run: Run, reporter: Reporter) -> tuple[Trainer, Tensor]:
     if run.options.gradient_checkpointing:
         run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = make_optimizer(run.model, run.options.weight_decay)
-    prepared, optimizer = run.accelerator.prepare(run.model, optimizer)
+    prepared, optimizer = accelerator.prepare(run.model, optimizer)
     scorer = dataclasses.replace(run.scorer, model=prepared)
-    device = run.accelerator.device
-    return Trainer(run.accelerator, scorer, optimizer, run.pairs, reference.to(device), run.options), held_out_reference
+    device = accelerator.device
+    return Trainer(accelerator, scorer, optimizer, run.pairs, reference.to(device), run.options), held_out_reference
 
 
 def _loop(
@@ -346,7 +244,7 @@ def _loop(
     after: dict[str, float] = score_held_out(done) if run.held_out and done == total else {}
     with reporter.progress("train", total, done, options.log_every) as progress:
         for step in range(done + 1, total + 1):
-            rng = rng_state(run.accelerator.device)
+            rng = rng_state(run.scorer.device)
             began = time.monotonic()
             values = None
             if not stop.requested:
@@ -364,7 +262,7 @@ def _loop(
                 after = score_held_out(step)
                 append_metrics(metrics, step, after, "eval_")
             if options.save_every and step % options.save_every == 0:
-                rng = rng_state(run.accelerator.device)
+                rng = rng_state(run.scorer.device)
                 save_checkpoint(run.folder / "checkpoints", step, run.model, trainer.optimizer, rng, options.keep)
     return after
 
@@ -379,18 +277,6 @@ def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
     truncate_metrics(run.folder / "metrics.jsonl", done)
     reporter.fact("resume", f"after step {done} of {len(run.plan)}, from {checkpoint}")
     return done
-
-
-def _create(run: Run, manifest: dict[str, Any]) -> None:
-    run.folder.mkdir(parents=True)
-    (run.folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
-    write_json(run.folder / "manifest.json", manifest)
-    if run.refused:
-        with (run.folder / "refused.jsonl").open("w", encoding="utf-8") as stream:
-            for bad in run.refused:
-                stream.write(
-                    json.dumps({"where": bad.where, "reason": bad.reason, "row": bad.record}, default=str) + "\n"
-                )
 
 
 def _check_step_0(values: dict[str, float], run: Run, reporter: Reporter) -> None:
@@ -413,81 +299,3 @@ def _answers(run: Run) -> list[str]:
 
 def _brief(values: dict[str, float]) -> str:
     return "loss {loss:.4f}  margin {rewards/margins:.4f}  accuracy {rewards/accuracies:.3f}".format(**values)
-
-
-def _tell_plan(run: Run, reporter: Reporter) -> None:
-    options, scorer = run.options, run.scorer
-    parameters = run.model.num_parameters()
-    threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
-    reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}, weights float32")
-    reporter.fact("parameters", f"{parameters:,}, all trained")
-    steps = [[i for indices in step for i in indices] for step in run.plan]
-    tokens = sum(row_cost(run.pairs[i], scorer.layout) for step in steps for i in step)
-    plain = sum(len(step) * max(row_cost(run.pairs[i], "padded") for i in step) for step in steps)
-    forwards = sum(len(step) for step in run.plan)
-    budget = f"{forwards:,} forwards of at most {scorer.max_tokens:,} tokens"
-    reporter.fact("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {budget}")
-    padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
-    reporter.fact("tokens", f"{tokens:,} to train on; {padded}")
-    need = parameters * STATE_BYTES + scorer.max_tokens * activation_bytes(run.model)
-    reporter.fact("memory", f"about {need / 2**30:.1f} GiB at most (estimate)")
-
-
-def _manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
-    packages = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "datasets")
-    return {
-        "command": shlex.join(command),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "git_commit": _git_commit(),
-        "device": run.scorer.device.type,
-        "processes": run.accelerator.num_processes,
-        "layout": run.scorer.layout,
-        "data": {
-            "files": run.options.data,
-            "pairs": len(run.pairs),
-            "refused": len(run.refused),
-            "tokens_sha256": run.digest,
-        },
-        "start_weights": {"model": run.source.base, "fingerprint": run.start},
-        "reference": {"model": run.options.model, "fingerprint": run.start},
-    }
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
-def _check_same_run(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse to resume on other data or start weights than the run began with."""
-    began = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    checks = (("data", "tokens_sha256", "the data"), ("reference", "fingerprint", "the start model"))
-    changed = [name for section, key, name in checks if began[section][key] != manifest[section][key]]
-    if changed:
-        raise UsageError(
-            f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"
-        )
-
-
-def _card(run: Run) -> str:
-    """The model card: a README.md with the metadata that the hub reads."""
-    o = run.options
-    return f"""---
-base_model: {run.source.base}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [dpo]
----
-
-# {run.folder.name}
-
-{run.source.base}, fine-tuned on {len(run.pairs):,} preference pairs with Direct Preference Optimization
-([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by dpo-cli {version("dpo-cli")}.
-
-| beta | learning rate | schedule | steps | pairs a step | label smoothing | precision |
-|---|---|---|---|---|---|---|
-| {o.beta} | {o.lr} | {o.schedule} | {len(run.plan)} | {o.batch_size} | {o.label_smoothing} | {o.dtype} |
-"""

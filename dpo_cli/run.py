@@ -1,0 +1,213 @@
+"""A run before its first step: its data, model and plan, told to the user; and the folder that it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dpo_cli.batch import Step, plan_run, row_cost
+from dpo_cli.checkpoint import write_json
+from dpo_cli.config import TrainOptions, to_yaml
+from dpo_cli.data import BadRow
+from dpo_cli.errors import UsageError
+from dpo_cli.logps import Scorer
+from dpo_cli.metrics import Reporter
+from dpo_cli.model import (
+    STATE_BYTES,
+    ModelSource,
+    activation_bytes,
+    find_model,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+)
+from dpo_cli.prepare import DEFAULT_MAX_LENGTH, hold_out, make_scorer, read_pairs
+from dpo_cli.reference import ReferenceCache
+from dpo_cli.tokens import Pair
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is laid out and has not begun."""
+
+    folder: Path
+    options: TrainOptions
+    source: ModelSource
+    tokenizer: Any
+    pairs: list[Pair]
+    held_out: list[Pair]
+    refused: list[BadRow]
+    digest: str
+    model: PreTrainedModel
+    own_attention: str
+    scorer: Scorer
+    plan: list[Step]
+    start: str  # fingerprint of the start policy, which is the reference
+    cache: ReferenceCache
+
+    def used(self) -> list[int]:
+        """Places of the pairs that the plan trains on."""
+        return sorted({i for step in self.plan for indices in step for i in indices} | {0})
+
+
+def lay_out_run(
+    options: TrainOptions, resume: Path | None, device: torch.device, processes: int, reporter: Reporter
+) -> Run:
+    """Everything up to the first forward of the reference: data, model, layout and plan. Writes nothing.
+
+    Raises:
+        UsageError: an option, the data or the model cannot be used.
+    """
+    folder = resume or options.output or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    if resume is None and folder.exists():
+        raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
+    source = find_model(options.model)
+    reporter.fact("model", source.told)
+    tokenizer = load_tokenizer(source)
+    options = dataclasses.replace(options, max_length=options.max_length or DEFAULT_MAX_LENGTH)
+    found = read_pairs(options.data, options, tokenizer, reporter)
+    digest, pairs, held_out = found.digest(), found.pairs, list[Pair]()
+    if options.eval_data:
+        found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out")
+        held_out, found.refused = found_held_out.pairs, found.refused + found_held_out.refused
+    elif options.eval_fraction:
+        pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
+        reporter.fact("held out", f"{len(held_out):,} of the pairs")
+
+    model = load_model(source)
+    own_attention = model.config._attn_implementation
+    scorer = make_scorer(model, pairs + held_out, options, device, reporter)
+    options = dataclasses.replace(options, max_tokens=scorer.max_tokens, dtype=str(scorer.dtype).removeprefix("torch."))
+    plan = plan_run(
+        [row_cost(pair, scorer.layout) for pair in pairs],
+        scorer.layout,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        max_tokens=scorer.max_tokens,
+        world=processes,
+        seed=options.seed,
+    )
+    start = fingerprint(model, scorer.layout, scorer.dtype)
+    cache = ReferenceCache(options.cache_dir, start, reporter.warn)
+    run = Run(
+        folder,
+        options,
+        source,
+        tokenizer,
+        pairs,
+        held_out,
+        found.refused,
+        digest,
+        model,
+        own_attention,
+        scorer,
+        plan,
+        start,
+        cache,
+    )
+    _tell_plan(run, reporter)
+    return run
+
+
+def _tell_plan(run: Run, reporter: Reporter) -> None:
+    options, scorer = run.options, run.scorer
+    parameters = run.model.num_parameters()
+    threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
+    reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}, weights float32")
+    reporter.fact("parameters", f"{parameters:,}, all trained")
+    steps = [[i for indices in step for i in indices] for step in run.plan]
+    tokens = sum(row_cost(run.pairs[i], scorer.layout) for step in steps for i in step)
+    plain = sum(len(step) * max(row_cost(run.pairs[i], "padded") for i in step) for step in steps)
+    forwards = sum(len(step) for step in run.plan)
+    budget = f"{forwards:,} forwards of at most {scorer.max_tokens:,} tokens"
+    reporter.fact("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {budget}")
+    padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
+    reporter.fact("tokens", f"{tokens:,} to train on; {padded}")
+    need = parameters * STATE_BYTES + scorer.max_tokens * activation_bytes(run.model)
+    reporter.fact("memory", f"about {need / 2**30:.1f} GiB at most (estimate)")
+
+
+def create_folder(run: Run, manifest: dict[str, Any]) -> None:
+    """Begin the run's folder: its options, its manifest, the rows that were refused."""
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
+    write_json(run.folder / "manifest.json", manifest)
+    if run.refused:
+        with (run.folder / "refused.jsonl").open("w", encoding="utf-8") as stream:
+            for bad in run.refused:
+                stream.write(
+                    json.dumps({"where": bad.where, "reason": bad.reason, "row": bad.record}, default=str) + "\n"
+                )
+
+
+def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str, Any]:
+    """What it takes to tell, later, where a run's numbers come from."""
+    packages = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "datasets")
+    return {
+        "command": shlex.join(command),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "git_commit": _git_commit(),
+        "device": run.scorer.device.type,
+        "processes": processes,
+        "layout": run.scorer.layout,
+        "data": {
+            "files": run.options.data,
+            "pairs": len(run.pairs),
+            "refused": len(run.refused),
+            "tokens_sha256": run.digest,
+        },
+        "start_weights": {"model": run.source.base, "fingerprint": run.start},
+        "reference": {"model": run.options.model, "fingerprint": run.start},
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def check_same_run(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse to resume on other data or start weights than the run began with."""
+    began = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    checks = (("data", "tokens_sha256", "the data"), ("reference", "fingerprint", "the start model"))
+    changed = [name for section, key, name in checks if began[section][key] != manifest[section][key]]
+    if changed:
+        raise UsageError(
+            f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"
+        )
+
+
+def model_card(run: Run) -> str:
+    """The model card: a README.md with the metadata that the hub reads."""
+    o = run.options
+    return f"""---
+base_model: {run.source.base}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [dpo]
+---
+
+# {run.folder.name}
+
+{run.source.base}, fine-tuned on {len(run.pairs):,} preference pairs with Direct Preference Optimization
+([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by dpo-cli {version("dpo-cli")}.
+
+| beta | learning rate | schedule | steps | pairs a step | label smoothing | precision |
+|---|---|---|---|---|---|---|
+| {o.beta} | {o.lr} | {o.schedule} | {len(run.plan)} | {o.batch_size} | {o.label_smoothing} | {o.dtype} |
+"""
