@@ -61,6 +61,8 @@ def _folders(checkpoints: Path) -> list[Path]:
 
 def newest_checkpoint(checkpoints: Path, warn: Callable[[str], None]) -> tuple[Path, int] | None:
     """The newest checkpoint whose files are all as they were written, and its step; what is skipped is told."""
+    for left in checkpoints.glob(".*.tmp"):  # what a process that was killed while saving left behind
+        shutil.rmtree(left)
     for folder in _folders(checkpoints):
         try:
             manifest = json.loads((folder / MANIFEST).read_text())

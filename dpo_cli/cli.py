@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dpo_cli.config import EvalOptions, Options, PrecomputeOptions, TrainOptions, resolve, resolve_resumed
-from dpo_cli.errors import DpoError
+from dpo_cli.errors import DpoError, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,6 +82,10 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
         if debug:
             raise
         _fail(str(error), error.exit_code)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(str(error), 1)
     except KeyboardInterrupt:
         if debug:
             raise
@@ -89,8 +93,7 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in message)
-    print(f"error: {clean}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -165,7 +168,7 @@ def _reporter() -> Any:
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], str]) -> None:
-    print(json.dumps(result, ensure_ascii=False) if as_json else table(result))
+    print(json.dumps(result) if as_json else printable(table(result)))
 
 
 def _plain(result: dict[str, Any]) -> str:

@@ -57,13 +57,17 @@ class Options:
     cache_dir: Path = option(Path("~/.cache/dpo"), "Where reference log-probs are kept.")
 
     def __post_init__(self) -> None:
-        problems = []
-        for f in dataclasses.fields(self):
-            value, check = getattr(self, f.name), f.metadata["check"]
-            if check and value is not None and not check[0](value):
-                problems.append(f"--{f.name.replace('_', '-')} {value}: {check[1]}")
-        if problems:
+        if problems := _out_of_range(type(self), vars(self)):
             raise UsageError("\n".join(problems))
+
+
+def _out_of_range(kind: type[Options], values: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for f in dataclasses.fields(kind):
+        value, check = values.get(f.name), f.metadata["check"]
+        if check and value is not None and not check[0](value):
+            problems.append(f"--{f.name.replace('_', '-')} {value}: {check[1]}")
+    return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +124,13 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: Path | None = None) -
     Raises:
         UsageError: naming every unknown key, value of a wrong type, failed check or missing option.
     """
-    values = _from_yaml(kind, file) if file else {}
+    values, problems = _from_yaml(kind, file) if file else ({}, [])
     values |= {name: value for name, value in flags.items() if value is not None}
+    problems += _out_of_range(kind, values)
     if not values.get("data"):
-        raise UsageError("--data is missing: name a file of preference pairs, for example --data pairs.jsonl")
+        problems.append("--data is missing: name a file of preference pairs, for example --data pairs.jsonl")
+    if problems:
+        raise UsageError("\n".join(problems))
     return kind(**values)
 
 
@@ -156,17 +163,19 @@ def to_yaml(options: Options) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def _from_yaml(kind: type[Options], file: Path) -> dict[str, Any]:
+def _from_yaml(kind: type[Options], file: Path) -> tuple[dict[str, Any], list[str]]:
+    """The file's values under the options' names, and what is wrong with the others."""
     import yaml
 
     try:
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {file}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"--config {file}: not valid YAML\n{error}") from error
     if node is None:
-        return {}
+        return {}, []
     if not isinstance(node, yaml.MappingNode):
         raise UsageError(f"--config {file}: must be a mapping of option names to values")
     types = get_type_hints(kind)
@@ -175,44 +184,43 @@ def _from_yaml(kind: type[Options], file: Path) -> dict[str, Any]:
     for key_node, value_node in node.value:
         key, where = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
         name = key.replace("-", "_")
-        value = yaml.safe_load(yaml.serialize(value_node))
         if name not in types:
             near = difflib.get_close_matches(name, types, n=1)
             problems.append(f"{where}: unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
-        elif name in values:
+            continue
+        if name in values:
             problems.append(f"{where}: option '{key}' is given twice")
-        else:
-            try:
-                values[name] = _convert(value, types[name])
-            except (TypeError, ValueError):
-                problems.append(f"{where}: option '{key}' cannot be {value!r}")
-    if problems:
-        raise UsageError("\n".join(problems))
-    return {name: value for name, value in values.items() if value is not None}
+            continue
+        value = value_node.value
+        values[name] = None
+        try:
+            value = loader.construct_object(value_node, deep=True)
+            values[name] = _convert(value, types[name])
+        except (TypeError, ValueError, OverflowError, yaml.YAMLError):
+            problems.append(f"{where}: option '{key}' cannot be {value!r}")
+    return {name: value for name, value in values.items() if value is not None}, problems
 
 
 def _convert(value: Any, type_: Any) -> Any:
-    """A YAML value as the option's type. YAML reads ``1e-6`` as a string; here it is a number."""
-    allowed = get_args(type_) or (type_,)
-    if value is None and type(None) in allowed:
+    """A YAML value as the option's type. YAML reads ``1e-6`` as a string; here it is a number.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is none.
+    """
+    kinds = get_args(type_) or (type_,)
+    if value is None and type(None) in kinds:
         return None
-    if list[str] in allowed or type_ == list[str]:
+    kind = list if type_ == list[str] else next(kind for kind in kinds if kind is not type(None))
+    if kind is list or kind == list[str]:
         items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, str) for item in items):
-            raise TypeError
-        return items
-    kind = next(t for t in allowed if t is not type(None))
-    if kind is bool or isinstance(value, bool):
-        if kind is not bool or not isinstance(value, bool):
-            raise TypeError
-        return value
-    if kind is int:
-        number = float(value)
-        if number != int(number):
-            raise ValueError
-        return int(number)
-    if kind is float:
-        return float(value)
-    if isinstance(value, (list, dict)):
-        raise TypeError
-    return kind(str(value))
+        if all(isinstance(item, str) for item in items):
+            return items
+    elif isinstance(value, bool) or kind is bool:
+        if isinstance(value, bool) and kind is bool:
+            return value
+    elif kind is int:
+        if float(value) == int(float(value)):
+            return int(float(value))
+    elif kind is float or isinstance(value, (str, int, float)):
+        return kind(value) if kind is float else kind(str(value))
+    raise TypeError

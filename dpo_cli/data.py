@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,16 +66,18 @@ def read_rows(files: list[str], columns: str | None = None) -> Iterator[Row | Ba
                     yield _parse_row(record, where, names)
                 except RowError as error:
                     yield BadRow(where, str(error), record)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UsageError(f"--data {file}: cannot be read ({error})") from error
         if count == 0:
             raise UsageError(f"--data {file}: the file has no rows")
 
 
 def _checked_path(file: str) -> Path:
-    path = Path(file).expanduser()
-    if not path.exists():
-        raise UsageError(f"--data {file}: no such file")
+    try:
+        path = Path(file).expanduser()
+        path.stat()
+    except (OSError, RuntimeError, ValueError) as error:  # also a user or a name that cannot be
+        raise UsageError(f"--data {file}: no such file ({error})") from error
     if path.is_dir():
         raise UsageError(f"--data {file}: is a folder; name its files")
     if not path.name.removesuffix(".gz").endswith(SUFFIXES):
@@ -116,7 +119,7 @@ def _read_json_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip() in (b"", b"\xef\xbb\xbf"):
             continue
         try:
-            record = _loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            record = _loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             record = RowError(f"not UTF-8 (byte {error.start + 1} of the line)")
         except RowError as error:
@@ -130,48 +133,78 @@ def _read_json_array(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
         text = stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"--data {path}: not UTF-8 (byte {error.start + 1})") from error
-    decoder, position, line = _decoder(), _skip(text, 0, " \t\r\n"), 1
-    if not text[position:]:
+    start = _skip_space(text, 0)
+    if start == len(text):
         return
-    if text[position] != "[":
+    if text[start] != "[":
         raise UsageError(f"--data {path}: must be one array of rows; for one object a line, name it .jsonl")
-    line += text.count("\n", 0, position)
-    while True:
-        start = _skip(text, position + 1, " \t\r\n,")
-        line += text.count("\n", position, start)
-        if text[start : start + 1] in ("]", ""):
-            if not text[start:]:
-                yield f"{path}:{line}", RowError("not JSON: the array has no end")
-            return
-        try:
-            record, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:  # past a broken element nothing can be told apart
-            yield f"{path}:{line}", RowError(_json_reason(error))
-            return
-        yield f"{path}:{line}", record
-        line += text.count("\n", start, end)
-        position = end - 1
+    lines = _LineCounter(text, path)
+    start = _skip_space(text, start + 1)
+    if not text.startswith("]", start):
+        while True:
+            try:
+                record, end = _DECODER.raw_decode(text, start)
+            except (ValueError, RecursionError) as error:  # past a broken element nothing can be told apart
+                place = error.pos if isinstance(error, json.JSONDecodeError) else start
+                yield lines.where(place), RowError(_json_reason(error) if text[start:] else _NO_END)
+                return
+            yield lines.where(start), record
+            start = _skip_space(text, end)
+            if not text.startswith(",", start):
+                break
+            start = _skip_space(text, start + 1)
+    if not text.startswith("]", start):
+        yield lines.where(start), RowError("not JSON: Expecting ',' or ']' after a row" if text[start:] else _NO_END)
+    elif text[start + 1 :].strip():
+        yield lines.where(start + 1), RowError("not JSON: something follows the array")
+
+
+_NO_END = "not JSON: the array has no end"
+
+
+class _LineCounter:
+    """Lines of places in a text that are asked for from the first to the last."""
+
+    def __init__(self, text: str, path: Path) -> None:
+        self.text, self.path, self.counted, self.line = text, path, 0, 1
+
+    def where(self, place: int) -> str:
+        self.line += self.text.count("\n", self.counted, place)
+        self.counted = place
+        return f"{self.path}:{self.line}"
 
 
 def _read_csv(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows under the first line's names, each told by its first line; a cell may span lines."""
     lines = (line.decode("utf-8-sig" if number == 1 else "utf-8") for number, line in enumerate(stream, 1))
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(lines, strict=True)
+    reader = csv.reader(lines, strict=True)
+    first = 1
     try:
-        for record in reader:
-            yield f"{path}:{reader.line_num}", record
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UsageError(f"--data {path}: the column '{twice}' is there twice")
+        first = reader.line_num + 1
+        for cells in reader:
+            if len(cells) > len(names):
+                yield f"{path}:{first}", RowError(f"{len(cells)} cells under {len(names)} column names")
+            elif cells:
+                yield f"{path}:{first}", dict(zip(names, cells, strict=False))
+            first = reader.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
-        yield f"{path}:{reader.line_num + 1}", RowError(f"not CSV in UTF-8: {error}")
+        yield f"{path}:{first}", RowError(f"not CSV in UTF-8: {error}")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
     try:
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, record in enumerate(rows, 1):
-            yield f"{path}:row {number}", record
-    except Exception as error:  # datasets and pyarrow raise many kinds for a broken file
+        with ParquetFile(path) as file:
+            records = (record for batch in file.iter_batches(1024) for record in batch.to_pylist())
+            yield from ((f"{path}:row {number}", record) for number, record in enumerate(records, 1))
+    except ArrowException as error:
         raise UsageError(f"--data {path}: not a readable parquet file ({error})") from error
 
 
@@ -207,8 +240,8 @@ def _json_reason(error: Exception) -> str:
     return f"not JSON: {error}"
 
 
-def _skip(text: str, position: int, characters: str) -> int:
-    while position < len(text) and text[position] in characters:
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
 

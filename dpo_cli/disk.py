@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,9 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary file to write; it takes the name ``path`` when the block ends well, else it is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    descriptor, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
     try:
         yield temporary
         _settle(temporary)
@@ -28,14 +31,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """The same for a folder, which must not exist yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _settle(file)
-        _sync(temporary)
+        for each in [*temporary.rglob("*"), temporary]:
+            _settle(each)
         temporary.rename(path)
         _sync(path.parent)
     finally:
@@ -48,16 +48,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _settle(file: Path) -> None:
-    """Bring a file to disk, with the mode any new file gets (safetensors writes 0600)."""
+def _settle(path: Path) -> None:
+    """Bring a file or folder to disk, with the mode any new one gets: temporary ones and safetensors' are private."""
     umask = os.umask(0)
     os.umask(umask)
-    file.chmod(0o666 & ~umask)
-    _sync(file)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    _sync(path)
 
 
 def _sync(path: Path) -> None:

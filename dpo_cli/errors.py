@@ -1,4 +1,9 @@
-"""The exceptions whose message is written for the user."""
+"""The exceptions whose message is written for the user, and text that is safe to show."""
+
+
+def printable(text: str) -> str:
+    """The text with control characters replaced: names, data and answers must not steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
 class DpoError(Exception):

@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor
 
+from dpo_cli.errors import printable
+
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "wins", "ties", "logps/chosen", "logps/rejected", "pairs")
 
 
@@ -89,9 +91,8 @@ class Reporter:
         self.console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """One line; text from data and file names is shown as it is, without control characters."""
-        clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
-        self.console.print(clean, markup=False)
+        """One line, shown as it is."""
+        self.console.print(printable(text), markup=False)
 
     def fact(self, name: str, text: str) -> None:
         """One line under a name; an empty name goes on with the one before."""

@@ -40,7 +40,8 @@ class ModelSource:
 
     def arguments(self) -> dict[str, Any]:
         """What transformers' ``from_pretrained`` wants to find it."""
-        return {"pretrained_model_name_or_path": self.path} | ({"gguf_file": self.gguf} if self.gguf else {})
+        arguments = {"pretrained_model_name_or_path": self.path, "trust_remote_code": False}
+        return arguments | ({"gguf_file": self.gguf} if self.gguf else {})
 
 
 def find_model(name: str | None) -> ModelSource:

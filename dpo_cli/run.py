@@ -154,7 +154,7 @@ def create_folder(run: Run, manifest: dict[str, Any]) -> None:
 
 def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str, Any]:
     """What it takes to tell, later, where a run's numbers come from."""
-    packages = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "datasets")
+    packages = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors")
     return {
         "command": shlex.join(command),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

@@ -81,7 +81,8 @@ def refusal(refused: list[BadRow], rows: int) -> UsageError:
     lines = [f"{bad.where}: {bad.reason}" for bad in refused[:10]]
     if len(refused) > 10:
         counts = Counter(bad.reason for bad in refused[10:])
-        lines.append(f"and {len(refused) - 10} more: " + "; ".join(f"{n} × {why}" for why, n in counts.most_common()))
+        most = [f"{n} × {why}" for why, n in counts.most_common(10)] + ["…"] * (len(counts) > 10)
+        lines.append(f"and {len(refused) - 10} more: " + "; ".join(most))
     lines.append(f"{len(refused)} of {rows} rows cannot be used. Mend them, or go on without them: --on-bad-row skip")
     return UsageError("\n".join(lines))
 
@@ -95,6 +96,8 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise UsageError("the model's tokenizer has no EOS token, so responses cannot end")
         self.eos: int = tokenizer.eos_token_id
+        probe = tokenizer("a")["input_ids"]
+        self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
         self.turn_end = self._turn_end() if tokenizer.chat_template else ""
 
     def pair(self, row: Row) -> tuple[Pair, set[str]]:
@@ -142,19 +145,20 @@ class Encoder:
     def _full_ids(self, prompt: Any, response: Any) -> Ids:
         if isinstance(prompt, str):
             ids = self._encode(prompt + response)
-            return ids if ids[-1] == self.eos else np.append(ids, np.int32(self.eos))
-        text = self._render(prompt + response)
-        ids = self._encode(text.removesuffix(self.turn_end) + self.turn_end.rstrip(), templated=True)
-        return ids if self.turn_end.strip() else np.append(ids, np.int32(self.eos))
+        else:
+            text = self._render(prompt + response)
+            ids = self._encode(text.removesuffix(self.turn_end) + self.turn_end.rstrip(), templated=True)
+            if self.turn_end.strip():
+                return ids
+        return ids if ids[-1] == self.eos else np.append(ids, np.int32(self.eos))
 
     def _encode(self, text: str, templated: bool = False) -> Ids:
         """Token ids with exactly one BOS where the tokenizer wants one; a template brings its own."""
         ids = self.tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
-        if not templated and len(ids) > 1 and ids[-1] == self.eos and not text.endswith(self.tokenizer.eos_token):
-            ids = ids[:-1]  # some tokenizers end every text with EOS; a prompt must not
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and list(ids[:2]) == [bos, bos]:
-            ids = ids[1:]
+        if not templated and self.adds_eos:
+            ids = ids[:-1]  # a prompt must not end with it, and a response gets its own
+        if not templated and self.adds_bos and text.startswith(self.tokenizer.bos_token):
+            ids = ids[1:]  # the text brings its own
         return np.asarray(ids, dtype=np.int32)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
@@ -166,7 +170,8 @@ class Encoder:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            text.encode()  # half of a surrogate pair is no text
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise RowError(f"the chat template refuses the messages: {error}") from error
         return text
 

@@ -1,0 +1,624 @@
+"""Rows of every accepted format, and the exact place and reason of every bad one."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_cli.data import BadRow, Row, read_rows
+from dpo_cli.errors import UsageError
+
+STRINGS = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
+BOM = b"\xef\xbb\xbf"
+SURROGATE = "\ud83d"
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def read(path: Path, columns: str | None = None) -> list[Row | BadRow]:
+    return list(read_rows([str(path)], columns))
+
+
+def read_bytes(folder: Path, name: str, content: bytes | str, columns: str | None = None) -> list[Row | BadRow]:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read(path, columns)
+
+
+def refused(folder: Path, *records: Any) -> list[str]:
+    """The reasons why these records are bad, read as the lines of one file; all of them must be."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = read(path)
+    assert [row.where for row in rows] == [f"{path}:{number}" for number in range(1, len(records) + 1)]
+    assert all(isinstance(row, BadRow) for row in rows), rows
+    return [row.reason for row in rows if isinstance(row, BadRow)]
+
+
+def reason(folder: Path, record: Any) -> str:
+    return refused(folder, record)[0]
+
+
+# ---- formats ----------------------------------------------------------------------------------------------------
+
+HH = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:"
+SYSTEM = {"role": "system", "content": "Be short."}
+# name: (record, what the format is called, prompt, chosen, rejected)
+FORMS: dict[str, tuple[dict[str, Any], str, Any, Any, Any]] = {
+    "strings": (STRINGS, "prompt and responses as strings", "Why?", "Because.", "No idea."),
+    "messages": (
+        {"prompt": [SYSTEM, user("Why?")], "chosen": [assistant("Because.")], "rejected": [assistant("No.")]},
+        "prompt and responses as messages",
+        [SYSTEM, user("Why?")],
+        [assistant("Because.")],
+        [assistant("No.")],
+    ),
+    "conversations": (
+        {
+            "chosen": [user("Hi"), assistant("Hello!"), user("Why?"), assistant("Because.")],
+            "rejected": [user("Hi"), assistant("Hello!"), user("Why?"), assistant("No.")],
+        },
+        "conversations with a common prefix",
+        [user("Hi"), assistant("Hello!"), user("Why?")],
+        [assistant("Because.")],
+        [assistant("No.")],
+    ),
+    "conversations beside a prompt string": (
+        {
+            "prompt": "Why?",
+            "chosen": [user("Why?"), assistant("Because.")],
+            "rejected": [user("Why?"), assistant("No.")],
+        },
+        "conversations with a common prefix",
+        [user("Why?")],
+        [assistant("Because.")],
+        [assistant("No.")],
+    ),
+    "dialogues": (
+        {"chosen": HH + " Because.", "rejected": HH + " Be quiet."},
+        "dialogues as strings (HH)",
+        HH,
+        " Because.",
+        " Be quiet.",
+    ),
+    "prompt messages, response strings": (
+        {"prompt": [user("Why?")], "chosen": "Because.", "rejected": "No."},
+        "prompt and responses as messages",
+        [user("Why?")],
+        [assistant("Because.")],
+        [assistant("No.")],
+    ),
+}
+SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet")
+PLACES = {"jsonl": "1 2", "json": "2 3", "csv": "2 3", "parquet": "row 1,row 2"}
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write records in the container that the name asks for, each beginning on a line of its own."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+        return
+    if kind == "csv":
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        text = buffer.getvalue()
+    else:
+        lines = [json.dumps(record) for record in records]
+        text = "[\n" + ",\n".join(lines) + "\n]\n" if kind == "json" else "\n".join(lines) + "\n"
+    content = text.encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix"),
+    [(form, suffix) for form in FORMS for suffix in SUFFIXES if form == "strings" or not suffix.startswith("csv")],
+)
+def test_every_form_of_row_is_read_from_every_kind_of_file(form: str, suffix: str, tmp_path: Path) -> None:
+    record, named, prompt, chosen, rejected = FORMS[form]
+    kind = suffix.removesuffix(".gz")
+    path = tmp_path / f"rows.{suffix}"
+    write_records(path, [record, record])
+    places = PLACES[kind].split("," if kind == "parquet" else None)
+    assert read(path) == [Row(f"{path}:{place}", named, prompt, chosen, rejected) for place in places]
+
+
+def test_several_files_are_read_in_order(tmp_path: Path) -> None:
+    for name, prompt in (("b.jsonl", "first"), ("a.csv", "second")):
+        write_records(tmp_path / name, [STRINGS | {"prompt": prompt}])
+    rows = list(read_rows([str(tmp_path / "b.jsonl"), str(tmp_path / "a.csv")]))
+    assert [row.prompt for row in rows if isinstance(row, Row)] == ["first", "second"]
+    assert [row.where for row in rows] == [f"{tmp_path / 'b.jsonl'}:1", f"{tmp_path / 'a.csv'}:2"]
+
+
+def test_a_file_may_mix_forms(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(form[0]) + "\n" for form in FORMS.values()))
+    assert [row.format for row in read(path) if isinstance(row, Row)] == [form[1] for form in FORMS.values()]
+
+
+def test_text_is_kept_as_it_is(tmp_path: Path) -> None:
+    """No strip, no normalisation; a surrogate pair in JSON escapes is one character."""
+    record = {"prompt": "  e\u0301\t", "chosen": " 😀\n", "rejected": "\u2028 \x00"}
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
+    assert isinstance(row, Row)
+    assert (row.prompt, row.chosen, row.rejected) == ("  e\u0301\t", " 😀\n", "\u2028 \x00")
+
+
+def test_tool_turns_belong_to_a_response(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    result = {"role": "tool", "content": "42"}
+    chosen = [call, result, assistant("It is 42.")]
+    record = {"prompt": [user("Why?")], "chosen": chosen, "rejected": [assistant("No idea.")]}
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
+    assert isinstance(row, Row) and row.chosen == chosen
+    shared = {
+        "chosen": [user("Why?"), call, result, assistant("42")],
+        "rejected": [user("Why?"), call, result, assistant("41")],
+    }
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(shared))
+    assert isinstance(row, Row) and row.prompt == [user("Why?"), call, result]
+
+
+# ---- dialogues as strings ---------------------------------------------------------------------------------------
+
+
+def test_a_dialogue_is_cut_after_the_last_shared_assistant_marker(tmp_path: Path) -> None:
+    """Not inside the answers, though both begin with the same words."""
+    record = {"chosen": HH + " I think so.", "rejected": HH + " I think not."}
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
+    assert isinstance(row, Row)
+    assert (row.prompt, row.chosen, row.rejected) == (HH, " I think so.", " I think not.")
+
+
+def test_dialogues_that_differ_before_the_last_answer_are_refused(tmp_path: Path) -> None:
+    early = {
+        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+        "rejected": "\n\nHuman: a\n\nAssistant: x\n\nHuman: c\n\nAssistant: d",
+    }
+    longer = {"chosen": HH + " Because.\n\nHuman: Thanks\n\nAssistant: Welcome", "rejected": HH + " No."}
+    no_assistant = {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}
+    no_common = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: b"}
+    no_dialogue = {"chosen": "some answer", "rejected": "another answer"}
+    differ = "the dialogues differ before their last answer, so they have no common prompt"
+    none = "prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'"
+    assert refused(tmp_path, early, longer) == [differ] * 2
+    assert refused(tmp_path, no_assistant, no_common, no_dialogue) == [none] * 3
+
+
+def test_a_dialogue_with_an_empty_or_equal_last_answer_is_refused(tmp_path: Path) -> None:
+    empty_chosen = {"chosen": HH + " \n", "rejected": HH + " No."}
+    empty_rejected = {"chosen": HH + " Because.", "rejected": HH}
+    equal = {"chosen": HH + " Because.", "rejected": HH + " Because."}
+    told = refused(tmp_path, empty_chosen, empty_rejected, equal)
+    assert told == ["chosen is empty", "rejected is empty", "chosen equals rejected"]
+
+
+# ---- reasons ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ([STRINGS], "not an object with the columns prompt, chosen, rejected"),
+        ("text", "not an object with the columns prompt, chosen, rejected"),
+        (None, "not an object with the columns prompt, chosen, rejected"),
+        ({}, "chosen is missing"),
+        (STRINGS | {"chosen": None}, "chosen is missing"),
+        (STRINGS | {"rejected": None}, "rejected is missing"),
+        (STRINGS | {"prompt": None}, "prompt is missing, and chosen and rejected share no dialogue"),
+        (STRINGS | {"chosen": 7}, "chosen is a int; it must be a string or a list of messages"),
+        (STRINGS | {"rejected": {"role": "assistant"}}, "rejected is a dict; it must be a string or a list"),
+        (STRINGS | {"prompt": True}, "prompt is a bool; it must be a string or a list"),
+        (STRINGS | {"prompt": ""}, "prompt is empty"),
+        (STRINGS | {"prompt": " \n\t"}, "prompt is empty"),
+        (STRINGS | {"chosen": ""}, "chosen is empty"),
+        (STRINGS | {"rejected": "  "}, "rejected is empty"),
+        (STRINGS | {"rejected": STRINGS["chosen"]}, "chosen equals rejected"),
+        (STRINGS | {"chosen": [assistant("a")]}, "chosen and rejected differ in kind"),
+        (STRINGS | {"chosen": "a" + SURROGATE}, "chosen has half of a surrogate pair, which is no text"),
+        (STRINGS | {"prompt": SURROGATE}, "prompt has half of a surrogate pair, which is no text"),
+    ],
+)
+def test_bad_strings_are_refused_with_the_reason(record: Any, told: str, tmp_path: Path) -> None:
+    assert reason(tmp_path, record).startswith(told)
+
+
+MESSAGES = FORMS["messages"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"prompt": []}, "prompt is empty"),
+        ({"chosen": []}, "chosen is empty"),
+        ({"chosen": ["text"]}, "chosen, message 1: must be an object with role and content"),
+        ({"prompt": [user("a"), {"content": "b"}]}, "prompt, message 2: must be an object with role and content"),
+        ({"prompt": [{"role": 1, "content": "b"}]}, "prompt, message 1: must be an object with role and content"),
+        ({"prompt": [{"role": "human", "content": "b"}]}, "prompt, message 1: unknown role 'human'; use one of system"),
+        ({"chosen": [{"role": "assistant"}]}, "chosen, message 1: content must be a string"),
+        ({"chosen": [{"role": "assistant", "content": None}]}, "chosen, message 1: content must be a string"),
+        ({"chosen": [{"role": "assistant", "content": [{"text": "x"}]}]}, "chosen, message 1: content must be"),
+        ({"rejected": [assistant(SURROGATE)]}, "rejected, message 1: content has half of a surrogate pair"),
+        ({"chosen": [assistant(" ")]}, "chosen is empty"),
+        ({"rejected": MESSAGES["chosen"]}, "chosen equals rejected"),
+        ({"rejected": "text"}, "chosen and rejected differ in kind"),
+        (
+            {"chosen": [user("Really?"), assistant("Yes.")]},
+            "chosen has a 'user' turn; the two may differ in their last",
+        ),
+        ({"rejected": [SYSTEM, assistant("Yes.")]}, "rejected has a 'system' turn; the two may differ in their last"),
+        ({"chosen": [assistant("a"), {"role": "tool", "content": "b"}]}, "chosen does not end with an assistant turn"),
+        ({"prompt": [user("a"), assistant("b")]}, "prompt ends with the role 'assistant'; it must end with user or"),
+        ({"prompt": [SYSTEM]}, "prompt ends with the role 'system'; it must end with user or tool"),
+    ],
+)
+def test_bad_messages_are_refused_with_the_reason(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    assert reason(tmp_path, MESSAGES | change).startswith(told)
+
+
+def test_conversations_without_a_usable_prefix_are_refused(tmp_path: Path) -> None:
+    nothing_shared = {"chosen": [assistant("a")], "rejected": [assistant("b")]}
+    other_question = {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("b")]}
+    later_user_turn = {
+        "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+        "rejected": [user("a"), assistant("x"), user("c"), assistant("d")],
+    }
+    one_is_the_other_s_beginning = {
+        "chosen": [user("a"), assistant("b")],
+        "rejected": [user("a"), assistant("b"), user("c"), assistant("d")],
+    }
+    equal = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]}
+    told = refused(tmp_path, nothing_shared, other_question, later_user_turn, one_is_the_other_s_beginning)
+    assert told[0] == "prompt is empty: the conversations share no first message"
+    assert told[1] == told[2] == "chosen has a 'user' turn; the two may differ in their last answer only"
+    assert told[3] == "chosen does not end with an assistant turn"
+    assert refused(tmp_path, equal)  # with no turn left, any of the reasons is true
+
+
+def test_a_bad_row_keeps_what_was_read(tmp_path: Path) -> None:
+    record = STRINGS | {"chosen": ""}
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
+    assert isinstance(row, BadRow) and row.record == record
+
+
+# ---- JSON lines -------------------------------------------------------------------------------------------------
+
+LINE = json.dumps(STRINGS).encode()
+
+
+def where_and_kind(rows: list[Row | BadRow]) -> list[tuple[str, type]]:
+    return [(row.where.rpartition(":")[2], type(row)) for row in rows]
+
+
+def test_bom_crlf_blank_lines_and_a_missing_last_newline(tmp_path: Path) -> None:
+    content = BOM + LINE + b"\r\n\r\n  \t\n" + LINE + b"\n\n" + LINE
+    rows = read_bytes(tmp_path, "rows.jsonl", content)
+    assert where_and_kind(rows) == [("1", Row), ("4", Row), ("6", Row)]
+    assert {(row.prompt, row.chosen, row.rejected) for row in rows if isinstance(row, Row)} == {tuple(STRINGS.values())}
+
+
+def test_a_bad_line_does_not_move_the_others(tmp_path: Path) -> None:
+    content = b"\n".join([LINE, b"{", b"", b'{"prompt": "\xff"}', LINE, b"null", LINE])
+    rows = read_bytes(tmp_path, "rows.jsonl", content)
+    expected = [("1", Row), ("2", BadRow), ("4", BadRow), ("5", Row), ("6", BadRow), ("7", Row)]
+    assert where_and_kind(rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"prompt": "a", "chosen": b}', "not JSON: Expecting value (column 27)"),
+        (b"prompt,chosen,rejected", "not JSON: Expecting value (column 1)"),
+        (LINE + LINE, f"not JSON: Extra data (column {len(LINE) + 1})"),
+        (b'{"prompt": "a"', "not JSON: Expecting ',' delimiter (column 15)"),
+        (b'{"prompt": NaN}', "not JSON: NaN is no JSON value"),
+        (b'{"chosen": -Infinity}', "not JSON: -Infinity is no JSON value"),
+        (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "not JSON: the key 'prompt' is there twice"),
+        (b'{"x": [{"a": 1, "a": 1}]}', "not JSON: the key 'a' is there twice"),
+        (b'{"prompt": "\xe4"}', "not UTF-8 (byte 13 of the line)"),
+        (b"[" * 100_000, "not JSON: nested too deeply"),
+        (b'{"chosen":' * 100_000, "not JSON: nested too deeply"),
+        (b"[" * 100_000 + b"]" * 100_000, "not JSON: nested too deeply"),
+        (b"9" * 5000, "not JSON: Exceeds the limit"),
+    ],
+)
+def test_a_line_that_is_no_json_is_refused_with_its_place(line: bytes, told: str, tmp_path: Path) -> None:
+    rows = read_bytes(tmp_path, "rows.jsonl", LINE + b"\n" + line + b"\n" + LINE + b"\n")
+    assert where_and_kind(rows) == [("1", Row), ("2", BadRow), ("3", Row)]
+    assert isinstance(rows[1], BadRow) and rows[1].reason.startswith(told)
+
+
+# ---- JSON arrays ------------------------------------------------------------------------------------------------
+
+
+def test_an_element_of_a_pretty_printed_array_is_told_by_its_first_line(tmp_path: Path) -> None:
+    records = [STRINGS, STRINGS | {"chosen": ""}, MESSAGES, {"prompt": "a\nb"}]
+    text = "\n" + json.dumps(records, indent=2)
+    lines = [number for number, line in enumerate(text.split("\n"), 1) if line in ("  {", "  },{")]
+    for content in (text, BOM.decode() + text.replace("\n", "\r\n")):
+        rows = read_bytes(tmp_path, "rows.json", content)
+        assert where_and_kind(rows) == list(zip(map(str, lines), [Row, BadRow, Row, BadRow], strict=True))
+
+
+def test_a_broken_element_is_told_by_the_line_that_is_broken(tmp_path: Path) -> None:
+    """The column is that of the line in the place, so the two point at one character."""
+    text = '[\n  {"prompt": "p", "chosen": "a", "rejected": "b"},\n  {\n    "prompt": "p",\n    "chosen": a\n  }\n]\n'
+    rows = read_bytes(tmp_path, "rows.json", text)
+    assert where_and_kind(rows) == [("2", Row), ("5", BadRow)]
+    assert isinstance(rows[1], BadRow) and rows[1].reason.startswith("not JSON: Expecting value (column 15)")
+
+
+@pytest.mark.parametrize(
+    ("tail", "line", "told"),
+    [
+        (',\n{"chosen": NaN}]', "3", "not JSON: NaN is no JSON value"),
+        (',\n{"chosen": 1, "chosen": 2}]', "3", "not JSON: the key 'chosen' is there twice"),
+        (",\n" + "[" * 100_000, "3", "not JSON: nested too deeply"),
+        ("", "2", "not JSON: the array has no end"),
+        (",\n", "3", "not JSON: the array has no end"),
+    ],
+)
+def test_a_broken_array_is_refused_with_its_place(tail: str, line: str, told: str, tmp_path: Path) -> None:
+    rows = read_bytes(tmp_path, "rows.json", "[\n" + LINE.decode() + tail)
+    assert where_and_kind(rows) == [("2", Row), (line, BadRow)]
+    assert isinstance(rows[1], BadRow) and rows[1].reason.startswith(told)
+
+
+@pytest.mark.parametrize("between", ["]\n[", " ", ",,", "] {"])
+def test_rows_behind_a_broken_separator_are_not_dropped_in_silence(between: str, tmp_path: Path) -> None:
+    """Above all the second of two arrays written one after the other."""
+    rows = read_bytes(tmp_path, "rows.json", "[" + LINE.decode() + between + LINE.decode() + "]")
+    assert isinstance(rows[-1], BadRow) and rows[-1].reason.startswith("not JSON")
+
+
+# ---- CSV --------------------------------------------------------------------------------------------------------
+
+HEADER = "prompt,chosen,rejected\n"
+
+
+def test_csv_cells_may_span_lines_and_a_row_is_told_by_its_first(tmp_path: Path) -> None:
+    bad = '"p\n\nq",,b\n'  # lines 5 to 7
+    text = HEADER + '"p\nq","a ""b""\nc",d\n' + "\n" + bad + "p,a,b\n"
+    rows = read_bytes(tmp_path, "rows.csv", text)
+    assert [type(row) for row in rows] == [Row, BadRow, Row]
+    assert isinstance(rows[0], Row) and (rows[0].prompt, rows[0].chosen) == ("p\nq", 'a "b"\nc')
+    assert isinstance(rows[1], BadRow) and rows[1].reason == "chosen is empty"
+    assert [row.where.rpartition(":")[2] for row in rows] == ["2", "6", "9"]
+
+
+def test_csv_with_bom_and_crlf(tmp_path: Path) -> None:
+    content = BOM + HEADER.replace("\n", "\r\n").encode() + b'p,"a\r\nb",c\r\n\r\np,d,e\r\n'
+    rows = read_bytes(tmp_path, "rows.csv", content)
+    assert [(row.prompt, row.chosen) for row in rows if isinstance(row, Row)] == [("p", "a\r\nb"), ("p", "d")]
+    assert len(rows) == 2
+
+
+def test_csv_dialogues(tmp_path: Path) -> None:
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([["chosen", "rejected"], [HH + " Because.", HH + " No."]])
+    [row] = read_bytes(tmp_path, "rows.csv", buffer.getvalue())
+    assert isinstance(row, Row) and (row.prompt, row.chosen, row.rejected) == (HH, " Because.", " No.")
+
+
+def test_a_csv_row_with_a_cell_missing_or_empty_is_refused(tmp_path: Path) -> None:
+    rows = read_bytes(tmp_path, "rows.csv", HEADER + "p,a\np,,b\np,a,a\n,a,b\n")
+    assert [row.where.rpartition(":")[2] for row in rows] == ["2", "3", "4", "5"]
+    told = [row.reason for row in rows if isinstance(row, BadRow)]
+    assert told == ["rejected is missing", "chosen is empty", "chosen equals rejected", "prompt is empty"]
+
+
+def test_a_csv_row_with_a_cell_too_many_is_refused(tmp_path: Path) -> None:
+    """An unquoted comma would cut the response short in silence."""
+    [bad, good] = read_bytes(tmp_path, "rows.csv", HEADER + "p,a,No, never do that\np,a,b\n")
+    assert isinstance(bad, BadRow) and bad.where.endswith(":2")
+    assert isinstance(good, Row)
+
+
+def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    """As a key that is there twice in JSON is."""
+    with pytest.raises(UsageError, match="chosen"):
+        read_bytes(tmp_path, "rows.csv", "prompt,chosen,chosen,rejected\np,a,b,c\n")
+
+
+@pytest.mark.parametrize(
+    "broken", [b'p,"a"x,b\n', b'p,"a,b\np,c,d\n', b"p,\xff,b\n"], ids=["quote", "open quote", "not UTF-8"]
+)
+@pytest.mark.parametrize("before", [b"", b"p,a,b\n", b"p,a,b\n\n\n", b'p,"a\na",b\n'])
+def test_broken_csv_is_refused_with_its_place(before: bytes, broken: bytes, tmp_path: Path) -> None:
+    rows = read_bytes(tmp_path, "rows.csv", HEADER.encode() + before + broken)
+    last = rows[-1]
+    assert isinstance(last, BadRow) and last.reason.startswith("not CSV in UTF-8: ")
+    assert last.where == f"{tmp_path / 'rows.csv'}:{2 + len(before.splitlines())}"
+    assert len(rows) == 1 + bool(before)
+
+
+# ---- columns ----------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_mapped(tmp_path: Path) -> None:
+    record = {"question": "Why?", "good": "Because.", "bad": "No idea.", "chosen": "unused"}
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record), " prompt=question, chosen = good,rejected=bad")
+    assert isinstance(row, Row)
+    assert (row.prompt, row.chosen, row.rejected) == ("Why?", "Because.", "No idea.")
+    [row] = read_bytes(tmp_path, "rows.csv", "prompt,good,rejected\np,a,b\n", "chosen=good")
+    assert isinstance(row, Row) and row.chosen == "a"
+
+
+def test_a_mapped_column_that_is_missing_or_bad_is_told_by_both_names(tmp_path: Path) -> None:
+    record = {"prompt": "Why?", "good": "", "rejected": "No."}
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record), "chosen=good")
+    assert isinstance(row, BadRow) and row.reason == "chosen (column 'good') is empty"
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(STRINGS), "chosen=good")
+    assert isinstance(row, BadRow) and row.reason == "chosen (column 'good') is missing"
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps({"chosen": HH + "a", "rejected": HH + "b"}), "prompt=q")
+    assert isinstance(row, BadRow) and row.reason == "prompt (column 'q') is missing"
+
+
+@pytest.mark.parametrize("columns", ["question", "prompt=", "question=prompt", "prompt=a,chosen", "=a"])
+def test_malformed_columns_are_refused(columns: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--columns .*: write it as prompt=NAME,chosen=NAME,rejected=NAME"):
+        read_bytes(tmp_path, "rows.jsonl", LINE, columns)
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+ZIPPED = gzip.compress(LINE * 2000, mtime=0)
+GARBLED = ZIPPED[:40] + b"\x00\x01\x02\xff" + ZIPPED[44:]  # the deflate stream itself is broken
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.jsonl", b"", "the file has no rows"),
+        ("rows.jsonl", b"\n \n", "the file has no rows"),
+        ("rows.jsonl", BOM, "the file has no rows"),
+        ("rows.json", b"", "the file has no rows"),
+        ("rows.json", b" \n", "the file has no rows"),
+        ("rows.json", b"[ ]", "the file has no rows"),
+        ("rows.csv", b"", "the file has no rows"),
+        ("rows.csv", HEADER.encode(), "the file has no rows"),
+        ("rows.jsonl.gz", gzip.compress(b""), "the file has no rows"),
+        ("rows.json", LINE, "must be one array of rows; for one object a line, name it .jsonl"),
+        ("rows.json", b'["\xff"]', r"not UTF-8 \(byte 3\)"),
+        ("rows.txt", LINE, r"unknown kind of file; use .jsonl, .json, .parquet, .csv, each also .gz"),
+        ("rows", LINE, "unknown kind of file"),
+        ("rows.gz", gzip.compress(LINE), "unknown kind of file"),
+        ("rows.jsonl.gz", LINE, "cannot be read .*[Nn]ot a gzipped file"),
+        ("rows.jsonl.gz", gzip.compress(LINE)[:-9], "cannot be read"),
+        ("rows.jsonl.gz", GARBLED, "cannot be read"),
+        ("rows.parquet", b"PAR1", "not a readable parquet file"),
+        ("rows.parquet", LINE, "not a readable parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--data .*{name}: {told}"):
+        read_bytes(tmp_path, name, content)
+
+
+def test_an_empty_parquet_file_is_refused(tmp_path: Path) -> None:
+    schema = pa.schema([(name, pa.string()) for name in STRINGS])
+    pq.write_table(pa.Table.from_pylist([], schema=schema), tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match="the file has no rows"):
+        read(tmp_path / "rows.parquet")
+
+
+def test_bad_parquet_rows_are_told_by_their_number(tmp_path: Path) -> None:
+    records = [STRINGS, STRINGS | {"chosen": None}, STRINGS | {"rejected": " "}, STRINGS]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "rows.parquet")
+    rows = read(tmp_path / "rows.parquet")
+    assert [row.where for row in rows] == [f"{tmp_path / 'rows.parquet'}:row {number}" for number in (1, 2, 3, 4)]
+    assert [row.reason for row in rows if isinstance(row, BadRow)] == ["chosen is missing", "rejected is empty"]
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "~no-such-user/rows.jsonl", "x" * 300 + ".jsonl", "a\0b.jsonl"])
+def test_a_path_that_names_no_file_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no such file"):
+        list(read_rows([name]))
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder; name its files"):
+        read(tmp_path)
+
+
+# ---- anything at all --------------------------------------------------------------------------------------------
+
+text = st.text(st.characters(exclude_categories=[]), max_size=8)
+scalar = st.none() | st.booleans() | st.integers() | st.floats() | text
+value = st.recursive(scalar, lambda v: st.lists(v, max_size=3) | st.dictionaries(text, v, max_size=3), max_leaves=6)
+role = st.sampled_from(["system", "user", "assistant", "tool"]) | text
+message = st.fixed_dictionaries(
+    {}, optional={"role": role, "content": text | value, "tool_calls": st.lists(value, max_size=2)}
+)
+messages = st.lists(
+    message | st.builds(assistant, st.text(max_size=3)) | st.builds(user, st.text(max_size=3)), max_size=4
+)
+dialogue = st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " a", " b", "\n"]), max_size=7).map("".join)
+field = text | st.text("ab ", max_size=3) | messages | dialogue | value
+record = st.fixed_dictionaries({}, optional={"prompt": field, "chosen": field, "rejected": field, "x": value}) | value
+anything = settings(deadline=None, derandomize=True, database=None, max_examples=400)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("anything")
+
+
+def check_row(row: Row | BadRow) -> None:
+    """What every row that is handed on may be relied upon for."""
+    assert isinstance(row, (Row, BadRow))
+    if isinstance(row, BadRow):
+        assert row.reason
+        return
+    assert row.chosen != row.rejected
+    fields = (row.prompt, row.chosen, row.rejected)
+    assert all(isinstance(part, str) and part.strip() for part in (row.chosen, row.rejected)) == isinstance(
+        row.prompt, str
+    )
+    for part in fields:
+        for content in [part] if isinstance(part, str) else [m["content"] or "" for m in part]:
+            content.encode()
+    if not isinstance(row.prompt, str):
+        assert row.prompt[-1]["role"] in ("user", "tool")
+        assert {m["role"] for m in [*row.chosen, *row.rejected]} <= {"assistant", "tool"}  # type: ignore[index]
+        assert row.chosen[-1]["role"] == row.rejected[-1]["role"] == "assistant"  # type: ignore[index]
+
+
+@anything
+@given(st.lists(record, min_size=1, max_size=4))
+def test_any_records_give_rows_and_bad_rows_and_nothing_else(folder: Path, records: list[Any]) -> None:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    (folder / "rows.json").write_text(json.dumps(records, indent=1, allow_nan=True))
+    lines = read(folder / "rows.jsonl")
+    assert len(lines) == len(records)
+    assert [row.where for row in lines] == [f"{folder / 'rows.jsonl'}:{n}" for n in range(1, len(records) + 1)]
+    elements = read(folder / "rows.json")
+    for row in lines + elements:
+        check_row(row)
+    whole = [not any(word in json.dumps(each) for word in ("NaN", "Infinity")) for each in records]
+    if all(whole):  # else the array ends at the element that is no JSON
+        assert [type(row) for row in elements] == [type(row) for row in lines]
+        assert len(elements) == len(records)
+
+
+chunk = st.binary(max_size=12) | st.sampled_from(
+    [LINE, b"\n", b"\r\n", b",", b'"', b"[", b"]", b"{", b"}", BOM, b"prompt,chosen,rejected\n", b"p,a,b\n", b"\\ud83d"]
+)
+
+
+@anything
+@given(content=st.lists(chunk, max_size=8).map(b"".join))
+def test_any_bytes_give_rows_bad_rows_or_a_usage_error(folder: Path, content: bytes) -> None:
+    lines = [line for line in content.split(b"\n") if line.strip() not in (b"", BOM)]
+    for name in ("any.jsonl", "any.json", "any.csv", "any.jsonl.gz"):
+        try:
+            rows = read_bytes(folder, name, content)
+        except UsageError as error:
+            assert str(error).startswith(f"--data {folder / name}: ")
+            assert not (lines and name == "any.jsonl")
+            continue
+        for row in rows:
+            check_row(row)
+            assert row.where.startswith(f"{folder / name}:")
+        if name == "any.jsonl":
+            assert len(rows) == len(lines)

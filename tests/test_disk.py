@@ -1,0 +1,133 @@
+"""Files and folders are whole or absent."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.disk import sha256, whole_file, whole_folder
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def everything_in(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def write_private(file: Path, text: str) -> None:
+    """As safetensors writes: readable by the owner alone."""
+    file.write_text(text)
+    file.chmod(0o600)
+
+
+def test_file_is_there_only_after_the_block(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "file"
+    with whole_file(file) as temporary:
+        temporary.write_text("new")
+        assert not file.exists()
+        assert temporary.parent == file.parent  # else the rename would copy
+    assert file.read_text() == "new"
+    assert everything_in(tmp_path) == {"a", "a/b", "a/b/file"}
+
+
+def test_file_replaces_an_old_one_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    with whole_file(file) as temporary:
+        temporary.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_file_of_a_failed_block_leaves_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    with pytest.raises(error), whole_file(file) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert file.read_text() == "old"
+    assert everything_in(tmp_path) == {"file"}
+
+
+def test_failure_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "file"):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "folder"):
+        raise ZeroDivisionError
+    assert everything_in(tmp_path) == set()
+
+
+def test_failed_rename_leaves_nothing_of_ours(tmp_path: Path) -> None:
+    """The name is taken by a folder with something in it."""
+    (tmp_path / "taken" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError), whole_file(tmp_path / "taken") as temporary:
+        temporary.write_text("new")
+    with pytest.raises(OSError), whole_folder(tmp_path / "taken") as temporary:
+        (temporary / "file").write_text("new")
+    assert everything_in(tmp_path) == {"taken", "taken/inside"}
+
+
+def test_folder_is_there_only_after_the_block(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "folder"
+    with whole_folder(folder) as temporary:
+        (temporary / "file").write_text("new")
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "file").write_text("below")
+        assert not folder.exists()
+    assert (folder / "sub" / "file").read_text() == "below"
+    assert everything_in(tmp_path) == {"a", "a/folder", "a/folder/file", "a/folder/sub", "a/folder/sub/file"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_folder_of_a_failed_block_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(error), whole_folder(tmp_path / "folder") as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "file").write_text("half")
+        raise error
+    assert everything_in(tmp_path) == {"other"}
+
+
+def test_what_a_killed_process_left_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    """A new process may have the old one's id: in a container it has nearly always."""
+    with whole_folder(tmp_path / "folder") as temporary:
+        leftover = temporary.name
+    (tmp_path / "folder").rmdir()
+    (tmp_path / leftover).mkdir()
+    (tmp_path / leftover / "half").write_text("of the killed process")
+    with whole_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("new")
+    assert everything_in(tmp_path) - {leftover, f"{leftover}/half"} == {"folder", "folder/file"}
+
+
+def test_modes_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    with whole_file(tmp_path / "file") as temporary:
+        write_private(temporary, "x")
+    with whole_folder(tmp_path / "folder") as temporary:
+        write_private(temporary / "file", "x")
+        (temporary / "sub").mkdir()
+        write_private(temporary / "sub" / "file", "x")
+    for file in ("file", "folder/file", "folder/sub/file"):
+        assert mode(tmp_path / file) == 0o666 & ~umask, file
+    for folder in ("folder", "folder/sub"):
+        assert mode(tmp_path / folder) == 0o777 & ~umask, folder
+    assert os.umask(umask) == umask  # and the process's own is as before
+
+
+def test_sha256(tmp_path: Path) -> None:
+    content = os.urandom(100_000)
+    (tmp_path / "file").write_bytes(content)
+    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
