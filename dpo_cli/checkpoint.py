@@ -36,7 +36,7 @@ def save_checkpoint(
     checkpoints: Path, step: int, model: PreTrainedModel, optimizer: Optimizer, rng: dict[str, Tensor], keep: int
 ) -> Path:
     """Write the state after ``step`` optimizer steps, then drop all but the newest ``keep`` checkpoints."""
-    folder = checkpoints / f"step-{step:06d}"
+    folder = checkpoints / _name(step)
     if not folder.exists():
         with whole_folder(folder) as temporary:
             save_file({name: p.detach() for name, p in model.named_parameters()}, temporary / "weights.safetensors")
@@ -60,20 +60,29 @@ def _folders(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path, warn: Callable[[str], None]) -> tuple[Path, int] | None:
-    """The newest checkpoint whose files are all as they were written, and its step; what is skipped is told."""
-    for left in checkpoints.glob(".*.tmp"):  # what a process that was killed while saving left behind
-        shutil.rmtree(left)
+    """The newest checkpoint whose files are all as they were written, and its step; others are set aside and told."""
     for folder in _folders(checkpoints):
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            damaged = [name for name, told in manifest["files"].items() if sha256(folder / name) != told["sha256"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warn(f"checkpoint {folder} is not whole ({error}); trying the one before")
-            continue
-        if not damaged:
-            return folder, int(manifest["step"])
-        warn(f"checkpoint {folder} is damaged ({', '.join(damaged)}); trying the one before")
+        if (step := _verified_step(folder)) is not None:
+            return folder, step
+        aside = checkpoints / f"damaged-{folder.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        warn(f"checkpoint {folder.name} is damaged; it was set aside as {aside}, and the one before is taken")
     return None
+
+
+def _verified_step(folder: Path) -> int | None:
+    """The step of a checkpoint that is whole, else None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        whole = all(sha256(folder / name) == told["sha256"] for name, told in manifest["files"].items())
+        return manifest["step"] if whole and folder.name == _name(manifest["step"]) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import os
 import signal
 import sys
@@ -168,7 +169,14 @@ def _reporter() -> Any:
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], str]) -> None:
-    print(json.dumps(result) if as_json else printable(table(result)))
+    print(json.dumps(_finite(result), allow_nan=False) if as_json else printable(table(result)))
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(result: dict[str, Any]) -> str:

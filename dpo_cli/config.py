@@ -141,8 +141,9 @@ def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
         UsageError: the folder is no run, or a flag asks for another training.
     """
     file = folder / "config.yaml"
-    if not file.is_file():
-        raise UsageError(f"--resume {folder}: no run there (config.yaml is missing)")
+    for name in ("config.yaml", "manifest.json"):
+        if not (folder / name).is_file():
+            raise UsageError(f"--resume {folder}: no run there ({name} is missing)")
     began = resolve(TrainOptions, {}, file)
     options = resolve(TrainOptions, flags, file)
     changed = [

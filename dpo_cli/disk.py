@@ -42,6 +42,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while writing below ``folder`` left behind."""
+    for left in list(folder.rglob(".*.tmp")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def sha256(path: Path) -> str:
     """Content hash of a file (hex)."""
     with path.open("rb") as stream:

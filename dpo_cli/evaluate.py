@@ -24,7 +24,7 @@ from dpo_cli.errors import UsageError
 from dpo_cli.logps import Scorer, noise
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import Reporter, pair_sums, summarize
-from dpo_cli.model import ModelSource, default_device, find_model, fingerprint, load_model, load_tokenizer
+from dpo_cli.model import ModelSource, default_device, dtype_name, find_model, fingerprint, load_model, load_tokenizer
 from dpo_cli.prepare import fill_reference, make_scorer, read_pairs
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.tokens import Pair
@@ -119,28 +119,37 @@ def _reference_logps(
 
     It then takes the policy's place in memory: never two models at once.
     """
-    name, expected = options.ref, None
-    if name is None and source.run is not None:
-        trained_from = json.loads((source.run / "manifest.json").read_text(encoding="utf-8"))["reference"]
-        name, expected = trained_from["model"], trained_from["fingerprint"]
-        cache = ReferenceCache(options.cache_dir, expected, reporter.warn)
-    elif name is None:
+    if options.ref is None and source.run is None:
         reporter.fact("reference", "the model itself: it is no run, and there is no --ref")
         own = fingerprint(scorer.model, scorer.layout, scorer.dtype)
-        cache = ReferenceCache(options.cache_dir, own, reporter.warn)
-    if options.ref is not None or (expected is not None and cache.missing(pairs)):
-        scorer.model.to("meta")  # frees the policy's weights
-        gc.collect()
+        return _cached(ReferenceCache(options.cache_dir, own, reporter.warn), pairs, scorer, reporter)
+    trained_from: dict[str, Any] = {}
+    name = options.ref
+    if name is None and source.run is not None:
+        trained_from = json.loads((source.run / "manifest.json").read_text(encoding="utf-8"))["reference"]
+        name = trained_from["model"]
+        if (trained_from["layout"], trained_from["dtype"]) == (scorer.layout, dtype_name(scorer.dtype)):
+            cache = ReferenceCache(options.cache_dir, trained_from["fingerprint"], reporter.warn)
+            if not cache.missing(pairs):
+                return _cached(cache, pairs, scorer, reporter)
+    scorer.model.to("meta")  # frees the policy's weights
+    gc.collect()
+    try:
         reference = find_model(name)
         reporter.fact("reference", reference.told)
         model = load_model(reference)
-        scorer = make_scorer(model, pairs, options, scorer.device, reporter)
-        found = fingerprint(model, scorer.layout, scorer.dtype)
-        if expected not in (None, found):
-            raise UsageError(
-                f"{reference.path} is no longer the model that the run was trained from; name the right one with --ref"
-            )
-        cache = ReferenceCache(options.cache_dir, found, reporter.warn)
+    except UsageError as error:
+        raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
+    if trained_from:
+        began = fingerprint(model, trained_from["layout"], getattr(torch, trained_from["dtype"]))
+        if began != trained_from["fingerprint"]:
+            raise UsageError(f"{reference.path} is no longer the model the run began with; name that one with --ref")
+    scorer = make_scorer(model, pairs, options, scorer.device, reporter)
+    found = fingerprint(model, scorer.layout, scorer.dtype)
+    return _cached(ReferenceCache(options.cache_dir, found, reporter.warn), pairs, scorer, reporter)
+
+
+def _cached(cache: ReferenceCache, pairs: Sequence[Pair], scorer: Scorer, reporter: Reporter) -> Tensor:
     fill_reference(cache, pairs, scorer, reporter)
     return cache.lookup(pairs)
 

@@ -88,13 +88,13 @@ def response_logps(token_logps: Tensor, batch: MicroBatch) -> Tensor:
     Shapes: (N,) -> (2P,), float32, all chosen first and then all rejected.
     Units: nats.
     """
-    sums = torch.segment_reduce(token_logps, "sum", lengths=batch.lengths, unsafe=True)  # (2P,) chosen, rejected, …
-    return sums.view(-1, 2).T.reshape(-1)
+    sums = torch.segment_reduce(token_logps.double(), "sum", lengths=batch.lengths, unsafe=True)  # (2P,) pair by pair
+    return sums.float().view(-1, 2).T.reshape(-1)
 
 
 def noise(dtype: torch.dtype) -> float:
     """How far two computations of one response's log-prob may lie apart by arithmetic alone.
 
-    Units: nats. Source: docs/performance.md, "Arithmetic noise".
+    Units: nats per square root of the response's tokens. Source: docs/performance.md, "Arithmetic noise".
     """
     return 1e-3 if dtype == torch.float32 else 0.1

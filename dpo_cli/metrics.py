@@ -66,9 +66,10 @@ def append_metrics(file: Path, step: int, values: dict[str, float], prefix: str 
 def first_evaluation(file: Path) -> dict[str, float]:
     """The held-out metrics of step 0, empty if there was no held-out data."""
     for line in file.read_text(encoding="utf-8").splitlines():
-        values: dict[str, float] = json.loads(line)
+        values: dict[str, float | None] = json.loads(line)
         if values["step"] == 0 and "eval_loss" in values:
-            return {name.removeprefix("eval_"): value for name, value in values.items() if name != "step"}
+            named = ((name.removeprefix("eval_"), value) for name, value in values.items() if name != "step")
+            return {name: math.nan if value is None else value for name, value in named}
     return {}
 
 

@@ -162,6 +162,11 @@ def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The option's word for a precision."""
+    return str(dtype).removeprefix("torch.")
+
+
 STATE_BYTES = 16  # a trained parameter: float32 weight, gradient and two moments
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from dpo_cli.disk import sha256, whole_file
+from dpo_cli.disk import whole_file
+from dpo_cli.errors import DpoError
 from dpo_cli.logps import Scorer
 from dpo_cli.tokens import Ids, Pair
 
@@ -46,22 +46,13 @@ class ReferenceCache:
         self.folder = cache_dir.expanduser() / "reference" / fingerprint[:32]
         self.values: dict[bytes, float] = {}
         for shard in sorted(self.folder.glob("*.safetensors")):
-            self._read(shard, warn)
-
-    def _read(self, shard: Path, warn: Callable[[str], None]) -> None:
-        if sha256(shard) != shard.stem:
-            aside = shard.with_suffix(".damaged")
-            shard.rename(aside)
-            warn(f"reference cache: {shard.name[:12]}… is damaged; set aside as {aside}, its pairs are computed again")
-            return
-        try:
-            tensors = load_file(shard)
-        except SafetensorError as error:
-            warn(f"reference cache: {shard} is no shard of ours ({error}); ignored")
-            return
-        keys = tensors["keys"].numpy().tobytes()
-        places = range(0, len(keys), KEY_BYTES)
-        self.values.update(zip((keys[i : i + KEY_BYTES] for i in places), tensors["logps"].tolist(), strict=True))
+            try:
+                self.values |= _read_shard(shard)
+            except _DamagedError:
+                aside = shard.rename(shard.with_suffix(".damaged"))
+                warn(f"reference cache: {shard.name[:12]}… is damaged; set aside as {aside}, its pairs are recomputed")
+            except (OSError, KeyError, ValueError) as error:
+                warn(f"reference cache: {shard} is no shard of ours and is ignored ({error})")
 
     def write(self, keys: Sequence[bytes], token_logps: Sequence[Tensor]) -> None:
         """Add a shard of R responses: their log-probs, summed and token by token."""
@@ -92,6 +83,23 @@ class ReferenceCache:
         return torch.tensor(values, dtype=torch.float32).view(-1, 2)
 
 
+class _DamagedError(Exception):
+    """A shard's content is not what it is named by."""
+
+
+def _read_shard(shard: Path) -> dict[bytes, float]:
+    """Log-probs of a shard by response key; its content is hashed first."""
+    content = shard.read_bytes()
+    if len(shard.stem) != 64:
+        raise ValueError("its name is no hash")
+    if hashlib.sha256(content).hexdigest() != shard.stem:
+        raise _DamagedError
+    tensors = load(content)
+    keys = tensors["keys"].numpy().tobytes()
+    places = range(0, len(keys), KEY_BYTES)
+    return dict(zip((keys[i : i + KEY_BYTES] for i in places), tensors["logps"].tolist(), strict=True))
+
+
 @dataclass
 class Filled:
     """What filling the cache took. Hits and misses count pairs."""
@@ -108,7 +116,11 @@ def fill(
     scorer: Scorer,
     on_progress: Callable[[int], None] = lambda pairs: None,
 ) -> Filled:
-    """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted."""
+    """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
+
+    Raises:
+        DpoError: a log-prob is not finite; it is not kept.
+    """
     places = cache.missing(pairs)
     missing = [pairs[place] for place in places]
     filled = Filled(hits=len(pairs) - len(places), misses=len(places))
@@ -123,6 +135,10 @@ def fill(
     try:
         for indices, logps, token_logps in scorer.score(missing):
             scored = [missing[i] for i in indices]
+            if not logps.isfinite().all():
+                finite = logps.isfinite().view(2, -1).all(dim=0).tolist()
+                rows = ", ".join(pair.where for pair, good in zip(scored, finite, strict=True) if not good)
+                raise DpoError(f"the reference gives a log-prob that is not finite for {rows}; try --dtype float32")
             sums = logps.view(2, -1).T.reshape(-1).tolist()  # (2P,) chosen, rejected, … of each pair
             keys = [key for pair in scored for key in pair_keys(pair)]
             lengths = [len(response) for pair in scored for response in (pair.chosen, pair.rejected)]

@@ -27,6 +27,7 @@ from dpo_cli.model import (
     STATE_BYTES,
     ModelSource,
     activation_bytes,
+    dtype_name,
     find_model,
     fingerprint,
     load_model,
@@ -34,7 +35,7 @@ from dpo_cli.model import (
 )
 from dpo_cli.prepare import DEFAULT_MAX_LENGTH, hold_out, make_scorer, read_pairs
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.tokens import Pair
+from dpo_cli.tokens import Pair, digest
 
 
 @dataclasses.dataclass
@@ -48,7 +49,6 @@ class Run:
     pairs: list[Pair]
     held_out: list[Pair]
     refused: list[BadRow]
-    digest: str
     model: PreTrainedModel
     own_attention: str
     scorer: Scorer
@@ -77,7 +77,7 @@ def lay_out_run(
     tokenizer = load_tokenizer(source)
     options = dataclasses.replace(options, max_length=options.max_length or DEFAULT_MAX_LENGTH)
     found = read_pairs(options.data, options, tokenizer, reporter)
-    digest, pairs, held_out = found.digest(), found.pairs, list[Pair]()
+    pairs, held_out = found.pairs, list[Pair]()
     if options.eval_data:
         found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out")
         held_out, found.refused = found_held_out.pairs, found.refused + found_held_out.refused
@@ -88,7 +88,7 @@ def lay_out_run(
     model = load_model(source)
     own_attention = model.config._attn_implementation
     scorer = make_scorer(model, pairs + held_out, options, device, reporter)
-    options = dataclasses.replace(options, max_tokens=scorer.max_tokens, dtype=str(scorer.dtype).removeprefix("torch."))
+    options = dataclasses.replace(options, max_tokens=scorer.max_tokens, dtype=dtype_name(scorer.dtype))
     plan = plan_run(
         [row_cost(pair, scorer.layout) for pair in pairs],
         scorer.layout,
@@ -109,7 +109,6 @@ def lay_out_run(
         pairs,
         held_out,
         found.refused,
-        digest,
         model,
         own_attention,
         scorer,
@@ -161,15 +160,20 @@ def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str,
         "git_commit": _git_commit(),
         "device": run.scorer.device.type,
         "processes": processes,
-        "layout": run.scorer.layout,
         "data": {
             "files": run.options.data,
             "pairs": len(run.pairs),
             "refused": len(run.refused),
-            "tokens_sha256": run.digest,
+            "sha256": digest(run.pairs),
         },
-        "start_weights": {"model": run.source.base, "fingerprint": run.start},
-        "reference": {"model": run.options.model, "fingerprint": run.start},
+        "held_out": {"files": run.options.eval_data, "pairs": len(run.held_out), "sha256": digest(run.held_out)},
+        "start_model": run.source.base,
+        "reference": {
+            "model": run.options.model,
+            "fingerprint": run.start,
+            "layout": run.scorer.layout,
+            "dtype": run.options.dtype,
+        },
     }
 
 
@@ -184,8 +188,9 @@ def _git_commit() -> str | None:
 def check_same_run(folder: Path, manifest: dict[str, Any]) -> None:
     """Refuse to resume on other data or start weights than the run began with."""
     began = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    checks = (("data", "tokens_sha256", "the data"), ("reference", "fingerprint", "the start model"))
-    changed = [name for section, key, name in checks if began[section][key] != manifest[section][key]]
+    checks = {"data": ("sha256", "the data"), "held_out": ("sha256", "the held-out data")}
+    checks["reference"] = ("fingerprint", "the start model")
+    changed = [name for section, (key, name) in checks.items() if began[section][key] != manifest[section][key]]
     if changed:
         raise UsageError(
             f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"

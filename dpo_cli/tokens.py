@@ -41,13 +41,14 @@ class PairSet:
     formats: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
 
-    def digest(self) -> str:
-        """Content hash over all token ids in order (hex)."""
-        h = hashlib.sha256()
-        for pair in self.pairs:
-            for ids in (pair.prompt, pair.chosen, pair.rejected):
-                h.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-        return h.hexdigest()
+
+def digest(pairs: Iterable[Pair]) -> str:
+    """Content hash over all token ids in order (hex)."""
+    h = hashlib.sha256()
+    for pair in pairs:
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            h.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    return h.hexdigest()
 
 
 # What PairSet.notes counts.

@@ -24,9 +24,10 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from dpo_cli.attention import attention
-from dpo_cli.batch import Step, row_cost
+from dpo_cli.batch import MicroBatch, Step, row_cost
 from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.config import TrainOptions
+from dpo_cli.disk import remove_leftovers
 from dpo_cli.errors import DpoError, Interrupted, UsageError
 from dpo_cli.evaluate import answers, evaluate, policy_logps
 from dpo_cli.logps import Scorer, noise, response_logps
@@ -106,7 +107,8 @@ class Trainer:
         model.train()
         for number, indices in enumerate(mine, 1):
             with nullcontext() if number == len(mine) else accelerator.no_sync(model):
-                losses, micro_sums = self._forward(indices or (0,))  # an idle rank runs any pair, weighted 0
+                _, logps, ref_logps = self._forward(indices or (0,))  # an idle rank runs any pair, weighted 0
+                losses, micro_sums = self._measure(logps, ref_logps)
                 weight = world / pairs_in_step if indices else 0.0
                 accelerator.backward(losses.sum() * weight)
             losses_seen.append(losses.detach())
@@ -128,18 +130,32 @@ class Trainer:
         return summarize(totals) | {"grad_norm": grad_norm, "learning_rate": lr}
 
     @torch.no_grad()
-    def score(self, micro_batches: Step) -> dict[str, float]:
-        """The metrics of a step's pairs without training on them."""
-        self.scorer.model.eval()
-        return summarize(sum(self._forward(indices)[1] for indices in micro_batches if indices).tolist())  # type: ignore[union-attr]
+    def compare(self, micro_batches: Step) -> tuple[dict[str, float], float]:
+        """Metrics of a step's pairs without training on them, and how far policy and reference lie apart at most.
 
-    def _forward(self, indices: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Losses (P,) with their graph, and the sums of the micro-batch's metrics."""
+        Units: the difference is the largest of any response, in nats per square root of its tokens.
+        """
+        self.scorer.model.eval()
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
+        largest = 0.0
+        for indices in filter(None, micro_batches):
+            batch, logps, ref_logps = self._forward(indices)
+            sums += self._measure(logps, ref_logps)[1]
+            scale = batch.lengths.view(-1, 2).T.reshape(-1).sqrt()  # (2P,), chosen first
+            largest = max(largest, float(((logps - ref_logps).abs() / scale).nan_to_num(math.inf, math.inf).max()))
+        return summarize(sums.tolist()), largest
+
+    def _forward(self, indices: tuple[int, ...]) -> tuple[MicroBatch, Tensor, Tensor]:
+        """A micro-batch and its log-probs under policy and reference, each (2P,) nats, chosen first."""
         batch = self.scorer.batch([self.pairs[i] for i in indices])
-        logps = response_logps(self.scorer.token_logps(batch), batch)  # (2P,)
-        ref_logps = self.reference[list(indices)].T.reshape(-1)  # (2P,), chosen first
-        losses = sigmoid_loss(logps, ref_logps, self.options.beta, self.options.label_smoothing)
-        return losses, pair_sums(losses, logps, ref_logps, self.options.beta, noise(self.scorer.dtype))
+        logps = response_logps(self.scorer.token_logps(batch), batch)
+        return batch, logps, self.reference[list(indices)].T.reshape(-1)
+
+    def _measure(self, logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (P,) with their graph, and the sums of the micro-batch's metrics."""
+        beta = self.options.beta
+        losses = sigmoid_loss(logps, ref_logps, beta, self.options.label_smoothing)
+        return losses, pair_sums(losses, logps, ref_logps, beta, noise(self.scorer.dtype))
 
     def _not_finite(self, mine: Step, losses: list[Tensor]) -> DpoError:
         places = [i for indices in mine for i in indices]
@@ -182,7 +198,7 @@ def train(
     if resume:
         done = _restore(run, trainer, reporter)
     else:
-        _check_step_0(trainer.score(run.plan[0]), run, reporter)
+        _check_step_0(trainer, run, reporter)
         create_folder(run, manifest)
 
     def score_held_out(step: int) -> dict[str, float]:
@@ -191,11 +207,10 @@ def train(
         reporter.fact("held out", f"step {step}: {_brief(values)}")
         return values
 
-    metrics = run.folder / "metrics.jsonl"
-    if run.held_out and not resume:
-        append_metrics(metrics, 0, score_held_out(0), "eval_")
-    model_folder = run.folder / "model"
+    metrics, model_folder = run.folder / "metrics.jsonl", run.folder / "model"
     with StopSignal() as stop:
+        if run.held_out and not resume:
+            append_metrics(metrics, 0, score_held_out(0), "eval_")
         after = _loop(run, trainer, done, stop, score_held_out, reporter)
         with attention(run.model, run.own_attention):
             export_model(model_folder, run.model, run.tokenizer, model_card(run))
@@ -273,21 +288,26 @@ def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
     if newest is None:
         raise UsageError(f"--resume {run.folder}: no whole checkpoint there; start again with another --output")
     checkpoint, done = newest
+    remove_leftovers(run.folder)
     restore_checkpoint(checkpoint, run.model, trainer.optimizer)
     truncate_metrics(run.folder / "metrics.jsonl", done)
     reporter.fact("resume", f"after step {done} of {len(run.plan)}, from {checkpoint}")
     return done
 
 
-def _check_step_0(values: dict[str, float], run: Run, reporter: Reporter) -> None:
-    """Before the first step the policy is the reference: the loss is ln 2 and the margin 0."""
+def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
+    """Before the first step the policy is the reference: the loss is ln 2 and the margin 0, for every pair of the step.
+
+    Raises:
+        DpoError: a response's log-probs differ by more than arithmetic explains.
+    """
+    values, largest = trainer.compare(run.plan[0])
     told = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
-    off = abs(values["loss"] - math.log(2))
-    allowed = run.options.beta * noise(run.scorer.dtype)
-    if not off <= allowed:
+    if largest > noise(run.scorer.dtype):
         raise DpoError(
             f"step 0: {told}, but policy and reference are the same model, so the loss must be ln 2 = 0.693147 "
-            f"(off by {off:.2g}, allowed {allowed:.2g}). The cached reference does not fit: remove {run.cache.folder}"
+            f"(off by {abs(values['loss'] - math.log(2)):.2g}, a response by {largest:.2g} nats a root of its tokens). "
+            f"The cached reference does not fit this model: remove {run.cache.folder}"
         )
     reporter.fact("step 0", f"{told}  (policy equals reference, as it must)")
 

@@ -1,4 +1,4 @@
-"""A tiny real model and tokenizer, made here; its weights are scaled up, since default initialisation hides mistakes."""
+"""A tiny real model and tokenizer, made here; weights are scaled up, since default initialisation hides mistakes."""
 
 from __future__ import annotations
 

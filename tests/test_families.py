@@ -1,0 +1,265 @@
+"""Rows that share a forward give the numbers of single sequences, for each family of models: values and gradients.
+
+Weights are scaled up, so that a token that sees too much or too little shows by far more than the tolerance.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import dpo_cli.attention
+import dpo_cli.model
+from dpo_cli.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
+from dpo_cli.batch import Layout, MicroBatch, lay_out, padded
+from dpo_cli.errors import DpoError
+from dpo_cli.logps import response_logps, token_logps
+from dpo_cli.losses import sigmoid_loss
+from dpo_cli.model import choose_layout
+from dpo_cli.tokens import Pair
+from tests.conftest import make_model
+
+WINDOW = 7  # shorter than every prompt + response but the shortest
+ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
+    "gemma3_text": ALTERNATING,
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "olmo2": {},
+    "granite": {},
+    "mixtral": MOE,
+    "smollm3": {},
+    "cohere2": ALTERNATING | {"logit_scale": 1.0},
+    "starcoder2": {"sliding_window": WINDOW},
+    "glm4": {},
+    "exaone4": ALTERNATING,
+}
+# Families whose attention has a part of its own, the layout they get, and what is said about the others.
+SPECIAL: dict[str, tuple[dict[str, Any], Layout, list[str]]] = {
+    "gemma2": (
+        ALTERNATING | {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+        "packed",
+        ["shared: its attention takes softcap"],
+    ),
+    "gpt_oss": (ALTERNATING | MOE, "padded", ["shared: its attention takes s_aux", "packed: off by"]),
+    "bloom": ({"n_layer": 2, "n_head": 4}, "padded", ["shared: off by", "packed: off by"]),
+    "mamba": ({"state_size": 8, "scale": 3.0}, "padded", ["shared: off by", "packed: off by"]),
+}
+TOLD = {"shared": "each prompt computed once", "packed": "packed rows, the prompt", "padded": "padded batches"}
+LENGTHS = [(13, 9, 5), (1, 4, 11), (20, 1, 8)]  # prompt, chosen, rejected: also a prompt and a response of one token
+CPU = torch.device("cpu")
+
+
+def make(family: str) -> PreTrainedModel:
+    config = SPECIAL[family][0] if family in SPECIAL else FAMILIES[family]
+    return make_model(family, vocab_size=64, max_position_embeddings=128, **config)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Pair]:
+    rng = np.random.default_rng(0)
+    return [
+        Pair(f"row {i}", *(rng.integers(3, 64, n).astype(np.int32) for n in lengths))
+        for i, lengths in enumerate(LENGTHS)
+    ]
+
+
+def alone(pairs: list[Pair]) -> list[MicroBatch]:
+    """A forward a response: chosen, rejected, …"""
+    return [padded([(pair.prompt, response)]) for pair in pairs for response in (pair.chosen, pair.rejected)]
+
+
+Scored = tuple[Tensor, dict[str, Tensor]]
+
+
+def score(model: PreTrainedModel, pairs: list[Pair], layout: Layout | None) -> Scored:
+    """Summed log-probs (2P,) in one forward of a layout (None: a forward a response), and the gradient of the loss.
+
+    The reference is fixed and differs from the policy, so that each pair has a weight of its own.
+    """
+    model.zero_grad()
+    whole = lay_out(pairs, layout or "packed")
+    with attention(model, PREFIX_SHARED if layout == "shared" else None):
+        parts = [whole] if layout else alone(pairs)
+        logps = response_logps(torch.cat([token_logps(model, part, torch.float32) for part in parts]), whole)
+        ref_logps = torch.linspace(-40, -20, len(logps))
+        sigmoid_loss(logps, ref_logps, beta=0.02).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return logps.detach(), gradients
+
+
+def check_equal(got: Scored, wanted: Scored) -> None:
+    torch.testing.assert_close(got[0], wanted[0], atol=2e-5, rtol=0)
+    assert got[1].keys() == wanted[1].keys()
+    whole = torch.cat([g.flatten() for g in wanted[1].values()]).norm()
+    for name, gradient in wanted[1].items():
+        # A key's bias has no gradient but rounding, hence the share of the whole.
+        allowed = 2e-5 * gradient.norm() + 1e-7 * whole
+        assert (got[1][name] - gradient).norm() < allowed, name
+
+
+def difference(model: PreTrainedModel, pairs: list[Pair], name: str | None, wanted: Tensor) -> float:
+    """How far the log-probs of a shared row are off, in nats, with the attention of this name."""
+    batch = lay_out(pairs, "shared")
+    with attention(model, name), torch.no_grad():
+        return float((response_logps(token_logps(model, batch, torch.float32), batch) - wanted).abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_single_sequences(family: str, pairs: list[Pair]) -> None:
+    model = make(family)
+    wanted = score(model, pairs, None)
+    assert difference(model, pairs, None, wanted[0]) > 0.1  # nats: stock attention is wrong here, and it shows
+    layouts: list[Layout] = ["shared", "padded"] if family == "opt" else ["shared", "packed", "padded"]
+    for layout in layouts:
+        check_equal(score(model, pairs, layout), wanted)
+    layout, told = choose_layout(model, pairs, 256, CPU)
+    assert layout == "shared" and told.startswith("packed rows, each prompt computed once for both responses; equal")
+    assert model.config._attn_implementation != PREFIX_SHARED  # only tried
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_special_attention_gets_an_exact_layout(family: str, pairs: list[Pair]) -> None:
+    model = make(family)
+    _, expected, reasons = SPECIAL[family]
+    layout, told = choose_layout(model, pairs, 256, CPU)
+    assert layout == expected
+    assert TOLD[layout] in told
+    for reason in reasons:
+        assert reason in told
+    check_equal(score(model, pairs, layout), score(model, pairs, None))
+
+
+# ---- the attention itself -----------------------------------------------------------------------------------------
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[tuple[int, int, int]], window: int | None = None
+) -> Tensor:
+    """Attention of a shared row by its definition: one mask over all T x T. (1, A, T, D) -> (1, T, A, D)."""
+    owner, part, place = [], [], []
+    for number, (prompt, chosen, rejected) in enumerate(spans):
+        owner += [number] * (prompt + chosen + rejected)
+        part += [0] * prompt + [1] * chosen + [2] * rejected
+        place += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+    o, a, t = (torch.tensor(values, device=query.device) for values in (owner, part, place))
+    behind = t[:, None] - t[None, :]
+    seen = (o[:, None] == o[None, :]) & (behind >= 0) & ((a[None, :] == 0) | (a[:, None] == a[None, :]))
+    if window is not None:
+        seen &= behind < window
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 1, WINDOW])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_attention_by_its_definition(groups: int, window: int | None, pairs: list[Pair]) -> None:
+    segments = lay_out(pairs, "shared").segments
+    assert segments is not None
+    torch.manual_seed(0)
+    tokens = sum(map(sum, LENGTHS))
+    query = torch.randn(1, 4, tokens, 8)
+    key, value = torch.randn(2, 1, 4 // groups, tokens, 8)
+    got, _ = prefix_shared_attention(
+        torch.nn.Module(), query, key, value, None, sliding_window=window, segments=segments
+    )
+    torch.testing.assert_close(got, dense_attention(query, key, value, LENGTHS, window), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("foreign", ["softcap", "s_aux", "position_bias"])
+def test_attention_refuses_what_it_does_not_compute(foreign: str, pairs: list[Pair]) -> None:
+    x = torch.ones(1, 1, sum(map(sum, LENGTHS)), 8)
+    segments = lay_out(pairs, "shared").segments
+    with pytest.raises(UnsupportedAttentionError, match=foreign):
+        prefix_shared_attention(torch.nn.Module(), x, x, x, None, segments=segments, **{foreign: torch.ones(1)})
+    with pytest.raises(UnsupportedAttentionError, match="segments"):
+        prefix_shared_attention(torch.nn.Module(), x, x, x, None)
+
+
+# ---- a wrong mask is seen -----------------------------------------------------------------------------------------
+
+_causal, _without_chosen = dpo_cli.attention._causal, dpo_cli.attention._without_chosen
+
+
+def top_left(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    """Causality aligned at the first query and key: the rejected response would not see all of its prompt."""
+    q = query.shape[2]
+    return _causal(query, key[:, :, :q], value[:, :, :q], *rest)
+
+
+def no_window(query: Tensor, key: Tensor, value: Tensor, scaling: Any, dropout: Any, window: Any) -> Tensor:
+    return _causal(query, key, value, scaling, dropout, None)
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    # Stock attention takes the restarting positions for a new document that cannot see the prompt.
+    "stock attention": lambda patch: patch.setattr(dpo_cli.model, "PREFIX_SHARED", None),
+    "chosen seen": lambda patch: patch.setattr(dpo_cli.attention, "_without_chosen", lambda x, prompt, chosen: x),
+    "prompt unseen": lambda patch: patch.setattr(
+        dpo_cli.attention, "_without_chosen", lambda x, prompt, chosen: x[:, :, prompt + chosen :]
+    ),
+    "top left": lambda patch: patch.setattr(dpo_cli.attention, "_causal", top_left),
+    "no window": lambda patch: patch.setattr(dpo_cli.attention, "_causal", no_window),
+}
+
+
+FAULTY = [
+    (family, fault) for family in ("llama", "mistral") for fault in FAULTS if (family, fault) != ("llama", "no window")
+]
+
+
+@pytest.mark.parametrize(("family", "fault"), FAULTY)
+def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(family)
+    wanted, _ = score(model, pairs, None)
+    FAULTS[fault](monkeypatch)
+    assert difference(model, pairs, dpo_cli.model.PREFIX_SHARED, wanted) > 0.1  # nats: far above the noise
+    layout, told = choose_layout(model, pairs, 256, CPU)
+    assert layout == "packed"
+    assert "packed rows, the prompt computed once for each response; equal" in told and "shared: off by" in told
+
+
+def test_falls_back_to_padded_batches(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT takes a packed row for one document."""
+    monkeypatch.setattr(dpo_cli.model, "PREFIX_SHARED", None)
+    layout, told = choose_layout(make("opt"), pairs, 256, CPU)
+    assert layout == "padded"
+    assert "shared: off by" in told and "packed: off by" in told
+
+
+def test_refuses_a_model_whose_rows_mix(pairs: list[Pair]) -> None:
+    """A model that looks at the whole batch, as batch normalisation does, has no log-prob of one response."""
+    model = make("llama")
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, out: out - out.mean((0, 1)))
+    with pytest.raises(DpoError, match=r"shared: off by .*; packed: off by .*; padded: off by"):
+        choose_layout(model, pairs, 256, CPU)
+
+
+def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probes are the longest pair within max_tokens and the shortest, so that a window is seen and memory lasts."""
+    tried: list[Any] = []
+
+    def spy(probes: list[Pair], layout: Layout) -> MicroBatch:
+        tried.append(probes)
+        return lay_out(probes, layout)
+
+    monkeypatch.setattr(dpo_cli.model, "lay_out", spy)
+    for max_tokens, places in ((256, [2, 1]), (47, [0, 1]), (16, [1])):
+        tried.clear()
+        choose_layout(make("llama"), pairs, max_tokens, CPU)
+        assert [[pair.where for pair in probes] for probes in tried] == [[f"row {i}" for i in places]]

@@ -1,0 +1,214 @@
+"""Log-probabilities of responses, scoring of many pairs, and the gradient of a step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import dpo_cli.logps
+from dpo_cli.attention import PREFIX_SHARED, attention
+from dpo_cli.batch import Layout, lay_out, padded, plan_run, row_cost
+from dpo_cli.config import TrainOptions
+from dpo_cli.logps import Scorer, response_logps, token_logps
+from dpo_cli.losses import sigmoid_loss
+from dpo_cli.tokens import Pair
+from dpo_cli.train import StopSignal, Trainer
+from tests.conftest import make_model, random_pairs
+
+LAYOUTS: list[Layout] = ["shared", "packed", "padded"]
+CPU = torch.device("cpu")
+HEADS: dict[str, dict[str, Any]] = {  # heads that are more than one matrix product
+    "llama": {},
+    "phi": {"num_key_value_heads": 4},  # bias
+    "cohere2": {"logit_scale": 0.5},
+    "gemma2": {"final_logit_softcapping": 3.0},  # its attention is soft-capped too, so it has no shared layout
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},  # tied to the embedding
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return make_model()
+
+
+def own(layout: Layout) -> str | None:
+    return PREFIX_SHARED if layout == "shared" else None
+
+
+def score_alone(model: PreTrainedModel, pairs: list[Pair]) -> Tensor:
+    """(P, 2) nats, chosen and rejected, in a forward a response."""
+    batches = [padded([(pair.prompt, r)]) for pair in pairs for r in (pair.chosen, pair.rejected)]
+    return torch.stack([token_logps(model, batch, torch.float32).sum() for batch in batches]).view(-1, 2)
+
+
+# ---- one forward --------------------------------------------------------------------------------------------------
+
+
+HEADED = [(family, layout) for family in HEADS for layout in LAYOUTS if (family, layout) != ("gemma2", "shared")]
+
+
+@pytest.mark.parametrize(("family", "layout"), HEADED)
+def test_token_logps_by_hand(family: str, layout: Layout) -> None:
+    """Log-softmax of the model's logits at the token before, sequence by sequence."""
+    model, pairs = make_model(family, **HEADS[family]), random_pairs(4)
+    wanted = []
+    for pair in pairs:
+        for response in (pair.chosen, pair.rejected):
+            ids = torch.tensor([*pair.prompt, *response])
+            log_probs = model(ids[None]).logits[0].log_softmax(-1)  # (T, V)
+            wanted += [log_probs[place - 1, ids[place]] for place in range(len(pair.prompt), len(ids))]
+    with attention(model, own(layout)):
+        got = token_logps(model, lay_out(pairs, layout), torch.float32)
+    torch.testing.assert_close(got, torch.stack(wanted), atol=1e-5, rtol=0)
+    assert got.std() > 0.1  # far from the uniform -log V, which any mistake would give too
+
+
+def test_response_logps_are_sums_chosen_first() -> None:
+    batch = lay_out(random_pairs(3), "shared")
+    lengths = batch.lengths.tolist()  # chosen, rejected, chosen, …
+    numbered = torch.arange(6.0).repeat_interleave(batch.lengths)  # every token carries its response's number
+    wanted = [number * lengths[number] for number in (0, 2, 4, 1, 3, 5)]
+    assert response_logps(numbered, batch).tolist() == wanted
+
+
+def test_sums_of_long_responses_are_exact() -> None:
+    """Rounded once: added up one by one in float32, thousands of tokens would be off by more than noise."""
+    ids = np.ones(2000, dtype=np.int32)
+    batch = lay_out([Pair("long", ids[:1], ids, ids[:1500])], "shared")
+    tokens = torch.empty(3500).uniform_(-9, 0, generator=torch.Generator().manual_seed(0))
+    exact = torch.stack([part.double().sum() for part in tokens.split([2000, 1500])])
+    torch.testing.assert_close(response_logps(tokens, batch).double(), exact, rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_are_float32_under_bfloat16_compute(model: PreTrainedModel, layout: Layout) -> None:
+    batch = lay_out(random_pairs(6), layout)
+    with attention(model, own(layout)):
+        exact, coarse = (token_logps(model, batch, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert coarse.dtype == response_logps(coarse, batch).dtype == torch.float32
+    assert 1e-4 < (coarse - exact).abs().max() < 0.2  # computed coarsely, and still the same numbers
+    assert (coarse != coarse.bfloat16().float()).any()  # the softmax is not rounded to bfloat16
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_bfloat16_policy_equals_its_reference_exactly(model: PreTrainedModel) -> None:
+    """The same forward gives the same bits, so that the loss at step 0 is ln 2."""
+    batch = lay_out(random_pairs(6), "shared")
+    with attention(model, PREFIX_SHARED):
+        with torch.no_grad():
+            reference = token_logps(model, batch, torch.bfloat16)
+        assert torch.equal(token_logps(model, batch, torch.bfloat16), reference)
+
+
+# ---- scoring many pairs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_score_covers_each_pair_once(model: PreTrainedModel, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpo_cli.logps, "WINDOW", 8)  # 30 pairs are several windows
+    pairs = random_pairs(30)
+    scorer = Scorer(model, layout, torch.float32, 160, CPU)
+    places: list[int] = []
+    table = torch.full((len(pairs), 2), torch.nan)
+    model.train()  # score must not leave dropout on
+    with attention(model, own(layout)):
+        for indices, logps, tokens in scorer.score(pairs):
+            assert not model.training and not logps.requires_grad
+            assert lay_out([pairs[i] for i in indices], layout).input_ids.numel() <= 160 or len(indices) == 1
+            lengths = [len(r) for i in indices for r in (pairs[i].chosen, pairs[i].rejected)]
+            sums = torch.stack([part.sum() for part in tokens.split(lengths)]).view(-1, 2)
+            table[list(indices)] = logps.view(2, -1).T
+            torch.testing.assert_close(table[list(indices)], sums)
+            places += indices
+    assert sorted(places) == list(range(30))
+    with torch.no_grad():
+        torch.testing.assert_close(table, score_alone(model, pairs), atol=1e-4, rtol=0)
+
+
+def test_score_of_nothing(model: PreTrainedModel) -> None:
+    assert list(Scorer(model, "shared", torch.float32, 64, CPU).score([])) == []
+
+
+# ---- the gradient of a step ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class KeepGradients:
+    """An optimizer that takes no step and keeps the gradients it was given."""
+
+    model: PreTrainedModel
+    gradients: list[Tensor] = field(default_factory=list)
+    param_groups: list[dict[str, float]] = field(default_factory=lambda: [{"lr": 0.0}])
+
+    def step(self) -> None:
+        self.gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
+
+
+PAIRS = random_pairs(64, longest=40)
+
+
+@pytest.fixture(scope="module")
+def reference(model: PreTrainedModel) -> Tensor:
+    """A reference apart from the policy, so that every pair has a weight of its own."""
+    with torch.no_grad():
+        return score_alone(model, PAIRS) + torch.linspace(-20, 20, 2 * len(PAIRS)).view(-1, 2)
+
+
+def step_gradients(
+    model: PreTrainedModel, reference: Tensor, layout: Layout, max_tokens: int
+) -> tuple[list[Tensor], dict[str, float], list[tuple[int, ...]]]:
+    """Gradients of one step over all pairs as the optimizer sees them, the step's metrics and its micro-batches."""
+    options = TrainOptions(data=["-"], beta=0.1, label_smoothing=0.05, max_grad_norm=0.0)
+    costs = [row_cost(pair, layout) for pair in PAIRS]
+    cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world": 1, "seed": 0}
+    (step,) = plan_run(costs, layout, max_tokens=max_tokens, **cut)
+    AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of another test
+    optimizer = KeepGradients(model)
+    scorer = Scorer(model, layout, torch.float32, max_tokens, CPU)
+    trainer = Trainer(Accelerator(cpu=True), scorer, optimizer, PAIRS, reference, options)
+    with attention(model, own(layout)):
+        values = trainer.step(step, 1e-3, StopSignal())
+    assert values is not None and optimizer.param_groups == [{"lr": 1e-3}]
+    return optimizer.gradients, values, step
+
+
+def relative(a: list[Tensor], b: list[Tensor]) -> Iterator[float]:
+    for x, y in zip(a, b, strict=True):
+        yield float((x - y).norm() / y.norm())
+
+
+@pytest.fixture(scope="module")
+def by_hand(model: PreTrainedModel, reference: Tensor) -> list[Tensor]:
+    """Gradient of the mean loss over all pairs, each response in a forward of its own."""
+    model.zero_grad()
+    model.train()
+    ref_logps = reference.T.reshape(-1)
+    sigmoid_loss(score_alone(model, PAIRS).T.reshape(-1), ref_logps, 0.1, 0.05).mean().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return gradients
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_does_not_depend_on_max_tokens(
+    model: PreTrainedModel, reference: Tensor, by_hand: list[Tensor], layout: Layout
+) -> None:
+    many, many_values, cut = step_gradients(model, reference, layout, 256)
+    few, few_values, whole = step_gradients(model, reference, layout, 4096)
+    assert len(cut) >= 15 and len(whole) <= 3
+    assert len({len(indices) for indices in cut}) >= 3  # a mean of micro-batch means would be far off
+    assert max(relative(many, few)) < 1e-5
+    assert max(relative(many, by_hand)) < 1e-5
+    assert many_values == pytest.approx(few_values, rel=1e-5)
+    norm = torch.cat([gradient.flatten() for gradient in by_hand]).norm().item()
+    assert many_values["grad_norm"] == pytest.approx(norm, rel=1e-5)

@@ -1,0 +1,553 @@
+"""A run that was killed or interrupted goes on to the very weights and lines of an uninterrupted one.
+
+Commands run in processes of their own, forked from one that has the libraries loaded; they get real signals, from
+outside or at an exact point within.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from dpo_cli.checkpoint import newest_checkpoint, save_checkpoint
+from dpo_cli.config import resolve_resumed
+from dpo_cli.errors import UsageError
+from tests.conftest import SAMPLE, make_model, write_rows
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["dpo_cli.train"])
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Strike:
+    """Send a signal to one's own process when a function is called for the n-th time."""
+
+    function: str  # "module:name"
+    call: int = 1
+    signals: tuple[int, ...] = (signal.SIGKILL,)
+
+    def arm(self) -> None:
+        module, _, path = self.function.partition(":")
+        *outer, name = path.split(".")
+        owner: Any = importlib.import_module(module)
+        for part in outer:
+            owner = getattr(owner, part)
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def struck(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == self.call:
+                for number in self.signals:
+                    os.kill(os.getpid(), number)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, struck)
+
+
+def _main(arguments: list[str], folder: Path, told: Path, pause: float, strike: Strike | None) -> None:
+    """What ``dpo ARGUMENTS`` does, in a process of its own."""
+    descriptor = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(folder)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HOME": str(folder)}
+    sys.argv = ["dpo", *arguments]
+    torch.set_num_threads(1)
+    from dpo_cli.cli import main
+    from dpo_cli.train import Trainer
+
+    if pause:
+        step = Trainer.step
+        Trainer.step = lambda *args: (time.sleep(pause), step(*args))[1]  # type: ignore[method-assign]
+    if strike:
+        strike.arm()
+    main()
+
+
+@dataclass
+class Command:
+    """A command that is running or has ended."""
+
+    process: Any
+    output: Path
+
+    def end(self) -> int:
+        """Wait for its end; returns its exit code, or minus the signal that killed it."""
+        self.process.join(120)
+        assert self.process.exitcode is not None, self.told
+        return int(self.process.exitcode)
+
+    @property
+    def told(self) -> str:
+        return self.output.read_text()
+
+
+class Place:
+    """A folder with a tiny model and rows, where commands run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.numbers = itertools.count()
+        self.started: list[Any] = []
+
+    def start(self, *arguments: Any, pause: float = 0.0, strike: Strike | None = None) -> Command:
+        output = self.folder / f"told-{next(self.numbers)}.txt"
+        call = ([str(a) for a in arguments], self.folder, output, pause, strike)
+        process = PROCESSES.Process(target=_main, args=call)
+        process.start()
+        self.started.append(process)
+        return Command(process, output)
+
+    def dpo(self, *arguments: Any, strike: Strike | None = None) -> tuple[int, str]:
+        """Run a command to its end: exit code and all it told."""
+        command = self.start(*arguments, strike=strike)
+        return command.end(), command.told
+
+    def train(self, output: str, *arguments: Any, strike: Strike | None = None) -> tuple[int, str]:
+        return self.dpo("train", *self.options(output), *arguments, strike=strike)
+
+    def options(self, output: str) -> list[Any]:
+        """Two epochs of 14 rows: 10 steps of 3 pairs, the last of an epoch of 2; mostly 2 forwards a step."""
+        return [
+            "--model", "model", "--data", "rows.jsonl", "--eval-data", "held-out.jsonl", "--output", output,
+            "--epochs", 2, "--batch-size", 3, "--max-tokens", 600, "--lr", 1e-3, "--eval-every", 4, "--save-every", 2,
+            "--cache-dir", "cache",
+        ]  # fmt: skip
+
+
+def make_place(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int = 14, **model: Any) -> Place:
+    make_model(**model).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = [json.loads(line) for line in (SAMPLE / "train-strings.jsonl").read_text().splitlines()]
+    write_rows(folder / "rows.jsonl", lines[:rows])
+    write_rows(folder / "held-out.jsonl", lines[-4:])
+    return Place(folder)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Place]]:
+    """Every place that was made; what still runs in one when the tests are over is killed."""
+    made: list[Place] = []
+    yield made
+    for place in made:
+        for process in place.started:
+            if process.is_alive():
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def place(places: list[Place], tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Place:
+    """Where ``whole`` is an uninterrupted run and the reference is cached."""
+    place = make_place(tmp_path_factory.mktemp("place"), tokenizer)
+    places.append(place)
+    code, told = place.train("whole")
+    assert code == 0, told
+    return place
+
+
+@pytest.fixture(scope="module")
+def stopped(place: Place) -> Path:
+    """A run that was killed in step 7 of 10; its checkpoints are those of steps 4 and 6."""
+    code, told = place.train("stopped", strike=Strike("dpo_cli.train:Trainer.step", 7))
+    assert code == -signal.SIGKILL, told
+    assert [p.name for p in sorted((place.folder / "stopped" / "checkpoints").iterdir())] == [
+        "step-000004",
+        "step-000006",
+    ]
+    return place.folder / "stopped"
+
+
+@pytest.fixture
+def copy(stopped: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy of that run for one test alone."""
+    name = "copy-" + re.sub(r"\W+", "-", request.node.name)
+    return shutil.copytree(stopped, stopped.parent / name)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def lines(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def newest_step(run: Path) -> int:
+    """The last step in the metrics of a run that may be writing them."""
+    metrics = run / "metrics.jsonl"
+    steps = re.findall(r'"step": (\d+),', metrics.read_text()) if metrics.exists() else []
+    return int(steps[-1]) if steps else -1
+
+
+def assert_equal(run: Path, whole: Path) -> None:
+    """Same final weights to the bit, same metric lines to the letter."""
+    got, expected = weights(run), weights(whole)
+    assert got.keys() == expected.keys()
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+    assert lines(run) == lines(whole)
+
+
+def told_command(told: str) -> list[str]:
+    """The command that an interrupted run says to go on with, without its ``dpo``."""
+    found = re.search(r"Go on with: (.*)", told)
+    assert found, told
+    program, *arguments = shlex.split(found[1])
+    assert program == "dpo"
+    return arguments
+
+
+def test_the_uninterrupted_run_is_what_the_others_are_measured_by(place: Place) -> None:
+    """It crosses an epoch's edge, cuts steps into several forwards, evaluates on the way, and moves the weights."""
+    code, told = place.dpo("train", *place.options("dry"), "--dry-run")
+    assert code == 0
+    steps, forwards = map(int, re.search(r"(\d+) steps of 3 pairs in (\d+) forwards", told).groups())  # type: ignore[union-attr]
+    assert steps == 10 and forwards > 1.5 * steps
+    records = [json.loads(line) for line in lines(place.folder / "whole")]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 11))
+    assert [r["step"] for r in records if "eval_loss" in r] == [0, 4, 8, 10]
+    start, trained = load_file(place.folder / "model" / "model.safetensors"), weights(place.folder / "whole")
+    assert all(not torch.equal(start[name], trained[name]) for name in start)
+
+
+# ---- killed -----------------------------------------------------------------------------------------------------
+
+
+def test_killed_three_times_from_outside(
+    places: list[Place], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """40 steps; SIGKILL as soon as the metrics show one of three random steps, each time resumed."""
+    place = make_place(tmp_path, tokenizer, rows=58)
+    places.append(place)
+    code, told = place.train("whole")
+    assert code == 0 and len([line for line in lines(tmp_path / "whole") if '"loss"' in line]) == 40, told
+    run = tmp_path / "run"
+    kills = sorted(random.Random(7).sample(range(3, 30), 3))
+    arguments: list[Any] = ["train", *place.options("run")]
+    for kill in kills:
+        command = place.start(*arguments, pause=0.03)
+        while command.process.is_alive() and newest_step(run) < kill:
+            time.sleep(0.001)
+        command.process.kill()
+        assert command.end() == -signal.SIGKILL, command.told
+        arguments = ["train", "--resume", "run"]
+    code, told = place.dpo(*arguments)
+    assert code == 0, told
+    assert kills[-1] - 2 <= int(re.search(r"after step (\d+) of 40", told)[1]) < 40, told  # type: ignore[index]
+    assert_equal(run, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "strike",
+    [
+        Strike("dpo_cli.train:Trainer._forward", 13),  # between the micro-batches of a step
+        Strike("dpo_cli.train:append_metrics", 7),  # after a step, before its line
+        Strike("dpo_cli.train:policy_logps", 3),  # in an evaluation
+        Strike("dpo_cli.checkpoint:save_file", 2 * 3 + 2),  # weights written, moments not
+        Strike("dpo_cli.checkpoint:sha256", 2 * 3 + 2),  # all written, no manifest
+        Strike("dpo_cli.checkpoint:shutil.rmtree", 1),  # an old checkpoint about to be dropped
+        Strike("transformers:PreTrainedModel.save_pretrained"),  # trained, not exported
+    ],
+    ids=lambda strike: f"{strike.function.partition(':')[2]}-{strike.call}",
+)
+def test_killed_at_a_point_within(place: Place, strike: Strike) -> None:
+    name = "killed-" + re.sub(r"\W", "-", strike.function)
+    code, told = place.train(name, strike=strike)
+    assert code == -signal.SIGKILL, told
+    assert not (place.folder / name / "model").exists()
+    code, told = place.dpo("train", "--resume", name, "--save-every", 3, "--keep", 3, "--log-every", 1)
+    assert code == 0, told
+    assert_equal(place.folder / name, place.folder / "whole")
+    left = {p.name for p in (place.folder / name).rglob(".*")}
+    assert left == set(), "what the killed process was writing is still there"
+
+
+def test_a_line_that_the_kill_cut_short_is_dropped(place: Place, copy: Path) -> None:
+    with (copy / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 7, "loss": 0.3')
+    code, told = place.dpo("train", "--resume", copy)
+    assert code == 0, told
+    assert_equal(copy, place.folder / "whole")
+
+
+def test_a_finished_run_stays_as_it_is(place: Place) -> None:
+    run = shutil.copytree(place.folder / "whole", place.folder / "finished")
+    code, told = place.dpo("train", "--resume", "finished", "--json")
+    assert code == 0, told
+    assert_equal(run, place.folder / "whole")
+    evaluated = json.loads(lines(run)[-1])
+    assert json.loads(told.splitlines()[-1])["after"]["loss"] == evaluated["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("model", "number"),
+    [
+        ({"attention_dropout": 0.2}, signal.SIGKILL),
+        ({"family": "gpt2", "resid_pdrop": 0.2, "attn_pdrop": 0.1, "embd_pdrop": 0.1}, signal.SIGTERM),
+    ],
+    ids=["llama", "gpt2"],
+)
+def test_dropout_goes_on_with_the_same_draws(
+    places: list[Place], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model: dict[str, Any], number: int
+) -> None:
+    """In the middle of a step: killed, it goes on from the last checkpoint; interrupted, from before the step."""
+    place = make_place(tmp_path, tokenizer, **model)
+    places.append(place)
+    code, told = place.train("whole")
+    assert code == 0, told
+    code, told = place.train("run", strike=Strike("dpo_cli.train:Trainer._forward", 12, (number,)))
+    assert code == (130 if number == signal.SIGTERM else -number), told
+    found = newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail)
+    assert found and (found[1] % 2 == 1) == (number == signal.SIGTERM)  # else it was not written at the interruption
+    code, told = place.dpo("train", "--resume", "run")
+    assert code == 0, told
+    assert_equal(tmp_path / "run", tmp_path / "whole")
+
+
+# ---- interrupted ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("phase", "call", "number"),
+    [
+        ("policy_logps", 1, signal.SIGTERM),  # the evaluation before the first step
+        ("Trainer.step", 1, signal.SIGINT),
+        ("Trainer._forward", 13, signal.SIGTERM),  # between the micro-batches of a step
+        ("Trainer._forward", 13, signal.SIGINT),
+        ("append_metrics", 6, signal.SIGTERM),
+        ("policy_logps", 3, signal.SIGINT),  # an evaluation on the way
+        ("save_checkpoint", 3, signal.SIGTERM),
+        ("export_model", 1, signal.SIGINT),
+    ],
+)
+def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, number: signal.Signals) -> None:
+    """Exit code 130, a checkpoint at most a step old, and the very command to go on, also with a space in the name."""
+    name = f"my {phase} {call} {number.name}"
+    run = place.folder / name
+    code, told = place.train(name, strike=Strike(f"dpo_cli.train:{phase}", call, (number,)))
+    if phase != "export_model" or code:  # the work is done there: it may as well come to its end
+        assert code == 130, told
+        found = newest_checkpoint(run / "checkpoints", pytest.fail)
+        assert found and found[1] == newest_step(run)
+        assert "Traceback" not in told
+        assert not (run / "model").exists()
+        code, told = place.dpo(*told_command(told))
+    assert code == 0, told
+    assert_equal(run, place.folder / "whole")
+
+
+def test_two_interruptions_in_a_row(place: Place) -> None:
+    code, told = place.train("twice", strike=Strike("dpo_cli.train:Trainer._forward", 8, (signal.SIGINT,)))
+    assert code == 130, told
+    strike = Strike("dpo_cli.train:Trainer._forward", 1, (signal.SIGTERM,))
+    code, told = place.dpo(*told_command(told), strike=strike)  # in the first step after resuming
+    assert code == 130, told
+    code, told = place.dpo(*told_command(told))
+    assert code == 0, told
+    assert_equal(place.folder / "twice", place.folder / "whole")
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_second_signal_ends_at_once(place: Place, number: signal.Signals) -> None:
+    strike = Strike("dpo_cli.train:Trainer._forward", 13, (number, number))
+    code, told = place.train(f"impatient-{number.name}", strike=strike)
+    assert code == -number, told
+    assert "a checkpoint was written" not in told
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_interrupted_while_the_reference_is_scored(place: Place, number: signal.Signals) -> None:
+    """What was scored is kept, and the same command goes on from there."""
+    arguments = ("--cache-dir", f"cache-{number.name}")
+    strike = Strike("dpo_cli.logps:Scorer.token_logps", 6, (number,))
+    code, told = place.train(f"scored-{number.name}", *arguments, strike=strike)
+    assert code == 130 and "the same command goes on" in told, told
+    assert "Traceback" not in told
+    assert not (place.folder / f"scored-{number.name}").exists()
+    code, told = place.train(f"scored-{number.name}", *arguments)
+    assert code == 0, told
+    cached = int(re.search(r"(\d+) of 18 pairs cached", told)[1])  # type: ignore[index]
+    assert 5 <= cached < 18
+    assert_equal(place.folder / f"scored-{number.name}", place.folder / "whole")
+
+
+# ---- which checkpoint -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "rng.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "missing"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
+    place: Place, copy: Path, file: str, damage: str
+) -> None:
+    harm(copy / "checkpoints" / "step-000006" / file, damage)
+    told: list[str] = []
+    found = newest_checkpoint(copy / "checkpoints", told.append)
+    assert found == (copy / "checkpoints" / "step-000004", 4)
+    assert len(told) == 1 and "step-000006" in told[0]
+
+
+def harm(file: Path, damage: str) -> None:
+    content = bytearray(file.read_bytes())
+    if damage == "bit":
+        content[random.Random(file.name).randrange(len(content))] ^= 0x40
+    file.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    if damage == "missing":
+        file.unlink()
+
+
+def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path: Path) -> None:
+    """Every bit of it in turn: the checkpoint before is taken, or this one as it is; never another step."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    older, newest = (
+        save_checkpoint(tmp_path, step, model, optimizer, {"cpu": torch.get_rng_state()}, keep=2)  # type: ignore[arg-type]
+        for step in (8, 10)
+    )
+    content = (newest / "manifest.json").read_bytes()
+    wrong = []
+    for place, bit in itertools.product(range(len(content)), range(8)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << bit
+        (newest / "manifest.json").write_bytes(damaged)
+        if (found := newest_checkpoint(tmp_path, lambda text: None)) not in ((newest, 10), (older, 8)):
+            wrong.append((place, bit, found))
+        if not newest.exists():
+            (tmp_path / f"damaged-{newest.name}").rename(newest)
+    assert wrong == []
+
+
+def test_resume_from_the_older_checkpoint(place: Place, copy: Path) -> None:
+    """The damaged one is told, the result is the same, and what is left at the end is whole."""
+    checkpoints = copy / "checkpoints"
+    harm(checkpoints / "step-000006" / "weights.safetensors", "bit")
+    code, told = place.dpo("train", "--resume", copy, "--keep", 9)
+    assert code == 0, told
+    assert re.search(r"warning: .*step-000006.* damaged", told)
+    assert "after step 4 of 10" in told
+    assert_equal(copy, place.folder / "whole")
+    steps = []
+    while found := newest_checkpoint(checkpoints, pytest.fail):
+        steps.append(found[1])
+        shutil.rmtree(found[0])
+    assert steps[0] == 10 and steps[-1] == 4
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(place: Place, copy: Path) -> None:
+    harm(copy / "checkpoints" / "step-000006" / "weights.safetensors", "bit")
+    strike = Strike("dpo_cli.train:Trainer.step", 1, (signal.SIGTERM,))
+    code, told = place.dpo("train", "--resume", copy, "--keep", 1, strike=strike)
+    assert code == 130, told
+    code, told = place.dpo(*told_command(told))
+    assert code == 0, told
+    assert_equal(copy, place.folder / "whole")
+
+
+@pytest.mark.parametrize("state", ["all damaged", "no checkpoint", "no manifest", "no run", "nothing"])
+def test_nothing_to_go_on_from(place: Place, copy: Path, state: str) -> None:
+    if state == "all damaged":
+        for folder in (copy / "checkpoints").iterdir():
+            harm(folder / "rng.safetensors", "cut")
+    if state == "no checkpoint":
+        shutil.rmtree(copy / "checkpoints")
+    if state == "no manifest":
+        (copy / "manifest.json").unlink()
+    if state == "no run":
+        (copy / "config.yaml").unlink()
+    if state == "nothing":
+        shutil.rmtree(copy)
+    code, told = place.dpo("train", "--resume", copy)
+    assert code == 2, told
+    assert f"error: --resume {copy}: " in told and "Traceback" not in told
+    assert not (copy / "model").exists()
+
+
+# ---- the same run -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("lr", 2e-3), ("seed", 1), ("beta", 0.2), ("batch_size", 4), ("epochs", 3), ("max_steps", 20),
+        ("max_length", 64), ("max_tokens", 700), ("warmup", 0.0), ("schedule", "cosine"), ("weight_decay", 0.1),
+        ("max_grad_norm", 0.5), ("label_smoothing", 0.1), ("dtype", "bfloat16"), ("gradient_checkpointing", True),
+        ("model", "other"), ("data", ["other.jsonl"]), ("eval_data", ["other.jsonl"]), ("eval_fraction", 0.1),
+        ("columns", "prompt=p"),
+    ],
+)  # fmt: skip
+def test_what_is_trained_cannot_be_changed(stopped: Path, flag: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"cannot change --{flag.replace('_', '-')} ") as caught:
+        resolve_resumed({flag: value, "save_every": 7}, stopped)
+    assert "save" not in str(caught.value)
+
+
+def test_every_change_is_named_at_once(place: Place, stopped: Path) -> None:
+    flags = ("--lr", 2e-3, "--seed", 3, "--beta", 0.5, "--batch-size", 5, "--save-every", 9)
+    before = {p: p.stat().st_mtime_ns for p in stopped.rglob("*")}
+    code, told = place.dpo("train", "--resume", stopped, *flags)
+    assert code == 2, told
+    for text in ("--lr 0.002", "--seed 3", "--beta 0.5", "--batch-size 5", "began with 0.001", "began with 3"):
+        assert text in told
+    assert "--save-every" not in told
+    assert before == {p: p.stat().st_mtime_ns for p in stopped.rglob("*")}
+
+
+def test_what_the_run_began_with_may_be_said_again(stopped: Path) -> None:
+    flags = {"lr": 1e-3, "data": ["rows.jsonl"], "batch_size": 3, "save_every": 5, "keep": 1, "log_every": 3}
+    options = resolve_resumed(flags, stopped)
+    assert (options.lr, options.save_every, options.keep, options.log_every) == (1e-3, 5, 1, 3)
+
+
+@pytest.mark.parametrize("edited", ["rows.jsonl", "held-out.jsonl", "model"])
+def test_refused_when_the_input_was_edited_since(place: Place, copy: Path, edited: str) -> None:
+    """Data of the same size, and the start model by one unit in the last place."""
+    elsewhere = shutil.copytree(
+        place.folder, place.folder.parent / f"edited-{edited}", ignore=lambda *_: {"whole", "stopped"}
+    )
+    if edited == "model":
+        model = make_model()
+        first = model.get_input_embeddings().weight.data.view(-1)[:1]
+        first.copy_(torch.nextafter(first, torch.tensor(9.0)))
+        model.save_pretrained(elsewhere / "model")
+    else:
+        text = (elsewhere / edited).read_text()
+        (elsewhere / edited).write_text(text.replace(" the ", " The ", 1))
+    code, told = Place(elsewhere).dpo("train", "--resume", copy.name)
+    assert code == 2, told
+    what = {"rows.jsonl": "the data", "held-out.jsonl": "the held-out data", "model": "the start model"}[edited]
+    assert f"--resume {copy.name}: {what} changed since the run began" in told
+
+
+def test_its_config_repeats_a_run(place: Place) -> None:
+    code, told = place.dpo("train", "--config", "whole/config.yaml", "--output", "again")
+    assert code == 0, told
+    assert_equal(place.folder / "again", place.folder / "whole")
+    configs = [(place.folder / run / "config.yaml").read_text() for run in ("whole", "again")]
+    assert configs[0] == configs[1]
+    assert yaml.safe_load(configs[0])["max_tokens"] == 600
+
+
+def test_another_seed_is_another_run(place: Place) -> None:
+    """So that the equalities above say something."""
+    code, told = place.dpo("train", "--config", "whole/config.yaml", "--seed", 1, "--output", "seed-1")
+    assert code == 0, told
+    with pytest.raises(AssertionError):
+        assert_equal(place.folder / "seed-1", place.folder / "whole")
