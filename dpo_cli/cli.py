@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dpo_cli.config import EvalOptions, Options, PrecomputeOptions, TrainOptions, resolve, resolve_resumed
-from dpo_cli.errors import DpoError, printable
+from dpo_cli.errors import DpoError, UsageError, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,13 +65,12 @@ def with_options(kind: type[Options]) -> Callable[[Callable[..., Any]], Callable
 def _typer_option(field: dataclasses.Field[Any]) -> Any:
     default = field.metadata["shown"] or ("required" if field.default is dataclasses.MISSING else field.default)
     name = field.name.replace("_", "-")
-    flag = f"--{name}/--no-{name}" if isinstance(field.default, bool) else f"--{name}"
     shown = (
         f"{field.metadata['help']} [default: {default}]"
         if default not in (None, False, "required")
         else field.metadata["help"]
     )
-    return typer.Option(flag, help=shown.replace("[", r"\["), show_default=False)
+    return typer.Option(f"--{name}", help=shown.replace("[", r"\["), show_default=False)
 
 
 def _guarded(action: Callable[[], None], debug: bool) -> None:
@@ -126,6 +125,8 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train a model on chosen/rejected pairs."""
+    if resume and config:
+        raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
     options = resolve_resumed(flags, resume) if resume else resolve(TrainOptions, flags, config)
     reporter = _reporter()
     from dpo_cli.train import train as run

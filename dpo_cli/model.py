@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
@@ -128,7 +129,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         extra = {"quantization_config": GgufConfig(dequantize=True)}
     try:
         model = AutoModelForCausalLM.from_pretrained(**source.arguments(), dtype=torch.float32, **extra)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"--model {source.path}: cannot be loaded\n{error}") from error
     model.eval()
     return model

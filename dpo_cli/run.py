@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -72,6 +73,9 @@ def lay_out_run(
     folder = resume or options.output or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     if resume is None and folder.exists():
         raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"--output {folder}: cannot be made, for {above} is no folder that can be written to")
     source = find_model(options.model)
     reporter.fact("model", source.told)
     tokenizer = load_tokenizer(source)

@@ -31,5 +31,7 @@ def test_train_writes_the_run_folder(small_run) -> None:
     assert result["before"]["rewards/accuracies"] == 0.5 and result["before"]["rewards/ties"] == 1
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], return_tensors="pt", add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], return_tensors="pt", add_generation_prompt=True
+    )
     assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
