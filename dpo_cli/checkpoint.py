@@ -56,7 +56,8 @@ def _moments(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def _folders(checkpoints: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    return sorted((p for p in checkpoints.glob("step-*") if p.is_dir()), reverse=True)
+    folders = [p for p in checkpoints.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
+    return sorted(folders, key=lambda p: int(p.name[5:]), reverse=True)
 
 
 def newest_checkpoint(checkpoints: Path, warn: Callable[[str], None]) -> tuple[Path, int] | None:
@@ -111,8 +112,6 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
 
 def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str) -> None:
     """Write a folder that any Hugging Face tool loads: weights, config, tokenizer with template, model card."""
-    if folder.exists():
-        shutil.rmtree(folder)
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -29,13 +29,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder, which must not exist yet."""
+    """The same for a folder; one that is there already gives way when the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
     try:
         yield temporary
         for each in [*temporary.rglob("*"), temporary]:
             _settle(each)
+        if path.exists():
+            shutil.rmtree(path)
         temporary.rename(path)
         _sync(path.parent)
     finally:

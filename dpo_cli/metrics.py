@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor
 
+from dpo_cli.disk import whole_file
 from dpo_cli.errors import printable
 
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "wins", "ties", "logps/chosen", "logps/rejected", "pairs")
@@ -82,7 +83,8 @@ def truncate_metrics(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    file.write_text("".join(kept), encoding="utf-8")
+    with whole_file(file) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 class Reporter:

@@ -70,13 +70,20 @@ def make_scorer(
     return Scorer(model, layout, compute_dtype(options.dtype, device), max_tokens, device)
 
 
+def tell_missing(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> int:
+    """Tell what the cache has of the pairs; returns how many are to be scored, equal ones counted once."""
+    missing = len(cache.missing(pairs))
+    cached = sum(cache.has(pair) for pair in pairs)
+    todo = f"{missing:,} to score" if missing else "no reference forward"
+    reporter.fact("reference", f"{cached:,} of {len(pairs):,} pairs cached: {todo}")
+    return missing
+
+
 def fill_reference(cache: ReferenceCache, pairs: Sequence[Pair], scorer: Scorer, reporter: Reporter) -> Filled:
     """Score what the cache lacks, and tell it."""
-    missing = len(cache.missing(pairs))
+    missing = tell_missing(cache, pairs, reporter)
     if not missing:
-        reporter.fact("reference", f"all {len(pairs):,} pairs are cached: no reference forward")
         return Filled(hits=len(pairs), misses=0)
-    reporter.fact("reference", f"{len(pairs) - missing:,} of {len(pairs):,} pairs cached, {missing:,} to score")
     with reporter.progress("reference", missing) as progress:
         filled = fill(cache, pairs, scorer, progress.advance)
     rate = f"{filled.seconds:.1f} s ({filled.tokens / filled.seconds:,.0f} tokens/s)"

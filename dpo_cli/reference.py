@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,9 @@ class ReferenceCache:
             try:
                 self.values |= _read_shard(shard)
             except _DamagedError:
-                aside = shard.rename(shard.with_suffix(".damaged"))
+                aside = shard.with_suffix(".damaged")
+                with suppress(FileNotFoundError):  # another process was first
+                    shard.rename(aside)
                 warn(f"reference cache: {shard.name[:12]}… is damaged; set aside as {aside}, its pairs are recomputed")
             except (OSError, KeyError, ValueError) as error:
                 warn(f"reference cache: {shard} is no shard of ours and is ignored ({error})")
@@ -72,10 +75,14 @@ class ReferenceCache:
         places = []
         for place, pair in enumerate(pairs):
             keys = pair_keys(pair)
-            if keys not in seen and not (keys[0] in self.values and keys[1] in self.values):
+            if keys not in seen and not self.has(pair):
                 seen.add(keys)
                 places.append(place)
         return places
+
+    def has(self, pair: Pair) -> bool:
+        """Whether both responses are cached."""
+        return all(key in self.values for key in pair_keys(pair))
 
     def lookup(self, pairs: Sequence[Pair]) -> Tensor:
         """Reference log-probs of pairs that are all cached: (P, 2) float32 nats, chosen and rejected."""
@@ -123,7 +130,8 @@ def fill(
     """
     places = cache.missing(pairs)
     missing = [pairs[place] for place in places]
-    filled = Filled(hits=len(pairs) - len(places), misses=len(places))
+    hits = sum(cache.has(pair) for pair in pairs)
+    filled = Filled(hits=hits, misses=len(pairs) - hits)
     began = written = time.monotonic()
     waiting: list[tuple[bytes, Tensor]] = []  # response keys and their token log-probs (N,)
 

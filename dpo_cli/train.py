@@ -34,7 +34,7 @@ from dpo_cli.logps import Scorer, noise, response_logps
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, Reporter, append_metrics, first_evaluation, pair_sums, summarize, truncate_metrics
 from dpo_cli.model import default_device
-from dpo_cli.prepare import fill_reference
+from dpo_cli.prepare import fill_reference, tell_missing
 from dpo_cli.run import Run, check_same_run, create_folder, lay_out_run, make_manifest, model_card
 from dpo_cli.tokens import Pair
 
@@ -186,8 +186,7 @@ def train(
     run = lay_out_run(options, resume, accelerator.device, accelerator.num_processes, reporter)
     if dry_run:
         wanted = [run.pairs[i] for i in run.used()] + run.held_out
-        missing = len(run.cache.missing(wanted))
-        reporter.fact("reference", f"{len(wanted) - missing:,} of {len(wanted):,} pairs cached, {missing:,} to score")
+        missing = tell_missing(run.cache, wanted, reporter)
         return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": missing}
     manifest = make_manifest(run, command, accelerator.num_processes)
     if resume:
@@ -214,7 +213,7 @@ def train(
         after = _loop(run, trainer, done, stop, score_held_out, reporter)
         with attention(run.model, run.own_attention):
             export_model(model_folder, run.model, run.tokenizer, model_card(run))
-    shown = zip(run.held_out, first_answers, _answers(run), strict=False)
+        shown = zip(run.held_out, first_answers, _answers(run), strict=False)
     return {
         "run": str(run.folder),
         "model": str(model_folder),

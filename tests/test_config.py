@@ -376,6 +376,7 @@ OTHER: dict[str, Any] = {
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(to_yaml(TrainOptions(**DATA, beta=0.2)), encoding="utf-8")
+    (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
     return tmp_path
 
 
@@ -412,7 +413,11 @@ def test_several_changes_are_told_at_once(run: Path) -> None:
         resolve_resumed({"beta": 0.3, "seed": 9, "keep": 5}, run)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UsageError, match=r"no run there \(config.yaml is missing\)"):
-            resolve_resumed({}, folder)
+def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no run there"):
+        resolve_resumed({}, tmp_path / "none")
+    for name in ("manifest.json", "config.yaml"):
+        (run / name).unlink()
+        with pytest.raises(UsageError, match=rf"no run there \({name} is missing\)"):
+            resolve_resumed({}, run)
+        (run / name).touch()

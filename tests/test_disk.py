@@ -71,13 +71,24 @@ def test_failure_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_failed_rename_leaves_nothing_of_ours(tmp_path: Path) -> None:
-    """The name is taken by a folder with something in it."""
-    (tmp_path / "taken" / "inside").mkdir(parents=True)
-    with pytest.raises(OSError), whole_file(tmp_path / "taken") as temporary:
+    """The name is taken by something of the other kind."""
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError), whole_file(tmp_path / "folder") as temporary:
         temporary.write_text("new")
-    with pytest.raises(OSError), whole_folder(tmp_path / "taken") as temporary:
+    with pytest.raises(OSError), whole_folder(tmp_path / "file") as temporary:
         (temporary / "file").write_text("new")
-    assert everything_in(tmp_path) == {"taken", "taken/inside"}
+    assert everything_in(tmp_path) == {"folder", "folder/inside", "file"}
+
+
+def test_folder_that_is_there_gives_way_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "old").mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "folder"):
+        raise ZeroDivisionError
+    assert everything_in(tmp_path) == {"folder", "folder/old"}
+    with whole_folder(tmp_path / "folder") as temporary:
+        (temporary / "new").write_text("new")
+    assert everything_in(tmp_path) == {"folder", "folder/new"}
 
 
 def test_folder_is_there_only_after_the_block(tmp_path: Path) -> None:

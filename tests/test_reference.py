@@ -33,8 +33,11 @@ from dpo_cli.reference import KEY_BYTES, ReferenceCache, fill, pair_keys, respon
 from dpo_cli.tokens import Pair
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
+# Processes of their own that need not load the libraries again.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dpo_cli.train"])
+PROCESSES.set_forkserver_preload(
+    ["dpo_cli.cli", "dpo_cli.train", "tests.conftest", "transformers.models.llama.modeling_llama"]
+)
 CPU = torch.device("cpu")
 NOISE = 1e-3  # nats
 
@@ -136,11 +139,11 @@ def test_a_second_training_scores_nothing(tmp_path: Path, tiny: Path, rows: Path
     """Another learning rate, beta, seed, batch size, loss and output: the same reference."""
     common = ("train", "--model", tiny, "--data", rows, "--cache-dir", tmp_path / "cache")
     _, told = dpo(*common, "--output", tmp_path / "first", "--batch-size", 6)
-    assert "0 of 12 pairs cached, 12 to score" in told
+    assert "0 of 12 pairs cached: 12 to score" in told
     forwards.clear()
     other = ("--lr", 1e-4, "--beta", 0.5, "--seed", 3, "--batch-size", 4, "--label-smoothing", 0.1, "--epochs", 2)
     result, told = dpo(*common, "--output", tmp_path / "second", *other)
-    assert "all 12 pairs are cached: no reference forward" in told
+    assert "12 of 12 pairs cached: no reference forward" in told
     assert result["steps"] == 6
     assert forwards == [4] * (1 + 6)  # the check at step 0 and one a step
 
@@ -156,8 +159,8 @@ def test_precompute_fills_what_train_and_eval_need(
     again = precompute(rows)
     assert (again["pairs"], again["hits"], again["misses"], again["tokens"], forwards) == (12, 12, 0, 0, [])
     common = ("--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache")
-    assert "all 12 pairs are cached" in dpo("train", *common, "--output", tmp_path / "run")[1]
-    assert "all 12 pairs are cached" in dpo("eval", *common)[1]
+    assert "12 of 12 pairs cached: no reference forward" in dpo("train", *common, "--output", tmp_path / "run")[1]
+    assert "12 of 12 pairs cached: no reference forward" in dpo("eval", *common)[1]
 
 
 def test_appended_row_is_all_that_is_scored(rows: Path, precompute: Precompute, forwards: list[int]) -> None:
@@ -389,6 +392,22 @@ def test_damage_is_told_by_the_command(rows: Path, tmp_path: Path, tiny: Path, p
     assert (result["hits"], result["misses"]) == (0, 12)
     assert f"warning: reference cache: {shard.stem[:12]}" in told
     assert precompute(rows)["misses"] == 0
+
+
+def test_damage_that_two_processes_find_at_once(
+    tmp_path: Path, filled: tuple[Path, list[Pair], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has set the shard aside already when this one is about to."""
+    folder = shutil.copytree(filled[0], tmp_path / "cache")
+    shards(folder)[0].write_bytes(b"damaged")
+    rename = Path.rename
+
+    def second(self: Path, target: Path) -> Path:
+        rename(self, target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", second)
+    assert 0 < len(open_cache(folder, []).missing(filled[1])) < 12
 
 
 @pytest.mark.parametrize("foreign", ["text", "bytes", "no keys", "too few", "folder"])

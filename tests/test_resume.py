@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -32,10 +31,10 @@ from transformers import PreTrainedTokenizerFast
 from dpo_cli.checkpoint import newest_checkpoint, save_checkpoint
 from dpo_cli.config import resolve_resumed
 from dpo_cli.errors import UsageError
+from dpo_cli.metrics import truncate_metrics
 from tests.conftest import SAMPLE, make_model, write_rows
+from tests.test_reference import PROCESSES
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dpo_cli.train"])
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -289,6 +288,22 @@ def test_a_line_that_the_kill_cut_short_is_dropped(place: Place, copy: Path) -> 
     assert_equal(copy, place.folder / "whole")
 
 
+def test_a_kill_while_the_metrics_are_cut_back_loses_no_line(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = lines(copy)
+
+    def killed(self: Path, *_: Any, **__: Any) -> int:
+        """The file is open and still empty."""
+        self.open("w").close()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", killed)
+        truncate_metrics(copy / "metrics.jsonl", 6)
+    assert lines(copy) == before
+    truncate_metrics(copy / "metrics.jsonl", 4)
+    assert lines(copy) == [line for line in before if json.loads(line)["step"] <= 4]
+
+
 def test_a_finished_run_stays_as_it_is(place: Place) -> None:
     run = shutil.copytree(place.folder / "whole", place.folder / "finished")
     code, told = place.dpo("train", "--resume", "finished", "--json")
@@ -415,7 +430,7 @@ def harm(file: Path, damage: str) -> None:
 
 
 def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path: Path) -> None:
-    """Every bit of it in turn: the checkpoint before is taken, or this one as it is; never another step."""
+    """One in each byte, all around the step: the one before is taken, or this one as it is; never another step."""
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     older, newest = (
@@ -423,8 +438,9 @@ def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path: Path) -> None:
         for step in (8, 10)
     )
     content = (newest / "manifest.json").read_bytes()
-    wrong = []
-    for place, bit in itertools.product(range(len(content)), range(8)):
+    rng, step, wrong = random.Random(0), content.index(b'"step"'), []
+    flips = {(place, rng.randrange(8)) for place in range(len(content))}
+    for place, bit in flips | set(itertools.product(range(step, step + 12), range(8))):
         damaged = bytearray(content)
         damaged[place] ^= 1 << bit
         (newest / "manifest.json").write_bytes(damaged)
@@ -433,6 +449,16 @@ def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path: Path) -> None:
         if not newest.exists():
             (tmp_path / f"damaged-{newest.name}").rename(newest)
     assert wrong == []
+
+
+def test_the_newest_is_that_of_most_steps_however_many_digits(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (999_999, 1_000_000, 1_000_001):
+        save_checkpoint(tmp_path, step, model, optimizer, {"cpu": torch.get_rng_state()}, keep=2)  # type: ignore[arg-type]
+    found = newest_checkpoint(tmp_path, pytest.fail)
+    assert found and found[1] == 1_000_001
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_resume_from_the_older_checkpoint(place: Place, copy: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.data import BadRow, Message, Row, RowError
 from dpo_cli.errors import UsageError
-from dpo_cli.tokens import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder, Pair, PairSet, refusal, tokenize_rows
+from dpo_cli.tokens import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder, Pair, digest, refusal, tokenize_rows
 from tests.conftest import CHATML, SAMPLE
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>"]
@@ -356,14 +356,13 @@ def test_a_refusal_stays_short_however_many_reasons_there_are() -> None:
 
 
 def test_the_digest_tells_any_change() -> None:
-    def digest(*rows: list[list[int]]) -> str:
-        arrays = [[np.asarray(ids, np.int32) for ids in each] for each in rows]
-        return PairSet([Pair("anywhere", *each) for each in arrays]).digest()
+    def of(*rows: list[list[int]], where: str = "anywhere") -> str:
+        return digest(Pair(where, *(np.asarray(ids, np.int32) for ids in each)) for each in rows)
 
     one, two = [[1, 2], [3], [4]], [[1], [2, 3], [4]]
-    seen = [digest(one), digest(two), digest(one, two), digest(two, one), digest([[1, 2], [4], [3]]), digest()]
+    seen = [of(one), of(two), of(one, two), of(two, one), of([[1, 2], [4], [3]]), of([[1, 2], [3], [5]]), of()]
     assert len(set(seen)) == len(seen)
-    assert digest(one, two) == digest(one, two)
+    assert of(one, two) == of(one, two) == of(one, two, where="elsewhere")
 
 
 # ---- truncation -------------------------------------------------------------------------------------------------
