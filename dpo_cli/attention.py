@@ -55,6 +55,9 @@ def prefix_shared_attention(
         raise UnsupportedAttentionError(
             f"its attention takes {foreign[0]}" if foreign else "it does not pass segments on"
         )
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     parts = []

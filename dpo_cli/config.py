@@ -88,7 +88,7 @@ class TrainOptions(Options):
     weight_decay: float = option(0.0, "AdamW's, on matrices only.", not_negative)
     max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", not_negative)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    seed: int = option(0, "Seed of the order of pairs and of dropout.", seedlike)
+    seed: int = option(0, "Seed of the order of the pairs.", seedlike)
     log_every: int = option(10, "Steps between console lines where the output is no terminal.", positive)
     eval_every: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
     save_every: int = option(100, "Steps between checkpoints; 0: only when interrupted.", not_negative)

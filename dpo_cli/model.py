@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED, attention
-from dpo_cli.batch import Layout, MicroBatch, lay_out, padded, row_cost
+from dpo_cli.batch import Layout, lay_out, padded, row_cost
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.logps import token_logps
 from dpo_cli.tokens import Pair
@@ -131,8 +132,18 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(**source.arguments(), dtype=torch.float32, **extra)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"--model {source.path}: cannot be loaded\n{error}") from error
-    model.eval()
-    return model
+    _disable_dropout(model)
+    return model.eval()
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Turn dropout off for good: a policy with it would not be the reference at the start (as the DPO authors do)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def fingerprint(model: nn.Module, layout: Layout, dtype: torch.dtype) -> str:
@@ -190,12 +201,13 @@ def default_max_tokens(model: PreTrainedModel, device: torch.device) -> int:
 
 @torch.no_grad()
 def choose_layout(
-    model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int, device: torch.device
+    model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Layout, str]:
     """The most compact layout whose log-probs equal those of each response alone, and a sentence about it.
 
-    Two real pairs, the longest that fits ``max_tokens`` among them, are scored in one float32 forward of each layout
-    and compared with the plainest forward there is: one response, the model's own attention, no padding.
+    Two real pairs, the longest that fits ``max_tokens`` among them, are scored in one forward of each layout, in float32
+    and in the compute precision, and compared with the plainest forward there is: one response, the model's own
+    attention, no padding.
 
     Raises:
         DpoError: not even padded batches give the numbers of single sequences.
@@ -203,16 +215,23 @@ def choose_layout(
     longest_first = sorted(pairs, key=lambda pair: row_cost(pair, "shared"), reverse=True)
     probes = [pair for pair in longest_first if row_cost(pair, "packed") <= max_tokens][:1] + longest_first[-1:]
     alone = [padded([(pair.prompt, r)]).to(device) for pair in probes for r in (pair.chosen, pair.rejected)]
-    expected = torch.cat([token_logps(model, batch, torch.float32) for batch in alone])
-    if not expected.isfinite().all():
-        raise DpoError("the start model's log-probs are not finite: its weights are broken")
+    precisions = dict.fromkeys((torch.float32, dtype))
+    expected = {p: torch.cat([token_logps(model, batch, p) for batch in alone]) for p in precisions}
+    if not all(logps.isfinite().all() for logps in expected.values()):
+        raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
     reasons: list[str] = []
     for layout, told in _TOLD.items():
-        difference = _difference(model, lay_out(probes, layout).to(device), layout, expected)
-        if isinstance(difference, float) and difference < 1e-3:
+        batch = lay_out(probes, layout).to(device)
+        try:
+            with attention(model, PREFIX_SHARED if layout == "shared" else None):
+                off = {p: (token_logps(model, batch, p) - expected[p]).abs().nan_to_num(math.inf) for p in precisions}
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            reasons.append(f"{layout}: {str(error).splitlines()[0][:120]}")
+            continue
+        if off[torch.float32].max() < 1e-3 and off[dtype].mean() < 0.1:
             why = f" ({'; '.join(reasons)})" if reasons else ""
-            return layout, f"{told}; equal to single sequences within {difference:.0e} nats a token{why}"
-        reasons.append(f"{layout}: {difference if isinstance(difference, str) else f'off by {difference:.2g} nats'}")
+            return layout, f"{told}; equal to single sequences within {off[torch.float32].max():.0e} nats a token{why}"
+        reasons.append(f"{layout}: off by {max(float(each.max()) for each in off.values()):.2g} nats")
     raise DpoError(f"this model's log-probs change when sequences share a forward: {'; '.join(reasons)}")
 
 
@@ -221,13 +240,3 @@ _TOLD: dict[Layout, str] = {
     "packed": "packed rows, the prompt computed once for each response",
     "padded": "padded batches, the prompt computed once for each response",
 }
-
-
-def _difference(model: PreTrainedModel, batch: MicroBatch, layout: Layout, expected: torch.Tensor) -> float | str:
-    """Largest difference of a token's log-prob in nats, or why the model cannot run this layout."""
-    try:
-        with attention(model, PREFIX_SHARED if layout == "shared" else None):
-            got = token_logps(model, batch, torch.float32)
-    except (TypeError, ValueError, IndexError, NotImplementedError, AttributeError) as error:
-        return str(error).splitlines()[0][:120]
-    return float((got - expected).abs().max()) if got.isfinite().all() else float("inf")

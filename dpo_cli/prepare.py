@@ -60,14 +60,15 @@ def make_scorer(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise UsageError(f"a pair has {longest} tokens and the model reads at most {limit}; set --max-length {limit}")
-    layout, told = choose_layout(model, pairs, max_tokens, device)
+    dtype = compute_dtype(options.dtype, device)
+    layout, told = choose_layout(model, pairs, max_tokens, device, dtype)
     reporter.fact("layout", told)
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
     alone = sum(row_cost(pair, layout) > max_tokens for pair in pairs)
     if alone:
         reporter.warn(f"{alone:,} pairs are longer than --max-tokens {max_tokens}; each gets a forward of its own")
-    return Scorer(model, layout, compute_dtype(options.dtype, device), max_tokens, device)
+    return Scorer(model, layout, dtype, max_tokens, device)
 
 
 def tell_missing(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> int:

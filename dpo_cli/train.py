@@ -237,7 +237,9 @@ def _make_trainer(run: Run, accelerator: Accelerator, reporter: Reporter) -> tup
     reference[used] = run.cache.lookup([run.pairs[i] for i in used])
     held_out_reference = run.cache.lookup(run.held_out)
     if run.options.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 renamed it, and 5.17 has only the old name
+        new = getattr(run.model, "activation_checkpointing_enable", None)
+        (new or run.model.gradient_checkpointing_enable)({"use_reentrant": False})
     optimizer = make_optimizer(run.model, run.options.weight_decay)
     prepared, optimizer = accelerator.prepare(run.model, optimizer)
     scorer = dataclasses.replace(run.scorer, model=prepared)

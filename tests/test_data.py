@@ -195,12 +195,13 @@ def test_dialogues_that_differ_before_the_last_answer_are_refused(tmp_path: Path
         "rejected": "\n\nHuman: a\n\nAssistant: x\n\nHuman: c\n\nAssistant: d",
     }
     longer = {"chosen": HH + " Because.\n\nHuman: Thanks\n\nAssistant: Welcome", "rejected": HH + " No."}
+    other_way_round = {"chosen": longer["rejected"], "rejected": longer["chosen"]}
     no_assistant = {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}
     no_common = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: b"}
     no_dialogue = {"chosen": "some answer", "rejected": "another answer"}
     differ = "the dialogues differ before their last answer, so they have no common prompt"
     none = "prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'"
-    assert refused(tmp_path, early, longer) == [differ] * 2
+    assert refused(tmp_path, early, longer, other_way_round) == [differ] * 3
     assert refused(tmp_path, no_assistant, no_common, no_dialogue) == [none] * 3
 
 

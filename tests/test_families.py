@@ -126,7 +126,7 @@ def test_equal_to_single_sequences(family: str, pairs: list[Pair]) -> None:
     layouts: list[Layout] = ["shared", "padded"] if family == "opt" else ["shared", "packed", "padded"]
     for layout in layouts:
         check_equal(score(model, pairs, layout), wanted)
-    layout, told = choose_layout(model, pairs, 256, CPU)
+    layout, told = choose_layout(model, pairs, 256, CPU, torch.float32)
     assert layout == "shared" and told.startswith("packed rows, each prompt computed once for both responses; equal")
     assert model.config._attn_implementation != PREFIX_SHARED  # only tried
 
@@ -135,7 +135,7 @@ def test_equal_to_single_sequences(family: str, pairs: list[Pair]) -> None:
 def test_special_attention_gets_an_exact_layout(family: str, pairs: list[Pair]) -> None:
     model = make(family)
     _, expected, reasons = SPECIAL[family]
-    layout, told = choose_layout(model, pairs, 256, CPU)
+    layout, told = choose_layout(model, pairs, 256, CPU, torch.float32)
     assert layout == expected
     assert TOLD[layout] in told
     for reason in reasons:
@@ -229,7 +229,7 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
     wanted, _ = score(model, pairs, None)
     FAULTS[fault](monkeypatch)
     assert difference(model, pairs, dpo_cli.model.PREFIX_SHARED, wanted) > 0.1  # nats: far above the noise
-    layout, told = choose_layout(model, pairs, 256, CPU)
+    layout, told = choose_layout(model, pairs, 256, CPU, torch.float32)
     assert layout == "packed"
     assert "packed rows, the prompt computed once for each response; equal" in told and "shared: off by" in told
 
@@ -237,7 +237,7 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
 def test_falls_back_to_padded_batches(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """OPT takes a packed row for one document."""
     monkeypatch.setattr(dpo_cli.model, "PREFIX_SHARED", None)
-    layout, told = choose_layout(make("opt"), pairs, 256, CPU)
+    layout, told = choose_layout(make("opt"), pairs, 256, CPU, torch.float32)
     assert layout == "padded"
     assert "shared: off by" in told and "packed: off by" in told
 
@@ -247,7 +247,7 @@ def test_refuses_a_model_whose_rows_mix(pairs: list[Pair]) -> None:
     model = make("llama")
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, out: out - out.mean((0, 1)))
     with pytest.raises(DpoError, match=r"shared: off by .*; packed: off by .*; padded: off by"):
-        choose_layout(model, pairs, 256, CPU)
+        choose_layout(model, pairs, 256, CPU, torch.float32)
 
 
 def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,5 +261,5 @@ def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dpo_cli.model, "lay_out", spy)
     for max_tokens, places in ((256, [2, 1]), (47, [0, 1]), (16, [1])):
         tried.clear()
-        choose_layout(make("llama"), pairs, max_tokens, CPU)
+        choose_layout(make("llama"), pairs, max_tokens, CPU, torch.float32)
         assert [[pair.where for pair in probes] for probes in tried] == [[f"row {i}" for i in places]]

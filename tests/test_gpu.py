@@ -1,0 +1,200 @@
+"""On a CUDA device: the flash path computes what the path by segments does, and training runs on it.
+
+Tolerances are bfloat16's: 8 bits of mantissa, so an attention output of size 1 is off by up to about 0.01.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import dpo_cli.attention
+from dpo_cli.attention import PREFIX_SHARED, attention, prefix_shared_attention
+from dpo_cli.batch import Segments, lay_out
+from dpo_cli.config import TrainOptions
+from dpo_cli.logps import response_logps, token_logps
+from dpo_cli.metrics import Reporter
+from dpo_cli.model import choose_layout, compute_dtype, default_device, default_max_tokens
+from dpo_cli.tokens import Pair
+from dpo_cli.train import train
+from tests.conftest import SAMPLE, make_model
+from tests.test_families import dense_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DEVICE = torch.device("cuda")
+# Prompt, chosen, rejected. A rejected response has fewer queries than keys by its prompt's length: an alignment of
+# causality at the first query and key would hide most of that prompt. Longer than a kernel's tile of 128, too.
+LENGTHS = [(200, 90, 150), (1, 30, 1), (40, 1, 300), (7, 5, 6)]
+WINDOW = 16  # shorter than most prompts
+
+
+def make_pairs() -> list[Pair]:
+    rng = np.random.default_rng(0)
+    return [
+        Pair(f"row {i}", *(rng.integers(3, 384, n).astype(np.int32) for n in lengths))
+        for i, lengths in enumerate(LENGTHS)
+    ]
+
+
+def make_inputs(heads: int, groups: int, size: int) -> tuple[Tensor, Tensor, Tensor, Segments]:
+    """Query, key and value whose numbers bfloat16 holds exactly, as leaves in float32, and their segments."""
+    tokens = sum(map(sum, LENGTHS))
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, tokens, size)] + [(1, heads // groups, tokens, size)] * 2
+    made = [torch.randn(shape, generator=generator).bfloat16().float().to(DEVICE).requires_grad_() for shape in shapes]
+    segments = lay_out(make_pairs(), "shared").to(DEVICE).segments
+    assert segments is not None
+    query, key, value = made
+    return query, key, value, segments
+
+
+def run(inputs: tuple[Tensor, Tensor, Tensor, Segments], window: int | None, dtype: torch.dtype) -> list[Tensor]:
+    """Output (1, T, A, D) and the gradients of a fixed weighting of it, all as float32."""
+    *made, segments = inputs
+    query, key, value = (x.detach().to(dtype).requires_grad_() for x in made)
+    module = torch.nn.Module()
+    out, _ = prefix_shared_attention(module, query, key, value, None, sliding_window=window, segments=segments)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    (out.float() * weights).sum().backward()
+    return [x.float() for x in (out.detach(), query.grad, key.grad, value.grad) if x is not None]
+
+
+@pytest.fixture
+def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The query's dtype of each call of the flash path."""
+    calls: list[torch.dtype] = []
+    flash = dpo_cli.attention._varlen
+
+    def spy(query: Tensor, *rest: Any) -> Tensor:
+        calls.append(query.dtype)
+        return flash(query, *rest)
+
+    monkeypatch.setattr(dpo_cli.attention, "_varlen", spy)
+    return calls
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 1, 64), (4, 2, 64), (2, 2, 128), (4, 2, 8)])
+def test_flash_equals_segments(
+    heads: int, groups: int, size: int, window: int | None, flash_calls: list[torch.dtype]
+) -> None:
+    """Values and gradients, where rejected responses have fewer queries than keys."""
+    inputs = make_inputs(heads, groups, size)
+    wanted = run(inputs, window, torch.float32)
+    assert flash_calls == []
+    got = run(inputs, window, torch.bfloat16)
+    assert flash_calls == [torch.bfloat16]
+    torch.testing.assert_close(got[0], wanted[0], atol=0.03, rtol=0.03)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
+    truth = dense_attention(*(x.detach() for x in inputs[:3]), LENGTHS, window)
+    torch.testing.assert_close(wanted[0], truth, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_causality_is_aligned_at_the_last_query_and_key(window: int | None) -> None:
+    """One segment of 2 queries and 40 keys: the first query sees 39 keys, not 1."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k = 2, 40
+    value = torch.arange(k, dtype=torch.float32)[:, None, None].expand(k, 1, 64)
+    query, key = torch.zeros(q, 1, 64), torch.zeros(k, 1, 64)  # so that all visible keys weigh the same
+    query, key, value = (x.to(DEVICE, torch.bfloat16).contiguous() for x in (query, key, value))
+    bounds = [torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (q, k)]
+    out = varlen_attn(query, key, value, *bounds, q, k, window_size=(-1 if window is None else window - 1, 0))
+    assert isinstance(out, Tensor)
+    means = [float(np.mean(range(0 if window is None else last + 1 - window, last + 1))) for last in (38, 39)]
+    assert out[:, 0, 0].float().tolist() == pytest.approx(means, abs=0.1)  # aligned at the first: 0 and 0.5
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_a_wrong_alignment_would_show(window: int | None) -> None:
+    """The tolerances above are far below what an alignment at the first query and key would change."""
+    *made, segments = make_inputs(4, 2, 64)
+    query, key, value = (x.detach() for x in made)
+    out = dense_attention(query, key, value, LENGTHS, window)
+    prompt, chosen, rejected = LENGTHS[0]
+    start = prompt + chosen
+    own = torch.cat([key[:, :, :prompt], key[:, :, start : start + rejected]], 2)[:, :, :rejected]
+    values = torch.cat([value[:, :, :prompt], value[:, :, start : start + rejected]], 2)[:, :, :rejected]
+    wrong = dense_attention(query[:, :, start : start + rejected], own, values, [(rejected, 0, 0)], window)
+    right = out[:, start : start + rejected]
+    assert segments.query_bounds.tolist()[1:3] == [start, start + rejected]
+    assert (wrong - right).norm() > 0.5 * right.norm()
+
+
+@pytest.mark.parametrize(("family", "config"), [("llama", {}), ("gpt2", {}), ("mistral", {"sliding_window": WINDOW})])
+def test_log_probs_under_bfloat16(family: str, config: dict[str, Any], flash_calls: list[torch.dtype]) -> None:
+    """Every layer takes the flash path, and the numbers are float32's up to bfloat16's noise."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512} if family == "gpt2" else {}
+    model, pairs = make_model(family, **config, **sizes).to(DEVICE), make_pairs()
+    batch = lay_out(pairs, "shared").to(DEVICE)
+    with attention(model, PREFIX_SHARED), torch.no_grad():
+        exact = token_logps(model, batch, torch.float32)
+        assert flash_calls == []
+        coarse = token_logps(model, batch, torch.bfloat16)
+    assert flash_calls == [torch.bfloat16] * model.config.num_hidden_layers
+    assert coarse.dtype == response_logps(coarse, batch).dtype == torch.float32
+    with attention(model, None), torch.no_grad():
+        wrong = token_logps(model, batch, torch.float32)  # stock attention: the rejected response without its prompt
+    noise, error = (coarse - exact).norm(), (wrong - exact).norm()
+    assert noise < 0.02 * (exact - exact.mean()).norm()
+    assert error > 5 * noise
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "expected"),
+    [
+        ("llama", {}, "shared"),
+        ("mistral", {"sliding_window": WINDOW}, "shared"),
+        ("gemma2", {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}, "packed"),
+    ],
+)
+def test_choose_layout(family: str, config: dict[str, Any], expected: str) -> None:
+    model = make_model(family, **config).to(DEVICE)
+    layout, told = choose_layout(model, make_pairs(), 4096, DEVICE, torch.bfloat16)
+    assert layout == expected, told
+    assert "equal to single sequences" in told
+
+
+def test_defaults_on_cuda() -> None:
+    assert default_device().type == "cuda"
+    assert compute_dtype("auto", DEVICE) == torch.bfloat16
+    assert 1024 <= default_max_tokens(make_model(), DEVICE) <= 65536
+
+
+def test_one_train_step(tiny: Path, tmp_path: Path, flash_calls: list[torch.dtype]) -> None:
+    """bfloat16 by default; the first loss is ln 2, the weights change, stay float32 and stay finite."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of another test
+    options = TrainOptions(
+        model=str(tiny),
+        data=[str(SAMPLE / "train.jsonl")],
+        max_steps=1,
+        batch_size=8,
+        lr=1e-3,
+        warmup=0.0,
+        save_every=1,
+        output=tmp_path / "run",
+        cache_dir=tmp_path / "cache",
+    )
+    train(options, None, ["test"], Reporter(quiet=True))
+    assert set(flash_calls) == {torch.bfloat16}
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert math.isclose(line["loss"], math.log(2), abs_tol=0.01)  # the same forward: off by noise at most
+    assert math.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny, tmp_path / "run" / "model"))
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert new.dtype == torch.float32 and new.isfinite().all()
+        assert (new - old).abs().max().item() == pytest.approx(1e-3, rel=0.1), (
+            name
+        )  # Adam's first step is lr for each weight

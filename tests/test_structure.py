@@ -1,0 +1,218 @@
+"""What the architecture promises about imports, and what the source must not contain."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.config import EvalOptions, PrecomputeOptions, TrainOptions
+from tests.conftest import ROOT, Cli, cli_environment
+
+PACKAGE = ROOT / "dpo_cli"
+MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+# Each module imports only from the layers before its own; modules of one layer know nothing of each other.
+LAYERS = [
+    {"errors"},
+    {"config"},
+    {"data"},
+    {"tokens"},
+    {"batch"},
+    {"attention", "losses"},
+    {"logps"},
+    {"model", "disk"},
+    {"metrics"},
+    {"reference", "checkpoint"},
+    {"prepare"},
+    {"run"},
+    {"evaluate"},
+    {"train"},
+    {"cli"},
+    {"__main__"},
+]
+LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def imported(source: ast.Module) -> Iterator[str]:
+    """Dotted names of all that is imported, inside functions too; ``from a import b`` gives ``a`` and ``a.b``."""
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield base
+            yield from (f"{base}.{name.name}" for name in node.names)
+
+
+def own_imports(source: ast.Module) -> set[str]:
+    """Modules of the package that are imported; a relative import is named as it stands, and so in no layer."""
+    parts = [name.split(".") for name in imported(source) if name.startswith(("dpo_cli", "."))]
+    return {part[1] for part in parts if len(part) > 1 and (part[0] == "" or part[1] in MODULES)}
+
+
+def packages(source: ast.Module) -> set[str]:
+    return {name.partition(".")[0] for name in imported(source)}
+
+
+# ---- imports ----------------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_its_layer() -> None:
+    assert set(LAYER) == set(MODULES) - {"__init__"}
+
+
+@pytest.mark.parametrize("module", LAYER)
+def test_imports_point_downwards(module: str) -> None:
+    above = {name for name in own_imports(tree(module)) if LAYER[name] >= LAYER[module]}
+    assert not above, f"{module} imports {above}, which are not below it"
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert not set(imported(tree("__init__")))
+
+
+def test_imports_are_seen_wherever_they_stand() -> None:
+    """The tests here would hold nothing if this went blind."""
+    source = "import dpo_cli.train\ndef f():\n    from dpo_cli.model import load_model\n    from dpo_cli import batch\n"
+    assert own_imports(ast.parse(source)) == {"train", "model", "batch"}
+    assert own_imports(tree("cli")) >= {"config", "errors", "train", "evaluate", "prepare"}
+    assert packages(ast.parse("def f():\n    import accelerate.utils as u")) == {"accelerate"}
+
+
+def test_accelerate_is_named_by_the_loop_alone() -> None:
+    users = {module for module in MODULES if "accelerate" in packages(tree(module))}
+    assert "train" in users and users <= {"train", "checkpoint"}
+
+
+def test_pure_layers_know_torch_only() -> None:
+    for module in ("losses", "logps", "batch"):
+        assert not packages(tree(module)) & {"transformers", "accelerate", "typer", "rich"}
+    for module in ("errors", "config", "data"):
+        assert not packages(tree(module)) & {"torch", "transformers", "accelerate", "numpy"}
+
+
+# ---- what must not be there -------------------------------------------------------------------------------------
+
+NEVER = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "torch.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "os.system",
+    "os.popen",
+}
+TRUE_ARGUMENTS = {"shell", "trust_remote_code", "allow_pickle"}
+
+
+def forbidden(source: ast.Module) -> set[str]:
+    """What of the above a module does."""
+    found = set()
+    for node in ast.walk(source):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= NEVER & packages(ast.Module([node], []))
+            found |= CALLS & set(imported(ast.Module([node], [])))
+        elif isinstance(node, ast.Call):
+            found |= CALLS & {ast.unparse(node.func)}
+        elif isinstance(node, ast.keyword):
+            found |= TRUE_ARGUMENTS & {node.arg} if ast.unparse(node.value) != "False" else set()
+        elif isinstance(node, ast.Dict):  # arguments by way of a dict
+            given = zip(node.keys, node.values, strict=True)
+            on = {key.value for key, v in given if isinstance(key, ast.Constant) and ast.unparse(v) != "False"}
+            found |= TRUE_ARGUMENTS & on
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_that_runs_what_it_reads(module: str) -> None:
+    assert not forbidden(tree(module))
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("import pickle", "pickle"),
+        ("def f():\n    from pickle import loads", "pickle"),
+        ("torch.load(path, weights_only=True)", "torch.load"),
+        ("from torch import load", "torch.load"),
+        ("eval('1')", "eval"),
+        ("exec(text)", "exec"),
+        ("subprocess.run(command, shell=True)", "shell"),
+        ("load(path, trust_remote_code=True)", "trust_remote_code"),
+        ("load(path, trust_remote_code=trust)", "trust_remote_code"),
+        ("load(**{'trust_remote_code': True})", "trust_remote_code"),
+        ("yaml.load(text, Loader=yaml.SafeLoader)", "yaml.load"),
+        ("numpy.load(path, allow_pickle=True)", "allow_pickle"),
+    ],
+)
+def test_what_must_not_be_there_would_be_found(code: str, found: str) -> None:
+    assert forbidden(ast.parse(code)) == {found}
+
+
+def test_what_only_looks_like_it_is_let_pass() -> None:
+    for code in ("model.eval()", "re.compile(text)", "load(trust_remote_code=False)", "yaml.safe_load(text)"):
+        assert not forbidden(ast.parse(code))
+    assert not forbidden(ast.parse("load(**{'trust_remote_code': False})"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_and_what_it_offers_say_what_they_are(module: str) -> None:
+    source = tree(module)
+    assert ast.get_docstring(source), "a module begins with a sentence"
+    for node in source.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
+
+
+def test_sources_are_the_package() -> None:
+    """What is read above is what runs: there is no package below the package."""
+    assert not [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE]
+
+
+# ---- help is instant --------------------------------------------------------------------------------------------
+
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "numpy", "safetensors", "tokenizers", "pyarrow"}
+
+
+def loaded(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """Run the command and tell which packages Python loaded for it."""
+    command = [sys.executable, "-X", "importtime", "-m", "dpo_cli", *arguments]
+    environment = cli_environment(folder / "home")
+    out = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    names = [line.rpartition("|")[2].strip() for line in out.stderr.splitlines() if line.startswith("import time:")]
+    return out, {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "-h"], ["precompute-ref", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
+    out, names = loaded(tmp_path, *arguments)
+    assert out.returncode == 0 and "Usage" in out.stdout
+    assert {"dpo_cli", "typer"} <= names
+    assert not names & HEAVY
+
+
+@pytest.mark.parametrize("arguments", [["--beta", "0"], [], ["--resume", "."], ["--config", "none.yaml"]])
+def test_wrong_options_are_told_before_anything_heavy_is_loaded(arguments: list[str], tmp_path: Path) -> None:
+    out, names = loaded(tmp_path, "train", *arguments)
+    assert out.returncode == 2 and "error: " in out.stderr
+    assert "dpo_cli" in names and not names & HEAVY
+
+
+def test_every_option_is_in_the_help(dpo: Cli) -> None:
+    """Unabridged, on a terminal of the usual 80 columns."""
+    for command, kind in (("train", TrainOptions), ("eval", EvalOptions), ("precompute-ref", PrecomputeOptions)):
+        text = dpo(command, "--help").stdout
+        for field in dataclasses.fields(kind):
+            assert "--" + field.name.replace("_", "-") in text
