@@ -135,7 +135,7 @@ class MicroBatch:
     segments: Segments | None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on another device, without waiting for the copy."""
+        """The same on another device."""
         return _moved(self, device)
 
 
@@ -148,7 +148,7 @@ def _moved(of: Tensors, device: torch.device) -> Tensors:
     for field in fields(of):
         value = getattr(of, field.name)
         if isinstance(value, Tensor):
-            changed[field.name] = value.to(device, non_blocking=True)
+            changed[field.name] = value.to(device)
         elif isinstance(value, Segments):
             changed[field.name] = _moved(value, device)
     return replace(of, **changed)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from dpo_cli.disk import sha256, whole_file, whole_folder
+from dpo_cli.disk import sha256, whole_folder
 from dpo_cli.errors import DpoError
 
 MANIFEST = "manifest.json"
@@ -116,9 +116,3 @@ def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is whole or absent."""
-    with whole_file(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

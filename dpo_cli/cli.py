@@ -86,6 +86,10 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
         if debug:
             raise
         _fail(str(error), 1)
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(f"out of device memory; lower --max-tokens, or set --gradient-checkpointing\n{error}", 1)
     except KeyboardInterrupt:
         if debug:
             raise
@@ -127,6 +131,8 @@ def train(
     """Train a model on chosen/rejected pairs."""
     if resume and config:
         raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
+    if resume and flags["output"] == resume:
+        flags["output"] = None
     options = resolve_resumed(flags, resume) if resume else resolve(TrainOptions, flags, config)
     reporter = _reporter()
     from dpo_cli.train import train as run

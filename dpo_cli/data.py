@@ -288,6 +288,8 @@ def _field(record: dict[str, Any], ours: str, theirs: str) -> Any:
             _check_message(message, f"{named}, message {number}")
     elif not isinstance(value, str):
         raise RowError(f"{named} is a {type(value).__name__}; it must be a string or a list of messages")
+    elif value.lstrip().startswith(('[{"role"', "[{'role'")):
+        raise RowError(f"{named} is a message list written as text; write it as a list, in .jsonl or .parquet")
     elif _has_surrogate(value):
         raise RowError(f"{named} has half of a surrogate pair, which is no text")
     if not (value if isinstance(value, list) else value.strip()):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -36,12 +38,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for each in [*temporary.rglob("*"), temporary]:
             _settle(each)
-        if path.exists():
-            shutil.rmtree(path)
+        old = temporary.with_suffix(".old.tmp")
+        if path.is_dir():
+            path.rename(old)
         temporary.rename(path)
         _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that is whole or absent."""
+    with whole_file(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def remove_leftovers(folder: Path) -> None:

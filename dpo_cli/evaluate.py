@@ -21,10 +21,19 @@ from dpo_cli.attention import attention
 from dpo_cli.config import EvalOptions
 from dpo_cli.disk import whole_file
 from dpo_cli.errors import UsageError
-from dpo_cli.logps import Scorer, noise
+from dpo_cli.logps import Scorer
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import Reporter, pair_sums, summarize
-from dpo_cli.model import ModelSource, default_device, dtype_name, find_model, fingerprint, load_model, load_tokenizer
+from dpo_cli.model import (
+    ModelSource,
+    default_device,
+    dtype_name,
+    find_model,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    same_weights,
+)
 from dpo_cli.prepare import fill_reference, make_scorer, read_pairs
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.tokens import Pair
@@ -42,13 +51,14 @@ def policy_logps(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter, what
     return table
 
 
-def evaluate(policy: Tensor, reference: Tensor, beta: float, tie: float) -> dict[str, float]:
+def evaluate(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0) -> dict[str, float]:
     """Loss, rewards, margin and accuracy over P pairs.
 
     Shapes: ``policy``, ``reference`` (P, 2) nats.
     """
     logps, ref_logps = policy.T.reshape(-1), reference.T.reshape(-1)  # (2P,), chosen first
-    return summarize(pair_sums(sigmoid_loss(logps, ref_logps, beta), logps, ref_logps, beta, tie).tolist())
+    losses = sigmoid_loss(logps, ref_logps, beta, label_smoothing)
+    return summarize(pair_sums(losses, logps, ref_logps, beta).tolist())
 
 
 def answers(
@@ -94,7 +104,7 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     policy = policy_logps(scorer, pairs, reporter)
     reference = _reference_logps(options, source, pairs, scorer, reporter)
     result: dict[str, Any] = {"pairs": len(pairs), "beta": options.beta}
-    result |= evaluate(policy, reference, options.beta, noise(scorer.dtype))
+    result |= evaluate(policy, reference, options.beta, run.get("label_smoothing", 0.0))
     result |= {"ref_logps/chosen": float(reference[:, 0].mean()), "ref_logps/rejected": float(reference[:, 1].mean())}
     result |= _cross_entropies(pairs, policy, reference)
     rewards = options.beta * (policy - reference)
@@ -109,7 +119,7 @@ def _run_options(source: ModelSource) -> dict[str, Any]:
     if source.run is None:
         return {}
     options = yaml.safe_load((source.run / "config.yaml").read_text(encoding="utf-8"))
-    return {name: options[name] for name in ("max_length", "dtype", "beta")}
+    return {name: options[name] for name in ("max_length", "dtype", "beta", "label_smoothing")}
 
 
 def _reference_logps(
@@ -140,12 +150,10 @@ def _reference_logps(
         model = load_model(reference)
     except UsageError as error:
         raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
-    if trained_from:
-        began = fingerprint(model, trained_from["layout"], getattr(torch, trained_from["dtype"]))
-        if began != trained_from["fingerprint"]:
-            raise UsageError(f"{reference.path} is no longer the model the run began with; name that one with --ref")
     scorer = make_scorer(model, pairs, options, scorer.device, reporter)
     found = fingerprint(model, scorer.layout, scorer.dtype)
+    if trained_from and not same_weights(found, trained_from["fingerprint"]):
+        raise UsageError(f"{reference.path} is no longer the model the run began with; name that one with --ref")
     return _cached(ReferenceCache(options.cache_dir, found, reporter.warn), pairs, scorer, reporter)
 
 

@@ -24,19 +24,20 @@ from dpo_cli.disk import whole_file
 from dpo_cli.errors import printable
 
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "wins", "ties", "logps/chosen", "logps/rejected", "pairs")
+TIE = 1e-3  # nats between the two log-ratios of a pair, below which their order is arithmetic
 
 
-def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float, tie: float) -> Tensor:
+def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     """Sums over P pairs of everything that is reported, so that a step needs one reduce and one read-back.
 
     Shapes: ``losses`` (P,), ``logps`` and ``ref_logps`` (2P,), chosen first -> (8,), float64, named by ``SUMS``.
-    Units: nats; ``tie`` is the log-ratio difference up to which a pair counts as a tie.
+    Units: nats.
     """
     logratios = (logps - ref_logps).double()
     chosen, rejected = logratios.chunk(2)
     h = chosen - rejected  # (P,)
     logps_chosen, logps_rejected = logps.double().chunk(2)
-    columns = [losses.double(), beta * chosen, beta * rejected, h > tie, h.abs() <= tie, logps_chosen, logps_rejected]
+    columns = [losses.double(), beta * chosen, beta * rejected, h > TIE, h.abs() <= TIE, logps_chosen, logps_rejected]
     sums = [column.sum() for column in columns]
     return torch.stack([*(s.double() for s in sums), torch.full_like(sums[0], len(losses))]).detach()
 

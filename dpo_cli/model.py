@@ -76,13 +76,19 @@ def _default_model() -> ModelSource:
 
 
 def _local_model(name: str, path: Path) -> ModelSource:
-    run = next((folder for folder in (path, path.parent) if (folder / "manifest.json").is_file()), None)
+    run = next(
+        (folder for folder in (path, path.parent) if _is_run(folder) and path in (folder, folder / "model")), None
+    )
     folder = path / "model" if run == path else path
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
     if not any(folder.glob("*.safetensors")):
         raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
-    return ModelSource(str(folder), path.name, str(folder), run=run)
+    return ModelSource(str(folder), run.name if run else path.name, str(folder), run=run)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file()
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -133,7 +139,8 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"--model {source.path}: cannot be loaded\n{error}") from error
     _disable_dropout(model)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -147,16 +154,23 @@ def _disable_dropout(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module, layout: Layout, dtype: torch.dtype) -> str:
-    """Hash of everything that decides a log-prob: weights, config, compute precision, attention path (hex)."""
+    """Hash of everything that decides a log-prob (hex): 16 digits of how it is computed, then 48 of the weights."""
     config = model.config.to_diff_dict()  # type: ignore[operator, union-attr]
     for key in ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "quantization_config"):
         config.pop(key, None)
-    about = {"config": config, "layout": layout, "dtype": str(dtype), "version": SCORING_VERSION}
-    h = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return h.hexdigest()
+    device = next(model.parameters()).device.type
+    about = {"config": config, "layout": layout, "dtype": str(dtype), "device": device, "version": SCORING_VERSION}
+    how = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    weights, saved = hashlib.sha256(), model.state_dict().keys()  # a buffer that is not saved follows from the config
+    for name, tensor in [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]:
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return how.hexdigest()[:16] + weights.hexdigest()[:48]
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same weights, however they compute."""
+    return one[16:] == other[16:]
 
 
 # ---- device and memory ------------------------------------------------------------------------------------------
@@ -192,7 +206,7 @@ def default_max_tokens(model: PreTrainedModel, device: torch.device) -> int:
     """Tokens a forward: what fits beside the training state; on a CPU more than a few thousand bring no speed."""
     if device.type != "cuda":
         return 2048
-    free = torch.cuda.mem_get_info(device)[0] - STATE_BYTES * model.num_parameters()
+    free = torch.cuda.mem_get_info(device)[0] - (STATE_BYTES - 4) * model.num_parameters()  # weights are there
     return int(min(max(0.7 * free / activation_bytes(model), 1024), 65536))
 
 
@@ -205,9 +219,9 @@ def choose_layout(
 ) -> tuple[Layout, str]:
     """The most compact layout whose log-probs equal those of each response alone, and a sentence about it.
 
-    Two real pairs, the longest that fits ``max_tokens`` among them, are scored in one forward of each layout, in float32
-    and in the compute precision, and compared with the plainest forward there is: one response, the model's own
-    attention, no padding.
+    Two real pairs, the longest that fits ``max_tokens`` among them, are scored in one forward of each layout, in
+    float32 and in the compute precision, and compared with the plainest forward there is: one response, the model's
+    own attention, no padding.
 
     Raises:
         DpoError: not even padded batches give the numbers of single sequences.
@@ -230,7 +244,8 @@ def choose_layout(
             continue
         if off[torch.float32].max() < 1e-3 and off[dtype].mean() < 0.1:
             why = f" ({'; '.join(reasons)})" if reasons else ""
-            return layout, f"{told}; equal to single sequences within {off[torch.float32].max():.0e} nats a token{why}"
+            largest = f"{off[torch.float32].max():.0e} nats a token"
+            return layout, f"{told}; equal to single sequences within {largest}{why}"
         reasons.append(f"{layout}: off by {max(float(each.max()) for each in off.values()):.2g} nats")
     raise DpoError(f"this model's log-probs change when sequences share a forward: {'; '.join(reasons)}")
 

@@ -18,9 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cli.batch import Step, plan_run, row_cost
-from dpo_cli.checkpoint import write_json
 from dpo_cli.config import TrainOptions, to_yaml
 from dpo_cli.data import BadRow
+from dpo_cli.disk import write_json
 from dpo_cli.errors import UsageError
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter
@@ -59,7 +59,7 @@ class Run:
 
     def used(self) -> list[int]:
         """Places of the pairs that the plan trains on."""
-        return sorted({i for step in self.plan for indices in step for i in indices} | {0})
+        return sorted({i for step in self.plan for indices in step for i in indices})
 
 
 def lay_out_run(
@@ -76,6 +76,10 @@ def lay_out_run(
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UsageError(f"--output {folder}: cannot be made, for {above} is no folder that can be written to")
+    if options.eval_data and options.eval_fraction:
+        raise UsageError("--eval-data and --eval-fraction: give one of them")
+    if not (options.eval_data or options.eval_fraction) and (options.eval_every or options.show_answers):
+        raise UsageError("--eval-every and --show-answers need held-out pairs: --eval-data or --eval-fraction")
     source = find_model(options.model)
     reporter.fact("model", source.told)
     tokenizer = load_tokenizer(source)
@@ -189,7 +193,7 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def check_same_run(folder: Path, manifest: dict[str, Any]) -> None:
+def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -> None:
     """Refuse to resume on other data or start weights than the run began with."""
     began = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     checks = {"data": ("sha256", "the data"), "held_out": ("sha256", "the held-out data")}
@@ -199,6 +203,8 @@ def check_same_run(folder: Path, manifest: dict[str, Any]) -> None:
         raise UsageError(
             f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"
         )
+    if any(began[key] != manifest[key] for key in ("versions", "device")):
+        reporter.warn("the libraries or the device are others than when the run began: the last bits may differ")
 
 
 def model_card(run: Run) -> str:

@@ -148,9 +148,9 @@ class Encoder:
             ids = self._encode(prompt + response)
         else:
             text = self._render(prompt + response)
-            ids = self._encode(text.removesuffix(self.turn_end) + self.turn_end.rstrip(), templated=True)
-            if self.turn_end.strip():
-                return ids
+            if self.turn_end.strip() and text.rstrip().endswith(self.turn_end.strip()):
+                return self._encode(text.rstrip(), templated=True)  # what follows the turn's end is not trained
+            ids = self._encode(text.removesuffix(self.turn_end), templated=True)
         return ids if ids[-1] == self.eos else np.append(ids, np.int32(self.eos))
 
     def _encode(self, text: str, templated: bool = False) -> Ids:

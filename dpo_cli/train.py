@@ -107,19 +107,18 @@ class Trainer:
         model.train()
         for number, indices in enumerate(mine, 1):
             with nullcontext() if number == len(mine) else accelerator.no_sync(model):
-                _, logps, ref_logps = self._forward(indices or (0,))  # an idle rank runs any pair, weighted 0
+                _, logps, ref_logps = self._forward(indices)
                 losses, micro_sums = self._measure(logps, ref_logps)
-                weight = world / pairs_in_step if indices else 0.0
-                accelerator.backward(losses.sum() * weight)
+                accelerator.backward(losses.sum() * world / pairs_in_step)
             losses_seen.append(losses.detach())
-            sums += micro_sums if indices else 0
+            sums += micro_sums
             if stop.requested:
                 self.optimizer.zero_grad()
                 return None
         norm = accelerator.clip_grad_norm_(model.parameters(), self.options.max_grad_norm or math.inf)
         assert isinstance(norm, Tensor)
         sums = accelerator.reduce(sums)
-        *totals, grad_norm = torch.cat([sums, norm.detach().double()[None]]).tolist()  # the step's one device sync
+        *totals, grad_norm = torch.cat([sums, norm.detach().double()[None]]).tolist()  # the step's one read-back
         if not math.isfinite(totals[0] + grad_norm):
             self.optimizer.zero_grad()
             raise self._not_finite(mine, losses_seen)
@@ -138,7 +137,7 @@ class Trainer:
         self.scorer.model.eval()
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
         largest = 0.0
-        for indices in filter(None, micro_batches):
+        for indices in micro_batches:
             batch, logps, ref_logps = self._forward(indices)
             sums += self._measure(logps, ref_logps)[1]
             scale = batch.lengths.view(-1, 2).T.reshape(-1).sqrt()  # (2P,), chosen first
@@ -155,11 +154,11 @@ class Trainer:
         """Losses (P,) with their graph, and the sums of the micro-batch's metrics."""
         beta = self.options.beta
         losses = sigmoid_loss(logps, ref_logps, beta, self.options.label_smoothing)
-        return losses, pair_sums(losses, logps, ref_logps, beta, noise(self.scorer.dtype))
+        return losses, pair_sums(losses, logps, ref_logps, beta)
 
     def _not_finite(self, mine: Step, losses: list[Tensor]) -> DpoError:
         places = [i for indices in mine for i in indices]
-        values = [value for indices, seen in zip(mine, losses, strict=True) if indices for value in seen.tolist()]
+        values = [value for seen in losses for value in seen.tolist()]
         bad = [i for i, value in zip(places, values, strict=True) if not math.isfinite(value)]
         what = "the loss is not finite for" if bad else "the gradient is not finite; the step's pairs are"
         named = bad or places
@@ -182,7 +181,7 @@ def train(
         Interrupted: a signal came; a checkpoint was written.
     """
     set_seed(options.seed)
-    accelerator = Accelerator(cpu=default_device().type == "cpu")
+    accelerator = _accelerator()
     run = lay_out_run(options, resume, accelerator.device, accelerator.num_processes, reporter)
     if dry_run:
         wanted = [run.pairs[i] for i in run.used()] + run.held_out
@@ -190,7 +189,7 @@ def train(
         return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": missing}
     manifest = make_manifest(run, command, accelerator.num_processes)
     if resume:
-        check_same_run(run.folder, manifest)
+        check_same_run(run.folder, manifest, reporter)
     trainer, held_out_reference = _make_trainer(run, accelerator, reporter)
     first_answers = _answers(run)
     done = 0
@@ -202,7 +201,7 @@ def train(
 
     def score_held_out(step: int) -> dict[str, float]:
         policy = policy_logps(trainer.scorer, run.held_out, reporter, "held out")
-        values = evaluate(policy, held_out_reference, run.options.beta, noise(run.scorer.dtype))
+        values = evaluate(policy, held_out_reference, run.options.beta, run.options.label_smoothing)
         reporter.fact("held out", f"step {step}: {_brief(values)}")
         return values
 
@@ -227,6 +226,15 @@ def train(
             for pair, first, last in shown
         ],
     }
+
+
+def _accelerator() -> Accelerator:
+    """The engine, with nothing taken from the environment that would change a gradient."""
+    accelerator = Accelerator(cpu=default_device().type == "cpu", mixed_precision="no")
+    accelerator.gradient_accumulation_steps = 1
+    if accelerator.num_processes > 1:
+        raise UsageError("one device for now: start dpo train without a launcher")
+    return accelerator
 
 
 def _make_trainer(run: Run, accelerator: Accelerator, reporter: Reporter) -> tuple[Trainer, Tensor]:
@@ -277,7 +285,7 @@ def _loop(
             if run.held_out and (step == total or (options.eval_every and step % options.eval_every == 0)):
                 after = score_held_out(step)
                 append_metrics(metrics, step, after, "eval_")
-            if options.save_every and step % options.save_every == 0:
+            if step == total or (options.save_every and step % options.save_every == 0):
                 rng = rng_state(run.scorer.device)
                 save_checkpoint(run.folder / "checkpoints", step, run.model, trainer.optimizer, rng, options.keep)
     return after

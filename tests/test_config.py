@@ -340,19 +340,20 @@ def test_to_yaml_names_every_option_but_the_output() -> None:
 
 # ---- going on with a run ----------------------------------------------------------------------------------------
 
+BEGAN = TrainOptions(data=[str(Path("pairs.jsonl").absolute())], cache_dir=Path("cache").absolute(), beta=0.2)
 # option: another value than it began with
 OTHER: dict[str, Any] = {
     "model": "other",
-    "data": ["other.jsonl"],
+    "data": [str(Path("other.jsonl").absolute())],
     "columns": "prompt=q",
     "on_bad_row": "skip",
     "max_length": 64,
     "max_tokens": 64,
     "dtype": "bfloat16",
-    "cache_dir": Path("elsewhere"),
-    "eval_data": ["held.jsonl"],
+    "cache_dir": Path("elsewhere").absolute(),
+    "eval_data": [str(Path("held.jsonl").absolute())],
     "eval_fraction": 0.5,
-    "output": Path("other"),
+    "output": Path("other").absolute(),
     "beta": 0.3,
     "label_smoothing": 0.1,
     "epochs": 9,
@@ -375,15 +376,14 @@ OTHER: dict[str, Any] = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    (tmp_path / "config.yaml").write_text(to_yaml(TrainOptions(**DATA, beta=0.2)), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(to_yaml(BEGAN), encoding="utf-8")
     (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
     return tmp_path
 
 
 def test_a_run_goes_on_with_the_options_it_began_with(run: Path) -> None:
-    began = TrainOptions(**DATA, beta=0.2)
-    assert resolve_resumed({}, run) == began
-    assert resolve_resumed({"beta": 0.2, "data": ["pairs.jsonl"], "lr": None}, run) == began
+    assert resolve_resumed({}, run) == BEGAN
+    assert resolve_resumed({"beta": 0.2, "data": BEGAN.data, "lr": None}, run) == BEGAN
 
 
 def test_every_option_is_tried_below() -> None:

@@ -452,6 +452,21 @@ def test_broken_csv_is_refused_with_its_place(before: bytes, broken: bytes, tmp_
     assert len(rows) == 1 + bool(before)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", "[" + LINE.decode() + ', {"chosen": NaN}, ' + LINE.decode() + "]"),
+        ("rows.json", "[" + LINE.decode() + " " + LINE.decode() + "]"),
+        ("rows.csv", HEADER + 'p,a,b\np,"a"x,b\np,c,d\n'),
+    ],
+)
+def test_rows_that_are_not_read_are_told(name: str, content: str, tmp_path: Path) -> None:
+    """One who skips bad rows must see that behind a broken one all of the file is lost, not one row."""
+    rows = read_bytes(tmp_path, name, content)
+    assert [type(row) for row in rows] == [Row, BadRow]
+    assert isinstance(rows[1], BadRow) and "the rest of the file is not read" in rows[1].reason
+
+
 # ---- columns ----------------------------------------------------------------------------------------------------
 
 

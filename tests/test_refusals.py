@@ -284,10 +284,11 @@ def test_holding_out_every_pair_is_refused(here: Cli, tiny: Path, tmp_path: Path
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Four good rows, the four bad ones, and one whose difference truncation removes."""
+    """Four good rows, the four bad ones, one whose difference truncation removes, one with a number that is too big."""
     same = "you " * 100
     lost = json.dumps({"prompt": "Why?", "chosen": same + "yes", "rejected": same + "no"})
     lines = [good(1), *(line for line, _ in BAD_LINES.values()), good(2), lost, good(3), good(4)]
+    lines.append('{"prompt": "Why?", "chosen": 1e999, "rejected": "No idea."}')
     path = tmp_path / "mixed.jsonl"
     path.write_text("\n".join(lines))
     return path
@@ -296,6 +297,7 @@ def mixed(tmp_path: Path) -> Path:
 REFUSED = [
     *((f"mixed.jsonl:{n}", why) for n, (_, why) in enumerate(BAD_LINES.values(), 2)),
     ("mixed.jsonl:7", "truncation to max_length 32 removes the difference between chosen and rejected"),
+    ("mixed.jsonl:10", "chosen is a float; it must be a string or a list of messages"),
 ]
 
 
@@ -305,11 +307,11 @@ def test_skip_goes_on_and_counts(here: Cli, tiny: Path, mixed: Path, tmp_path: P
     out = here("train", *given, "--dry-run", "--json")
     assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout)["pairs"] == 4
-    assert "mixed.jsonl: 9 rows, 4 pairs, 5 refused" in out.stderr
+    assert "mixed.jsonl: 10 rows, 4 pairs, 6 refused" in out.stderr
     assert listing(tmp_path) == before  # nor does a dry run write anything
     out = here("precompute-ref", *given, "--json")
     assert out.returncode == 0, out.stderr
-    assert json.loads(out.stdout)["pairs"] == 4 and "9 rows, 4 pairs, 5 refused" in out.stderr
+    assert json.loads(out.stdout)["pairs"] == 4 and "10 rows, 4 pairs, 6 refused" in out.stderr
 
 
 def test_skip_is_refused_when_no_pair_is_left(here: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -326,11 +328,13 @@ def test_a_run_keeps_the_rows_that_it_refused(dpo: Cli, tiny: Path, mixed: Path,
         "--on-bad-row", "skip", "--batch-size", 2, "--max-steps", 1, "--output", "run", "--json",
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
-    refused = [json.loads(line) for line in (tmp_path / "run" / "refused.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "run" / "refused.jsonl").read_text().splitlines()
+    assert not any("Infinity" in line for line in lines)  # which is no JSON
+    refused = [json.loads(line) for line in lines]
     assert [(line["where"], line["reason"]) for line in refused] == REFUSED * 2  # of the data and of the held out rows
     data = json.loads((tmp_path / "run" / "manifest.json").read_text())["data"]
     result = json.loads(out.stdout)
     assert data["pairs"] == result["pairs"] == 4 and result["held_out"] == 4
-    assert out.stderr.count("mixed.jsonl: 9 rows, 4 pairs, 5 refused") == 2
-    assert data["pairs"] + result["held_out"] + data["refused"] == 18  # rows in = used + refused
+    assert out.stderr.count("mixed.jsonl: 10 rows, 4 pairs, 6 refused") == 2
+    assert data["pairs"] + result["held_out"] + data["refused"] == 20  # rows in = used + refused
     assert refused[1]["row"] == json.loads(BAD_LINES["no rejected"][0])
