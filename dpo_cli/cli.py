@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-import math
 import os
 import signal
 import sys
@@ -16,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dpo_cli.config import EvalOptions, Options, PrecomputeOptions, TrainOptions, resolve, resolve_resumed
+from dpo_cli.disk import to_json
 from dpo_cli.errors import DpoError, UsageError, printable
 
 app = typer.Typer(
@@ -67,7 +66,7 @@ def _typer_option(field: dataclasses.Field[Any]) -> Any:
     name = field.name.replace("_", "-")
     shown = (
         f"{field.metadata['help']} [default: {default}]"
-        if default not in (None, False, "required")
+        if default not in (None, "required") and default is not False
         else field.metadata["help"]
     )
     return typer.Option(f"--{name}", help=shown.replace("[", r"\["), show_default=False)
@@ -176,14 +175,7 @@ def _reporter() -> Any:
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], str]) -> None:
-    print(json.dumps(_finite(result), allow_nan=False) if as_json else printable(table(result)))
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for every number that JSON has no word for."""
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(to_json(result) if as_json else printable(table(result)))
 
 
 def _plain(result: dict[str, Any]) -> str:

@@ -146,7 +146,7 @@ def _read_json_array(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
                 record, end = _DECODER.raw_decode(text, start)
             except (ValueError, RecursionError) as error:  # past a broken element nothing can be told apart
                 place = error.pos if isinstance(error, json.JSONDecodeError) else start
-                yield lines.where(place), RowError(_json_reason(error) if text[start:] else _NO_END)
+                yield lines.where(place), RowError((_json_reason(error) if text[start:] else _NO_END) + _REST)
                 return
             yield lines.where(start), record
             start = _skip_space(text, end)
@@ -154,12 +154,16 @@ def _read_json_array(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
                 break
             start = _skip_space(text, start + 1)
     if not text.startswith("]", start):
-        yield lines.where(start), RowError("not JSON: Expecting ',' or ']' after a row" if text[start:] else _NO_END)
+        yield (
+            lines.where(start),
+            RowError(("not JSON: Expecting ',' or ']' after a row" if text[start:] else _NO_END) + _REST),
+        )
     elif text[start + 1 :].strip():
-        yield lines.where(start + 1), RowError("not JSON: something follows the array")
+        yield lines.where(start + 1), RowError("not JSON: something follows the array" + _REST)
 
 
 _NO_END = "not JSON: the array has no end"
+_REST = "; the rest of the file is not read"
 
 
 class _LineCounter:
@@ -193,7 +197,7 @@ def _read_csv(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{first}", dict(zip(names, cells, strict=False))
             first = reader.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
-        yield f"{path}:{first}", RowError(f"not CSV in UTF-8: {error}")
+        yield f"{path}:{first}", RowError(f"not CSV in UTF-8: {error}{_REST}")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:

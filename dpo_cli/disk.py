@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -51,7 +52,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that is whole or absent."""
     with whole_file(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """The value as JSON, with null for every number that JSON has no word for."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remove_leftovers(folder: Path) -> None:

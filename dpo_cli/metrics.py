@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from dpo_cli.disk import whole_file
+from dpo_cli.disk import to_json, whole_file
 from dpo_cli.errors import printable
 
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "wins", "ties", "logps/chosen", "logps/rejected", "pairs")
@@ -59,10 +59,9 @@ def summarize(sums: list[float]) -> dict[str, float]:
 
 
 def append_metrics(file: Path, step: int, values: dict[str, float], prefix: str = "") -> None:
-    """Add one line; a value that is no finite number is written as null, since JSON has no other word for it."""
-    line = {"step": step} | {prefix + k: v if math.isfinite(v) else None for k, v in values.items()}
+    """Add one line; a value that is no finite number is written as null."""
     with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
+        stream.write(to_json({"step": step} | {prefix + name: value for name, value in values.items()}) + "\n")
 
 
 def first_evaluation(file: Path) -> dict[str, float]:

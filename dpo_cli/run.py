@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from dpo_cli.batch import Step, plan_run, row_cost
 from dpo_cli.config import TrainOptions, to_yaml
 from dpo_cli.data import BadRow
-from dpo_cli.disk import write_json
+from dpo_cli.disk import to_json, write_json
 from dpo_cli.errors import UsageError
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter
@@ -154,9 +154,7 @@ def create_folder(run: Run, manifest: dict[str, Any]) -> None:
     if run.refused:
         with (run.folder / "refused.jsonl").open("w", encoding="utf-8") as stream:
             for bad in run.refused:
-                stream.write(
-                    json.dumps({"where": bad.where, "reason": bad.reason, "row": bad.record}, default=str) + "\n"
-                )
+                stream.write(to_json({"where": bad.where, "reason": bad.reason, "row": bad.record}) + "\n")
 
 
 def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str, Any]:
