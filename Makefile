@@ -19,7 +19,7 @@ test: check
 
 demo: setup
 	$(BIN)/dpo train --data sample_data/train.jsonl --eval-data sample_data/heldout.jsonl \
-	  --max-steps 24 --batch-size 8 --lr 2e-5 --log-every 2 --show-answers 3
+	  --max-steps 24 --batch-size 8 --lr 3e-5 --log-every 2 --show-answers 2
 
 bench: setup
 	$(BIN)/python benchmarks/trl_parity.py --data sample_data/train-strings.jsonl --rows 16 --steps 4

@@ -165,6 +165,7 @@ def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
 def _reporter() -> Any:
     """A reporter, after the libraries below were told to be quiet."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     from dpo_cli.metrics import Reporter
