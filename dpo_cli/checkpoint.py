@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The states that dropout draws from, as bytes."""
+    """The states that whatever is random in a step draws from, as bytes."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -34,15 +34,6 @@ BETA = 0.3
 NOISE = 1e-3  # nats
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other are most of the time of so small a model."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def invoke(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [*map(str, arguments)])
 

@@ -42,15 +42,6 @@ CPU = torch.device("cpu")
 NOISE = 1e-3  # nats
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other are most of the time of so small a model."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Twelve rows; a longer file is made of more."""

@@ -321,10 +321,10 @@ def test_a_finished_run_stays_as_it_is(place: Place) -> None:
     ],
     ids=["llama", "gpt2"],
 )
-def test_dropout_goes_on_with_the_same_draws(
+def test_a_model_that_asks_for_dropout_goes_on_the_same(
     places: list[Place], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model: dict[str, Any], number: int
 ) -> None:
-    """In the middle of a step: killed, it goes on from the last checkpoint; interrupted, from before the step."""
+    """Dropout is off. Killed in a step, it goes on from the last checkpoint; interrupted, from before the step."""
     place = make_place(tmp_path, tokenizer, **model)
     places.append(place)
     code, told = place.train("whole")
