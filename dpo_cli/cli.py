@@ -205,7 +205,7 @@ def _train_summary(result: dict[str, Any]) -> str:
         for name in ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"):
             lines.append(f"  {name:<22}{before.get(name, float('nan')):>12.4f}{after[name]:>12.4f}")
     lines += [
-        f"{name:<12}{result[name]}" for name in ("pairs", "steps", "run", "model", "reference_misses") if name in result
+        f"{name:<11} {result[name]}" for name in ("pairs", "steps", "run", "model", "reference_misses") if name in result
     ]
     return "\n".join(lines)
 
