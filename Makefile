@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup check test demo bench
+.PHONY: setup check test torture demo bench
 
 setup: .venv/done
 
@@ -16,6 +16,9 @@ check: setup
 
 test: check
 	$(BIN)/pytest
+
+torture: setup
+	DPO_LONG=1 $(BIN)/pytest -m torture --timeout 1800 --durations 0
 
 demo: setup
 	$(BIN)/dpo train --data sample_data/train.jsonl --eval-data sample_data/heldout.jsonl \

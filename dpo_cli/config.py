@@ -55,6 +55,12 @@ class Options:
         None, "Compute precision; weights stay float32.", one_of("auto", "float32", "bfloat16"), shown="auto"
     )
     cache_dir: Path = option(Path("~/.cache/dpo"), "Where reference log-probs are kept.")
+    control_tokens: str = option(
+        "keep",
+        "Control tokens of the template inside messages: keep them, sanitize (read as text) or refuse the row.",
+        one_of("keep", "sanitize", "refuse"),
+    )
+    trust_remote_code: bool = option(False, "Run Python code that the model's repository brings.")
 
     def __post_init__(self) -> None:
         if problems := _out_of_range(type(self), vars(self)):

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from dpo_cli.tokens import Pair
 
 ROOT = Path(__file__).parent.parent
+LONG = bool(os.environ.get("DPO_LONG"))  # set by ``make torture``
 SAMPLE = ROOT / "sample_data"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -53,6 +54,11 @@ def make_model(family: str = "llama", seed: int = 0, scale: float = 6.0, **confi
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.2)
     return model
+
+
+def size(quick: int, long: int) -> int:
+    """How many cases of a torture test: few in every run of the tests, many in ``make torture``."""
+    return long if LONG else quick
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
