@@ -1,52 +1,82 @@
-"""Files and folders that are whole or absent."""
+"""Files and folders that are whole or absent, and locks that die with their holder."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from dpo_cli.errors import DpoError, UsageError
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary file to write; it takes the name ``path`` when the block ends well, else it is gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _settle(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Give a temporary file to write; it takes the name ``path`` when the block ends well, else it is gone.
+
+    Raises:
+        DpoError: it cannot be written, for the disk is full or the folder is closed; ``path`` is as it was.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, lock = _locked_temporary(path)
+        try:
+            yield temporary
+            _settle(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(lock)
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder; one that is there already gives way when the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
+def whole_folder(path: Path, new: bool = False) -> Iterator[Path]:
+    """The same for a folder; one that is there already gives way when the new one is whole, or is an error if ``new``.
+
+    Of several processes that make one ``new`` folder only the first does.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
+        try:
+            yield temporary
+            for each in [*temporary.rglob("*"), temporary]:
+                _settle(each)
+            old = temporary.with_suffix(".old.tmp")
+            if path.is_dir() and not new:
+                path.rename(old)
+            temporary.rename(path)  # fails on a folder that holds something
+            _sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file when the system refuses to write it: its own message often does not.
+
+    Raises:
+        DpoError: in place of the system's error, also where a library words it as one of its own.
+    """
     try:
-        yield temporary
-        for each in [*temporary.rglob("*"), temporary]:
-            _settle(each)
-        old = temporary.with_suffix(".old.tmp")
-        if path.is_dir():
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except Exception as error:
+        in_words = re.search(r"([^:]*) \(os error \d+\)", str(error))  # how the Rust libraries pass it on
+        if not isinstance(error, OSError) and not in_words:
+            raise
+        reason = in_words[1].strip() if in_words else (error.strerror if isinstance(error, OSError) else None) or error
+        raise DpoError(f"{path} cannot be written: {reason}") from error
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -68,10 +98,63 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@contextmanager
+def held(file: Path) -> Iterator[None]:
+    """Hold a lock file while the block runs. The system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UsageError: another process holds it; the message says which.
+    """
+    with writing(file):
+        lock = _open_lock(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _open_lock(file: Path) -> int:
+    while True:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(lock, 200, 0).decode(errors="replace").strip()
+            os.close(lock)
+            raise UsageError(f"{file.parent} is in use by {holder or 'another process'}") from error
+        except OSError:  # a file system without locks
+            pass
+        if os.fstat(lock).st_nlink:  # else its holder removed it just before the lock was ours
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            return lock
+        os.close(lock)
+
+
+def _locked_temporary(path: Path) -> tuple[Path, int]:
+    """A new temporary file beside ``path``, locked so that it is not taken for a dead process's."""
+    while True:
+        lock, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:  # else it was swept before the lock was ours
+            return Path(name), lock
+        os.close(lock)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while writing below ``folder`` left behind."""
+    """Remove what processes that were killed while writing below ``folder`` left; what one is writing now stays.
+
+    A temporary folder is taken for a dead process's: only the holder of a run may ask for this in its folder.
+    """
     for left in list(folder.rglob(".*.tmp")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+            continue
+        with suppress(OSError), left.open("rb") as stream:  # locked, gone, or not ours to remove
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def sha256(path: Path) -> str:

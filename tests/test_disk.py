@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.disk import sha256, whole_file, whole_folder
+from dpo_cli.errors import DpoError
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
@@ -74,9 +75,9 @@ def test_failed_rename_leaves_nothing_of_ours(tmp_path: Path) -> None:
     """The name is taken by something of the other kind."""
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     (tmp_path / "file").write_text("old")
-    with pytest.raises(OSError), whole_file(tmp_path / "folder") as temporary:
+    with pytest.raises(DpoError, match="folder cannot be written: "), whole_file(tmp_path / "folder") as temporary:
         temporary.write_text("new")
-    with pytest.raises(OSError), whole_folder(tmp_path / "file") as temporary:
+    with pytest.raises(DpoError, match="file cannot be written: "), whole_folder(tmp_path / "file") as temporary:
         (temporary / "file").write_text("new")
     assert everything_in(tmp_path) == {"folder", "folder/inside", "file"}
 
