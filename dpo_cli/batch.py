@@ -49,8 +49,13 @@ def plan_run(
         for start in range(0, len(order), batch_size):
             if len(steps) == max_steps:
                 return steps
-            steps.append(_even(pack(order[start : start + batch_size], costs, layout, max_tokens), world))
+            steps.append(cut_step(order[start : start + batch_size], costs, layout, max_tokens, world))
     return steps
+
+
+def cut_step(indices: Sequence[int], costs: Sequence[int], layout: Layout, max_tokens: int, world: int) -> Step:
+    """One step's pairs as micro-batches, equally many for each of ``world`` ranks."""
+    return _even(pack(indices, costs, layout, max_tokens), world)
 
 
 def pack(indices: Sequence[int], costs: Sequence[int], layout: Layout, max_tokens: int) -> list[tuple[int, ...]]:

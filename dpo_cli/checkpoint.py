@@ -6,6 +6,7 @@ is pickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from dpo_cli.disk import sha256, whole_folder
 from dpo_cli.errors import DpoError
 
 MANIFEST = "manifest.json"
+FILES = {"weights.safetensors", "optimizer.safetensors", "rng.safetensors"}
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -33,9 +35,21 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    checkpoints: Path, step: int, model: PreTrainedModel, optimizer: Optimizer, rng: dict[str, Tensor], keep: int
+    checkpoints: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    rng: dict[str, Tensor],
+    max_tokens: int,
+    keep: int,
 ) -> Path:
-    """Write the state after ``step`` optimizer steps, then drop all but the newest ``keep`` checkpoints."""
+    """Write the state after ``step`` optimizer steps, then drop all but the newest ``keep`` checkpoints.
+
+    ``max_tokens`` is the token budget that the run has come down to, which decides the last bits of later steps.
+
+    Raises:
+        DpoError: it cannot be written; the checkpoints that were there are.
+    """
     folder = checkpoints / _name(step)
     if not folder.exists():
         with whole_folder(folder) as temporary:
@@ -43,7 +57,8 @@ def save_checkpoint(
             save_file(_moments(optimizer), temporary / "optimizer.safetensors")
             save_file(rng, temporary / "rng.safetensors")
             files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
-            (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+            manifest = {"step": step, "max_tokens": max_tokens, "files": files}
+            (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2) + "\n")
     for old in _folders(checkpoints)[keep:]:
         shutil.rmtree(old)
     return folder
@@ -76,18 +91,26 @@ def _verified_step(folder: Path) -> int | None:
     """The step of a checkpoint that is whole, else None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("sha256") != _digest(manifest) or manifest["files"].keys() != FILES:
+            return None
         whole = all(sha256(folder / name) == told["sha256"] for name, told in manifest["files"].items())
         return manifest["step"] if whole and folder.name == _name(manifest["step"]) else None
+    except PermissionError:  # says nothing about what is in the file
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
-    """Bring weights, moments and random states back to what they were.
+def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> int:
+    """Bring weights, moments and random states back to what they were; returns the token budget of then.
 
     Raises:
         DpoError: the checkpoint is of another model.
@@ -108,6 +131,8 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])
+    max_tokens: int = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["max_tokens"]
+    return max_tokens
 
 
 def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str) -> None:

@@ -5,7 +5,7 @@ Legend: P pairs, B rows, T tokens of a row, N response tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_cli.batch import Layout, MicroBatch, lay_out, pack, row_cost
+from dpo_cli.errors import DpoError
 from dpo_cli.tokens import Pair
 
 WINDOW = 512  # pairs of similar length that are packed together when order does not matter
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scorer:
     """A model and the one way its forwards run, so that policy and reference go the same path.
+
+    ``max_tokens`` shrinks when the device runs out of memory.
 
     Units: ``max_tokens`` in tokens a forward.
     """
@@ -30,6 +33,7 @@ class Scorer:
     dtype: torch.dtype
     max_tokens: int
     device: torch.device
+    warn: Callable[[str], None] = lambda text: None
 
     def batch(self, pairs: Sequence[Pair]) -> MicroBatch:
         """The tensors of one forward, on the device."""
@@ -39,20 +43,58 @@ class Scorer:
         """``token_logps`` of the model in the compute precision: (N,) nats."""
         return token_logps(self.model, batch, self.dtype)
 
+    def costs(self, pairs: Sequence[Pair]) -> list[int]:
+        """Tokens that each pair takes up in a forward."""
+        return [row_cost(pair, self.layout) for pair in pairs]
+
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-        """Score all pairs in packed forwards, longest first.
+        """Score all pairs in packed forwards, longest first; with less a forward where memory runs out.
 
         Yields: places of P pairs in ``pairs``; their logps (2P,), chosen first; their token log-probs (N,).
+
+        Raises:
+            DpoError: one pair alone does not fit the device's memory.
         """
         self.model.eval()
-        costs = [row_cost(pair, self.layout) for pair in pairs]
+        costs = self.costs(pairs)
         by_length = sorted(range(len(pairs)), key=lambda i: (-costs[i], i))
         for start in range(0, len(by_length), WINDOW):
-            for indices in pack(by_length[start : start + WINDOW], costs, self.layout, self.max_tokens):
-                batch = self.batch([pairs[i] for i in indices])
-                logps = self.token_logps(batch)
-                yield indices, response_logps(logps, batch), logps
+            waiting = pack(by_length[start : start + WINDOW], costs, self.layout, self.max_tokens)
+            while waiting:
+                scored = self._score([pairs[i] for i in waiting[0]])
+                if scored is not None:
+                    yield waiting.pop(0), *scored
+                else:
+                    self.shrink([pairs[i] for i in waiting[0]])
+                    left = [i for indices in waiting for i in indices]
+                    waiting = pack(left, costs, self.layout, self.max_tokens)
+
+    def _score(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor] | None:
+        """The sums (2P,) and token log-probs (N,) of one forward; None when memory ran out."""
+        try:
+            batch = self.batch(pairs)
+            logps = self.token_logps(batch)
+            return response_logps(logps, batch), logps
+        except torch.OutOfMemoryError:  # what it holds is free only when this frame is gone
+            return None
+
+    def shrink(self, pairs: Sequence[Pair]) -> None:
+        """Halve ``max_tokens`` after a forward over these pairs ran out of memory, below what they took; tell it.
+
+        Raises:
+            DpoError: it was a single pair, so that nothing is left to halve.
+        """
+        taken = sum(self.costs(pairs)) if self.layout != "padded" else len(pairs) * max(self.costs(pairs))
+        if len(pairs) == 1:
+            raise DpoError(
+                f"{pairs[0].where}: this pair alone ({taken:,} tokens) does not fit the device's memory; "
+                "shorten it with a lower --max-length, or set --gradient-checkpointing"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.max_tokens = min(self.max_tokens, taken) // 2
+        self.warn(f"out of memory at {taken:,} tokens a forward; going on with --max-tokens {self.max_tokens}")
 
 
 def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:

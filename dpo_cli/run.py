@@ -9,7 +9,8 @@ import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from transformers import PreTrainedModel
 from dpo_cli.batch import Step, plan_run, row_cost
 from dpo_cli.config import TrainOptions, to_yaml
 from dpo_cli.data import BadRow
-from dpo_cli.disk import to_json, write_json
-from dpo_cli.errors import UsageError
+from dpo_cli.disk import held, to_json, whole_folder
+from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.fingerprint import fingerprint
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import (
@@ -29,14 +31,21 @@ from dpo_cli.model import (
     ModelSource,
     activation_bytes,
     dtype_name,
-    find_model,
-    fingerprint,
-    load_model,
     load_tokenizer,
 )
-from dpo_cli.prepare import DEFAULT_MAX_LENGTH, hold_out, make_scorer, read_pairs
+from dpo_cli.prepare import (
+    DEFAULT_MAX_LENGTH,
+    choose_model,
+    hold_out,
+    load_weights,
+    make_scorer,
+    open_cache,
+    read_pairs,
+)
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.tokens import Pair, digest
+from dpo_cli.tokens import Pairs, digest
+
+LOCK = "run.lock"
 
 
 @dataclasses.dataclass
@@ -47,12 +56,13 @@ class Run:
     options: TrainOptions
     source: ModelSource
     tokenizer: Any
-    pairs: list[Pair]
-    held_out: list[Pair]
+    pairs: Pairs
+    held_out: Pairs
     refused: list[BadRow]
     model: PreTrainedModel
     own_attention: str
     scorer: Scorer
+    costs: list[int]  # tokens that each pair takes up in a forward
     plan: list[Step]
     start: str  # fingerprint of the start policy, which is the reference
     cache: ReferenceCache
@@ -61,11 +71,20 @@ class Run:
         """Places of the pairs that the plan trains on."""
         return sorted({i for step in self.plan for indices in step for i in indices})
 
+    def scored(self) -> Pairs:
+        """The pairs that the reference scores: those that are used, then the held-out ones."""
+        return self.pairs.select(self.used()) + self.held_out
+
 
 def lay_out_run(
-    options: TrainOptions, resume: Path | None, device: torch.device, processes: int, reporter: Reporter
+    options: TrainOptions,
+    resume: Path | None,
+    device: torch.device,
+    processes: int,
+    reporter: Reporter,
+    dry_run: bool = False,
 ) -> Run:
-    """Everything up to the first forward of the reference: data, model, layout and plan. Writes nothing.
+    """Everything up to the first forward of the reference: data, model, layout and plan. Writes nothing to the run.
 
     Raises:
         UsageError: an option, the data or the model cannot be used.
@@ -80,12 +99,11 @@ def lay_out_run(
         raise UsageError("--eval-data and --eval-fraction: give one of them")
     if not (options.eval_data or options.eval_fraction) and (options.eval_every or options.show_answers):
         raise UsageError("--eval-every and --show-answers need held-out pairs: --eval-data or --eval-fraction")
-    source = find_model(options.model)
-    reporter.fact("model", source.told)
+    source = choose_model(options, reporter)
     tokenizer = load_tokenizer(source)
     options = dataclasses.replace(options, max_length=options.max_length or DEFAULT_MAX_LENGTH)
     found = read_pairs(options.data, options, tokenizer, reporter)
-    pairs, held_out = found.pairs, list[Pair]()
+    pairs, held_out = found.pairs, Pairs()
     if options.eval_data:
         found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out")
         held_out, found.refused = found_held_out.pairs, found.refused + found_held_out.refused
@@ -93,12 +111,13 @@ def lay_out_run(
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
         reporter.fact("held out", f"{len(held_out):,} of the pairs")
 
-    model = load_model(source)
+    model, weights = load_weights(source, options, remember=not dry_run)
     own_attention = model.config._attn_implementation
     scorer = make_scorer(model, pairs + held_out, options, device, reporter)
     options = dataclasses.replace(options, max_tokens=scorer.max_tokens, dtype=dtype_name(scorer.dtype))
+    costs = scorer.costs(pairs)
     plan = plan_run(
-        [row_cost(pair, scorer.layout) for pair in pairs],
+        costs,
         scorer.layout,
         batch_size=options.batch_size,
         epochs=options.epochs,
@@ -107,8 +126,7 @@ def lay_out_run(
         world=processes,
         seed=options.seed,
     )
-    start = fingerprint(model, scorer.layout, scorer.dtype)
-    cache = ReferenceCache(options.cache_dir, start, reporter.warn)
+    start = fingerprint(model, weights, scorer.layout, scorer.dtype)
     run = Run(
         folder,
         options,
@@ -120,9 +138,10 @@ def lay_out_run(
         model,
         own_attention,
         scorer,
+        costs,
         plan,
         start,
-        cache,
+        open_cache(options, start, source, scorer, reporter),
     )
     _tell_plan(run, reporter)
     return run
@@ -135,7 +154,7 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}, weights float32")
     reporter.fact("parameters", f"{parameters:,}, all trained")
     steps = [[i for indices in step for i in indices] for step in run.plan]
-    tokens = sum(row_cost(run.pairs[i], scorer.layout) for step in steps for i in step)
+    tokens = sum(run.costs[i] for step in steps for i in step)
     plain = sum(len(step) * max(row_cost(run.pairs[i], "padded") for i in step) for step in steps)
     forwards = sum(len(step) for step in run.plan)
     budget = f"{forwards:,} forwards of at most {scorer.max_tokens:,} tokens"
@@ -146,15 +165,32 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     reporter.fact("memory", f"about {need / 2**30:.1f} GiB at most (estimate)")
 
 
-def create_folder(run: Run, manifest: dict[str, Any]) -> None:
-    """Begin the run's folder: its options, its manifest, the rows that were refused."""
-    run.folder.mkdir(parents=True)
-    (run.folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
-    write_json(run.folder / "manifest.json", manifest)
-    if run.refused:
-        with (run.folder / "refused.jsonl").open("w", encoding="utf-8") as stream:
-            for bad in run.refused:
-                stream.write(to_json({"where": bad.where, "reason": bad.reason, "row": bad.record}) + "\n")
+@contextmanager
+def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
+    """Make the run's folder with its options, manifest and refused rows, whole at once; hold it while the block runs.
+
+    Raises:
+        UsageError: another run made the folder meanwhile and is in it.
+        DpoError: the folder cannot be written.
+    """
+    with ExitStack() as holding:
+        try:
+            with whole_folder(run.folder, new=True) as folder:
+                holding.enter_context(held(folder / LOCK))
+                (folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
+                (folder / "manifest.json").write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
+                if run.refused:
+                    with (folder / "refused.jsonl").open("w", encoding="utf-8") as stream:
+                        for bad in run.refused:
+                            about = {"where": bad.where, "reason": bad.reason, "row": bad.record}
+                            stream.write(to_json(about) + "\n")
+        except DpoError:
+            if (run.folder / LOCK).exists():
+                with held(run.folder / LOCK):  # says who was first
+                    pass
+            raise
+        holding.callback((run.folder / LOCK).unlink, missing_ok=True)
+        yield
 
 
 def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from dpo_cli.batch import Layout, lay_out, padded, plan_run, row_cost
 from dpo_cli.config import TrainOptions
 from dpo_cli.logps import Scorer, response_logps, token_logps
 from dpo_cli.losses import sigmoid_loss
+from dpo_cli.step import StopSignal, Trainer
 from dpo_cli.tokens import Pair
-from dpo_cli.train import StopSignal, Trainer
 from tests.conftest import make_model, random_pairs
 
 LAYOUTS: list[Layout] = ["shared", "packed", "padded"]
@@ -175,7 +175,7 @@ def step_gradients(
     AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of another test
     optimizer = KeepGradients(model)
     scorer = Scorer(model, layout, torch.float32, max_tokens, CPU)
-    trainer = Trainer(Accelerator(cpu=True), scorer, optimizer, PAIRS, reference, options)
+    trainer = Trainer(Accelerator(cpu=True), scorer, optimizer, PAIRS, scorer.costs(PAIRS), reference, options)
     with attention(model, own(layout)):
         values = trainer.step(step, 1e-3, StopSignal())
     assert values is not None and optimizer.param_groups == [{"lr": 1e-3}]

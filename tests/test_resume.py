@@ -258,7 +258,7 @@ def test_killed_three_times_from_outside(
 @pytest.mark.parametrize(
     "strike",
     [
-        Strike("dpo_cli.train:Trainer._forward", 13),  # between the micro-batches of a step
+        Strike("dpo_cli.train:Trainer._backward", 13),  # between the micro-batches of a step
         Strike("dpo_cli.train:append_metrics", 7),  # after a step, before its line
         Strike("dpo_cli.train:policy_logps", 3),  # in an evaluation
         Strike("dpo_cli.checkpoint:save_file", 2 * 3 + 2),  # weights written, moments not
@@ -329,7 +329,7 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
     places.append(place)
     code, told = place.train("whole")
     assert code == 0, told
-    code, told = place.train("run", strike=Strike("dpo_cli.train:Trainer._forward", 12, (number,)))
+    code, told = place.train("run", strike=Strike("dpo_cli.train:Trainer._backward", 10, (number,)))
     assert code == (130 if number == signal.SIGTERM else -number), told
     found = newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail)
     assert found and (found[1] % 2 == 1) == (number == signal.SIGTERM)  # else it was not written at the interruption
@@ -346,8 +346,8 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
     [
         ("policy_logps", 1, signal.SIGTERM),  # the evaluation before the first step
         ("Trainer.step", 1, signal.SIGINT),
-        ("Trainer._forward", 13, signal.SIGTERM),  # between the micro-batches of a step
-        ("Trainer._forward", 13, signal.SIGINT),
+        ("Trainer._backward", 13, signal.SIGTERM),  # between the micro-batches of a step
+        ("Trainer._backward", 13, signal.SIGINT),
         ("append_metrics", 6, signal.SIGTERM),
         ("policy_logps", 3, signal.SIGINT),  # an evaluation on the way
         ("save_checkpoint", 3, signal.SIGTERM),
@@ -362,7 +362,7 @@ def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, 
     if phase != "export_model" or code:  # the work is done there: it may as well come to its end
         assert code == 130, told
         found = newest_checkpoint(run / "checkpoints", pytest.fail)
-        assert found and found[1] == newest_step(run)
+        assert found and found[1] == max(newest_step(run), 0)
         assert "Traceback" not in told
         assert not (run / "model").exists()
         code, told = place.dpo(*told_command(told))
@@ -371,9 +371,9 @@ def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, 
 
 
 def test_two_interruptions_in_a_row(place: Place) -> None:
-    code, told = place.train("twice", strike=Strike("dpo_cli.train:Trainer._forward", 8, (signal.SIGINT,)))
+    code, told = place.train("twice", strike=Strike("dpo_cli.train:Trainer._backward", 8, (signal.SIGINT,)))
     assert code == 130, told
-    strike = Strike("dpo_cli.train:Trainer._forward", 1, (signal.SIGTERM,))
+    strike = Strike("dpo_cli.train:Trainer._backward", 1, (signal.SIGTERM,))
     code, told = place.dpo(*told_command(told), strike=strike)  # in the first step after resuming
     assert code == 130, told
     code, told = place.dpo(*told_command(told))
@@ -383,7 +383,7 @@ def test_two_interruptions_in_a_row(place: Place) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_second_signal_ends_at_once(place: Place, number: signal.Signals) -> None:
-    strike = Strike("dpo_cli.train:Trainer._forward", 13, (number, number))
+    strike = Strike("dpo_cli.train:Trainer._backward", 13, (number, number))
     code, told = place.train(f"impatient-{number.name}", strike=strike)
     assert code == -number, told
     assert "a checkpoint was written" not in told
@@ -434,7 +434,7 @@ def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path: Path) -> None:
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     older, newest = (
-        save_checkpoint(tmp_path, step, model, optimizer, {"cpu": torch.get_rng_state()}, keep=2)  # type: ignore[arg-type]
+        save_checkpoint(tmp_path, step, model, optimizer, {"cpu": torch.get_rng_state()}, 64, keep=2)  # type: ignore[arg-type]
         for step in (8, 10)
     )
     content = (newest / "manifest.json").read_bytes()
@@ -455,7 +455,7 @@ def test_the_newest_is_that_of_most_steps_however_many_digits(tmp_path: Path) ->
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (999_999, 1_000_000, 1_000_001):
-        save_checkpoint(tmp_path, step, model, optimizer, {"cpu": torch.get_rng_state()}, keep=2)  # type: ignore[arg-type]
+        save_checkpoint(tmp_path, step, model, optimizer, {"cpu": torch.get_rng_state()}, 64, keep=2)  # type: ignore[arg-type]
     found = newest_checkpoint(tmp_path, pytest.fail)
     assert found and found[1] == 1_000_001
     assert len(list(tmp_path.iterdir())) == 2
@@ -487,13 +487,22 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(place: Place, copy: 
     assert_equal(copy, place.folder / "whole")
 
 
-@pytest.mark.parametrize("state", ["all damaged", "no checkpoint", "no manifest", "no run", "nothing"])
-def test_nothing_to_go_on_from(place: Place, copy: Path, state: str) -> None:
+@pytest.mark.parametrize("state", ["all damaged", "no checkpoint"])
+def test_without_a_whole_checkpoint_a_run_goes_on_from_its_start(place: Place, copy: Path, state: str) -> None:
     if state == "all damaged":
         for folder in (copy / "checkpoints").iterdir():
             harm(folder / "rng.safetensors", "cut")
     if state == "no checkpoint":
         shutil.rmtree(copy / "checkpoints")
+    code, told = place.dpo("train", "--resume", copy)
+    assert code == 0, told
+    assert told.count("is damaged") == (2 if state == "all damaged" else 0)
+    assert "from the start: no whole checkpoint" in told and "loss 0.693147" in told
+    assert_equal(copy, place.folder / "whole")
+
+
+@pytest.mark.parametrize("state", ["no manifest", "no run", "nothing"])
+def test_nothing_to_go_on_from(place: Place, copy: Path, state: str) -> None:
     if state == "no manifest":
         (copy / "manifest.json").unlink()
     if state == "no run":

@@ -1,0 +1,210 @@
+"""One optimizer step: its gradient over all its pairs, and what can go wrong with it.
+
+Legend: P pairs of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import PreTrainedModel
+
+from dpo_cli.batch import Step, cut_step
+from dpo_cli.config import TrainOptions
+from dpo_cli.errors import DpoError
+from dpo_cli.logps import Scorer, response_logps
+from dpo_cli.losses import sigmoid_loss
+from dpo_cli.metrics import SUMS, pair_sums, summarize
+from dpo_cli.tokens import Pair
+
+
+def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
+    """Learning rate of step 1, 2, …, ``steps``: a linear rise over the warm-up, then the schedule down to 0."""
+    warmup = round(options.warmup * steps)
+    if step <= warmup:
+        return options.lr * step / warmup
+    done = (step - 1 - warmup) / (steps - warmup)  # 0 at the first step after the warm-up
+    if options.schedule == "linear":
+        return options.lr * (1 - done)
+    return options.lr * (0.5 + 0.5 * math.cos(math.pi * done) if options.schedule == "cosine" else 1)
+
+
+def make_optimizer(model: PreTrainedModel, weight_decay: float) -> AdamW:
+    """AdamW with decay on matrices only; the learning rate is set before each step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)
+
+
+class StopSignal:
+    """SIGINT and SIGTERM as a flag that the loop reads between micro-batches; a second signal ends at once."""
+
+    requested = False
+
+    def __enter__(self) -> StopSignal:
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+
+
+class NotFiniteError(DpoError):
+    """A loss or gradient is not finite. ``losses`` has every pair of the step by its place; ``bad`` are to blame."""
+
+    def __init__(self, message: str, losses: dict[int, float], bad: list[int]) -> None:
+        super().__init__(message)
+        self.losses, self.bad = losses, bad
+
+
+@dataclasses.dataclass
+class Trainer:
+    """What one optimizer step needs."""
+
+    accelerator: Accelerator
+    scorer: Scorer
+    optimizer: Any
+    pairs: Sequence[Pair]
+    costs: Sequence[int]  # tokens of each pair in a forward
+    reference: Tensor  # (pairs, 2) nats, on the device
+    options: TrainOptions
+
+    def step(self, micro_batches: Step, lr: float, stop: StopSignal) -> dict[str, float] | None:
+        """One optimizer step over all its pairs; None if a signal came first and nothing was changed.
+
+        The gradient is that of the mean loss over the step's pairs, however they are cut into micro-batches. So where
+        the device's memory runs out the step begins again, cut into smaller ones: a backward pass that was broken off
+        has left half of its gradient behind.
+
+        Raises:
+            NotFiniteError: a loss or the gradient is not finite; the weights are as before the step.
+            DpoError: one pair alone does not fit the device's memory.
+        """
+        accelerator = self.accelerator
+        self.scorer.model.train()
+        pairs_in_step = sum(len(indices) for indices in micro_batches)
+        mine = self._cut(micro_batches)
+        sums, losses, too_large = self._gradient(mine, pairs_in_step, stop)
+        while too_large and not stop.requested:
+            self.optimizer.zero_grad()
+            self.scorer.shrink([self.pairs[i] for i in too_large])
+            mine = self._cut(micro_batches)
+            sums, losses, too_large = self._gradient(mine, pairs_in_step, stop)
+        if stop.requested:
+            self.optimizer.zero_grad()
+            return None
+        norm = accelerator.clip_grad_norm_(self.scorer.model.parameters(), self.options.max_grad_norm or math.inf)
+        assert isinstance(norm, Tensor)
+        sums = accelerator.reduce(sums)
+        *totals, grad_norm = torch.cat([sums, norm.detach().double()[None]]).tolist()  # the step's one read-back
+        if not math.isfinite(totals[0] + grad_norm):
+            self.optimizer.zero_grad()
+            places = [i for indices in mine for i in indices]
+            raise self._not_finite(dict(zip(places, torch.cat(losses).tolist(), strict=True)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return summarize(totals) | {"grad_norm": grad_norm, "learning_rate": lr}
+
+    def _cut(self, micro_batches: Step) -> Step:
+        """This rank's micro-batches of a step, cut smaller than planned where memory has run out."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if self.scorer.max_tokens != self.options.max_tokens:
+            indices = [i for planned in micro_batches for i in planned]
+            micro_batches = cut_step(indices, self.costs, self.scorer.layout, self.scorer.max_tokens, world)
+        return micro_batches[rank::world]
+
+    def _gradient(
+        self, mine: Step, pairs_in_step: int, stop: StopSignal
+    ) -> tuple[Tensor, list[Tensor], tuple[int, ...]]:
+        """Add up the gradient over micro-batches, until one does not fit the device's memory or a signal comes.
+
+        Returns: the metrics' sums, the losses (P,) of each micro-batch, and the one that did not fit, else ().
+        """
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
+        losses: list[Tensor] = []
+        for number, indices in enumerate(mine, 1):
+            with nullcontext() if number == len(mine) else self.accelerator.no_sync(self.scorer.model):
+                done = self._backward(indices, pairs_in_step)
+            if done is None:
+                return sums, losses, indices
+            losses.append(done[0])
+            sums += done[1]
+            if stop.requested:
+                break
+        return sums, losses, ()
+
+    def _backward(self, indices: tuple[int, ...], pairs_in_step: int) -> tuple[Tensor, Tensor] | None:
+        """Losses (P,) and metrics' sums of one micro-batch, its gradient added; None when memory ran out."""
+        try:
+            batch = self.scorer.batch([self.pairs[i] for i in indices])
+            logps = response_logps(self.scorer.token_logps(batch), batch)
+            losses, sums = self._measure(logps, self._reference(indices))
+            self.accelerator.backward(losses.sum() * self.accelerator.num_processes / pairs_in_step)
+            return losses.detach(), sums
+        except torch.OutOfMemoryError:  # what it holds is free only when this frame is gone
+            return None
+
+    @torch.no_grad()
+    def compare(self, indices: Sequence[int]) -> tuple[dict[str, float], float]:
+        """Metrics of pairs without training on them, and how far policy and reference lie apart at most.
+
+        Units: the difference is the largest of any response, in nats per square root of its tokens.
+        """
+        pairs = [self.pairs[i] for i in indices]
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
+        largest = 0.0
+        for places, logps, _ in self.scorer.score(pairs):
+            ref_logps = self._reference([indices[place] for place in places])
+            sums += self._measure(logps, ref_logps)[1]
+            sides = ("chosen", "rejected")
+            lengths = torch.tensor([len(getattr(pairs[place], side)) for side in sides for place in places])
+            off = (logps - ref_logps).abs().cpu() / lengths.sqrt()
+            largest = max(largest, float(off.nan_to_num(math.inf, math.inf).max()))
+        return summarize(sums.tolist()), largest
+
+    def _reference(self, indices: Sequence[int]) -> Tensor:
+        """Log-probs under the reference: (2P,) nats, chosen first."""
+        return self.reference[list(indices)].T.reshape(-1)
+
+    def _measure(self, logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (P,) with their graph, and the sums of the micro-batch's metrics."""
+        beta = self.options.beta
+        losses = sigmoid_loss(logps, ref_logps, beta, self.options.label_smoothing)
+        return losses, pair_sums(losses, logps, ref_logps, beta)
+
+    def _not_finite(self, losses: dict[int, float]) -> NotFiniteError:
+        """Find the pairs to blame: those whose loss is not finite, else those whose gradient is not when alone."""
+        what, bad = "loss", [place for place, loss in losses.items() if not math.isfinite(loss)]
+        if not bad:
+            what, bad = "gradient", [place for place in losses if not self._gradient_is_finite(place)]
+        names = ", ".join(self.pairs[i].where for i in bad[:10]) or "the sum of the step's pairs, not for one alone"
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        return NotFiniteError(f"the {what} is not finite for {names}{more}", losses, bad)
+
+    def _gradient_is_finite(self, place: int) -> bool:
+        self._backward((place,), 1)
+        parameters = self.scorer.model.parameters()
+        finite = all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None)
+        self.optimizer.zero_grad()
+        return finite
