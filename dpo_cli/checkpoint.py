@@ -6,7 +6,6 @@ is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from dpo_cli.disk import sha256, whole_folder
+from dpo_cli.disk import sealed, sha256, unsealed, whole_folder
 from dpo_cli.errors import DpoError
 
 MANIFEST = "manifest.json"
@@ -48,7 +47,7 @@ def save_checkpoint(
     ``max_tokens`` is the token budget that the run has come down to, which decides the last bits of later steps.
 
     Raises:
-        DpoError: it cannot be written; the checkpoints that were there are.
+        NotWrittenError: the checkpoints that were there still are.
     """
     folder = checkpoints / _name(step)
     if not folder.exists():
@@ -57,8 +56,8 @@ def save_checkpoint(
             save_file(_moments(optimizer), temporary / "optimizer.safetensors")
             save_file(rng, temporary / "rng.safetensors")
             files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
-            manifest = {"step": step, "max_tokens": max_tokens, "files": files}
-            (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2) + "\n")
+            manifest = sealed({"step": step, "max_tokens": max_tokens, "files": files})
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for old in _folders(checkpoints)[keep:]:
         shutil.rmtree(old)
     return folder
@@ -90,10 +89,9 @@ def newest_checkpoint(checkpoints: Path, warn: Callable[[str], None]) -> tuple[P
 def _verified_step(folder: Path) -> int | None:
     """The step of a checkpoint that is whole, else None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.pop("sha256") != _digest(manifest) or manifest["files"].keys() != FILES:
-            return None
-        whole = all(sha256(folder / name) == told["sha256"] for name, told in manifest["files"].items())
+        manifest = _read_manifest(folder)
+        files = manifest["files"]
+        whole = files.keys() == FILES and all(sha256(folder / name) == files[name]["sha256"] for name in FILES)
         return manifest["step"] if whole and folder.name == _name(manifest["step"]) else None
     except PermissionError:  # says nothing about what is in the file
         raise
@@ -101,8 +99,8 @@ def _verified_step(folder: Path) -> int | None:
         return None
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    return unsealed((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _name(step: int) -> str:
@@ -131,7 +129,7 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])
-    max_tokens: int = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["max_tokens"]
+    max_tokens: int = _read_manifest(folder)["max_tokens"]
     return max_tokens
 
 

@@ -57,10 +57,11 @@ class Options:
         None, "Compute precision; weights stay float32.", one_of("auto", "float32", "bfloat16"), shown="auto"
     )
     cache_dir: Path = option(CACHE_DIR, "Where reference log-probs are kept.")
-    control_tokens: str = option(
-        "keep",
+    control_tokens: str | None = option(
+        None,
         "Control tokens of the template inside messages: keep them, sanitize (read as text) or refuse the row.",
         one_of("keep", "sanitize", "refuse"),
+        shown="keep, or what the run was trained with",
     )
     trust_remote_code: bool = option(False, "Run Python code that the model's repository brings.")
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.errors import NotWrittenError, UsageError
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary file to write; it takes the name ``path`` when the block ends well, else it is gone.
 
     Raises:
-        DpoError: it cannot be written, for the disk is full or the folder is closed; ``path`` is as it was.
+        NotWrittenError: the disk is full or the folder is closed; ``path`` is as it was.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def writing(path: Path) -> Iterator[None]:
     """Name the file when the system refuses to write it: its own message often does not.
 
     Raises:
-        DpoError: in place of the system's error, also where a library words it as one of its own.
+        NotWrittenError: in place of the system's error, also where a library words it as one of its own.
     """
     try:
         yield
@@ -76,13 +76,34 @@ def writing(path: Path) -> Iterator[None]:
         if not isinstance(error, OSError) and not in_words:
             raise
         reason = in_words[1].strip() if in_words else (error.strerror if isinstance(error, OSError) else None) or error
-        raise DpoError(f"{path} cannot be written: {reason}") from error
+        raise NotWrittenError(f"{path} cannot be written: {reason}") from error
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that is whole or absent."""
     with whole_file(file) as temporary:
         temporary.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with a hash of itself, so that damage and edits are noticed."""
+    return content | {"sha256": _digest(content)}
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The content of a sealed JSON file.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
+        raise ValueError("it is not as it was written")
+    return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -18,6 +18,10 @@ class UsageError(DpoError):
     exit_code = 2
 
 
+class NotWrittenError(DpoError):
+    """A file could not be written; what had its name before is as it was."""
+
+
 class Interrupted(DpoError):  # noqa: N818  (no error: someone asked for it)
     """A signal ended the run; the message says what was saved and how to go on."""
 

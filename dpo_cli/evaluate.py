@@ -35,6 +35,7 @@ from dpo_cli.model import (
 )
 from dpo_cli.prepare import choose_model, fill_reference, load_weights, make_scorer, open_cache, read_pairs
 from dpo_cli.reference import ReferenceCache
+from dpo_cli.run import read_manifest
 from dpo_cli.tokens import Pair
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -95,7 +96,7 @@ def answers(
 def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     """`dpo eval`: score pairs under the policy and compare with the reference, one model in memory at a time.
 
-    A run brings its own beta, max_length, precision and reference, so that the numbers are those of its training.
+    A run brings its own beta, truncation, control tokens, precision and reference, so that the numbers are those of its training.
     """
     source = choose_model(options, reporter)
     run = _run_options(source)
@@ -103,6 +104,7 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
         options,
         max_length=options.max_length or run.get("max_length"),
         dtype=options.dtype or run.get("dtype"),
+        control_tokens=options.control_tokens or run.get("control_tokens"),
         beta=options.beta or run.get("beta", 0.1),
     )
     assert options.beta is not None
@@ -129,7 +131,7 @@ def _run_options(source: ModelSource) -> dict[str, Any]:
     if source.run is None:
         return {}
     options = yaml.safe_load((source.run / "config.yaml").read_text(encoding="utf-8"))
-    return {name: options[name] for name in ("max_length", "dtype", "beta", "label_smoothing")}
+    return {name: options[name] for name in ("max_length", "control_tokens", "dtype", "beta", "label_smoothing")}
 
 
 def _reference_logps(
@@ -152,7 +154,7 @@ def _reference_logps(
     trained_from: dict[str, Any] = {}
     name = options.ref
     if name is None and source.run is not None:
-        trained_from = json.loads((source.run / "manifest.json").read_text(encoding="utf-8"))["reference"]
+        trained_from = read_manifest(source.run)["reference"]
         name = trained_from["model"]
         if (trained_from["layout"], trained_from["dtype"]) == (scorer.layout, dtype_name(scorer.dtype)):
             cache = ReferenceCache(options.cache_dir, trained_from["fingerprint"], reporter.warn)

@@ -69,8 +69,8 @@ def read_pairs(files: list[str], options: Options, tokenizer: Any, reporter: Rep
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
-    max_length = options.max_length or DEFAULT_MAX_LENGTH
-    found = tokenize_rows(read_rows(files, options.columns), tokenizer, max_length, options.control_tokens)
+    max_length, control_tokens = options.max_length or DEFAULT_MAX_LENGTH, options.control_tokens or "keep"
+    found = tokenize_rows(read_rows(files, options.columns), tokenizer, max_length, control_tokens)
     rows = len(found.pairs) + len(found.refused)
     if found.refused and (options.on_bad_row == "refuse" or not found.pairs):
         raise refusal(found.refused, rows)

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from dpo_cli import shards
 from dpo_cli.disk import remove_leftovers, write_json
-from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.errors import DpoError, NotWrittenError, UsageError
 from dpo_cli.logps import Scorer
 from dpo_cli.shards import KEY_BYTES, Entry
 from dpo_cli.tokens import Ids, Pair
@@ -57,6 +58,8 @@ class ReferenceCache:
     def __init__(
         self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None], about: Mapping[str, str] | None = None
     ) -> None:
+        if not re.fullmatch(r"[0-9a-f]{64}", fingerprint):  # it comes from a run's manifest too, and names a folder
+            raise UsageError(f"'{fingerprint[:80]}' is no fingerprint of a reference")
         self.folder = cache_dir.expanduser() / "reference" / fingerprint[:32]
         self.about, self.warn = about, warn
         self.values = shards.read_folder(self.folder, warn)
@@ -80,7 +83,7 @@ class ReferenceCache:
                 raise PermissionError(errno.EACCES, "it is read-only", str(self.folder))
             if self.about and not (self.folder / ABOUT).exists():
                 write_json(self.folder / ABOUT, dict(self.about))
-        except (OSError, DpoError) as error:
+        except (OSError, NotWrittenError) as error:
             raise UsageError(f"--cache-dir: no reference log-probs can be kept in {self.folder} ({error})") from error
         remove_leftovers(self.folder)
 
@@ -88,19 +91,20 @@ class ReferenceCache:
         """Write a shard.
 
         Raises:
-            DpoError: it cannot be written; what was written before is kept.
+            NotWrittenError: what was written before is kept.
         """
         try:
             shards.write_shard(self.folder, entries)
-        except DpoError as error:
-            raise DpoError(f"{error}. What was kept before is whole; the same command goes on from there") from error
+        except NotWrittenError as error:
+            told = f"{error}. What was kept before is whole; the same command goes on from there"
+            raise NotWrittenError(told) from error
         self.values.update((key, entry.logp) for key, entry in entries.items())
 
     def merge(self) -> None:
         """Merge small shards if there are many; where that cannot be done they stay as they are."""
         try:
             shards.merge_small(self.folder)
-        except DpoError as error:
+        except NotWrittenError as error:
             self.warn(f"reference cache: its small files are not merged ({error})")
 
 

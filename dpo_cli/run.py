@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from dpo_cli.batch import Step, plan_run, row_cost
 from dpo_cli.config import TrainOptions, to_yaml
 from dpo_cli.data import BadRow
-from dpo_cli.disk import held, to_json, whole_folder
+from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import fingerprint
 from dpo_cli.logps import Scorer
@@ -89,7 +90,7 @@ def lay_out_run(
     Raises:
         UsageError: an option, the data or the model cannot be used.
     """
-    folder = resume or options.output or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    folder = resume or options.output or _free_name(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
     if resume is None and folder.exists():
         raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -101,7 +102,11 @@ def lay_out_run(
         raise UsageError("--eval-every and --show-answers need held-out pairs: --eval-data or --eval-fraction")
     source = choose_model(options, reporter)
     tokenizer = load_tokenizer(source)
-    options = dataclasses.replace(options, max_length=options.max_length or DEFAULT_MAX_LENGTH)
+    options = dataclasses.replace(
+        options,
+        max_length=options.max_length or DEFAULT_MAX_LENGTH,
+        control_tokens=options.control_tokens or "keep",
+    )
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs, held_out = found.pairs, Pairs()
     if options.eval_data:
@@ -147,6 +152,12 @@ def lay_out_run(
     return run
 
 
+def _free_name(folder: Path) -> Path:
+    """The folder, or the first of ``folder-2``, ``folder-3``, … that is not there: clocks are set back."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([folder], names) if not name.exists())
+
+
 def _tell_plan(run: Run, reporter: Reporter) -> None:
     options, scorer = run.options, run.scorer
     parameters = run.model.num_parameters()
@@ -178,7 +189,8 @@ def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
             with whole_folder(run.folder, new=True) as folder:
                 holding.enter_context(held(folder / LOCK))
                 (folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
-                (folder / "manifest.json").write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
+                content = sealed(manifest | {"config": sha256(folder / "config.yaml")})
+                (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
                 if run.refused:
                     with (folder / "refused.jsonl").open("w", encoding="utf-8") as stream:
                         for bad in run.refused:
@@ -227,12 +239,26 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Raises:
+        UsageError: it is damaged, or somebody changed it.
+    """
+    try:
+        return unsealed((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / 'manifest.json'} cannot be trusted: {error}") from error
+
+
 def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -> None:
-    """Refuse to resume on other data or start weights than the run began with."""
-    began = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    """Refuse to resume with other options, data or start weights than the run began with."""
+    began = read_manifest(folder)
     checks = {"data": ("sha256", "the data"), "held_out": ("sha256", "the held-out data")}
     checks["reference"] = ("fingerprint", "the start model")
     changed = [name for section, (key, name) in checks.items() if began[section][key] != manifest[section][key]]
+    if began["config"] != sha256(folder / "config.yaml"):
+        changed.append("config.yaml")
     if changed:
         raise UsageError(
             f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"

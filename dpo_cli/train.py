@@ -20,7 +20,7 @@ from dpo_cli.attention import attention
 from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.config import TrainOptions
 from dpo_cli.disk import held, remove_leftovers, to_json, whole_file
-from dpo_cli.errors import DpoError, Interrupted, UsageError
+from dpo_cli.errors import DpoError, Interrupted, NotWrittenError, UsageError
 from dpo_cli.evaluate import answers, evaluate, policy_logps
 from dpo_cli.logps import noise
 from dpo_cli.metrics import Reporter, append_metrics, evaluations, truncate_metrics
@@ -60,9 +60,12 @@ def train(
         if not resume:
             holding.enter_context(begin(run, manifest))
         stop = holding.enter_context(StopSignal())
-        _Loop(run, trainer, held_out_reference, stop, reporter).go_on_from(done)
-        with attention(run.model, run.own_attention):
-            export_model(run.folder / "model", run.model, run.tokenizer, model_card(run))
+        try:
+            _Loop(run, trainer, held_out_reference, stop, reporter).go_on_from(done)
+            with attention(run.model, run.own_attention):
+                export_model(run.folder / "model", run.model, run.tokenizer, model_card(run))
+        except NotWrittenError as error:
+            raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_go_on(run)}") from error
         shown = zip(run.held_out, first_answers, _answers(run), strict=False)
         scores = evaluations(run.folder / "metrics.jsonl")
         return {
@@ -213,18 +216,12 @@ class _Loop:
     def _save(self, step: int, rng: dict[str, Tensor]) -> None:
         run, max_tokens = self.run, self.trainer.scorer.max_tokens
         folder = run.folder / "checkpoints"
-        try:
-            save_checkpoint(folder, step, run.model, self.trainer.optimizer, rng, max_tokens, run.options.keep)
-        except DpoError as error:
-            raise DpoError(f"step {step}: {error}. Earlier checkpoints are whole. {self._how_to_go_on()}") from error
+        save_checkpoint(folder, step, run.model, self.trainer.optimizer, rng, max_tokens, run.options.keep)
 
     def _interrupted(self, step: int, rng: dict[str, Tensor]) -> Interrupted:
         self._save(step, rng)
         told = f"interrupted after step {step} of {len(self.run.plan)}; a checkpoint was written"
-        return Interrupted(f"{told}. {self._how_to_go_on()}")
-
-    def _how_to_go_on(self) -> str:
-        return f"Go on with: dpo train --resume {shlex.quote(str(self.run.folder))}"
+        return Interrupted(f"{told}. {_how_to_go_on(self.run)}")
 
     def _not_finite(self, step: int, error: NotFiniteError) -> DpoError:
         """Write the step's pairs to a file, and say what happened and why it may have."""
@@ -244,6 +241,10 @@ class _Loop:
             f"step {step}: {error}. Likely causes: {cause}; --dtype {run.options.dtype} may be too coarse. "
             f"The weights were not changed by this step, and earlier checkpoints are whole. Its pairs are in {file}"
         )
+
+
+def _how_to_go_on(run: Run) -> str:
+    return f"Go on with: dpo train --resume {shlex.quote(str(run.folder))}"
 
 
 def _due(every: int, step: int) -> bool:

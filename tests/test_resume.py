@@ -571,6 +571,19 @@ def test_refused_when_the_input_was_edited_since(place: Place, copy: Path, edite
     assert f"--resume {copy.name}: {what} changed since the run began" in told
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
+def test_refused_when_the_runs_own_files_were_edited(place: Place, copy: Path, name: str) -> None:
+    """A learning rate changed by hand would be another training; a flipped bit may be anything."""
+    text = (copy / name).read_text()
+    old, new = ("lr: 0.001", "lr: 0.002") if name == "config.yaml" else ('"pairs": 14', '"pairs": 15')
+    assert old in text
+    (copy / name).write_text(text.replace(old, new))
+    code, told = place.dpo("train", "--resume", copy)
+    assert code == 2, told
+    assert name in told and ("changed since" in told or "not as it was written" in told) and "Traceback" not in told
+    assert not (copy / "model").exists()
+
+
 def test_its_config_repeats_a_run(place: Place) -> None:
     code, told = place.dpo("train", "--config", "whole/config.yaml", "--output", "again")
     assert code == 0, told
