@@ -233,6 +233,7 @@ TOKENS = ([16, 17, 100_000], [15, 3, 0, -16])
 # option: (values it takes, values it refuses); every option that has a check is here
 RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "on_bad_row": (["refuse", "skip"], ["Skip", "", "ignore"]),
+    "control_tokens": (["keep", "sanitize", "refuse"], ["Keep", "", "drop"]),
     "max_length": TOKENS,
     "max_tokens": TOKENS,
     "dtype": (["auto", "float32", "bfloat16"], ["float16", "fp32", ""]),
@@ -303,6 +304,8 @@ train_options = st.builds(
     data=st.lists(name, min_size=1, max_size=3),
     columns=st.none() | name,
     on_bad_row=st.sampled_from(["refuse", "skip"]),
+    control_tokens=st.none() | st.sampled_from(["keep", "sanitize", "refuse"]),
+    trust_remote_code=st.booleans(),
     max_length=st.none() | st.integers(16, 10**6),
     dtype=st.none() | st.sampled_from(["auto", "bfloat16"]),
     cache_dir=some_path,
@@ -347,6 +350,8 @@ OTHER: dict[str, Any] = {
     "data": [str(Path("other.jsonl").absolute())],
     "columns": "prompt=q",
     "on_bad_row": "skip",
+    "control_tokens": "sanitize",
+    "trust_remote_code": True,
     "max_length": 64,
     "max_tokens": 64,
     "dtype": "bfloat16",
