@@ -102,13 +102,13 @@ class Trainer:
         accelerator = self.accelerator
         self.scorer.model.train()
         pairs_in_step = sum(len(indices) for indices in micro_batches)
-        mine = self._cut(micro_batches)
-        sums, losses, too_large = self._gradient(mine, pairs_in_step, stop)
-        while too_large and not stop.requested:
-            self.optimizer.zero_grad()
-            self.scorer.shrink([self.pairs[i] for i in too_large])
+        while True:
             mine = self._cut(micro_batches)
             sums, losses, too_large = self._gradient(mine, pairs_in_step, stop)
+            if stop.requested or not too_large:
+                break
+            self.optimizer.zero_grad()
+            self.scorer.shrink([self.pairs[i] for i in too_large])
         if stop.requested:
             self.optimizer.zero_grad()
             return None

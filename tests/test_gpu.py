@@ -198,3 +198,37 @@ def test_one_train_step(tiny: Path, tmp_path: Path, flash_calls: list[torch.dtyp
         assert (new - old).abs().max().item() == pytest.approx(1e-3, rel=0.1), (
             name
         )  # Adam's first step is lr for each weight
+
+
+def test_memory_that_really_runs_out(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With half of the memory that a run took it goes on with less a forward, on the same trajectory."""
+
+    def run(name: str) -> list[dict[str, float]]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        options = TrainOptions(
+            model=str(tiny),
+            data=[str(SAMPLE / "train.jsonl")],
+            max_steps=3,
+            batch_size=200,
+            max_tokens=65536,
+            dtype="float32",
+            lr=1e-4,
+            output=tmp_path / name,
+            cache_dir=tmp_path / "cache",
+        )
+        train(options, None, ["test"], Reporter())
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    torch.cuda.reset_peak_memory_stats()
+    expected = run("ample")
+    assert "out of memory" not in capsys.readouterr().err
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(0.5 * peak / torch.cuda.get_device_properties(DEVICE).total_memory)
+        got = run("short")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory" in capsys.readouterr().err
+    for line, other in zip(got, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
