@@ -264,7 +264,7 @@ def _number(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, dict):
-        return "  ".join(f"{name}: {_number(each)}" for name, each in value.items())
+        return "  ".join(f"{name}: {_number(each)}" for name, each in value.items()) or "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

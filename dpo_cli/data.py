@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from dpo_cli.errors import UsageError
+from dpo_cli.errors import UsageError, printable
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -20,6 +23,9 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 COLUMNS = ("prompt", "chosen", "rejected")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+MAX_LINE = 64 * 2**20  # bytes of one row: what is longer is a broken or a hostile file
+MAX_WHOLE = 2**30  # bytes of a file that can only be read as a whole
+MAX_DEPTH = 64  # of lists and objects in each other: what reads or writes a row later may recurse
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,8 @@ def read_rows(files: list[str], columns: str | None = None) -> Iterator[Row | Ba
         try:
             for where, record in _read_records(path):
                 count += 1
+                if _too_deep(record):
+                    record = RowError(_TOO_DEEP)
                 if isinstance(record, RowError):
                     yield BadRow(where, str(record))
                     continue
@@ -97,40 +105,70 @@ def _parse_columns(columns: str | None) -> dict[str, str]:
 
 # ---- files to records -------------------------------------------------------------------------------------------
 
+_TOO_LONG = f"longer than {MAX_LINE >> 20} MiB"
+_TOO_DEEP = "nested too deeply"
+_NO_END = "not JSON: the array has no end"
+_REST = "; the rest of the file is not read"
+
 
 def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (file:line or file:row, record or RowError)."""
-    plain = path.name.removesuffix(".gz")
-    if plain.endswith(".parquet"):
-        yield from _read_parquet(path)
-        return
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as opened:
+    zipped = path.name.endswith(".gz")
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    with gzip.open(path, "rb") if zipped else path.open("rb") as opened:
         stream = cast(BinaryIO, opened)
-        if plain.endswith(".jsonl"):
+        if kind == "jsonl":
             yield from _read_json_lines(stream, path)
-        elif plain.endswith(".json"):
+        elif kind == "json":
             yield from _read_json_array(stream, path)
-        else:
+        elif kind == "csv":
             yield from _read_csv(stream, path)
+        else:
+            yield from _read_parquet(_whole(stream, path) if zipped else path, path)
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
+    """Every line; None for one that is longer than MAX_LINE, which is passed over in pieces."""
+    while line := stream.readline(MAX_LINE + 1):
+        if len(line) <= MAX_LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(2**20)
+        yield None
+
+
+def _whole(stream: BinaryIO, path: Path) -> BytesIO:
+    content = BytesIO()
+    while piece := stream.read(2**20):
+        content.write(piece)
+        if content.tell() > MAX_WHOLE:
+            raise UsageError(f"--data {path}: longer than {MAX_WHOLE >> 20:,} MiB; write it as .jsonl")
+    return content
 
 
 def _read_json_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(stream, 1):
-        if line.strip() in (b"", b"\xef\xbb\xbf"):
-            continue
-        try:
-            record = _loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            record = RowError(f"not UTF-8 (byte {error.start + 1} of the line)")
-        except RowError as error:
-            record = error
-        yield f"{path}:{number}", record
+    for number, line in enumerate(_lines(stream), 1):
+        if line is None:
+            yield f"{path}:{number}", RowError(_TOO_LONG)
+        elif line.strip() not in (b"", b"\xef\xbb\xbf"):
+            yield f"{path}:{number}", _json_line(line, "utf-8-sig" if number == 1 else "utf-8")
+
+
+def _json_line(line: bytes, encoding: str) -> Any:
+    """The line's value or a RowError."""
+    try:
+        return _DECODER.decode(line.rstrip(b"\r\n").decode(encoding))
+    except UnicodeDecodeError as error:
+        return RowError(f"not UTF-8 (byte {error.start + 1} of the line)")
+    except (ValueError, RecursionError) as error:
+        return RowError(_json_reason(error))
 
 
 def _read_json_array(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     """Elements of one array, decoded one at a time so that each knows its line."""
     try:
-        text = stream.read().decode("utf-8-sig")
+        text = _whole(stream, path).getvalue().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"--data {path}: not UTF-8 (byte {error.start + 1})") from error
     start = _skip_space(text, 0)
@@ -146,7 +184,8 @@ def _read_json_array(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
                 record, end = _DECODER.raw_decode(text, start)
             except (ValueError, RecursionError) as error:  # past a broken element nothing can be told apart
                 place = error.pos if isinstance(error, json.JSONDecodeError) else start
-                yield lines.where(place), RowError((_json_reason(error) if text[start:] else _NO_END) + _REST)
+                reason = _json_reason(error) if start < len(text) else _NO_END
+                yield lines.where(place), RowError(reason + _REST)
                 return
             yield lines.where(start), record
             start = _skip_space(text, end)
@@ -154,16 +193,10 @@ def _read_json_array(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
                 break
             start = _skip_space(text, start + 1)
     if not text.startswith("]", start):
-        yield (
-            lines.where(start),
-            RowError(("not JSON: Expecting ',' or ']' after a row" if text[start:] else _NO_END) + _REST),
-        )
-    elif text[start + 1 :].strip():
+        reason = "not JSON: Expecting ',' or ']' after a row" if start < len(text) else _NO_END
+        yield lines.where(start), RowError(reason + _REST)
+    elif _skip_space(text, start + 1) < len(text):
         yield lines.where(start + 1), RowError("not JSON: something follows the array" + _REST)
-
-
-_NO_END = "not JSON: the array has no end"
-_REST = "; the rest of the file is not read"
 
 
 class _LineCounter:
@@ -180,44 +213,68 @@ class _LineCounter:
 
 def _read_csv(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     """Rows under the first line's names, each told by its first line; a cell may span lines."""
-    lines = (line.decode("utf-8-sig" if number == 1 else "utf-8") for number, line in enumerate(stream, 1))
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(lines, strict=True)
+    held = 0  # bytes of the row that is being read
+
+    def lines() -> Iterator[str]:
+        nonlocal held
+        for number, line in enumerate(_lines(stream), 1):
+            held += len(line or b"")
+            if line is None or held > MAX_LINE:
+                raise csv.Error(_TOO_LONG)
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.reader(lines(), strict=True)
     first = 1
     try:
         names = next(reader, [])
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UsageError(f"--data {path}: the column '{twice}' is there twice")
-        first = reader.line_num + 1
+        _check_names(names, path)
+        first, held = reader.line_num + 1, 0
         for cells in reader:
             if len(cells) > len(names):
                 yield f"{path}:{first}", RowError(f"{len(cells)} cells under {len(names)} column names")
             elif cells:
                 yield f"{path}:{first}", dict(zip(names, cells, strict=False))
-            first = reader.line_num + 1
+            first, held = reader.line_num + 1, 0
     except (csv.Error, UnicodeDecodeError) as error:
         yield f"{path}:{first}", RowError(f"not CSV in UTF-8: {error}{_REST}")
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(source: Path | BytesIO, path: Path) -> Iterator[tuple[str, Any]]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
-            records = (record for batch in file.iter_batches(1024) for record in batch.to_pylist())
+        with ParquetFile(source) as file:
+            _check_names(file.schema_arrow.names, path)
+            batches = file.iter_batches(128)  # few: one small file may hold a long text for each of many rows
+            records = (record for batch in batches for record in _batch_records(batch))
             yield from ((f"{path}:row {number}", record) for number, record in enumerate(records, 1))
-    except ArrowException as error:
+    except (ArrowException, ValueError) as error:
         raise UsageError(f"--data {path}: not a readable parquet file ({error})") from error
+
+
+def _batch_records(batch: Any) -> list[Any]:
+    """The batch's rows; a RowError for one that holds text that is not UTF-8 or a date that is none."""
+    try:
+        records: list[Any] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            return [RowError(f"cannot be read ({error})")]
+        return [record for place in range(batch.num_rows) for record in _batch_records(batch.slice(place, 1))]
+    return records
+
+
+def _check_names(names: list[str], path: Path) -> None:
+    if len(set(names)) < len(names):
+        raise UsageError(f"--data {path}: the column '{_twice(names)}' is there twice")
 
 
 def _decoder() -> json.JSONDecoder:
     def no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(items)
         if len(record) < len(items):
-            keys = [key for key, _ in items]
-            raise ValueError(f"the key '{next(k for k in keys if keys.count(k) > 1)}' is there twice")
+            raise ValueError(f"the key '{_twice([key for key, _ in items])}' is there twice")
         return record
 
     def no_constant(name: str) -> Any:
@@ -229,25 +286,44 @@ def _decoder() -> json.JSONDecoder:
 _DECODER = _decoder()
 
 
-def _loads(text: str) -> Any:
-    try:
-        return _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(_json_reason(error)) from error
-
-
 def _json_reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "not JSON: nested too deeply"
+        return _TOO_DEEP
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg} (column {error.colno})"
     return f"not JSON: {error}"
 
 
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
 def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
+    return cast(re.Match[str], _SPACE.match(text, position)).end()
+
+
+def _too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
+    if not isinstance(value, (dict, list, tuple)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_too_deep(each, levels - 1) for each in inner if isinstance(each, (dict, list, tuple)))
+
+
+def _twice(names: list[str]) -> str:
+    """The name that is there most often."""
+    return shortened(Counter(names).most_common(1)[0][0])
+
+
+def shortened(text: str, length: int = 40) -> str:
+    """Text of the data as part of a reason: printable, on one line, and not long."""
+    return printable(" ".join(text[:length].split()) + "…" * (len(text) > length))
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether half of a surrogate pair is in it; such a text cannot be encoded."""
+    return not text.isascii() and _SURROGATE.search(text) is not None
 
 
 # ---- records to rows --------------------------------------------------------------------------------------------
@@ -294,7 +370,7 @@ def _field(record: dict[str, Any], ours: str, theirs: str) -> Any:
         raise RowError(f"{named} is a {type(value).__name__}; it must be a string or a list of messages")
     elif value.lstrip().startswith(('[{"role"', "[{'role'")):
         raise RowError(f"{named} is a message list written as text; write it as a list, in .jsonl or .parquet")
-    elif _has_surrogate(value):
+    elif has_surrogate(value):
         raise RowError(f"{named} has half of a surrogate pair, which is no text")
     if not (value if isinstance(value, list) else value.strip()):
         raise RowError(f"{named} is empty")
@@ -305,27 +381,23 @@ def _check_message(message: Any, named: str) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RowError(f"{named}: must be an object with role and content")
     if message["role"] not in ROLES:
-        raise RowError(f"{named}: unknown role '{message['role']}'; use one of {', '.join(ROLES)}")
+        raise RowError(f"{named}: unknown role '{shortened(message['role'])}'; use one of {', '.join(ROLES)}")
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return
     if not isinstance(content, str):
         raise RowError(f"{named}: content must be a string")
-    if _has_surrogate(content):
+    if has_surrogate(content):
         raise RowError(f"{named}: content has half of a surrogate pair, which is no text")
-
-
-def _has_surrogate(text: str) -> bool:
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _split_hh(chosen: str, rejected: str) -> tuple[str, str, str]:
     """Cut two dialogues after the last ``Assistant:`` that both share."""
-    common = _common_prefix(chosen, rejected)
-    cut = chosen.rfind(HH_ASSISTANT, 0, common)
-    if cut < 0:
+    before_chosen, before_rejected = (dialogue.split(HH_ASSISTANT)[:-1] for dialogue in (chosen, rejected))
+    shared = before_chosen[: _common_prefix(before_chosen, before_rejected)]
+    if not shared:
         raise RowError("prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'")
-    cut += len(HH_ASSISTANT)
+    cut = sum(len(turn) + len(HH_ASSISTANT) for turn in shared)
     if HH_HUMAN in chosen[cut:] or HH_HUMAN in rejected[cut:]:
         raise RowError("the dialogues differ before their last answer, so they have no common prompt")
     return chosen[:cut], chosen[cut:], rejected[cut:]
@@ -336,8 +408,8 @@ def _split_conversations(chosen: list[Message], rejected: list[Message]) -> tupl
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _common_prefix(a: Any, b: Any) -> int:
-    """Length of what two sequences begin with alike."""
+def _common_prefix(a: list[Any], b: list[Any]) -> int:
+    """Length of what two lists begin with alike."""
     shortest = min(len(a), len(b))
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)
 

@@ -36,7 +36,7 @@ from dpo_cli.model import (
 from dpo_cli.prepare import choose_model, fill_reference, load_weights, make_scorer, open_cache, read_pairs
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.run import read_manifest
-from dpo_cli.tokens import Pair
+from dpo_cli.tokens import Pair, reasons
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -96,7 +96,8 @@ def answers(
 def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     """`dpo eval`: score pairs under the policy and compare with the reference, one model in memory at a time.
 
-    A run brings its own beta, truncation, control tokens, precision and reference, so that the numbers are those of its training.
+    A run brings its own beta, truncation, control tokens, precision and reference, so that the numbers are those of
+    its training.
     """
     source = choose_model(options, reporter)
     run = _run_options(source)
@@ -109,13 +110,15 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     )
     assert options.beta is not None
     tokenizer = load_tokenizer(source)
-    pairs = read_pairs(options.data, options, tokenizer, reporter).pairs
+    found = read_pairs(options.data, options, tokenizer, reporter)
+    pairs = found.pairs
     model = load_model(source)
     scorer = make_scorer(model, pairs, options, default_device(), reporter)
     policy = policy_logps(scorer, pairs, reporter)
     assert policy is not None
     reference = _reference_logps(options, source, model, pairs, scorer, reporter)
-    result: dict[str, Any] = {"pairs": len(pairs), "beta": options.beta}
+    result: dict[str, Any] = {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
+    result["beta"] = options.beta
     result |= evaluate(policy, reference, options.beta, run.get("label_smoothing", 0.0))
     result |= {"ref_logps/chosen": float(reference[:, 0].mean()), "ref_logps/rejected": float(reference[:, 1].mean())}
     result |= _cross_entropies(pairs, policy, reference)

@@ -29,7 +29,7 @@ from dpo_cli.model import (
     load_tokenizer,
 )
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
-from dpo_cli.tokens import Pair, Pairs, PairSet, refusal, tokenize_rows
+from dpo_cli.tokens import Pair, Pairs, PairSet, reasons, refusal, tokenize_rows
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -71,11 +71,12 @@ def read_pairs(files: list[str], options: Options, tokenizer: Any, reporter: Rep
     """
     max_length, control_tokens = options.max_length or DEFAULT_MAX_LENGTH, options.control_tokens or "keep"
     found = tokenize_rows(read_rows(files, options.columns), tokenizer, max_length, control_tokens)
-    rows = len(found.pairs) + len(found.refused)
     if found.refused and (options.on_bad_row == "refuse" or not found.pairs):
-        raise refusal(found.refused, rows)
-    counts = f"{rows:,} rows, {len(found.pairs):,} pairs, {len(found.refused):,} refused"
+        raise refusal(found.refused, found.rows)
+    counts = f"{found.rows:,} rows, {len(found.pairs):,} pairs, {len(found.refused):,} refused"
     reporter.fact(name, f"{', '.join(files)}: {counts} ({', '.join(found.formats)})")
+    for reason, count in list(reasons(found.refused).items())[:10]:
+        reporter.fact("", f"{count:,} refused: {reason}")
     for note, count in sorted(found.notes.items()):
         reporter.fact("", f"{count:,} {note}")
     return found
@@ -132,13 +133,16 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
     """
     source = choose_model(options, reporter)
     tokenizer = load_tokenizer(source)
-    pairs = read_pairs(options.data, options, tokenizer, reporter).pairs
+    found = read_pairs(options.data, options, tokenizer, reporter)
+    pairs = found.pairs
     model, weights = load_weights(source, options)
     scorer = make_scorer(model, pairs, options, default_device(), reporter)
     name = fingerprint(model, weights, scorer.layout, scorer.dtype)
     cache = open_cache(options, name, source, scorer, reporter)
     filled = fill_reference(cache, pairs, scorer, reporter)
     result: dict[str, Any] = {
+        "rows": found.rows,
+        "refused": reasons(found.refused),
         "pairs": len(pairs),
         "hits": filled.hits,
         "misses": filled.misses,

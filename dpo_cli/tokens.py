@@ -7,16 +7,19 @@ is found among tokens, not characters, and both responses end with the token tha
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import chain
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from dpo_cli.data import BadRow, Message, Row, RowError
+from dpo_cli.data import BadRow, Message, Row, RowError, has_surrogate
 from dpo_cli.errors import UsageError
+from dpo_cli.template import ControlTokens, render
 
 Ids = npt.NDArray[np.int32]
 _PROBE = "PROBE"
@@ -32,14 +35,65 @@ class Pair:
     rejected: Ids
 
 
+class Pairs(Sequence[Pair]):
+    """Pairs in flat columns, so that a million take the room of their ids; a pair's arrays are made when asked for."""
+
+    def __init__(self, pairs: Iterable[Pair] = ()) -> None:
+        self._ids = array("i")
+        self._ends = array("q", [0])  # in ids: of each prompt, chosen and rejected, behind the start of the first
+        self._where: list[str] = []
+        for pair in pairs:
+            self.append(pair)
+
+    def append(self, pair: Pair) -> None:
+        """Add a pair at the end."""
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            self._ids.frombytes(ids.tobytes())
+            self._ends.append(len(self._ids))
+        self._where.append(pair.where)
+
+    def select(self, places: Sequence[int]) -> Pairs:
+        """The pairs at these places; the object itself if that is all of them in order."""
+        if len(places) == len(self) and all(place == i for i, place in enumerate(places)):
+            return self
+        return Pairs(self[place] for place in places)
+
+    def __add__(self, other: Pairs) -> Pairs:
+        return Pairs(chain(self, other)) if other else self
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    @overload
+    def __getitem__(self, place: int) -> Pair: ...
+    @overload
+    def __getitem__(self, place: slice) -> Pairs: ...
+    def __getitem__(self, place: int | slice) -> Pair | Pairs:
+        if isinstance(place, slice):
+            return self.select(range(len(self))[place])
+        place = range(len(self))[place]  # from the end where negative, and IndexError, as a list has them
+        start, prompt, chosen, rejected = self._ends[3 * place : 3 * place + 4]
+        return Pair(
+            self._where[place],
+            np.asarray(self._ids[start:prompt]),
+            np.asarray(self._ids[prompt:chosen]),
+            np.asarray(self._ids[chosen:rejected]),
+        )
+
+
 @dataclass
 class PairSet:
     """The pairs of some rows, what was refused, and what was changed on the way."""
 
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: Pairs = field(default_factory=Pairs)
     refused: list[BadRow] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rows(self) -> int:
+        """Rows that were read: those that became pairs and those that were refused."""
+        return len(self.pairs) + len(self.refused)
 
 
 def digest(pairs: Iterable[Pair]) -> str:
@@ -55,11 +109,15 @@ def digest(pairs: Iterable[Pair]) -> str:
 PROMPT_CUT = "prompts shortened from the left"
 RESPONSE_CUT = "pairs with a response cut at its end"
 BOUNDARY_MOVED = "pairs whose boundary moved back (tokens merge across it)"
+CONTROL_KEPT = "pairs with control tokens inside their messages, which act as such (--control-tokens keep)"
+CONTROL_SANITIZED = "pairs with control tokens inside their messages, read as text (--control-tokens sanitize)"
 
 
-def tokenize_rows(rows: Iterable[Row | BadRow], tokenizer: Any, max_length: int) -> PairSet:
+def tokenize_rows(
+    rows: Iterable[Row | BadRow], tokenizer: Any, max_length: int, control_tokens: str = "keep"
+) -> PairSet:
     """Tokenize every row; rows that cannot be trained on land in ``refused`` with the reason."""
-    encoder = Encoder(tokenizer, max_length)
+    encoder = Encoder(tokenizer, max_length, control_tokens)
     out = PairSet()
     for row in rows:
         if isinstance(row, BadRow):
@@ -77,38 +135,52 @@ def tokenize_rows(rows: Iterable[Row | BadRow], tokenizer: Any, max_length: int)
     return out
 
 
+def reasons(refused: list[BadRow]) -> dict[str, int]:
+    """How many rows were refused for which reason, the most frequent first."""
+    return dict(Counter(bad.reason for bad in refused).most_common())
+
+
 def refusal(refused: list[BadRow], rows: int) -> UsageError:
     """One error for all bad rows: the first ten in full, the rest counted by reason."""
     lines = [f"{bad.where}: {bad.reason}" for bad in refused[:10]]
     if len(refused) > 10:
-        counts = Counter(bad.reason for bad in refused[10:])
-        most = [f"{n} × {why}" for why, n in counts.most_common(10)] + ["…"] * (len(counts) > 10)
+        counts = reasons(refused[10:])
+        most = [f"{n} × {why}" for why, n in list(counts.items())[:10]] + ["…"] * (len(counts) > 10)
         lines.append(f"and {len(refused) - 10} more: " + "; ".join(most))
     lines.append(f"{len(refused)} of {rows} rows cannot be used. Mend them, or go on without them: --on-bad-row skip")
     return UsageError("\n".join(lines))
 
 
 class Encoder:
-    """Turns rows into pairs with one tokenizer, no longer than ``max_length`` tokens."""
+    """Turns rows into pairs with one tokenizer, no longer than ``max_length`` tokens.
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    ``control_tokens`` says what becomes of those inside messages: ``keep`` them, ``sanitize`` (read them as text), or
+    ``refuse`` the row. Strings are taken as they are: they may have been rendered already.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, control_tokens: str = "keep") -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.control_tokens = control_tokens
         if tokenizer.eos_token_id is None:
             raise UsageError("the model's tokenizer has no EOS token, so responses cannot end")
+        if control_tokens == "sanitize" and not tokenizer.is_fast:
+            raise UsageError("--control-tokens sanitize: the model's tokenizer cannot do it; use refuse")
         self.eos: int = tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]
         self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
+        self.control = ControlTokens(tokenizer)
         self.turn_end = self._turn_end() if tokenizer.chat_template else ""
 
     def pair(self, row: Row) -> tuple[Pair, set[str]]:
         """The row's token ids, truncated, and which of the notes apply to it.
 
         Raises:
-            RowError: the template refuses the row, or truncation leaves no difference between the responses.
+            RowError: the template refuses the row, it has control tokens that are to be refused, or truncation leaves
+                no difference between the responses.
         """
-        notes: set[str] = set()
         prompt, chosen, rejected, moved = self._split(row)
+        notes = self._control_notes(row)
         if moved:
             notes.add(BOUNDARY_MOVED)
         longest = max(len(chosen), len(rejected))
@@ -153,28 +225,34 @@ class Encoder:
             ids = self._encode(text.removesuffix(self.turn_end), templated=True)
         return ids if ids[-1] == self.eos else np.append(ids, np.int32(self.eos))
 
+    def _control_notes(self, row: Row) -> set[str]:
+        if isinstance(row.prompt, str):
+            return set()
+        fields = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+        found = {name: token for name, value in fields.items() if (token := self.control.first(value))}
+        if found and self.control_tokens == "refuse":
+            raise RowError(", ".join(f"{name} contains the control token '{token}'" for name, token in found.items()))
+        return {CONTROL_SANITIZED if self.control_tokens == "sanitize" else CONTROL_KEPT} if found else set()
+
     def _encode(self, text: str, templated: bool = False) -> Ids:
         """Token ids with exactly one BOS where the tokenizer wants one; a template brings its own."""
-        ids = self.tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
-        if not templated and self.adds_eos:
+        if templated:
+            return np.asarray(self.control.encode(text), dtype=np.int32)
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if self.adds_eos:
             ids = ids[:-1]  # a prompt must not end with it, and a response gets its own
-        if not templated and self.adds_bos and text.startswith(self.tokenizer.bos_token):
+        if self.adds_bos and text.startswith(self.tokenizer.bos_token):
             ids = ids[1:]  # the text brings its own
         return np.asarray(ids, dtype=np.int32)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        import jinja2
-
-        if not self.tokenizer.chat_template:
-            raise RowError("a row of messages needs a chat template, and this model has none; give strings instead")
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-            text.encode()  # half of a surrogate pair is no text
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise RowError(f"the chat template refuses the messages: {error}") from error
-        return text
+        """The template's text; what in it is to be read as text is marked."""
+        text = render(self.tokenizer, messages, add_generation_prompt)
+        if has_surrogate(text):
+            raise RowError("the messages have half of a surrogate pair, which is no text")
+        if self.control_tokens != "sanitize" or not self.control.first(messages):
+            return text
+        return render(self.tokenizer, self.control.mark(messages), add_generation_prompt)
 
     def _turn_end(self) -> str:
         """What the template writes after an answer, such as ``<|im_end|>\\n``; empty if nothing."""

@@ -28,6 +28,7 @@ from dpo_cli.model import default_device
 from dpo_cli.prepare import fill_reference, tell_cached
 from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, make_optimizer
+from dpo_cli.tokens import reasons
 
 
 def train(
@@ -71,9 +72,11 @@ def train(
         return {
             "run": str(run.folder),
             "model": str(run.folder / "model"),
+            "rows": len(run.pairs) + len(run.held_out) + len(run.refused),
+            "refused": reasons(run.refused),
             "pairs": len(run.pairs),
-            "steps": len(run.plan),
             "held_out": len(run.held_out),
+            "steps": len(run.plan),
             "before": scores.get(0, {}),
             "after": scores.get(len(run.plan), {}),
             "answers": [

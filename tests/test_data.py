@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_cli.data import BadRow, Row, read_rows
+from dpo_cli import data
+from dpo_cli.data import MAX_DEPTH, BadRow, Row, read_rows
 from dpo_cli.errors import UsageError
+from dpo_cli.tokens import refusal
 
 STRINGS = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
 BOM = b"\xef\xbb\xbf"
@@ -105,7 +107,7 @@ FORMS: dict[str, tuple[dict[str, Any], str, Any, Any, Any]] = {
         [assistant("No.")],
     ),
 }
-SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet")
+SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet", "parquet.gz")
 PLACES = {"jsonl": "1 2", "json": "2 3", "csv": "2 3", "parquet": "row 1,row 2"}
 
 
@@ -113,18 +115,18 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Write records in the container that the name asks for, each beginning on a line of its own."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(records), path)
-        return
-    if kind == "csv":
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(records), sink)
+        content = sink.getvalue()
+    elif kind == "csv":
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-        text = buffer.getvalue()
+        content = buffer.getvalue().encode()
     else:
         lines = [json.dumps(record) for record in records]
-        text = "[\n" + ",\n".join(lines) + "\n]\n" if kind == "json" else "\n".join(lines) + "\n"
-    content = text.encode()
+        content = ("[\n" + ",\n".join(lines) + "\n]\n" if kind == "json" else "\n".join(lines) + "\n").encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
@@ -304,6 +306,7 @@ def test_a_bad_row_keeps_what_was_read(tmp_path: Path) -> None:
 # ---- JSON lines -------------------------------------------------------------------------------------------------
 
 LINE = json.dumps(STRINGS).encode()
+STRINGS_UTF16 = json.dumps(STRINGS).encode("utf-16")
 
 
 def where_and_kind(rows: list[Row | BadRow]) -> list[tuple[str, type]]:
@@ -336,16 +339,123 @@ def test_a_bad_line_does_not_move_the_others(tmp_path: Path) -> None:
         (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "not JSON: the key 'prompt' is there twice"),
         (b'{"x": [{"a": 1, "a": 1}]}', "not JSON: the key 'a' is there twice"),
         (b'{"prompt": "\xe4"}', "not UTF-8 (byte 13 of the line)"),
-        (b"[" * 100_000, "not JSON: nested too deeply"),
-        (b'{"chosen":' * 100_000, "not JSON: nested too deeply"),
-        (b"[" * 100_000 + b"]" * 100_000, "not JSON: nested too deeply"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"chosen":' * 100_000, "nested too deeply"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b"[" * (MAX_DEPTH + 2) + b"]" * (MAX_DEPTH + 2), "nested too deeply"),
         (b"9" * 5000, "not JSON: Exceeds the limit"),
+        (
+            b'{"' + b"k" * 10**6 + b'": 1, "' + b"k" * 10**6 + b'": 2}',
+            f"not JSON: the key '{'k' * 40}…' is there twice",
+        ),
+        (b'{"a\\n\\u001b": 1, "a\\n\\u001b": 2}', "not JSON: the key 'a �' is there twice"),
+        (b"\x00", "not JSON: Expecting value (column 1)"),
+        (LINE.replace(b"Why", b"W\x00y"), "not JSON: Invalid control character at"),
+        (BOM + LINE, "not JSON: Expecting value (column 1)"),
+        (LINE + b"\r" + LINE, "not JSON: Extra data"),
+        (STRINGS_UTF16, "not UTF-8 (byte 1 of the line)"),
     ],
+    ids=lambda value: repr(value[:30]),
 )
 def test_a_line_that_is_no_json_is_refused_with_its_place(line: bytes, told: str, tmp_path: Path) -> None:
     rows = read_bytes(tmp_path, "rows.jsonl", LINE + b"\n" + line + b"\n" + LINE + b"\n")
     assert where_and_kind(rows) == [("1", Row), ("2", BadRow), ("3", Row)]
     assert isinstance(rows[1], BadRow) and rows[1].reason.startswith(told)
+
+
+def test_a_number_too_large_for_a_float_does_not_matter_beside_the_columns(tmp_path: Path) -> None:
+    [row] = read_bytes(tmp_path, "rows.jsonl", LINE.replace(b"{", b'{"x": 1e999, "y": "\\ud800", ', 1))
+    assert isinstance(row, Row)
+
+
+def test_a_row_may_be_nested_and_one_refused_for_its_depth_is_not_kept(tmp_path: Path) -> None:
+    """What is refused gets written down, and writing it recurses."""
+    deep: Any = 1
+    for _ in range(MAX_DEPTH - 1):
+        deep = [deep]
+    [row, bad, deeper] = read_bytes(
+        tmp_path,
+        "rows.jsonl",
+        "\n".join(json.dumps(each) for each in (STRINGS | {"x": deep}, {"x": deep}, STRINGS | {"x": [[deep]]})),
+    )
+    assert isinstance(row, Row)
+    assert isinstance(bad, BadRow) and (bad.reason, bad.record) == ("chosen is missing", {"x": deep})
+    assert isinstance(deeper, BadRow) and (deeper.reason, deeper.record) == ("nested too deeply", None)
+
+
+def test_a_reason_quotes_little_of_the_data_and_on_one_line(tmp_path: Path) -> None:
+    told = refused(
+        tmp_path,
+        MESSAGES | {"prompt": [{"role": "r" * 10**6, "content": "b"}]},
+        MESSAGES | {"prompt": [{"role": "\x1b[31m\n" + SURROGATE, "content": "b"}]},
+    )
+    assert told[0].startswith(f"prompt, message 1: unknown role '{'r' * 40}…'; use one of")
+    assert told[1].startswith("prompt, message 1: unknown role '�[31m �'; use one of")
+
+
+def test_what_is_done_with_a_row_takes_time_in_proportion_to_it(tmp_path: Path) -> None:
+    """Each of these took minutes or hours when a row's parts were looked at once for each of them."""
+    keys = "".join(f'"{i}": 0, ' for i in range(200_000))
+    twice = f'{{{keys}"199999": 1}}'
+    turns = "\n\nHuman: a\n\nAssistant: b" * 50_000
+    hh = json.dumps({"chosen": turns, "rejected": turns + " c"})
+    cjk = json.dumps({"prompt": "为" * 2_000_000, "chosen": "a", "rejected": "b"}, ensure_ascii=False)
+    rows = read_bytes(tmp_path, "rows.jsonl", "\n".join([twice, hh, cjk]))
+    assert [type(row) for row in rows] == [BadRow, Row, Row]
+    header = ",".join(map(str, range(200_000)))
+    with pytest.raises(UsageError, match="the column '199999' is there twice"):
+        read_bytes(tmp_path, "rows.csv", header + ",199999\n1,2\n")
+
+
+# ---- sizes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_a_line_that_is_too_long_is_refused_and_the_next_keep_their_numbers(
+    end: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "MAX_LINE", 100)
+    fits = LINE + b" " * (100 - len(LINE))
+    lines = [fits, fits + b" ", b" " * 101, b"[" * 5_000_000, LINE, b"a" * 102, fits, b"a" * 101]
+    for name, content in (("a.jsonl", b"\n".join(lines) + end), ("a.jsonl.gz", gzip.compress(b"\n".join(lines) + end))):
+        rows = read_bytes(tmp_path, name, content)
+        kinds = [Row, BadRow, BadRow, BadRow, Row, BadRow, Row, BadRow]
+        assert where_and_kind(rows) == list(zip("12345678", kinds, strict=True))
+        assert {row.reason for row in rows if isinstance(row, BadRow)} == {"longer than 64 MiB"}
+
+
+def test_a_line_of_65_mib_in_a_small_file_is_refused(tmp_path: Path) -> None:
+    rows = read_bytes(tmp_path, "rows.jsonl.gz", gzip.compress(b"a" * (65 * 2**20) + b"\n" + LINE, 1))
+    assert where_and_kind(rows) == [("1", BadRow), ("2", Row)]
+    assert isinstance(rows[0], BadRow) and rows[0].reason == "longer than 64 MiB"
+
+
+@pytest.mark.parametrize(
+    "row",
+    ['"' + "a" * 101 + '",b,c', '"' + "a\n" * 51 + '",b,c', '"' + "a" * 50 + '","' + "b" * 50 + '",c', "p\ra\r" * 30],
+)
+def test_a_csv_row_that_is_too_long_is_refused(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open quote would else take the rest of the file into one cell."""
+    monkeypatch.setattr(data, "MAX_LINE", 100)
+    good = "p,a,b\n" * 20
+    rows = read_bytes(tmp_path, "rows.csv", HEADER + good + row + "\n" + good)
+    assert [type(each) for each in rows] == [Row] * 20 + [BadRow]
+    assert isinstance(rows[20], BadRow) and rows[20].where.endswith(":22")
+    assert rows[20].reason == "not CSV in UTF-8: longer than 64 MiB; the rest of the file is not read"
+
+
+@pytest.mark.parametrize("suffix", ["json", "json.gz", "parquet.gz"])
+def test_a_file_too_long_to_be_read_as_a_whole_is_refused(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    write_records(path, [STRINGS] * 5)
+    whole = gzip.decompress(path.read_bytes()) if suffix.endswith("gz") else path.read_bytes()
+    monkeypatch.setattr(data, "MAX_WHOLE", len(whole))
+    assert len(read(path)) == 5
+    monkeypatch.setattr(data, "MAX_WHOLE", len(whole) - 1)
+    with pytest.raises(UsageError, match=r"longer than 0 MiB; write it as .jsonl"):
+        read(path)
 
 
 # ---- JSON arrays ------------------------------------------------------------------------------------------------
@@ -373,7 +483,7 @@ def test_a_broken_element_is_told_by_the_line_that_is_broken(tmp_path: Path) -> 
     [
         (',\n{"chosen": NaN}]', "3", "not JSON: NaN is no JSON value"),
         (',\n{"chosen": 1, "chosen": 2}]', "3", "not JSON: the key 'chosen' is there twice"),
-        (",\n" + "[" * 100_000, "3", "not JSON: nested too deeply"),
+        (",\n" + "[" * 100_000, "3", "nested too deeply"),
         ("", "2", "not JSON: the array has no end"),
         (",\n", "3", "not JSON: the array has no end"),
     ],
@@ -545,6 +655,30 @@ def test_bad_parquet_rows_are_told_by_their_number(tmp_path: Path) -> None:
     assert [row.reason for row in rows if isinstance(row, BadRow)] == ["chosen is missing", "rejected is empty"]
 
 
+def test_a_parquet_row_that_is_no_text_is_told_by_its_number(tmp_path: Path) -> None:
+    """A flipped bit in a text that is stored plainly."""
+    pq.write_table(pa.Table.from_pylist([STRINGS, STRINGS | {"prompt": "Whx?"}]), tmp_path / "a", compression="none")
+    content = (tmp_path / "a").read_bytes()
+    page, statistics = content.index(b"Whx?"), content.rindex(b"Whx?")
+    assert page < statistics
+    rows = read_bytes(tmp_path, "rows.parquet", content[: page + 2] + b"\xf8" + content[page + 3 :])
+    assert [row.where.rpartition(":")[2] for row in rows] == ["row 1", "row 2"] and isinstance(rows[0], Row)
+    assert isinstance(rows[1], BadRow) and rows[1].reason.startswith("cannot be read ('utf-8' codec can't decode")
+
+
+def test_a_parquet_file_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["p"]), pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    pq.write_table(pa.table(columns, names=["prompt", "chosen", "rejected", "chosen"]), tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match="the column 'chosen' is there twice"):
+        read(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("name", ["rows \udcff.jsonl", "\x1b[31m.csv", "a\nb.json"])
+def test_a_file_may_have_any_name(name: str, tmp_path: Path) -> None:
+    write_records(tmp_path / name, [STRINGS])
+    assert [type(row) for row in read(tmp_path / name)] == [Row]
+
+
 @pytest.mark.parametrize("name", ["none.jsonl", "~no-such-user/rows.jsonl", "x" * 300 + ".jsonl", "a\0b.jsonl"])
 def test_a_path_that_names_no_file_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -555,6 +689,64 @@ def test_a_path_that_names_no_file_is_refused(name: str, tmp_path: Path, monkeyp
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a folder; name its files"):
         read(tmp_path)
+
+
+# ---- all that is known to go wrong ------------------------------------------------------------------------------
+
+SAID = '"chosen": "b", "rejected": "c"}'
+KNOWN: dict[str, tuple[bytes | str, str]] = {
+    "no JSON": ("prompt,chosen,rejected", "not JSON: Expecting value"),
+    "cut off": (LINE[:-5], "not JSON: Unterminated string"),
+    "two objects": (LINE + LINE, "not JSON: Extra data"),
+    "no object": ("[1, 2]", "not an object"),
+    "null": ("null", "not an object"),
+    "nothing in it": ("{}", "chosen is missing"),
+    "a field missing": ('{"prompt": "a", "chosen": "b"}', "rejected is missing"),
+    "a field null": ('{"prompt": "a", "chosen": null, "rejected": "c"}', "chosen is missing"),
+    "a number": ('{"prompt": 7, ' + SAID, "prompt is a int"),
+    "an empty field": ('{"prompt": "", ' + SAID, "prompt is empty"),
+    "white space": ('{"prompt": "a", "chosen": "\\n ", "rejected": "c"}', "chosen is empty"),
+    "equal responses": ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen equals rejected"),
+    "kinds that differ": (
+        '{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}',
+        "chosen and",
+    ),
+    "not UTF-8": (b'{"prompt": "\xff"}', "not UTF-8 (byte 13 of the line)"),
+    "half a surrogate pair": ('{"prompt": "\\ud800", ' + SAID, "prompt has half of a surrogate pair"),
+    "NaN": ('{"prompt": NaN, ' + SAID, "not JSON: NaN is no JSON value"),
+    "a key twice": ('{"prompt": "a", "prompt": "d", ' + SAID, "not JSON: the key 'prompt' is there twice"),
+    "nested deeply": ("[" * 100_000, "nested too deeply"),
+    "a huge number": ('{"prompt": ' + "1" * 5000 + ", " + SAID, "not JSON: Exceeds the limit"),
+    "an unknown role": (
+        '{"prompt": [{"role": "bot", "content": "a"}], ' + SAID,
+        "prompt, message 1: unknown role 'bot'",
+    ),
+    "no content": ('{"prompt": [{"role": "user"}], ' + SAID, "prompt, message 1: content must be a string"),
+    "an answer too early": ('{"prompt": [{"role": "assistant", "content": "a"}], ' + SAID, "prompt ends with the role"),
+    "messages as text": (
+        '{"prompt": "[{\\"role\\": \\"user\\"}]", ' + SAID,
+        "prompt is a message list written as text",
+    ),
+    "a zero byte": (b"\x00" + LINE, "not JSON: Expecting value"),
+    "UTF-16": (STRINGS_UTF16.replace(b"\n", b""), "not UTF-8 (byte 1 of the line)"),
+}
+
+
+def test_every_known_fault_is_told_with_its_line_and_reason_and_costs_no_other_row(tmp_path: Path) -> None:
+    lines = [line.encode() if isinstance(line, str) else line for line, _ in KNOWN.values()]
+    rows = read_bytes(tmp_path, "rows.jsonl", b"".join(line + b"\n" + LINE + b"\n" for line in lines))
+    assert [row.where for row in rows] == [
+        f"{tmp_path / 'rows.jsonl'}:{number}" for number in range(1, 2 * len(KNOWN) + 1)
+    ]
+    assert {type(row) for row in rows[1::2]} == {Row}
+    bad = [row for row in rows[::2] if isinstance(row, BadRow)]
+    for name, row in zip(KNOWN, bad, strict=True):
+        assert row.reason.startswith(KNOWN[name][1]), name
+    told = str(refusal(bad, len(rows))).splitlines()
+    assert told[:10] == [f"{row.where}: {row.reason}" for row in bad[:10]]
+    assert told[10].startswith(f"and {len(KNOWN) - 10} more: 1 × ") and told[11].startswith(
+        f"{len(KNOWN)} of {len(rows)} rows"
+    )
 
 
 # ---- anything at all --------------------------------------------------------------------------------------------
@@ -626,7 +818,7 @@ chunk = st.binary(max_size=12) | st.sampled_from(
 @given(content=st.lists(chunk, max_size=8).map(b"".join))
 def test_any_bytes_give_rows_bad_rows_or_a_usage_error(folder: Path, content: bytes) -> None:
     lines = [line for line in content.split(b"\n") if line.strip() not in (b"", BOM)]
-    for name in ("any.jsonl", "any.json", "any.csv", "any.jsonl.gz"):
+    for name in ("any.jsonl", "any.json", "any.csv", "any.jsonl.gz", "any.parquet"):
         try:
             rows = read_bytes(folder, name, content)
         except UsageError as error:

@@ -311,7 +311,11 @@ def test_skip_goes_on_and_counts(here: Cli, tiny: Path, mixed: Path, tmp_path: P
     assert listing(tmp_path) == before  # nor does a dry run write anything
     out = here("precompute-ref", *given, "--json")
     assert out.returncode == 0, out.stderr
-    assert json.loads(out.stdout)["pairs"] == 4 and "10 rows, 4 pairs, 6 refused" in out.stderr
+    result = json.loads(out.stdout)
+    assert result["pairs"] == 4 and "10 rows, 4 pairs, 6 refused" in out.stderr
+    assert result["rows"] == result["pairs"] + sum(result["refused"].values()) == 10
+    for reason, count in result["refused"].items():
+        assert f"{count} refused: {reason}" in out.stderr
 
 
 def test_skip_is_refused_when_no_pair_is_left(here: Cli, tiny: Path, tmp_path: Path) -> None:

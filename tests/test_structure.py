@@ -21,6 +21,7 @@ LAYERS = [
     {"errors"},
     {"config"},
     {"data"},
+    {"template"},
     {"tokens"},
     {"batch"},
     {"attention", "losses"},

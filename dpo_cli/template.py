@@ -1,0 +1,94 @@
+"""A model's chat template: messages as its text, and control tokens inside them as what they are wanted to be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dpo_cli.data import Message, RowError, shortened
+
+
+def render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    """The template's text for messages.
+
+    Raises:
+        RowError: there is no template, or it refuses the messages.
+    """
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise RowError("a row of messages needs a chat template, and this model has none; give strings instead")
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RowError(f"the chat template refuses the messages: {shortened(str(error), 200)}") from error
+    return text
+
+
+class ControlTokens:
+    """The tokens with which a chat template parts turns, where they stand in messages.
+
+    ``mark`` puts marks around them, which stay there when the messages are rendered; ``encode`` reads what is marked as
+    text. The ids are those of transformers' ``apply_chat_template(sanitize_control_tokens=True)``, which is too new to
+    be relied upon.
+    """
+
+    OPEN, CLOSE = "\ud800", "\udfff"  # halves of surrogate pairs, which no text has
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        try:
+            frame = render(tokenizer, [{"role": "user", "content": "u"}], add_generation_prompt=True)
+        except RowError:
+            frame = ""
+        added = tokenizer.added_tokens_decoder.items()
+        self.ids = {t.content: i for i, t in added if t.content.strip() and (t.special or t.content in frame)}
+        self.line_end = self._ids("\n")
+        any_token = "|".join(map(re.escape, sorted(self.ids, key=len, reverse=True))) or "(?!)"
+        self.token = re.compile(any_token)
+        self.marked = re.compile(f"{self.OPEN}({any_token}){self.CLOSE}|[{self.OPEN}{self.CLOSE}]")
+
+    def first(self, value: Any) -> str | None:
+        """The first control token in the strings of a value."""
+        if isinstance(value, str):
+            return found[0] if (found := self.token.search(value)) else None
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        return next(filter(None, map(self.first, inner)), None)
+
+    def mark(self, value: Any) -> Any:
+        """The value with marks around the control tokens in its strings."""
+        if isinstance(value, str):
+            return self.token.sub(rf"{self.OPEN}\g<0>{self.CLOSE}", value)
+        if isinstance(value, dict):
+            return {key: self.mark(each) for key, each in value.items()}
+        return [self.mark(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a rendered text."""
+        first, *rest = self.marked.split(text)
+        ids = self._ids(first)
+        for token, behind in zip(rest[::2], rest[1::2], strict=True):
+            as_text = self._ids_inside(token, self._ids_as_text) if token else []  # None: a mark without its token
+            if token and self.ids[token] in as_text:
+                raise RowError(f"the tokenizer reads '{token}' as a control token wherever it stands")
+            ids += as_text + self._ids_inside(behind, self._ids)
+        return ids
+
+    def _ids_inside(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Ids of a text that does not begin there: SentencePiece puts a space before the first word."""
+        ids = encode("\n" + text)
+        n = len(self.line_end)
+        return ids[n:] if ids[:n] == self.line_end else encode(text)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _ids_as_text(self, text: str) -> list[int]:
+        """What the tokenizer does but for looking for added tokens."""
+        backend = self.tokenizer.backend_tokenizer
+        if backend.normalizer:
+            text = backend.normalizer.normalize_str(text)
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
+        return [token.id for word in words for token in backend.model.tokenize(word)]
