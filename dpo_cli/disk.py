@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         NotWrittenError: the disk is full or the folder is closed; ``path`` is as it was.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary, lock = _locked_temporary(path)
-        try:
-            yield temporary
-            _settle(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-            os.close(lock)
+    with writing(path), _temporary(path, _new_file) as temporary:
+        yield temporary
+        _settle(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -45,21 +40,43 @@ def whole_folder(path: Path, new: bool = False) -> Iterator[Path]:
 
     Of several processes that make one ``new`` folder only the first does.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
-        try:
-            yield temporary
-            for each in [*temporary.rglob("*"), temporary]:
-                _settle(each)
-            old = temporary.with_suffix(".old.tmp")
-            if path.is_dir() and not new:
-                path.rename(old)
-            temporary.rename(path)  # fails on a folder that holds something
-            _sync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with writing(path), _temporary(path, tempfile.mkdtemp) as temporary:
+        yield temporary
+        for each in [*temporary.rglob("*"), temporary]:
+            _settle(each)
+        old = temporary.with_suffix(".old.tmp")
+        if path.is_dir() and not new:
+            path.rename(old)
+        temporary.rename(path)  # fails on a folder that holds something
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _temporary(path: Path, make: Callable[[str, str, Path], str]) -> Iterator[Path]:
+    """A new temporary file or folder beside ``path``, locked so that it is not taken for a dead process's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+    while True:
+        temporary = Path(make(".tmp", f".{path.name}.", path.parent))
+        with suppress(FileNotFoundError):  # another process swept it before it was locked
+            lock = os.open(temporary, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if temporary.exists():
+                break
+            os.close(lock)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        os.close(lock)
+
+
+def _new_file(suffix: str, prefix: str, folder: Path) -> str:
+    descriptor, name = tempfile.mkstemp(suffix, prefix, folder)
+    os.close(descriptor)
+    return name
 
 
 @contextmanager
@@ -153,29 +170,27 @@ def _open_lock(file: Path) -> int:
         os.close(lock)
 
 
-def _locked_temporary(path: Path) -> tuple[Path, int]:
-    """A new temporary file beside ``path``, locked so that it is not taken for a dead process's."""
-    while True:
-        lock, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:  # else it was swept before the lock was ours
-            return Path(name), lock
-        os.close(lock)
-
-
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while writing below ``folder`` left; what one is writing now stays.
+    """Remove what processes that were killed while writing below ``folder`` left; what one is writing now stays."""
+    _sweep(folder.rglob(".*.tmp"))
 
-    A temporary folder is taken for a dead process's: only the holder of a run may ask for this in its folder.
-    """
-    for left in list(folder.rglob(".*.tmp")):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-            continue
-        with suppress(OSError), left.open("rb") as stream:  # locked, gone, or not ours to remove
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
+
+def _sweep(temporaries: Iterable[Path]) -> None:
+    for left in list(temporaries):
+        with suppress(OSError):  # locked, gone, or not ours to remove
+            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(left)
+            finally:
+                os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

@@ -92,6 +92,7 @@ def lay_out_run(
     """
     folder = resume or options.output or _free_name(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
     if resume is None and folder.exists():
+        _refuse_if_held(folder)
         raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
@@ -197,12 +198,17 @@ def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
                             about = {"where": bad.where, "reason": bad.reason, "row": bad.record}
                             stream.write(to_json(about) + "\n")
         except DpoError:
-            if (run.folder / LOCK).exists():
-                with held(run.folder / LOCK):  # says who was first
-                    pass
+            _refuse_if_held(run.folder)
             raise
         holding.callback((run.folder / LOCK).unlink, missing_ok=True)
         yield
+
+
+def _refuse_if_held(folder: Path) -> None:
+    """Say which process is at work in a run's folder, if one is."""
+    if (folder / LOCK).is_file():
+        with held(folder / LOCK):
+            pass
 
 
 def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str, Any]:
