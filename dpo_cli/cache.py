@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Kept:
 
 def references(cache_dir: Path) -> list[Kept]:
     """Every reference in a cache, the one used last first."""
-    folders = [folder for folder in (cache_dir.expanduser() / "reference").glob("*") if folder.is_dir()]
+    folders = [folder for folder in (cache_dir.expanduser() / "reference").glob("[!.]*") if folder.is_dir()]
     return sorted((_kept(folder) for folder in folders), key=lambda kept: kept.used, reverse=True)
 
 
@@ -59,7 +60,11 @@ def _kept(folder: Path) -> Kept:
         about = {str(name): str(value) for name, value in content.items()}
     except (OSError, ValueError, AttributeError):  # it says nothing that is needed
         pass
-    stats = [(file, file.stat()) for file in folder.iterdir() if file.is_file()]
+    stats = []
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # merged or pruned meanwhile
+            if file.is_file():
+                stats.append((file, file.stat()))
     found = [file for file, _ in stats if file.suffix == SUFFIX]
     return Kept(
         folder,
@@ -90,7 +95,7 @@ def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
     """`dpo cache verify`: hash every shard anew; what is damaged is set aside and will be computed again."""
     kept = references(cache_dir)
     total = sum(each.shards for each in kept)
-    damaged, foreign, responses = [], [], 0
+    damaged, foreign, unreadable, responses = list[str](), list[str](), list[str](), 0
     with reporter.progress("verify", total) as progress:
         for shard in (shard for each in kept for shard in sorted(each.folder.glob(f"*{SUFFIX}"))):
             try:
@@ -100,11 +105,14 @@ def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
                 reporter.warn(f"{shard} is damaged; {shards.set_aside(shard)}")
             except FileNotFoundError:  # merged meanwhile
                 pass
-            except (OSError, shards.ForeignError) as error:
+            except shards.ForeignError as error:
                 foreign.append(str(shard))
                 reporter.warn(f"{shard} is no shard of ours ({error})")
+            except OSError as error:
+                unreadable.append(str(shard))
+                reporter.warn(f"{shard} cannot be read ({error.strerror})")
             progress.advance(1)
-    return {"shards": total, "responses": responses, "damaged": damaged, "foreign": foreign}
+    return {"shards": total, "responses": responses, "damaged": damaged, "unreadable": unreadable, "foreign": foreign}
 
 
 def old_or_of(cache_dir: Path, days: float | None, model: str | None) -> list[Kept]:
@@ -117,8 +125,16 @@ def old_or_of(cache_dir: Path, days: float | None, model: str | None) -> list[Ke
     ]
 
 
-def prune(chosen: list[Kept]) -> dict[str, Any]:
+def prune(chosen: list[Kept], reporter: Reporter) -> dict[str, Any]:
     """`dpo cache prune`: remove references; they are computed again when they are needed."""
+    removed = []
     for kept in chosen:
-        shutil.rmtree(kept.folder)
-    return {"removed": [kept.folder.name for kept in chosen], "bytes": sum(kept.bytes for kept in chosen)}
+        aside = kept.folder.with_name(f".{kept.folder.name}.pruned.tmp")  # a writer may make the folder anew
+        try:
+            kept.folder.rename(aside)
+        except OSError as error:
+            reporter.warn(f"{kept.folder} cannot be removed ({error.strerror})")
+            continue
+        removed.append(kept)
+        shutil.rmtree(aside, ignore_errors=True)
+    return {"removed": [kept.folder.name for kept in removed], "bytes": sum(kept.bytes for kept in removed)}

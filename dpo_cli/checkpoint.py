@@ -59,7 +59,7 @@ def save_checkpoint(
             manifest = sealed({"step": step, "max_tokens": max_tokens, "files": files})
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for old in _folders(checkpoints)[keep:]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # tried again at the next checkpoint
     return folder
 
 
@@ -95,7 +95,7 @@ def _verified_step(folder: Path) -> int | None:
         return manifest["step"] if whole and folder.name == _name(manifest["step"]) else None
     except PermissionError:  # says nothing about what is in the file
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

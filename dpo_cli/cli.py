@@ -7,6 +7,7 @@ import inspect
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -78,9 +79,7 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
     try:
         action()
     except DpoError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, debug)
     except OSError as error:
         if debug:
             raise
@@ -95,7 +94,9 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
         _fail("interrupted; reference log-probs scored so far are kept, so the same command goes on from there", 130)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int, debug: bool = False) -> None:
+    if debug:
+        print(printable(traceback.format_exc()), file=sys.stderr, end="")
     print(f"error: {printable(message)}", file=sys.stderr)
     raise typer.Exit(code)
 
@@ -183,7 +184,7 @@ def cache_list(cache_dir: CacheDir = CACHE_DIR, json_: Json = False, debug: Debu
 
 @cache_app.command("verify")
 def cache_verify(cache_dir: CacheDir = CACHE_DIR, json_: Json = False, debug: Debug = False) -> None:
-    """Hash every cached file anew, and set damaged ones aside; exit code 3 if there are any."""
+    """Hash every cached file anew, and set damaged ones aside; exit code 3 if any cannot be used."""
 
     def action() -> None:
         reporter = _reporter()
@@ -191,7 +192,7 @@ def cache_verify(cache_dir: CacheDir = CACHE_DIR, json_: Json = False, debug: De
 
         result = verify(cache_dir, reporter)
         _show(result, json_, _plain)
-        if result["damaged"]:
+        if result["damaged"] or result["unreadable"]:
             raise typer.Exit(3)
 
     _guarded(action, debug)
@@ -211,9 +212,11 @@ def cache_prune(
     """Remove references by age or model; asks first."""
 
     def action() -> None:
+        if model == "":
+            raise UsageError("--model: the name is empty")
         if older_than is None and model is None:
             raise UsageError("say what to remove: --older-than DAYS, --model NAME or both")
-        _reporter()
+        reporter = _reporter()
         from dpo_cli.cache import old_or_of, prune
 
         chosen = old_or_of(cache_dir, older_than, model)
@@ -222,7 +225,7 @@ def cache_prune(
                 raise UsageError(f"{len(chosen)} references would be removed; nobody can be asked here: add --yes")
             print(printable(_references({"references": [kept.words() for kept in chosen]})), file=sys.stderr)
             typer.confirm(f"Remove these {len(chosen)} references?", abort=True, err=True)
-        _show(prune(chosen), json_, _plain)
+        _show(prune(chosen, reporter), json_, _plain)
 
     _guarded(action, debug)
 

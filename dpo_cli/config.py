@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from dpo_cli.errors import UsageError
 
 CACHE_DIR = Path("~/.cache/dpo")
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2
 Check = tuple[Callable[[Any], bool], str]
 
 positive: Check = (lambda v: math.isfinite(v) and v > 0, "must be greater than 0")
@@ -100,7 +103,7 @@ class TrainOptions(Options):
     seed: int = option(0, "Seed of the order of the pairs.", seedlike)
     log_every: int = option(10, "Steps between console lines where the output is no terminal.", positive)
     eval_every: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
-    save_every: int = option(100, "Steps between checkpoints; 0: only when interrupted.", not_negative)
+    save_every: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
     keep: int = option(2, "Checkpoints kept.", positive)
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
 
@@ -122,7 +125,7 @@ class EvalOptions(Options):
 
 
 # Options that do not change what is trained: a resumed run may have others than it began with.
-OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers"})
+OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code"})
 
 T = TypeVar("T", bound=Options)
 
@@ -166,10 +169,11 @@ def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
 
 
 def to_yaml(options: Options) -> str:
-    """All options as a YAML file that ``resolve`` reads back; the output folder is left out, so it can be run again."""
+    """All options as a YAML file that ``resolve`` reads back, but for what each run is to be told anew."""
     import yaml
 
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items() if k != "output"}
+    told = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("output", "trust_remote_code")}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in told.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
@@ -207,7 +211,7 @@ def _from_yaml(kind: type[Options], file: Path) -> tuple[dict[str, Any], list[st
             value = loader.construct_object(value_node, deep=True)
             values[name] = _convert(value, types[name])
         except (TypeError, ValueError, OverflowError, yaml.YAMLError):
-            problems.append(f"{where}: option '{key}' cannot be {value!r}")
+            problems.append(f"{where}: option '{key}' cannot be {_BRIEF.repr(value)}")
     return {name: value for name, value in values.items() if value is not None}, problems
 
 

@@ -24,7 +24,7 @@ COLUMNS = ("prompt", "chosen", "rejected")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 MAX_LINE = 64 * 2**20  # bytes of one row: what is longer is a broken or a hostile file
-MAX_WHOLE = 2**30  # bytes of a file that can only be read as a whole
+MAX_WHOLE = 2**28  # bytes of a file that can only be read as a whole
 MAX_DEPTH = 64  # of lists and objects in each other: what reads or writes a row later may recurse
 
 
@@ -108,7 +108,7 @@ def _parse_columns(columns: str | None) -> dict[str, str]:
 _TOO_LONG = f"longer than {MAX_LINE >> 20} MiB"
 _TOO_DEEP = "nested too deeply"
 _NO_END = "not JSON: the array has no end"
-_REST = "; the rest of the file is not read"
+REST = "; the rest of the file is not read"
 
 
 def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -185,7 +185,7 @@ def _read_json_array(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
             except (ValueError, RecursionError) as error:  # past a broken element nothing can be told apart
                 place = error.pos if isinstance(error, json.JSONDecodeError) else start
                 reason = _json_reason(error) if start < len(text) else _NO_END
-                yield lines.where(place), RowError(reason + _REST)
+                yield lines.where(place), RowError(reason + REST)
                 return
             yield lines.where(start), record
             start = _skip_space(text, end)
@@ -194,9 +194,9 @@ def _read_json_array(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
             start = _skip_space(text, start + 1)
     if not text.startswith("]", start):
         reason = "not JSON: Expecting ',' or ']' after a row" if start < len(text) else _NO_END
-        yield lines.where(start), RowError(reason + _REST)
+        yield lines.where(start), RowError(reason + REST)
     elif _skip_space(text, start + 1) < len(text):
-        yield lines.where(start + 1), RowError("not JSON: something follows the array" + _REST)
+        yield lines.where(start + 1), RowError("not JSON: something follows the array" + REST)
 
 
 class _LineCounter:
@@ -237,7 +237,7 @@ def _read_csv(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{first}", dict(zip(names, cells, strict=False))
             first, held = reader.line_num + 1, 0
     except (csv.Error, UnicodeDecodeError) as error:
-        yield f"{path}:{first}", RowError(f"not CSV in UTF-8: {error}{_REST}")
+        yield f"{path}:{first}", RowError(f"not CSV in UTF-8: {error}{REST}")
 
 
 def _read_parquet(source: Path | BytesIO, path: Path) -> Iterator[tuple[str, Any]]:

@@ -31,7 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         _settle(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def whole_folder(path: Path, new: bool = False) -> Iterator[Path]:
         if path.is_dir() and not new:
             path.rename(old)
         temporary.rename(path)  # fails on a folder that holds something
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -113,7 +113,10 @@ def unsealed(text: str) -> dict[str, Any]:
     Raises:
         ValueError: it is not what was written.
     """
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
         raise ValueError("it is not as it was written")
     return content
@@ -131,7 +134,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -154,7 +157,7 @@ def held(file: Path) -> Iterator[None]:
 
 def _open_lock(file: Path) -> int:
     while True:
-        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -204,10 +207,11 @@ def _settle(path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.attention import attention
 from dpo_cli.config import EvalOptions
-from dpo_cli.disk import whole_file
+from dpo_cli.disk import to_json, whole_file
 from dpo_cli.errors import UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint, same_weights
 from dpo_cli.logps import Scorer
@@ -29,13 +27,12 @@ from dpo_cli.model import (
     ModelSource,
     default_device,
     dtype_name,
-    find_model,
     load_model,
     load_tokenizer,
 )
 from dpo_cli.prepare import choose_model, fill_reference, load_weights, make_scorer, open_cache, read_pairs
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.run import read_manifest
+from dpo_cli.run import read_manifest, trained_with
 from dpo_cli.tokens import Pair, reasons
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -99,7 +96,7 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     A run brings its own beta, truncation, control tokens, precision and reference, so that the numbers are those of
     its training.
     """
-    source = choose_model(options, reporter)
+    source = choose_model(options.model, options, reporter)
     run = _run_options(source)
     options = dataclasses.replace(
         options,
@@ -112,11 +109,12 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
+    memo = WeightsMemo(source, options.cache_dir)
     model = load_model(source)
     scorer = make_scorer(model, pairs, options, default_device(), reporter)
     policy = policy_logps(scorer, pairs, reporter)
     assert policy is not None
-    reference = _reference_logps(options, source, model, pairs, scorer, reporter)
+    reference = _reference_logps(options, source, memo, model, pairs, scorer, reporter)
     result: dict[str, Any] = {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
     result["beta"] = options.beta
     result |= evaluate(policy, reference, options.beta, run.get("label_smoothing", 0.0))
@@ -133,13 +131,15 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
 def _run_options(source: ModelSource) -> dict[str, Any]:
     if source.run is None:
         return {}
-    options = yaml.safe_load((source.run / "config.yaml").read_text(encoding="utf-8"))
-    return {name: options[name] for name in ("max_length", "control_tokens", "dtype", "beta", "label_smoothing")}
+    options = trained_with(source.run)
+    names = ("max_length", "control_tokens", "dtype", "beta", "label_smoothing")
+    return {name: getattr(options, name) for name in names}
 
 
 def _reference_logps(
     options: EvalOptions,
     source: ModelSource,
+    memo: WeightsMemo,
     policy: PreTrainedModel,
     pairs: Sequence[Pair],
     scorer: Scorer,
@@ -151,23 +151,23 @@ def _reference_logps(
     """
     if options.ref is None and source.run is None:
         reporter.fact("reference", "the model itself: it is no run, and there is no --ref")
-        memo = WeightsMemo(source, options.cache_dir)
         own = fingerprint(policy, memo.hash(policy), scorer.layout, scorer.dtype)
         return fill_reference(open_cache(options, own, source, scorer, reporter), pairs, scorer, reporter).logps
     trained_from: dict[str, Any] = {}
     name = options.ref
     if name is None and source.run is not None:
-        trained_from = read_manifest(source.run)["reference"]
+        manifest = read_manifest(source.run)
+        trained_from = manifest["reference"]
         name = trained_from["model"]
-        if (trained_from["layout"], trained_from["dtype"]) == (scorer.layout, dtype_name(scorer.dtype)):
+        computed = (trained_from["layout"], trained_from["dtype"], manifest["device"])
+        if computed == (scorer.layout, dtype_name(scorer.dtype), scorer.device.type):
             cache = ReferenceCache(options.cache_dir, trained_from["fingerprint"], reporter.warn)
             if not cache.lookup(pairs).isnan().any():
                 return fill_reference(cache, pairs, scorer, reporter).logps
     policy.to("meta")  # type: ignore[arg-type]  # frees the policy's weights
     gc.collect()
     try:
-        reference = find_model(name, options.trust_remote_code)
-        reporter.fact("reference", reference.told)
+        reference = choose_model(name, options, reporter, "reference")
         model, weights = load_weights(reference, options)
     except UsageError as error:
         raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
@@ -206,4 +206,4 @@ def _write_per_pair(file: Path, pairs: Sequence[Pair], policy: Tensor, reference
                 "tokens/chosen": len(pair.chosen),
                 "tokens/rejected": len(pair.rejected),
             }
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.write(to_json(line) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import time
 from contextlib import suppress
@@ -14,7 +15,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from dpo_cli.batch import Layout
-from dpo_cli.disk import whole_file
+from dpo_cli.disk import sha256, whole_file
 from dpo_cli.errors import DpoError
 from dpo_cli.model import ModelSource
 
@@ -36,6 +37,8 @@ def fingerprint(model: PreTrainedModel, weights: str, layout: Layout, dtype: tor
         "device": next(model.parameters()).device.type,
         "version": SCORING_VERSION,
     }
+    if type(model).__module__.startswith("transformers_modules."):  # --trust-remote-code
+        about["code"] = [sha256(file) for file in sorted(Path(inspect.getfile(type(model))).parent.glob("*.py"))]
     how = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     return how.hexdigest()[:16] + weights[:48]
 

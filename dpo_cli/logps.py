@@ -76,8 +76,10 @@ class Scorer:
             batch = self.batch(pairs)
             logps = self.token_logps(batch)
             return response_logps(logps, batch), logps
-        except torch.OutOfMemoryError:  # what it holds is free only when this frame is gone
-            return None
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None  # what the forward holds is free only when this frame is gone
 
     def shrink(self, pairs: Sequence[Pair]) -> None:
         """Halve ``max_tokens`` after a forward over these pairs ran out of memory, below what they took; tell it.
@@ -89,12 +91,17 @@ class Scorer:
         if len(pairs) == 1:
             raise DpoError(
                 f"{pairs[0].where}: this pair alone ({taken:,} tokens) does not fit the device's memory; "
-                "shorten it with a lower --max-length, or set --gradient-checkpointing"
+                "a lower --max-length helps, in training --gradient-checkpointing too"
             )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.max_tokens = min(self.max_tokens, taken) // 2
         self.warn(f"out of memory at {taken:,} tokens a forward; going on with --max-tokens {self.max_tokens}")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device's memory ran out: torch's own error, or that of a library below it."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:

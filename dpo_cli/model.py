@@ -6,13 +6,13 @@ import importlib.util
 import json
 import math
 import mmap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
@@ -58,7 +58,12 @@ def find_model(name: str | None, trust: bool = False) -> ModelSource:
 def _find(name: str | None) -> ModelSource:
     if name is None:
         return _default_model()
-    path = Path(name).expanduser()
+    if not name:
+        raise UsageError("--model: the name is empty")
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"--model {name}: no such folder ({error})") from error
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"--model {name}: no such file")
@@ -90,6 +95,14 @@ def _local_model(name: str, path: Path) -> ModelSource:
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
     if not any(folder.glob("*.safetensors")):
         raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(f"--model {name}: {index.name} cannot be read ({error})") from error
+        if not named <= {file.name for file in folder.glob("*.safetensors")}:
+            raise UsageError(f"--model {name}: {index.name} names other files than the folder's *.safetensors")
     return ModelSource(str(folder), run.name if run else path.name, str(folder), run=run)
 
 
@@ -99,8 +112,11 @@ def _adapter(name: str, folder: Path) -> ModelSource:
         raise UsageError(f"--model {name}: the adapter has no weights (adapter_model.safetensors is missing)")
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = _find(config["base_model_name_or_path"] or "")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        name_of_base = config["base_model_name_or_path"]
+        if (Path(name_of_base).expanduser() / "adapter_config.json").is_file():
+            raise UsageError(f"--model {name}: its base model is an adapter itself; merge that one first")
+        base = _find(name_of_base)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(f"--model {name}: its adapter_config.json names no base model ({error})") from error
     except UsageError as error:
         raise UsageError(f"--model {name}: its base model cannot be found\n{error}") from error
@@ -113,14 +129,22 @@ def _is_run(folder: Path) -> bool:
     return (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file()
 
 
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings Python code that would have to be run; if you trust it, add --trust-remote-code"
+    return f"{type(error).__name__}: {error}"
+
+
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, chat template included."""
     own = source.adapter if source.adapter and (source.adapter / "tokenizer_config.json").is_file() else None
-    arguments = {"pretrained_model_name_or_path": own} if own else source.arguments()
+    arguments = source.arguments()
+    if own:
+        arguments = {"pretrained_model_name_or_path": own, "trust_remote_code": source.trust}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{error}") from error
+    except Exception as error:  # whatever a folder from elsewhere makes the library raise
+        raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}") from error
     if source.gguf and not own:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer
@@ -159,16 +183,48 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     if source.gguf:  # packed blocks could be neither trained nor saved
         extra = {"quantization_config": GgufConfig(dequantize=True)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source.arguments(), dtype=torch.float32, **extra)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **source.arguments(), dtype=torch.float32, output_loading_info=True, **extra
+        )
+        model: PreTrainedModel = loaded[0]
+        model.eval()
+        if missing := sorted(loaded[1]["missing_keys"]):  # transformers draws them at random
+            raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError("it is an adapter on the hub; download it and name its folder")
         if source.adapter:
-            from peft import PeftModel  # takes a second to import
-
-            model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"--model {source.adapter or source.path}: cannot be loaded\n{error}") from error
+            model = _merged(model, source.adapter)
+    except Exception as error:  # whatever a folder from elsewhere makes the libraries raise
+        raise UsageError(f"--model {source.adapter or source.path}: cannot be loaded\n{_reason(error)}") from error
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # it may lie in the file's own memory, which others can write to
     _disable_dropout(model)
     model.eval()
     return model
+
+
+@torch.no_grad()
+def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with an adapter's weights added to its own.
+
+    Raises:
+        ValueError, Warning: the adapter is not of this model, or cannot be merged without changing what it computes.
+    """
+    from peft import PeftModel  # takes a second to import
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        adapted = PeftModel.from_pretrained(model, adapter)
+    if not hasattr(adapted, "merge_and_unload"):
+        raise ValueError("adapters of its kind cannot be merged; merge it by hand, or train one with LoRA")
+    ids = torch.arange(16)[None] % model.config.get_text_config().vocab_size
+    expected = adapted(input_ids=ids).logits
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    merged.eval()
+    off = float((merged(input_ids=ids).logits - expected).abs().max())
+    if not off <= 1e-3 * float(expected.abs().max()):
+        raise ValueError(f"merged into its base it computes something else (logits are off by {off:.2g})")
+    return merged
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -234,8 +290,10 @@ def choose_layout(
     Raises:
         DpoError: not even padded batches give the numbers of single sequences.
     """
-    longest_first = sorted(pairs, key=lambda pair: row_cost(pair, "shared"), reverse=True)
-    probes = [pair for pair in longest_first if row_cost(pair, "packed") <= max_tokens][:1] + longest_first[-1:]
+    fitting = (pair for pair in pairs if row_cost(pair, "packed") <= max_tokens)
+    longest = max(fitting, key=lambda pair: row_cost(pair, "shared"), default=None)
+    shortest = min(pairs, key=lambda pair: row_cost(pair, "shared"))
+    probes = [longest, shortest] if longest else [shortest]
     alone = [padded([(pair.prompt, r)]).to(device) for pair in probes for r in (pair.chosen, pair.rejected)]
     precisions = dict.fromkeys((torch.float32, dtype))
     expected = {p: torch.cat([token_logps(model, batch, p) for batch in alone]) for p in precisions}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.config import Options, PrecomputeOptions
-from dpo_cli.data import read_rows
+from dpo_cli.data import REST, read_rows
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
 from dpo_cli.logps import Scorer, noise
@@ -34,10 +34,10 @@ from dpo_cli.tokens import Pair, Pairs, PairSet, reasons, refusal, tokenize_rows
 DEFAULT_MAX_LENGTH = 1024
 
 
-def choose_model(options: Options, reporter: Reporter) -> ModelSource:
-    """Where ``--model`` is loaded from, told."""
-    source = find_model(options.model, options.trust_remote_code)
-    reporter.fact("model", source.told)
+def choose_model(name: str | None, options: Options, reporter: Reporter, what: str = "model") -> ModelSource:
+    """Where a model is loaded from, told."""
+    source = find_model(name, options.trust_remote_code)
+    reporter.fact(what, source.told)
     if source.trust:
         reporter.warn(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")
     return source
@@ -55,7 +55,8 @@ def open_cache(
 ) -> ReferenceCache:
     """What is on disk of a reference."""
     about = {
-        "model": source.told,
+        "model": source.base,
+        "from": source.told,
         "layout": scorer.layout,
         "dtype": dtype_name(scorer.dtype),
         "device": scorer.device.type,
@@ -70,9 +71,12 @@ def read_pairs(files: list[str], options: Options, tokenizer: Any, reporter: Rep
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     max_length, control_tokens = options.max_length or DEFAULT_MAX_LENGTH, options.control_tokens or "keep"
-    found = tokenize_rows(read_rows(files, options.columns), tokenizer, max_length, control_tokens)
-    if found.refused and (options.on_bad_row == "refuse" or not found.pairs):
+    skip = options.on_bad_row == "skip"
+    found = tokenize_rows(read_rows(files, options.columns), tokenizer, max_length, control_tokens, keep_refused=skip)
+    if found.refused and (not skip or not found.pairs):
         raise refusal(found.refused, found.rows)
+    if broken := [f"{bad.where}: {bad.reason}" for bad in found.refused if bad.reason.endswith(REST)]:
+        raise UsageError("\n".join([*broken, "--on-bad-row skip cannot go on behind such a place: mend it"]))
     counts = f"{found.rows:,} rows, {len(found.pairs):,} pairs, {len(found.refused):,} refused"
     reporter.fact(name, f"{', '.join(files)}: {counts} ({', '.join(found.formats)})")
     for reason, count in list(reasons(found.refused).items())[:10]:
@@ -131,7 +135,7 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
     Raises:
         DpoError: a compared log-prob is off by more than arithmetic explains.
     """
-    source = choose_model(options, reporter)
+    source = choose_model(options.model, options, reporter)
     tokenizer = load_tokenizer(source)
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs

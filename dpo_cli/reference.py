@@ -27,7 +27,7 @@ from dpo_cli.disk import remove_leftovers, write_json
 from dpo_cli.errors import DpoError, NotWrittenError, UsageError
 from dpo_cli.logps import Scorer
 from dpo_cli.shards import KEY_BYTES, Entry
-from dpo_cli.tokens import Ids, Pair
+from dpo_cli.tokens import Ids, Pair, Pairs
 
 SHARD_SECONDS = 30.0  # a crash costs at most this much work
 ABOUT = "about.json"
@@ -94,7 +94,12 @@ class ReferenceCache:
             NotWrittenError: what was written before is kept.
         """
         try:
-            shards.write_shard(self.folder, entries)
+            try:
+                shards.write_shard(self.folder, entries)
+            except NotWrittenError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+                shards.write_shard(self.folder, entries)  # the folder was pruned meanwhile
         except NotWrittenError as error:
             told = f"{error}. What was kept before is whole; the same command goes on from there"
             raise NotWrittenError(told) from error
@@ -104,7 +109,7 @@ class ReferenceCache:
         """Merge small shards if there are many; where that cannot be done they stay as they are."""
         try:
             shards.merge_small(self.folder)
-        except NotWrittenError as error:
+        except (OSError, NotWrittenError) as error:
             self.warn(f"reference cache: its small files are not merged ({error})")
 
 
@@ -140,7 +145,7 @@ def fill(
         DpoError: a log-prob is not finite, or the disk is full; what was scored before is kept.
     """
     logps = cache.lookup(pairs)
-    todo = [pairs[place] for place in missing_places(logps, pairs)]
+    todo = Pairs(pairs[place] for place in missing_places(logps, pairs))
     if not todo:
         return Filled(logps, hits=len(pairs), misses=0)
     cache.open_for_writing()
@@ -150,10 +155,13 @@ def fill(
     waiting: dict[bytes, Entry] = {}
 
     def flush() -> None:
-        entries = dict(waiting)
-        waiting.clear()
-        if entries:
-            cache.add(entries)
+        if waiting:
+            try:
+                cache.add(waiting)
+            except NotWrittenError:
+                waiting.clear()  # not tried again on the way out
+                raise
+            waiting.clear()
 
     try:
         for indices, sums, token_logps in scorer.score(todo):

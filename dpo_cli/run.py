@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import time
@@ -20,10 +21,10 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cli.batch import Step, plan_run, row_cost
-from dpo_cli.config import TrainOptions, to_yaml
+from dpo_cli.config import TrainOptions, resolve, to_yaml
 from dpo_cli.data import BadRow
 from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
-from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.errors import DpoError, UsageError, printable
 from dpo_cli.fingerprint import fingerprint
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter
@@ -94,6 +95,10 @@ def lay_out_run(
     if resume is None and folder.exists():
         _refuse_if_held(folder)
         raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"--output {folder}: its path is not UTF-8") from error
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UsageError(f"--output {folder}: cannot be made, for {above} is no folder that can be written to")
@@ -101,7 +106,7 @@ def lay_out_run(
         raise UsageError("--eval-data and --eval-fraction: give one of them")
     if not (options.eval_data or options.eval_fraction) and (options.eval_every or options.show_answers):
         raise UsageError("--eval-every and --show-answers need held-out pairs: --eval-data or --eval-fraction")
-    source = choose_model(options, reporter)
+    source = choose_model(options.model, options, reporter)
     tokenizer = load_tokenizer(source)
     options = dataclasses.replace(
         options,
@@ -252,13 +257,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UsageError: it is damaged, or somebody changed it.
     """
     try:
-        return unsealed((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = unsealed((folder / "manifest.json").read_text(encoding="utf-8"))
+        reference = manifest["reference"]
+        named = reference["model"] is None or isinstance(reference["model"], str)
+        if not named or not re.fullmatch("[0-9a-f]{64}", reference["fingerprint"]):
+            raise ValueError("its reference is none")
+        _ = [manifest[part]["sha256"] for part in ("data", "held_out")]
+        _ = [manifest["config"], manifest["versions"], manifest["device"], reference["layout"], reference["dtype"]]
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / 'manifest.json'} cannot be trusted: {error}") from error
 
 
-def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -> None:
-    """Refuse to resume with other options, data or start weights than the run began with."""
+def trained_with(folder: Path) -> TrainOptions:
+    """The options that a run was trained with.
+
+    Raises:
+        UsageError: they are not those that it began with, or cannot be read.
+    """
+    if read_manifest(folder)["config"] != sha256(folder / "config.yaml"):
+        raise UsageError(f"{folder / 'config.yaml'} changed since the run began")
+    return resolve(TrainOptions, {}, folder / "config.yaml")
+
+
+def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+    """Refuse to resume with other options, data or start weights than the run began with; returns its manifest."""
     began = read_manifest(folder)
     checks = {"data": ("sha256", "the data"), "held_out": ("sha256", "the held-out data")}
     checks["reference"] = ("fingerprint", "the start model")
@@ -271,21 +294,23 @@ def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -
         )
     if any(began[key] != manifest[key] for key in ("versions", "device")):
         reporter.warn("the libraries or the device are others than when the run began: the last bits may differ")
+    return began
 
 
 def model_card(run: Run) -> str:
     """The model card: a README.md with the metadata that the hub reads."""
     o = run.options
+    base, name = (" ".join(printable(text).split()) for text in (run.source.base, run.folder.name))
     return f"""---
-base_model: {run.source.base}
+base_model: {json.dumps(base, ensure_ascii=False)}
 library_name: transformers
 pipeline_tag: text-generation
 tags: [dpo]
 ---
 
-# {run.folder.name}
+# {name}
 
-{run.source.base}, fine-tuned on {len(run.pairs):,} preference pairs with Direct Preference Optimization
+{base}, fine-tuned on {len(run.pairs):,} preference pairs with Direct Preference Optimization
 ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by dpo-cli {version("dpo-cli")}.
 
 | beta | learning rate | schedule | steps | pairs a step | label smoothing | precision |

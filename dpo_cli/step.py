@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from dpo_cli.batch import Step, cut_step
 from dpo_cli.config import TrainOptions
 from dpo_cli.errors import DpoError
-from dpo_cli.logps import Scorer, response_logps
+from dpo_cli.logps import Scorer, out_of_memory, response_logps
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, pair_sums, summarize
 from dpo_cli.tokens import Pair
@@ -162,8 +162,10 @@ class Trainer:
             losses, sums = self._measure(logps, self._reference(indices))
             self.accelerator.backward(losses.sum() * self.accelerator.num_processes / pairs_in_step)
             return losses.detach(), sums
-        except torch.OutOfMemoryError:  # what it holds is free only when this frame is gone
-            return None
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None  # what the passes hold is free only when this frame is gone
 
     @torch.no_grad()
     def compare(self, indices: Sequence[int]) -> tuple[dict[str, float], float]:

@@ -114,20 +114,24 @@ CONTROL_SANITIZED = "pairs with control tokens inside their messages, read as te
 
 
 def tokenize_rows(
-    rows: Iterable[Row | BadRow], tokenizer: Any, max_length: int, control_tokens: str = "keep"
+    rows: Iterable[Row | BadRow],
+    tokenizer: Any,
+    max_length: int,
+    control_tokens: str = "keep",
+    keep_refused: bool = True,
 ) -> PairSet:
-    """Tokenize every row; rows that cannot be trained on land in ``refused`` with the reason."""
+    """Tokenize every row; those that cannot be trained on land in ``refused`` with the reason, and whole if kept."""
     encoder = Encoder(tokenizer, max_length, control_tokens)
     out = PairSet()
     for row in rows:
         if isinstance(row, BadRow):
-            out.refused.append(row)
+            out.refused.append(row if keep_refused else BadRow(row.where, row.reason))
             continue
         try:
             pair, notes = encoder.pair(row)
         except RowError as error:
             record = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
-            out.refused.append(BadRow(row.where, str(error), record))
+            out.refused.append(BadRow(row.where, str(error), record if keep_refused else None))
             continue
         out.pairs.append(pair)
         out.formats[row.format] += 1
@@ -204,6 +208,8 @@ class Encoder:
     def _split(self, row: Row) -> tuple[Ids, Ids, Ids, bool]:
         """Untruncated ids: both responses rendered with their prompt, cut where they leave the prompt's own tokens."""
         prompt = self._prompt_ids(row.prompt)
+        if not len(prompt):
+            raise RowError("the prompt gives no tokens")
         chosen, rejected = self._full_ids(row.prompt, row.chosen), self._full_ids(row.prompt, row.rejected)
         cut = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
         if cut == 0:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from dpo_cli.attention import attention
 from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.config import TrainOptions
-from dpo_cli.disk import held, remove_leftovers, to_json, whole_file
+from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
 from dpo_cli.errors import DpoError, Interrupted, NotWrittenError, UsageError
 from dpo_cli.evaluate import answers, evaluate, policy_logps
 from dpo_cli.logps import noise
@@ -51,22 +52,26 @@ def train(
             _, missing = tell_cached(run.cache, run.scored(), reporter)
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
         manifest = make_manifest(run, command, accelerator.num_processes)
-        if resume:
-            check_same_run(run.folder, manifest, reporter)
-        trainer, held_out_reference = _make_trainer(run, accelerator, reporter)
+        began = check_same_run(run.folder, manifest, reporter) if resume else manifest
+        scored = fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
+        manifest["reference"]["values"] = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
+        if began["reference"]["values"] != manifest["reference"]["values"]:
+            reporter.warn("the reference was computed anew since the run began: the last bits may differ")
+        trainer, held_out_reference = _make_trainer(run, scored, accelerator)
+        _check_step_0(trainer, run, reporter)
         first_answers = _answers(run)
-        done = _restore(run, trainer, reporter) if resume else 0
-        if done == 0:
-            _check_step_0(trainer, run, reporter)
+        stop = holding.enter_context(StopSignal())
         if not resume:
             holding.enter_context(begin(run, manifest))
-        stop = holding.enter_context(StopSignal())
+        done = _restore(run, trainer, reporter) if resume else 0
         try:
             _Loop(run, trainer, held_out_reference, stop, reporter).go_on_from(done)
             with attention(run.model, run.own_attention):
                 export_model(run.folder / "model", run.model, run.tokenizer, model_card(run))
         except NotWrittenError as error:
             raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_go_on(run)}") from error
+        if stop.requested:
+            reporter.warn("the signal came when all was trained: the run is complete")
         shown = zip(run.held_out, first_answers, _answers(run), strict=False)
         scores = evaluations(run.folder / "metrics.jsonl")
         return {
@@ -95,10 +100,9 @@ def _accelerator() -> Accelerator:
     return accelerator
 
 
-def _make_trainer(run: Run, accelerator: Accelerator, reporter: Reporter) -> tuple[Trainer, Tensor]:
-    """Score the reference where it is not cached, then make what a step needs; also the held-out reference (P, 2)."""
+def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[Trainer, Tensor]:
+    """What a step needs, and the reference of the held-out pairs (P, 2); ``scored`` is that of ``run.scored()``."""
     used = run.used()
-    scored = fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
     reference = torch.full((len(run.pairs), 2), torch.nan)  # pairs that no step reads stay NaN
     reference[used] = scored[: len(used)]
     if run.options.gradient_checkpointing:
@@ -107,9 +111,10 @@ def _make_trainer(run: Run, accelerator: Accelerator, reporter: Reporter) -> tup
         (new or run.model.gradient_checkpointing_enable)({"use_reentrant": False})
     optimizer = make_optimizer(run.model, run.options.weight_decay)
     prepared, optimizer = accelerator.prepare(run.model, optimizer)
+    max_tokens = run.options.max_tokens or run.scorer.max_tokens  # as planned, whatever scoring came down to
     trainer = Trainer(
         accelerator=accelerator,
-        scorer=dataclasses.replace(run.scorer, model=prepared),
+        scorer=dataclasses.replace(run.scorer, model=prepared, max_tokens=max_tokens),
         optimizer=optimizer,
         pairs=run.pairs,
         costs=run.costs,
@@ -218,7 +223,9 @@ class _Loop:
 
     def _save(self, step: int, rng: dict[str, Tensor]) -> None:
         run, max_tokens = self.run, self.trainer.scorer.max_tokens
-        folder = run.folder / "checkpoints"
+        folder, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
+        if metrics.exists():
+            sync(metrics)  # its lines last as long as the checkpoint
         save_checkpoint(folder, step, run.model, self.trainer.optimizer, rng, max_tokens, run.options.keep)
 
     def _interrupted(self, step: int, rng: dict[str, Tensor]) -> Interrupted:
@@ -230,7 +237,11 @@ class _Loop:
         """Write the step's pairs to a file, and say what happened and why it may have."""
         run, decode = self.run, self.run.tokenizer.decode
         file = run.folder / f"not-finite-step-{step:06d}.jsonl"
-        with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        with (
+            suppress(NotWrittenError),  # the message matters more
+            whole_file(file) as temporary,
+            temporary.open("w", encoding="utf-8") as stream,
+        ):
             for place, loss in error.losses.items():
                 pair = run.pairs[place]
                 texts = {name: decode(getattr(pair, name)) for name in ("prompt", "chosen", "rejected")}
@@ -238,11 +249,12 @@ class _Loop:
                 about = {"row": pair.where, "to_blame": place in error.bad, "loss": loss}
                 about["ref_logps"] = self.trainer.reference[place].tolist()
                 stream.write(to_json(about | texts | ids) + "\n")
+        kept = f"Its pairs are in {file}" if file.exists() else f"Its pairs could not be written to {file}"
         everywhere = len(error.bad) == len(error.losses) > 1
         cause = f"--lr {run.options.lr} may be too high" if everywhere else "look at the named rows first"
         return DpoError(
             f"step {step}: {error}. Likely causes: {cause}; --dtype {run.options.dtype} may be too coarse. "
-            f"The weights were not changed by this step, and earlier checkpoints are whole. Its pairs are in {file}"
+            f"The weights were not changed by this step, and earlier checkpoints are whole. {kept}"
         )
 
 

@@ -330,15 +330,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(deadline=None, derandomize=True, database=None, max_examples=150)
 @given(train_options)
 def test_what_to_yaml_writes_resolve_reads_back(written: Path, options: TrainOptions) -> None:
-    """All of it but the output folder, so that the same command can run again."""
+    """But for the output folder, so that it can run again, and for trust, which a file is not to ask for."""
     written.write_text(to_yaml(options), encoding="utf-8")
-    assert resolve(TrainOptions, {}, written) == dataclasses.replace(options, output=None)
+    assert resolve(TrainOptions, {}, written) == dataclasses.replace(options, output=None, trust_remote_code=False)
 
 
-def test_to_yaml_names_every_option_but_the_output() -> None:
+def test_to_yaml_names_every_other_option() -> None:
     lines = to_yaml(TrainOptions(**DATA, output=Path("runs/a"))).splitlines()
     named = {line.partition(":")[0] for line in lines if not line.startswith("-")}
-    assert named == {f.name for f in fields(TrainOptions)} - {"output"}
+    assert named == {f.name for f in fields(TrainOptions)} - {"output", "trust_remote_code"}
 
 
 # ---- going on with a run ----------------------------------------------------------------------------------------
@@ -410,7 +410,8 @@ def test_what_changes_the_training_cannot_be_changed(option: str, run: Path) -> 
 
 def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None:
     """The gradient, the order of the pairs and what is scored must not depend on any of them."""
-    assert {"log_every", "save_every", "keep", "cache_dir", "show_answers"} == OPERATIONAL
+    names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code"}
+    assert names == OPERATIONAL
 
 
 def test_several_changes_are_told_at_once(run: Path) -> None:

@@ -152,7 +152,8 @@ def test_a_resumed_run_keeps_the_smaller_forwards(
     limits.failed.clear()
     result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
-    assert "after step 3 of 6" in result.stderr and not limits.failed
+    assert "after step 3 of 6" in result.stderr
+    assert len(limits.failed) <= 1  # in the check of step 0, which comes before the checkpoint is read
     got, expected = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "through"))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert lines(tmp_path / "run") == lines(tmp_path / "through")
@@ -190,5 +191,6 @@ def test_scoring_goes_on_with_less_a_forward(
     got, told = run("short", "eval", "--per-pair", tmp_path / "short.jsonl", "--max-tokens", 4000)
     assert "out of memory" in told and f"{ROWS} of {ROWS} pairs cached" in told
     assert (tmp_path / "short.jsonl").read_text() == (tmp_path / "ample.jsonl").read_text()
-    assert got.pop("rewards/margins_quantiles") == expected.pop("rewards/margins_quantiles")
+    for name in ("refused", "rewards/margins_quantiles"):
+        assert got.pop(name) == expected.pop(name)
     assert got == pytest.approx(expected)
