@@ -136,8 +136,8 @@ def run_ours(
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     changed = {"data": [str(file)], "columns": None, "output": folder / "run", "cache_dir": cache}
     train(TrainOptions(**(asdict(options) | changed)), None, ["benchmark"], Reporter(quiet=True))
-    (reference,) = cache.glob("reference/*")
-    logps = ReferenceCache(cache, reference.name, print).lookup(pairs)
+    reference = json.loads((folder / "run" / "manifest.json").read_text())["reference"]
+    logps = ReferenceCache(cache, reference["fingerprint"], print).lookup(pairs)
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     model = AutoModelForCausalLM.from_pretrained(folder / "run" / "model", dtype=torch.float32)
     return logps, metrics, weights_of(model)

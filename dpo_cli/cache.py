@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dpo_cli import shards
+from dpo_cli.disk import remove_leftovers
 from dpo_cli.metrics import Reporter
 from dpo_cli.reference import ABOUT
 from dpo_cli.shards import DAMAGED, SUFFIX
@@ -58,7 +59,7 @@ def _kept(folder: Path) -> Kept:
     try:
         content = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         about = {str(name): str(value) for name, value in content.items()}
-    except (OSError, ValueError, AttributeError):  # it says nothing that is needed
+    except (OSError, ValueError, AttributeError, RecursionError):  # it says nothing that is needed
         pass
     stats = []
     for file in folder.iterdir():
@@ -127,6 +128,8 @@ def old_or_of(cache_dir: Path, days: float | None, model: str | None) -> list[Ke
 
 def prune(chosen: list[Kept], reporter: Reporter) -> dict[str, Any]:
     """`dpo cache prune`: remove references; they are computed again when they are needed."""
+    for folder in {kept.folder.parent for kept in chosen}:
+        remove_leftovers(folder)  # also what a prune that was killed had renamed
     removed = []
     for kept in chosen:
         aside = kept.folder.with_name(f".{kept.folder.name}.pruned.tmp")  # a writer may make the folder anew

@@ -1,0 +1,1692 @@
+"""What must be scored again and what must not, what is remembered on the way, and `dpo cache`."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import dpo_cli.disk
+import dpo_cli.fingerprint
+import dpo_cli.prepare
+import dpo_cli.shards
+from dpo_cli.batch import padded
+from dpo_cli.cache import references
+from dpo_cli.cli import app
+from dpo_cli.config import PrecomputeOptions
+from dpo_cli.disk import held
+from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.fingerprint import WeightsMemo, hash_weights
+from dpo_cli.logps import Scorer, token_logps
+from dpo_cli.metrics import Reporter
+from dpo_cli.model import find_model, load_model
+from dpo_cli.prepare import read_pairs
+from dpo_cli.reference import fill, pair_keys
+from dpo_cli.shards import Entry, merge_small, read_folder, read_shard, write_shard
+from dpo_cli.tokens import Pair, Pairs
+from tests.conftest import CHATML, make_model, random_pairs, write_rows
+from tests.test_reference import (
+    NOISE,
+    changed_config,
+    changed_weight,
+    dpo,
+    make_scorer,
+    missing,
+    open_cache,
+    shards,
+)
+
+DAY = 24 * 60 * 60.0
+LINES = {1, 2, 3, 4, 5, 6}  # of the file of rows; the last is a conversation of several turns, the fifth has a system
+
+
+PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model, six rows as messages, and the cache of their log-probs under that model."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def weights(self) -> Path:
+        return self.model / "model.safetensors"
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows.jsonl"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    @property
+    def remembered(self) -> list[Path]:
+        """The hashes of weights that are kept."""
+        return sorted(self.cache.glob("weights/*"))
+
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.rows.read_text().splitlines()]
+
+    def pairs(self, **options: Any) -> Pairs:
+        asked = PrecomputeOptions(data=[str(self.rows)], **options)
+        return read_pairs(asked.data, asked, AutoTokenizer.from_pretrained(self.model), Reporter(quiet=True)).pairs
+
+    def common(self, *more: Any) -> list[str]:
+        return [str(a) for a in ("--model", self.model, "--data", self.rows, "--cache-dir", self.cache, *more)]
+
+    def precompute(self, *more: Any) -> dict[str, Any]:
+        return dpo("precompute-ref", *self.common(*more))[0]
+
+    def told(self, command: str, *more: Any) -> str:
+        """What a command tells a person."""
+        return dpo(command, *self.common(*more))[1]
+
+    def fails(self, *more: Any) -> tuple[int, str]:
+        """The exit code of a precompute, and what it told."""
+        result = CliRunner().invoke(app, ["precompute-ref", *self.common(*more)])
+        return result.exit_code, result.stderr
+
+
+@pytest.fixture(scope="module")
+def begun(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, train_rows: list[dict[str, Any]]
+) -> Place:
+    place = Place(tmp_path_factory.mktemp("place"))
+    make_model(vocab_size=400).save_pretrained(place.model)  # some more than the tokenizer has
+    tokenizer.save_pretrained(place.model)
+    write_rows(place.rows, [train_rows[i] for i in (0, 1, 2, 3, 4, 23)])
+    assert place.precompute()["misses"] == len(LINES)
+    return place
+
+
+@pytest.fixture
+def place(tmp_path: Path, begun: Place) -> Place:
+    """A copy of a place whose cache has all that its rows need."""
+    return Place(shutil.copytree(begun.folder, tmp_path / "place"))
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where the pairs stand that were scored."""
+    found: list[str] = []
+    original = Scorer.score
+
+    def telling(self: Scorer, pairs: Any) -> Iterator[Any]:
+        for result in original(self, pairs):
+            found.extend(pairs[i].where for i in result[0])
+            yield result
+
+    monkeypatch.setattr(Scorer, "score", telling)
+    return found
+
+
+def lines_of(scored: list[str]) -> list[int]:
+    return sorted(int(where.rpartition(":")[2]) for where in scored)
+
+
+def edit(file: Path, change: Callable[[], Any]) -> None:
+    """Change a file in place; its size must not change, and its time of change is set back."""
+    before = file.stat()
+    change()
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+
+
+def other_weights() -> bytes:
+    """Of another model of the same shape, as a file."""
+    return save(make_model(seed=1, vocab_size=400).state_dict(), metadata={"format": "pt"})
+
+
+def put_other_weights(place: Place) -> None:
+    """Write them over those that are there."""
+    content = other_weights()
+
+    def change() -> None:
+        with place.weights.open("r+b") as stream:  # not cut short first, for it is mapped into memory
+            stream.write(content)
+
+    edit(place.weights, change)
+
+
+def put_other_weights_in_place_of(place: Place) -> None:
+    """As libraries save: under another name at first. What has the old file open goes on reading that."""
+    file = place.folder / "other"
+    file.write_bytes(other_weights())
+    file.replace(place.weights)
+
+
+def make_adapter(place: Place, name: str = "adapter", scale: float = 1.0) -> Path:
+    """A LoRA adapter for the place's model; its B are of this scale."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    base = AutoModelForCausalLM.from_pretrained(place.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads what transformers renamed
+        model = get_peft_model(
+            base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+        )
+    with torch.no_grad():
+        for parameter, tensor in model.named_parameters():
+            if "lora_B" in parameter:
+                tensor.normal_(0, scale)
+    model.save_pretrained(str(place.folder / name))
+    config = json.loads((place.folder / name / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(place.model)
+    return place.folder / name
+
+
+def nudge_adapter(adapter: Path) -> None:
+    """One number of one B, by a thousandth."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if "lora_B" in name)].view(-1)[3] *= 1.001
+    edit(file, lambda: file.write_bytes(save(tensors, metadata={"format": "pt"})))
+
+
+# ---- what must be scored again ----------------------------------------------------------------------------------
+
+
+def longest(place: Place) -> int:
+    """Tokens of the longest of the rows' prompts and responses."""
+    return max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in place.pairs())
+
+
+# Each makes one change to a place and returns the arguments that go with it, and the lines of the rows concerned.
+Change = Callable[[Place, pytest.MonkeyPatch], tuple[list[Any], set[int]]]
+
+
+def a_shorter_length(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in place.pairs()]
+    allowed = sorted(lengths)[3]
+    return ["--max-length", allowed], {line for line, length in enumerate(lengths, 1) if length > allowed}
+
+
+def a_prompt_cut_on_the_left(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    """It gives way to a longer response, at a length that cut nothing before."""
+    length = longest(place)
+    rows = place.read()
+    rows[5]["rejected"][0]["content"] += " And then there is more to say." * 8
+    write_rows(place.rows, rows)
+    return ["--max-length", length], {6}
+
+
+def the_template(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    """By one token behind each turn."""
+    file = place.model / "chat_template.jinja"
+    assert file.read_text() == CHATML
+    file.write_text(CHATML.replace("<|im_end|>\\n", "<|im_end|>\\n\\n"))
+    return [], LINES
+
+
+def a_system_prompt(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    rows = place.read()
+    assert rows[1]["prompt"][0]["role"] == "user"
+    rows[1]["prompt"].insert(0, {"role": "system", "content": "Be brief."})
+    write_rows(place.rows, rows)
+    return [], {2}
+
+
+def an_added_token(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(place.model)
+    assert tokenizer.add_tokens(["paper"]) == 1
+    tokenizer.save_pretrained(place.model)
+    concerned = {line for line, row in enumerate(place.rows.read_text().splitlines(), 1) if "paper" in row}
+    assert 0 < len(concerned) < len(LINES)
+    return [], concerned
+
+
+def the_tokenizer(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    """It knows one merge less, of those that every row has."""
+    file = place.model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"].pop(0)
+    file.write_text(json.dumps(content))
+    return [], LINES
+
+
+def one_weight(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    changed_weight("model.layers.1.mlp.down_proj.weight", 77)(place.model)
+    return [], LINES
+
+
+def rope_theta(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    changed_config("rope_theta", 10001.0)(place.model)
+    return [], LINES
+
+
+def rms_norm_eps(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    changed_config("rms_norm_eps", 1.1e-6)(place.model)
+    return [], LINES
+
+
+def the_precision(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    return ["--dtype", "bfloat16"], LINES
+
+
+def the_attention(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    patch.setattr("dpo_cli.prepare.choose_layout", lambda *_: ("packed", "forced"))
+    return [], LINES
+
+
+def an_adapter(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    return ["--model", make_adapter(place)], LINES
+
+
+def another_adapter(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    adapter = make_adapter(place)
+    assert place.precompute("--model", adapter)["misses"] == len(LINES)
+    nudge_adapter(adapter)
+    return ["--model", adapter], LINES
+
+
+def a_row(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    """Of the same size and with the same time of change."""
+    rows = place.read()
+    content = rows[2]["chosen"][0]["content"]
+    rows[2]["chosen"][0]["content"] = ("X" if content[0] != "X" else "Y") + content[1:]
+    edit(place.rows, lambda: write_rows(place.rows, rows))
+    return [], {3}
+
+
+def another_model_at_the_same_path(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    """Of the same size and with the same time of change, when the weights' hash was remembered."""
+    patch.setattr("dpo_cli.fingerprint.FRESH_SECONDS", -1.0)
+    assert place.precompute()["misses"] == 0
+    assert len(place.remembered) == 1
+    put_other_weights(place)
+    return [], LINES
+
+
+def the_scoring_version(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
+    patch.setattr("dpo_cli.fingerprint.SCORING_VERSION", dpo_cli.fingerprint.SCORING_VERSION + 1)
+    return [], LINES
+
+
+MISSES: list[Change] = [
+    a_shorter_length,
+    a_prompt_cut_on_the_left,
+    the_template,
+    a_system_prompt,
+    an_added_token,
+    the_tokenizer,
+    one_weight,
+    rope_theta,
+    rms_norm_eps,
+    the_precision,
+    the_attention,
+    an_adapter,
+    another_adapter,
+    a_row,
+    another_model_at_the_same_path,
+    the_scoring_version,
+]
+
+
+@PEFT
+@pytest.mark.parametrize("change", MISSES, ids=lambda change: change.__name__)
+def test_what_changes_a_number_is_scored_again(
+    place: Place, scored: list[str], monkeypatch: pytest.MonkeyPatch, change: Change
+) -> None:
+    """The rows concerned and no others; nothing of what was kept before is lost, and what is new is kept beside it."""
+    arguments, concerned = change(place, monkeypatch)
+    kept = {shard: shard.read_bytes() for shard in shards(place.cache)}
+    scored.clear()
+    result = place.precompute(*arguments)
+    assert lines_of(scored) == sorted(concerned)
+    assert (result["hits"], result["misses"]) == (len(LINES) - len(concerned), len(concerned))
+    assert {shard: shard.read_bytes() for shard in shards(place.cache) if shard in kept} == kept
+    scored.clear()
+    assert place.precompute(*arguments)["misses"] == 0 and scored == []
+    assert place.precompute(*arguments, "--verify", len(LINES))["verified"] == len(LINES)
+
+
+def test_a_prompt_that_was_cut_is_another_prompt(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chosen response, which nobody touched, has its log-prob behind the longer prompt and behind the shorter."""
+    before = place.pairs()[5]
+    arguments, _ = a_prompt_cut_on_the_left(place, monkeypatch)
+    uncut, cut = place.pairs()[5], place.pairs(max_length=arguments[1])[5]
+    assert uncut.prompt.tolist() == before.prompt.tolist() and len(cut.prompt) < len(before.prompt)
+    assert uncut.chosen.tolist() == before.chosen.tolist() == cut.chosen.tolist()
+    place.precompute()
+    kept = read_folder(only_reference(place), pytest.fail)
+    assert len(kept) == 12 + 1
+    place.precompute(*arguments)
+    kept = read_folder(only_reference(place), pytest.fail)
+    assert len(kept) == 12 + 1 + 2
+    old, new = (pair_keys(pair)[0] for pair in (before, cut))
+    assert abs(kept[old] - kept[new]) > NOISE
+
+
+def test_attention_matters_where_the_model_computes_its_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prompts shared it is ours, whichever the model would have."""
+
+    def misses(layout: str, attention: str) -> int:
+        def load(source: Any) -> PreTrainedModel:
+            model = load_model(source)
+            model.set_attn_implementation(attention)
+            return model
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dpo_cli.prepare.load_model", load)
+            if layout != "shared":
+                patch.setattr("dpo_cli.prepare.choose_layout", lambda *_: (layout, "forced"))
+            return int(place.precompute()["misses"])
+
+    assert misses("shared", "sdpa") == misses("shared", "eager") == 0
+    others = [("packed", "eager"), ("packed", "sdpa"), ("padded", "sdpa")]
+    assert [misses(*other) for other in others] == [6, 6, 6]
+    assert [misses(*other) for other in others] == [0, 0, 0]
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * SCALE
+        return out
+"""
+
+
+def test_code_that_comes_with_a_model_decides_its_numbers(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the same weights and the same config."""
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    file = place.model / "config.json"
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    config = json.loads(file.read_text()) | {"model_type": "own", "architectures": ["OwnModel"], "auto_map": classes}
+    file.write_text(json.dumps(config))
+    for scale in ("0.9", "0.8"):
+        (place.model / "modeling_own.py").write_text(CODE.replace("SCALE", scale))
+        assert place.precompute("--trust-remote-code")["misses"] == len(LINES)
+        assert place.precompute("--trust-remote-code", "--verify", 6)["misses"] == 0
+
+
+@PEFT
+def test_an_adapters_numbers_are_those_of_the_adapter(place: Place) -> None:
+    """As peft computes them without merging, token by token, each response alone; far from those of its base."""
+    from peft import PeftModel
+
+    adapter = make_adapter(place)
+    folder = Path(place.precompute("--model", adapter)["cache_dir"])
+    keys, logps, tokens, lengths = read_shard(shards(folder)[0])
+    found = dict(zip(keys, tokens.split(lengths.tolist()), strict=True))
+    base = read_folder(next(f for f in (place.cache / "reference").iterdir() if f != folder), pytest.fail)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.model), adapter).eval()
+    for pair in place.pairs():
+        for key, response in zip(pair_keys(pair), (pair.chosen, pair.rejected), strict=True):
+            with torch.no_grad():
+                expected = token_logps(model, padded([(pair.prompt, response)]), torch.float32)
+            torch.testing.assert_close(found[key], expected, rtol=0, atol=1e-4)
+            assert abs(base[key] - float(logps[keys.index(key)])) > 0.1
+
+
+# ---- what must not be scored again ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--beta", 0.7),
+        ("--lr", 1e-3),
+        ("--seed", 11),
+        ("--batch-size", 2),
+        ("--epochs", 3),
+        ("--max-steps", 1),
+        ("--label-smoothing", 0.2),
+        ("--weight-decay", 0.1),
+        ("--eval-fraction", 0.5),
+        ("--max-tokens", 300),
+        ("--gradient-checkpointing",),
+    ],
+    ids=lambda option: option[0],
+)
+def test_how_one_trains_changes_no_reference(place: Place, scored: list[str], option: tuple[Any, ...]) -> None:
+    result, told = dpo("train", *place.common(*option), "--dry-run", "--output", place.folder / option[0])
+    assert "pairs cached: no reference forward" in told
+    assert result["reference_misses"] == 0 and scored == []
+
+
+def test_training_reads_what_was_precomputed(place: Place) -> None:
+    """Another beta, rate, seed, batch size, order and output, in a run that is not a dry one."""
+    options = ("--beta", 0.4, "--lr", 1e-3, "--seed", 5, "--batch-size", 4, "--output", place.folder / "run")
+    assert "6 of 6 pairs cached: no reference forward" in place.told("train", *options)
+
+
+def renamed(place: Place) -> tuple[list[Any], set[int]]:
+    place.rows.rename(place.folder / "other.jsonl")
+    place.rows.symlink_to(place.folder / "other.jsonl")
+    return [], set()
+
+
+def shuffled(place: Place) -> tuple[list[Any], set[int]]:
+    rows = place.read()
+    write_rows(place.rows, [rows[i] for i in (3, 0, 5, 1, 4, 2)])
+    return [], set()
+
+
+def appended(place: Place) -> tuple[list[Any], set[int]]:
+    row = place.read()[0] | {"chosen": [{"role": "assistant", "content": "Both."}]}
+    write_rows(place.rows, [*place.read(), row])
+    return [], {7}
+
+
+def copied(place: Place) -> tuple[list[Any], set[int]]:
+    return ["--model", shutil.copytree(place.model, place.folder / "elsewhere" / "copy")], set()
+
+
+def a_length_that_cuts_nothing(place: Place) -> tuple[list[Any], set[int]]:
+    return ["--max-length", longest(place)], set()
+
+
+def smaller_forwards(place: Place) -> tuple[list[Any], set[int]]:
+    return ["--max-tokens", 300], set()
+
+
+def what_else_a_config_says(place: Place) -> tuple[list[Any], set[int]]:
+    """Another program saved the model, in a precision that is not computed in, and to generate otherwise."""
+    file = place.model / "config.json"
+    other = {"transformers_version": "5.0.0", "dtype": "bfloat16", "use_cache": False, "architectures": ["LlamaModel"]}
+    config = json.loads(file.read_text())
+    assert config.keys() >= other.keys()
+    file.write_text(json.dumps(config | other))
+    (place.model / "generation_config.json").write_text(json.dumps({"temperature": 0.3, "do_sample": True}))
+    return [], set()
+
+
+def an_adapter_that_adds_nothing(place: Place) -> tuple[list[Any], set[int]]:
+    """As every adapter begins: with B = 0 it is its base."""
+    return ["--model", make_adapter(place, scale=0.0)], set()
+
+
+def as_strings(place: Place) -> tuple[list[Any], set[int]]:
+    """The same ids, from rows that were rendered before."""
+    tokenizer = AutoTokenizer.from_pretrained(place.model)
+    rows = [
+        {
+            "prompt": tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True),
+            "chosen": row["chosen"][0]["content"],
+            "rejected": row["rejected"][0]["content"],
+        }
+        for row in place.read()
+    ]
+    write_rows(place.rows, rows)
+    return [], set()
+
+
+HITS = [
+    renamed,
+    shuffled,
+    appended,
+    copied,
+    a_length_that_cuts_nothing,
+    smaller_forwards,
+    what_else_a_config_says,
+    an_adapter_that_adds_nothing,
+    as_strings,
+]
+
+
+@PEFT
+@pytest.mark.parametrize("change", HITS, ids=lambda change: change.__name__)
+def test_what_changes_no_number_is_not_scored_again(place: Place, scored: list[str], change: Any) -> None:
+    """But for a row that is new."""
+    arguments, new = change(place)
+    result = place.precompute(*arguments)
+    assert (result["hits"], result["misses"], lines_of(scored)) == (len(LINES), len(new), sorted(new))
+    assert place.precompute(*arguments, "--verify", 7)["largest_difference"] < NOISE
+
+
+# ---- weights are hashed once ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hashes that were computed; files count as settled however young they are."""
+    found: list[str] = []
+
+    def telling(model: PreTrainedModel) -> str:
+        found.append(hash_weights(model))
+        return found[-1]
+
+    monkeypatch.setattr("dpo_cli.fingerprint.hash_weights", telling)
+    monkeypatch.setattr("dpo_cli.fingerprint.FRESH_SECONDS", -1.0)
+    return found
+
+
+def test_weights_are_hashed_once(place: Place, hashed: list[str]) -> None:
+    """By whatever command, of whatever else."""
+    for arguments in ((), ("--dtype", "bfloat16"), ("--max-length", 250)):
+        place.precompute(*arguments)
+    place.told("train", "--dry-run")
+    place.told("eval")
+    place.told("train", "--output", place.folder / "run")
+    assert len(hashed) == 1 and len(place.remembered) == 1
+
+
+def touch(place: Place) -> None:
+    os.utime(place.weights)
+
+
+def touch_with_its_own_times(place: Place) -> None:
+    edit(place.weights, lambda: None)
+
+
+def replace_by_a_copy(place: Place) -> None:
+    copy = place.folder / "copy"
+    shutil.copy2(place.weights, copy)
+    copy.replace(place.weights)
+
+
+def edit_the_config(place: Place) -> None:
+    """Of the same size and with the same time of change: a weight's name could depend on it."""
+    file = place.model / "config.json"
+    edit(file, lambda: file.write_text(file.read_text().replace('"use_cache": true', '"use_cache":true ')))
+
+
+def add_a_file(place: Place) -> None:
+    (place.model / "model-00002.safetensors").write_bytes(place.weights.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "misses"),
+    [
+        (put_other_weights, 6),
+        (touch, 0),
+        (touch_with_its_own_times, 0),
+        (replace_by_a_copy, 0),
+        (edit_the_config, 0),
+        (add_a_file, 0),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_files_that_may_be_others_are_hashed_again(
+    place: Place, hashed: list[str], change: Callable[[Place], None], misses: int
+) -> None:
+    assert place.precompute()["misses"] == 0
+    change(place)
+    assert place.precompute()["misses"] == misses
+    assert len(hashed) == 2 and (hashed[0] == hashed[1]) == (misses == 0)
+    assert place.precompute()["misses"] == 0
+    assert len(hashed) == 2
+
+
+def test_the_same_files_elsewhere_are_hashed_again(place: Place, hashed: list[str]) -> None:
+    """Even where they are moved, with all their times and inodes."""
+    place.precompute()
+    moved = place.model.rename(place.folder / "moved")
+    assert place.precompute("--model", moved)["misses"] == 0
+    assert len(hashed) == 2 and hashed[0] == hashed[1]
+
+
+@PEFT
+def test_an_adapter_is_hashed_with_its_base_once(place: Place, hashed: list[str]) -> None:
+    """And again when either changes."""
+    adapter = make_adapter(place)
+    for change, times, misses in (
+        (lambda: None, 1, 6),
+        (lambda: None, 1, 0),
+        (lambda: nudge_adapter(adapter), 2, 6),
+        (lambda: put_other_weights(place), 3, 6),
+        (lambda: None, 3, 0),
+    ):
+        change()
+        assert place.precompute("--model", adapter)["misses"] == misses
+        assert len(set(hashed)) == len(hashed) == times
+    place.precompute()
+    assert len(hashed) == 4  # the base alone is another model
+
+
+def remember(place: Place) -> tuple[WeightsMemo, PreTrainedModel, str]:
+    """The memory of the place's model, that model, and its weights' hash."""
+    source = find_model(str(place.model))
+    memo, model = WeightsMemo(source, place.cache), load_model(source)
+    return memo, model, memo.hash(model)
+
+
+def test_a_damaged_memory_is_not_believed(place: Place, hashed: list[str]) -> None:
+    """Whichever character is another, or wherever it ends; the hash is computed and kept again."""
+    memo, model, right = remember(place)
+    (file,) = place.remembered
+    content = file.read_bytes()
+    assert right.encode() in content and len(content) > 128
+    flips = (content[:i] + bytes([byte ^ 1]) + content[i + 1 :] for i, byte in enumerate(content))
+    ends = (content[:end] for end in range(0, len(content), 7))
+    wrong = (f"{'0' * 64} {content.split()[1].decode()}\n".encode(), b"\xff\xfe", content + content)
+    for damaged in itertools.chain(flips, ends, wrong):
+        file.write_bytes(damaged)
+        hashed.clear()
+        assert memo.hash(model) == right
+        whole = damaged.split() == content.split()  # another space or line end between the words is no harm
+        assert len(hashed) == (0 if whole else 1)
+        assert whole or file.read_bytes() == content
+
+
+def test_what_is_remembered_of_another_model_is_not_believed(place: Place, hashed: list[str]) -> None:
+    """A file that took the other's name."""
+    _, _, first = remember(place)
+    (file,) = place.remembered
+    put_other_weights(place)
+    memo, model, second = remember(place)
+    (other,) = set(place.remembered) - {file}
+    other.write_bytes(file.read_bytes())
+    hashed.clear()
+    assert first != second == memo.hash(model) and hashed == [second]
+
+
+def test_young_files_are_not_remembered(place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could change again without their time stamps telling."""
+    monkeypatch.setattr("dpo_cli.fingerprint.FRESH_SECONDS", 3600.0)
+    for times in (1, 2):
+        assert place.precompute()["misses"] == 0
+        assert len(hashed) == times
+    assert not (place.cache / "weights").exists()
+
+
+def test_one_young_file_among_old_ones_is_enough(
+    place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time.sleep(0.3)
+    touch(place)
+    now = place.weights.stat().st_ctime + 0.1
+    assert (place.model / "config.json").stat().st_ctime < now - 0.2
+    monkeypatch.setattr("dpo_cli.fingerprint.FRESH_SECONDS", 0.2)
+    monkeypatch.setattr(time, "time", lambda: now)
+    place.precompute()
+    assert len(hashed) == 1 and place.remembered == []
+
+
+def test_files_that_change_while_they_are_loaded_are_not_remembered(
+    place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was loaded has the first one's log-probs; the next start has the second one's."""
+
+    def load(source: Any) -> PreTrainedModel:
+        model = load_model(source)
+        put_other_weights_in_place_of(place)
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_cli.prepare.load_model", load)
+        assert place.precompute()["misses"] == 0
+    assert place.remembered == []
+    assert place.precompute()["misses"] == len(LINES)
+    assert len(set(hashed)) == 2 and len(place.remembered) == 1
+
+
+def test_files_that_change_while_they_are_evaluated_are_not_remembered(
+    place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy is loaded, another model takes its place, and then its log-probs are looked up as the reference."""
+    from dpo_cli.evaluate import policy_logps
+
+    def score(*arguments: Any) -> Tensor | None:
+        put_other_weights_in_place_of(place)
+        return policy_logps(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_cli.evaluate.policy_logps", score)
+        place.told("eval")
+    assert place.precompute()["misses"] == len(LINES)
+    assert place.precompute("--verify", 6)["misses"] == 0
+
+
+def test_a_model_in_memory_is_what_was_loaded(place: Place) -> None:
+    """Whatever is written over its file: the log-probs are kept under the name of what was hashed."""
+    model = load_model(find_model(str(place.model)))
+    before = hash_weights(model)
+    put_other_weights(place)
+    assert hash_weights(model) == before
+
+
+def test_a_dry_run_writes_nothing(
+    place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither at home nor where it stands."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    result, told = dpo("train", "--model", place.model, "--data", place.rows, "--dry-run")
+    assert "0 of 6 pairs cached: 6 to score" in told and result["reference_misses"] == 6
+    assert list(home.rglob("*")) == list(here.rglob("*")) == []
+    assert len(hashed) == 1
+    dpo("precompute-ref", "--model", place.model, "--data", place.rows)
+    assert (home / ".cache" / "dpo" / "weights").is_dir()  # which is where it would have written
+
+
+def make_read_only(folder: Path, patch: pytest.MonkeyPatch, admitted: bool = True) -> None:
+    """As on a file system that is mounted so; ``admitted`` by it when it is asked."""
+    ask = os.access
+    if admitted:
+        patch.setattr(os, "access", lambda p, mode, **k: ask(p, mode, **k) and not (mode & os.W_OK and inside(p)))
+
+    def inside(path: Any) -> bool:
+        return not isinstance(path, int) and Path(os.fsdecode(path)).is_relative_to(folder)
+
+    def refusing(original: Callable[..., Any], writes: Callable[..., bool]) -> Callable[..., Any]:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if inside(path) and writes(path, *arguments):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return original(path, *arguments, **options)
+
+        return call
+
+    for name in ("rename", "replace", "unlink", "remove", "rmdir", "utime", "chmod"):
+        patch.setattr(os, name, refusing(getattr(os, name), lambda *_: True))
+    patch.setattr(os, "mkdir", refusing(os.mkdir, lambda path, *_: not Path(path).exists()))
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    patch.setattr(os, "open", refusing(os.open, lambda path, flags, *_: bool(flags & writing)))
+
+
+def test_a_cache_that_can_only_be_read_is_enough_when_it_has_all(
+    place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word, whichever command."""
+    with monkeypatch.context() as patch:
+        make_read_only(place.cache, patch)
+        for command, more in (("precompute-ref", ()), ("train", ("--output", place.folder / "run"))):
+            told = place.told(command, *more)
+            assert "6 of 6 pairs cached: no reference forward" in told and "warning" not in told
+    assert len(hashed) == 2 and place.remembered == []
+
+
+def test_weights_that_cannot_be_remembered_are_hashed_each_time(place: Place, hashed: list[str]) -> None:
+    (place.cache / "weights").write_text("in the way")
+    for times in (1, 2):
+        assert "warning" not in place.told("precompute-ref")
+        assert len(hashed) == times
+    assert (place.cache / "weights").read_text() == "in the way"
+
+
+# ---- small shards are merged ------------------------------------------------------------------------------------
+
+Content = dict[bytes, tuple[float, list[float]]]
+
+
+def content_of(folder: Path) -> Content:
+    """Every response's log-prob, and those of its tokens, of all shards below a folder."""
+    found: Content = {}
+    for shard in shards(folder):
+        keys, logps, tokens, lengths = read_shard(shard)
+        parts = tokens.split(lengths.tolist())
+        found |= {key: (logp, part.tolist()) for key, logp, part in zip(keys, logps.tolist(), parts, strict=True)}
+    return found
+
+
+def entries_of(content: Content) -> dict[bytes, Entry]:
+    """The same as a shard is written from."""
+    return {key: Entry(logp, torch.tensor(tokens)) for key, (logp, tokens) in content.items()}
+
+
+@dataclass(frozen=True)
+class Several:
+    """A cache of several shards, none of which was merged."""
+
+    folder: Path
+    pairs: list[Pair]
+    content: Content
+
+
+@pytest.fixture(scope="module")
+def unmerged(tmp_path_factory: pytest.TempPathFactory) -> Several:
+    folder, pairs = tmp_path_factory.mktemp("unmerged"), random_pairs(16, seed=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo_cli.reference.SHARD_SECONDS", -1.0)
+        fill(open_cache(folder), pairs, make_scorer())
+    assert len(shards(folder)) >= 5
+    return Several(folder, pairs, content_of(folder))
+
+
+@pytest.fixture
+def several(tmp_path: Path, unmerged: Several, monkeypatch: pytest.MonkeyPatch) -> Several:
+    """A copy of it, in which two are many."""
+    monkeypatch.setattr("dpo_cli.shards.MANY", 2)
+    return Several(shutil.copytree(unmerged.folder, tmp_path / "several"), unmerged.pairs, unmerged.content)
+
+
+def test_many_small_shards_become_one(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When something is added; with every value and every token's, to the bit."""
+    monkeypatch.setattr("dpo_cli.reference.SHARD_SECONDS", -1.0)
+    new = random_pairs(3, seed=9, longest=40)
+    cache = open_cache(several.folder)
+    filled = fill(cache, [*several.pairs, *new], make_scorer())
+    assert filled.misses == 3 and len(shards(several.folder)) == 1
+    merged = content_of(several.folder)
+    assert {key: merged[key] for key in several.content} == several.content
+    assert merged.keys() - several.content.keys() == {key for pair in new for key in pair_keys(pair)}
+    assert torch.equal(open_cache(several.folder).lookup([*several.pairs, *new]), filled.logps)
+    assert [p for p in several.folder.rglob("*") if p.is_file()] == shards(several.folder)
+
+
+def test_few_small_shards_are_left_alone(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = shards(several.folder)
+    monkeypatch.setattr("dpo_cli.shards.MANY", len(before) + 1)
+    open_cache(several.folder).merge()
+    assert shards(several.folder) == before
+
+
+def test_a_large_shard_is_left_alone(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is merged is not merged again and again."""
+    large = max(shards(several.folder), key=lambda shard: shard.stat().st_size)
+    before = large.stat()
+    monkeypatch.setattr("dpo_cli.shards.SMALL_BYTES", before.st_size)
+    open_cache(several.folder).merge()
+    assert large in shards(several.folder) and large.stat().st_mtime_ns == before.st_mtime_ns
+    assert len(shards(several.folder)) == 2 and content_of(several.folder) == several.content
+
+
+def test_what_is_merged_is_bounded(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many bytes become several shards, each of some that lay there before."""
+    before = shards(several.folder)
+    sizes = [shard.stat().st_size for shard in before]
+    monkeypatch.setattr("dpo_cli.shards.MERGED_BYTES", sum(sizes[:2]))
+    open_cache(several.folder).merge()
+    assert 2 <= len(shards(several.folder)) < len(before)
+    assert max(len(read_shard(shard)[0]) for shard in shards(several.folder)) < len(several.content)
+    assert content_of(several.folder) == several.content
+
+
+def test_a_response_in_several_shards_is_in_the_merged_one_once(several: Several) -> None:
+    folder = shards(several.folder)[0].parent
+    entries = entries_of(several.content)
+    keys = sorted(entries)
+    for some in (keys[:9], keys[5:20], keys[::3]):
+        write_shard(folder, {key: entries[key] for key in some})
+    open_cache(several.folder).merge()
+    (merged,) = shards(several.folder)
+    assert sorted(read_shard(merged)[0]) == keys
+    assert content_of(several.folder) == several.content
+
+
+def test_merging_what_is_merged_keeps_it(several: Several) -> None:
+    """A shard that all others are a part of is written anew under its own name: it is none of those to remove."""
+    open_cache(several.folder).merge()
+    (merged,) = shards(several.folder)
+    entries = entries_of(several.content)
+    for keys in itertools.chain(*(itertools.combinations(entries, count) for count in (1, 2, 3))):
+        part = write_shard(merged.parent, {key: entries[key] for key in keys})
+        if part.name < merged.name:  # of a response in several the last one counts
+            break
+        part.unlink()
+    open_cache(several.folder).merge()
+    assert shards(several.folder) == [merged]
+    assert content_of(several.folder) == several.content
+
+
+def test_a_reader_finds_all_while_shards_are_merged(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each of the shards that it has listed, all are merged."""
+    count = len(shards(several.folder))
+    for when in range(1, count + 1):
+        copy = shutil.copytree(several.folder, several.folder.with_name(f"merged before {when}"))
+        folder = shards(copy)[0].parent
+        calls = itertools.count(1)
+
+        def read(shard: Path, calls: Any = calls, when: int = when, folder: Path = folder) -> Any:
+            if next(calls) == when:
+                merge_small(folder)
+            return read_shard(shard)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dpo_cli.shards.read_shard", read)
+            found = read_folder(folder, pytest.fail)
+        assert len(shards(copy)) == 1
+        assert found == {key: logp for key, (logp, _) in several.content.items()}
+
+
+class Death(BaseException):
+    """A process ends."""
+
+
+def test_death_between_merging_and_removing_loses_nothing(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next that adds something tidies up."""
+    count, unlink = len(shards(several.folder)), Path.unlink
+    for when in range(count):
+        copy = shutil.copytree(several.folder, several.folder.with_name(f"died after {when}"))
+        left = itertools.count()
+
+        def dying(self: Path, missing_ok: bool = False, left: Any = left, when: int = when) -> None:
+            if self.suffix == dpo_cli.shards.SUFFIX and next(left) == when:
+                raise Death
+            unlink(self, missing_ok)
+
+        cache = open_cache(copy)
+        with monkeypatch.context() as patch, pytest.raises(Death):
+            patch.setattr(Path, "unlink", dying)
+            cache.merge()
+        assert len(shards(copy)) == count - when + 1
+        assert content_of(copy) == several.content
+        again = open_cache(copy)
+        fill(again, random_pairs(1, seed=8), make_scorer())
+        assert len(shards(copy)) == 1
+        assert content_of(copy).items() >= several.content.items() and len(content_of(copy)) == len(several.content) + 2
+
+
+def test_a_damaged_shard_is_not_merged(several: Several) -> None:
+    """It stays for the next reader, who sets it aside and tells; its pairs are scored again."""
+    cache = open_cache(several.folder)
+    damaged = shards(several.folder)[1]
+    lost = set(read_shard(damaged)[0])
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    cache.merge()
+    assert len(shards(several.folder)) == 2 and damaged.read_bytes() == content
+    told: list[str] = []
+    after = open_cache(several.folder, told)
+    assert len(told) == 1 and damaged.name[:12] in told[0] and damaged.with_suffix(".damaged").exists()
+    assert after.values == {key: logp for key, (logp, _) in several.content.items() if key not in lost}
+    scorer = make_scorer()
+    assert fill(after, several.pairs, scorer).misses == len(lost) // 2
+    assert missing(open_cache(several.folder), several.pairs) == []
+
+
+@pytest.fixture
+def full_when_merging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk has room for every shard but the merged one."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def merge(folder: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            merge_small(folder)
+
+    monkeypatch.setattr("dpo_cli.shards.merge_small", merge)
+
+
+@pytest.mark.usefixtures("full_when_merging")
+def test_a_disk_too_full_to_merge_is_told_and_does_no_harm(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command ends well, and every shard is where it was."""
+    monkeypatch.setattr("dpo_cli.shards.MANY", 2)
+    monkeypatch.setattr("dpo_cli.reference.SHARD_SECONDS", -1.0)
+    arguments = ("--dtype", "bfloat16", "--max-tokens", 400)
+    result, told = dpo("precompute-ref", *place.common(*arguments))
+    assert result["misses"] == 6
+    assert f"warning: reference cache: its small files are not merged ({result['cache_dir']}" in told
+    assert os.strerror(errno.ENOSPC) in told
+    folder = Path(result["cache_dir"])
+    assert len(shards(folder)) >= 3 and not list(folder.glob(".*"))
+    assert place.precompute(*arguments)["misses"] == 0
+
+
+def test_a_shard_of_someone_else_that_cannot_be_removed_stays(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder of several users with a sticky bit. The command ends well."""
+    (theirs,) = shards(place.cache)
+    unlink = Path.unlink
+
+    def refusing(self: Path, missing_ok: bool = False) -> None:
+        if self == theirs:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(self))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    monkeypatch.setattr("dpo_cli.shards.MANY", 2)
+    appended(place)
+    assert place.precompute()["misses"] == 1
+    monkeypatch.undo()
+    assert theirs.exists() and place.precompute()["misses"] == 0
+
+
+# ---- dpo cache --------------------------------------------------------------------------------------------------
+
+
+def cache(place: Place, *arguments: Any, code: int = 0) -> tuple[str, str]:
+    """Run ``dpo cache``: what it prints and what it tells."""
+    result = CliRunner().invoke(app, ["cache", *map(str, arguments), "--cache-dir", str(place.cache)])
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    return result.stdout, result.stderr
+
+
+def listed(place: Place) -> list[dict[str, Any]]:
+    result = json.loads(cache(place, "list", "--json")[0])
+    assert result["cache_dir"] == str(place.cache)
+    return list(result["references"])
+
+
+def responses(place: Place) -> int:
+    return sum(reference["responses"] for reference in listed(place))
+
+
+def verified(place: Place, code: int = 0, **found: list[Path]) -> tuple[tuple[int, int], str]:
+    """Verify a cache in which this and no more is to be found: how many shards and responses, and what it tells."""
+    shown, told = cache(place, "verify", "--json", code=code)
+    result = json.loads(shown)
+    counts = result.pop("shards"), result.pop("responses")
+    expected: dict[str, list[Path]] = {"damaged": [], "unreadable": [], "foreign": []}
+    assert {kind: sorted(files) for kind, files in result.items()} == {
+        kind: sorted(map(str, files)) for kind, files in (expected | found).items()
+    }
+    return counts, told
+
+
+def folders(place: Place) -> list[Path]:
+    return sorted((place.cache / "reference").iterdir())
+
+
+def only_reference(place: Place) -> Path:
+    (folder,) = folders(place)
+    return folder
+
+
+def age(folder: Path, days: float) -> None:
+    """Let all of a folder be as old as if nobody had used it since."""
+    then = time.time() - days * DAY
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (then, then))
+
+
+def flip(file: Path, place: int = -1) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+
+
+def test_list_shows_every_reference(place: Place) -> None:
+    """The one used last first."""
+    age(only_reference(place), 12.34)
+    second = Path(place.precompute("--dtype", "bfloat16")["cache_dir"])
+    first = next(folder for folder in folders(place) if folder != second)
+    shutil.copy(shards(second)[0], second / "old.damaged")
+    new, old = listed(place)
+    assert [new["reference"], old["reference"]] == [second.name, first.name]
+    assert [new["how"], old["how"]] == ["shared bfloat16 cpu", "shared float32 cpu"]
+    assert [new["responses"], old["responses"]] == [12, 12] and [new["shards"], old["shards"]] == [1, 1]
+    assert [new["damaged"], old["damaged"]] == [1, 0]
+    assert [new["days_unused"], old["days_unused"]] == [0, 12.3]
+    for reference, folder in ((new, second), (old, first)):
+        assert reference["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert new["model"] == old["model"] == place.model.name
+
+
+def test_list_is_a_table_for_a_person(place: Place) -> None:
+    (only_reference(place) / "old.damaged").write_bytes(b"")
+    age(only_reference(place), 3)
+    header, line = cache(place, "list")[0].splitlines()
+    assert header.split() == ["reference", "size", "responses", "unused", "model"]
+    about = f"{listed(place)[0]['model']} (shared float32 cpu; 1 damaged files)"
+    assert line.split(maxsplit=6) == [only_reference(place).name, "0.0", "MiB", "12", "3.0", "d", about]
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty", "file"])
+def test_an_empty_cache_is_no_error(place: Place, there: str) -> None:
+    shutil.rmtree(place.cache)
+    if there == "empty":
+        (place.cache / "reference").mkdir(parents=True)
+    if there == "file":
+        place.cache.write_text("no folder")
+    assert listed(place) == []
+    assert len(cache(place, "list")[0].splitlines()) == 1
+    assert verified(place)[0] == (0, 0)
+    assert json.loads(cache(place, "prune", "--older-than", 0, "--yes", "--json")[0]) == {"removed": [], "bytes": 0}
+    assert place.cache.exists() == (there != "nothing")
+
+
+def test_list_bears_what_is_not_ours(place: Place) -> None:
+    """Files and folders that someone put there are no references and change no number."""
+    (ours,) = listed(place)
+    folder = only_reference(place)
+    (place.cache / "notes.txt").write_text("mine")
+    (place.cache / "reference" / "notes.txt").write_text("mine")
+    (folder / "backup.safetensors").mkdir()
+    (folder / "other.safetensors").write_bytes(b"mine")
+    save_file({"weight": torch.ones(3)}, folder / "weights.safetensors")
+    save_file({"keys": torch.tensor(3)}, folder / "scalar.safetensors")
+    (found,) = listed(place)
+    assert found["responses"] == ours["responses"] and found["shards"] == 4
+    assert found["model"] == ours["model"]
+
+
+ABOUTS = ["", "{", "[1]", "null", '"text"', '{"model": null, "layout": [1]}', "\ufeff{}"]
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("content", [*ABOUTS, DEEP], ids=lambda content: content[:12])
+def test_what_a_reference_says_of_itself_decides_nothing(place: Place, content: str) -> None:
+    """It is listed, used, and removed by its name, whatever became of that file."""
+    folder = only_reference(place)
+    (folder / "about.json").write_text(content)
+    (found,) = listed(place)
+    assert found["reference"] == folder.name and found["responses"] == 12
+    assert found["model"] == ("None" if "null," in content else "unknown")
+    cache(place, "list")
+    cache(place, "verify")
+    assert place.precompute()["misses"] == 0
+    cache(place, "prune", "--model", folder.name[:8], "--yes")
+    assert folders(place) == []
+
+
+@pytest.mark.parametrize("what", ["gone", "folder", "bytes"])
+def test_a_reference_that_says_nothing_of_itself_is_listed(place: Place, what: str) -> None:
+    file = only_reference(place) / "about.json"
+    file.unlink()
+    if what == "folder":
+        file.mkdir()
+    if what == "bytes":
+        file.write_bytes(b"\xff\xfe\x00")
+    assert [(r["model"], r["responses"]) for r in listed(place)] == [("unknown", 12)]
+    assert place.precompute()["misses"] == 0
+
+
+def test_names_in_a_cache_do_not_steer_a_terminal(place: Place) -> None:
+    about = {"model": "a\x1b[31m\rb\nc\u202e[bold]", "layout": "\x07"}
+    (only_reference(place) / "about.json").write_text(json.dumps(about))
+    shown, _ = cache(place, "list")
+    assert "[bold]" in shown and not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", shown)
+
+
+def test_list_bears_shards_that_are_merged_meanwhile(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another process, between its look at the folder and at each file."""
+    monkeypatch.setattr("dpo_cli.shards.MANY", 2)
+    folder = only_reference(place)
+    content = content_of(folder)
+    entries = entries_of(content)
+    write_shard(folder, {key: entries[key] for key in sorted(entries)[:4]})
+    is_file = Path.is_file
+
+    def merging(self: Path, **options: Any) -> bool:
+        there = is_file(self, **options)
+        if self.parent == folder and self.suffix == dpo_cli.shards.SUFFIX:
+            merge_small(folder)
+        return there
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", merging)
+        (found,) = listed(place)
+    assert found["model"] == listed(place)[0]["model"]
+    assert content_of(folder) == content
+
+
+@pytest.mark.parametrize("place_", [0, 7, 100, -1], ids=lambda place_: f"byte {place_}")
+def test_verify_finds_a_flipped_bit(place: Place, place_: int) -> None:
+    """Exit code 3; the file is named and set aside, so that a second look finds nothing."""
+    (shard,) = shards(place.cache)
+    assert verified(place)[0] == (1, 12)
+    flip(shard, place_)
+    counts, told = verified(place, code=3, damaged=[shard])
+    assert counts == (1, 0)
+    aside = shard.with_suffix(".damaged")
+    assert f"warning: {shard} is damaged; set aside as {aside}" in told
+    assert aside.exists() and not shard.exists()
+    assert verified(place)[0] == (0, 0)
+    assert listed(place)[0]["damaged"] == 1
+    assert place.precompute()["misses"] == 6
+
+
+def test_verify_looks_at_every_reference(place: Place) -> None:
+    place.precompute("--dtype", "bfloat16")
+    damaged = shards(place.cache)
+    assert len(damaged) == 2
+    for shard in damaged:
+        flip(shard)
+    assert verified(place, code=3, damaged=damaged)[0] == (2, 0)
+
+
+def test_verify_tells_a_person(place: Place) -> None:
+    flip(shards(place.cache)[0])
+    shown = dict(line.split(maxsplit=1) for line in cache(place, "verify", code=3)[0].splitlines())
+    assert shown["shards"] == "1" and shown["damaged"].endswith(".safetensors") and shown["foreign"] == "none"
+
+
+def test_verify_tells_a_damaged_file_that_it_cannot_set_aside(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again and again."""
+    (shard,) = shards(place.cache)
+    flip(shard)
+    with monkeypatch.context() as patch:
+        make_read_only(place.cache, patch)
+        for _ in range(2):
+            assert "cannot be set aside" in cache(place, "verify", code=3)[1]
+    assert shard.exists()
+
+
+def test_verify_tells_a_foreign_file_and_lets_it_be(place: Place) -> None:
+    foreign = only_reference(place) / "notes.safetensors"
+    foreign.write_bytes(b"mine")
+    counts, told = verified(place, foreign=[foreign])
+    assert counts == (2, 12)
+    assert f"warning: {foreign} is no shard of ours" in told
+    assert foreign.read_bytes() == b"mine"
+
+
+def test_verify_tells_a_file_that_cannot_be_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3. It is let be, for it may be read another time."""
+    (shard,) = shards(place.cache)
+    read_bytes = Path.read_bytes
+
+    def failing(self: Path) -> bytes:
+        if self == shard:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return read_bytes(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        _, told = verified(place, code=3, unreadable=[shard])
+        assert f"{shard} cannot be read ({os.strerror(errno.EIO)})" in told
+        assert f"{shard} cannot be read and is ignored" in place.told("precompute-ref")
+    assert shard.exists() and "warning" not in verified(place)[1]
+
+
+def test_a_shard_of_another_reference_is_foreign(place: Place) -> None:
+    """Whoever copied it there: its numbers are of another computation."""
+    own = shards(place.cache)
+    other = Path(place.precompute("--dtype", "bfloat16")["cache_dir"])
+    (shard,) = set(shards(place.cache)) - set(own)
+    copy = own[0].with_name(shard.name)
+    shutil.copy(shard, copy)
+    own[0].unlink()
+    _, told = verified(place, foreign=[copy])
+    assert f"warning: {copy} is no shard of ours (it is of another reference)" in told
+    assert place.precompute()["misses"] == len(LINES) and place.precompute("--verify", 6)["misses"] == 0
+    assert shards(other) == [shard]
+
+
+def test_verify_bears_shards_that_are_merged_meanwhile(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(several.folder.parent)
+    several.folder.rename(place.cache)
+    folder = only_reference(place)
+
+    def read(shard: Path) -> Any:
+        monkeypatch.setattr("dpo_cli.shards.read_shard", read_shard)
+        merge_small(folder)
+        return read_shard(shard)
+
+    monkeypatch.setattr("dpo_cli.shards.read_shard", read)
+    _, told = verified(place)
+    assert "warning" not in told
+
+
+@pytest.fixture
+def two(place: Place) -> tuple[Place, Path, Path]:
+    """A place with two references: one of 40 days ago, and one of another model, just made."""
+    old = only_reference(place)
+    model = shutil.copytree(place.model, place.folder / "models" / "Fresh-2")
+    changed_weight("lm_head.weight", 5)(model)
+    new = Path(place.precompute("--model", model)["cache_dir"])
+    age(old, 40)
+    assert {old, new} == set(folders(place)) and old != new
+    return place, old, new
+
+
+def test_prune_wants_to_know_what(two: tuple[Place, Path, Path]) -> None:
+    place, old, new = two
+    for more in ((), ("--yes",)):
+        _, told = cache(place, "prune", *more, code=2)
+        assert "--older-than" in told and "--model" in told
+    assert {old, new} == set(folders(place))
+
+
+def test_prune_of_no_name_removes_nothing(two: tuple[Place, Path, Path]) -> None:
+    """As from a script whose variable is not set."""
+    place, old, new = two
+    CliRunner().invoke(app, ["cache", "prune", "--model", "", "--yes", "--cache-dir", str(place.cache)])
+    assert {old, new} == set(folders(place))
+
+
+def test_prune_asks_nobody_where_nobody_is(two: tuple[Place, Path, Path]) -> None:
+    place, old, new = two
+    _, told = cache(place, "prune", "--older-than", 0, code=2)
+    assert "2 references would be removed" in told and "--yes" in told
+    assert {old, new} == set(folders(place))
+
+
+def test_prune_of_nothing_needs_no_answer(two: tuple[Place, Path, Path]) -> None:
+    place, old, new = two
+    for which in (("--older-than", 41), ("--model", "none of these"), ("--older-than", 30, "--model", "Fresh")):
+        assert json.loads(cache(place, "prune", *which, "--json")[0]) == {"removed": [], "bytes": 0}
+    assert {old, new} == set(folders(place))
+
+
+@pytest.mark.parametrize("by", ["age", "name", "both"])
+def test_prune_removes_one_and_tells_which_and_how_much(two: tuple[Place, Path, Path], by: str) -> None:
+    place, old, new = two
+    begins = next(old.name[:n] for n in range(1, 33) if old.name[:n] != new.name[:n])
+    more: dict[str, tuple[Any, ...]] = {
+        "age": ("--older-than", 39.9),
+        "name": ("--model", begins),
+        "both": ("--older-than", 39.9, "--model", old.name[:4]),
+    }
+    size = sum(file.stat().st_size for file in old.iterdir())
+    shown, _ = cache(place, "prune", *more[by], "--yes", "--json")
+    assert json.loads(shown) == {"removed": [old.name], "bytes": size}
+    assert folders(place) == [new]
+    assert place.precompute()["misses"] == 6  # it is computed again when it is needed
+
+
+def test_prune_finds_a_model_by_a_part_of_its_name(two: tuple[Place, Path, Path]) -> None:
+    place, old, new = two
+    assert json.loads(cache(place, "prune", "--model", "Fresh", "--yes", "--json")[0])["removed"] == [new.name]
+    assert folders(place) == [old]
+
+
+def test_a_reference_that_was_used_is_not_old(two: tuple[Place, Path, Path]) -> None:
+    """Reading it is enough."""
+    place, old, new = two
+    assert place.precompute()["misses"] == 0
+    assert json.loads(cache(place, "prune", "--older-than", 30, "--yes", "--json")[0])["removed"] == []
+    assert {old, new} == set(folders(place))
+    assert listed(place)[0]["reference"] == old.name and listed(place)[0]["days_unused"] == 0
+
+
+@pytest.fixture
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Run a command with someone at a terminal, who types an answer: ``at_a_terminal("n", …)``."""
+    opened: list[int] = []
+
+    def run(answer: str, *arguments: Any) -> int:
+        keyboard, terminal = os.openpty()
+        opened.extend((keyboard, terminal))
+        os.write(keyboard, f"{answer}\n".encode())
+        with os.fdopen(os.dup(terminal)) as stdin, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", stdin)
+            with pytest.raises(SystemExit) as ended:
+                app([*map(str, arguments)])
+        return int(ended.value.code or 0)
+
+    yield run
+    for descriptor in opened:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(("answer", "code"), [("n", 1), ("", 1), ("no", 1), ("y", 0)])
+def test_prune_asks_first(
+    two: tuple[Place, Path, Path],
+    at_a_terminal: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    answer: str,
+    code: int,
+) -> None:
+    """Showing what would go; only a yes is one."""
+    place, old, new = two
+    found = at_a_terminal(answer, "cache", "prune", "--older-than", 30, "--cache-dir", place.cache, "--json")
+    shown, told = capsys.readouterr()
+    assert found == code
+    assert "Remove these 1 references?" in told and old.name in told and new.name not in told
+    assert folders(place) == ([new] if answer == "y" else sorted([old, new]))
+    assert shown.strip() == "" if code else json.loads(shown)["removed"] == [old.name]
+
+
+def test_prune_tells_what_it_cannot_remove(two: tuple[Place, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    place, old, new = two
+    with monkeypatch.context() as patch:
+        make_read_only(place.cache, patch)
+        shown, told = cache(place, "prune", "--older-than", 30, "--yes", "--json")
+    assert f"{old} cannot be removed ({os.strerror(errno.EROFS)})" in told
+    assert json.loads(shown) == {"removed": [], "bytes": 0}
+    assert {old, new} == set(folders(place))
+
+
+def test_prune_that_was_killed_stands_in_nobodys_way(
+    two: tuple[Place, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes when the next one comes."""
+    place, old, new = two
+
+    def dying(*_: Any, **__: Any) -> None:
+        raise Death
+
+    with monkeypatch.context() as patch, pytest.raises(Death):
+        patch.setattr(shutil, "rmtree", dying)
+        app(["cache", "prune", "--older-than", "30", "--yes", "--cache-dir", str(place.cache)])
+    assert place.precompute()["misses"] == 6
+    age(old, 40)
+    assert json.loads(cache(place, "prune", "--older-than", 30, "--yes", "--json")[0])["removed"] == [old.name]
+    assert folders(place) == [new]
+
+
+def test_what_is_pruned_while_it_is_filled_is_filled_on(several: Several) -> None:
+    """What comes after is kept; what was removed is scored again by the next."""
+    cache_ = open_cache(several.folder)
+    new = random_pairs(2, seed=9)
+    shutil.rmtree(cache_.folder)
+    assert not fill(cache_, [*several.pairs, *new], make_scorer()).logps.isnan().any()
+    assert missing(open_cache(several.folder), [*new, *several.pairs]) == list(range(2, 2 + len(several.pairs)))
+
+
+# ---- where nothing can be written, and when the clock jumps -----------------------------------------------------
+
+
+def test_a_cache_that_is_a_file_is_refused_before_anything_is_scored(place: Place, scored: list[str]) -> None:
+    shutil.rmtree(place.cache)
+    place.cache.write_text("no folder")
+    code, told = place.fails()
+    assert code == 2 and f"--cache-dir: no reference log-probs can be kept in {place.cache}" in told
+    assert scored == [] and place.cache.read_text() == "no folder"
+
+
+@pytest.mark.parametrize("kind", ["reference", "model"])
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_scored(
+    place: Place, scored: list[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A row is missing, or all of a model: then there is not even a folder."""
+    appended(place)
+    more = ("--dtype", "bfloat16") if kind == "model" else ()
+    with monkeypatch.context() as patch:
+        make_read_only(place.cache, patch)
+        code, told = place.fails(*more)
+    assert code == 2 and "--cache-dir: no reference log-probs can be kept in" in told and str(place.cache) in told
+    assert scored == []
+    assert place.precompute(*more)["misses"] == (7 if more else 1)  # and it was no more than that
+
+
+def test_shards_are_written_by_a_clock_that_nobody_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scored: list[str]
+) -> None:
+    """The time of day jumps ten years to and fro: one shard. Thirty seconds pass a forward: a shard a forward."""
+    now = time.time()
+    jumps = itertools.cycle([now, now + 10 * 365 * DAY, now - 10 * 365 * DAY])
+    pairs = random_pairs(16, seed=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: next(jumps))
+        filled = fill(open_cache(tmp_path / "jumps"), pairs, make_scorer())
+    assert 0 <= filled.seconds < 60 and len(shards(tmp_path / "jumps")) == 1
+    seconds = itertools.count(0, 31)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: float(next(seconds)))
+        fill(open_cache(tmp_path / "passes"), pairs, make_scorer())
+    assert len(shards(tmp_path / "passes")) >= 5
+
+
+def test_a_reference_from_the_future_is_not_old(place: Place) -> None:
+    """It was written before the clock was set right."""
+    age(only_reference(place), -400)
+    assert listed(place)[0]["days_unused"] == 0
+    assert "0.0 d" in cache(place, "list")[0]
+    for days in (0, 1):
+        assert json.loads(cache(place, "prune", "--older-than", days, "--yes", "--json")[0])["removed"] == []
+    assert place.precompute()["misses"] == 0
+    assert listed(place)[0]["days_unused"] == 0
+    cache(place, "prune", "--model", "model", "--yes")
+    assert references(place.cache) == []
+
+
+def test_files_from_the_future_are_not_remembered(place: Place, hashed: list[str], monkeypatch: Any) -> None:
+    """The clock was set back: who knows whether they are settled."""
+    monkeypatch.setattr("dpo_cli.fingerprint.FRESH_SECONDS", 2.0)
+    an_hour_ago = time.time() - 3600
+    monkeypatch.setattr(time, "time", lambda: an_hour_ago)
+    assert place.precompute()["misses"] == 0 and len(hashed) == 1
+    assert place.remembered == []
+
+
+# ---- locks, and folders that only one can make ------------------------------------------------------------------
+
+HOLD = """
+import sys
+from pathlib import Path
+from dpo_cli.disk import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds ``lock`` until its input ends."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_holder_is_refused_and_told_who_has_it(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    told = f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}"
+    for _ in range(2):
+        with pytest.raises(UsageError, match=re.escape(told)), held(tmp_path / "lock"):
+            pytest.fail("two hold it")
+    assert (tmp_path / "lock").exists() and holder.poll() is None
+
+
+def test_a_lock_is_free_when_its_holder_has_ended(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    holder.communicate("")
+    assert holder.returncode == 0 and not (tmp_path / "lock").exists()
+    with held(tmp_path / "lock"):
+        assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+        with pytest.raises(UsageError, match=f"process {os.getpid()} "), held(tmp_path / "lock"):
+            pytest.fail("two hold it")
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_lock_is_free_when_its_holder_was_killed(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    """Though its file is still there, with its name."""
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert f"process {holder.pid} " in (tmp_path / "lock").read_text()
+    with held(tmp_path / "lock"):
+        assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_lock_is_free_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), held(tmp_path / "lock"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+    with held(tmp_path / "lock"):
+        pass
+
+
+def test_a_lock_whose_file_was_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last holder removed it when it was opened and not yet locked: a third one would lock another file."""
+    flock, calls = fcntl.flock, itertools.count()
+
+    def late(descriptor: int, operation: int) -> None:
+        if next(calls) < 2:
+            (tmp_path / "lock").unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with held(tmp_path / "lock"):
+        assert (tmp_path / "lock").exists() and next(calls) == 3
+        with pytest.raises(UsageError, match="in use by process"), held(tmp_path / "lock"):
+            pytest.fail("two hold it")
+
+
+def test_a_file_system_without_locks_does_not_stop_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with held(tmp_path / "lock"):
+        assert (tmp_path / "lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_made_names_its_file(tmp_path: Path) -> None:
+    with pytest.raises(DpoError, match=re.escape(f"{tmp_path / 'none' / 'lock'} cannot be written")):
+        held(tmp_path / "none" / "lock").__enter__()
+
+
+MAKE = """
+import sys
+from pathlib import Path
+from dpo_cli.disk import whole_folder
+from dpo_cli.errors import DpoError
+for line in sys.stdin:
+    try:
+        with whole_folder(Path(line.strip()), new=True) as folder:
+            (folder / "by").write_text(sys.argv[1])
+            print("ready", flush=True)
+            sys.stdin.readline()
+    except DpoError as error:
+        print("lost", error, flush=True)
+    else:
+        print("won", flush=True)
+"""
+
+
+def test_of_two_that_make_a_folder_one_does(tmp_path: Path) -> None:
+    """Each has written its own, and both give it the name at once; twenty times."""
+    makers = [
+        subprocess.Popen(
+            [sys.executable, "-c", MAKE, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        for name in ("0", "1")
+    ]
+
+    def say(text: str) -> None:
+        for maker in makers:
+            assert maker.stdin
+            maker.stdin.write(f"{text}\n")
+            maker.stdin.flush()
+
+    def answers() -> list[str]:
+        return [maker.stdout.readline().strip() for maker in makers if maker.stdout]
+
+    try:
+        for round_ in range(20):
+            folder = tmp_path / f"round {round_}"
+            say(str(folder))
+            assert answers() == ["ready", "ready"]
+            say("go")
+            ends = answers()
+            assert sorted(end.split()[0] for end in ends) == ["lost", "won"], ends
+            assert any(str(folder) in end for end in ends)
+            assert [file.name for file in folder.iterdir()] == ["by"]
+            assert (folder / "by").read_text() == str(ends.index("won"))
+            assert len(list(tmp_path.iterdir())) == round_ + 1
+    finally:
+        for maker in makers:
+            maker.communicate()
+    assert [maker.returncode for maker in makers] == [0, 0]
