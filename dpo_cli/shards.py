@@ -48,7 +48,7 @@ def write_shard(folder: Path, entries: Mapping[bytes, Entry]) -> Path:
     """Add a shard of R responses by their keys.
 
     Raises:
-        DpoError: it cannot be written; nothing of it is there.
+        NotWrittenError: nothing of it is there.
     """
     token_logps = [entry.token_logps for entry in entries.values()]
     tensors = {

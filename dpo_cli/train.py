@@ -72,23 +72,7 @@ def train(
             raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_go_on(run)}") from error
         if stop.requested:
             reporter.warn("the signal came when all was trained: the run is complete")
-        shown = zip(run.held_out, first_answers, _answers(run), strict=False)
-        scores = evaluations(run.folder / "metrics.jsonl")
-        return {
-            "run": str(run.folder),
-            "model": str(run.folder / "model"),
-            "rows": len(run.pairs) + len(run.held_out) + len(run.refused),
-            "refused": reasons(run.refused),
-            "pairs": len(run.pairs),
-            "held_out": len(run.held_out),
-            "steps": len(run.plan),
-            "before": scores.get(0, {}),
-            "after": scores.get(len(run.plan), {}),
-            "answers": [
-                {"prompt": run.tokenizer.decode(pair.prompt), "reference": first, "policy": last}
-                for pair, first, last in shown
-            ],
-        }
+        return _summary(run, first_answers)
 
 
 def _accelerator() -> Accelerator:
@@ -264,6 +248,27 @@ def _how_to_go_on(run: Run) -> str:
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
+
+
+def _summary(run: Run, first_answers: list[str]) -> dict[str, Any]:
+    """What a finished run tells."""
+    shown = zip(run.held_out, first_answers, _answers(run), strict=False)
+    scores = evaluations(run.folder / "metrics.jsonl")
+    return {
+        "run": str(run.folder),
+        "model": str(run.folder / "model"),
+        "rows": len(run.pairs) + len(run.held_out) + len(run.refused),
+        "refused": reasons(run.refused),
+        "pairs": len(run.pairs),
+        "held_out": len(run.held_out),
+        "steps": len(run.plan),
+        "before": scores.get(0, {}),
+        "after": scores.get(len(run.plan), {}),
+        "answers": [
+            {"prompt": run.tokenizer.decode(pair.prompt), "reference": first, "policy": last}
+            for pair, first, last in shown
+        ],
+    }
 
 
 def _answers(run: Run) -> list[str]:
