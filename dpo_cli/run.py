@@ -279,13 +279,11 @@ def trained_with(folder: Path) -> TrainOptions:
 
 
 def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
-    """Refuse to resume with other options, data or start weights than the run began with; returns its manifest."""
+    """Refuse to resume with other data or start weights than the run began with; returns its manifest."""
     began = read_manifest(folder)
     checks = {"data": ("sha256", "the data"), "held_out": ("sha256", "the held-out data")}
     checks["reference"] = ("fingerprint", "the start model")
     changed = [name for section, (key, name) in checks.items() if began[section][key] != manifest[section][key]]
-    if began["config"] != sha256(folder / "config.yaml"):
-        changed.append("config.yaml")
     if changed:
         raise UsageError(
             f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"

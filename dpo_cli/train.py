@@ -27,7 +27,7 @@ from dpo_cli.logps import noise
 from dpo_cli.metrics import Reporter, append_metrics, evaluations, truncate_metrics
 from dpo_cli.model import default_device
 from dpo_cli.prepare import fill_reference, tell_cached
-from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card
+from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, make_optimizer
 from dpo_cli.tokens import reasons
 
@@ -45,6 +45,8 @@ def train(
     with ExitStack() as holding:
         if resume and not dry_run:
             holding.enter_context(held(resume / LOCK))
+        if resume:
+            trained_with(resume)  # first of all: what follows goes by its options
         set_seed(options.seed)
         accelerator = _accelerator()
         run = lay_out_run(options, resume, accelerator.device, accelerator.num_processes, reporter, dry_run)

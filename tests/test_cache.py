@@ -45,7 +45,7 @@ from dpo_cli.prepare import read_pairs
 from dpo_cli.reference import fill, pair_keys
 from dpo_cli.shards import Entry, merge_small, read_folder, read_shard, write_shard
 from dpo_cli.tokens import Pair, Pairs
-from tests.conftest import CHATML, make_model, random_pairs, write_rows
+from tests.conftest import CHATML, ROOT, make_model, random_pairs, write_rows
 from tests.test_reference import (
     NOISE,
     changed_config,
@@ -916,13 +916,20 @@ def test_a_large_shard_is_left_alone(several: Several, monkeypatch: pytest.Monke
 
 
 def test_what_is_merged_is_bounded(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many bytes become several shards, each of some that lay there before."""
-    before = shards(several.folder)
-    sizes = [shard.stat().st_size for shard in before]
-    monkeypatch.setattr("dpo_cli.shards.MERGED_BYTES", sum(sizes[:2]))
+    """Many bytes become several shards: each takes in what there is until it has enough."""
+    sizes = [shard.stat().st_size for shard in shards(several.folder)]
+    enough = sum(sizes[:2])
+    counts, taken = [0], 0
+    for size in sizes:
+        if taken >= enough:
+            counts.append(0)
+            taken = 0
+        counts[-1] += 1
+        taken += size
+    assert 1 < len(counts) < len(sizes) - 1 and counts[0] == 2
+    monkeypatch.setattr("dpo_cli.shards.MERGED_BYTES", enough)
     open_cache(several.folder).merge()
-    assert 2 <= len(shards(several.folder)) < len(before)
-    assert max(len(read_shard(shard)[0]) for shard in shards(several.folder)) < len(several.content)
+    assert len(shards(several.folder)) == len(counts)
     assert content_of(several.folder) == several.content
 
 
@@ -1560,11 +1567,21 @@ with held(Path(sys.argv[1])):
 """
 
 
+def run_python(code: str, argument: Any) -> subprocess.Popen[str]:
+    """Start a process that is talked to by its input and output."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(argument)],
+        cwd=ROOT,  # whose package is the one that is tested
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds ``lock`` until its input ends."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    with run_python(HOLD, tmp_path / "lock") as process:
         assert process.stdout and process.stdout.readline() == "held\n"
         yield process
         process.kill()
@@ -1589,9 +1606,11 @@ def test_a_lock_is_free_when_its_holder_has_ended(tmp_path: Path, holder: subpro
 
 
 def test_a_lock_is_free_when_its_holder_was_killed(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    """Though its file is still there, with its name."""
+    """Though its file is still there, with its name and whatever else; nothing of that stays."""
     holder.send_signal(signal.SIGKILL)
     holder.wait()
+    with (tmp_path / "lock").open("a") as stream:
+        stream.write("more\n" * 50)
     assert f"process {holder.pid} " in (tmp_path / "lock").read_text()
     with held(tmp_path / "lock"):
         assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
@@ -1658,12 +1677,7 @@ for line in sys.stdin:
 
 def test_of_two_that_make_a_folder_one_does(tmp_path: Path) -> None:
     """Each has written its own, and both give it the name at once; twenty times."""
-    makers = [
-        subprocess.Popen(
-            [sys.executable, "-c", MAKE, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
-        )
-        for name in ("0", "1")
-    ]
+    makers = [run_python(MAKE, name) for name in ("0", "1")]
 
     def say(text: str) -> None:
         for maker in makers:
