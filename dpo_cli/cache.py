@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from contextlib import suppress
@@ -50,8 +51,9 @@ class Kept:
 
 def references(cache_dir: Path) -> list[Kept]:
     """Every reference in a cache, the one used last first."""
-    folders = [folder for folder in (cache_dir.expanduser() / "reference").glob("[!.]*") if folder.is_dir()]
-    return sorted((_kept(folder) for folder in folders), key=lambda kept: kept.used, reverse=True)
+    found = [each for each in (cache_dir.expanduser() / "reference").glob("*") if each.is_dir()]
+    ours = [each for each in found if re.fullmatch("[0-9a-f]{32}", each.name) and not each.is_symlink()]
+    return sorted(map(_kept, ours), key=lambda kept: kept.used, reverse=True)
 
 
 def _kept(folder: Path) -> Kept:

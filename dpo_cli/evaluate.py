@@ -33,7 +33,7 @@ from dpo_cli.model import (
 from dpo_cli.prepare import choose_model, fill_reference, load_weights, make_scorer, open_cache, read_pairs
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.run import read_manifest, trained_with
-from dpo_cli.tokens import Pair, reasons
+from dpo_cli.tokens import Pair, Pairs, reasons
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -141,7 +141,7 @@ def _reference_logps(
     source: ModelSource,
     memo: WeightsMemo,
     policy: PreTrainedModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     scorer: Scorer,
     reporter: Reporter,
 ) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED
@@ -87,9 +87,18 @@ def read_pairs(files: list[str], options: Options, tokenizer: Any, reporter: Rep
 
 
 def make_scorer(
-    model: PreTrainedModel, pairs: Sequence[Pair], options: Options, device: torch.device, reporter: Reporter
+    model: PreTrainedModel, pairs: Pairs, options: Options, device: torch.device, reporter: Reporter
 ) -> Scorer:
-    """Move the model to the device and settle how its forwards run."""
+    """Move the model to the device and settle how its forwards run.
+
+    Raises:
+        UsageError: a pair is too long for the model, or has a token that it does not know.
+    """
+    known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if pairs.largest_id() >= known:
+        raise UsageError(
+            f"the tokenizer gives the token {pairs.largest_id()} and the model knows {known}: they do not fit"
+        )
     model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or default_max_tokens(model, device)
     longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)

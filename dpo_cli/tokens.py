@@ -58,6 +58,10 @@ class Pairs(Sequence[Pair]):
             return self
         return Pairs(self[place] for place in places)
 
+    def largest_id(self) -> int:
+        """The largest token id of all pairs."""
+        return max(self._ids, default=0)
+
     def __add__(self, other: Pairs) -> Pairs:
         return Pairs(chain(self, other)) if other else self
 

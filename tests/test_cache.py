@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,15 +28,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import dpo_cli.disk
 import dpo_cli.fingerprint
-import dpo_cli.prepare
 import dpo_cli.shards
 from dpo_cli.batch import padded
 from dpo_cli.cache import references
 from dpo_cli.cli import app
 from dpo_cli.config import PrecomputeOptions
-from dpo_cli.disk import held
+from dpo_cli.disk import held, whole_file, whole_folder
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, hash_weights
 from dpo_cli.logps import Scorer, token_logps
@@ -917,19 +916,20 @@ def test_a_large_shard_is_left_alone(several: Several, monkeypatch: pytest.Monke
 
 def test_what_is_merged_is_bounded(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many bytes become several shards: each takes in what there is until it has enough."""
-    sizes = [shard.stat().st_size for shard in shards(several.folder)]
-    enough = sum(sizes[:2])
-    counts, taken = [0], 0
-    for size in sizes:
+    before = shards(several.folder)
+    enough = sum(shard.stat().st_size for shard in before[:3])
+    groups: list[set[bytes]] = [set()]
+    taken = 0
+    for shard in before:
         if taken >= enough:
-            counts.append(0)
+            groups.append(set())
             taken = 0
-        counts[-1] += 1
-        taken += size
-    assert 1 < len(counts) < len(sizes) - 1 and counts[0] == 2
+        groups[-1].update(read_shard(shard)[0])
+        taken += shard.stat().st_size
+    assert len(groups) > 1
     monkeypatch.setattr("dpo_cli.shards.MERGED_BYTES", enough)
     open_cache(several.folder).merge()
-    assert len(shards(several.folder)) == len(counts)
+    assert sorted(map(sorted, groups)) == sorted(sorted(read_shard(shard)[0]) for shard in shards(several.folder))
     assert content_of(several.folder) == several.content
 
 
@@ -1489,6 +1489,24 @@ def test_what_is_pruned_while_it_is_filled_is_filled_on(several: Several) -> Non
     assert missing(open_cache(several.folder), [*new, *several.pairs]) == list(range(2, 2 + len(several.pairs)))
 
 
+def test_a_shard_whose_folder_is_pruned_while_it_is_written_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between making the folder and making the file in it."""
+    make, calls, pairs = tempfile.mkstemp, itertools.count(), random_pairs(3)
+    cache_ = open_cache(tmp_path)
+
+    def late(suffix: str, prefix: str, folder: Path) -> tuple[int, str]:
+        if next(calls) == 0:
+            shutil.rmtree(folder)
+        return make(suffix, prefix, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", late)
+        fill(cache_, pairs, make_scorer())
+    assert next(calls) == 2 and missing(open_cache(tmp_path), pairs) == []
+
+
 # ---- where nothing can be written, and when the clock jumps -----------------------------------------------------
 
 
@@ -1640,6 +1658,25 @@ def test_a_lock_whose_file_was_just_removed_is_none(tmp_path: Path, monkeypatch:
         assert (tmp_path / "lock").exists() and next(calls) == 3
         with pytest.raises(UsageError, match="in use by process"), held(tmp_path / "lock"):
             pytest.fail("two hold it")
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_what_was_swept_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Any
+) -> None:
+    """Another process took it for a dead one's."""
+    flock, calls = fcntl.flock, itertools.count()
+
+    def late(descriptor: int, operation: int) -> None:
+        if next(calls) == 0:
+            (left,) = tmp_path.glob(".*.tmp")
+            (left.rmdir if left.is_dir() else left.unlink)()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with whole(tmp_path / "made") as temporary:
+        assert temporary.exists() and next(calls) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_a_file_system_without_locks_does_not_stop_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

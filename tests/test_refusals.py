@@ -7,6 +7,7 @@ command's entry point here, where torch is there already.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from dpo_cli.cli import main
 from dpo_cli.config import TrainOptions, to_yaml
-from tests.conftest import Cli, cli_environment, write_rows
+from tests.conftest import Cli, cli_environment, make_model, write_rows
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
 # name: (a line of a file, the reason that is told)
@@ -316,6 +318,15 @@ def test_skip_goes_on_and_counts(here: Cli, tiny: Path, mixed: Path, tmp_path: P
     assert result["rows"] == result["pairs"] + sum(result["refused"].values()) == 10
     for reason, count in result["refused"].items():
         assert f"{count} refused: {reason}" in out.stderr
+
+
+def test_a_tokenizer_of_another_model_is_refused(here: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    """It gives tokens that the model has no embedding for."""
+    make_model(vocab_size=100).save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "small")
+    out = here("precompute-ref", "--model", "small", "--data", rows)
+    assert out.returncode == 2 and "Traceback" not in out.stderr
+    assert re.search(r"gives the token \d+ and the model knows 100", out.stderr)
 
 
 def test_skip_is_refused_when_no_pair_is_left(here: Cli, tiny: Path, tmp_path: Path) -> None:
