@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _pyio
 import builtins
+import ctypes
 import errno
 import fcntl
 import functools
@@ -51,6 +52,7 @@ WRITING = ("write", "pwrite", "writev", "pwritev")
 NAMING = ("replace", "rename", "link", "symlink", "unlink", "remove", "mkdir", "rmdir")
 SETTLING = ("fsync", "fdatasync", "chmod", "fchmod", "truncate", "ftruncate", "utime")
 NEEDS_ROOM = (*WRITING, "open", "mkdir", "link", "symlink", "serialize_file")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -111,6 +113,7 @@ class _Watched:
 
     def arm(self) -> None:
         os.setsid()  # so that whatever it starts can be found by its session
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also when it stands still as the tests end
         dpo_cli.reference.SHARD_SECONDS = self.watch.shard_seconds
         dpo_cli.shards.MANY = self.watch.merge_from
         if self.watch.largest_file is not None:
