@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _pyio
 import builtins
-import ctypes
 import errno
 import fcntl
 import functools
@@ -52,7 +51,8 @@ WRITING = ("write", "pwrite", "writev", "pwritev")
 NAMING = ("replace", "rename", "link", "symlink", "unlink", "remove", "mkdir", "rmdir")
 SETTLING = ("fsync", "fdatasync", "chmod", "fchmod", "truncate", "ftruncate", "utime")
 NEEDS_ROOM = (*WRITING, "open", "mkdir", "link", "symlink", "serialize_file")
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+POLL_SECONDS = 0.005
+STILL_SECONDS = 120.0  # after which nobody will wake a process any more
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -72,7 +72,7 @@ class Boundary:
         return f"boundary {self.number}, {'after' if self.after else 'before'} {self.call} {self.path}"
 
 
-Fault = int | Literal["torn", "full"]
+Fault = int | Literal["torn", "full", "still"]
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Watch:
     """Number the boundaries of a process that lie below ``folder``, tell them in ``trace``, and let a fault be at one.
 
     ``fault``: the process is sent a signal there; or "torn", a write does half of its bytes before the kill; or "full",
-    from there on nothing can be written. ``shard_seconds``, ``merge_from``: what
-    ``SHARD_SECONDS`` and ``MANY`` are of the reference and its shards. ``largest_file``: what the system refuses to
-    write beyond, in bytes. ``steps``: tell also what the process holds after each step.
+    from there on nothing can be written; or "still", the process waits to be woken. ``shard_seconds``, ``merge_from``:
+    what ``SHARD_SECONDS`` and ``MANY`` are of the reference and its shards. ``largest_file``: what the system refuses
+    to write beyond, in bytes. ``steps``: tell also what the process holds after each step.
     """
 
     folder: Path
@@ -113,7 +113,6 @@ class _Watched:
 
     def arm(self) -> None:
         os.setsid()  # so that whatever it starts can be found by its session
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also when it stands still as the tests end
         dpo_cli.reference.SHARD_SECONDS = self.watch.shard_seconds
         dpo_cli.shards.MANY = self.watch.merge_from
         if self.watch.largest_file is not None:
@@ -208,8 +207,18 @@ class _Watched:
     def _strike(self) -> None:
         if self.watch.fault == "full":
             self.full = True
+        elif self.watch.fault == "still":
+            self._tell(0, "still")
+            woken = awake(self.watch)
+            while not woken.exists() and time.monotonic() - self.began < STILL_SECONDS:
+                time.sleep(POLL_SECONDS)
         else:
             self.kill(os.getpid(), signal.SIGKILL if self.watch.fault == "torn" else self.watch.fault)
+
+
+def awake(watch: Watch) -> Path:
+    """The file that wakes a process that stands still."""
+    return watch.trace.with_suffix(".awake")
 
 
 def read_trace(trace: Path) -> list[Boundary]:
@@ -315,12 +324,14 @@ def can_mount() -> bool:
 
 # ---- many at once -----------------------------------------------------------------------------------------------
 
-POLL_SECONDS = 0.005
 _ONE = threading.Lock()  # multiprocessing asks after all children when one is started: two threads must not at once
 
 
+@dataclass
 class Running(Command):
     """A command that one of several threads has started."""
+
+    watch: Watch
 
     def alive(self) -> bool:
         with _ONE:
@@ -332,13 +343,16 @@ class Running(Command):
             time.sleep(POLL_SECONDS)
         return super().end()
 
-    def stopped(self) -> bool:
-        """Wait until it has stopped itself; False if it has ended instead."""
+    def stands_still(self) -> bool:
+        """Wait until it does; False if it has ended instead."""
         while self.alive():
-            if Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            if any(point.call == "still" for point in read_trace(self.watch.trace)):
                 return True
             time.sleep(POLL_SECONDS)
         return False
+
+    def wake(self) -> None:
+        awake(self.watch).touch()
 
     @property
     def told(self) -> str:
@@ -353,7 +367,7 @@ def start(place: Place, watch: Watch, *arguments: Any, pause: float = 0.0) -> Ru
     """Start a watched command in a place."""
     with _ONE:
         command = place.start(*arguments, pause=pause, strike=watch)  # type: ignore[arg-type]
-    return Running(command.process, command.output)
+    return Running(command.process, command.output, watch)
 
 
 def each_of(cases: Sequence[Any], test: Callable[[Any], Any]) -> list[Any]:

@@ -795,11 +795,11 @@ def test_one_process_stands_still_while_another_fills_the_same_cache(place: Plac
 
     def one(point: Boundary) -> None:
         cache = f"cache-still-{point.number}"
-        first = precompute(place, cache, watching(place, f"{cache}-1", point.number, signal.SIGSTOP))
-        assert first.stopped(), first.told
+        first = precompute(place, cache, watching(place, f"{cache}-1", point.number, "still"))
+        assert first.stands_still(), first.told
         second = precompute(place, cache, watching(place, f"{cache}-2"))
         code = second.end()
-        first.signal(signal.SIGCONT)
+        first.wake()
         for command, ended in ((second, code), (first, first.end())):
             assert ended == 0, command.told
             assert not re.search("damaged|no shard|cannot|warning: reference", command.told), command.told
@@ -870,14 +870,14 @@ def test_who_has_only_just_taken_a_folder_is_named(place: Place, trained: Undist
     assert start(place, watch, "train", "--resume", "named-before").end() == 0
     taken = next(p for p in read_trace(watch.trace) if p.call == "flock" and p.after)
     assert taken.path == "named-before/run.lock"
-    first = start(place, watching(place, "named-1", taken.number, signal.SIGSTOP), "train", "--resume", "named")
-    assert first.stopped(), first.told
+    first = start(place, watching(place, "named-1", taken.number, "still"), "train", "--resume", "named")
+    assert first.stands_still(), first.told
     watch = watching(place, "named-2")
     second = start(place, watch, "train", "--resume", "named")
     while second.alive() and not any(p.call == "flock" for p in read_trace(watch.trace)):
         time.sleep(0.002)
     time.sleep(0.1)
-    first.signal(signal.SIGCONT)
+    first.wake()
     code = second.end()
     assert first.end() == 0, first.told
     assert code == 2 and f"in use by process {first.process.pid} " in second.told, second.told
@@ -900,13 +900,13 @@ def test_one_run_stands_still_while_another_comes(place: Place, trained: Undistu
         if how == "resumed":
             shutil.copytree(half, place.folder / name)
             arguments = ["--resume", name]
-        watch = watching(place, f"{name}-1", point.number, signal.SIGSTOP)
+        watch = watching(place, f"{name}-1", point.number, "still")
         first = start(place, watch, "train", *arguments)
-        assert first.stopped(), first.told
+        assert first.stands_still(), first.told
         so_far = [p for p in read_trace(watch.trace) if p.path.endswith("run.lock") and p.after]
         second = start(place, watching(place, f"{name}-2"), "train", *arguments)
         late = second.end()
-        first.signal(signal.SIGCONT)
+        first.wake()
         codes = first.end(), late
         told = f"{codes} when the first had stopped at {so_far[-1:]}\n{first.told}\n{second.told}"
         assert 0 in codes and codes[0] in (0, 1, 2) and codes[1] in (0, 2) and "Traceback" not in told, told
