@@ -60,41 +60,53 @@ def prefix_shared_attention(
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
+    # Split, not sliced: the backward pass of a slice fills a whole row with zeros, one for every segment.
+    lengths = [n for prompt, chosen, rejected in segments.spans for n in (prompt + chosen, rejected)]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     parts = []
-    start = 0
-    for prompt, chosen, rejected in segments.spans:
-        middle, end = start + prompt + chosen, start + prompt + chosen + rejected
-        q, k, v = (x[:, :, start:middle] for x in (query, key, value))
-        parts.append(_causal(q, k, v, scaling, dropout, sliding_window))
-        k, v = (_without_chosen(x[:, :, start:end], prompt, chosen) for x in (key, value))
-        parts.append(_causal(query[:, :, middle:end], k, v, scaling, dropout, sliding_window))
-        start = end
+    for place, (prompt, _, _) in enumerate(segments.spans):
+        first, second = 2 * place, 2 * place + 1
+        k, v = (_after_prompt(x[first], prompt, x[second]) for x in (keys, values))
+        parts.append(_causal(queries[first], keys[first], values[first], segments, scaling, dropout, sliding_window))
+        parts.append(_causal(queries[second], k, v, segments, scaling, dropout, sliding_window))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _without_chosen(x: Tensor, prompt: int, chosen: int) -> Tensor:
-    return torch.cat([x[:, :, :prompt], x[:, :, prompt + chosen :]], dim=2)
+def _after_prompt(first: Tensor, prompt: int, rejected: Tensor) -> Tensor:
+    """What the rejected response sees: the prompt, out of ``prompt+chosen``, and itself."""
+    return torch.cat([first[:, :, :prompt], rejected], dim=2)
 
 
 def _causal(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
 ) -> Tensor:
     """Attend from a sequence's last queries to all its keys: (1, A, q, D), (1, G, k, D) -> (1, A, q, D)."""
-    q, k = query.shape[2], key.shape[2]
-    mask = None
-    if q < k or (window is not None and window < k):
-        ahead = torch.arange(k, device=query.device) - torch.arange(k - q, k, device=query.device)[:, None]  # (q, k)
-        mask = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+    mask, gqa = _mask(query, key, window, segments), query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        mask,
-        dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa
     )
+
+
+def _mask(query: Tensor, key: Tensor, window: int | None, segments: Segments) -> Tensor | None:
+    """What to add to the scores (q, k) of a sequence's last queries, so that each sees no key behind itself.
+
+    None where plain causality says the same. Made once a batch, for every layer.
+    """
+    q, k = query.shape[2], key.shape[2]
+    if q == k and (window is None or window >= k):
+        return None
+    name = (q, k, window, query.dtype)
+    if name not in segments.masks:
+        ahead = torch.arange(k, device=query.device) - torch.arange(k - q, k, device=query.device)[:, None]
+        hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
+        segments.masks[name] = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
+    return segments.masks[name]
 
 
 def _varlen(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -120,6 +120,7 @@ class Segments:
     spans: tuple[tuple[int, int, int], ...]  # prompt, chosen and rejected tokens of each pair, on the host
     longest_query: int
     longest_key: int
+    masks: dict[Any, Tensor] = field(default_factory=dict)  # those that attention has made for this row
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ class MicroBatch:
 
     Shapes: ``input_ids``, ``position_ids``, ``attention_mask`` (B, T), the latter two None where the model makes its
     own; ``predictors`` (N,) places in the flattened rows whose hidden state predicts ``targets`` (N,);
-    ``lengths`` (2P,) response tokens.
+    ``lengths`` (2P,) response tokens; ``pair_tokens`` the same a pair, on the host.
     """
 
     input_ids: Tensor
@@ -137,26 +138,32 @@ class MicroBatch:
     predictors: Tensor
     targets: Tensor
     lengths: Tensor
+    pair_tokens: tuple[int, ...]
     segments: Segments | None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        return _moved(self, device)
+        return _all_moved(self, device)
 
 
 Tensors = TypeVar("Tensors", Segments, MicroBatch)
 
 
-def _moved(of: Tensors, device: torch.device) -> Tensors:
+def _all_moved(of: Tensors, device: torch.device) -> Tensors:
     """A copy with every tensor, also those of its segments, on the device."""
     changed: dict[str, Any] = {}
-    for field in fields(of):
-        value = getattr(of, field.name)
+    for each in fields(of):
+        value = getattr(of, each.name)
         if isinstance(value, Tensor):
-            changed[field.name] = value.to(device)
+            changed[each.name] = moved(value, device)
         elif isinstance(value, Segments):
-            changed[field.name] = _moved(value, device)
+            changed[each.name] = _all_moved(value, device)
     return replace(of, **changed)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; from page-locked memory, so that the host need not wait for the device."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def lay_out(pairs: Sequence[Pair], layout: Layout) -> MicroBatch:
@@ -255,6 +262,7 @@ def _micro_batch(
         predictors=_tensor(np.concatenate(predictors)),
         targets=_tensor(np.concatenate(responses)),
         lengths=torch.tensor([len(response) for response in responses]),
+        pair_tokens=tuple(sum(map(len, responses[i : i + 2])) for i in range(0, len(responses), 2)),
         segments=segments,
     )
 

@@ -1,12 +1,18 @@
 """Log-probability of each response under a model.
 
-Legend: P pairs, B rows, T tokens of a row, N response tokens, V vocabulary.
+The body of the model runs over a whole packed row, its head over the response tokens of a few pairs at a time. A pair's
+loss needs nothing but its own log-probs, so the head's backward follows at once: its three matrix products a token, and
+logits for a few pairs, are all that the head ever takes.
+
+Legend: P pairs, B rows, T tokens of a row, N response tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +23,15 @@ from dpo_cli.errors import DpoError
 from dpo_cli.tokens import Pair
 
 WINDOW = 512  # pairs of similar length that are packed together when order does not matter
+HEAD_BYTES = 2**28  # of float32 logits that are there at a time; more where a single pair needs it
 
 
 @dataclass
 class Scorer:
     """A model and the one way its forwards run, so that policy and reference go the same path.
 
-    ``max_tokens`` shrinks when the device runs out of memory.
+    ``max_tokens`` shrinks when the device runs out of memory. ``apart``: body and head are run one after the other
+    here; else by the model's own forward, over all pairs at once.
 
     Units: ``max_tokens`` in tokens a forward.
     """
@@ -33,6 +41,7 @@ class Scorer:
     dtype: torch.dtype
     max_tokens: int
     device: torch.device
+    apart: bool = True
     warn: Callable[[str], None] = lambda text: None
 
     def batch(self, pairs: Sequence[Pair]) -> MicroBatch:
@@ -41,7 +50,34 @@ class Scorer:
 
     def token_logps(self, batch: MicroBatch) -> Tensor:
         """``token_logps`` of the model in the compute precision: (N,) nats."""
-        return token_logps(self.model, batch, self.dtype)
+        return token_logps(self.model, batch, self.dtype, self.apart)
+
+    def backward(
+        self,
+        batch: MicroBatch,
+        loss: Callable[[slice, Tensor], Tensor],
+        last: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        """Add the gradient of a loss that is a sum over pairs.
+
+        ``loss`` is called with the places of some pairs in the batch and their logps (2p,), and gives their part of it.
+        The last backward pass, through which all of the body's gradients come, runs inside ``last``.
+        """
+        last = last or nullcontext()
+        if not self.apart:
+            logps = token_logps(self.model, batch, self.dtype)
+            with last:
+                loss(slice(None), response_logps(logps, batch.lengths)).backward()
+            return
+        hidden = hidden_states(self.model, batch, self.dtype)
+        leaf = hidden.detach().requires_grad_()
+        for pairs, tokens in head_pieces(self.model, batch):
+            logps = head_logps(self.model, leaf[tokens], batch.targets[tokens], self.dtype)
+            lengths = batch.lengths[2 * pairs.start : 2 * pairs.stop]
+            loss(pairs, response_logps(logps, lengths)).backward()
+            del logps  # and with it the logits, before the next ones come
+        with last:
+            hidden.backward(leaf.grad)
 
     def costs(self, pairs: Sequence[Pair]) -> list[int]:
         """Tokens that each pair takes up in a forward."""
@@ -75,7 +111,7 @@ class Scorer:
         try:
             batch = self.batch(pairs)
             logps = self.token_logps(batch)
-            return response_logps(logps, batch), logps
+            return response_logps(logps, batch.lengths), logps
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -104,40 +140,82 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
-def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
+def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, apart: bool = False) -> Tensor:
     """Log-probability of every response token given all tokens before it.
 
-    Only hidden states that predict a response token meet the head: ``logits_to_keep`` leaves that to the model's own
-    forward, with whatever bias, scale or soft-cap its head has.
+    Only hidden states that predict a response token meet the head: a few pairs at a time where it can run ``apart``,
+    else in the model's own forward, which knows them by ``logits_to_keep``.
 
     Shapes: -> (N,), float32, responses in the batch's order.
     Units: nats.
     """
-    keep, row, column = _kept_columns(batch)
-    inputs = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask, "segments": batch.segments}
-    given = {name: value for name, value in inputs.items() if value is not None}
-    with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        logits = model(input_ids=batch.input_ids, logits_to_keep=keep, use_cache=False, **given).logits  # (B, kept, V)
-    logits = logits[0] if row is None else logits[row, column]  # (N, V)
-    return -F.cross_entropy(logits.float(), batch.targets, reduction="none")
-
-
-def _kept_columns(batch: MicroBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Columns whose logits the model computes, and where among them the predictors are (None: just so)."""
+    if apart:
+        hidden = hidden_states(model, batch, dtype)
+        pieces = [tokens for _, tokens in head_pieces(model, batch)]
+        return torch.cat([head_logps(model, hidden[tokens], batch.targets[tokens], dtype) for tokens in pieces])
     width = batch.input_ids.shape[1]
-    if batch.input_ids.shape[0] == 1:
-        return batch.predictors, None, None
     keep, column = torch.unique(batch.predictors % width, return_inverse=True)
-    return keep, batch.predictors // width, column
+    with _precision(batch.input_ids.device, dtype):
+        logits = model(logits_to_keep=keep, use_cache=False, **_inputs(batch)).logits  # (B, kept, V)
+    return -F.cross_entropy(logits[batch.predictors // width, column].float(), batch.targets, reduction="none")
 
 
-def response_logps(token_logps: Tensor, batch: MicroBatch) -> Tensor:
-    """Sum token log-probs to one number a response.
+def head_pieces(model: nn.Module, batch: MicroBatch) -> Iterator[tuple[slice, slice]]:
+    """Places of pairs, and of their response tokens, that meet the head together: as ``HEAD_BYTES`` allows."""
+    room = HEAD_BYTES // (4 * model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    pair = token = end = 0
+    for place, more in enumerate(batch.pair_tokens):
+        if place > pair and end + more - token > room:
+            yield slice(pair, place), slice(token, end)
+            pair, token = place, end
+        end += more
+    yield slice(pair, len(batch.pair_tokens)), slice(token, end)
 
-    Shapes: (N,) -> (2P,), float32, all chosen first and then all rejected.
+
+def hidden_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
+    """What the head reads to predict the response tokens: (N, H)."""
+    body: nn.Module = model.base_model  # type: ignore[assignment]
+    with _precision(batch.input_ids.device, dtype):
+        hidden: Tensor = body(use_cache=False, **_inputs(batch)).last_hidden_state  # (B, T, H)
+    return hidden.flatten(0, 1)[batch.predictors]
+
+
+def head_logps(model: nn.Module, hidden: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log-probability of every target under the model's head.
+
+    Its scale or soft-cap is known under the names below; ``choose_layout`` finds out whether that is all there is.
+
+    Shapes: ``hidden`` (N, H), ``targets`` (N,) -> (N,), float32.
     Units: nats.
     """
-    sums = torch.segment_reduce(token_logps.double(), "sum", lengths=batch.lengths, unsafe=True)  # (2P,) pair by pair
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    with _precision(hidden.device, dtype):
+        logits: Tensor = model.get_output_embeddings()(hidden)  # type: ignore[operator]
+    if scale := getattr(config, "logit_scale", None):  # cohere
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):  # granite
+        logits = logits / scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # gemma
+        logits = (logits / cap).tanh() * cap
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _inputs(batch: MicroBatch) -> dict[str, Any]:
+    names = ("input_ids", "position_ids", "attention_mask", "segments")
+    return {name: value for name in names if (value := getattr(batch, name)) is not None}
+
+
+def _precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
+    """Sum token log-probs to one number a response.
+
+    Shapes: (N,), ``lengths`` (2P,) in the batch's order -> (2P,), float32, all chosen first and then all rejected.
+    Units: nats.
+    """
+    sums = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True)  # (2P,) pair by pair
     return sums.float().view(-1, 2).T.reshape(-1)
 
 

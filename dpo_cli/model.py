@@ -280,8 +280,10 @@ def default_max_tokens(model: PreTrainedModel, device: torch.device) -> int:
 @torch.no_grad()
 def choose_layout(
     model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Layout, str]:
+) -> tuple[Layout, bool, str]:
     """The most compact layout whose log-probs equal those of each response alone, and a sentence about it.
+
+    The bool says whether the head may run apart from the body, see ``Scorer``.
 
     Two real pairs, the longest that fits ``max_tokens`` among them, are scored in one forward of each layout, in
     float32 and in the compute precision, and compared with the plainest forward there is: one response, the model's
@@ -299,12 +301,18 @@ def choose_layout(
     expected = {p: torch.cat([token_logps(model, batch, p) for batch in alone]) for p in precisions}
     if not all(logps.isfinite().all() for logps in expected.values()):
         raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
+    try:
+        together = torch.cat([token_logps(model, batch, torch.float32, apart=True) for batch in alone])
+        apart = bool((together - expected[torch.float32]).abs().nan_to_num(math.inf).max() < 1e-3)
+    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # a body or a head of another kind
+        apart = False
     reasons: list[str] = []
     for layout, told in _TOLD.items():
         batch = lay_out(probes, layout).to(device)
         try:
             with attention(model, PREFIX_SHARED if layout == "shared" else None):
-                off = {p: (token_logps(model, batch, p) - expected[p]).abs().nan_to_num(math.inf) for p in precisions}
+                scored = {p: token_logps(model, batch, p, apart) for p in precisions}
+            off = {p: (logps - expected[p]).abs().nan_to_num(math.inf) for p, logps in scored.items()}
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
@@ -313,7 +321,7 @@ def choose_layout(
         if off[torch.float32].max() < 1e-3 and off[dtype].mean() < 0.1:
             why = f" ({'; '.join(reasons)})" if reasons else ""
             largest = f"{off[torch.float32].max():.0e} nats a token"
-            return layout, f"{told}; equal to single sequences within {largest}{why}"
+            return layout, apart, f"{told}; equal to single sequences within {largest}{why}"
         reasons.append(f"{layout}: off by {max(float(each.max()) for each in off.values()):.2g} nats")
     raise DpoError(f"this model's log-probs change when sequences share a forward: {'; '.join(reasons)}")
 

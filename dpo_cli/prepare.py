@@ -106,11 +106,11 @@ def make_scorer(
     if limit is not None and longest > limit:
         raise UsageError(f"a pair has {longest} tokens and the model reads at most {limit}; set --max-length {limit}")
     dtype = compute_dtype(options.dtype, device)
-    layout, told = choose_layout(model, pairs, max_tokens, device, dtype)
+    layout, apart, told = choose_layout(model, pairs, max_tokens, device, dtype)
     reporter.fact("layout", told)
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
-    scorer = Scorer(model, layout, dtype, max_tokens, device, reporter.warn)
+    scorer = Scorer(model, layout, dtype, max_tokens, device, apart, reporter.warn)
     if alone := sum(cost > max_tokens for cost in scorer.costs(pairs)):
         reporter.warn(f"{alone:,} pairs are longer than --max-tokens {max_tokens}; each gets a forward of its own")
     return scorer

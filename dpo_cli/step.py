@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from dpo_cli.batch import Step, cut_step
+from dpo_cli.batch import Step, cut_step, moved
 from dpo_cli.config import TrainOptions
 from dpo_cli.errors import DpoError
-from dpo_cli.logps import Scorer, out_of_memory, response_logps
+from dpo_cli.logps import Scorer, out_of_memory
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, pair_sums, summarize
 from dpo_cli.tokens import Pair
@@ -85,7 +85,7 @@ class Trainer:
     optimizer: Any
     pairs: Sequence[Pair]
     costs: Sequence[int]  # tokens of each pair in a forward
-    reference: Tensor  # (pairs, 2) nats, on the device
+    reference: Tensor  # (pairs, 2) nats, on the host
     options: TrainOptions
 
     def step(self, micro_batches: Step, lr: float, stop: StopSignal) -> dict[str, float] | None:
@@ -156,16 +156,22 @@ class Trainer:
 
     def _backward(self, indices: tuple[int, ...], pairs_in_step: int) -> tuple[Tensor, Tensor] | None:
         """Losses (P,) and metrics' sums of one micro-batch, its gradient added; None when memory ran out."""
+        done: list[tuple[Tensor, Tensor]] = []
+
+        def loss(places: slice, logps: Tensor) -> Tensor:
+            losses, sums = self._measure(logps, self._reference(indices[places]))
+            done.append((losses.detach(), sums))
+            part: Tensor = losses.sum() * self.accelerator.num_processes / pairs_in_step
+            return part
+
         try:
-            batch = self.scorer.batch([self.pairs[i] for i in indices])
-            logps = response_logps(self.scorer.token_logps(batch), batch)
-            losses, sums = self._measure(logps, self._reference(indices))
-            self.accelerator.backward(losses.sum() * self.accelerator.num_processes / pairs_in_step)
-            return losses.detach(), sums
+            self.scorer.backward(self.scorer.batch([self.pairs[i] for i in indices]), loss)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             return None  # what the passes hold is free only when this frame is gone
+        losses, sums = zip(*done, strict=True)
+        return torch.cat(losses), torch.stack(sums).sum(0)
 
     @torch.no_grad()
     def compare(self, indices: Sequence[int]) -> tuple[dict[str, float], float]:
@@ -186,8 +192,8 @@ class Trainer:
         return summarize(sums.tolist()), largest
 
     def _reference(self, indices: Sequence[int]) -> Tensor:
-        """Log-probs under the reference: (2P,) nats, chosen first."""
-        return self.reference[list(indices)].T.reshape(-1)
+        """Log-probs under the reference: (2P,) nats, chosen first, on the device."""
+        return moved(self.reference[list(indices)].T.reshape(-1), self.scorer.device)
 
     def _measure(self, logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (P,) with their graph, and the sums of the micro-batch's metrics."""

@@ -104,7 +104,7 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
         optimizer=optimizer,
         pairs=run.pairs,
         costs=run.costs,
-        reference=reference.to(accelerator.device),
+        reference=reference,
         options=run.options,
     )
     return trainer, scored[len(used) :]

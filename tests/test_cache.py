@@ -292,7 +292,7 @@ def the_precision(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], s
 
 
 def the_attention(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
-    patch.setattr("dpo_cli.prepare.choose_layout", lambda *_: ("packed", "forced"))
+    patch.setattr("dpo_cli.prepare.choose_layout", lambda *_: ("packed", True, "forced"))
     return [], LINES
 
 
@@ -397,7 +397,7 @@ def test_attention_matters_where_the_model_computes_its_own(place: Place, monkey
         with monkeypatch.context() as patch:
             patch.setattr("dpo_cli.prepare.load_model", load)
             if layout != "shared":
-                patch.setattr("dpo_cli.prepare.choose_layout", lambda *_: (layout, "forced"))
+                patch.setattr("dpo_cli.prepare.choose_layout", lambda *_: (layout, True, "forced"))
             return int(place.precompute()["misses"])
 
     assert misses("shared", "sdpa") == misses("shared", "eager") == 0

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dpo_cli.attention
+import dpo_cli.logps
 import dpo_cli.model
 from dpo_cli.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
 from dpo_cli.batch import Layout, MicroBatch, lay_out, padded
 from dpo_cli.errors import DpoError
-from dpo_cli.logps import response_logps, token_logps
+from dpo_cli.logps import Scorer, response_logps, token_logps
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.model import choose_layout
 from dpo_cli.tokens import Pair
@@ -92,11 +93,20 @@ def score(model: PreTrainedModel, pairs: list[Pair], layout: Layout | None) -> S
     """
     model.zero_grad()
     whole = lay_out(pairs, layout or "packed")
-    with attention(model, PREFIX_SHARED if layout == "shared" else None):
-        parts = [whole] if layout else alone(pairs)
-        logps = response_logps(torch.cat([token_logps(model, part, torch.float32) for part in parts]), whole)
-        ref_logps = torch.linspace(-40, -20, len(logps))
-        sigmoid_loss(logps, ref_logps, beta=0.02).sum().backward()
+    ref_logps = torch.linspace(-40, -20, 2 * len(pairs)).view(2, -1)  # chosen, rejected
+    found = torch.zeros(2, len(pairs))
+
+    def loss(places: slice, logps: Tensor) -> Tensor:
+        found[:, places] = logps.detach().view(2, -1)
+        return sigmoid_loss(logps, ref_logps[:, places].reshape(-1), beta=0.02).sum()
+
+    if layout:
+        with attention(model, PREFIX_SHARED if layout == "shared" else None):
+            Scorer(model, layout, torch.float32, 256, CPU).backward(whole, loss)
+    else:
+        tokens = torch.cat([token_logps(model, part, torch.float32) for part in alone(pairs)])
+        loss(slice(None), response_logps(tokens, whole.lengths)).backward()
+    logps = found.view(-1)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return logps.detach(), gradients
 
@@ -115,18 +125,21 @@ def difference(model: PreTrainedModel, pairs: list[Pair], name: str | None, want
     """How far the log-probs of a shared row are off, in nats, with the attention of this name."""
     batch = lay_out(pairs, "shared")
     with attention(model, name), torch.no_grad():
-        return float((response_logps(token_logps(model, batch, torch.float32), batch) - wanted).abs().max())
+        return float((response_logps(token_logps(model, batch, torch.float32), batch.lengths) - wanted).abs().max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_single_sequences(family: str, pairs: list[Pair]) -> None:
+def test_equal_to_single_sequences(family: str, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, the head run over one or two pairs at a time."""
+    monkeypatch.setattr(dpo_cli.logps, "HEAD_BYTES", 4 * 64 * sum(LENGTHS[0][1:] + LENGTHS[1][1:]))
     model = make(family)
     wanted = score(model, pairs, None)
     assert difference(model, pairs, None, wanted[0]) > 0.1  # nats: stock attention is wrong here, and it shows
     layouts: list[Layout] = ["shared", "padded"] if family == "opt" else ["shared", "packed", "padded"]
     for layout in layouts:
         check_equal(score(model, pairs, layout), wanted)
-    layout, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    layout, apart, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    assert apart
     assert layout == "shared" and told.startswith("packed rows, each prompt computed once for both responses; equal")
     assert model.config._attn_implementation != PREFIX_SHARED  # only tried
 
@@ -135,7 +148,8 @@ def test_equal_to_single_sequences(family: str, pairs: list[Pair]) -> None:
 def test_special_attention_gets_an_exact_layout(family: str, pairs: list[Pair]) -> None:
     model = make(family)
     _, expected, reasons = SPECIAL[family]
-    layout, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    layout, apart, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    assert apart
     assert layout == expected
     assert TOLD[layout] in told
     for reason in reasons:
@@ -193,7 +207,7 @@ def test_attention_refuses_what_it_does_not_compute(foreign: str, pairs: list[Pa
 
 # ---- a wrong mask is seen -----------------------------------------------------------------------------------------
 
-_causal, _without_chosen = dpo_cli.attention._causal, dpo_cli.attention._without_chosen
+_causal = dpo_cli.attention._causal
 
 
 def top_left(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
@@ -202,16 +216,18 @@ def top_left(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return _causal(query, key[:, :, :q], value[:, :, :q], *rest)
 
 
-def no_window(query: Tensor, key: Tensor, value: Tensor, scaling: Any, dropout: Any, window: Any) -> Tensor:
-    return _causal(query, key, value, scaling, dropout, None)
+def no_window(*arguments: Any) -> Tensor:
+    return _causal(*arguments[:-1], None)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     # Stock attention takes the restarting positions for a new document that cannot see the prompt.
     "stock attention": lambda patch: patch.setattr(dpo_cli.model, "PREFIX_SHARED", None),
-    "chosen seen": lambda patch: patch.setattr(dpo_cli.attention, "_without_chosen", lambda x, prompt, chosen: x),
+    "chosen seen": lambda patch: patch.setattr(
+        dpo_cli.attention, "_after_prompt", lambda first, prompt, rejected: torch.cat([first, rejected], dim=2)
+    ),
     "prompt unseen": lambda patch: patch.setattr(
-        dpo_cli.attention, "_without_chosen", lambda x, prompt, chosen: x[:, :, prompt + chosen :]
+        dpo_cli.attention, "_after_prompt", lambda first, prompt, rejected: rejected
     ),
     "top left": lambda patch: patch.setattr(dpo_cli.attention, "_causal", top_left),
     "no window": lambda patch: patch.setattr(dpo_cli.attention, "_causal", no_window),
@@ -229,7 +245,7 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
     wanted, _ = score(model, pairs, None)
     FAULTS[fault](monkeypatch)
     assert difference(model, pairs, dpo_cli.model.PREFIX_SHARED, wanted) > 0.1  # nats: far above the noise
-    layout, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    layout, _, told = choose_layout(model, pairs, 256, CPU, torch.float32)
     assert layout == "packed"
     assert "packed rows, the prompt computed once for each response; equal" in told and "shared: off by" in told
 
@@ -237,7 +253,7 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
 def test_falls_back_to_padded_batches(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """OPT takes a packed row for one document."""
     monkeypatch.setattr(dpo_cli.model, "PREFIX_SHARED", None)
-    layout, told = choose_layout(make("opt"), pairs, 256, CPU, torch.float32)
+    layout, _, told = choose_layout(make("opt"), pairs, 256, CPU, torch.float32)
     assert layout == "padded"
     assert "shared: off by" in told and "packed: off by" in told
 

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +97,20 @@ def embedding(trainer: Trainer, places: list[int]) -> list[int]:
 
 def gradient_of_one(trainer: Trainer, places: list[int]) -> list[int]:
     """The losses are finite; what one pair adds to the gradient is not."""
-    culprit, original = places[1], Scorer.token_logps
+    culprit, original = places[1], trainer.scorer.backward
     rejected = torch.from_numpy(trainer.pairs[culprit].rejected).long()
 
-    def spoilt(scorer: Scorer, batch: MicroBatch) -> Tensor:
-        logps = original(scorer, batch)
-        starts = [0, *batch.lengths.cumsum(0).tolist()]
-        for start, end in pairwise(starts):
-            if torch.equal(batch.targets[start:end], rejected):
-                place = torch.arange(len(logps)) == start
-                logps.register_hook(lambda grad, place=place: torch.where(place, math.nan, grad))
-        return logps
+    def spoilt(batch: MicroBatch, loss: Callable[[slice, Tensor], Tensor], last: Any = None) -> None:
+        targets = batch.targets.split(batch.lengths.tolist())[1::2]
 
-    trainer.scorer.token_logps = spoilt.__get__(trainer.scorer)  # type: ignore[method-assign]
+        def spoilt_loss(pairs: slice, logps: Tensor) -> Tensor:
+            guilty = [False] * (len(logps) // 2) + [torch.equal(ids, rejected) for ids in targets[pairs]]
+            logps.register_hook(lambda grad: torch.where(torch.tensor(guilty), math.nan, grad))
+            return loss(pairs, logps)
+
+        original(batch, spoilt_loss, last)
+
+    trainer.scorer.backward = spoilt  # type: ignore[method-assign]
     return [culprit]
 
 

@@ -144,7 +144,7 @@ def test_log_probs_under_bfloat16(family: str, config: dict[str, Any], flash_cal
         assert flash_calls == []
         coarse = token_logps(model, batch, torch.bfloat16)
     assert flash_calls == [torch.bfloat16] * model.config.num_hidden_layers
-    assert coarse.dtype == response_logps(coarse, batch).dtype == torch.float32
+    assert coarse.dtype == response_logps(coarse, batch.lengths).dtype == torch.float32
     with attention(model, None), torch.no_grad():
         wrong = token_logps(model, batch, torch.float32)  # stock attention: the rejected response without its prompt
     noise, error = (coarse - exact).norm(), (wrong - exact).norm()
@@ -162,7 +162,7 @@ def test_log_probs_under_bfloat16(family: str, config: dict[str, Any], flash_cal
 )
 def test_choose_layout(family: str, config: dict[str, Any], expected: str) -> None:
     model = make_model(family, **config).to(DEVICE)
-    layout, told = choose_layout(model, make_pairs(), 4096, DEVICE, torch.bfloat16)
+    layout, _, told = choose_layout(model, make_pairs(), 4096, DEVICE, torch.bfloat16)
     assert layout == expected, told
     assert "equal to single sequences" in told
 

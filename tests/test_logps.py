@@ -75,7 +75,7 @@ def test_response_logps_are_sums_chosen_first() -> None:
     lengths = batch.lengths.tolist()  # chosen, rejected, chosen, …
     numbered = torch.arange(6.0).repeat_interleave(batch.lengths)  # every token carries its response's number
     wanted = [number * lengths[number] for number in (0, 2, 4, 1, 3, 5)]
-    assert response_logps(numbered, batch).tolist() == wanted
+    assert response_logps(numbered, batch.lengths).tolist() == wanted
 
 
 def test_sums_of_long_responses_are_exact() -> None:
@@ -84,7 +84,7 @@ def test_sums_of_long_responses_are_exact() -> None:
     batch = lay_out([Pair("long", ids[:1], ids, ids[:1500])], "shared")
     tokens = torch.empty(3500).uniform_(-9, 0, generator=torch.Generator().manual_seed(0))
     exact = torch.stack([part.double().sum() for part in tokens.split([2000, 1500])])
-    torch.testing.assert_close(response_logps(tokens, batch).double(), exact, rtol=1.2e-7, atol=0)
+    torch.testing.assert_close(response_logps(tokens, batch.lengths).double(), exact, rtol=1.2e-7, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -92,7 +92,7 @@ def test_sums_are_float32_under_bfloat16_compute(model: PreTrainedModel, layout:
     batch = lay_out(random_pairs(6), layout)
     with attention(model, own(layout)):
         exact, coarse = (token_logps(model, batch, dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert coarse.dtype == response_logps(coarse, batch).dtype == torch.float32
+    assert coarse.dtype == response_logps(coarse, batch.lengths).dtype == torch.float32
     assert 1e-4 < (coarse - exact).abs().max() < 0.2  # computed coarsely, and still the same numbers
     assert (coarse != coarse.bfloat16().float()).any()  # the softmax is not rounded to bfloat16
     assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -63,19 +63,25 @@ class Limits:
         self.backwards: set[int] = set()
         self.seen = 0
         self.failed: list[int] = []  # tokens of each forward that failed, or whose backward did
-        original = Scorer.token_logps
+        token_logps, backward = Scorer.token_logps, Scorer.backward
 
         def limited(scorer: Scorer, batch: MicroBatch) -> Tensor:
+            if batch.input_ids.numel() > self.tokens:
+                self._fail(batch.input_ids.numel())
+            return token_logps(scorer, batch)
+
+        def limited_backward(scorer: Scorer, batch: MicroBatch, *rest: Any) -> None:
             tokens, several = batch.input_ids.numel(), len(batch.lengths) > 2
-            self.seen += several and torch.is_grad_enabled()
-            if tokens > self.tokens or (several and torch.is_grad_enabled() and self.seen in self.forwards):
+            self.seen += several
+            if tokens > self.tokens or (several and self.seen in self.forwards):
                 self._fail(tokens)
-            if several and torch.is_grad_enabled() and self.seen in self.backwards:
+            if several and self.seen in self.backwards:
                 weight = scorer.model.model.layers[0].mlp.down_proj.weight  # type: ignore[union-attr, index]
                 hook = weight.register_hook(lambda grad: (hook.remove(), self._fail(tokens)))  # type: ignore[union-attr, operator]
-            return original(scorer, batch)
+            backward(scorer, batch, *rest)
 
         patch.setattr(Scorer, "token_logps", limited)
+        patch.setattr(Scorer, "backward", limited_backward)
 
     def _fail(self, tokens: int) -> None:
         self.failed.append(tokens)

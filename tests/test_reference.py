@@ -65,7 +65,14 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         pairs.append(len(batch.lengths) // 2)
         return original(self, batch)
 
+    backward = Scorer.backward
+
+    def counting_backward(self: Scorer, batch: MicroBatch, *rest: Any) -> None:
+        pairs.append(len(batch.lengths) // 2)
+        backward(self, batch, *rest)
+
     monkeypatch.setattr(Scorer, "token_logps", counting)
+    monkeypatch.setattr(Scorer, "backward", counting_backward)
     return pairs
 
 
