@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.optim import AdamW
-from transformers import PreTrainedModel
 
 from dpo_cli.batch import Step, cut_step, moved
 from dpo_cli.config import TrainOptions
@@ -37,14 +35,6 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     if options.schedule == "linear":
         return options.lr * (1 - done)
     return options.lr * (0.5 + 0.5 * math.cos(math.pi * done) if options.schedule == "cosine" else 1)
-
-
-def make_optimizer(model: PreTrainedModel, weight_decay: float) -> AdamW:
-    """AdamW with decay on matrices only; the learning rate is set before each step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)
 
 
 class StopSignal:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from dpo_cli.config import TrainOptions
-from dpo_cli.step import learning_rate, make_optimizer
+from dpo_cli.optimizer import make_optimizer
+from dpo_cli.step import learning_rate
 from tests.conftest import make_model
 
 HALF, QUARTER = 0.5, 0.25

@@ -24,7 +24,7 @@ LAYERS = [
     {"template"},
     {"tokens"},
     {"batch"},
-    {"attention", "losses"},
+    {"attention", "losses", "optimizer"},
     {"logps"},
     {"model", "disk"},
     {"metrics", "fingerprint", "shards"},
