@@ -38,6 +38,17 @@ def option(default: Any, text: str, check: Check | None = None, shown: str | Non
     return field(default=default, metadata=metadata)
 
 
+def memory_option() -> Any:
+    """How a run keeps its state: an option of what trains, and of what scores for a training to come."""
+    return option(
+        "auto",
+        "How weights, gradients and moments are kept: full (float32, 16 bytes a parameter), 8bit (moments, 10), split "
+        "(bfloat16 and lower halves of float32 weights, 8), in-backward (split, updated in the backward pass, 6), "
+        "offload (split, what no forward reads in the host's memory, 4) or auto: the fastest that fits.",
+        one_of("auto", "full", "8bit", "split", "in-backward", "offload"),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What every command needs: a model, pairs, and how their log-probabilities are computed."""
@@ -56,9 +67,7 @@ class Options:
     max_tokens: int | None = option(
         None, "Tokens in one packed forward: the memory knob.", at_least_16, shown="from free memory"
     )
-    dtype: str | None = option(
-        None, "Compute precision; weights stay float32.", one_of("auto", "float32", "bfloat16"), shown="auto"
-    )
+    dtype: str | None = option(None, "Compute precision.", one_of("auto", "float32", "bfloat16"), shown="auto")
     cache_dir: Path = option(CACHE_DIR, "Where reference log-probs are kept.")
     control_tokens: str | None = option(
         None,
@@ -99,6 +108,7 @@ class TrainOptions(Options):
     warmup: float = option(0.1, "Share of the steps in which the learning rate rises.", share)
     weight_decay: float = option(0.0, "AdamW's, on matrices only.", not_negative)
     max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", not_negative)
+    memory: str = memory_option()
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     seed: int = option(0, "Seed of the order of the pairs.", seedlike)
     log_every: int = option(10, "Steps between console lines where the output is no terminal.", positive)
@@ -112,6 +122,7 @@ class TrainOptions(Options):
 class PrecomputeOptions(Options):
     """`dpo precompute-ref`."""
 
+    memory: str = memory_option()
     verify: int = option(0, "Recompute this many random cached pairs and show the largest difference.", not_negative)
 
 

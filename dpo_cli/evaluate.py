@@ -9,7 +9,7 @@ import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,15 @@ from dpo_cli.model import (
     load_model,
     load_tokenizer,
 )
-from dpo_cli.prepare import choose_model, fill_reference, load_weights, make_scorer, open_cache, read_pairs
+from dpo_cli.prepare import (
+    choose_model,
+    fill_reference,
+    halved_if_split,
+    load_weights,
+    make_scorer,
+    open_cache,
+    read_pairs,
+)
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.run import read_manifest, trained_with
 from dpo_cli.tokens import Pair, Pairs, reasons
@@ -109,12 +117,15 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
+    memory = run.get("memory", "full")
     memo = WeightsMemo(source, options.cache_dir)
     model = load_model(source)
-    scorer = make_scorer(model, pairs, options, default_device(), reporter)
+    weights = memo.hash(model) if options.ref is None and source.run is None else ""
+    scorer = make_scorer(model, pairs, options, default_device(), reporter, memory)
+    halved_if_split(model, weights, memory)
     policy = policy_logps(scorer, pairs, reporter)
     assert policy is not None
-    reference = _reference_logps(options, source, memo, model, pairs, scorer, reporter)
+    reference = _reference_logps(options, source, weights, memory, pairs, scorer, reporter)
     result: dict[str, Any] = {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
     result["beta"] = options.beta
     result |= evaluate(policy, reference, options.beta, run.get("label_smoothing", 0.0))
@@ -132,26 +143,27 @@ def _run_options(source: ModelSource) -> dict[str, Any]:
     if source.run is None:
         return {}
     options = trained_with(source.run)
-    names = ("max_length", "control_tokens", "dtype", "beta", "label_smoothing")
+    names = ("max_length", "control_tokens", "dtype", "beta", "label_smoothing", "memory")
     return {name: getattr(options, name) for name in names}
 
 
 def _reference_logps(
     options: EvalOptions,
     source: ModelSource,
-    memo: WeightsMemo,
-    policy: PreTrainedModel,
+    weights: str,
+    memory: str,
     pairs: Pairs,
     scorer: Scorer,
     reporter: Reporter,
 ) -> Tensor:
     """Log-probs of all pairs under the reference: (P, 2) nats. Its model is loaded only if the cache lacks pairs.
 
-    It then takes the policy's place in memory: never two models at once.
+    ``weights`` is the hash of the policy's, which is the reference where it is no run. A loaded reference takes the
+    policy's place in memory: never two models at once.
     """
     if options.ref is None and source.run is None:
         reporter.fact("reference", "the model itself: it is no run, and there is no --ref")
-        own = fingerprint(policy, memo.hash(policy), scorer.layout, scorer.dtype)
+        own = fingerprint(cast(PreTrainedModel, scorer.model), weights, scorer.layout, scorer.dtype)
         return fill_reference(open_cache(options, own, source, scorer, reporter), pairs, scorer, reporter).logps
     trained_from: dict[str, Any] = {}
     name = options.ref
@@ -164,14 +176,15 @@ def _reference_logps(
             cache = ReferenceCache(options.cache_dir, trained_from["fingerprint"], reporter.warn)
             if not cache.lookup(pairs).isnan().any():
                 return fill_reference(cache, pairs, scorer, reporter).logps
-    policy.to("meta")  # type: ignore[arg-type]  # frees the policy's weights
+    scorer.model.to("meta")  # frees the policy's weights
     gc.collect()
     try:
         reference = choose_model(name, options, reporter, "reference")
         model, weights = load_weights(reference, options)
     except UsageError as error:
         raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
-    scorer = make_scorer(model, pairs, options, scorer.device, reporter)
+    scorer = make_scorer(model, pairs, options, scorer.device, reporter, memory)
+    weights, _ = halved_if_split(model, weights, memory)
     found = fingerprint(model, weights, scorer.layout, scorer.dtype)
     if trained_from and not same_weights(found, trained_from["fingerprint"]):
         raise UsageError(f"{reference.path} is no longer the model the run began with; name that one with --ref")

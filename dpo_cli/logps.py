@@ -160,9 +160,15 @@ def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, apart: 
     return -F.cross_entropy(logits[batch.predictors // width, column].float(), batch.targets, reduction="none")
 
 
+def head_room(model: nn.Module) -> int:
+    """Response tokens that may meet the head together."""
+    vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    return HEAD_BYTES // (4 * vocabulary)
+
+
 def head_pieces(model: nn.Module, batch: MicroBatch) -> Iterator[tuple[slice, slice]]:
-    """Places of pairs, and of their response tokens, that meet the head together: as ``HEAD_BYTES`` allows."""
-    room = HEAD_BYTES // (4 * model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    """Places of whole pairs, and of their response tokens, that meet the head together."""
+    room = head_room(model)
     pair = token = end = 0
     for place, more in enumerate(batch.pair_tokens):
         if place > pair and end + more - token > room:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED, attention
-from dpo_cli.batch import Layout, lay_out, padded, row_cost
+from dpo_cli.batch import Layout, lay_out, padded, probes
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.logps import token_logps
 from dpo_cli.tokens import Pair
@@ -245,33 +245,16 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 on CUDA, float32 elsewhere."""
+def compute_dtype(name: str | None, device: torch.device, halved: bool = False) -> torch.dtype:
+    """``auto``: bfloat16 on CUDA and for ``halved`` weights, else float32."""
     if name in (None, "auto"):
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" or halved else torch.float32
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The option's word for a precision."""
     return str(dtype).removeprefix("torch.")
-
-
-STATE_BYTES = 16  # a trained parameter: float32 weight, gradient and two moments
-
-
-def activation_bytes(model: PreTrainedModel) -> int:
-    """Rough bytes that a packed token costs in training: the layers' activations, and logits on half the tokens."""
-    config = model.config.get_text_config()
-    return int(config.num_hidden_layers * config.hidden_size * 4 * 20 + config.vocab_size * 4 * 3 // 2)
-
-
-def default_max_tokens(model: PreTrainedModel, device: torch.device) -> int:
-    """Tokens a forward: what fits beside the training state; on a CPU more than a few thousand bring no speed."""
-    if device.type != "cuda":
-        return 2048
-    free = torch.cuda.mem_get_info(device)[0] - (STATE_BYTES - 4) * model.num_parameters()  # weights are there
-    return int(min(max(0.7 * free / activation_bytes(model), 1024), 65536))
 
 
 # ---- layout -----------------------------------------------------------------------------------------------------
@@ -292,11 +275,8 @@ def choose_layout(
     Raises:
         DpoError: not even padded batches give the numbers of single sequences.
     """
-    fitting = (pair for pair in pairs if row_cost(pair, "packed") <= max_tokens)
-    longest = max(fitting, key=lambda pair: row_cost(pair, "shared"), default=None)
-    shortest = min(pairs, key=lambda pair: row_cost(pair, "shared"))
-    probes = [longest, shortest] if longest else [shortest]
-    alone = [padded([(pair.prompt, r)]).to(device) for pair in probes for r in (pair.chosen, pair.rejected)]
+    tried = probes(pairs, "packed", max_tokens)
+    alone = [padded([(pair.prompt, r)]).to(device) for pair in tried for r in (pair.chosen, pair.rejected)]
     precisions = dict.fromkeys((torch.float32, dtype))
     expected = {p: torch.cat([token_logps(model, batch, p) for batch in alone]) for p in precisions}
     if not all(logps.isfinite().all() for logps in expected.values()):
@@ -308,7 +288,7 @@ def choose_layout(
         apart = False
     reasons: list[str] = []
     for layout, told in _TOLD.items():
-        batch = lay_out(probes, layout).to(device)
+        batch = lay_out(tried, layout).to(device)
         try:
             with attention(model, PREFIX_SHARED if layout == "shared" else None):
                 scored = {p: token_logps(model, batch, p, apart) for p in precisions}

@@ -20,8 +20,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import StateDict
 
-BYTES = {"full": 16, "8bit": 10, "split": 8, "in-backward": 6}  # a parameter: weight, gradient and moments
-SPLIT = {"split", "in-backward"}  # modes whose model has to be halved first
+# Of a parameter on the device: its weight, its gradient, its moments. "in-backward": no gradient outlives its update;
+# "offload": what no forward reads stays in the host's memory.
+BYTES = {"full": (4, 4, 8), "8bit": (4, 4, 2), "split": (4, 2, 2), "in-backward": (4, 0, 2), "offload": (2, 2, 0)}
+SPLIT = {"split", "in-backward", "offload"}  # modes whose model has to be halved first
 BLOCK = 256  # values that share scales
 SLICE = 2**22  # values that are float32 at a time; a multiple of BLOCK
 SMALLEST = 4096  # values of a tensor whose moments are worth coding
@@ -43,7 +45,8 @@ def make_optimizer(
     if memory == "full":
         return AdamW(groups, lr=0.0, fused=True)
     assert (memory in SPLIT) == (low is not None)
-    return SmallAdamW(groups, {p: low[name] for name, p in model.named_parameters()} if low is not None else {})
+    halves: dict[Tensor, Tensor] = {p: low[name] for name, p in model.named_parameters()} if low is not None else {}
+    return SmallAdamW(groups, halves, torch.device("cpu") if memory == "offload" else None)
 
 
 # ---- weights in two halves --------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def rejoin(model: nn.Module, optimizer: Optimizer) -> None:
     """
     for p in model.parameters():
         if (low := optimizer.state[p].pop("low", None)) is not None:
-            p.data = join(p.detach(), low.view_as(p))
+            p.data = join(p.detach(), low.to(p.device).view_as(p))
 
 
 # ---- moments in 8 bits ------------------------------------------------------------------------------------------
@@ -124,11 +127,11 @@ def _root(codes: Tensor, least: Tensor, gap: Tensor) -> Tensor:
     return codes.float().mul_(gap).add_(least).exp2_()
 
 
-def _zero_moments(p: Tensor) -> dict[str, Tensor]:
+def _zero_moments(p: Tensor, device: torch.device) -> dict[str, Tensor]:
     """The moments of a parameter before its first step: coded, or float32 where that is hardly worth it."""
-    shape, device = (-1, BLOCK) if _is_coded(p) else (1, -1), p.device
+    shape = (-1, BLOCK) if _is_coded(p) else (1, -1)
     zeros = torch.zeros(p.numel(), dtype=torch.uint8, device=device).view(shape)
-    step = torch.zeros((), device=device)
+    step = torch.zeros((), device=p.device)
     if not _is_coded(p):
         return {"step": step, "exp_avg": zeros.float(), "exp_avg_sq": zeros.float()}
     column = torch.zeros(len(zeros), 1, device=device)
@@ -146,17 +149,27 @@ def _is_coded(p: Tensor) -> bool:
 class SmallAdamW(Optimizer):
     """AdamW whose moments take a byte each and whose weights are float32, or bfloat16 with their low halves.
 
-    Its state is plain tensors: ``step``, the moments and their scales, ``low``.
+    Its state is plain tensors: ``step``, the moments and their scales, ``low``. Where ``home`` is not the parameters'
+    device it is kept there, and travels to them and back a slice at a time.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], low: Mapping[Tensor, Tensor]) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], low: Mapping[Tensor, Tensor], home: torch.device | None = None
+    ) -> None:
         super().__init__(groups, {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8})
+        self._home = home
         for _, p in self._parameters():
             p.data = p.detach().contiguous()  # it is looked at in blocks
             if low:
-                self.state[p]["low"] = low[p].to(p.device).view((-1, BLOCK) if _is_coded(p) else (1, -1))
+                half = low[p].view((-1, BLOCK) if _is_coded(p) else (1, -1))
+                self.state[p]["low"] = self._kept(half, p)
         device = p.device
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
+
+    def _kept(self, tensor: Tensor, p: Tensor) -> Tensor:
+        """Part of a parameter's state, where it is kept: page-locked where it will travel."""
+        tensor = tensor.to(self._home or p.device)
+        return tensor.pin_memory() if tensor.device != p.device else tensor
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
         return ((group, p) for group in self.param_groups for p in group["params"])
@@ -167,7 +180,7 @@ class SmallAdamW(Optimizer):
         self.state.clear()
         for index, values in state_dict["state"].items():
             p = parameters[index]
-            self.state[p] = {name: value.to(p.device) for name, value in values.items()}
+            self.state[p] = {name: self._kept(v, p) if name != "step" else v.to(p.device) for name, v in values.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -219,7 +232,8 @@ class SmallAdamW(Optimizer):
         assert p.grad is not None
         state = self.state[p]
         if "step" not in state:
-            state.update(_zero_moments(p))
+            zero = _zero_moments(p, self._home or p.device)
+            state.update({name: self._kept(v, p) if name != "step" else v for name, v in zero.items()})
         poisoned = self._squares.isfinite().logical_not().float()
         shape = state["exp_avg"].shape  # (B, W)
         rows = {name: tensor for name, tensor in state.items() if name != "step"}
@@ -232,6 +246,8 @@ class SmallAdamW(Optimizer):
 
 def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any], poisoned: Tensor) -> None:
     """One step of AdamW on some blocks (B, W) and their moments, in place; nothing if ``poisoned`` is 1."""
+    kept, device = part, part["weight"].device
+    part = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.items()}
     weight = join(part["weight"], part["low"]) if "low" in part else part["weight"]
     moments = decode(part) if "scale" in part else (part["exp_avg"], part["exp_avg_sq"])
     adamw(
@@ -251,8 +267,11 @@ def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any],
         eps=group["eps"],
         maximize=False,
     )
-    new = encode(*moments, dither=(step + 1).double() * GOLDEN % 1) if "scale" in part else {}
+    new = {"exp_avg": moments[0], "exp_avg_sq": moments[1]}
+    if "scale" in part:
+        new = encode(*moments, dither=(step + 1).double() * GOLDEN % 1)
     if "low" in part:
         new["weight"], new["low"] = split(weight)
     for name, tensor in new.items():
-        part[name].copy_(torch.where(poisoned > 0, part[name], tensor))
+        if tensor is not kept[name]:
+            kept[name].copy_(torch.where(poisoned > 0, part[name], tensor), non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any, cast
@@ -16,18 +17,19 @@ from dpo_cli.data import REST, read_rows
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
 from dpo_cli.logps import Scorer, noise
+from dpo_cli.memory import MOST_TOKENS, fit, process_bytes
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import (
     ModelSource,
     choose_layout,
     compute_dtype,
     default_device,
-    default_max_tokens,
     dtype_name,
     find_model,
     load_model,
     load_tokenizer,
 )
+from dpo_cli.optimizer import SPLIT, halve
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
 from dpo_cli.tokens import Pair, Pairs, PairSet, reasons, refusal, tokenize_rows
 
@@ -87,33 +89,51 @@ def read_pairs(files: list[str], options: Options, tokenizer: Any, reporter: Rep
 
 
 def make_scorer(
-    model: PreTrainedModel, pairs: Pairs, options: Options, device: torch.device, reporter: Reporter
+    model: PreTrainedModel, pairs: Pairs, options: Options, device: torch.device, reporter: Reporter, memory: str
 ) -> Scorer:
-    """Move the model to the device and settle how its forwards run.
+    """Move the model to the device and settle how its forwards run. Weights are still whole, whatever ``memory`` says.
 
     Raises:
-        UsageError: a pair is too long for the model, or has a token that it does not know.
+        UsageError: a pair is too long for the model, or has a token that it does not know; or the memory mode does not
+            go with the precision or the device.
     """
+    dtype = compute_dtype(options.dtype, device, memory in SPLIT)
+    if memory in SPLIT and dtype != torch.bfloat16:
+        raise UsageError(f"--memory {memory}: its weights compute in bfloat16, not in --dtype {options.dtype}")
+    if memory == "offload" and device.type == "cpu":
+        raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
     known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if pairs.largest_id() >= known:
         raise UsageError(
             f"the tokenizer gives the token {pairs.largest_id()} and the model knows {known}: they do not fit"
         )
     model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
-    max_tokens = options.max_tokens or default_max_tokens(model, device)
+    max_tokens = options.max_tokens or MOST_TOKENS[device.type]
     longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise UsageError(f"a pair has {longest} tokens and the model reads at most {limit}; set --max-length {limit}")
-    dtype = compute_dtype(options.dtype, device)
     layout, apart, told = choose_layout(model, pairs, max_tokens, device, dtype)
     reporter.fact("layout", told)
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
     scorer = Scorer(model, layout, dtype, max_tokens, device, apart, reporter.warn)
-    if alone := sum(cost > max_tokens for cost in scorer.costs(pairs)):
-        reporter.warn(f"{alone:,} pairs are longer than --max-tokens {max_tokens}; each gets a forward of its own")
+    tell_long(scorer, pairs, reporter)
     return scorer
+
+
+def halved_if_split(model: PreTrainedModel, weights: str, memory: str) -> tuple[str, dict[str, Tensor] | None]:
+    """The hash of the weights that compute, and their low halves where ``memory`` is a mode that splits them."""
+    if memory not in SPLIT:
+        return weights, None
+    return hashlib.sha256(f"{weights} halved".encode()).hexdigest(), halve(model)
+
+
+def tell_long(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter) -> None:
+    """Warn of pairs that are longer than a forward is planned to be."""
+    most = scorer.max_tokens
+    if alone := sum(cost > most for cost in scorer.costs(pairs)):
+        reporter.warn(f"{alone:,} pairs are longer than --max-tokens {most}; each gets a forward of its own")
 
 
 def tell_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> tuple[Tensor, list[int]]:
@@ -148,8 +168,11 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
     tokenizer = load_tokenizer(source)
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
+    process = process_bytes(default_device())
     model, weights = load_weights(source, options)
-    scorer = make_scorer(model, pairs, options, default_device(), reporter)
+    scorer = make_scorer(model, pairs, options, default_device(), reporter, options.memory)
+    memory = fit(scorer, pairs, process, options.memory, False, options.max_tokens).memory
+    weights, _ = halved_if_split(model, weights, memory)
     name = fingerprint(model, weights, scorer.layout, scorer.dtype)
     cache = open_cache(options, name, source, scorer, reporter)
     filled = fill_reference(cache, pairs, scorer, reporter)

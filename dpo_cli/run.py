@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.batch import Step, plan_run, row_cost
@@ -26,17 +27,18 @@ from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
 from dpo_cli.errors import DpoError, UsageError, printable
 from dpo_cli.fingerprint import fingerprint
 from dpo_cli.logps import Scorer
+from dpo_cli.memory import Fit, fit, process_bytes, usable_bytes
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import (
-    STATE_BYTES,
     ModelSource,
-    activation_bytes,
     dtype_name,
     load_tokenizer,
 )
+from dpo_cli.optimizer import BYTES
 from dpo_cli.prepare import (
     DEFAULT_MAX_LENGTH,
     choose_model,
+    halved_if_split,
     hold_out,
     load_weights,
     make_scorer,
@@ -67,6 +69,8 @@ class Run:
     plan: list[Step]
     start: str  # fingerprint of the start policy, which is the reference
     cache: ReferenceCache
+    fitted: Fit
+    low: dict[str, Tensor] | None  # the lower halves of the weights, where the memory mode splits them
 
     def used(self) -> list[int]:
         """Places of the pairs that the plan trains on."""
@@ -90,21 +94,7 @@ def lay_out_run(
     Raises:
         UsageError: an option, the data or the model cannot be used.
     """
-    folder = resume or options.output or _free_name(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
-    if resume is None and folder.exists():
-        _refuse_if_held(folder)
-        raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
-    try:
-        str(folder.absolute()).encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"--output {folder}: its path is not UTF-8") from error
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UsageError(f"--output {folder}: cannot be made, for {above} is no folder that can be written to")
-    if options.eval_data and options.eval_fraction:
-        raise UsageError("--eval-data and --eval-fraction: give one of them")
-    if not (options.eval_data or options.eval_fraction) and (options.eval_every or options.show_answers):
-        raise UsageError("--eval-every and --show-answers need held-out pairs: --eval-data or --eval-fraction")
+    folder = _checked_folder(options, resume)
     source = choose_model(options.model, options, reporter)
     tokenizer = load_tokenizer(source)
     options = dataclasses.replace(
@@ -121,10 +111,22 @@ def lay_out_run(
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
         reporter.fact("held out", f"{len(held_out):,} of the pairs")
 
+    process = process_bytes(device)
     model, weights = load_weights(source, options, remember=not dry_run)
     own_attention = model.config._attn_implementation
-    scorer = make_scorer(model, pairs + held_out, options, device, reporter)
-    options = dataclasses.replace(options, max_tokens=scorer.max_tokens, dtype=dtype_name(scorer.dtype))
+    scorer = make_scorer(model, pairs + held_out, options, device, reporter, options.memory)
+    fitted = fit(scorer, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
+    weights, low = halved_if_split(model, weights, fitted.memory)
+    if low:  # halved, its forward keeps less
+        fitted = fit(scorer, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
+    scorer.max_tokens = fitted.max_tokens
+    options = dataclasses.replace(
+        options,
+        max_tokens=fitted.max_tokens,
+        dtype=dtype_name(scorer.dtype),
+        memory=fitted.memory,
+        gradient_checkpointing=fitted.recompute,
+    )
     costs = scorer.costs(pairs)
     plan = plan_run(
         costs,
@@ -152,9 +154,40 @@ def lay_out_run(
         plan,
         start,
         open_cache(options, start, source, scorer, reporter),
+        fitted,
+        low,
     )
+    _check_in_backward(run)
     _tell_plan(run, reporter)
     return run
+
+
+def _checked_folder(options: TrainOptions, resume: Path | None) -> Path:
+    """The run's folder, which can be made; and options that contradict each other are refused."""
+    folder = resume or options.output or _free_name(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
+    if resume is None and folder.exists():
+        _refuse_if_held(folder)
+        raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"--output {folder}: its path is not UTF-8") from error
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"--output {folder}: cannot be made, for {above} is no folder that can be written to")
+    if options.eval_data and options.eval_fraction:
+        raise UsageError("--eval-data and --eval-fraction: give one of them")
+    if not (options.eval_data or options.eval_fraction) and (options.eval_every or options.show_answers):
+        raise UsageError("--eval-every and --show-answers need held-out pairs: --eval-data or --eval-fraction")
+    return folder
+
+
+def _check_in_backward(run: Run) -> None:
+    if run.fitted.memory == "in-backward" and (run.options.max_grad_norm or any(len(step) > 1 for step in run.plan)):
+        raise UsageError(
+            "--memory in-backward: each weight is updated as soon as its gradient is there, so a step must be one "
+            "forward (a lower --batch-size, a higher --max-tokens) and nothing can be clipped (--max-grad-norm 0)"
+        )
 
 
 def _free_name(folder: Path) -> Path:
@@ -167,7 +200,7 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     options, scorer = run.options, run.scorer
     parameters = run.model.num_parameters()
     threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
-    reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}, weights float32")
+    reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}; {_KEPT[run.fitted.memory]}")
     reporter.fact("parameters", f"{parameters:,}, all trained")
     steps = [[i for indices in step for i in indices] for step in run.plan]
     tokens = sum(run.costs[i] for step in steps for i in step)
@@ -177,8 +210,24 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     reporter.fact("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {budget}")
     padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
     reporter.fact("tokens", f"{tokens:,} to train on; {padded}")
-    need = parameters * STATE_BYTES + scorer.max_tokens * activation_bytes(run.model)
-    reporter.fact("memory", f"about {need / 2**30:.1f} GiB at most (estimate)")
+    need, room = run.fitted.estimate(run.plan, run.costs, run.pairs, scorer), usable_bytes(scorer.device)
+    state = parameters * sum(BYTES[run.fitted.memory]) / 2**30
+    again = ", activations computed again in the backward pass" if run.fitted.recompute else ""
+    told = f"about {need / 2**30:.1f} GiB at most (estimate), {state:.1f} of them weights, gradients and moments{again}"
+    reporter.fact("memory", told)
+    if need > room:
+        reporter.warn(
+            f"that is more than the {room / 2**30:.1f} GiB to be had: try a lower --max-length or --max-tokens"
+        )
+
+
+_KEPT = {
+    "full": "weights and moments float32",
+    "8bit": "weights float32, moments 8 bits",
+    "split": "weights bfloat16 with their lower halves, moments 8 bits",
+    "in-backward": "weights bfloat16 with their lower halves, moments 8 bits, updated in the backward pass",
+    "offload": "weights bfloat16; their lower halves and 8-bit moments in the host's memory",
+}
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import dataclasses
 import math
 import signal
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from dpo_cli.errors import DpoError
 from dpo_cli.logps import Scorer, out_of_memory
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, pair_sums, summarize
+from dpo_cli.optimizer import SmallAdamW
 from dpo_cli.tokens import Pair
 
 
@@ -35,6 +36,11 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     if options.schedule == "linear":
         return options.lr * (1 - done)
     return options.lr * (0.5 + 0.5 * math.cos(math.pi * done) if options.schedule == "cosine" else 1)
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside of what the engine made of it."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class StopSignal:
@@ -86,35 +92,52 @@ class Trainer:
         has left half of its gradient behind.
 
         Raises:
-            NotFiniteError: a loss or the gradient is not finite; the weights are as before the step.
+            NotFiniteError: a loss or the gradient is not finite; the weights are as before the step, unless they are
+                updated in the backward pass.
             DpoError: one pair alone does not fit the device's memory.
         """
-        accelerator = self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.scorer.model.train()
         pairs_in_step = sum(len(indices) for indices in micro_batches)
+        updating = self.in_backward.updating(lr) if self.in_backward else None
         while True:
             mine = self._cut(micro_batches)
-            sums, losses, too_large = self._gradient(mine, pairs_in_step, stop)
+            sums, losses, too_large = self._gradient(mine, pairs_in_step, stop, updating)
             if stop.requested or not too_large:
                 break
             self.optimizer.zero_grad()
+            if updating:
+                raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
             self.scorer.shrink([self.pairs[i] for i in too_large])
-        if stop.requested:
+        if stop.requested and (too_large or not updating):
             self.optimizer.zero_grad()
             return None
-        norm = accelerator.clip_grad_norm_(self.scorer.model.parameters(), self.options.max_grad_norm or math.inf)
-        assert isinstance(norm, Tensor)
-        sums = accelerator.reduce(sums)
-        *totals, grad_norm = torch.cat([sums, norm.detach().double()[None]]).tolist()  # the step's one read-back
+        *totals, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # the one read-back
         if not math.isfinite(totals[0] + grad_norm):
             self.optimizer.zero_grad()
             places = [i for indices in mine for i in indices]
             raise self._not_finite(dict(zip(places, torch.cat(losses).tolist(), strict=True)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if not updating:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return summarize(totals) | {"grad_norm": grad_norm, "learning_rate": lr}
+
+    @property
+    def in_backward(self) -> SmallAdamW | None:
+        """The optimizer, where it updates the weights in the backward pass of a step, which is a single one."""
+        if self.options.memory != "in-backward":
+            return None
+        return cast(SmallAdamW, unwrapped(self.optimizer))
+
+    def _norm(self) -> Tensor:
+        """Norm of the step's gradient, which is clipped now or was used up: (1,)."""
+        if self.in_backward:
+            return self.in_backward.grad_norm[None]
+        most = self.options.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.scorer.model.parameters(), most)
+        assert isinstance(norm, Tensor)
+        return norm.detach().double()[None]
 
     def _cut(self, micro_batches: Step) -> Step:
         """This rank's micro-batches of a step, cut smaller than planned where memory has run out."""
@@ -125,9 +148,11 @@ class Trainer:
         return micro_batches[rank::world]
 
     def _gradient(
-        self, mine: Step, pairs_in_step: int, stop: StopSignal
+        self, mine: Step, pairs_in_step: int, stop: StopSignal, updating: AbstractContextManager[None] | None
     ) -> tuple[Tensor, list[Tensor], tuple[int, ...]]:
         """Add up the gradient over micro-batches, until one does not fit the device's memory or a signal comes.
+
+        The weights are updated as it comes where it is taken inside ``updating``.
 
         Returns: the metrics' sums, the losses (P,) of each micro-batch, and the one that did not fit, else ().
         """
@@ -135,7 +160,7 @@ class Trainer:
         losses: list[Tensor] = []
         for number, indices in enumerate(mine, 1):
             with nullcontext() if number == len(mine) else self.accelerator.no_sync(self.scorer.model):
-                done = self._backward(indices, pairs_in_step)
+                done = self._backward(indices, pairs_in_step, updating)
             if done is None:
                 return sums, losses, indices
             losses.append(done[0])
@@ -144,7 +169,9 @@ class Trainer:
                 break
         return sums, losses, ()
 
-    def _backward(self, indices: tuple[int, ...], pairs_in_step: int) -> tuple[Tensor, Tensor] | None:
+    def _backward(
+        self, indices: tuple[int, ...], pairs_in_step: int, updating: AbstractContextManager[None] | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """Losses (P,) and metrics' sums of one micro-batch, its gradient added; None when memory ran out."""
         done: list[tuple[Tensor, Tensor]] = []
 
@@ -155,7 +182,7 @@ class Trainer:
             return part
 
         try:
-            self.scorer.backward(self.scorer.batch([self.pairs[i] for i in indices]), loss)
+            self.scorer.backward(self.scorer.batch([self.pairs[i] for i in indices]), loss, updating)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -26,10 +26,10 @@ from dpo_cli.evaluate import answers, evaluate, policy_logps
 from dpo_cli.logps import noise
 from dpo_cli.metrics import Reporter, append_metrics, evaluations, truncate_metrics
 from dpo_cli.model import default_device
-from dpo_cli.optimizer import make_optimizer
+from dpo_cli.optimizer import make_optimizer, rejoin
 from dpo_cli.prepare import fill_reference, tell_cached
 from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
-from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate
+from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
 from dpo_cli.tokens import reasons
 
 
@@ -69,6 +69,7 @@ def train(
         done = _restore(run, trainer, reporter) if resume else 0
         try:
             _Loop(run, trainer, held_out_reference, stop, reporter).go_on_from(done)
+            rejoin(run.model, unwrapped(trainer.optimizer))
             with attention(run.model, run.own_attention):
                 export_model(run.folder / "model", run.model, run.tokenizer, model_card(run))
         except NotWrittenError as error:
@@ -96,7 +97,7 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
         # transformers 5.23 renamed it, and 5.17 has only the old name
         new = getattr(run.model, "activation_checkpointing_enable", None)
         (new or run.model.gradient_checkpointing_enable)({"use_reentrant": False})
-    optimizer = make_optimizer(run.model, run.options.weight_decay)
+    optimizer = make_optimizer(run.model, run.options.weight_decay, run.fitted.memory, run.low)
     prepared, optimizer = accelerator.prepare(run.model, optimizer)
     max_tokens = run.options.max_tokens or run.scorer.max_tokens  # as planned, whatever scoring came down to
     trainer = Trainer(
@@ -239,9 +240,10 @@ class _Loop:
         kept = f"Its pairs are in {file}" if file.exists() else f"Its pairs could not be written to {file}"
         everywhere = len(error.bad) == len(error.losses) > 1
         cause = f"--lr {run.options.lr} may be too high" if everywhere else "look at the named rows first"
+        touched = "Some weights were" if self.trainer.in_backward else "The weights were not"
         return DpoError(
             f"step {step}: {error}. Likely causes: {cause}; --dtype {run.options.dtype} may be too coarse. "
-            f"The weights were not changed by this step, and earlier checkpoints are whole. {kept}"
+            f"{touched} changed by this step, and earlier checkpoints are whole. {kept}"
         )
 
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"batch"},
     {"attention", "losses", "optimizer"},
     {"logps"},
-    {"model", "disk"},
+    {"model", "disk", "memory"},
     {"metrics", "fingerprint", "shards"},
     {"reference", "checkpoint", "step"},
     {"prepare", "cache"},
