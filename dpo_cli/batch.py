@@ -100,12 +100,12 @@ def row_cost(pair: Pair, layout: Layout) -> int:
     return 2 * (prompt + max(chosen, rejected))
 
 
-def probes(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> tuple[Pair, Pair]:
-    """Pairs to try a model on: the shortest, and the longest that fits ``max_tokens`` (else the shortest)."""
+def probes(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> list[Pair]:
+    """Pairs to try a model on: the longest that fits ``max_tokens``, if one does, and the shortest."""
     costs = [row_cost(pair, layout) for pair in pairs]
-    short = min(range(len(pairs)), key=costs.__getitem__)
-    long = max(range(len(pairs)), key=lambda i: costs[i] if costs[i] <= max_tokens else 0)
-    return pairs[short], pairs[long if costs[long] <= max_tokens else short]
+    shortest = costs.index(min(costs))
+    longest = max(range(len(costs)), key=lambda i: costs[i] if costs[i] <= max_tokens else 0)
+    return [pairs[i] for i in ([longest] if costs[longest] <= max_tokens else []) + [shortest]]
 
 
 # ---- one micro-batch --------------------------------------------------------------------------------------------

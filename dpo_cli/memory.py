@@ -72,7 +72,8 @@ def measure_costs(scorer: Scorer, pairs: Sequence[Pair], process: int) -> Costs:
     """Count what a forward keeps: over the longest pair that fits ``max_tokens``, and over it and the shortest."""
     model: Any = scorer.model
     config = model.config.get_text_config()
-    short, long = probes(pairs, scorer.layout, scorer.max_tokens)
+    tried = probes(pairs, scorer.layout, scorer.max_tokens)
+    long, short = tried[0], tried[-1]
     tokens = row_cost(long, scorer.layout)
     one, two = _kept(scorer, [long]), _kept(scorer, [long, short])
     slack = FRAGMENTED if scorer.device.type == "cpu" else 1.0
@@ -156,7 +157,7 @@ def fit(
     """
     most, room = MOST_TOKENS[scorer.device.type], usable_bytes(scorer.device)
     costs = measure_costs(scorer, pairs, process)
-    _, longest = probes(pairs, scorer.layout, most)
+    longest = probes(pairs, scorer.layout, most)[0]
     enough = max_tokens or max(row_cost(longest, scorer.layout), FEWEST_TOKENS)
     head = max(at_head(scorer, [longest]), min(head_room(scorer.model), enough)) if scorer.apart else 0
     ways = [(memory, recompute)]
