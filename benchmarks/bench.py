@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
@@ -202,8 +203,8 @@ def measure_blocks(
             found["lines"].append(summarize(case, phase, took, rate))
             losses = [said[side]["losses"] for side in took if "losses" in said.get(side, {})]
             if len(losses) == 2:
-                apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
-                found["loss_difference"] = max(found["loss_difference"], apart)
+                apart = [abs(a - b) if math.isfinite(a - b) else math.inf for a, b in zip(*losses, strict=True)]
+                found["loss_difference"] = max(found["loss_difference"], *apart)
                 found["lines"][-1]["losses"] = dict(zip(took, losses, strict=True))
     finally:
         for worker in workers.values():

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in under 9 minutes: tests marked gpu, then the benchmark; results go to $OUT.
+# Everything that wants a GPU, in under 9 minutes: tests marked gpu, then the benchmark. $OUT gets report.md, errors.log
+# and the numbers of each benchmark as JSON.
 #   benchmarks/gpu.sh                          on a machine with CUDA, torch and transformers
 #   DEVICE=cpu SIZES=tiny benchmarks/gpu.sh    the same lines where there is none
 # TRL and what else is missing may lie as wheels in benchmarks/wheels/. A part that takes too long is ended, and told.
@@ -27,10 +28,9 @@ MODES=${MODES-"--memory split --gradient-checkpointing"}
 part() {  # name, seconds, command…
   local name=$1 seconds=$2 began=$SECONDS
   shift 2
-  timeout -k 10 "$seconds" "$@" >"$OUT/$name.md" 2>"$OUT/$name.log"
-  local code=$?
-  echo "== $name: exit code $code after $((SECONDS - began)) s of at most $seconds"
-  grep -v '^$' "$OUT/$name.md" | tail -n 12
+  echo "== $name" | tee -a "$OUT/errors.log"
+  timeout -k 10 "$seconds" "$@" 2>>"$OUT/errors.log"
+  echo "== $name: exit code $? after $((SECONDS - began)) s of at most $seconds"
 }
 
 bench() {  # name, seconds, options…
@@ -39,18 +39,23 @@ bench() {  # name, seconds, options…
   part "$name" "$seconds" "$PYTHON" -m benchmarks.bench --device "$DEVICE" --limit "$limit" --json "$OUT/$name.json" "$@"
 }
 
-part tests 75 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -W ignore::pytest.PytestConfigWarning
-part model 30 "$PYTHON" -m benchmarks.shapes "$small" "$temporary/small"
-for case in hh ultrafeedback; do
-  bench "$case" 95 --model "$temporary/small" --case "$case" --phases precompute train eval "${size[@]}" --rounds "$rounds"
-done
-bench grid 80 --model "$temporary/small" --case ultrafeedback --phases train "${size[@]}" --rounds 1 --grid "${grid[@]}"
-part large 45 "$PYTHON" -m benchmarks.shapes "$large" "$temporary/large"
-number=0
-while IFS= read -r mode; do
-  [ -n "$mode" ] || continue
-  number=$((number + 1))
-  bench "memory-$number" 115 --model "$temporary/large" --case hh --phases command --sides ours \
-    "${size[@]}" --rounds 2 --limit 105 --ours-options="$mode"
-done < <(tr ';' '\n' <<<"$MODES")
-echo "results are in $OUT, after $SECONDS s"
+all() {
+  part tests 75 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -W ignore::pytest.PytestConfigWarning
+  part model 30 "$PYTHON" -m benchmarks.shapes "$small" "$temporary/small"
+  for case in hh ultrafeedback; do
+    bench "$case" 95 --model "$temporary/small" --case "$case" --phases precompute train eval "${size[@]}" --rounds "$rounds"
+  done
+  bench grid 80 --model "$temporary/small" --case ultrafeedback --phases train "${size[@]}" --rounds 1 --grid "${grid[@]}"
+  part large 45 "$PYTHON" -m benchmarks.shapes "$large" "$temporary/large"
+  local number=0
+  while IFS= read -r mode; do
+    [ -n "$mode" ] || continue
+    number=$((number + 1))
+    bench "memory-$number" 115 --model "$temporary/large" --case hh --phases command --sides ours \
+      "${size[@]}" --rounds 2 --limit 105 --ours-options="$mode"
+  done < <(tr ';' '\n' <<<"$MODES")
+  echo "== results are in $OUT, after $SECONDS s"
+}
+
+: >"$OUT/errors.log"
+all | tee "$OUT/report.md"
