@@ -40,7 +40,7 @@ bench() {  # name, seconds, options…
 }
 
 all() {
-  part tests 75 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -W ignore::pytest.PytestConfigWarning
+  part tests 75 "$PYTHON" -m pytest -m gpu --continue-on-collection-errors -p no:cacheprovider -W ignore::pytest.PytestConfigWarning
   part model 30 "$PYTHON" -m benchmarks.shapes "$small" "$temporary/small"
   for case in hh ultrafeedback; do
     bench "$case" 95 --model "$temporary/small" --case "$case" --phases precompute train eval "${size[@]}" --rounds "$rounds"
