@@ -25,4 +25,4 @@ demo: setup
 	  --max-steps 24 --batch-size 8 --lr 3e-5 --log-every 2 --show-answers 2
 
 bench: setup
-	$(BIN)/python benchmarks/trl_parity.py --data sample_data/train-strings.jsonl --rows 16 --steps 4
+	$(BIN)/python -m benchmarks.bench

@@ -1,6 +1,6 @@
 """Train the same pairs here and with TRL's DPOTrainer, and show how far the numbers lie apart.
 
-    python benchmarks/trl_parity.py --data pairs.jsonl --columns prompt=instruction --rows 16 --steps 4
+    python -m benchmarks.trl_parity --data pairs.jsonl --columns prompt=instruction --rows 16 --steps 4
 
 Both sides get the same start weights, the same rows as strings in the same order, float32 and the same optimizer and
 schedule; each runs its own loop. Rows that cannot be used or would be truncated are passed over: the two truncate
@@ -17,20 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PrinterCallback
-from transformers.utils import logging
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoModelForCausalLM
+from trl import DPOTrainer
 
-from dpo_cli.batch import plan_run
+from benchmarks.cases import Record, as_record, step_order, usable_rows, write_records
+from benchmarks.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.config import TrainOptions
-from dpo_cli.data import BadRow, Row, RowError, read_rows
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import find_model, load_model, load_tokenizer
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.tokens import Encoder, Pair
+from dpo_cli.tokens import Pair, digest
 from dpo_cli.train import train
 
 
@@ -66,48 +63,18 @@ class Parity:
         return found | {name: value for name, value in asdict(self).items() if not name.endswith("_logps")}
 
 
-def usable_rows(options: TrainOptions, count: int) -> list[tuple[Row, Pair]]:
-    """The first rows of strings that make a pair untruncated."""
-    encoder = Encoder(load_tokenizer(find_model(options.model)), options.max_length or 1024)
-    found: list[tuple[Row, Pair]] = []
-    for row in read_rows(options.data, options.columns):
-        if isinstance(row, BadRow) or not isinstance(row.prompt, str):
-            continue
-        try:
-            pair, notes = encoder.pair(row)
-        except RowError:
-            continue
-        if not any("shortened" in note or "cut" in note for note in notes):
-            found.append((row, pair))
-        if len(found) == count:
-            return found
-    raise SystemExit(f"only {len(found)} rows of strings can be used; --rows {count} asks for more")
-
-
 def compare(options: TrainOptions, rows: int, folder: Path) -> Parity:
     """Train on the first ``rows`` usable rows, here and with TRL; files go to the empty ``folder``."""
     if rows % options.batch_size:
         raise SystemExit(f"--rows {rows} must be a multiple of --batch-size {options.batch_size}")
     found = usable_rows(options, rows)
-    plan = plan_run(
-        [1] * rows,  # which pairs make a step does not depend on their length
-        "shared",
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        max_tokens=rows,
-        world=1,
-        seed=options.seed,
-    )
-    order = [index for step in plan for micro_batch in step for index in micro_batch]
-    records = [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row, _ in found]
+    steps = step_order(rows, options)
+    order = [index for step in steps for index in step]
+    records = [as_record(row) for row, _ in found]
     our_logps, metrics, our_weights = run_ours(options, records, [found[i][1] for i in order], folder)
-    trainer = make_trl_trainer(options, [records[i] for i in order], len(plan), folder)
-    ids = ("prompt", "chosen", "rejected")
-    other_ids = sum(
-        any(list(getattr(found[i][1], name)) != theirs[f"{name}_ids"] for name in ids)
-        for i, theirs in zip(order, trainer.train_dataset, strict=True)
-    )
+    trainer = make_trl_trainer(options, [records[i] for i in order], len(steps), folder)
+    expected, theirs = ([found[i][1] for i in order], pairs_of(trainer.train_dataset))
+    other_ids = sum(digest([a]) != digest([b]) for a, b in zip(expected, theirs, strict=True))
     start = weights_of(trainer.model)
     trl_logps = score_with_trl(trainer)
     trainer.train()
@@ -129,11 +96,10 @@ def compare(options: TrainOptions, rows: int, folder: Path) -> Parity:
 
 
 def run_ours(
-    options: TrainOptions, records: list[dict[str, Any]], pairs: Sequence[Pair], folder: Path
+    options: TrainOptions, records: list[Record], pairs: Sequence[Pair], folder: Path
 ) -> tuple[Tensor, list[dict[str, float]], dict[str, Tensor]]:
     """Start log-probs of the pairs, a line a step and the final weights of `dpo train`."""
-    file, cache = folder / "pairs.jsonl", folder / "cache"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    file, cache = write_records(folder / "pairs.jsonl", records), folder / "cache"
     changed = {"data": [str(file)], "columns": None, "output": folder / "run", "cache_dir": cache}
     train(TrainOptions(**(asdict(options) | changed)), None, ["benchmark"], Reporter(quiet=True))
     reference = json.loads((folder / "run" / "manifest.json").read_text())["reference"]
@@ -143,40 +109,19 @@ def run_ours(
     return logps, metrics, weights_of(model)
 
 
-def make_trl_trainer(options: TrainOptions, records: list[dict[str, Any]], steps: int, folder: Path) -> DPOTrainer:
+def make_trl_trainer(options: TrainOptions, records: list[Record], steps: int, folder: Path) -> DPOTrainer:
     """TRL's trainer with the same settings, on the records in their order."""
-    source = find_model(options.model)
-    config = DPOConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=options.batch_size,
-        max_steps=steps,
-        train_sampling_strategy="sequential",
+    config = trl_config(
+        folder / "trl",
+        steps,
+        options.batch_size,
         beta=options.beta,
         learning_rate=options.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=0,
-        weight_decay=0.0,
         max_grad_norm=options.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=False,
-        activation_checkpointing=False,
         max_length=options.max_length or 1024,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         seed=options.seed,
     )
-    trainer = DPOTrainer(
-        model=load_model(source),
-        ref_model=load_model(source),
-        args=config,
-        train_dataset=datasets.Dataset.from_list(records),
-        processing_class=load_tokenizer(source),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return make_trainer(options.model, config, records, with_reference=True)
 
 
 def score_with_trl(trainer: DPOTrainer) -> Tensor:
@@ -227,8 +172,6 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     given = vars(parser.parse_args())
     rows, steps = given.pop("rows"), given.pop("steps")
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
     epochs = -(-steps * given["batch_size"] // rows)
     options = TrainOptions(**given, max_steps=steps, epochs=epochs, warmup=0.0, dtype="float32", save_every=0)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,128 @@
+"""The pairs that a benchmark runs on: rows of a file, or random words in the lengths of published preference data.
+
+Lengths count tokens of the model at hand. Rows are strings, whole on both sides: the two truncate differently.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_cli.batch import plan_run
+from dpo_cli.config import TrainOptions
+from dpo_cli.data import BadRow, Row, RowError, read_rows
+from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.tokens import Encoder, Pair
+
+ROOT = Path(__file__).parents[1]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Prompt by response, and the median of prompt + one response in tokens; log-normal around both."""
+
+    ratio: float
+    median: int
+    sigma: float = 0.5
+    rounds: int = 2  # how many rounds the default measures, by what they cost
+    batch_size: int | None = None  # where a case asks for one
+
+
+CASES = {
+    "hh": Lengths(2.15, 186, rounds=3),
+    "ultrafeedback": Lengths(0.42, 409),
+    "tldr": Lengths(11.1, 416),
+    "helpsteer": Lengths(6.3, 775),
+    "capybara": Lengths(1.6, 1160),
+    # Where sharing a prompt and packing bring least: one pair a step, nothing to pad, nearly nothing to share.
+    "weak": Lengths(0.125, 144, sigma=0.0, batch_size=1),
+}
+
+
+def draw_lengths(case: Lengths, rows: int, longest: int, seed: int = 0) -> list[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected of each row; the responses are drawn independently.
+
+    Rows longer than ``longest`` (prompt + longer response) are scaled down to it.
+    """
+    medians = np.array([case.ratio, 1, 1]) * case.median / (1 + case.ratio)
+
+    def draw(count: int, seed: int) -> Any:
+        return medians * np.exp(case.sigma * np.random.default_rng(seed).normal(size=(count, 3)))
+
+    many = draw(20_000, 0)  # the median of a sum is not the sum of the medians
+    lengths = draw(rows, seed) * case.median / np.median(many[:, 0] + many[:, 1])
+    lengths *= np.minimum(1, longest / (lengths[:, 0] + lengths[:, 1:].max(axis=1)))[:, None]
+    return [tuple(max(2, int(n)) for n in row) for row in lengths.round()]
+
+
+def synthetic_rows(case: Lengths, rows: int, tokenizer: Any, longest: int, seed: int = 0) -> list[Record]:
+    """Rows of random words whose token counts are those of ``draw_lengths``."""
+    sample = (ROOT / "sample_data" / "train-strings.jsonl").read_text(encoding="utf-8")
+    words = [f" {word}" for word in sorted(set(re.findall(r"\b[a-z]{2,9}\b", sample)))]
+    tokens = {word: len(tokenizer(word, add_special_tokens=False).input_ids) for word in [*words, " a"]}
+    rng = random.Random(seed)
+
+    def text(length: int) -> str:
+        chosen: list[str] = []
+        while length > 0:
+            word = rng.choice(words)
+            word = word if tokens[word] <= length else " a"
+            chosen.append(word)
+            length -= tokens[word]
+        return "".join(chosen)
+
+    return [
+        {"prompt": text(prompt).strip(), "chosen": text(chosen - 1), "rejected": text(rejected - 1)}  # 1 ends the turn
+        for prompt, chosen, rejected in draw_lengths(case, rows, longest, seed)
+    ]
+
+
+def usable_rows(options: TrainOptions, count: int) -> list[tuple[Row, Pair]]:
+    """The first rows of strings that make a pair untruncated."""
+    encoder = Encoder(load_tokenizer(find_model(options.model)), options.max_length or 1024)
+    found: list[tuple[Row, Pair]] = []
+    for row in read_rows(options.data, options.columns):
+        if isinstance(row, BadRow) or not isinstance(row.prompt, str):
+            continue
+        try:
+            pair, notes = encoder.pair(row)
+        except RowError:
+            continue
+        if not any("shortened" in note or "cut" in note for note in notes):
+            found.append((row, pair))
+        if len(found) == count:
+            return found
+    raise SystemExit(f"only {len(found)} rows of strings can be used; --rows {count} asks for more")
+
+
+def as_record(row: Row) -> Record:
+    """A row of strings as both sides read it."""
+    return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+
+
+def write_records(file: Path, records: Sequence[Record]) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return file
+
+
+def step_order(rows: int, options: TrainOptions) -> list[list[int]]:
+    """Places of the rows in the order of `dpo train`, a list a step; it does not depend on their lengths."""
+    plan = plan_run(
+        [1] * rows,
+        "shared",
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        max_tokens=rows,
+        world=1,
+        seed=options.seed,
+    )
+    return [[index for micro_batch in step for index in micro_batch] for step in plan]

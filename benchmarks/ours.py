@@ -1,0 +1,104 @@
+"""The worker that trains with this package, through the functions that `dpo train` itself goes through."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.meter import Message, Meter, serve
+from dpo_cli.config import TrainOptions, resolve
+from dpo_cli.evaluate import evaluate, policy_logps
+from dpo_cli.metrics import Reporter
+from dpo_cli.prepare import fill_reference
+from dpo_cli.run import lay_out_run
+from dpo_cli.step import StopSignal, learning_rate
+from dpo_cli.tokens import Pairs, digest
+from dpo_cli.train import _accelerator, _make_trainer
+
+
+def make_options(flags: str, folder: Path, **given: Any) -> TrainOptions:
+    """Options of `dpo train`: those given, overridden by flags as they would be typed."""
+    words, values = shlex.split(flags), {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            is_switch = place + 1 == len(words) or words[place + 1].startswith("--")
+            values[word[2:].replace("-", "_")] = True if is_switch else words[place + 1]
+    file = folder / "options.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return resolve(TrainOptions, {}, file)
+
+
+class Ours:
+    """Phases of a laid-out run; blocks count pairs."""
+
+    def __init__(self, job: Message, meter: Meter) -> None:
+        self.meter, self.reporter, self.trainer = meter, Reporter(quiet=True), None
+        folder = Path(job["folder"])
+        options = make_options(
+            job["ours_options"],
+            folder,
+            model=job["model"],
+            data=[job["train"]],
+            eval_data=[job["held_out"]],
+            output=folder / "run",
+            cache_dir=folder / "cache",
+            warmup=0.0,
+            **job["options"],
+        )
+        self.accelerator = _accelerator()
+        self.run = lay_out_run(options, None, self.accelerator.device, 1, self.reporter)
+        self.order = [place for step in job["order"] for place in step]
+        for planned, expected in zip(self.run.plan, job["order"], strict=True):
+            assert sorted(i for indices in planned for i in indices) == sorted(expected), "the plan has another order"
+        meter.holders.append(self.run.model)
+        ordered = self.run.pairs.select(self.order)
+        ids = [digest(ordered), digest(self.run.held_out)]
+        self.about = {"ids": ids, "max_tokens": self.run.scorer.max_tokens}
+
+    def precompute(self, blocks: list[int]) -> Message:
+        """Score block by block into the cache."""
+        start = 0
+        for count in blocks:
+            pairs = Pairs(self.run.pairs[i] for i in self.order[start : start + count])
+            self.meter.begin()
+            fill_reference(self.run.cache, pairs, self.run.scorer, self.reporter)
+            self.meter.end()
+            start += count
+        return {}
+
+    def _ready(self) -> Any:
+        """The trainer, its references scored where no phase did."""
+        if self.trainer is None:
+            scored = fill_reference(self.run.cache, self.run.scored(), self.run.scorer, self.reporter).logps
+            self.trainer, self.held_out_reference = _make_trainer(self.run, scored, self.accelerator)
+            self.meter.holders.append(self.trainer.optimizer)
+        return self.trainer
+
+    def train(self, blocks: list[int]) -> Message:
+        trainer, plan, options = self._ready(), self.run.plan, self.run.options
+        losses: list[float] = []
+        for count in blocks:
+            self.meter.begin()
+            for _ in range(count // options.batch_size):
+                step = len(losses) + 1
+                values = trainer.step(plan[step - 1], learning_rate(step, len(plan), options), StopSignal())
+                losses.append(values["loss"])
+            self.meter.end()
+        return {"losses": losses}
+
+    def eval(self, blocks: list[int]) -> Message:
+        """Score the held-out pairs once a block."""
+        trainer, losses = self._ready(), []
+        for _ in blocks:
+            self.meter.begin()
+            policy = policy_logps(trainer.scorer, self.run.held_out, self.reporter)
+            losses.append(evaluate(policy, self.held_out_reference, self.run.options.beta)["loss"])
+            self.meter.end()
+        return {"losses": losses}
+
+
+if __name__ == "__main__":
+    serve(Ours)
