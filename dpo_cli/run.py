@@ -44,7 +44,7 @@ from dpo_cli.prepare import (
     read_pairs,
 )
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.tokens import Pairs, digest
+from dpo_cli.tokens import Pairs
 
 LOCK = "run.lock"
 
@@ -228,9 +228,9 @@ def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str,
             "files": run.options.data,
             "pairs": len(run.pairs),
             "refused": len(run.refused),
-            "sha256": digest(run.pairs),
+            "sha256": run.pairs.digest(),
         },
-        "held_out": {"files": run.options.eval_data, "pairs": len(run.held_out), "sha256": digest(run.held_out)},
+        "held_out": {"files": run.options.eval_data, "pairs": len(run.held_out), "sha256": run.held_out.digest()},
         "start_model": run.source.base,
         "reference": {
             "model": run.options.model,

@@ -28,7 +28,6 @@ from dpo_cli.tokens import (
     Encoder,
     Pair,
     Pairs,
-    digest,
     refusal,
     tokenize_rows,
 )
@@ -373,7 +372,7 @@ def test_a_refusal_stays_short_however_many_reasons_there_are() -> None:
 
 def test_the_digest_tells_any_change() -> None:
     def of(*rows: list[list[int]], where: str = "anywhere") -> str:
-        return digest(Pair(where, *(np.asarray(ids, np.int32) for ids in each)) for each in rows)
+        return Pairs(Pair(where, *(np.asarray(ids, np.int32) for ids in each)) for each in rows).digest()
 
     one, two = [[1, 2], [3], [4]], [[1], [2, 3], [4]]
     seen = [of(one), of(two), of(one, two), of(two, one), of([[1, 2], [4], [3]]), of([[1, 2], [3], [5]]), of()]
@@ -430,7 +429,7 @@ def test_the_digest_of_a_pair_is_that_of_its_lengths_and_ids() -> None:
     made = [Pair("anywhere", *(np.asarray(ids, np.int32) for ids in ([1, 2], [3], [4, 5, 6])))]
     numbers = [2, 1, 2, 1, 3, 3, 4, 5, 6]
     expected = hashlib.sha256(b"".join(number.to_bytes(4, "little") for number in numbers)).hexdigest()
-    assert digest(made) == digest(Pairs(made)) == expected
+    assert Pairs(made).digest() == expected
 
 
 # ---- control tokens inside messages -----------------------------------------------------------------------------
