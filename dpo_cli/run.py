@@ -112,10 +112,10 @@ def lay_out_run(
         max_length=options.max_length or DEFAULT_MAX_LENGTH,
         control_tokens=options.control_tokens or "keep",
     )
-    found = read_pairs(options.data, options, tokenizer, reporter)
+    found = read_pairs(options.data, options, tokenizer, reporter, remember=not dry_run)
     pairs, held_out = found.pairs, Pairs()
     if options.eval_data:
-        found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out")
+        found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out", not dry_run)
         held_out, found.refused = found_held_out.pairs, found.refused + found_held_out.refused
     elif options.eval_fraction:
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)

@@ -60,8 +60,11 @@ class Pairs(Sequence[Pair]):
         return pairs
 
     def columns(self) -> tuple[Ids, Ids, list[str], npt.NDArray[np.int64]]:
-        """All P pairs: N token ids in order (N,), ``lengths``, and where they come from: P texts and numbers (P,)."""
-        return np.array(self._ids), self.lengths, self._files, np.array(self._numbers)
+        """All P pairs: N token ids in order (N,), ``lengths``, and where they come from: P texts and numbers (P,).
+
+        What is given is the columns themselves, to be let go of before a pair is appended.
+        """
+        return np.asarray(self._ids), self.lengths, self._files, np.asarray(self._numbers)
 
     def append(self, pair: Pair) -> None:
         """Add a pair at the end."""
@@ -77,7 +80,7 @@ class Pairs(Sequence[Pair]):
     @property
     def lengths(self) -> Ids:
         """Tokens of each pair's prompt, chosen and rejected: (P, 3)."""
-        return np.diff(np.array(self._ends)).astype(np.int32).reshape(-1, 3)
+        return np.diff(np.asarray(self._ends)).astype(np.int32).reshape(-1, 3)
 
     def select(self, places: Sequence[int]) -> Pairs:
         """The pairs at these places; the object itself if that is all of them in order."""
@@ -111,7 +114,7 @@ class Pairs(Sequence[Pair]):
             return self
         both = Pairs()
         both._ids = self._ids + other._ids
-        both._ends = self._ends + array("q", (np.array(other._ends)[1:] + len(self._ids)).tobytes())
+        both._ends = self._ends + array("q", (np.asarray(other._ends)[1:] + len(self._ids)).tobytes())
         both._files, both._numbers = self._files + other._files, self._numbers + other._numbers
         return both
 
@@ -232,7 +235,7 @@ class Encoder:
         self.eos: int = tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]  # also leaves the backend as a call needs it: nothing truncated or padded
         self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
-        self.backend = tokenizer.backend_tokenizer if _only_asks_its_backend(tokenizer) else None
+        self.backend = tokenizer.backend_tokenizer if only_asks_its_backend(tokenizer) else None
         self.control = ControlTokens(tokenizer)
         self.turn_end = self._turn_end() if tokenizer.chat_template else ""
 
@@ -407,7 +410,7 @@ def _good(part: Part) -> Ids:
     return part
 
 
-def _only_asks_its_backend(tokenizer: Any) -> bool:
+def only_asks_its_backend(tokenizer: Any) -> bool:
     """Whether a call does no more than pass a text on, so that the backend can be asked without it.
 
     That is faster: asked by transformers it also says where in the text each token lies.
@@ -415,5 +418,5 @@ def _only_asks_its_backend(tokenizer: Any) -> bool:
     from transformers import PreTrainedTokenizerFast
 
     kind = type(tokenizer)
-    steps = ("__call__", "_encode_plus")
+    steps = ("__call__", "_encode_plus", "apply_chat_template")
     return tokenizer.is_fast and all(getattr(kind, step) is getattr(PreTrainedTokenizerFast, step) for step in steps)

@@ -27,7 +27,7 @@ LAYERS = [
     {"attention", "losses"},
     {"logps"},
     {"model", "disk"},
-    {"metrics", "fingerprint", "shards"},
+    {"metrics", "fingerprint", "shards", "tokenized"},
     {"reference", "checkpoint", "step"},
     {"prepare", "cache"},
     {"run"},
