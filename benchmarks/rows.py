@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dpo_cli.batch import plan_run, row_cost
+from dpo_cli.batch import plan_run, row_costs
 from dpo_cli.data import read_rows
 from dpo_cli.model import find_model, load_tokenizer
 from dpo_cli.reference import ReferenceCache, pair_keys
@@ -97,7 +97,7 @@ def measure(rows: int, model: str | None) -> Measured:
         times.append(time.perf_counter())
         pairs = tokenize_rows(read_rows([str(folder / "rows.jsonl")]), tokenizer, max_length=1024).pairs
         times.append(time.perf_counter())
-        costs = [row_cost(pair, "shared") for pair in pairs]
+        costs = row_costs(pairs, "shared")
         plan = plan_run(costs, "shared", batch_size=16, epochs=1, max_steps=None, max_tokens=2048, world=1, seed=0)
         times.append(time.perf_counter())
         fill(folder, pairs)

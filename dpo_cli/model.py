@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED, attention
-from dpo_cli.batch import Layout, lay_out, padded, row_cost
+from dpo_cli.batch import Layout, lay_out, padded, row_costs
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.logps import token_logps
 from dpo_cli.tokens import Pair
@@ -290,10 +290,11 @@ def choose_layout(
     Raises:
         DpoError: not even padded batches give the numbers of single sequences.
     """
-    fitting = (pair for pair in pairs if row_cost(pair, "packed") <= max_tokens)
-    longest = max(fitting, key=lambda pair: row_cost(pair, "shared"), default=None)
-    shortest = min(pairs, key=lambda pair: row_cost(pair, "shared"))
-    probes = [longest, shortest] if longest else [shortest]
+    costs = row_costs(pairs, "shared")
+    fitting = [place for place, cost in enumerate(row_costs(pairs, "packed")) if cost <= max_tokens]
+    longest = [max(fitting, key=costs.__getitem__)] if fitting else []
+    shortest = min(range(len(pairs)), key=costs.__getitem__)
+    probes = [pairs[place] for place in [*longest, shortest]]
     alone = [padded([(pair.prompt, r)]).to(device) for pair in probes for r in (pair.chosen, pair.rejected)]
     precisions = dict.fromkeys((torch.float32, dtype))
     expected = {p: torch.cat([token_logps(model, batch, p) for batch in alone]) for p in precisions}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED
+from dpo_cli.batch import row_costs
 from dpo_cli.config import Options, PrecomputeOptions
 from dpo_cli.data import REST
 from dpo_cli.errors import DpoError, UsageError
@@ -114,7 +115,7 @@ def make_scorer(
         )
     model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or default_max_tokens(model, device)
-    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+    longest = max(row_costs(pairs, "padded")) // 2  # there both responses have their prompt
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise UsageError(f"a pair has {longest} tokens and the model reads at most {limit}; set --max-length {limit}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cli.batch import Step, plan_run, row_cost
+from dpo_cli.batch import Step, plan_run, row_costs
 from dpo_cli.config import TrainOptions, resolve, to_yaml
 from dpo_cli.data import BadRow
 from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
@@ -171,7 +171,8 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     reporter.fact("parameters", f"{parameters:,}, all trained")
     steps = [[i for indices in step for i in indices] for step in run.plan]
     tokens = sum(run.costs[i] for step in steps for i in step)
-    plain = sum(len(step) * max(row_cost(run.pairs[i], "padded") for i in step) for step in steps)
+    padded_costs = row_costs(run.pairs, "padded")
+    plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
     forwards = sum(len(step) for step in run.plan)
     budget = f"{forwards:,} forwards of at most {scorer.max_tokens:,} tokens"
     reporter.fact("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {budget}")
