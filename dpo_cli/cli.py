@@ -163,7 +163,7 @@ def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
     _show(run_eval(options, reporter), json_, _plain)
 
 
-cache_app = typer.Typer(no_args_is_help=True, help="Look after the cached reference log-probs.")
+cache_app = typer.Typer(no_args_is_help=True, help="Look after the cached reference log-probs and tokenized pairs.")
 app.add_typer(cache_app, name="cache")
 
 CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Where reference log-probs are kept.")]
@@ -171,7 +171,7 @@ CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Where reference log
 
 @cache_app.command("list")
 def cache_list(cache_dir: CacheDir = CACHE_DIR, json_: Json = False, debug: Debug = False) -> None:
-    """Show every reference: its model, size and last use."""
+    """Show every reference: its model, size and last use; and what is kept of tokenized data."""
 
     def action() -> None:
         _reporter()
@@ -209,7 +209,7 @@ def cache_prune(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Remove references by age or model; asks first."""
+    """Remove references by age or model, and tokenized data by age; asks first."""
 
     def action() -> None:
         if model == "":
@@ -217,15 +217,17 @@ def cache_prune(
         if older_than is None and model is None:
             raise UsageError("say what to remove: --older-than DAYS, --model NAME or both")
         reporter = _reporter()
-        from dpo_cli.cache import old_or_of, prune
+        from dpo_cli.cache import old_or_of, prune, unused
 
         chosen = old_or_of(cache_dir, older_than, model)
-        if chosen and not yes:
+        files = unused(cache_dir, older_than) if older_than is not None and model is None else {}
+        what = f"{len(chosen)} references" + (f" and the pairs of {len(files)} data files" if files else "")
+        if (chosen or files) and not yes:
             if not sys.stdin.isatty():
-                raise UsageError(f"{len(chosen)} references would be removed; nobody can be asked here: add --yes")
+                raise UsageError(f"{what} would be removed; nobody can be asked here: add --yes")
             print(printable(_references({"references": [kept.words() for kept in chosen]})), file=sys.stderr)
-            typer.confirm(f"Remove these {len(chosen)} references?", abort=True, err=True)
-        _show(prune(chosen, reporter), json_, _plain)
+            typer.confirm(f"Remove these {what}?", abort=True, err=True)
+        _show(prune(chosen, files, reporter), json_, _plain)
 
     _guarded(action, debug)
 
@@ -238,6 +240,9 @@ def _references(result: dict[str, Any]) -> str:
         damaged = f"; {kept['damaged']} damaged files" if kept["damaged"] else ""
         about = f"{kept['model']} ({kept['how']}{damaged})"
         lines.append(f"{kept['reference']:<34}{size:>10}{kept['responses']:>11,}{unused:>10}  {about}")
+    if (pairs := result.get("tokenized", {})).get("files"):
+        size = f"{pairs['bytes'] / 2**20:,.1f} MiB"
+        lines.append(f"{'tokenized pairs':<34}{size:>10}  of {pairs['files']:,} data files")
     return "\n".join(lines)
 
 

@@ -181,14 +181,18 @@ def checked(file: Path) -> str:
         ValueError: its content is not what it is named by.
     """
     key, _, content = file.stem.partition("-")
-    if file.is_symlink() or not file.is_file() or sha256(file) != content:
+    if sha256(file) != content:
         raise ValueError("it is damaged")
     return key
 
 
-def kept(cache_dir: Path) -> list[Path]:
-    """Every kept file of a cache."""
-    return sorted((cache_dir.expanduser() / FOLDER).glob(f"{'[0-9a-f]' * 32}-*{SUFFIX}"))
+def kept(cache_dir: Path) -> dict[Path, os.stat_result]:
+    """Every kept file of a cache, with its size and when it was last used."""
+    found = {}
+    for file in sorted((cache_dir.expanduser() / FOLDER).glob(f"{'[0-9a-f]' * 32}-*{SUFFIX}")):
+        with suppress(FileNotFoundError):  # pruned meanwhile
+            found[file] = file.stat()
+    return found
 
 
 def merged(parts: Sequence[PairSet]) -> PairSet:
