@@ -246,7 +246,7 @@ class Encoder:
         for row in rows:
             texts = self._texts(row) if isinstance(row, Row) else ()
             waiting.append((row, texts))
-            held += sum(len(text) if isinstance(text, str) else BATCH_CHARACTERS for text in texts)
+            held += sum(len(text.text) if isinstance(text, Text) else BATCH_CHARACTERS for text in texts)
             if held >= BATCH_CHARACTERS or len(waiting) >= BATCH_ROWS:
                 yield from self._finish(waiting)
                 waiting, held = [], 0
