@@ -131,12 +131,9 @@ class Pairs(Sequence[Pair]):
         place = range(len(self))[place]  # from the end where negative, and IndexError, as a list has them
         start, prompt, chosen, rejected = self._ends[3 * place : 3 * place + 4]
         number = self._numbers[place]
-        return Pair(
-            self._files[place] + (str(number) if number >= 0 else ""),
-            np.asarray(self._ids[start:prompt]),
-            np.asarray(self._ids[prompt:chosen]),
-            np.asarray(self._ids[chosen:rejected]),
-        )
+        where = self._files[place] + (str(number) if number >= 0 else "")
+        ids = np.asarray(self._ids[start:rejected])
+        return Pair(where, ids[: prompt - start], ids[prompt - start : chosen - start], ids[chosen - start :])
 
 
 @dataclass
