@@ -59,7 +59,7 @@ class Options:
     dtype: str | None = option(
         None, "Compute precision; weights stay float32.", one_of("auto", "float32", "bfloat16"), shown="auto"
     )
-    cache_dir: Path = option(CACHE_DIR, "Where reference log-probs are kept.")
+    cache_dir: Path = option(CACHE_DIR, "Where reference log-probs and tokenized pairs are kept.")
     control_tokens: str | None = option(
         None,
         "Control tokens of the template inside messages: keep them, sanitize (read as text) or refuse the row.",

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from dpo_cli.data import BadRow, kind_of, read_rows
 from dpo_cli.disk import sha256, to_json, whole_file
@@ -141,9 +140,22 @@ def _write(folder: Path, key: str, found: PairSet, path: str) -> None:
         "where": np.array([place[file] for file in files], np.int32),  # (P,)
         "about": np.frombuffer(to_json(about).encode(), np.uint8),
     }
-    content = save(columns)
-    with whole_file(folder / f"{key}-{hashlib.sha256(content).hexdigest()}{SUFFIX}") as temporary:
-        temporary.write_bytes(content)
+    content = hashlib.sha256()
+    for piece in _pieces(columns):
+        content.update(piece)
+    with whole_file(folder / f"{key}-{content.hexdigest()}{SUFFIX}") as temporary, temporary.open("wb") as stream:
+        stream.writelines(_pieces(columns))
+
+
+def _pieces(columns: dict[str, npt.NDArray[Any]]) -> list[bytes | memoryview]:
+    """The columns as safetensors lays them out; its own ``save`` would copy them twice."""
+    header, end = {}, 0
+    for name, column in columns.items():
+        start, end = end, end + column.nbytes
+        kind = f"{column.dtype.kind.upper()}{8 * column.itemsize}"
+        header[name] = {"dtype": kind, "shape": column.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    return [len(text).to_bytes(8, "little"), text, *(column.data for column in columns.values())]
 
 
 def _read(file: Path, path: str) -> PairSet:
