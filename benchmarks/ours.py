@@ -15,7 +15,7 @@ from dpo_cli.metrics import Reporter
 from dpo_cli.prepare import fill_reference
 from dpo_cli.run import lay_out_run
 from dpo_cli.step import StopSignal, learning_rate
-from dpo_cli.tokens import Pairs, digest
+from dpo_cli.tokens import Pairs
 from dpo_cli.train import _accelerator, _make_trainer
 
 
@@ -55,7 +55,7 @@ class Ours:
             assert sorted(i for indices in planned for i in indices) == sorted(expected), "the plan has another order"
         meter.holders.append(self.run.model)
         ordered = self.run.pairs.select(self.order)
-        ids = [digest(ordered), digest(self.run.held_out)]
+        ids = [ordered.digest(), self.run.held_out.digest()]
         self.about = {"ids": ids, "max_tokens": self.run.scorer.max_tokens}
 
     def precompute(self, blocks: list[int]) -> Message:

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from benchmarks.cases import Record
 from benchmarks.meter import Message, Meter, serve
 from dpo_cli.model import find_model, load_model, load_tokenizer
-from dpo_cli.tokens import Pair, digest
+from dpo_cli.tokens import Pair, Pairs
 
 
 def trl_config(folder: Path, steps: int, batch_size: int, **changes: Any) -> DPOConfig:
@@ -117,7 +117,7 @@ class Theirs:
         self.rows, self.held_out = (self._prepare(each) for each in (ordered, held_out))
         self.referenced: list[Any] = []
         meter.holders.append(self.trainer.model)
-        self.about = {"ids": [digest(pairs_of(self.rows)), digest(pairs_of(self.held_out))]}
+        self.about = {"ids": [Pairs(pairs_of(self.rows)).digest(), Pairs(pairs_of(self.held_out)).digest()]}
 
     def _prepare(self, records: list[Record]) -> Any:
         trainer = self.trainer

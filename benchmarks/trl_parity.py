@@ -27,7 +27,7 @@ from benchmarks.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.config import TrainOptions
 from dpo_cli.metrics import Reporter
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.tokens import Pair, digest
+from dpo_cli.tokens import Pair, Pairs
 from dpo_cli.train import train
 
 
@@ -74,7 +74,7 @@ def compare(options: TrainOptions, rows: int, folder: Path) -> Parity:
     our_logps, metrics, our_weights = run_ours(options, records, [found[i][1] for i in order], folder)
     trainer = make_trl_trainer(options, [records[i] for i in order], len(steps), folder)
     expected, theirs = ([found[i][1] for i in order], pairs_of(trainer.train_dataset))
-    other_ids = sum(digest([a]) != digest([b]) for a, b in zip(expected, theirs, strict=True))
+    other_ids = sum(Pairs([a]).digest() != Pairs([b]).digest() for a, b in zip(expected, theirs, strict=True))
     start = weights_of(trainer.model)
     trl_logps = score_with_trl(trainer)
     trainer.train()

@@ -8,14 +8,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_cli.tokens import Ids, Pair
+from dpo_cli.tokens import Ids, Pair, Pairs
 
 Layout = Literal["shared", "packed", "padded"]
 Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world]
@@ -40,7 +40,7 @@ def plan_run(
     Each epoch holds every pair exactly once in an order of its own; its last step may be smaller than ``batch_size``.
     The number of micro-batches of a step is a multiple of ``world``; where pairs are too few some are empty.
 
-    Units: ``costs`` and ``max_tokens`` in tokens, see ``row_cost``.
+    Units: ``costs`` and ``max_tokens`` in tokens, see ``row_costs``.
     """
     steps: list[Step] = []
     for epoch in range(epochs):
@@ -90,19 +90,19 @@ def _even(micro_batches: list[tuple[int, ...]], world: int) -> Step:
     return bins
 
 
-def row_cost(pair: Pair, layout: Layout) -> int:
-    """Tokens that a pair takes up in a forward of this layout."""
-    prompt, chosen, rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-    if layout == "shared":
-        return prompt + chosen + rejected
-    if layout == "packed":
-        return 2 * prompt + chosen + rejected
-    return 2 * (prompt + max(chosen, rejected))
+def row_costs(pairs: Sequence[Pair], layout: Layout) -> list[int]:
+    """Tokens that each pair takes up in a forward of this layout."""
+    prompt, chosen, rejected = (pairs if isinstance(pairs, Pairs) else Pairs(pairs)).lengths.T  # (P,) each
+    if layout == "padded":
+        costs = 2 * (prompt + np.maximum(chosen, rejected))
+    else:
+        costs = prompt * (2 if layout == "packed" else 1) + chosen + rejected
+    return cast(list[int], costs.tolist())
 
 
 def probes(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> list[Pair]:
     """Pairs to try a model on: the longest that fits ``max_tokens``, if one does, and the shortest."""
-    costs = [row_cost(pair, layout) for pair in pairs]
+    costs = row_costs(pairs, layout)
     shortest = costs.index(min(costs))
     longest = max(range(len(costs)), key=lambda i: costs[i] if costs[i] <= max_tokens else 0)
     return [pairs[i] for i in ([longest] if costs[longest] <= max_tokens else []) + [shortest]]

@@ -1,4 +1,4 @@
-"""`dpo cache`: what reference log-probs are on disk, whether they are whole, and which can go."""
+"""`dpo cache`: what reference log-probs and tokenized pairs are on disk, whether they are whole, and which can go."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpo_cli import shards
+from dpo_cli import shards, tokenized
 from dpo_cli.disk import remove_leftovers
 from dpo_cli.metrics import Reporter
 from dpo_cli.reference import ABOUT
@@ -91,15 +91,20 @@ def _responses(shard: Path) -> int:
 
 def list_references(cache_dir: Path) -> dict[str, Any]:
     """`dpo cache list`."""
-    return {"cache_dir": str(cache_dir.expanduser()), "references": [kept.words() for kept in references(cache_dir)]}
+    sizes = [stat.st_size for stat in tokenized.kept(cache_dir).values()]
+    return {
+        "cache_dir": str(cache_dir.expanduser()),
+        "references": [kept.words() for kept in references(cache_dir)],
+        "tokenized": {"files": len(sizes), "bytes": sum(sizes)},
+    }
 
 
 def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
-    """`dpo cache verify`: hash every shard anew; what is damaged is set aside and will be computed again."""
+    """`dpo cache verify`: hash every file anew; what is damaged is set aside or removed, and will be made again."""
     kept = references(cache_dir)
-    total = sum(each.shards for each in kept)
+    total, files = sum(each.shards for each in kept), tokenized.kept(cache_dir)
     damaged, foreign, unreadable, responses = list[str](), list[str](), list[str](), 0
-    with reporter.progress("verify", total) as progress:
+    with reporter.progress("verify", total + len(files)) as progress:
         for shard in (shard for each in kept for shard in sorted(each.folder.glob(f"*{SUFFIX}"))):
             try:
                 responses += len(shards.read_shard(shard)[0])
@@ -115,7 +120,22 @@ def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
                 unreadable.append(str(shard))
                 reporter.warn(f"{shard} cannot be read ({error.strerror})")
             progress.advance(1)
-    return {"shards": total, "responses": responses, "damaged": damaged, "unreadable": unreadable, "foreign": foreign}
+        for file in files:
+            try:
+                tokenized.checked(file)
+            except ValueError:
+                damaged.append(str(file))
+                with suppress(OSError):
+                    file.unlink()
+                reporter.warn(f"{file} is damaged; its data is tokenized again when it is used")
+            except FileNotFoundError:  # pruned meanwhile
+                pass
+            except OSError as error:
+                unreadable.append(str(file))
+                reporter.warn(f"{file} cannot be read ({error.strerror})")
+            progress.advance(1)
+    found = {"damaged": damaged, "unreadable": unreadable, "foreign": foreign}
+    return {"shards": total, "responses": responses, "tokenized": len(files), **found}
 
 
 def old_or_of(cache_dir: Path, days: float | None, model: str | None) -> list[Kept]:
@@ -128,11 +148,17 @@ def old_or_of(cache_dir: Path, days: float | None, model: str | None) -> list[Ke
     ]
 
 
-def prune(chosen: list[Kept], reporter: Reporter) -> dict[str, Any]:
-    """`dpo cache prune`: remove references; they are computed again when they are needed."""
-    for folder in {kept.folder.parent for kept in chosen}:
+def unused(cache_dir: Path, days: float) -> dict[Path, int]:
+    """Files of tokenized pairs that were not used for so many days, and their bytes."""
+    files = tokenized.kept(cache_dir).items()
+    return {file: stat.st_size for file, stat in files if time.time() - stat.st_mtime > days * DAY}
+
+
+def prune(chosen: list[Kept], files: dict[Path, int], reporter: Reporter) -> dict[str, Any]:
+    """`dpo cache prune`: remove references and tokenized pairs; they are made again when they are needed."""
+    for folder in {kept.folder.parent for kept in chosen} | {file.parent for file in files}:
         remove_leftovers(folder)  # also what a prune that was killed had renamed
-    removed = []
+    removed, size = list[str](), 0
     for kept in chosen:
         aside = kept.folder.with_name(f".{kept.folder.name}.pruned.tmp")  # a writer may make the folder anew
         try:
@@ -140,6 +166,15 @@ def prune(chosen: list[Kept], reporter: Reporter) -> dict[str, Any]:
         except OSError as error:
             reporter.warn(f"{kept.folder} cannot be removed ({error.strerror})")
             continue
-        removed.append(kept)
+        removed.append(kept.folder.name)
+        size += kept.bytes
         shutil.rmtree(aside, ignore_errors=True)
-    return {"removed": [kept.folder.name for kept in removed], "bytes": sum(kept.bytes for kept in removed)}
+    for file, bytes_of_file in files.items():
+        try:
+            file.unlink()
+        except OSError as error:
+            reporter.warn(f"{file} cannot be removed ({error.strerror})")
+            continue
+        removed.append(file.name)
+        size += bytes_of_file
+    return {"removed": removed, "bytes": size}

@@ -15,13 +15,13 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dpo_cli.config import CACHE_DIR, EvalOptions, Options, PrecomputeOptions, TrainOptions, resolve, resolve_resumed
-from dpo_cli.disk import to_json
 from dpo_cli.errors import DpoError, UsageError, printable
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -70,7 +70,7 @@ def _typer_option(field: dataclasses.Field[Any]) -> Any:
         if default not in (None, "required") and default is not False
         else field.metadata["help"]
     )
-    return typer.Option(f"--{name}", help=shown.replace("[", r"\["), show_default=False)
+    return typer.Option(f"--{name}", help=shown, show_default=False)
 
 
 def _guarded(action: Callable[[], None], debug: bool) -> None:
@@ -155,7 +155,7 @@ def precompute_ref(*, flags: dict[str, Any], config: ConfigFile = None, json_: J
 @app.command("eval")
 @with_options(EvalOptions)
 def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
-    """Show implicit reward margins of a model against its reference."""
+    """Show implicit reward margins against a reference model."""
     options = resolve(EvalOptions, flags, config)
     reporter = _reporter()
     from dpo_cli.evaluate import run_eval
@@ -163,15 +163,15 @@ def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
     _show(run_eval(options, reporter), json_, _plain)
 
 
-cache_app = typer.Typer(no_args_is_help=True, help="Look after the cached reference log-probs.")
+cache_app = typer.Typer(no_args_is_help=True, help="Look after cached reference log-probs and pairs.")
 app.add_typer(cache_app, name="cache")
 
-CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Where reference log-probs are kept.")]
+CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Where reference log-probs and tokenized pairs are kept.")]
 
 
 @cache_app.command("list")
 def cache_list(cache_dir: CacheDir = CACHE_DIR, json_: Json = False, debug: Debug = False) -> None:
-    """Show every reference: its model, size and last use."""
+    """Show every reference's model, size and last use; tokenized data."""
 
     def action() -> None:
         _reporter()
@@ -184,7 +184,7 @@ def cache_list(cache_dir: CacheDir = CACHE_DIR, json_: Json = False, debug: Debu
 
 @cache_app.command("verify")
 def cache_verify(cache_dir: CacheDir = CACHE_DIR, json_: Json = False, debug: Debug = False) -> None:
-    """Hash every cached file anew, and set damaged ones aside; exit code 3 if any cannot be used."""
+    """Hash every cached file anew; exit code 3 if any cannot be used."""
 
     def action() -> None:
         reporter = _reporter()
@@ -209,7 +209,7 @@ def cache_prune(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Remove references by age or model; asks first."""
+    """Remove references by age or model, pairs by age; asks first."""
 
     def action() -> None:
         if model == "":
@@ -217,15 +217,17 @@ def cache_prune(
         if older_than is None and model is None:
             raise UsageError("say what to remove: --older-than DAYS, --model NAME or both")
         reporter = _reporter()
-        from dpo_cli.cache import old_or_of, prune
+        from dpo_cli.cache import old_or_of, prune, unused
 
         chosen = old_or_of(cache_dir, older_than, model)
-        if chosen and not yes:
+        files = unused(cache_dir, older_than) if older_than is not None and model is None else {}
+        what = f"{len(chosen)} references" + (f" and the pairs of {len(files)} data files" if files else "")
+        if (chosen or files) and not yes:
             if not sys.stdin.isatty():
-                raise UsageError(f"{len(chosen)} references would be removed; nobody can be asked here: add --yes")
+                raise UsageError(f"{what} would be removed; nobody can be asked here: add --yes")
             print(printable(_references({"references": [kept.words() for kept in chosen]})), file=sys.stderr)
-            typer.confirm(f"Remove these {len(chosen)} references?", abort=True, err=True)
-        _show(prune(chosen, reporter), json_, _plain)
+            typer.confirm(f"Remove these {what}?", abort=True, err=True)
+        _show(prune(chosen, files, reporter), json_, _plain)
 
     _guarded(action, debug)
 
@@ -238,6 +240,9 @@ def _references(result: dict[str, Any]) -> str:
         damaged = f"; {kept['damaged']} damaged files" if kept["damaged"] else ""
         about = f"{kept['model']} ({kept['how']}{damaged})"
         lines.append(f"{kept['reference']:<34}{size:>10}{kept['responses']:>11,}{unused:>10}  {about}")
+    if (pairs := result.get("tokenized", {})).get("files"):
+        size = f"{pairs['bytes'] / 2**20:,.1f} MiB"
+        lines.append(f"{'tokenized pairs':<34}{size:>10}  of {pairs['files']:,} data files")
     return "\n".join(lines)
 
 
@@ -245,6 +250,7 @@ def _reporter() -> Any:
     """A reporter, after the libraries below were told to be quiet."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, so that no fork warns that it is turned off
     from transformers.utils import logging
 
     from dpo_cli.metrics import Reporter
@@ -255,6 +261,8 @@ def _reporter() -> Any:
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], str]) -> None:
+    from dpo_cli.disk import to_json
+
     print(to_json(result) if as_json else printable(table(result)))
 
 

@@ -68,7 +68,7 @@ class Options:
         None, "Tokens in one packed forward: the memory knob.", at_least_16, shown="from free memory"
     )
     dtype: str | None = option(None, "Compute precision.", one_of("auto", "float32", "bfloat16"), shown="auto")
-    cache_dir: Path = option(CACHE_DIR, "Where reference log-probs are kept.")
+    cache_dir: Path = option(CACHE_DIR, "Where reference log-probs and tokenized pairs are kept.")
     control_tokens: str | None = option(
         None,
         "Control tokens of the template inside messages: keep them, sanitize (read as text) or refuse the row.",

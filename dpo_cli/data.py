@@ -93,6 +93,11 @@ def _checked_path(file: str) -> Path:
     return path
 
 
+def kind_of(path: Path) -> tuple[str, bool]:
+    """By which of the suffixes, without its dot, a file is read; and whether it is zipped."""
+    return path.name.removesuffix(".gz").rpartition(".")[2], path.name.endswith(".gz")
+
+
 def _parse_columns(columns: str | None) -> dict[str, str]:
     names = {name: name for name in COLUMNS}
     for part in filter(None, (columns or "").split(",")):
@@ -113,8 +118,7 @@ REST = "; the rest of the file is not read"
 
 def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (file:line or file:row, record or RowError)."""
-    zipped = path.name.endswith(".gz")
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    kind, zipped = kind_of(path)
     with gzip.open(path, "rb") if zipped else path.open("rb") as opened:
         stream = cast(BinaryIO, opened)
         if kind == "jsonl":

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_cli.batch import Layout, MicroBatch, lay_out, pack, row_cost
+from dpo_cli.batch import Layout, MicroBatch, lay_out, pack, row_costs
 from dpo_cli.errors import DpoError
 from dpo_cli.tokens import Pair
 
@@ -81,7 +81,7 @@ class Scorer:
 
     def costs(self, pairs: Sequence[Pair]) -> list[int]:
         """Tokens that each pair takes up in a forward."""
-        return [row_cost(pair, self.layout) for pair in pairs]
+        return row_costs(pairs, self.layout)
 
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:

@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from dpo_cli.batch import Step, probes, row_cost
+from dpo_cli.batch import Step, probes, row_costs
 from dpo_cli.logps import Scorer, head_room, hidden_states, token_logps
 from dpo_cli.optimizer import BYTES, SPLIT
 from dpo_cli.tokens import Pair
@@ -74,10 +74,10 @@ def measure_costs(scorer: Scorer, pairs: Sequence[Pair], process: int) -> Costs:
     config = model.config.get_text_config()
     tried = probes(pairs, scorer.layout, scorer.max_tokens)
     long, short = tried[0], tried[-1]
-    tokens = row_cost(long, scorer.layout)
+    tokens, more = row_costs([long, short], scorer.layout)
     one, two = _kept(scorer, [long]), _kept(scorer, [long, short])
     slack = FRAGMENTED if scorer.device.type == "cpu" else 1.0
-    token = slack * (two - one) / row_cost(short, scorer.layout)
+    token = slack * (two - one) / more
     sizes = [p.numel() for p in model.parameters()]
     layers: int = config.num_hidden_layers
     return Costs(
@@ -158,7 +158,7 @@ def fit(
     most, room = MOST_TOKENS[scorer.device.type], usable_bytes(scorer.device)
     costs = measure_costs(scorer, pairs, process)
     longest = probes(pairs, scorer.layout, most)[0]
-    enough = max_tokens or max(row_cost(longest, scorer.layout), FEWEST_TOKENS)
+    enough = max_tokens or max(*scorer.costs([longest]), FEWEST_TOKENS)
     head = max(at_head(scorer, [longest]), min(head_room(scorer.model), enough)) if scorer.apart else 0
     ways = [(memory, recompute)]
     if memory == "auto":

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED
+from dpo_cli.batch import row_costs
 from dpo_cli.config import Options, PrecomputeOptions
-from dpo_cli.data import REST, read_rows
+from dpo_cli.data import REST
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
 from dpo_cli.logps import Scorer, noise
@@ -31,7 +32,8 @@ from dpo_cli.model import (
 )
 from dpo_cli.optimizer import SPLIT, halve
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
-from dpo_cli.tokens import Pair, Pairs, PairSet, reasons, refusal, tokenize_rows
+from dpo_cli.tokenized import Tokenized, merged
+from dpo_cli.tokens import Pair, Pairs, PairSet, reasons, refusal
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -66,15 +68,25 @@ def open_cache(
     return ReferenceCache(options.cache_dir, fingerprint, reporter.warn, about)
 
 
-def read_pairs(files: list[str], options: Options, tokenizer: Any, reporter: Reporter, name: str = "data") -> PairSet:
-    """Read and tokenize files, and tell what was found.
+def read_pairs(
+    files: list[str],
+    options: Options,
+    tokenizer: Any,
+    reporter: Reporter,
+    name: str = "data",
+    remember: bool = True,
+) -> PairSet:
+    """Read and tokenize files, or read back what an earlier start kept of them, and tell what was found.
 
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     max_length, control_tokens = options.max_length or DEFAULT_MAX_LENGTH, options.control_tokens or "keep"
     skip = options.on_bad_row == "skip"
-    found = tokenize_rows(read_rows(files, options.columns), tokenizer, max_length, control_tokens, keep_refused=skip)
+    how = (tokenizer, options.columns, max_length, control_tokens)
+    tokenized = Tokenized(options.cache_dir, *how, reporter.warn, remember)
+    parts = [tokenized.read(file, keep_refused=skip) for file in files]
+    found = merged([part for part, _ in parts])
     if found.refused and (not skip or not found.pairs):
         raise refusal(found.refused, found.rows)
     if broken := [f"{bad.where}: {bad.reason}" for bad in found.refused if bad.reason.endswith(REST)]:
@@ -85,6 +97,8 @@ def read_pairs(files: list[str], options: Options, tokenizer: Any, reporter: Rep
         reporter.fact("", f"{count:,} refused: {reason}")
     for note, count in sorted(found.notes.items()):
         reporter.fact("", f"{count:,} {note}")
+    if again := sum(known for _, known in parts):
+        reporter.fact("", f"{again} of {len(files)} files were tokenized before: read back from {tokenized.folder}")
     return found
 
 
@@ -109,7 +123,7 @@ def make_scorer(
         )
     model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or MOST_TOKENS[device.type]
-    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+    longest = max(row_costs(pairs, "padded")) // 2  # there both responses have their prompt
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise UsageError(f"a pair has {longest} tokens and the model reads at most {limit}; set --max-length {limit}")

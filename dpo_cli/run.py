@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.batch import Step, plan_run, row_cost
+from dpo_cli.batch import Step, plan_run, row_costs
 from dpo_cli.config import TrainOptions, resolve, to_yaml
 from dpo_cli.data import BadRow
 from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
@@ -46,7 +46,7 @@ from dpo_cli.prepare import (
     read_pairs,
 )
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.tokens import Pairs, digest
+from dpo_cli.tokens import Pairs
 
 LOCK = "run.lock"
 
@@ -102,10 +102,10 @@ def lay_out_run(
         max_length=options.max_length or DEFAULT_MAX_LENGTH,
         control_tokens=options.control_tokens or "keep",
     )
-    found = read_pairs(options.data, options, tokenizer, reporter)
+    found = read_pairs(options.data, options, tokenizer, reporter, remember=not dry_run)
     pairs, held_out = found.pairs, Pairs()
     if options.eval_data:
-        found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out")
+        found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out", not dry_run)
         held_out, found.refused = found_held_out.pairs, found.refused + found_held_out.refused
     elif options.eval_fraction:
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
@@ -204,7 +204,8 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     reporter.fact("parameters", f"{parameters:,}, all trained")
     steps = [[i for indices in step for i in indices] for step in run.plan]
     tokens = sum(run.costs[i] for step in steps for i in step)
-    plain = sum(len(step) * max(row_cost(run.pairs[i], "padded") for i in step) for step in steps)
+    padded_costs = row_costs(run.pairs, "padded")
+    plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
     forwards = sum(len(step) for step in run.plan)
     budget = f"{forwards:,} forwards of at most {scorer.max_tokens:,} tokens"
     reporter.fact("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {budget}")
@@ -277,9 +278,9 @@ def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str,
             "files": run.options.data,
             "pairs": len(run.pairs),
             "refused": len(run.refused),
-            "sha256": digest(run.pairs),
+            "sha256": run.pairs.digest(),
         },
-        "held_out": {"files": run.options.eval_data, "pairs": len(run.held_out), "sha256": digest(run.held_out)},
+        "held_out": {"files": run.options.eval_data, "pairs": len(run.held_out), "sha256": run.held_out.digest()},
         "start_model": run.source.base,
         "reference": {
             "model": run.options.model,

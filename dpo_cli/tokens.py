@@ -7,12 +7,13 @@ is found among tokens, not characters, and both responses end with the token tha
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Any, overload
+from functools import partial
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ from dpo_cli.template import ControlTokens, render
 
 Ids = npt.NDArray[np.int32]
 _PROBE = "PROBE"
+BATCH_CHARACTERS, BATCH_ROWS = 2**20, 512  # what meets the tokenizer in one call: more brings no speed
+DIGEST_PAIRS = 4096  # hashed at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,32 +44,82 @@ class Pairs(Sequence[Pair]):
     def __init__(self, pairs: Iterable[Pair] = ()) -> None:
         self._ids = array("i")
         self._ends = array("q", [0])  # in ids: of each prompt, chosen and rejected, behind the start of the first
-        self._where: list[str] = []
+        self._files: list[str] = []  # what stands before the number in where a pair comes from: few texts, shared
+        self._numbers = array("q")  # the number behind it; -1: none
         for pair in pairs:
             self.append(pair)
+
+    @classmethod
+    def of_columns(cls, ids: Ids, lengths: Ids, files: list[str], numbers: npt.NDArray[np.int64]) -> Pairs:
+        """Pairs from what ``columns`` gives."""
+        pairs = cls()
+        pairs._ids.frombytes(ids.data.cast("B"))
+        pairs._ends.frombytes(np.cumsum(lengths.reshape(-1), dtype=np.int64).data.cast("B"))
+        pairs._files = files
+        pairs._numbers.frombytes(numbers.data.cast("B"))
+        return pairs
+
+    def columns(self) -> tuple[Ids, Ids, list[str], npt.NDArray[np.int64]]:
+        """All P pairs: N token ids in order (N,), ``lengths``, and where they come from: P texts and numbers (P,).
+
+        What is given is the columns themselves, to be let go of before a pair is appended.
+        """
+        return np.asarray(self._ids), self.lengths, self._files, np.asarray(self._numbers)
 
     def append(self, pair: Pair) -> None:
         """Add a pair at the end."""
         for ids in (pair.prompt, pair.chosen, pair.rejected):
             self._ids.frombytes(ids.tobytes())
             self._ends.append(len(self._ids))
-        self._where.append(pair.where)
+        file = pair.where.rstrip("0123456789")
+        number = pair.where[len(file) :]
+        plain = 0 < len(number) < 19 and number[0] != "0"
+        self._files.append(sys.intern(file if plain else pair.where))
+        self._numbers.append(int(number) if plain else -1)
+
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each pair's prompt, chosen and rejected: (P, 3)."""
+        return np.diff(np.asarray(self._ends)).astype(np.int32).reshape(-1, 3)
 
     def select(self, places: Sequence[int]) -> Pairs:
         """The pairs at these places; the object itself if that is all of them in order."""
         if len(places) == len(self) and all(place == i for i, place in enumerate(places)):
             return self
-        return Pairs(self[place] for place in places)
+        some = Pairs()
+        for place in places:
+            start, *ends = self._ends[3 * place : 3 * place + 4]
+            some._ends.extend(end - start + len(some._ids) for end in ends)
+            some._ids += self._ids[start : ends[-1]]
+        some._files = [self._files[place] for place in places]
+        some._numbers.extend(self._numbers[place] for place in places)
+        return some
 
     def largest_id(self) -> int:
         """The largest token id of all pairs."""
-        return max(self._ids, default=0)
+        return int(np.asarray(self._ids).max(initial=0))
+
+    def digest(self) -> str:
+        """Content hash over all token ids and lengths in order (hex)."""
+        content = hashlib.sha256()
+        ids, ends = np.asarray(self._ids), np.asarray(self._ends)
+        for start in range(0, len(ends) - 1, 3 * DIGEST_PAIRS):
+            some = ends[start : start + 3 * DIGEST_PAIRS + 1]
+            lengths = np.diff(some).astype(np.int32)
+            content.update(np.insert(ids[some[0] : some[-1]], some[:-1] - some[0], lengths).data)  # before each part
+        return content.hexdigest()
 
     def __add__(self, other: Pairs) -> Pairs:
-        return Pairs(chain(self, other)) if other else self
+        if not other:
+            return self
+        both = Pairs()
+        both._ids = self._ids + other._ids
+        both._ends = self._ends + array("q", (np.asarray(other._ends)[1:] + len(self._ids)).tobytes())
+        both._files, both._numbers = self._files + other._files, self._numbers + other._numbers
+        return both
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._numbers)
 
     @overload
     def __getitem__(self, place: int) -> Pair: ...
@@ -77,12 +130,10 @@ class Pairs(Sequence[Pair]):
             return self.select(range(len(self))[place])
         place = range(len(self))[place]  # from the end where negative, and IndexError, as a list has them
         start, prompt, chosen, rejected = self._ends[3 * place : 3 * place + 4]
-        return Pair(
-            self._where[place],
-            np.asarray(self._ids[start:prompt]),
-            np.asarray(self._ids[prompt:chosen]),
-            np.asarray(self._ids[chosen:rejected]),
-        )
+        number = self._numbers[place]
+        where = self._files[place] + (str(number) if number >= 0 else "")
+        ids = np.asarray(self._ids[start:rejected])
+        return Pair(where, ids[: prompt - start], ids[prompt - start : chosen - start], ids[chosen - start :])
 
 
 @dataclass
@@ -98,15 +149,6 @@ class PairSet:
     def rows(self) -> int:
         """Rows that were read: those that became pairs and those that were refused."""
         return len(self.pairs) + len(self.refused)
-
-
-def digest(pairs: Iterable[Pair]) -> str:
-    """Content hash over all token ids in order (hex)."""
-    h = hashlib.sha256()
-    for pair in pairs:
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
-            h.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-    return h.hexdigest()
 
 
 # What PairSet.notes counts.
@@ -127,19 +169,19 @@ def tokenize_rows(
     """Tokenize every row; those that cannot be trained on land in ``refused`` with the reason, and whole if kept."""
     encoder = Encoder(tokenizer, max_length, control_tokens)
     out = PairSet()
-    for row in rows:
+    if not keep_refused:  # what is held for a while is the reason only
+        rows = (BadRow(row.where, row.reason) if isinstance(row, BadRow) else row for row in rows)
+    for row, result in encoder.pairs(rows):
         if isinstance(row, BadRow):
-            out.refused.append(row if keep_refused else BadRow(row.where, row.reason))
-            continue
-        try:
-            pair, notes = encoder.pair(row)
-        except RowError as error:
+            out.refused.append(row)
+        elif isinstance(result, RowError):
             record = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
-            out.refused.append(BadRow(row.where, str(error), record if keep_refused else None))
-            continue
-        out.pairs.append(pair)
-        out.formats[row.format] += 1
-        out.notes.update(notes)
+            out.refused.append(BadRow(row.where, str(result), record if keep_refused else None))
+        else:
+            pair, notes = result
+            out.pairs.append(pair)
+            out.formats[row.format] += 1
+            out.notes.update(notes)
     return out
 
 
@@ -159,6 +201,19 @@ def refusal(refused: list[BadRow], rows: int) -> UsageError:
     return UsageError("\n".join(lines))
 
 
+class Text(NamedTuple):
+    """What the model is to read: a prompt, or a prompt and a response."""
+
+    text: str
+    templated: bool  # written by the chat template, which brings all special tokens
+    wants_eos: bool  # if it does not end with it
+
+
+Texts = tuple[Text | RowError, ...]  # prompt, prompt + chosen, prompt + rejected; nothing for a bad row
+Part = Ids | RowError
+Encoded = tuple[Pair, set[str]]
+
+
 class Encoder:
     """Turns rows into pairs with one tokenizer, no longer than ``max_length`` tokens.
 
@@ -175,19 +230,46 @@ class Encoder:
         if control_tokens == "sanitize" and not tokenizer.is_fast:
             raise UsageError("--control-tokens sanitize: the model's tokenizer cannot do it; use refuse")
         self.eos: int = tokenizer.eos_token_id
-        probe = tokenizer("a")["input_ids"]
+        probe = tokenizer("a")["input_ids"]  # also leaves the backend as a call needs it: nothing truncated or padded
         self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
+        self.backend = tokenizer.backend_tokenizer if only_asks_its_backend(tokenizer) else None
         self.control = ControlTokens(tokenizer)
         self.turn_end = self._turn_end() if tokenizer.chat_template else ""
 
-    def pair(self, row: Row) -> tuple[Pair, set[str]]:
+    def pairs(self, rows: Iterable[Row | BadRow]) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
+        """Each row in order with what ``pair`` makes of it, or why it is bad. Encodes many at once."""
+        waiting: list[tuple[Row | BadRow, Texts]] = []
+        held = 0
+        for row in rows:
+            texts = self._texts(row) if isinstance(row, Row) else ()
+            waiting.append((row, texts))
+            held += sum(len(text.text) if isinstance(text, Text) else BATCH_CHARACTERS for text in texts)
+            if held >= BATCH_CHARACTERS or len(waiting) >= BATCH_ROWS:
+                yield from self._finish(waiting)
+                waiting, held = [], 0
+        yield from self._finish(waiting)
+
+    def pair(self, row: Row) -> Encoded:
         """The row's token ids, truncated, and which of the notes apply to it.
 
         Raises:
             RowError: the template refuses the row, it has control tokens that are to be refused, or truncation leaves
                 no difference between the responses.
         """
-        prompt, chosen, rejected, moved = self._split(row)
+        return self._pair(row, *self._encode([self._texts(row)])[0])
+
+    def _finish(self, rows: list[tuple[Row | BadRow, Texts]]) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
+        for (row, _), parts in zip(rows, self._encode([texts for _, texts in rows]), strict=True):
+            if isinstance(row, BadRow):
+                yield row, RowError(row.reason)
+                continue
+            try:
+                yield row, self._pair(row, *parts)
+            except RowError as error:
+                yield row, error
+
+    def _pair(self, row: Row, prompt: Part, chosen: Part, rejected: Part) -> Encoded:
+        prompt, chosen, rejected, moved = self._split(prompt, chosen, rejected)
         notes = self._control_notes(row)
         if moved:
             notes.add(BOUNDARY_MOVED)
@@ -209,31 +291,33 @@ class Encoder:
             raise RowError(cut if RESPONSE_CUT in notes else "chosen and rejected give the same tokens")
         return Pair(row.where, prompt, chosen, rejected), notes
 
-    def _split(self, row: Row) -> tuple[Ids, Ids, Ids, bool]:
-        """Untruncated ids: both responses rendered with their prompt, cut where they leave the prompt's own tokens."""
-        prompt = self._prompt_ids(row.prompt)
+    def _split(self, prompt: Part, chosen: Part, rejected: Part) -> tuple[Ids, Ids, Ids, bool]:
+        """Untruncated ids: both responses with their prompt, cut where they leave the prompt's own tokens."""
+        prompt = _good(prompt)
         if not len(prompt):
             raise RowError("the prompt gives no tokens")
-        chosen, rejected = self._full_ids(row.prompt, row.chosen), self._full_ids(row.prompt, row.rejected)
+        chosen, rejected = _good(chosen), _good(rejected)
         cut = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
         if cut == 0:
             raise RowError("prompt and response share no first token, so the response would be read without a prompt")
         return chosen[:cut], chosen[cut:], rejected[cut:], cut < len(prompt)
 
-    def _prompt_ids(self, prompt: str | list[Message]) -> Ids:
-        if isinstance(prompt, str):
-            return self._encode(prompt)
-        return self._encode(self._render(prompt, add_generation_prompt=True), templated=True)
+    def _texts(self, row: Row) -> Texts:
+        """What the model is to read: the prompt, and each response behind it."""
+        return tuple(self._text(row.prompt, response) for response in (None, row.chosen, row.rejected))
 
-    def _full_ids(self, prompt: Any, response: Any) -> Ids:
+    def _text(self, prompt: Any, response: Any) -> Text | RowError:
         if isinstance(prompt, str):
-            ids = self._encode(prompt + response)
-        else:
+            return Text(prompt + (response or ""), templated=False, wants_eos=response is not None)
+        try:
+            if response is None:
+                return Text(self._render(prompt, add_generation_prompt=True), templated=True, wants_eos=False)
             text = self._render(prompt + response)
-            if self.turn_end.strip() and text.rstrip().endswith(self.turn_end.strip()):
-                return self._encode(text.rstrip(), templated=True)  # what follows the turn's end is not trained
-            ids = self._encode(text.removesuffix(self.turn_end), templated=True)
-        return ids if ids[-1] == self.eos else np.append(ids, np.int32(self.eos))
+        except RowError as error:
+            return error
+        if self.turn_end.strip() and text.rstrip().endswith(self.turn_end.strip()):
+            return Text(text.rstrip(), templated=True, wants_eos=False)  # what follows the turn's end is not trained
+        return Text(text.removesuffix(self.turn_end), templated=True, wants_eos=True)
 
     def _control_notes(self, row: Row) -> set[str]:
         if isinstance(row.prompt, str):
@@ -244,16 +328,38 @@ class Encoder:
             raise RowError(", ".join(f"{name} contains the control token '{token}'" for name, token in found.items()))
         return {CONTROL_SANITIZED if self.control_tokens == "sanitize" else CONTROL_KEPT} if found else set()
 
-    def _encode(self, text: str, templated: bool = False) -> Ids:
-        """Token ids with exactly one BOS where the tokenizer wants one; a template brings its own."""
-        if templated:
+    def _encode(self, rows: Sequence[Texts]) -> list[tuple[Part, ...]]:
+        """Token ids of every text, an error as it is; each kind of text meets the tokenizer in one call."""
+        texts = dict.fromkeys(text for row in rows for text in row if isinstance(text, Text))
+        ids: dict[Text, Part] = {text: self._marked(text.text) for text in texts if self._is_marked(text)}
+        for templated in (False, True):
+            some = [text for text in texts if text.templated == templated and text not in ids]
+            ids.update(zip(some, self._batch([text.text for text in some], templated), strict=True))
+        for text, part in ids.items():
+            if text.wants_eos and not isinstance(part, RowError) and self.eos not in part[-1:]:
+                ids[text] = np.append(part, np.int32(self.eos))
+        return [tuple(ids[text] if isinstance(text, Text) else text for text in row) for row in rows]
+
+    def _is_marked(self, text: Text) -> bool:
+        return text.templated and self.control.marked.search(text.text) is not None
+
+    def _marked(self, text: str) -> Part:
+        try:
             return np.asarray(self.control.encode(text), dtype=np.int32)
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
-        if self.adds_eos:
-            ids = ids[:-1]  # a prompt must not end with it, and a response gets its own
-        if self.adds_bos and text.startswith(self.tokenizer.bos_token):
-            ids = ids[1:]  # the text brings its own
-        return np.asarray(ids, dtype=np.int32)
+        except RowError as error:
+            return error
+
+    def _batch(self, texts: list[str], templated: bool) -> Iterator[Ids]:
+        """Token ids with exactly one BOS where the tokenizer wants one; a template brings its own."""
+        if self.backend is not None:
+            found = [each.ids for each in self.backend.encode_batch_fast(texts, add_special_tokens=not templated)]
+        else:
+            call = partial(self.tokenizer, add_special_tokens=not templated, verbose=False)
+            found = [call(text)["input_ids"] for text in texts]
+        for text, ids in zip(texts, found, strict=True):
+            start = not templated and self.adds_bos and text.startswith(self.tokenizer.bos_token)  # brings its own
+            end = not templated and self.adds_eos  # a prompt must not end with it, and a response gets its own
+            yield np.asarray(ids[start : len(ids) - end], dtype=np.int32)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """The template's text; what in it is to be read as text is marked."""
@@ -282,7 +388,8 @@ class Encoder:
         turns = row.prompt[len(system) :]
         starts = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
         for start in starts:
-            prompt = self._split(replace(row, prompt=system + turns[start:]))[0]
+            shorter = replace(row, prompt=system + turns[start:])
+            prompt = self._split(*self._encode([self._texts(shorter)])[0])[0]
             if len(prompt) <= room:
                 break
         return prompt
@@ -292,3 +399,21 @@ def _common_prefix(a: Ids, b: Ids) -> int:
     n = min(len(a), len(b))
     differs = np.flatnonzero(a[:n] != b[:n])
     return int(differs[0]) if len(differs) else n
+
+
+def _good(part: Part) -> Ids:
+    if isinstance(part, RowError):
+        raise part
+    return part
+
+
+def only_asks_its_backend(tokenizer: Any) -> bool:
+    """Whether a call does no more than pass a text on, so that the backend can be asked without it.
+
+    That is faster: asked by transformers it also says where in the text each token lies.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    steps = ("__call__", "_encode_plus", "apply_chat_template")
+    return tokenizer.is_fast and all(getattr(kind, step) is getattr(PreTrainedTokenizerFast, step) for step in steps)

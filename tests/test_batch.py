@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_cli.batch import Layout, MicroBatch, lay_out, pack, padded, plan_run, row_cost
+from dpo_cli.batch import Layout, MicroBatch, lay_out, pack, padded, plan_run, row_costs
 from dpo_cli.tokens import Pair
 from tests.conftest import random_pairs
 
@@ -232,9 +232,9 @@ def test_every_response_token_is_predicted_from_the_one_before(pairs: list[Pair]
 def test_cost_is_the_size_of_the_forward(pairs: list[Pair], layout: Layout) -> None:
     """Exactly for a pair; in a padded batch of several, short pairs are padded to the longest."""
     for pair in pairs:
-        assert lay_out([pair], layout).input_ids.numel() == row_cost(pair, layout)
+        assert lay_out([pair], layout).input_ids.numel() == row_costs([pair], layout)[0]
     together = lay_out(pairs, layout).input_ids.numel()
-    costs = [row_cost(pair, layout) for pair in pairs]
+    costs = row_costs(pairs, layout)
     assert together == (len(pairs) * max(costs) if layout == "padded" else sum(costs))
 
 

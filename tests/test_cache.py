@@ -1100,6 +1100,7 @@ def verified(place: Place, code: int = 0, **found: list[Path]) -> tuple[tuple[in
     shown, told = cache(place, "verify", "--json", code=code)
     result = json.loads(shown)
     counts = result.pop("shards"), result.pop("responses")
+    assert result.pop("tokenized") == 0
     expected: dict[str, list[Path]] = {"damaged": [], "unreadable": [], "foreign": []}
     assert {kind: sorted(files) for kind, files in result.items()} == {
         kind: sorted(map(str, files)) for kind, files in (expected | found).items()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import dpo_cli.logps
 from dpo_cli.attention import PREFIX_SHARED, attention
-from dpo_cli.batch import Layout, lay_out, padded, plan_run, row_cost
+from dpo_cli.batch import Layout, lay_out, padded, plan_run, row_costs
 from dpo_cli.config import TrainOptions
 from dpo_cli.logps import Scorer, response_logps, token_logps
 from dpo_cli.losses import sigmoid_loss
@@ -169,7 +169,7 @@ def step_gradients(
 ) -> tuple[list[Tensor], dict[str, float], list[tuple[int, ...]]]:
     """Gradients of one step over all pairs as the optimizer sees them, the step's metrics and its micro-batches."""
     options = TrainOptions(data=["-"], beta=0.1, label_smoothing=0.05, max_grad_norm=0.0)
-    costs = [row_cost(pair, layout) for pair in PAIRS]
+    costs = row_costs(PAIRS, layout)
     cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world": 1, "seed": 0}
     (step,) = plan_run(costs, layout, max_tokens=max_tokens, **cut)
     AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of another test

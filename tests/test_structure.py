@@ -27,7 +27,7 @@ LAYERS = [
     {"attention", "losses", "optimizer"},
     {"logps"},
     {"model", "disk", "memory"},
-    {"metrics", "fingerprint", "shards"},
+    {"metrics", "fingerprint", "shards", "tokenized"},
     {"reference", "checkpoint", "step"},
     {"prepare", "cache"},
     {"run"},

@@ -28,7 +28,6 @@ from dpo_cli.tokens import (
     Encoder,
     Pair,
     Pairs,
-    digest,
     refusal,
     tokenize_rows,
 )
@@ -373,7 +372,7 @@ def test_a_refusal_stays_short_however_many_reasons_there_are() -> None:
 
 def test_the_digest_tells_any_change() -> None:
     def of(*rows: list[list[int]], where: str = "anywhere") -> str:
-        return digest(Pair(where, *(np.asarray(ids, np.int32) for ids in each)) for each in rows)
+        return Pairs(Pair(where, *(np.asarray(ids, np.int32) for ids in each)) for each in rows).digest()
 
     one, two = [[1, 2], [3], [4]], [[1], [2, 3], [4]]
     seen = [of(one), of(two), of(one, two), of(two, one), of([[1, 2], [4], [3]]), of([[1, 2], [3], [5]]), of()]
@@ -430,7 +429,7 @@ def test_the_digest_of_a_pair_is_that_of_its_lengths_and_ids() -> None:
     made = [Pair("anywhere", *(np.asarray(ids, np.int32) for ids in ([1, 2], [3], [4, 5, 6])))]
     numbers = [2, 1, 2, 1, 3, 3, 4, 5, 6]
     expected = hashlib.sha256(b"".join(number.to_bytes(4, "little") for number in numbers)).hexdigest()
-    assert digest(made) == digest(Pairs(made)) == expected
+    assert Pairs(made).digest() == expected
 
 
 # ---- control tokens inside messages -----------------------------------------------------------------------------
@@ -853,3 +852,82 @@ def test_any_conversation_gives_a_pair_or_a_reason(
 ) -> None:
     tokenizer, end = CHAT_TOKENIZERS[name]
     check(tokenizer, row(prompt, chosen, rejected), length, end)
+
+
+# ---- many at once -----------------------------------------------------------------------------------------------
+
+
+def one_at_a_time(rows: list[Row | BadRow], tokenizer: Any, length: int, mode: str) -> list[Any]:
+    """What each row gives when transformers' own call encodes it alone."""
+    encoder = Encoder(tokenizer, length, mode)
+    encoder.backend = None
+    found: list[Any] = []
+    for each in rows:
+        if isinstance(each, BadRow):
+            found.append(each.reason)
+            continue
+        try:
+            pair, notes = encoder.pair(each)
+            found.append((lists(pair), notes))
+        except RowError as error:
+            found.append(str(error))
+    return found
+
+
+bad = st.builds(BadRow, st.just("rows.jsonl:1"), ordinary)
+string_row = st.builds(row, any_string, any_string, any_string)
+chat_row = st.builds(row, conversation, any_string, any_string)
+
+
+@anything
+@given(
+    st.sampled_from([*STRING_TOKENIZERS.values(), *(tokenizer for tokenizer, _ in CHAT_TOKENIZERS.values())]),
+    st.lists(string_row | chat_row | bad, max_size=12),
+    st.sampled_from(["keep", "sanitize", "refuse"]),
+    max_length,
+    st.sampled_from([1, 100, 2**20]),
+)
+def test_rows_give_together_what_each_gives_alone(
+    tokenizer: Any, rows: list[Row | BadRow], mode: str, length: int, characters: int
+) -> None:
+    """In their order, also where a batch ends among them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo_cli.tokens.BATCH_CHARACTERS", characters)
+        together = [
+            str(result) if isinstance(result, RowError) else (lists(result[0]), result[1])
+            for _, result in Encoder(tokenizer, length, mode).pairs(rows)
+        ]
+    assert together == one_at_a_time(rows, tokenizer, length, mode)
+
+
+def test_many_rows_are_encoded_in_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = Encoder._batch
+
+    def counted(self: Encoder, texts: list[str], templated: bool) -> Any:
+        calls.append(len(texts))
+        return original(self, texts, templated)
+
+    monkeypatch.setattr(Encoder, "_batch", counted)
+    rows = [row(f"Why {n}?", " Yes.", " No.") for n in range(1200)]
+    assert len(tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], LONG).pairs) == 1200
+    assert sum(calls) == 3 * 1200 and len(calls) == 2 * 3  # strings and rendered texts apart
+
+
+def test_a_tokenizer_that_does_more_is_asked_itself() -> None:
+    class Own(PreTrainedTokenizerFast):  # type: ignore[misc]
+        def _encode_plus(self, *arguments: Any, **named: Any) -> Any:
+            found = super()._encode_plus(*arguments, **named)
+            found["input_ids"] = [*found["input_ids"][:-1], 7]
+            return found
+
+    own = Own(tokenizer_object=Tokenizer.from_str(trained()), bos_token="<s>", eos_token="</s>")
+    pair, _ = pair_of(own, row("Why is that?", " Because.", " No idea."))
+    assert pair.chosen.tolist()[-2:] == [7, own.eos_token_id]
+
+
+def test_where_a_pair_comes_from_is_kept_to_the_letter() -> None:
+    places = ["a.jsonl:1", "b 7.jsonl:12", "c.parquet:row 3", "d", "e:0", "f:007", "g:" + "9" * 30, "", "5", "h:²"]
+    pairs = Pairs(Pair(where, *(np.ones(1, np.int32),) * 3) for where in places)
+    assert [pair.where for pair in pairs] == places
+    assert [pair.where for pair in pairs.select([3, 1]) + pairs] == ["d", places[1], *places]
