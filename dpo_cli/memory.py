@@ -100,7 +100,7 @@ def _kept(scorer: Scorer, pairs: Sequence[Pair]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # kept alive, so that no other gets its place; the tensor itself would never be freed
 
     forward = hidden_states if scorer.apart else token_logps
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
