@@ -9,6 +9,7 @@ no model is patched.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,7 @@ class UnsupportedAttentionError(ValueError):
     """The model's attention has a part that prefix sharing does not compute."""
 
 
+@torch.compiler.disable  # its Python differs with every row; kernels are what it calls
 def prefix_shared_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -116,9 +118,13 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     keys, values = (x[0].transpose(0, 1)[segments.key_index] for x in (key, value))  # (K, G, D)
+    grouped: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
-        groups = query.shape[1] // key.shape[1]
-        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped = {"enable_gqa": True}
+        else:  # torch 2.11
+            groups = query.shape[1] // key.shape[1]
+            keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
     out = varlen_attn(
         query[0].transpose(0, 1),
         keys,
@@ -129,6 +135,7 @@ def _varlen(
         segments.longest_key,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out[None]

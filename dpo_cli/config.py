@@ -75,6 +75,7 @@ class Options:
         one_of("keep", "sanitize", "refuse"),
         shown="keep, or what the run was trained with",
     )
+    compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
     trust_remote_code: bool = option(False, "Run Python code that the model's repository brings.")
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import Reporter, pair_sums, summarize
 from dpo_cli.model import (
     ModelSource,
+    compile_layers,
     default_device,
     dtype_name,
     load_model,
@@ -111,6 +112,7 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
         max_length=options.max_length or run.get("max_length"),
         dtype=options.dtype or run.get("dtype"),
         control_tokens=options.control_tokens or run.get("control_tokens"),
+        compile=options.compile or run.get("compile", False),
         beta=options.beta or run.get("beta", 0.1),
     )
     assert options.beta is not None
@@ -123,6 +125,8 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     weights = memo.hash(model) if options.ref is None and source.run is None else ""
     scorer = make_scorer(model, pairs, options, default_device(), reporter, memory)
     halved_if_split(model, weights, memory)
+    if options.compile:
+        compile_layers(model)
     policy = policy_logps(scorer, pairs, reporter)
     assert policy is not None
     reference = _reference_logps(options, source, weights, memory, pairs, scorer, reporter)
@@ -143,7 +147,7 @@ def _run_options(source: ModelSource) -> dict[str, Any]:
     if source.run is None:
         return {}
     options = trained_with(source.run)
-    names = ("max_length", "control_tokens", "dtype", "beta", "label_smoothing", "memory")
+    names = ("max_length", "control_tokens", "dtype", "beta", "label_smoothing", "memory", "compile")
     return {name: getattr(options, name) for name in names}
 
 
@@ -185,6 +189,8 @@ def _reference_logps(
         raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
     scorer = make_scorer(model, pairs, options, scorer.device, reporter, memory)
     weights, _ = halved_if_split(model, weights, memory)
+    if options.compile:
+        compile_layers(model)
     found = fingerprint(model, weights, scorer.layout, scorer.dtype)
     if trained_from and not same_weights(found, trained_from["fingerprint"]):
         raise UsageError(f"{reference.path} is no longer the model the run began with; name that one with --ref")

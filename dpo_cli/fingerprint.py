@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dpo_cli.batch import Layout
 from dpo_cli.disk import sha256, whole_file
 from dpo_cli.errors import DpoError
-from dpo_cli.model import ModelSource
+from dpo_cli.model import ModelSource, compiled
 
 # Raise it when log-probs are computed differently from before.
 SCORING_VERSION = 1
@@ -37,6 +37,8 @@ def fingerprint(model: PreTrainedModel, weights: str, layout: Layout, dtype: tor
         "device": next(model.parameters()).device.type,
         "version": SCORING_VERSION,
     }
+    if compiled(model):
+        about["compiled"] = torch.__version__
     if type(model).__module__.startswith("transformers_modules."):  # --trust-remote-code
         about["code"] = [sha256(file) for file in sorted(Path(inspect.getfile(type(model))).parent.glob("*.py"))]
     how = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, lay_out, padded, probes
@@ -255,6 +256,18 @@ def compute_dtype(name: str | None, device: torch.device, halved: bool = False) 
 def dtype_name(dtype: torch.dtype) -> str:
     """The option's word for a precision."""
     return str(dtype).removeprefix("torch.")
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each layer on its own, in place: they are alike, and one graph serves rows of every length."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
+
+
+def compiled(model: PreTrainedModel) -> bool:
+    """Whether its layers were compiled."""
+    return any(module._compiled_call_impl for module in model.modules())
 
 
 # ---- layout -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from dpo_cli.metrics import Reporter
 from dpo_cli.model import (
     ModelSource,
     choose_layout,
+    compile_layers,
     compute_dtype,
     default_device,
     dtype_name,
@@ -187,6 +188,8 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
     scorer = make_scorer(model, pairs, options, default_device(), reporter, options.memory)
     memory = fit(scorer, pairs, process, options.memory, False, options.max_tokens).memory
     weights, _ = halved_if_split(model, weights, memory)
+    if options.compile:
+        compile_layers(model)
     name = fingerprint(model, weights, scorer.layout, scorer.dtype)
     cache = open_cache(options, name, source, scorer, reporter)
     filled = fill_reference(cache, pairs, scorer, reporter)

@@ -31,6 +31,7 @@ from dpo_cli.memory import Fit, fit, process_bytes, usable_bytes
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import (
     ModelSource,
+    compile_layers,
     dtype_name,
     load_tokenizer,
 )
@@ -119,6 +120,8 @@ def lay_out_run(
     weights, low = halved_if_split(model, weights, fitted.memory)
     if low:  # halved, its forward keeps less
         fitted = fit(scorer, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
+    if options.compile:
+        compile_layers(model)
     scorer.max_tokens = fitted.max_tokens
     options = dataclasses.replace(
         options,

@@ -372,6 +372,7 @@ OTHER: dict[str, Any] = {
     "weight_decay": 0.1,
     "max_grad_norm": 9.0,
     "gradient_checkpointing": True,
+    "compile": True,
     "seed": 9,
     "log_every": 9,
     "eval_every": 9,

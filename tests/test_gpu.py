@@ -5,6 +5,8 @@ Tolerances are bfloat16's: 8 bits of mantissa, so an attention output of size 1 
 
 import json
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from dpo_cli.batch import Segments, lay_out
 from dpo_cli.config import TrainOptions
 from dpo_cli.logps import response_logps, token_logps
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import choose_layout, compute_dtype, default_device, default_max_tokens
+from dpo_cli.model import choose_layout, compute_dtype, default_device
+from dpo_cli.step import Trainer
 from dpo_cli.tokens import Pair
 from dpo_cli.train import train
-from tests.conftest import SAMPLE, make_model
+from tests.conftest import SAMPLE, make_model, make_tokenizer
 from tests.test_families import dense_attention
 
 pytestmark = [
@@ -170,7 +173,6 @@ def test_choose_layout(family: str, config: dict[str, Any], expected: str) -> No
 def test_defaults_on_cuda() -> None:
     assert default_device().type == "cuda"
     assert compute_dtype("auto", DEVICE) == torch.bfloat16
-    assert 1024 <= default_max_tokens(make_model(), DEVICE) <= 65536
 
 
 def test_one_train_step(tiny: Path, tmp_path: Path, flash_calls: list[torch.dtype]) -> None:
@@ -232,3 +234,57 @@ def test_memory_that_really_runs_out(tiny: Path, tmp_path: Path, capsys: pytest.
     assert "out of memory" in capsys.readouterr().err
     for line, other in zip(got, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_a_step_waits_for_the_device_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its one read-back, however many forwards it has: not in any of them, and not to move their tensors."""
+    syncs: list[int] = []
+    original = Trainer.step
+
+    def watched(self: Trainer, *arguments: Any) -> Any:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return original(self, *arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                syncs.append(sum("synchronizing CUDA operation" in str(each.message) for each in caught))
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = TrainOptions(
+        model=str(tiny),
+        data=[str(SAMPLE / "train.jsonl")],
+        max_steps=3,
+        batch_size=16,
+        max_tokens=1024,
+        output=tmp_path / "run",
+        cache_dir=tmp_path / "cache",
+    )
+    train(options, None, ["test"], Reporter(quiet=True))
+    assert syncs[1:] == [1, 1]  # what the first step sets up once does not count
+
+
+@pytest.mark.parametrize("memory", ["full", "split"])
+def test_the_estimate_is_near_the_peak(memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model whose state and activations are much more than a CUDA context's own needs."""
+    model = make_model(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, head_dim=128, vocab_size=32000)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = TrainOptions(
+        model=str(tmp_path / "model"),
+        data=[str(SAMPLE / "train.jsonl")],
+        max_steps=2,
+        batch_size=64,
+        max_tokens=4096,
+        memory=memory,
+        output=tmp_path / "run",
+        cache_dir=tmp_path / "cache",
+    )
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    train(options, None, ["test"], Reporter())
+    estimate = float(re.findall(r"about ([\d.]+) GiB at most", capsys.readouterr().err)[0])
+    assert estimate * 2**30 == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
