@@ -41,7 +41,8 @@ from dpo_cli.tokens import Pair
 
 COMMANDS = {side: [sys.executable, "-m", f"benchmarks.{name}"] for side, name in (("ours", "ours"), ("trl", "theirs"))}
 BLOCK_PHASES = ("precompute", "train", "eval")
-PHASES = (*BLOCK_PHASES, "start", "sweep", "command")
+COMMAND_PHASES = ("start", "sweep")  # whole commands, which differ little from case to case
+PHASES = (*BLOCK_PHASES, *COMMAND_PHASES, "command")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of a step's loss, nats
 
 
@@ -278,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue
                 print(f"{name}, TRL's batch {case.job['trl_batch']} …", file=sys.stderr, flush=True)
                 results.append(run_case(case, args, make_environment(args, folder), found["matmul_rate"]))
+                args.phases = [phase for phase in args.phases if phase not in COMMAND_PHASES]  # of one case only
                 if args.json:
                     args.json.write_text(json.dumps({"command": typed, "results": results} | found, indent=1) + "\n")
     print(report(results, args, typed, found))
