@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_cli.batch import Segments
 
 PREFIX_SHARED = "dpo_prefix_shared"
+GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.11
 
 # Keyword arguments with which a layer asks for attention of another kind than this one computes.
 _FOREIGN = ("softcap", "s_aux", "position_bias")
@@ -31,7 +33,7 @@ class UnsupportedAttentionError(ValueError):
     """The model's attention has a part that prefix sharing does not compute."""
 
 
-@torch.compiler.disable  # its Python differs with every row; kernels are what it calls
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its Python differs with every row; kernels are what it calls
 def prefix_shared_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -115,14 +117,12 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
 ) -> Tensor:
     """One flash call for all segments; its causality is aligned at the last query and key. -> (1, T, A, D)."""
-    from torch.nn.attention.varlen import varlen_attn
-
     keys, values = (x[0].transpose(0, 1)[segments.key_index] for x in (key, value))  # (K, G, D)
     grouped: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if GROUPED:
             grouped = {"enable_gqa": True}
-        else:  # torch 2.11
+        else:
             groups = query.shape[1] // key.shape[1]
             keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
     out = varlen_attn(

@@ -128,7 +128,7 @@ class Segments:
     spans: tuple[tuple[int, int, int], ...]  # prompt, chosen and rejected tokens of each pair, on the host
     longest_query: int
     longest_key: int
-    masks: dict[Any, Tensor] = field(default_factory=dict)  # those that attention has made for this row
+    masks: dict[Any, Tensor] = field(default_factory=dict, init=False)  # those that attention has made for this row
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,8 @@ def save_checkpoint(
 
 
 def _moments(optimizer: Optimizer) -> dict[str, Tensor]:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # some may be on their way to the host
     state = optimizer.state_dict()["state"]
     return {f"{index}.{name}": tensor for index, moments in state.items() for name, tensor in moments.items()}
 

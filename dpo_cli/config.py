@@ -44,7 +44,8 @@ def memory_option() -> Any:
         "auto",
         "How weights, gradients and moments are kept: full (float32, 16 bytes a parameter), 8bit (moments, 10), split "
         "(bfloat16 and lower halves of float32 weights, 8), in-backward (split, updated in the backward pass, 6), "
-        "offload (split, what no forward reads in the host's memory, 4) or auto: the fastest that fits.",
+        "offload (split, but what no forward reads is in the host's memory, 4), or auto: the first of full, split and "
+        "8bit that fits.",
         one_of("auto", "full", "8bit", "split", "in-backward", "offload"),
     )
 
@@ -170,6 +171,8 @@ def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
             raise UsageError(f"--resume {folder}: no run there ({name} is missing)")
     began = resolve(TrainOptions, {}, file)
     options = resolve(TrainOptions, flags, file)
+    if began.memory == options.memory == "auto":  # it is older than the option
+        began, options = (dataclasses.replace(each, memory="full") for each in (began, options))
     changed = [
         f"--{f.name.replace('_', '-')} {getattr(options, f.name)} (it began with {getattr(began, f.name)})"
         for f in dataclasses.fields(options)

@@ -39,6 +39,7 @@ from dpo_cli.prepare import (
     make_scorer,
     open_cache,
     read_pairs,
+    tell_long,
 )
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.run import read_manifest, trained_with
@@ -106,15 +107,17 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     its training.
     """
     source = choose_model(options.model, options, reporter)
-    run = _run_options(source)
+    run, given_compile = _run_options(source), options.compile
     options = dataclasses.replace(
         options,
         max_length=options.max_length or run.get("max_length"),
         dtype=options.dtype or run.get("dtype"),
         control_tokens=options.control_tokens or run.get("control_tokens"),
-        compile=options.compile or run.get("compile", False),
+        compile=run.get("compile", options.compile),
         beta=options.beta or run.get("beta", 0.1),
     )
+    if given_compile and not options.compile:
+        raise UsageError("--compile: the run was not trained so, and its numbers would be others")
     assert options.beta is not None
     tokenizer = load_tokenizer(source)
     found = read_pairs(options.data, options, tokenizer, reporter)
@@ -124,7 +127,8 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     model = load_model(source)
     weights = memo.hash(model) if options.ref is None and source.run is None else ""
     scorer = make_scorer(model, pairs, options, default_device(), reporter, memory)
-    halved_if_split(model, weights, memory)
+    weights = halved_if_split(model, weights, memory)[0]
+    tell_long(scorer, pairs, reporter)
     if options.compile:
         compile_layers(model)
     policy = policy_logps(scorer, pairs, reporter)
@@ -188,7 +192,7 @@ def _reference_logps(
     except UsageError as error:
         raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
     scorer = make_scorer(model, pairs, options, scorer.device, reporter, memory)
-    weights, _ = halved_if_split(model, weights, memory)
+    weights = halved_if_split(model, weights, memory)[0]
     if options.compile:
         compile_layers(model)
     found = fingerprint(model, weights, scorer.layout, scorer.dtype)

@@ -20,7 +20,7 @@ from dpo_cli.errors import DpoError
 from dpo_cli.model import ModelSource, compiled
 
 # Raise it when log-probs are computed differently from before.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 # What a config holds beside what the forward computes.
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "quantization_config")
 FRESH_SECONDS = 2.0  # a file changed so recently could change again within its time stamp

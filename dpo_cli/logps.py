@@ -23,7 +23,8 @@ from dpo_cli.errors import DpoError
 from dpo_cli.tokens import Pair
 
 WINDOW = 512  # pairs of similar length that are packed together when order does not matter
-HEAD_BYTES = 2**28  # of float32 logits that are there at a time; more where a single pair needs it
+# Of float32 logits that are there at a time; more where a single pair needs it. A GPU wants large matrix products.
+HEAD_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 
 @dataclass
@@ -70,14 +71,17 @@ class Scorer:
                 loss(slice(None), response_logps(logps, batch.lengths)).backward()
             return
         hidden = hidden_states(self.model, batch, self.dtype)
-        leaf = hidden.detach().requires_grad_()
+        gradients: list[Tensor] = []
         for pairs, tokens in head_pieces(self.model, batch):
-            logps = head_logps(self.model, leaf[tokens], batch.targets[tokens], self.dtype)
+            leaf = hidden.detach()[tokens].requires_grad_()
+            logps = head_logps(self.model, leaf, batch.targets[tokens], self.dtype)
             lengths = batch.lengths[2 * pairs.start : 2 * pairs.stop]
             loss(pairs, response_logps(logps, lengths)).backward()
+            assert leaf.grad is not None
+            gradients.append(leaf.grad)
             del logps  # and with it the logits, before the next ones come
         with last:
-            hidden.backward(leaf.grad)
+            hidden.backward(torch.cat(gradients))
 
     def costs(self, pairs: Sequence[Pair]) -> list[int]:
         """Tokens that each pair takes up in a forward."""
@@ -163,7 +167,7 @@ def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, apart: 
 def head_room(model: nn.Module) -> int:
     """Response tokens that may meet the head together."""
     vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    return HEAD_BYTES // (4 * vocabulary)
+    return HEAD_BYTES[next(model.parameters()).device.type] // (4 * vocabulary)
 
 
 def head_pieces(model: nn.Module, batch: MicroBatch) -> Iterator[tuple[slice, slice]]:
@@ -212,7 +216,8 @@ def _inputs(batch: MicroBatch) -> dict[str, Any]:
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    # No cache: each weight is used once a forward, and a cast copy of all of them need not stay.
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:

@@ -33,62 +33,70 @@ LADDER = {
 }
 MOST_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a forward: more bring no speed
 FEWEST_TOKENS = 512
+COUNTED = 400  # tokens of each part of a pair on which is counted what a forward keeps
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Bytes that the parts of a training step take."""
+class StepBytes:
+    """What the parts of a training step take."""
 
     parameters: int
     largest: int  # parameters of the largest tensor
-    fixed: float  # kept by any forward, such as weights cast to the compute precision
-    token: float  # kept by a forward, a packed token
-    recomputed: float  # the same where activations are computed again
-    logits: int  # of one response token
+    fixed: float  # kept by any forward
+    per_token: float  # kept by a forward, a packed token
+    per_token_recomputed: float  # the same where activations are computed again
+    per_logits: int  # of the logits of one response token
     process: int  # beside the run: on a CPU the program itself
 
     def peak(self, memory: str, recompute: bool, first: tuple[int, int], later: tuple[int, int] | None) -> int:
         """The most that is held at a time; of the largest micro-batches: (T, N that meet the head at once).
 
-        Gradients are there from a step's first backward pass on: beside what the forward of a ``later`` one keeps.
+        The body's gradients are there when a step's first backward pass is over: beside what the forward of a ``later``
+        micro-batch keeps. The head's are there before, and one more of its size, which is added to them.
         """
         weights, gradient, moments = (each * self.parameters for each in BYTES[memory])
-        added = BYTES[memory][0] * self.largest  # one more gradient, which is added to those that are there
-        forwards = [self._forward(recompute, *first), gradient + added]
+        head = 2 * self.largest * (2 if memory in SPLIT else 4)
+        held = [self._forward(recompute, *first) + head, gradient + head / 2]
         if later:
-            forwards.append(self._forward(recompute, *later) + gradient + added)
-        return int(self.process + weights + moments + max(forwards))
+            held.append(self._forward(recompute, *later) + gradient + head / 2)
+        return int(self.process + weights + moments + max(held))
 
     def _forward(self, recompute: bool, tokens: int, at_head: int) -> float:
-        return self.fixed + (self.recomputed if recompute else self.token) * tokens + self.logits * at_head
+        per_token = self.per_token_recomputed if recompute else self.per_token
+        return self.fixed + per_token * tokens + self.per_logits * at_head
 
     def max_tokens(self, memory: str, recompute: bool, room: float, at_head: int) -> int:
         """The most tokens that a forward may have to stay in ``room`` bytes, by 64."""
         left = room - self.peak(memory, recompute, (0, at_head), (0, at_head))
-        return max(int(left / (self.recomputed if recompute else self.token)) // 64 * 64, 0)
+        return max(int(left / (self.per_token_recomputed if recompute else self.per_token)) // 64 * 64, 0)
 
 
-def measure_costs(scorer: Scorer, pairs: Sequence[Pair], process: int) -> Costs:
-    """Count what a forward keeps: over the longest pair that fits ``max_tokens``, and over it and the shortest."""
+def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepBytes:
+    """Count what a forward keeps: over the start of a long pair, and over that and a short one."""
     model: Any = scorer.model
     config = model.config.get_text_config()
-    tried = probes(pairs, scorer.layout, scorer.max_tokens)
+    tried = [_cut(pair) for pair in probes(pairs, scorer.layout, scorer.max_tokens)]
     long, short = tried[0], tried[-1]
     tokens, more = row_costs([long, short], scorer.layout)
     one, two = _kept(scorer, [long]), _kept(scorer, [long, short])
     slack = FRAGMENTED if scorer.device.type == "cpu" else 1.0
-    token = slack * (two - one) / more
+    per_token = slack * (two - one) / more
     sizes = [p.numel() for p in model.parameters()]
     layers: int = config.num_hidden_layers
-    return Costs(
+    return StepBytes(
         parameters=sum(sizes),
         largest=max(sizes),
-        fixed=max(slack * one - token * tokens, 0.0),
-        token=token,
-        recomputed=token / layers + layers * config.hidden_size * next(model.parameters()).element_size(),
-        logits=LOGIT_BYTES * config.vocab_size,
+        fixed=max(slack * one - per_token * tokens, 0.0),
+        per_token=per_token,
+        per_token_recomputed=per_token / layers + layers * config.hidden_size * next(model.parameters()).element_size(),
+        per_logits=LOGIT_BYTES * config.vocab_size,
         process=process,
     )
+
+
+def _cut(pair: Pair) -> Pair:
+    """The beginning of each part: what is counted grows with the tokens, so that a few hundred are enough."""
+    return Pair(pair.where, *(part[:COUNTED] for part in (pair.prompt, pair.chosen, pair.rejected)))
 
 
 def _kept(scorer: Scorer, pairs: Sequence[Pair]) -> int:
@@ -113,9 +121,10 @@ def usable_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return USABLE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # of a container
+    with suppress(OSError, ValueError, KeyError):  # of a container
         limit, taken = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - taken)
+        counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        free = min(free, limit - taken + int(counts["active_file"]) + int(counts["inactive_file"]))  # files are let go
     return USABLE * float(free + process_bytes(device))
 
 
@@ -131,7 +140,7 @@ class Fit:
     memory: str
     recompute: bool
     max_tokens: int
-    costs: Costs
+    step_bytes: StepBytes
 
     def estimate(self, steps: Sequence[Step], costs: Sequence[int], pairs: Sequence[Pair], scorer: Scorer) -> int:
         """The most that these steps hold at a time: bytes; ``costs`` are the pairs' tokens in a forward."""
@@ -143,22 +152,22 @@ class Fit:
         first = max((step[0] for step in steps), key=size)
         later = max((indices for step in steps for indices in step[1:]), key=size, default=None)
         found = [(size(each), at_head(scorer, [pairs[i] for i in each])) for each in (first, later) if each]
-        return self.costs.peak(self.memory, self.recompute, found[0], found[1] if later else None)
+        return self.step_bytes.peak(self.memory, self.recompute, found[0], found[1] if later else None)
 
 
 def fit(
     scorer: Scorer, pairs: Sequence[Pair], process: int, memory: str, recompute: bool, max_tokens: int | None
 ) -> Fit:
-    """The fastest way to train that fits the device's memory, by the estimate; the most frugal one where none does.
+    """The fastest way to train that fits the device's memory, by the estimate; the last of its ladder where none does.
 
     What is wanted is kept to: a ``memory`` mode that is not ``auto``, recomputation, ``max_tokens``.
 
-    Units: ``process`` in bytes, see ``Costs``.
+    Units: ``process`` in bytes, see ``StepBytes``.
     """
-    most, room = MOST_TOKENS[scorer.device.type], usable_bytes(scorer.device)
-    costs = measure_costs(scorer, pairs, process)
-    longest = probes(pairs, scorer.layout, most)[0]
-    enough = max_tokens or max(*scorer.costs([longest]), FEWEST_TOKENS)
+    room, counted = usable_bytes(scorer.device), count_bytes(scorer, pairs, process)
+    costs = scorer.costs(pairs)
+    enough = max(*costs, max_tokens or FEWEST_TOKENS)  # a longer pair has a forward of its own
+    longest = pairs[costs.index(max(costs))]
     head = max(at_head(scorer, [longest]), min(head_room(scorer.model), enough)) if scorer.apart else 0
     ways = [(memory, recompute)]
     if memory == "auto":
@@ -166,10 +175,10 @@ def fit(
         ladder = LADDER[scorer.device.type]
         ways = [way for way in ladder if (way[1] or not recompute) and (coarse or way[0] not in SPLIT)]
     for way in ways:
-        if costs.peak(*way, (enough, head), (enough, head)) <= room:
+        if counted.peak(*way, (enough, head), (enough, head)) <= room:
             break
-    most = min(max(costs.max_tokens(*way, room, head), FEWEST_TOKENS), most)
-    return Fit(*way, max_tokens or most, costs)
+    most = min(max(counted.max_tokens(*way, room, head), FEWEST_TOKENS), MOST_TOKENS[scorer.device.type])
+    return Fit(*way, max_tokens or most, counted)
 
 
 def at_head(scorer: Scorer, pairs: Sequence[Pair]) -> int:

@@ -259,10 +259,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each layer on its own, in place: they are alike, and one graph serves rows of every length."""
+    """Compile each layer on its own, in place: they are alike, and one graph serves rows of every length.
+
+    Raises:
+        UsageError: the model has no layers that are known as such.
+    """
+    from torch._inductor import config as inductor
+
+    if hasattr(inductor, "emulate_precision_casts"):  # as without: the graph with a backward pass would round elsewhere
+        inductor.emulate_precision_casts = True
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
+    if not compiled(model):
+        raise UsageError("--compile: the model has no layers of transformers' kind; leave it out")
 
 
 def compiled(model: PreTrainedModel) -> bool:
@@ -297,6 +307,8 @@ def choose_layout(
     try:
         together = torch.cat([token_logps(model, batch, torch.float32, apart=True) for batch in alone])
         apart = bool((together - expected[torch.float32]).abs().nan_to_num(math.inf).max() < 1e-3)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # a body or a head of another kind
         apart = False
     reasons: list[str] = []
@@ -312,6 +324,8 @@ def choose_layout(
             reasons.append(f"{layout}: {str(error).splitlines()[0][:120]}")
             continue
         if off[torch.float32].max() < 1e-3 and off[dtype].mean() < 0.1:
+            if not apart:
+                reasons.append("the head cannot run apart from the body")
             why = f" ({'; '.join(reasons)})" if reasons else ""
             largest = f"{off[torch.float32].max():.0e} nats a token"
             return layout, apart, f"{told}; equal to single sequences within {largest}{why}"

@@ -32,11 +32,12 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def make_optimizer(
-    model: nn.Module, weight_decay: float, memory: str = "full", low: Mapping[str, Tensor] | None = None
+    model: nn.Module, weight_decay: float, memory: str = "full", low: dict[str, Tensor] | None = None
 ) -> Optimizer:
     """AdamW with decay on matrices only; the learning rate is set before each step.
 
-    ``low`` is what ``halve(model)`` returned, in the modes of ``SPLIT``. The model must be on its device already.
+    ``low`` is what ``halve(model)`` returned, in the modes of ``SPLIT``; it is used up. The model must be on its device
+    already.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
@@ -45,7 +46,8 @@ def make_optimizer(
     if memory == "full":
         return AdamW(groups, lr=0.0, fused=True)
     assert (memory in SPLIT) == (low is not None)
-    halves: dict[Tensor, Tensor] = {p: low[name] for name, p in model.named_parameters()} if low is not None else {}
+    names = {p: name for name, p in model.named_parameters()}
+    halves: dict[Tensor, Tensor] = {p: low.pop(name) for p, name in names.items() if name in low} if low else {}
     return SmallAdamW(groups, halves, torch.device("cpu") if memory == "offload" else None)
 
 
@@ -71,11 +73,13 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 def halve(model: nn.Module) -> dict[str, Tensor]:
     """Leave a float32 model its bfloat16 halves; returns the low ones by name, a tied weight once.
 
-    Buffers stay as they are. To be done before the reference is scored, which is then that of the same weights.
+    Buffers and what is not trained stay as they are. To be done before the reference is scored, which is then that of
+    the same weights.
     """
     low = {}
     for name, p in model.named_parameters():
-        p.data, low[name] = split(p.detach().contiguous())
+        if p.requires_grad and p.dtype == torch.float32:
+            p.data, low[name] = split(p.detach().contiguous())
     return low
 
 
@@ -154,14 +158,14 @@ class SmallAdamW(Optimizer):
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], low: Mapping[Tensor, Tensor], home: torch.device | None = None
+        self, groups: list[dict[str, Any]], low: dict[Tensor, Tensor], home: torch.device | None = None
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8})
         self._home = home
         for _, p in self._parameters():
             p.data = p.detach().contiguous()  # it is looked at in blocks
-            if low:
-                half = low[p].view((-1, BLOCK) if _is_coded(p) else (1, -1))
+            if p in low:
+                half = low.pop(p).view((-1, BLOCK) if _is_coded(p) else (1, -1))
                 self.state[p]["low"] = self._kept(half, p)
         device = p.device
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
@@ -186,10 +190,9 @@ class SmallAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; the gradients must be finite."""
         assert closure is None
-        self._squares.zero_()
         for group, p in self._parameters():
             if p.grad is not None:
-                self._update(group, p)
+                self._update(group, p, None)
 
     @contextmanager
     def updating(self, lr: float) -> Iterator[None]:
@@ -224,27 +227,26 @@ class SmallAdamW(Optimizer):
         """Update a parameter, unless its gradient or one before was not finite: a sum that is not, stays so."""
         assert p.grad is not None
         self._squares += torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square()
-        self._update(group, p)
+        self._update(group, p, poisoned=self._squares.isfinite().logical_not().float())
         p.grad = None
 
-    def _update(self, group: dict[str, Any], p: Tensor) -> None:
-        """One step of a parameter, slice by slice; none at all, without asking the device, after a bad gradient."""
+    def _update(self, group: dict[str, Any], p: Tensor, poisoned: Tensor | None) -> None:
+        """One step of a parameter, slice by slice; none at all where ``poisoned`` turns out to be 1 on the device."""
         assert p.grad is not None
         state = self.state[p]
         if "step" not in state:
             zero = _zero_moments(p, self._home or p.device)
             state.update({name: self._kept(v, p) if name != "step" else v for name, v in zero.items()})
-        poisoned = self._squares.isfinite().logical_not().float()
         shape = state["exp_avg"].shape  # (B, W)
         rows = {name: tensor for name, tensor in state.items() if name != "step"}
         rows |= {"weight": p.detach().view(shape), "grad": p.grad.reshape(shape)}
         for start in range(0, len(rows["weight"]), SLICE // BLOCK):
             part = {name: tensor[start : start + SLICE // BLOCK] for name, tensor in rows.items()}
             _update_blocks(part, state["step"], group, poisoned)
-        state["step"] += 1 - poisoned
+        state["step"] += 1 if poisoned is None else 1 - poisoned
 
 
-def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any], poisoned: Tensor) -> None:
+def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any], poisoned: Tensor | None) -> None:
     """One step of AdamW on some blocks (B, W) and their moments, in place; nothing if ``poisoned`` is 1."""
     kept, device = part, part["weight"].device
     part = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.items()}
@@ -274,4 +276,5 @@ def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any],
         new["weight"], new["low"] = split(weight)
     for name, tensor in new.items():
         if tensor is not kept[name]:
-            kept[name].copy_(torch.where(poisoned > 0, part[name], tensor), non_blocking=True)
+            new_or_old = tensor if poisoned is None else torch.where(poisoned > 0, part[name], tensor)
+            kept[name].copy_(new_or_old, non_blocking=True)

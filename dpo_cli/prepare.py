@@ -106,17 +106,15 @@ def read_pairs(
 def make_scorer(
     model: PreTrainedModel, pairs: Pairs, options: Options, device: torch.device, reporter: Reporter, memory: str
 ) -> Scorer:
-    """Move the model to the device and settle how its forwards run. Weights are still whole, whatever ``memory`` says.
+    """Move the model, whose weights are still whole, to the device and settle how its forwards run.
 
     Raises:
-        UsageError: a pair is too long for the model, or has a token that it does not know; or the memory mode does not
-            go with the precision or the device.
+        UsageError: a pair is too long for the model, or has a token that it does not know; or the precision is not that
+            of the memory mode's weights.
     """
     dtype = compute_dtype(options.dtype, device, memory in SPLIT)
     if memory in SPLIT and dtype != torch.bfloat16:
-        raise UsageError(f"--memory {memory}: its weights compute in bfloat16, not in --dtype {options.dtype}")
-    if memory == "offload" and device.type == "cpu":
-        raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
+        raise UsageError(f"--dtype {options.dtype}: weights that --memory {memory} splits compute in bfloat16")
     known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if pairs.largest_id() >= known:
         raise UsageError(
@@ -132,9 +130,7 @@ def make_scorer(
     reporter.fact("layout", told)
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
-    scorer = Scorer(model, layout, dtype, max_tokens, device, apart, reporter.warn)
-    tell_long(scorer, pairs, reporter)
-    return scorer
+    return Scorer(model, layout, dtype, max_tokens, device, apart, reporter.warn)
 
 
 def halved_if_split(model: PreTrainedModel, weights: str, memory: str) -> tuple[str, dict[str, Tensor] | None]:
@@ -186,8 +182,10 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
     process = process_bytes(default_device())
     model, weights = load_weights(source, options)
     scorer = make_scorer(model, pairs, options, default_device(), reporter, options.memory)
+    tell_long(scorer, pairs, reporter)
     memory = fit(scorer, pairs, process, options.memory, False, options.max_tokens).memory
-    weights, _ = halved_if_split(model, weights, memory)
+    reporter.fact("memory", f"scored for dpo train --memory {memory}")
+    weights = halved_if_split(model, weights, memory)[0]
     if options.compile:
         compile_layers(model)
     name = fingerprint(model, weights, scorer.layout, scorer.dtype)

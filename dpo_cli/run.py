@@ -35,7 +35,7 @@ from dpo_cli.model import (
     dtype_name,
     load_tokenizer,
 )
-from dpo_cli.optimizer import BYTES
+from dpo_cli.optimizer import BYTES, SPLIT
 from dpo_cli.prepare import (
     DEFAULT_MAX_LENGTH,
     choose_model,
@@ -45,6 +45,7 @@ from dpo_cli.prepare import (
     make_scorer,
     open_cache,
     read_pairs,
+    tell_long,
 )
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.tokens import Pairs
@@ -96,6 +97,8 @@ def lay_out_run(
         UsageError: an option, the data or the model cannot be used.
     """
     folder = _checked_folder(options, resume)
+    if options.memory == "offload" and device.type == "cpu":
+        raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
     source = choose_model(options.model, options, reporter)
     tokenizer = load_tokenizer(source)
     options = dataclasses.replace(
@@ -116,13 +119,15 @@ def lay_out_run(
     model, weights = load_weights(source, options, remember=not dry_run)
     own_attention = model.config._attn_implementation
     scorer = make_scorer(model, pairs + held_out, options, device, reporter, options.memory)
+    weights, low = halved_if_split(model, weights, options.memory)
     fitted = fit(scorer, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
-    weights, low = halved_if_split(model, weights, fitted.memory)
-    if low:  # halved, its forward keeps less
+    if low is None and fitted.memory in SPLIT:  # auto found it; the halves keep less
+        weights, low = halved_if_split(model, weights, fitted.memory)
         fitted = fit(scorer, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
     if options.compile:
         compile_layers(model)
     scorer.max_tokens = fitted.max_tokens
+    tell_long(scorer, pairs + held_out, reporter)
     options = dataclasses.replace(
         options,
         max_tokens=fitted.max_tokens,
@@ -160,7 +165,11 @@ def lay_out_run(
         fitted,
         low,
     )
-    _check_in_backward(run)
+    if fitted.memory == "in-backward" and any(len(step) > 1 for step in plan):
+        raise UsageError(
+            "--memory in-backward: a weight is updated as soon as its gradient is there, so each step must be one "
+            "forward: a lower --batch-size, or a higher --max-tokens"
+        )
     _tell_plan(run, reporter)
     return run
 
@@ -182,15 +191,9 @@ def _checked_folder(options: TrainOptions, resume: Path | None) -> Path:
         raise UsageError("--eval-data and --eval-fraction: give one of them")
     if not (options.eval_data or options.eval_fraction) and (options.eval_every or options.show_answers):
         raise UsageError("--eval-every and --show-answers need held-out pairs: --eval-data or --eval-fraction")
+    if options.memory == "in-backward" and options.max_grad_norm:
+        raise UsageError("--memory in-backward: no gradient is there long enough to be clipped; set --max-grad-norm 0")
     return folder
-
-
-def _check_in_backward(run: Run) -> None:
-    if run.fitted.memory == "in-backward" and (run.options.max_grad_norm or any(len(step) > 1 for step in run.plan)):
-        raise UsageError(
-            "--memory in-backward: each weight is updated as soon as its gradient is there, so a step must be one "
-            "forward (a lower --batch-size, a higher --max-tokens) and nothing can be clipped (--max-grad-norm 0)"
-        )
 
 
 def _free_name(folder: Path) -> Path:

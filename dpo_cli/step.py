@@ -23,7 +23,7 @@ from dpo_cli.errors import DpoError
 from dpo_cli.logps import Scorer, out_of_memory
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, pair_sums, summarize
-from dpo_cli.optimizer import SmallAdamW
+from dpo_cli.optimizer import SPLIT, SmallAdamW
 from dpo_cli.tokens import Pair
 
 
@@ -103,14 +103,15 @@ class Trainer:
         updating = self.in_backward.updating(lr) if self.in_backward else None
         while True:
             mine = self._cut(micro_batches)
+            assert not updating or len(mine) == 1, "weights would be updated with part of a gradient"
             sums, losses, too_large = self._gradient(mine, pairs_in_step, stop, updating)
+            if updating and too_large:
+                raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
             if stop.requested or not too_large:
                 break
             self.optimizer.zero_grad()
-            if updating:
-                raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
             self.scorer.shrink([self.pairs[i] for i in too_large])
-        if stop.requested and (too_large or not updating):
+        if stop.requested and not updating:  # else the step is done
             self.optimizer.zero_grad()
             return None
         *totals, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # the one read-back
@@ -135,9 +136,14 @@ class Trainer:
         if self.in_backward:
             return self.in_backward.grad_norm[None]
         most = self.options.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.scorer.model.parameters(), most)
-        assert isinstance(norm, Tensor)
-        return norm.detach().double()[None]
+        parameters = [p for p in self.scorer.model.parameters() if p.grad is not None]
+        if self.options.memory in SPLIT:  # of bfloat16 gradients torch gives it in bfloat16
+            norms = [torch.linalg.vector_norm(cast(Tensor, p.grad), dtype=torch.float32) for p in parameters]
+            norm = torch.stack(norms).norm()
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        else:
+            norm = cast(Tensor, self.accelerator.clip_grad_norm_(parameters, most)).detach()
+        return cast(Tensor, norm.double()[None])
 
     def _cut(self, micro_batches: Step) -> Step:
         """This rank's micro-batches of a step, cut smaller than planned where memory has run out."""
@@ -199,7 +205,7 @@ class Trainer:
         pairs = [self.pairs[i] for i in indices]
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
         largest = 0.0
-        for places, logps, _ in self.scorer.score(pairs):
+        for places, logps, _ in dataclasses.replace(self.scorer).score(pairs):
             ref_logps = self._reference([indices[place] for place in places])
             sums += self._measure(logps, ref_logps)[1]
             sides = ("chosen", "rejected")

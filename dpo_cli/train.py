@@ -97,7 +97,8 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
         # transformers 5.23 renamed it, and 5.17 has only the old name
         new = getattr(run.model, "activation_checkpointing_enable", None)
         (new or run.model.gradient_checkpointing_enable)({"use_reentrant": False})
-    optimizer = make_optimizer(run.model, run.options.weight_decay, run.fitted.memory, run.low)
+    low, run.low = run.low, None  # the optimizer's from now on
+    optimizer = make_optimizer(run.model, run.options.weight_decay, run.fitted.memory, low)
     prepared, optimizer = accelerator.prepare(run.model, optimizer)
     max_tokens = run.options.max_tokens or run.scorer.max_tokens  # as planned, whatever scoring came down to
     trainer = Trainer(
@@ -201,7 +202,8 @@ class _Loop:
     def _evaluate(self, step: int) -> bool:
         """Score the held-out pairs and write their line; False if a signal came first."""
         run = self.run
-        policy = policy_logps(self.trainer.scorer, run.held_out, self.reporter, "held out", lambda: self.stop.requested)
+        scorer = dataclasses.replace(self.trainer.scorer)  # whatever it comes down to, training keeps its budget
+        policy = policy_logps(scorer, run.held_out, self.reporter, "held out", lambda: self.stop.requested)
         if policy is None:
             return False
         values = evaluate(policy, self.held_out_reference, run.options.beta, run.options.label_smoothing)

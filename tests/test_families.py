@@ -131,7 +131,7 @@ def difference(model: PreTrainedModel, pairs: list[Pair], name: str | None, want
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_single_sequences(family: str, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients, the head run over one or two pairs at a time."""
-    monkeypatch.setattr(dpo_cli.logps, "HEAD_BYTES", 4 * 64 * sum(LENGTHS[0][1:] + LENGTHS[1][1:]))
+    monkeypatch.setattr(dpo_cli.logps, "HEAD_BYTES", {"cpu": 4 * 64 * sum(LENGTHS[0][1:] + LENGTHS[1][1:])})
     model = make(family)
     wanted = score(model, pairs, None)
     assert difference(model, pairs, None, wanted[0]) > 0.1  # nats: stock attention is wrong here, and it shows

@@ -1,4 +1,4 @@
-"""What a run is expected to take of memory: the mode and token budget that follow, and how near it is to what it takes."""
+"""What a run is expected to take of memory, how near that is to the truth, and what mode and token budget follow."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -19,12 +20,14 @@ import dpo_cli.memory
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import row_costs
 from dpo_cli.logps import Scorer, hidden_states
-from dpo_cli.memory import Costs, Fit, at_head, fit, measure_costs
+from dpo_cli.memory import Fit, StepBytes, at_head, count_bytes, fit
 from tests.conftest import SAMPLE, cli_environment, make_model, make_tokenizer, random_pairs
 
 CPU = torch.device("cpu")
 MIB = 2**20
-COSTS = Costs(parameters=100, largest=10, fixed=7.0, token=5.0, recomputed=1.0, logits=3, process=1000)
+COUNTED = StepBytes(
+    parameters=100, largest=10, fixed=7.0, per_token=5.0, per_token_recomputed=1.0, per_logits=3, process=1000
+)
 PAIRS = random_pairs(12, longest=60)
 
 
@@ -40,36 +43,36 @@ def scorer_of(model: PreTrainedModel, **changes: Any) -> Scorer:
 @pytest.mark.parametrize(
     ("memory", "recompute", "later", "expected"),
     [
-        # Weights and moments 12 a parameter. One forward a step: it is over when the gradients are there.
-        ("full", False, None, 1000 + 1200 + (7 + 5 * 200 + 3 * 20)),
-        # Several: all of that beside the gradients and one more of the largest tensor.
-        ("full", False, (100, 10), 1000 + 1200 + max(7 + 1000 + 60, 7 + 500 + 30 + 400 + 40)),
+        # Weights and moments 12 a parameter. One forward a step: the head's gradient and one to be added lie beside it.
+        ("full", False, None, 1000 + 1200 + (7 + 5 * 200 + 3 * 20) + 2 * 40),
+        # Several: what the later ones keep lies beside all gradients and one more of the largest tensor.
+        ("full", False, (100, 10), 1000 + 1200 + max(7 + 1000 + 60 + 2 * 40, 7 + 500 + 30 + 400 + 40)),
         ("full", False, (200, 20), 1000 + 1200 + 7 + 1000 + 60 + 400 + 40),
         ("full", True, None, 1000 + 1200 + (400 + 40)),  # the gradients are more than a forward
         ("8bit", False, (200, 20), 1000 + 600 + 7 + 1000 + 60 + 400 + 40),
-        ("split", False, (200, 20), 1000 + 600 + 7 + 1000 + 60 + 200 + 40),
-        ("in-backward", False, None, 1000 + 600 + 7 + 1000 + 60),
-        ("offload", True, None, 1000 + 200 + 7 + 200 + 60),
+        ("split", False, (200, 20), 1000 + 600 + 7 + 1000 + 60 + 200 + 20),
+        ("in-backward", False, None, 1000 + 600 + 7 + 1000 + 60 + 2 * 20),
+        ("offload", True, None, 1000 + 200 + 7 + 200 + 60 + 2 * 20),
     ],
 )
 def test_peak_by_hand(memory: str, recompute: bool, later: tuple[int, int] | None, expected: int) -> None:
-    assert COSTS.peak(memory, recompute, (200, 20), later) == expected
+    assert COUNTED.peak(memory, recompute, (200, 20), later) == expected
 
 
 def test_the_budget_fills_the_room() -> None:
     """And not more: one block of 64 tokens more would be too many."""
-    budget = COSTS.max_tokens("full", False, 50_000, 20)
+    budget = COUNTED.max_tokens("full", False, 50_000, 20)
     assert budget % 64 == 0 and budget > 0
-    peak, more = (COSTS.peak("full", False, (n, 20), (n, 20)) for n in (budget, budget + 64))
+    peak, more = (COUNTED.peak("full", False, (n, 20), (n, 20)) for n in (budget, budget + 64))
     assert peak <= 50_000 < more
-    assert COSTS.max_tokens("full", False, 100, 20) == 0
+    assert COUNTED.max_tokens("full", False, 100, 20) == 0
 
 
 def test_what_a_forward_keeps_is_counted(model: PreTrainedModel) -> None:
     """The count of two small forwards says what a larger one keeps: held tensors, measured another way."""
     scorer = scorer_of(model)
     with attention(model, PREFIX_SHARED):
-        costs = measure_costs(scorer, PAIRS, process=0)
+        counted = count_bytes(scorer, PAIRS, process=0)
         batch = scorer.batch(PAIRS)
         held: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.detach()) or x.detach(), lambda x: x):
@@ -77,9 +80,9 @@ def test_what_a_forward_keeps_is_counted(model: PreTrainedModel) -> None:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
     expected = sum(n for place, n in storages.items() if place not in own) * dpo_cli.memory.FRAGMENTED
-    assert costs.fixed + costs.token * sum(row_costs(PAIRS, "shared")) == pytest.approx(expected, rel=0.15)
-    assert costs.parameters == model.num_parameters()
-    assert costs.recomputed < costs.token
+    assert counted.fixed + counted.per_token * sum(row_costs(PAIRS, "shared")) == pytest.approx(expected, rel=0.15)
+    assert counted.parameters == model.num_parameters()
+    assert counted.per_token_recomputed < counted.per_token
 
 
 def test_counting_leaves_nothing_behind(model: PreTrainedModel) -> None:
@@ -87,11 +90,11 @@ def test_counting_leaves_nothing_behind(model: PreTrainedModel) -> None:
     import gc
 
     gc.collect()
-    before = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    before = sum(type(o) is torch.Tensor for o in gc.get_objects())
     with attention(model, PREFIX_SHARED):
-        measure_costs(scorer_of(model), PAIRS, process=0)
+        count_bytes(scorer_of(model), PAIRS, process=0)
     gc.collect()
-    assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= before
+    assert sum(type(o) is torch.Tensor for o in gc.get_objects()) <= before
 
 
 @pytest.mark.parametrize(
@@ -117,8 +120,8 @@ def test_recomputation_before_8_bits(model: PreTrainedModel, monkeypatch: pytest
     """Between what is enough for all and for nothing, each way of the ladder has its turn, in order."""
     ways = []
     with attention(model, PREFIX_SHARED):
-        costs = measure_costs(scorer_of(model), PAIRS, 0)
-        most = costs.peak("full", False, (4096, 200), (4096, 200))
+        counted = count_bytes(scorer_of(model), PAIRS, 0)
+        most = counted.peak("full", False, (4096, 200), (4096, 200))
         for room in range(most, 0, -most // 200):
             monkeypatch.setattr(dpo_cli.memory, "usable_bytes", lambda device, room=room: room)
             found = fit(scorer_of(model), PAIRS, 0, "auto", False, None)
@@ -126,12 +129,24 @@ def test_recomputation_before_8_bits(model: PreTrainedModel, monkeypatch: pytest
     assert list(dict.fromkeys(ways)) == dpo_cli.memory.LADDER["cpu"]
 
 
+def test_a_long_pair_decides(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than any budget, it has a forward of its own, whose room must be there."""
+    (long,) = random_pairs(1)
+    long = replace(long, prompt=np.resize(long.prompt, 1900), chosen=np.resize(long.chosen, 100))
+    with attention(model, PREFIX_SHARED):
+        counted = count_bytes(scorer_of(model), PAIRS, 0)
+        room = counted.peak("full", False, (1000, 100), (1000, 100))
+        monkeypatch.setattr(dpo_cli.memory, "usable_bytes", lambda device: room)
+        assert not fit(scorer_of(model), PAIRS, 0, "auto", False, None).recompute
+        assert fit(scorer_of(model), [*PAIRS, long], 0, "auto", False, 512).recompute
+
+
 def test_at_head_is_what_meets_it_at_once(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = [len(pair.chosen) + len(pair.rejected) for pair in PAIRS]
     assert at_head(scorer_of(model), PAIRS) == sum(tokens)
-    monkeypatch.setattr("dpo_cli.logps.HEAD_BYTES", 4 * 384 * (max(tokens) + 5))
+    monkeypatch.setattr("dpo_cli.logps.HEAD_BYTES", {"cpu": 4 * 384 * (max(tokens) + 5)})
     assert at_head(scorer_of(model), PAIRS) == max(tokens) + 5
-    monkeypatch.setattr("dpo_cli.logps.HEAD_BYTES", 4)
+    monkeypatch.setattr("dpo_cli.logps.HEAD_BYTES", {"cpu": 4})
     assert at_head(scorer_of(model), PAIRS) == max(tokens)
     assert at_head(scorer_of(model, apart=False), PAIRS) == 0
 
@@ -140,12 +155,12 @@ def test_estimate_of_a_plan(model: PreTrainedModel) -> None:
     """By the largest first and the largest later micro-batch, whichever steps they are in."""
     scorer, tokens = scorer_of(model), row_costs(PAIRS, "shared")
     largest, *rest = sorted(range(len(PAIRS)), key=lambda i: -tokens[i])
-    fitted = Fit("full", False, 512, COSTS)
+    fitted = Fit("full", False, 512, COUNTED)
     one = fitted.estimate([[(largest,)], [(rest[0],)]], tokens, PAIRS, scorer)
-    assert one == COSTS.peak("full", False, (tokens[largest], at_head(scorer, [PAIRS[largest]])), None)
+    assert one == COUNTED.peak("full", False, (tokens[largest], at_head(scorer, [PAIRS[largest]])), None)
     several = fitted.estimate([[(rest[0],), (largest,)], [(rest[1],)]], tokens, PAIRS, scorer)
     first, later = ((tokens[i], at_head(scorer, [PAIRS[i]])) for i in (rest[0], largest))
-    assert several == COSTS.peak("full", False, first, later)
+    assert several == COUNTED.peak("full", False, first, later)
 
 
 @pytest.mark.parametrize("options", [(), ("--gradient-checkpointing",), ("--memory", "8bit")], ids=" ".join)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dpo_cli.cli import app
+from dpo_cli.logps import Scorer
 from dpo_cli.train import Trainer
 from tests.conftest import SAMPLE, write_rows
 
@@ -135,10 +136,10 @@ def test_resumed_equals_uninterrupted(
 
 def test_options_that_do_not_go_together(dpo: Dpo, tmp_path: Path) -> None:
     for options, told in (
-        (("--memory", "split", "--dtype", "float32"), "its weights compute in bfloat16"),
+        (("--memory", "split", "--dtype", "float32"), "weights that --memory split splits compute in bfloat16"),
         (("--memory", "offload"), "a CPU has no other memory"),
-        (("--memory", "in-backward"), "nothing can be clipped"),
-        (("--memory", "in-backward", "--max-grad-norm", 0, "--max-tokens", 128), "a step must be one forward"),
+        (("--memory", "in-backward"), "set --max-grad-norm 0"),
+        (("--memory", "in-backward", "--max-grad-norm", 0, "--max-tokens", 128), "each step must be one forward"),
         (("--memory", "half"), "must be one of"),
     ):
         result = dpo("train", *options, "--output", tmp_path / "run")
@@ -164,3 +165,39 @@ def test_a_gradient_that_is_not_finite_is_said_to_have_changed_weights(
     assert "Some weights were changed by this step, and earlier checkpoints are whole" in result.stderr
     monkeypatch.undo()
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-000001", "step-000002"]
+
+
+def test_an_evaluation_that_lacks_memory_leaves_training_as_it_is(
+    runs: dict[str, Path], dpo: Dpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with less a forward; a training step that was one forward still is."""
+    original, failed = Scorer._score, []
+
+    def lacking(self: Scorer, pairs: Any) -> Any:
+        if len(pairs) > 40:  # held-out ones: a step has 4
+            failed.append(len(pairs))
+            return None
+        return original(self, pairs)
+
+    monkeypatch.setattr(Scorer, "_score", lacking)
+    options = ("--memory", "in-backward", "--dtype", "bfloat16", "--eval-data", SAMPLE / "heldout-strings.jsonl")
+    result = dpo("train", *COMMON, *options, "--eval-every", 1, "--max-tokens", 16384, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert len(failed) > STEPS and "out of memory" in result.stderr
+    got, expected = ([line for line in lines(run) if "loss" in line] for run in (tmp_path / "run", runs["in-backward"]))
+    assert got == expected
+
+
+def test_many_forwards_a_step_add_up_in_bfloat16(runs: dict[str, Path], dpo: Dpo, tmp_path: Path) -> None:
+    """Every forward of one pair adds a rounded gradient, and the trajectory stays that of one forward."""
+    options = ("--memory", "split", "--batch-size", ROWS, "--epochs", STEPS)
+    found = []
+    for name, budget in (("many", 128), ("one", 16384)):
+        result = dpo("train", *COMMON, *options, "--max-tokens", budget, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        found.append([(line["loss"], line["grad_norm"]) for line in lines(tmp_path / name)])
+    many, one = found
+    assert len(many) == len(one) == STEPS and many != one
+    for (loss, norm), (whole_loss, whole_norm) in zip(many, one, strict=True):
+        assert loss == pytest.approx(whole_loss, abs=0.01)
+        assert norm == pytest.approx(whole_norm, rel=0.03)
