@@ -1,4 +1,4 @@
-"""Compiled layers: the same training, under a reference of its own. Needs a C++ compiler, as a user of --compile does."""
+"""Compiled layers: the same training, under a reference of its own. Needs a C++ compiler, as users of --compile do."""
 
 from __future__ import annotations
 
