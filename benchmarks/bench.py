@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="as of `dpo train`; default: its default")
     add("--shape", choices=SHAPES, help="random weights of this shape instead of a model")
     add("--phases", nargs="+", choices=PHASES, default=["precompute", "train", "eval", "start"])
-    add("--rounds", type=int, help="measured blocks a phase; default: 2, of hh 3")
+    add("--rounds", type=int, default=2, help="measured blocks a phase")
     add("--pairs", type=int, default=8, help="pairs of a block, at least a batch")
     add("--batch-size", type=int, help="pairs of an optimizer step; default: 8, the largest of --grid, of weak 1")
     add("--grid", type=int, nargs="+", help="TRL's per-device batch sizes, accumulated to the same optimizer batch")
@@ -107,7 +107,7 @@ def make_case(name: str, args: argparse.Namespace, model: Path, folder: Path) ->
     lengths = CASES.get(name)
     batch_size = args.batch_size or (lengths and lengths.batch_size) or max(args.grid or [8])
     block = max(args.pairs // batch_size, 1) * batch_size
-    rounds = args.rounds or (lengths.rounds if lengths else 3)
+    rounds = args.rounds
     if args.rows:
         rounds = max((args.rows - batch_size) // block, 1)
     blocks = [batch_size] + [block] * rounds

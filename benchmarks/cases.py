@@ -32,12 +32,11 @@ class Lengths:
     ratio: float
     median: int
     sigma: float = 0.5
-    rounds: int = 2  # how many rounds the default measures, by what they cost
     batch_size: int | None = None  # where a case asks for one
 
 
 CASES = {
-    "hh": Lengths(2.15, 186, rounds=3),
+    "hh": Lengths(2.15, 186),
     "ultrafeedback": Lengths(0.42, 409),
     "tldr": Lengths(11.1, 416),
     "helpsteer": Lengths(6.3, 775),
