@@ -170,9 +170,9 @@ def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
         if not (folder / name).is_file():
             raise UsageError(f"--resume {folder}: no run there ({name} is missing)")
     began = resolve(TrainOptions, {}, file)
+    if began.memory == "auto":  # the run is older than the option
+        began, flags = dataclasses.replace(began, memory="full"), {**flags, "memory": flags.get("memory") or "full"}
     options = resolve(TrainOptions, flags, file)
-    if began.memory == options.memory == "auto":  # it is older than the option
-        began, options = (dataclasses.replace(each, memory="full") for each in (began, options))
     changed = [
         f"--{f.name.replace('_', '-')} {getattr(options, f.name)} (it began with {getattr(began, f.name)})"
         for f in dataclasses.fields(options)

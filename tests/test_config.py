@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -344,7 +345,9 @@ def test_to_yaml_names_every_other_option() -> None:
 
 # ---- going on with a run ----------------------------------------------------------------------------------------
 
-BEGAN = TrainOptions(data=[str(Path("pairs.jsonl").absolute())], cache_dir=Path("cache").absolute(), beta=0.2)
+BEGAN = TrainOptions(
+    data=[str(Path("pairs.jsonl").absolute())], cache_dir=Path("cache").absolute(), beta=0.2, memory="full"
+)
 # option: another value than it began with
 OTHER: dict[str, Any] = {
     "model": "other",
@@ -387,6 +390,13 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(to_yaml(BEGAN), encoding="utf-8")
     (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
     return tmp_path
+
+
+def test_a_run_that_is_older_than_the_memory_modes_goes_on_in_full(run: Path) -> None:
+    (run / "config.yaml").write_text(re.sub("memory: .*\n", "", to_yaml(BEGAN)), encoding="utf-8")
+    assert resolve_resumed({}, run) == BEGAN
+    with pytest.raises(UsageError, match="cannot change --memory split"):
+        resolve_resumed({"memory": "split"}, run)
 
 
 def test_a_run_goes_on_with_the_options_it_began_with(run: Path) -> None:

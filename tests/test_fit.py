@@ -169,9 +169,9 @@ def test_the_estimate_is_near_the_peak(tmp_path: Path, options: tuple[str, ...])
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 128}
     make_model(**sizes, vocab_size=16384, scale=1.0).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    rows = (SAMPLE / "train-strings.jsonl").read_text().splitlines()[:96]
+    rows = (SAMPLE / "train-strings.jsonl").read_text().splitlines()[:12]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    command = ["--model", "model", "--data", "rows.jsonl", "--batch-size", "48", "--output", "run", *options]
+    command = ["--model", "model", "--data", "rows.jsonl", "--batch-size", "6", "--output", "run", *options]
     command += ["--cache-dir", "cache", "--max-tokens", "2048", "--save-every", "0"]
     with subprocess.Popen(
         [sys.executable, "-m", "dpo_cli", "train", *command],
