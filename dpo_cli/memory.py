@@ -83,12 +83,13 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
     per_token = slack * (two - one) / more
     sizes = [p.numel() for p in model.parameters()]
     layers: int = config.num_hidden_layers
+    kept_of_layers = layers * config.hidden_size * next(model.parameters()).element_size()  # what each begins with
     return StepBytes(
         parameters=sum(sizes),
         largest=max(sizes),
         fixed=max(slack * one - per_token * tokens, 0.0),
         per_token=per_token,
-        per_token_recomputed=per_token / layers + layers * config.hidden_size * next(model.parameters()).element_size(),
+        per_token_recomputed=2 * per_token / layers + kept_of_layers,  # one layer at a time, and its gradients
         per_logits=LOGIT_BYTES * config.vocab_size,
         process=process,
     )

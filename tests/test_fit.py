@@ -33,7 +33,7 @@ PAIRS = random_pairs(12, longest=60)
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return make_model()
+    return make_model(num_hidden_layers=6)  # of two, recomputing one saves nothing
 
 
 def scorer_of(model: PreTrainedModel, **changes: Any) -> Scorer:

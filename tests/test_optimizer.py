@@ -364,7 +364,7 @@ def test_accelerate_takes_it_as_it_is() -> None:
     """Preparing an optimizer loads its own state into it, which torch's loading would cast to bfloat16."""
     model = small_llama()
     low = {name: each.clone() for name, each in halve(model).items()}
-    optimizer = make_optimizer(model, 0.0, "split", low)
+    optimizer = make_optimizer(model, 0.0, "split", dict(low))
     prepared, wrapped = Accelerator(cpu=True).prepare(model, optimizer)
     names = {p: name for name, p in prepared.named_parameters()}
     assert_same({names[p]: s["low"].view_as(p) for p, s in wrapped.state.items()}, low)
