@@ -123,7 +123,7 @@ def make_case(name: str, args: argparse.Namespace, model: Path, folder: Path) ->
     options |= {"max_length": longest, "save_every": 0}
     files, rows = args.data, sum(blocks)
     if lengths:
-        made = synthetic_rows(lengths, rows + block, load_tokenizer(find_model(str(model))), longest, args.seed)
+        made = synthetic_rows(lengths, 2 * (rows + block), load_tokenizer(find_model(str(model))), longest, args.seed)  # some are too long
         files = [str(write_records(folder / "made.jsonl", made))]
     settings = TrainOptions(model=str(model), data=files, columns=args.columns if not lengths else None, **options)
     found = usable_rows(settings, rows + block)
