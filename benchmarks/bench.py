@@ -123,7 +123,8 @@ def make_case(name: str, args: argparse.Namespace, model: Path, folder: Path) ->
     options |= {"max_length": longest, "save_every": 0}
     files, rows = args.data, sum(blocks)
     if lengths:
-        made = synthetic_rows(lengths, 2 * (rows + block), load_tokenizer(find_model(str(model))), longest, args.seed)  # some are too long
+        count = 2 * (rows + block)  # some come out too long
+        made = synthetic_rows(lengths, count, load_tokenizer(find_model(str(model))), longest, args.seed)
         files = [str(write_records(folder / "made.jsonl", made))]
     settings = TrainOptions(model=str(model), data=files, columns=args.columns if not lengths else None, **options)
     found = usable_rows(settings, rows + block)
