@@ -456,6 +456,8 @@ def test_an_adapters_numbers_are_those_of_the_adapter(place: Place) -> None:
                 expected = token_logps(model, padded([(pair.prompt, response)]), torch.float32)
             torch.testing.assert_close(found[key], expected, rtol=0, atol=1e-4)
             assert abs(base[key] - float(logps[keys.index(key)])) > 0.1
+    merged = load_model(find_model(str(adapter)))
+    assert all(p.requires_grad for p in merged.parameters())  # peft freezes the base, and training goes on from it
 
 
 # ---- what must not be scored again ------------------------------------------------------------------------------
