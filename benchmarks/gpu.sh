@@ -51,7 +51,7 @@ all() {
   while IFS= read -r mode; do
     [ -n "$mode" ] || continue
     number=$((number + 1))
-    bench "memory-$number" 115 --model "$temporary/large" --case hh --phases command --sides ours \
+    bench "memory-$number" 115 --dtype bfloat16 --model "$temporary/large" --case hh --phases command --sides ours \
       "${size[@]}" --rounds 2 --limit 105 --ours-options="$mode"
   done < <(tr ';' '\n' <<<"$MODES")
   echo "== results are in $OUT, after $SECONDS s"
