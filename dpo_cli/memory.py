@@ -167,7 +167,7 @@ def fit(
     """
     room, counted = usable_bytes(scorer.device), count_bytes(scorer, pairs, process)
     costs = scorer.costs(pairs)
-    enough = max(*costs, max_tokens or FEWEST_TOKENS)  # a longer pair has a forward of its own
+    enough = max(max(costs), max_tokens or FEWEST_TOKENS)  # a longer pair has a forward of its own
     longest = pairs[costs.index(max(costs))]
     head = max(at_head(scorer, [longest]), min(head_room(scorer.model), enough)) if scorer.apart else 0
     ways = [(memory, recompute)]
