@@ -30,7 +30,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from benchmarks.cases import CASES, ROOT, as_record, step_order, synthetic_rows, usable_rows, write_records
-from benchmarks.commands import measure_command, measure_start, measure_sweep
+from benchmarks.commands import SEEN, measure_command, measure_start, measure_sweep
 from benchmarks.meter import MEMORY, Message, Worker, WorkerDiedError
 from benchmarks.report import report
 from benchmarks.shapes import SHAPES, Arithmetic, measure_device, ready_model
@@ -188,7 +188,7 @@ def take_turns(
 
 
 def measure_blocks(
-    case: Case, phases: Sequence[str], environment: Mapping[str, str], rate: float, dead: list[str]
+    case: Case, phases: Sequence[str], environment: dict[str, str], rate: float, dead: list[str]
 ) -> Message:
     """The phases that two long-lived workers run; the losses of both, and whether they read the same tokens."""
     found: Message = {"lines": [], "loss_difference": 0.0, "same_ids": True, "about": {}}
@@ -198,9 +198,8 @@ def measure_blocks(
             folder = Path(case.job["folder"]) / f"{side}-{case.job['trl_batch']}"
             folder.mkdir()
             try:
-                workers[side] = Worker(
-                    COMMANDS[side], case.job | {"folder": str(folder)}, folder / "log", environment, case.job["limit"]
-                )
+                job, sees = case.job | {"folder": str(folder)}, environment | SEEN[side]
+                workers[side] = Worker(COMMANDS[side], job, folder / "log", sees, case.job["limit"])
             except WorkerDiedError as error:
                 dead.append(f"{side}, start: {error}")
         found["about"] = {side: worker.about for side, worker in workers.items()}
@@ -245,7 +244,7 @@ def summarize(case: Case, phase: str, took: Mapping[str, Sequence[Message]], rat
     return line
 
 
-def run_case(case: Case, args: argparse.Namespace, environment: Mapping[str, str], rate: float) -> Message:
+def run_case(case: Case, args: argparse.Namespace, environment: dict[str, str], rate: float) -> Message:
     """All phases of one case with one batch size of TRL's."""
     dead: list[str] = []
     result: Message = {"case": case.name, "trl_batch": case.job["trl_batch"], "batch_size": case.blocks[0]}

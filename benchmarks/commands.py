@@ -16,6 +16,8 @@ from typing import Any
 
 from benchmarks.meter import Message, WorkerDiedError, how_it_ended
 
+# Importing this package turns torch's huge pages on, for TRL's process too; its users do not have them.
+SEEN: dict[str, dict[str, str]] = {"ours": {}, "trl": {"THP_MEM_ALLOC_ENABLE": "0"}}
 _number = count(1)
 
 
@@ -81,7 +83,7 @@ def run_trl(job: Message, environment: Mapping[str, str], cache: str, **changes:
     script |= {"steps": len(job["order"]), "told": str(folder / "told")}
     script["output"] = str(Path(job["folder"]) / "trl-run")  # always the same: it is in the name of TRL's cache
     command = [sys.executable, "-m", "benchmarks.trl_start", json.dumps(script)]
-    environment = dict(environment) | {"HF_DATASETS_CACHE": str(Path(job["folder"]) / cache)}
+    environment = dict(environment) | SEEN["trl"] | {"HF_DATASETS_CACHE": str(Path(job["folder"]) / cache)}
     found = run_until(command, folder / "told", 1, folder / "log", environment, job["limit"])
     return found | json.loads((folder / "told").read_text())
 
