@@ -17,8 +17,10 @@ import numpy as np
 
 from dpo_cli.batch import plan_run
 from dpo_cli.config import TrainOptions
-from dpo_cli.data import BadRow, Row, RowError, read_rows
+from dpo_cli.data import BadRow, Row, read_rows
 from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.prepare import reading_of
+from dpo_cli.records import RowError, find_sources
 from dpo_cli.tokens import Encoder, Pair
 
 ROOT = Path(__file__).parents[1]
@@ -86,9 +88,9 @@ def synthetic_rows(case: Lengths, rows: int, tokenizer: Any, longest: int, seed:
 
 def usable_rows(options: TrainOptions, count: int) -> list[tuple[Row, Pair]]:
     """The first rows of strings that make a pair untruncated."""
-    encoder = Encoder(load_tokenizer(find_model(options.model)), options.max_length or 1024)
+    encoder = Encoder(load_tokenizer(find_model(options.model)), reading_of(options))
     found: list[tuple[Row, Pair]] = []
-    for row in read_rows(options.data, options.columns):
+    for row in read_rows(find_sources(options.data), options.columns):
         if isinstance(row, BadRow) or not isinstance(row.prompt, str):
             continue
         try:

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from dpo_cli.batch import plan_run, row_costs
-from dpo_cli.data import read_rows
+from dpo_cli.data import Reading, read_rows
 from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.records import find_sources
 from dpo_cli.reference import ReferenceCache, pair_keys
 from dpo_cli.shards import Entry
 from dpo_cli.tokenized import Tokenized
@@ -97,7 +98,7 @@ def measure(rows: int, model: str | None) -> Measured:
         start = peak_mib()
         times = [time.perf_counter()]
 
-        read = sum(1 for _ in read_rows([str(folder / "rows.jsonl")]))
+        read = sum(1 for _ in read_rows(find_sources([str(folder / "rows.jsonl")])))
         times.append(time.perf_counter())
         first = pairs_of(folder, tokenizer)
         times.append(time.perf_counter())
@@ -122,8 +123,8 @@ def measure(rows: int, model: str | None) -> Measured:
 
 
 def pairs_of(folder: Path, tokenizer: Any) -> Pairs:
-    how = Tokenized(folder, tokenizer, None, 1024, "keep", print)
-    return how.read(str(folder / "rows.jsonl"), keep_refused=False)[0].pairs
+    how = Tokenized(folder, tokenizer, Reading(), print)
+    return how.read(find_sources([str(folder / "rows.jsonl")])[0], keep_refused=False)[0].pairs
 
 
 def local_tokenizer(model: str | None) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from dpo_cli.batch import Step, probes, row_costs
 from dpo_cli.logps import Scorer, head_room, hidden_states, token_logps
 from dpo_cli.optimizer import BYTES, SPLIT
-from dpo_cli.tokens import Pair
+from dpo_cli.tokens import Pair, read
 
 USABLE = 0.9  # of the memory that is there: the rest is for what others take meanwhile
 FRAGMENTED = 1.15  # what the C library's heap takes for activations, by their bytes; docs/performance.md
@@ -97,7 +97,8 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
 
 def _cut(pair: Pair) -> Pair:
     """The beginning of each part: what is counted grows with the tokens, so that a few hundred are enough."""
-    return Pair(pair.where, *(part[:COUNTED] for part in (pair.prompt, pair.chosen, pair.rejected)))
+    prompt, chosen, rejected = (read(part[:COUNTED]) for part in (pair.prompt, pair.chosen, pair.rejected))
+    return Pair(pair.where, prompt, chosen, rejected)
 
 
 def _kept(scorer: Scorer, pairs: Sequence[Pair]) -> int:

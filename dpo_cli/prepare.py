@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
 from dpo_cli.config import Options, PrecomputeOptions
-from dpo_cli.data import REST
+from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
 from dpo_cli.logps import Scorer, noise
@@ -32,11 +33,10 @@ from dpo_cli.model import (
     load_tokenizer,
 )
 from dpo_cli.optimizer import SPLIT, halve
+from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
 from dpo_cli.tokenized import Tokenized, merged
 from dpo_cli.tokens import Pair, Pairs, PairSet, reasons, refusal
-
-DEFAULT_MAX_LENGTH = 1024
 
 
 def choose_model(name: str | None, options: Options, reporter: Reporter, what: str = "model") -> ModelSource:
@@ -69,6 +69,12 @@ def open_cache(
     return ReferenceCache(options.cache_dir, fingerprint, reporter.warn, about)
 
 
+def reading_of(options: Options) -> Reading:
+    """How rows are read, where options are not given by their defaults."""
+    given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Reading)}
+    return Reading(**{name: value for name, value in given.items() if value is not None})
+
+
 def read_pairs(
     files: list[str],
     options: Options,
@@ -82,11 +88,9 @@ def read_pairs(
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
-    max_length, control_tokens = options.max_length or DEFAULT_MAX_LENGTH, options.control_tokens or "keep"
     skip = options.on_bad_row == "skip"
-    how = (tokenizer, options.columns, max_length, control_tokens)
-    tokenized = Tokenized(options.cache_dir, *how, reporter.warn, remember)
-    parts = [tokenized.read(file, keep_refused=skip) for file in files]
+    tokenized = Tokenized(options.cache_dir, tokenizer, reading_of(options), reporter.warn, remember)
+    parts = [tokenized.read(source, keep_refused=skip) for source in find_sources(files)]
     found = merged([part for part, _ in parts])
     if found.refused and (not skip or not found.pairs):
         raise refusal(found.refused, found.rows)

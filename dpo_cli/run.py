@@ -37,7 +37,6 @@ from dpo_cli.model import (
 )
 from dpo_cli.optimizer import BYTES, SPLIT
 from dpo_cli.prepare import (
-    DEFAULT_MAX_LENGTH,
     choose_model,
     halved_if_split,
     hold_out,
@@ -45,6 +44,7 @@ from dpo_cli.prepare import (
     make_scorer,
     open_cache,
     read_pairs,
+    reading_of,
     tell_long,
 )
 from dpo_cli.reference import ReferenceCache
@@ -101,10 +101,11 @@ def lay_out_run(
         raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
     source = choose_model(options.model, options, reporter)
     tokenizer = load_tokenizer(source)
+    reading = reading_of(options)
     options = dataclasses.replace(
         options,
-        max_length=options.max_length or DEFAULT_MAX_LENGTH,
-        control_tokens=options.control_tokens or "keep",
+        max_length=reading.max_length,
+        control_tokens=reading.control_tokens,
     )
     found = read_pairs(options.data, options, tokenizer, reporter, remember=not dry_run)
     pairs, held_out = found.pairs, Pairs()

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dpo_cli.data import Message, RowError, shortened
+from dpo_cli.data import Message
+from dpo_cli.records import RowError, shortened
 
 
 def render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:

@@ -8,6 +8,7 @@ Legend: P pairs, N token ids.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,13 +23,14 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from dpo_cli.data import BadRow, kind_of, read_rows
+from dpo_cli.data import BadRow, Reading, read_rows
 from dpo_cli.disk import sha256, to_json, whole_file
 from dpo_cli.errors import NotWrittenError
+from dpo_cli.records import Source, kind_of
 from dpo_cli.tokens import Pairs, PairSet, only_asks_its_backend, tokenize_rows
 
 # Raise it when the same row and tokenizer give another pair, note or reason than before.
-TOKENIZING_VERSION = 1
+TOKENIZING_VERSION = 2
 FOLDER, SUFFIX = "pairs", ".safetensors"
 SMALL_BYTES = 2**19  # a data file below this is tokenized in less than half a second: not worth a file
 
@@ -43,30 +45,27 @@ class Tokenized:
         self,
         cache_dir: Path,
         tokenizer: Any,
-        columns: str | None,
-        max_length: int,
-        control_tokens: str,
+        reading: Reading,
         warn: Callable[[str], None],
         remember: bool = True,
     ) -> None:
         self.folder = cache_dir.expanduser() / FOLDER
-        self.tokenizer, self.columns = tokenizer, columns
-        self.max_length, self.control_tokens = max_length, control_tokens
+        self.tokenizer, self.reading = tokenizer, reading
         self.warn, self.remember = warn, remember
-        self.how = _fingerprint(tokenizer, [columns, max_length, control_tokens])
+        self.how = _fingerprint(tokenizer, reading)
 
-    def read(self, file: str, keep_refused: bool) -> tuple[PairSet, bool]:
-        """The file's pairs and refused rows, the latter whole if kept; and whether they were read back.
+    def read(self, source: Source, keep_refused: bool) -> tuple[PairSet, bool]:
+        """The source's pairs and refused rows, the latter whole if kept; and whether they were read back.
 
         Raises:
             UsageError: as ``read_rows``.
         """
-        path = Path(file).expanduser()
+        path = source.path
         key = self._key(path)
         if key and (found := self._look_up(key, path)):
             return found, True
-        rows = read_rows([file], self.columns)
-        found = tokenize_rows(rows, self.tokenizer, self.max_length, self.control_tokens, keep_refused)
+        rows = read_rows([source], self.reading.columns, self.reading.format)
+        found = tokenize_rows(rows, self.tokenizer, self.reading, keep_refused)
         usable = found.pairs and (keep_refused or not found.refused)
         if self.remember and usable and key and key == self._key(path):  # else the file changed meanwhile
             with suppress(NotWrittenError):
@@ -96,7 +95,7 @@ class Tokenized:
         return None
 
 
-def _fingerprint(tokenizer: Any, options: list[Any]) -> str | None:
+def _fingerprint(tokenizer: Any, reading: Reading) -> str | None:
     """Hash of all beside the data that decides a pair; None where that cannot be told from outside."""
     template = json.dumps(tokenizer.chat_template)
     if not only_asks_its_backend(tokenizer) or "strftime_now" in template:  # which writes today's date
@@ -112,7 +111,7 @@ def _fingerprint(tokenizer: Any, options: list[Any]) -> str | None:
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
         tokenizer.split_special_tokens,
-        options,
+        dataclasses.astuple(reading),
     ]
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -123,7 +122,7 @@ def _write(folder: Path, key: str, found: PairSet, path: str) -> None:
     Raises:
         NotWrittenError: nothing of it is there.
     """
-    ids, lengths, files, numbers = found.pairs.columns()
+    ids, lengths, files, numbers, terms = found.pairs.columns()
     kinds = list(dict.fromkeys(files))
     about = {
         "key": key,
@@ -137,6 +136,7 @@ def _write(folder: Path, key: str, found: PairSet, path: str) -> None:
         "ids": ids,  # (N,)
         "lengths": lengths,  # (P, 3)
         "numbers": numbers,  # (P,)
+        "terms": terms,  # (P, 2)
         "where": np.array([place[file] for file in files], np.int32),  # (P,)
         "about": np.frombuffer(to_json(about).encode(), np.uint8),
     }
@@ -168,15 +168,14 @@ def _read(file: Path, path: str) -> PairSet:
     key = checked(file)
     try:
         with safe_open(file, framework="np") as opened:
-            ids, lengths, numbers, where, content = map(
-                opened.get_tensor, ("ids", "lengths", "numbers", "where", "about")
-            )
+            names = ("ids", "lengths", "numbers", "terms", "where", "about")
+            ids, lengths, numbers, terms, where, content = map(opened.get_tensor, names)
         about = json.loads(content.tobytes())
         if about["key"] != key:
             raise ValueError("it is of other data")
         kinds = [path + kind for kind in about["where"]]
         return PairSet(
-            Pairs.of_columns(ids, lengths, [kinds[kind] for kind in where.tolist()], numbers),
+            Pairs.of_columns(ids, lengths, [kinds[kind] for kind in where.tolist()], numbers, terms),
             [BadRow(path + place, reason, record) for place, reason, record in about["refused"]],
             Counter(about["formats"]),
             Counter(about["notes"]),

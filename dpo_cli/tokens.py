@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from dpo_cli.data import BadRow, Message, Row, RowError, has_surrogate
+from dpo_cli.data import BadRow, Message, Reading, Row, has_surrogate
 from dpo_cli.errors import UsageError
+from dpo_cli.records import RowError
 from dpo_cli.template import ControlTokens, render
 
 Ids = npt.NDArray[np.int32]
@@ -30,12 +31,22 @@ DIGEST_PAIRS = 4096  # hashed at a time
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Token ids of one preference; ``prompt + chosen`` and ``prompt + rejected`` are what the model reads."""
+    """Token ids of one preference; ``prompt + chosen`` and ``prompt + rejected`` are what the model reads.
+
+    A token of a response that carries no loss, such as one of a tool's answer, is kept as ``~id``: see ``read``.
+    """
 
     where: str
     prompt: Ids
     chosen: Ids
     rejected: Ids
+    weight: float = 1.0  # multiplies its loss
+    margin: float = 0.0  # by which its rewards should at least differ
+
+
+def read(ids: Ids) -> Ids:
+    """What the model reads: the ids of a response, those included that carry no loss."""
+    return np.maximum(ids, ~ids)
 
 
 class Pairs(Sequence[Pair]):
@@ -46,25 +57,34 @@ class Pairs(Sequence[Pair]):
         self._ends = array("q", [0])  # in ids: of each prompt, chosen and rejected, behind the start of the first
         self._files: list[str] = []  # what stands before the number in where a pair comes from: few texts, shared
         self._numbers = array("q")  # the number behind it; -1: none
+        self._terms = array("f")  # weight and margin of each
         for pair in pairs:
             self.append(pair)
 
     @classmethod
-    def of_columns(cls, ids: Ids, lengths: Ids, files: list[str], numbers: npt.NDArray[np.int64]) -> Pairs:
+    def of_columns(
+        cls,
+        ids: Ids,
+        lengths: Ids,
+        files: list[str],
+        numbers: npt.NDArray[np.int64],
+        terms: npt.NDArray[np.float32],
+    ) -> Pairs:
         """Pairs from what ``columns`` gives."""
         pairs = cls()
         pairs._ids.frombytes(ids.data.cast("B"))
         pairs._ends.frombytes(np.cumsum(lengths.reshape(-1), dtype=np.int64).data.cast("B"))
         pairs._files = files
         pairs._numbers.frombytes(numbers.data.cast("B"))
+        pairs._terms.frombytes(terms.data.cast("B"))
         return pairs
 
-    def columns(self) -> tuple[Ids, Ids, list[str], npt.NDArray[np.int64]]:
-        """All P pairs: N token ids in order (N,), ``lengths``, and where they come from: P texts and numbers (P,).
+    def columns(self) -> tuple[Ids, Ids, list[str], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """All P pairs: N token ids in order (N,), ``lengths``, P texts and numbers (P,) that say where from; ``terms``.
 
         What is given is the columns themselves, to be let go of before a pair is appended.
         """
-        return np.asarray(self._ids), self.lengths, self._files, np.asarray(self._numbers)
+        return np.asarray(self._ids), self.lengths, self._files, np.asarray(self._numbers), self.terms
 
     def append(self, pair: Pair) -> None:
         """Add a pair at the end."""
@@ -76,11 +96,17 @@ class Pairs(Sequence[Pair]):
         plain = 0 < len(number) < 19 and number[0] != "0"
         self._files.append(sys.intern(file if plain else pair.where))
         self._numbers.append(int(number) if plain else -1)
+        self._terms.extend((pair.weight, pair.margin))
 
     @property
     def lengths(self) -> Ids:
         """Tokens of each pair's prompt, chosen and rejected: (P, 3)."""
         return np.diff(np.asarray(self._ends)).astype(np.int32).reshape(-1, 3)
+
+    @property
+    def terms(self) -> npt.NDArray[np.float32]:
+        """Weight and margin of each pair in the loss: (P, 2)."""
+        return np.asarray(self._terms).reshape(-1, 2)
 
     def select(self, places: Sequence[int]) -> Pairs:
         """The pairs at these places; the object itself if that is all of them in order."""
@@ -93,20 +119,25 @@ class Pairs(Sequence[Pair]):
             some._ids += self._ids[start : ends[-1]]
         some._files = [self._files[place] for place in places]
         some._numbers.extend(self._numbers[place] for place in places)
+        for place in places:
+            some._terms.extend(self._terms[2 * place : 2 * place + 2])
         return some
 
     def largest_id(self) -> int:
         """The largest token id of all pairs."""
-        return int(np.asarray(self._ids).max(initial=0))
+        ids = np.asarray(self._ids)
+        return max(int(ids.max(initial=0)), ~int(ids.min(initial=0)))
 
     def digest(self) -> str:
-        """Content hash over all token ids and lengths in order (hex)."""
+        """Content hash over all token ids and lengths in order, and weights and margins if there are any (hex)."""
         content = hashlib.sha256()
         ids, ends = np.asarray(self._ids), np.asarray(self._ends)
         for start in range(0, len(ends) - 1, 3 * DIGEST_PAIRS):
             some = ends[start : start + 3 * DIGEST_PAIRS + 1]
             lengths = np.diff(some).astype(np.int32)
             content.update(np.insert(ids[some[0] : some[-1]], some[:-1] - some[0], lengths).data)  # before each part
+        if (self.terms != (1, 0)).any():
+            content.update(self.terms.data)
         return content.hexdigest()
 
     def __add__(self, other: Pairs) -> Pairs:
@@ -116,6 +147,7 @@ class Pairs(Sequence[Pair]):
         both._ids = self._ids + other._ids
         both._ends = self._ends + array("q", (np.asarray(other._ends)[1:] + len(self._ids)).tobytes())
         both._files, both._numbers = self._files + other._files, self._numbers + other._numbers
+        both._terms = self._terms + other._terms
         return both
 
     def __len__(self) -> int:
@@ -133,7 +165,8 @@ class Pairs(Sequence[Pair]):
         number = self._numbers[place]
         where = self._files[place] + (str(number) if number >= 0 else "")
         ids = np.asarray(self._ids[start:rejected])
-        return Pair(where, ids[: prompt - start], ids[prompt - start : chosen - start], ids[chosen - start :])
+        terms = self._terms[2 * place : 2 * place + 2]
+        return Pair(where, ids[: prompt - start], ids[prompt - start : chosen - start], ids[chosen - start :], *terms)
 
 
 @dataclass
@@ -162,12 +195,11 @@ CONTROL_SANITIZED = "pairs with control tokens inside their messages, read as te
 def tokenize_rows(
     rows: Iterable[Row | BadRow],
     tokenizer: Any,
-    max_length: int,
-    control_tokens: str = "keep",
+    reading: Reading,
     keep_refused: bool = True,
 ) -> PairSet:
     """Tokenize every row; those that cannot be trained on land in ``refused`` with the reason, and whole if kept."""
-    encoder = Encoder(tokenizer, max_length, control_tokens)
+    encoder = Encoder(tokenizer, reading)
     out = PairSet()
     if not keep_refused:  # what is held for a while is the reason only
         rows = (BadRow(row.where, row.reason) if isinstance(row, BadRow) else row for row in rows)
@@ -215,19 +247,18 @@ Encoded = tuple[Pair, set[str]]
 
 
 class Encoder:
-    """Turns rows into pairs with one tokenizer, no longer than ``max_length`` tokens.
+    """Turns rows into pairs with one tokenizer, no longer than ``reading.max_length`` tokens.
 
-    ``control_tokens`` says what becomes of those inside messages: ``keep`` them, ``sanitize`` (read them as text), or
-    ``refuse`` the row. Strings are taken as they are: they may have been rendered already.
+    ``reading.control_tokens`` says what becomes of those inside messages: ``keep`` them, ``sanitize`` (read them as
+    text), or ``refuse`` the row. Strings are taken as they are: they may have been rendered already.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, control_tokens: str = "keep") -> None:
+    def __init__(self, tokenizer: Any, reading: Reading) -> None:
         self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.control_tokens = control_tokens
+        self.max_length, self.control_tokens = reading.max_length, reading.control_tokens
         if tokenizer.eos_token_id is None:
             raise UsageError("the model's tokenizer has no EOS token, so responses cannot end")
-        if control_tokens == "sanitize" and not tokenizer.is_fast:
+        if reading.control_tokens == "sanitize" and not tokenizer.is_fast:
             raise UsageError("--control-tokens sanitize: the model's tokenizer cannot do it; use refuse")
         self.eos: int = tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]  # also leaves the backend as a call needs it: nothing truncated or padded

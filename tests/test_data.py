@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_cli import data
-from dpo_cli.data import MAX_DEPTH, BadRow, Row, read_rows
+from dpo_cli import records
+from dpo_cli.data import BadRow, Row, read_rows
 from dpo_cli.errors import UsageError
+from dpo_cli.records import MAX_DEPTH, find_sources
 from dpo_cli.tokens import refusal
 
 STRINGS = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
@@ -34,7 +35,7 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def read(path: Path, columns: str | None = None) -> list[Row | BadRow]:
-    return list(read_rows([str(path)], columns))
+    return list(read_rows(find_sources([str(path)]), columns))
 
 
 def read_bytes(folder: Path, name: str, content: bytes | str, columns: str | None = None) -> list[Row | BadRow]:
@@ -146,7 +147,7 @@ def test_every_form_of_row_is_read_from_every_kind_of_file(form: str, suffix: st
 def test_several_files_are_read_in_order(tmp_path: Path) -> None:
     for name, prompt in (("b.jsonl", "first"), ("a.csv", "second")):
         write_records(tmp_path / name, [STRINGS | {"prompt": prompt}])
-    rows = list(read_rows([str(tmp_path / "b.jsonl"), str(tmp_path / "a.csv")]))
+    rows = list(read_rows(find_sources([str(tmp_path / "b.jsonl"), str(tmp_path / "a.csv")])))
     assert [row.prompt for row in rows if isinstance(row, Row)] == ["first", "second"]
     assert [row.where for row in rows] == [f"{tmp_path / 'b.jsonl'}:1", f"{tmp_path / 'a.csv'}:2"]
 
@@ -414,7 +415,7 @@ def test_what_is_done_with_a_row_takes_time_in_proportion_to_it(tmp_path: Path) 
 def test_a_line_that_is_too_long_is_refused_and_the_next_keep_their_numbers(
     end: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "MAX_LINE", 100)
+    monkeypatch.setattr(records, "MAX_LINE", 100)
     fits = LINE + b" " * (100 - len(LINE))
     lines = [fits, fits + b" ", b" " * 101, b"[" * 5_000_000, LINE, b"a" * 102, fits, b"a" * 101]
     for name, content in (("a.jsonl", b"\n".join(lines) + end), ("a.jsonl.gz", gzip.compress(b"\n".join(lines) + end))):
@@ -436,7 +437,7 @@ def test_a_line_of_65_mib_in_a_small_file_is_refused(tmp_path: Path) -> None:
 )
 def test_a_csv_row_that_is_too_long_is_refused(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An open quote would else take the rest of the file into one cell."""
-    monkeypatch.setattr(data, "MAX_LINE", 100)
+    monkeypatch.setattr(records, "MAX_LINE", 100)
     good = "p,a,b\n" * 20
     rows = read_bytes(tmp_path, "rows.csv", HEADER + good + row + "\n" + good)
     assert [type(each) for each in rows] == [Row] * 20 + [BadRow]
@@ -451,9 +452,9 @@ def test_a_file_too_long_to_be_read_as_a_whole_is_refused(
     path = tmp_path / f"rows.{suffix}"
     write_records(path, [STRINGS] * 5)
     whole = gzip.decompress(path.read_bytes()) if suffix.endswith("gz") else path.read_bytes()
-    monkeypatch.setattr(data, "MAX_WHOLE", len(whole))
+    monkeypatch.setattr(records, "MAX_WHOLE", len(whole))
     assert len(read(path)) == 5
-    monkeypatch.setattr(data, "MAX_WHOLE", len(whole) - 1)
+    monkeypatch.setattr(records, "MAX_WHOLE", len(whole) - 1)
     with pytest.raises(UsageError, match=r"longer than 0 MiB; write it as .jsonl"):
         read(path)
 
@@ -683,7 +684,7 @@ def test_a_file_may_have_any_name(name: str, tmp_path: Path) -> None:
 def test_a_path_that_names_no_file_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no such file"):
-        list(read_rows([name]))
+        list(read_rows(find_sources([name])))
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_cli.data import MAX_LINE, read_rows
+from dpo_cli.data import Reading, read_rows
 from dpo_cli.disk import to_json
 from dpo_cli.errors import UsageError
+from dpo_cli.records import MAX_LINE, find_sources
 from dpo_cli.tokens import PairSet, tokenize_rows
 from tests.conftest import make_tokenizer, size
 from tests.test_data import BOM, FORMS, SUFFIXES, write_records
@@ -36,10 +37,9 @@ def survive(path: Path) -> PairSet | None:
     """Read and tokenize a file, and check all that may be relied upon; None if it is refused as a whole."""
     began = time.monotonic()
     try:
-        rows = list(read_rows([str(path)]))
-        found = tokenize_rows(
-            rows, tokenizer(), MAX_LENGTH, random.Random(len(rows)).choice(["keep", "sanitize", "refuse"])
-        )
+        rows = list(read_rows(find_sources([str(path)])))
+        mode = random.Random(len(rows)).choice(["keep", "sanitize", "refuse"])
+        found = tokenize_rows(rows, tokenizer(), Reading(max_length=MAX_LENGTH, control_tokens=mode))
     except UsageError as error:
         assert str(error).startswith(f"--data {path}: ") and len(str(error)) < 1000
         found = None
@@ -208,7 +208,7 @@ def test_a_giant_line_takes_at_most_three_times_its_length(name: str, suffix: st
     path.write_bytes(gzip.compress(line, 1) if suffix.endswith(".gz") else line)
     tracemalloc.start()
     try:
-        rows = sum(1 for _ in read_rows([str(path)]))
+        rows = sum(1 for _ in read_rows(find_sources([str(path)])))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -20,6 +20,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = [
     {"errors"},
     {"config"},
+    {"records"},
     {"data"},
     {"template"},
     {"tokens"},
@@ -77,8 +78,8 @@ def test_imports_point_downwards(module: str) -> None:
     assert not above, f"{module} imports {above}, which are not below it"
 
 
-def test_the_package_itself_imports_nothing() -> None:
-    assert not set(imported(tree("__init__")))
+def test_the_package_itself_imports_nothing_of_its_own() -> None:
+    assert set(imported(tree("__init__"))) == {"os"}
 
 
 def test_imports_are_seen_wherever_they_stand() -> None:
@@ -97,7 +98,7 @@ def test_accelerate_is_named_by_the_loop_alone() -> None:
 def test_pure_layers_know_torch_only() -> None:
     for module in ("losses", "logps", "batch"):
         assert not packages(tree(module)) & {"transformers", "accelerate", "typer", "rich"}
-    for module in ("errors", "config", "data"):
+    for module in ("errors", "config", "records", "data"):
         assert not packages(tree(module)) & {"torch", "transformers", "accelerate", "numpy"}
 
 

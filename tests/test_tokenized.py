@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 from dpo_cli import tokenized
 from dpo_cli.cli import app
 from dpo_cli.config import PrecomputeOptions
-from dpo_cli.data import read_rows
+from dpo_cli.data import Reading, read_rows
 from dpo_cli.disk import to_json
 from dpo_cli.metrics import Reporter
 from dpo_cli.prepare import read_pairs
+from dpo_cli.records import find_sources
 from dpo_cli.tokenized import Tokenized, kept, merged
 from dpo_cli.tokens import PairSet, tokenize_rows
 from tests.conftest import make_tokenizer, size, write_rows
@@ -57,16 +58,18 @@ def plain(found: PairSet) -> Any:
 
 
 def anew(file: Path, tokenizer: Any, keep_refused: bool = True, **changed: Any) -> PairSet:
-    how = SETTINGS | changed
-    found = read_rows([str(file)], how["columns"])
-    return tokenize_rows(found, tokenizer, how["max_length"], how["control_tokens"], keep_refused)
+    reading = Reading(**SETTINGS | changed)
+    found = read_rows(find_sources([str(file)]), reading.columns)
+    return tokenize_rows(found, tokenizer, reading, keep_refused)
 
 
 def read(
     folder: Path, file: Path, tokenizer: Any, keep_refused: bool = True, told: list[str] | None = None, **changed: Any
 ) -> tuple[PairSet, bool]:
     warn: Callable[[str], Any] = pytest.fail if told is None else told.append
-    return Tokenized(folder, tokenizer, **{**SETTINGS, **changed}, warn=warn).read(str(file), keep_refused)
+    return Tokenized(folder, tokenizer, Reading(**SETTINGS | changed), warn).read(
+        find_sources([str(file)])[0], keep_refused
+    )
 
 
 def fresh() -> PreTrainedTokenizerFast:
@@ -180,7 +183,7 @@ def test_swapped_files_give_their_pairs_in_the_new_order(tmp_path: Path) -> None
     one, two = write_rows(tmp_path / "one.jsonl", rows()), write_rows(tmp_path / "two.jsonl", [*rows(90, 3), *BAD])
     for files, known in (((one, two), False), ((two, one), True), ((one, one), True)):
         parts = [read(tmp_path, file, tokenizer) for file in files]
-        together = tokenize_rows(read_rows([*map(str, files)]), tokenizer, 64)
+        together = tokenize_rows(read_rows(find_sources([*map(str, files)])), tokenizer, Reading(max_length=64))
         assert {again for _, again in parts} == {known}
         assert plain(merged([part for part, _ in parts])) == plain(together)
 

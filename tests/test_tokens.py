@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_cli.data import BadRow, Message, Row, RowError
+from dpo_cli.data import BadRow, Message, Reading, Row
 from dpo_cli.errors import UsageError
+from dpo_cli.records import RowError
 from dpo_cli.tokens import (
     BOUNDARY_MOVED,
     CONTROL_KEPT,
@@ -35,6 +36,11 @@ from tests.conftest import CHATML, SAMPLE, random_pairs
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>"]
 LONG = 100_000  # a max_length that truncates nothing
+
+
+def cut(max_length: int = LONG, control_tokens: str = "keep") -> Reading:
+    return Reading(max_length=max_length, control_tokens=control_tokens)
+
 
 # Templates by what they write after an answer.
 NO_TURN_END = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}" + (
@@ -121,7 +127,7 @@ def decode(tokenizer: Any, *parts: Any) -> str:
 
 
 def pair_of(tokenizer: Any, given: Row, max_length: int = LONG) -> tuple[Pair, set[str]]:
-    return Encoder(tokenizer, max_length).pair(given)
+    return Encoder(tokenizer, cut(max_length)).pair(given)
 
 
 def texts(tokenizer: Any, given: Row, max_length: int = LONG) -> tuple[str, str, str]:
@@ -181,7 +187,7 @@ def test_a_merge_in_one_response_moves_the_boundary_of_both() -> None:
 
 def test_moved_boundaries_are_counted() -> None:
     rows = [row("hello ", "you", "me"), row("hello", " you", " me"), row("hello ", "you", "\t")]
-    found = tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], LONG)
+    found = tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], cut())
     assert found.notes == Counter({BOUNDARY_MOVED: 2}) and len(found.pairs) == 3
 
 
@@ -189,7 +195,7 @@ def test_a_prompt_that_melts_into_the_response_is_refused() -> None:
     """Without a first token of its own nothing predicts the response."""
     tokenizer = STRING_TOKENIZERS["adds nothing"]
     word = min(token for token in tokenizer.get_vocab() if len(token) == 2 and token.isascii() and token.isalpha())
-    found = tokenize_rows([row(word[0], word[1], "\t")], tokenizer, LONG)
+    found = tokenize_rows([row(word[0], word[1], "\t")], tokenizer, cut())
     assert not found.pairs
     assert found.refused[0].reason.startswith("prompt and response share no first token")
     assert found.refused[0].record == {"prompt": word[0], "chosen": word[1], "rejected": "\t"}
@@ -300,28 +306,28 @@ def test_white_space_at_an_answer_s_end_is_its_own() -> None:
 
 def test_a_tokenizer_without_eos_is_refused() -> None:
     with pytest.raises(UsageError, match="no EOS token"):
-        Encoder(make(eos=None), LONG)
+        Encoder(make(eos=None), cut())
 
 
 # ---- refused rows -----------------------------------------------------------------------------------------------
 
 
 def test_messages_without_a_template_are_refused() -> None:
-    found = tokenize_rows([row([user("Why?")], "a", "b")], STRING_TOKENIZERS["adds BOS"], LONG)
+    found = tokenize_rows([row([user("Why?")], "a", "b")], STRING_TOKENIZERS["adds BOS"], cut())
     assert found.refused[0].reason.startswith("a row of messages needs a chat template")
 
 
 def test_what_the_template_refuses_is_refused_with_its_words() -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", REFUSES_SYSTEM)
     system = {"role": "system", "content": "Be short."}
-    found = tokenize_rows([row([system, user("Why?")], "a", "b"), row([user("Why?")], "a", "b")], tokenizer, LONG)
+    found = tokenize_rows([row([system, user("Why?")], "a", "b"), row([user("Why?")], "a", "b")], tokenizer, cut())
     assert [bad.reason for bad in found.refused] == ["the chat template refuses the messages: no system role"]
     assert len(found.pairs) == 1
 
 
 def test_responses_of_equal_tokens_are_refused() -> None:
     tokenizer, _ = CHAT_TOKENIZERS["trims"]
-    found = tokenize_rows([row([user("Why?")], "Yes", " Yes\n")], tokenizer, LONG)
+    found = tokenize_rows([row([user("Why?")], "Yes", " Yes\n")], tokenizer, cut())
     assert [bad.reason for bad in found.refused] == ["chosen and rejected give the same tokens"]
 
 
@@ -338,14 +344,14 @@ def test_a_tool_call_that_cannot_be_rendered_is_refused(arguments: Any) -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
     given = Row("rows.jsonl:1", "f", [user("Why?")], [call], [assistant("No.")])
-    found = tokenize_rows([given], tokenizer, LONG)
+    found = tokenize_rows([given], tokenizer, cut())
     assert not found.pairs and [bad.where for bad in found.refused] == ["rows.jsonl:1"]
 
 
 def test_every_row_is_used_or_refused() -> None:
     bad = BadRow("rows.jsonl:7", "not JSON")
     rows = [row("a", " b", " c"), bad, row("a", " b", " d"), row([user("a")], "b", "c")]
-    found = tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], LONG)
+    found = tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], cut())
     assert len(found.pairs) == 2 and found.refused[0] is bad and len(found.refused) == 2
     assert found.formats == Counter({"some form": 2})
     assert [pair.where for pair in found.pairs] == ["rows.jsonl:1"] * 2
@@ -513,7 +519,10 @@ inside = pytest.mark.parametrize("where", CONTROL)
 @inside
 def test_control_tokens_inside_messages_are_kept(where: str) -> None:
     given, *_ = CONTROL[where]
-    for encoder in (Encoder(letters(), LONG), Encoder(letters(), LONG, "keep")):
+    for encoder in (
+        Encoder(letters(), cut()),
+        Encoder(letters(), cut(LONG, "keep")),
+    ):
         pair, notes = encoder.pair(given)
         assert notes == {CONTROL_KEPT}
         for answer, response in ((given.chosen, pair.chosen), (given.rejected, pair.rejected)):
@@ -524,7 +533,7 @@ def test_control_tokens_inside_messages_are_kept(where: str) -> None:
 @inside
 def test_control_tokens_inside_messages_are_read_as_text(where: str) -> None:
     given, _, prompt, chosen, rejected = CONTROL[where]
-    pair, notes = Encoder(letters(), LONG, "sanitize").pair(given)
+    pair, notes = Encoder(letters(), cut(LONG, "sanitize")).pair(given)
     assert (pair.prompt.tolist(), pair.chosen.tolist(), pair.rejected.tolist()) == (prompt, chosen, rejected)
     assert notes == {CONTROL_SANITIZED}
     whole = letters().apply_chat_template([*given.prompt, *given.chosen], tokenize=False)
@@ -536,7 +545,7 @@ def test_control_tokens_inside_messages_are_refused(where: str) -> None:
     given, field, *_ = CONTROL[where]
     token = "<|im_start|>" if where.startswith("rejected") else "<|im_end|>"
     with pytest.raises(RowError, match=rf"^{field} contains the control token '{re.escape(token)}'$"):
-        Encoder(letters(), LONG, "refuse").pair(given)
+        Encoder(letters(), cut(LONG, "refuse")).pair(given)
 
 
 @chats
@@ -547,28 +556,30 @@ def test_rows_without_control_tokens_are_alike_in_every_mode(name: str, control_
         [user("What is <|im_en and |im_end|>?\n"), assistant("😀"), user(" \n why")], "Because \ue000.", "No.\n"
     )
     as_ever, _ = pair_of(tokenizer, given)
-    pair, notes = Encoder(tokenizer, LONG, control_tokens).pair(given)
+    pair, notes = Encoder(tokenizer, cut(LONG, control_tokens)).pair(given)
     assert lists(pair) == lists(as_ever) and notes == set()
 
 
 @strings
 def test_strings_are_taken_as_they_are_in_every_mode(name: str) -> None:
     given = row("<|im_start|>user\nWhy?<|im_end|>\n", " Because.</s>", " No.")
-    found = [Encoder(STRING_TOKENIZERS[name], LONG, mode).pair(given) for mode in ("keep", "sanitize", "refuse")]
+    found = [Encoder(STRING_TOKENIZERS[name], cut(LONG, mode)).pair(given) for mode in ("keep", "sanitize", "refuse")]
     assert len({str(lists(pair)) for pair, _ in found}) == 1 and not set().union(*(notes for _, notes in found))
 
 
 def test_control_tokens_are_told_by_the_pair() -> None:
     good = row([user("q")], "c", "d")
     rows = [good, CONTROL["prompt"][0], good, CONTROL["chosen"][0], row("<|im_end|>", "<|im_end|> c", "d")]
-    kept, sanitized, refusing = (tokenize_rows(rows, letters(), LONG, mode) for mode in ("keep", "sanitize", "refuse"))
+    kept, sanitized, refusing = (
+        tokenize_rows(rows, letters(), cut(LONG, mode)) for mode in ("keep", "sanitize", "refuse")
+    )
     assert kept.notes == Counter({CONTROL_KEPT: 2}) and sanitized.notes == Counter({CONTROL_SANITIZED: 2})
     assert refusing.notes == Counter() and (len(refusing.pairs), len(refusing.refused)) == (3, 2)
 
 
 def test_an_answer_that_says_eos_itself_gets_its_own_where_that_is_text() -> None:
     tokenizer, _ = CHAT_TOKENIZERS["no end of turn"]
-    pair, _ = Encoder(tokenizer, LONG, "sanitize").pair(row([user("Why?")], "Because.</s>", "No."))
+    pair, _ = Encoder(tokenizer, cut(LONG, "sanitize")).pair(row([user("Why?")], "Because.</s>", "No."))
     assert pair.chosen.tolist().count(tokenizer.eos_token_id) == 1
     assert decode(tokenizer, pair.chosen) == " Because.</s></s>"
 
@@ -576,7 +587,7 @@ def test_an_answer_that_says_eos_itself_gets_its_own_where_that_is_text() -> Non
 def test_a_conversation_shortened_from_the_left_is_read_as_text_too() -> None:
     turns = [user("first" * 20), assistant("ok"), user(EVIL)]
     last = CONTROL["prompt"]
-    pair, notes = Encoder(letters(), len(last[2]) + 5, "sanitize").pair(row(turns, "c", "d"))
+    pair, notes = Encoder(letters(), cut(len(last[2]) + 5, "sanitize")).pair(row(turns, "c", "d"))
     assert notes == {PROMPT_CUT, CONTROL_SANITIZED} and pair.prompt.tolist() == last[2]
 
 
@@ -585,21 +596,21 @@ def test_a_tool_s_arguments_are_text_too() -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": EVIL}}}]}
     given = Row("w", "f", [user("q"), call, {"role": "tool", "content": "42"}], [assistant("c")], [assistant("d")])
-    kept, _ = Encoder(tokenizer, LONG, "keep").pair(given)
-    sanitized, notes = Encoder(tokenizer, LONG, "sanitize").pair(given)
+    kept, _ = Encoder(tokenizer, cut(LONG, "keep")).pair(given)
+    sanitized, notes = Encoder(tokenizer, cut(LONG, "sanitize")).pair(given)
     assert notes == {CONTROL_SANITIZED}
     assert kept.prompt.tolist().count(END) == sanitized.prompt.tolist().count(END) + 1
     assert decode(tokenizer, kept.prompt) == decode(tokenizer, sanitized.prompt)
     with pytest.raises(RowError, match=r"prompt contains the control token '<\|im_end\|>'"):
-        Encoder(tokenizer, LONG, "refuse").pair(given)
+        Encoder(tokenizer, cut(LONG, "refuse")).pair(given)
 
 
 def test_an_added_token_is_a_control_token_if_it_is_special_or_the_template_s_frame_has_it() -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", CHATML.replace("<|im_start|>", "<turn>"))
     tokenizer.add_tokens(["<turn>", "<think>"])
     for text, notes in (("a<turn>", {CONTROL_KEPT}), ("a<think>", set()), ("a<pad>", {CONTROL_KEPT})):
-        assert Encoder(tokenizer, LONG).pair(row([user(text)], "c", "d"))[1] == notes
-    pair, _ = Encoder(tokenizer, LONG, "sanitize").pair(row([user("a<turn><think>")], "c", "d"))
+        assert Encoder(tokenizer, cut()).pair(row([user(text)], "c", "d"))[1] == notes
+    pair, _ = Encoder(tokenizer, cut(LONG, "sanitize")).pair(row([user("a<turn><think>")], "c", "d"))
     turn, think = tokenizer.convert_tokens_to_ids(["<turn>", "<think>"])
     assert (pair.prompt.tolist().count(turn), pair.prompt.tolist().count(think)) == (2, 1)
 
@@ -611,7 +622,7 @@ def test_a_control_token_that_cannot_be_read_as_text_is_refused() -> None:
     words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", chat_template=CHATML)
     with pytest.raises(RowError, match=r"reads '<\|im_end\|>' as a control token wherever it stands"):
-        Encoder(tokenizer, LONG, "sanitize").pair(row([user(EVIL)], "c", "<unk>"))
+        Encoder(tokenizer, cut(LONG, "sanitize")).pair(row([user(EVIL)], "c", "<unk>"))
 
 
 @cache
@@ -639,7 +650,7 @@ def test_the_ids_are_those_of_transformers(name: str, text: str) -> None:
     known = {name: tokenizer for name, (tokenizer, _) in CHAT_TOKENIZERS.items()} | {"letters": letters()}
     tokenizer = known.get(name) or sentencepiece(name)
     turns = [{"role": "system", "content": text}, user(text), assistant(text), user("Why?" + text)]
-    pair, notes = Encoder(tokenizer, LONG, "sanitize").pair(row(turns, "Because." + text, "No."))
+    pair, notes = Encoder(tokenizer, cut(LONG, "sanitize")).pair(row(turns, "Because." + text, "No."))
     theirs = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
     )
@@ -790,7 +801,7 @@ def test_truncations_are_counted() -> None:
         row("Why?", " yes", " no"),
         row("Why?", words(60) + " yes", words(60) + " no"),
     ]
-    found = tokenize_rows(rows, STRING_TOKENIZERS["adds nothing"], 32)
+    found = tokenize_rows(rows, STRING_TOKENIZERS["adds nothing"], cut(32))
     assert found.notes == Counter({PROMPT_CUT: 2, RESPONSE_CUT: 2})
     assert (len(found.pairs), len(found.refused)) == (4, 1)
 
@@ -859,7 +870,7 @@ def test_any_conversation_gives_a_pair_or_a_reason(
 
 def one_at_a_time(rows: list[Row | BadRow], tokenizer: Any, length: int, mode: str) -> list[Any]:
     """What each row gives when transformers' own call encodes it alone."""
-    encoder = Encoder(tokenizer, length, mode)
+    encoder = Encoder(tokenizer, cut(length, mode))
     encoder.backend = None
     found: list[Any] = []
     for each in rows:
@@ -895,7 +906,7 @@ def test_rows_give_together_what_each_gives_alone(
         patch.setattr("dpo_cli.tokens.BATCH_CHARACTERS", characters)
         together = [
             str(result) if isinstance(result, RowError) else (lists(result[0]), result[1])
-            for _, result in Encoder(tokenizer, length, mode).pairs(rows)
+            for _, result in Encoder(tokenizer, cut(length, mode)).pairs(rows)
         ]
     assert together == one_at_a_time(rows, tokenizer, length, mode)
 
@@ -910,7 +921,7 @@ def test_many_rows_are_encoded_in_few_calls(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Encoder, "_batch", counted)
     rows = [row(f"Why {n}?", " Yes.", " No.") for n in range(1200)]
-    assert len(tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], LONG).pairs) == 1200
+    assert len(tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], cut()).pairs) == 1200
     assert sum(calls) == 3 * 1200 and len(calls) == 2 * 3  # strings and rendered texts apart
 
 
