@@ -14,6 +14,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from dpo_cli.errors import UsageError
 
 CACHE_DIR = Path("~/.cache/dpo")
+FORMATS = (
+    *("strings", "messages", "conversations", "hh", "sharegpt"),
+    *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked"),
+)
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 2
@@ -59,6 +63,7 @@ class Options:
     columns: str | None = option(
         None, "Names of your columns, as prompt=…,chosen=…,rejected=…", shown="prompt, chosen, rejected"
     )
+    format: str | None = option(None, "Format of every row.", one_of(*FORMATS), shown="told by a row's columns")
     on_bad_row: str = option(
         "refuse", "refuse: stop and list the bad rows; skip: go on without them.", one_of("refuse", "skip")
     )
@@ -76,6 +81,13 @@ class Options:
         one_of("keep", "sanitize", "refuse"),
         shown="keep, or what the run was trained with",
     )
+    train_turns: str | None = option(
+        None,
+        "Of answers with several turns train the last, or all that differ.",
+        one_of("last", "all"),
+        shown="last, or what the run was trained with",
+    )
+    chat_template: Path | None = option(None, "Jinja file to use as the chat template.", shown="the model's")
     compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
     trust_remote_code: bool = option(False, "Run Python code that the model's repository brings.")
 

@@ -1,9 +1,14 @@
-"""Records of every accepted format as rows; what is wrong with a bad one is named."""
+"""Records of every accepted format as rows; what is wrong with a bad one is named.
+
+A format is a reader that takes its columns from a record: ``FORMATS`` has them all, ``_format_of`` tells which it is.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +17,28 @@ from dpo_cli.records import RowError, Source, shortened
 
 Message = dict[str, Any]
 Text = str | list[Message]
+Three = tuple[Text, Text, Text]  # prompt, chosen, rejected
 
-COLUMNS = ("prompt", "chosen", "rejected")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# Other names of the roles: ShareGPT's and those of programs that write like it.
+ALIASES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+PROMPTS = ("prompt", "conversations", "messages", "instruction", "question")
+ANSWERS = ("chosen", "rejected", "responses", "scores", "ranks")
+OTHERS = ("input", "system", "tools", "chat_template_kwargs", "id", "weight", "margin")
+COLUMNS = (*PROMPTS, *ANSWERS, *OTHERS)
+# What a template's rendering is asked for by the program itself.
+RESERVED = ("conversation", "tools", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +94,109 @@ def read_rows(
                 yield BadRow(where, str(record))
                 continue
             try:
-                yield _parse_row(record, where, names)
+                yield _parse_row(record, where, names, format_)
             except RowError as error:
                 yield BadRow(where, str(error), record)
 
 
 def _parse_columns(columns: str | None) -> dict[str, str]:
-    names = {name: name for name in COLUMNS}
+    """The file's names of our columns, where they are others."""
+    names = {}
     for part in filter(None, (columns or "").split(",")):
         ours, _, theirs = (piece.strip() for piece in part.partition("="))
         if ours not in COLUMNS or not theirs:
-            raise UsageError(f"--columns {columns}: write it as prompt=NAME,chosen=NAME,rejected=NAME")
+            names_of = ", ".join(column for column in COLUMNS if column not in ("prompt", "chosen", "rejected"))
+            raise UsageError(f"--columns {columns}: write it as prompt=NAME,chosen=NAME,rejected=NAME; also {names_of}")
         names[ours] = theirs
     return names
+
+
+# ---- a record's columns -----------------------------------------------------------------------------------------
+
+
+class Columns:
+    """A record under our names of its columns; a value is checked when it is asked for."""
+
+    def __init__(self, record: dict[str, Any], names: dict[str, str]) -> None:
+        self.record, self.names = record, names
+
+    def get(self, column: str) -> Any:
+        """The value as it is, None where there is none."""
+        return self.record.get(self.names.get(column, column))
+
+    def named(self, column: str) -> str:
+        """The column as an error tells it."""
+        return f"{column} (column '{self.names[column]}')" if column in self.names else column
+
+    def text(self, column: str) -> Text:
+        """A string, or messages, neither of them empty."""
+        value, named = self.get(column), self.named(column)
+        if value is None:
+            raise RowError(f"{named} is missing")
+        if isinstance(value, str):
+            _check_string(value, named)
+            text: Text = value
+        elif isinstance(value, (dict, list)):
+            messages = [value] if isinstance(value, dict) else value
+            text = [_message(message, f"{named}, message {number}") for number, message in enumerate(messages, 1)]
+        else:
+            raise RowError(f"{named} is a {type(value).__name__}; it must be a string or a list of messages")
+        if not (text.strip() if isinstance(text, str) else text):
+            raise RowError(f"{named} is empty")
+        return text
+
+    def string(self, column: str) -> str:
+        """A string that is not empty."""
+        value = self.text(column)
+        if not isinstance(value, str):
+            raise RowError(f"{self.named(column)} must be a string in this format")
+        return value
+
+    def messages(self, column: str) -> list[Message]:
+        """A list of messages that is not empty."""
+        value = self.text(column)
+        if isinstance(value, str):
+            raise RowError(f"{self.named(column)} must be a list of messages in this format")
+        return value
+
+    def answers(self) -> tuple[list[Message], list[Message]]:
+        """Chosen and rejected as messages; a string is one of the assistant."""
+        chosen, rejected = self.text("chosen"), self.text("rejected")
+        return _answer(chosen), _answer(rejected)
+
+    def number(self, column: str, default: float) -> float:
+        """A finite number; a string may hold one, as in CSV."""
+        value = self.get(column)
+        if value is None or value == "":
+            return default
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise RowError(f"{self.named(column)} must be a finite number, not {shortened(repr(value))}")
+        return number
+
+    def parsed(self, column: str, kind: type[Any]) -> Any:
+        """A list or object, also where it is written as JSON text; empty where there is none."""
+        value = self.get(column)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value) if value.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise RowError(f"{self.named(column)} is not JSON: {error}") from error
+        if value is None:
+            return kind()
+        if not isinstance(value, kind):
+            raise RowError(f"{self.named(column)} must be a {'list' if kind is list else 'JSON object'}")
+        return value
+
+
+def _check_string(text: str, named: str) -> None:
+    if text.lstrip().startswith(('[{"role"', "[{'role'")):
+        raise RowError(f"{named} is a message list written as text; write it as a list, in .jsonl or .parquet")
+    if has_surrogate(text):
+        raise RowError(f"{named} has half of a surrogate pair, which is no text")
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -94,86 +207,244 @@ def has_surrogate(text: str) -> bool:
     return not text.isascii() and _SURROGATE.search(text) is not None
 
 
-# ---- records to rows --------------------------------------------------------------------------------------------
-
-
-def _parse_row(record: Any, where: str, names: dict[str, str]) -> Row:
-    if not isinstance(record, dict):
-        raise RowError("not an object with the columns prompt, chosen, rejected")
-    fields = {ours: _field(record, ours, theirs) for ours, theirs in names.items()}
-    prompt, chosen, rejected = (fields[name] for name in COLUMNS)
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise RowError("chosen and rejected differ in kind: one is a string, the other a message list")
-    if isinstance(chosen, str) and isinstance(prompt, list):
-        prompt, chosen, rejected = prompt, _answer(chosen), _answer(rejected)
-    if isinstance(chosen, str):
-        format_ = "prompt and responses as strings" if prompt is not None else "dialogues as strings (HH)"
-        prompt, chosen, rejected = (prompt, chosen, rejected) if prompt is not None else _split_hh(chosen, rejected)
-    elif isinstance(prompt, list):
-        format_ = "prompt and responses as messages"
-    else:  # full conversations; a prompt string beside them is in them already
-        format_ = "conversations with a common prefix"
-        prompt, chosen, rejected = _split_conversations(chosen, rejected)
-    row = Row(where, format_, prompt, chosen, rejected)
-    _check_content(row)
-    return row
-
-
-def _answer(text: str) -> list[Message]:
-    return [{"role": "assistant", "content": text}]
-
-
-def _field(record: dict[str, Any], ours: str, theirs: str) -> Any:
-    """One column, with its type checked; None only for a prompt that is not there."""
-    named = ours if ours == theirs else f"{ours} (column '{theirs}')"
-    value = record.get(theirs)
-    if value is None:
-        if ours == "prompt" and ours == theirs:
-            return None
-        raise RowError(f"{named} is missing")
-    if isinstance(value, list):
-        for number, message in enumerate(value, 1):
-            _check_message(message, f"{named}, message {number}")
-    elif not isinstance(value, str):
-        raise RowError(f"{named} is a {type(value).__name__}; it must be a string or a list of messages")
-    elif value.lstrip().startswith(('[{"role"', "[{'role'")):
-        raise RowError(f"{named} is a message list written as text; write it as a list, in .jsonl or .parquet")
-    elif has_surrogate(value):
-        raise RowError(f"{named} has half of a surrogate pair, which is no text")
-    if not (value if isinstance(value, list) else value.strip()):
-        raise RowError(f"{named} is empty")
-    return value
-
-
-def _check_message(message: Any, named: str) -> None:
+def _message(message: Any, named: str) -> Message:
+    """A message with ``role`` and ``content``, which ShareGPT calls ``from`` and ``value``."""
+    if isinstance(message, dict) and "role" not in message and "from" in message:
+        message = {("role" if key == "from" else "content" if key == "value" else key): v for key, v in message.items()}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RowError(f"{named}: must be an object with role and content")
-    if message["role"] not in ROLES:
-        raise RowError(f"{named}: unknown role '{shortened(message['role'])}'; use one of {', '.join(ROLES)}")
+    said = message["role"]
+    role = ALIASES.get(said, said)
+    if role not in ROLES:
+        raise RowError(f"{named}: unknown role '{shortened(said)}'; use one of {', '.join(ROLES)}")
     content = message.get("content")
+    if isinstance(content, list):
+        content = _joined(content, named)
+    if said == "function_call" and isinstance(content, str) and (calls := _calls(content)):
+        return {"role": "assistant", "content": "", "tool_calls": calls}
     if content is None and message.get("tool_calls"):
-        return
+        return message | {"role": role, "content": ""}
     if not isinstance(content, str):
         raise RowError(f"{named}: content must be a string")
     if has_surrogate(content):
         raise RowError(f"{named}: content has half of a surrogate pair, which is no text")
+    return message | {"role": role, "content": content}
 
 
-def _split_hh(chosen: str, rejected: str) -> tuple[str, str, str]:
+def _joined(parts: list[Any], named: str) -> str:
+    """Content that is a list of parts, if all of them are text."""
+    if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        return "".join(part["text"] for part in parts)
+    raise RowError(f"{named}: content has a part that is no text")
+
+
+def _calls(content: str) -> list[dict[str, Any]]:
+    """ShareGPT's function call as tool calls; none where it is no JSON."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return []
+    calls = value if isinstance(value, list) else [value]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        return []
+    return [{"type": "function", "function": {"name": c["name"], "arguments": c.get("arguments", {})}} for c in calls]
+
+
+# ---- formats ----------------------------------------------------------------------------------------------------
+
+
+def _user(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
+
+
+def _answer(value: Text) -> list[Message]:
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+
+
+def _strings(row: Columns) -> Three:
+    return row.string("prompt"), row.string("chosen"), row.string("rejected")
+
+
+def _messages(row: Columns) -> Three:
+    return row.messages("prompt"), *row.answers()
+
+
+def _conversations(row: Columns) -> Three:
+    chosen, rejected = row.messages("chosen"), row.messages("rejected")
+    cut = _common_prefix(chosen, rejected)
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _hh(row: Columns) -> Three:
     """Cut two dialogues after the last ``Assistant:`` that both share."""
+    chosen, rejected = row.string("chosen"), row.string("rejected")
     before_chosen, before_rejected = (dialogue.split(HH_ASSISTANT)[:-1] for dialogue in (chosen, rejected))
     shared = before_chosen[: _common_prefix(before_chosen, before_rejected)]
     if not shared:
         raise RowError("prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'")
     cut = sum(len(turn) + len(HH_ASSISTANT) for turn in shared)
-    if HH_HUMAN in chosen[cut:] or HH_HUMAN in rejected[cut:]:
+    if any(mark in answer[cut:] for mark in (HH_HUMAN, HH_ASSISTANT) for answer in (chosen, rejected)):
         raise RowError("the dialogues differ before their last answer, so they have no common prompt")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _split_conversations(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
-    cut = _common_prefix(chosen, rejected)
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+def _sharegpt(row: Columns) -> Three:
+    column = "messages" if row.get("conversations") is None else "conversations"
+    return row.messages(column), *row.answers()
+
+
+def _alpaca(row: Columns) -> Three:
+    parts = [row.string("instruction"), *([row.string("input")] if row.get("input") else [])]
+    return _user("\n".join(parts)), *row.answers()
+
+
+def _orca(row: Columns) -> Three:
+    return _user(row.string("question")), *row.answers()
+
+
+def _ultrafeedback(row: Columns) -> Three:
+    """Conversations with their prompt beside them; or answers alone, which it begins."""
+    prompt, chosen, rejected = _conversations(row)
+    return (prompt, chosen, rejected) if prompt else (_user(row.string("prompt")), chosen, rejected)
+
+
+def _stackexchange(row: Columns) -> Three:
+    """Of two answers to a question ``response_j`` is the better one."""
+    renamed = Columns(row.record, row.names | {"chosen": "response_j", "rejected": "response_k"})
+    return _orca(renamed)
+
+
+def _ranked(row: Columns) -> Three:
+    """The best of several answers against the worst."""
+    column = next(name for name in (*PROMPTS, "responses") if row.get(name) is not None)
+    if column == "responses":
+        raise RowError("prompt is missing")
+    prompt = row.text(column)
+    responses, values = row.parsed("responses", list), _values(row)
+    if len(responses) < 2:
+        raise RowError("responses must be at least two")
+    if len(values) != len(responses):
+        raise RowError(f"{len(responses)} responses have {len(values)} scores or ranks")
+    worst, best = (pick(range(len(values)), key=values.__getitem__) for pick in (min, max))
+    if values[worst] == values[best]:
+        raise RowError("all responses have the same score or rank, so none is better")
+    answers = Columns({"chosen": responses[best], "rejected": responses[worst]}, {})
+    if isinstance(prompt, str) and column == "prompt" and isinstance(responses[best], str):
+        return prompt, answers.string("chosen"), answers.string("rejected")
+    return _user(prompt) if isinstance(prompt, str) else prompt, *answers.answers()
+
+
+def _values(row: Columns) -> list[float]:
+    """How good each response is: its score, or minus its rank, of which 1 is the best."""
+    column, sign = ("scores", 1) if row.get("scores") is not None else ("ranks", -1)
+    if row.get(column) is None:
+        raise RowError("responses need scores (the higher the better) or ranks (1 is the best)")
+    values = [Columns({column: value}, {}).number(column, math.nan) for value in row.parsed(column, list)]
+    if any(map(math.isnan, values)):
+        raise RowError(f"{row.named(column)} has one that is missing")
+    return [sign * value for value in values]
+
+
+# What --format names: how it is told, and its reader.
+FORMATS: dict[str, tuple[str, Callable[[Columns], Three]]] = {
+    "strings": ("prompt and responses as strings", _strings),
+    "messages": ("prompt and responses as messages", _messages),
+    "conversations": ("conversations with a common prefix", _conversations),
+    "hh": ("dialogues as strings (HH)", _hh),
+    "sharegpt": ("a conversation and its two ends (ShareGPT)", _sharegpt),
+    "alpaca": ("instruction and input (Alpaca)", _alpaca),
+    "orca": ("question and answers (Orca)", _orca),
+    "ultrafeedback": ("conversations beside their prompt (UltraFeedback)", _ultrafeedback),
+    "stackexchange": ("question, response_j and response_k (Stack Exchange)", _stackexchange),
+    "ranked": ("ranked responses: the best against the worst", _ranked),
+}
+
+
+def _format_of(row: Columns) -> str:
+    """The format that a record's columns tell of."""
+    if row.get("responses") is not None and row.get("chosen") is None:
+        return "ranked"
+    if row.get("response_j") is not None and row.get("chosen") is None:
+        return "stackexchange"
+    if row.get("chosen") is None and "label" in row.record and {"completion", "response"} & row.record.keys():
+        raise RowError("chosen is missing: the row is one response with a label, and DPO compares two")
+    strings = isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)
+    if isinstance(row.get("prompt"), list):
+        return "messages"
+    if "prompt" in row.names or row.get("prompt") is not None:
+        return "strings" if strings or not isinstance(row.get("chosen"), (list, dict)) else "ultrafeedback"
+    column = next((name for name in PROMPTS if row.get(name) is not None), None)
+    if column is not None:
+        return {"instruction": "alpaca", "question": "orca"}.get(column, "sharegpt")
+    return "conversations" if isinstance(row.get("chosen"), (list, dict)) else "hh"
+
+
+# ---- records to rows --------------------------------------------------------------------------------------------
+
+
+def _parse_row(record: Any, where: str, names: dict[str, str], format_: str | None) -> Row:
+    if not isinstance(record, dict):
+        raise RowError("not an object with the columns prompt, chosen, rejected")
+    row = Columns(record, names)
+    format_ = format_ or _format_of(row)
+    for column in names:
+        if row.get(column) is None:
+            raise RowError(f"{row.named(column)} is missing")
+    told, read = FORMATS[format_]
+    if format_ not in ("ranked", "stackexchange"):
+        _check_kinds(row)
+    prompt, chosen, rejected = read(row)
+    arguments = _template_arguments(row)
+    if (system := row.get("system")) or (arguments and isinstance(prompt, str)):
+        prompt, chosen, rejected = _with_system(system, prompt, chosen, rejected)
+    if isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list):
+        n = len(prompt)
+        if prompt and chosen[:n] == prompt == rejected[:n]:  # it stands before each answer once more
+            chosen, rejected = chosen[n:], rejected[n:]
+    _check_content(prompt, chosen, rejected)
+    weight, margin = row.number("weight", 1.0), row.number("margin", 0.0)
+    if weight < 0:
+        raise RowError(f"{row.named('weight')} must not be negative")
+    if isinstance(name := row.get("id"), (str, int)) and name != "":
+        where = f"{where} (id {shortened(str(name))})"
+    return Row(where, told, prompt, chosen, rejected, arguments, weight, margin)
+
+
+def _check_kinds(row: Columns) -> None:
+    """Chosen and rejected are there, and of one kind."""
+    chosen, rejected = row.text("chosen"), row.text("rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise RowError("chosen and rejected differ in kind: one is a string, the other a message list")
+
+
+def _template_arguments(row: Columns) -> dict[str, Any]:
+    """What the chat template gets beside the messages; a tool is given as the function that it is."""
+    arguments: dict[str, Any] = row.parsed("chat_template_kwargs", dict)
+    if taken := sorted(set(arguments) & set(RESERVED)):
+        raise RowError(f"{row.named('chat_template_kwargs')} has '{taken[0]}', which is not the row's to say")
+    tools = row.parsed("tools", list)
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise RowError(f"{row.named('tools')} must be a list of JSON objects")
+    if tools:
+        wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        arguments = arguments | {"tools": wrapped}
+    return arguments
+
+
+def _with_system(system: Any, prompt: Text, chosen: Text, rejected: Text) -> Three:
+    """A conversation that begins with the system message; strings become turns of it."""
+    if system is not None and not isinstance(system, str):
+        raise RowError(f"system is a {type(system).__name__}; it must be a string")
+    if has_surrogate(system or ""):
+        raise RowError("system has half of a surrogate pair, which is no text")
+    if isinstance(prompt, str) and HH_ASSISTANT in prompt:
+        raise RowError("a dialogue as strings has no place for a system message or tools; write it as messages")
+    turns = _user(prompt) if isinstance(prompt, str) else prompt
+    if system and turns and turns[0]["role"] == "system" and turns[0]["content"] != system:
+        raise RowError("the conversation has a system message, and the column 'system' another")
+    if system and not (turns and turns[0]["role"] == "system"):
+        turns = [{"role": "system", "content": system}, *turns]
+    return turns, _answer(chosen), _answer(rejected)
 
 
 def _common_prefix(a: list[Any], b: list[Any]) -> int:
@@ -182,25 +453,25 @@ def _common_prefix(a: list[Any], b: list[Any]) -> int:
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)
 
 
-def _check_content(row: Row) -> None:
-    for name, response in (("chosen", row.chosen), ("rejected", row.rejected)):
+def _check_content(prompt: Text, chosen: Text, rejected: Text) -> None:
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(response, str):
             if not response.strip():
                 raise RowError(f"{name} is empty")
         else:
             _check_response(response, name)
-    if row.chosen == row.rejected:
+    if chosen == rejected:
         raise RowError("chosen equals rejected")
-    if not row.prompt:
+    if not prompt:
         raise RowError("prompt is empty: the conversations share no first message")
-    if isinstance(row.prompt, list) and row.prompt[-1]["role"] not in ("user", "tool"):
-        raise RowError(f"prompt ends with the role '{row.prompt[-1]['role']}'; it must end with user or tool")
+    if isinstance(prompt, list) and prompt[-1]["role"] not in ("user", "tool"):
+        raise RowError(f"prompt ends with the role '{prompt[-1]['role']}'; it must end with user or tool")
 
 
 def _check_response(response: list[Message], name: str) -> None:
     for message in response:
-        if message["role"] not in ("assistant", "tool"):
-            raise RowError(f"{name} has a '{message['role']}' turn; the two may differ in their last answer only")
+        if message["role"] not in ("assistant", "tool", "user"):
+            raise RowError(f"{name} has a '{message['role']}' turn; it may stand before all answers only")
     if not response or response[-1]["role"] != "assistant":
         raise RowError(f"{name} does not end with an assistant turn")
     if not response[-1].get("tool_calls") and not response[-1]["content"].strip():

@@ -113,6 +113,7 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
         max_length=options.max_length or run.get("max_length"),
         dtype=options.dtype or run.get("dtype"),
         control_tokens=options.control_tokens or run.get("control_tokens"),
+        train_turns=options.train_turns or run.get("train_turns"),
         compile=run.get("compile", options.compile),
         beta=options.beta or run.get("beta", 0.1),
     )
@@ -151,7 +152,7 @@ def _run_options(source: ModelSource) -> dict[str, Any]:
     if source.run is None:
         return {}
     options = trained_with(source.run)
-    names = ("max_length", "control_tokens", "dtype", "beta", "label_smoothing", "memory", "compile")
+    names = ("max_length", "control_tokens", "train_turns", "dtype", "beta", "label_smoothing", "memory", "compile")
     return {name: getattr(options, name) for name in names}
 
 

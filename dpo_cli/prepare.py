@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,8 +36,9 @@ from dpo_cli.model import (
 from dpo_cli.optimizer import SPLIT, halve
 from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
+from dpo_cli.template import plain_template
 from dpo_cli.tokenized import Tokenized, merged
-from dpo_cli.tokens import Pair, Pairs, PairSet, reasons, refusal
+from dpo_cli.tokens import NO_TEMPLATE, Encoder, Pair, Pairs, PairSet, reasons, refusal
 
 
 def choose_model(name: str | None, options: Options, reporter: Reporter, what: str = "model") -> ModelSource:
@@ -75,6 +77,13 @@ def reading_of(options: Options) -> Reading:
     return Reading(**{name: value for name, value in given.items() if value is not None})
 
 
+def _chat_template(file: Path) -> str:
+    try:
+        return file.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+        raise UsageError(f"--chat-template {file}: cannot be read ({error})") from error
+
+
 def read_pairs(
     files: list[str],
     options: Options,
@@ -88,6 +97,8 @@ def read_pairs(
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
+    if options.chat_template:
+        tokenizer.chat_template = _chat_template(options.chat_template)
     skip = options.on_bad_row == "skip"
     tokenized = Tokenized(options.cache_dir, tokenizer, reading_of(options), reporter.warn, remember)
     parts = [tokenized.read(source, keep_refused=skip) for source in find_sources(files)]
@@ -102,6 +113,8 @@ def read_pairs(
         reporter.fact("", f"{count:,} refused: {reason}")
     for note, count in sorted(found.notes.items()):
         reporter.fact("", f"{count:,} {note}")
+    if found.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
+        tokenizer.chat_template = plain_template(Encoder(tokenizer, Reading()).adds_bos)
     if again := sum(known for _, known in parts):
         reporter.fact("", f"{again} of {len(files)} files were tokenized before: read back from {tokenized.folder}")
     return found

@@ -106,6 +106,7 @@ def lay_out_run(
         options,
         max_length=reading.max_length,
         control_tokens=reading.control_tokens,
+        train_turns=reading.train_turns,
     )
     found = read_pairs(options.data, options, tokenizer, reporter, remember=not dry_run)
     pairs, held_out = found.pairs, Pairs()

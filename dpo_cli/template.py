@@ -9,17 +9,38 @@ from typing import Any
 from dpo_cli.data import Message
 from dpo_cli.records import RowError, shortened
 
+# For a model that has no template: dialogues as base models have read many.
+PLAIN = (
+    "{% for message in messages %}{% if message.role in ('system', 'developer') %}{{ message.content + '\\n\\n' }}"
+    "{% elif message.role == 'assistant' %}{{ 'Assistant: ' + message.content + eos_token + '\\n\\n' }}"
+    "{% else %}{{ message.role | capitalize + ': ' + message.content + '\\n\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
 
-def render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    """The template's text for messages.
+
+def plain_template(adds_bos: bool) -> str:
+    """The template of a model that has none; it brings the BOS that the tokenizer puts before a text."""
+    return ("{{ bos_token }}" if adds_bos else "") + PLAIN
+
+
+def render(
+    tokenizer: Any,
+    messages: list[Message],
+    add_generation_prompt: bool = False,
+    template: str | None = None,
+    **arguments: Any,
+) -> str:
+    """The template's text for messages: the tokenizer's template unless another is given.
 
     Raises:
         RowError: there is no template, or it refuses the messages.
     """
-    if not tokenizer.chat_template:
-        raise RowError("a row of messages needs a chat template, and this model has none; give strings instead")
+    if not (template or tokenizer.chat_template):
+        raise RowError("the model has no chat template")
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text: str = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
+        )
     except Exception as error:  # a template can raise anything
         raise RowError(f"the chat template refuses the messages: {shortened(str(error), 200)}") from error
     return text

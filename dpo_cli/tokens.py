@@ -7,6 +7,7 @@ is found among tokens, not characters, and both responses end with the token tha
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from array import array
 from collections import Counter
@@ -21,10 +22,12 @@ import numpy.typing as npt
 from dpo_cli.data import BadRow, Message, Reading, Row, has_surrogate
 from dpo_cli.errors import UsageError
 from dpo_cli.records import RowError
-from dpo_cli.template import ControlTokens, render
+from dpo_cli.template import ControlTokens, plain_template, render
 
 Ids = npt.NDArray[np.int32]
 _PROBE = "PROBE"
+_ASKED = [{"role": "user", "content": "u"}]
+_CALL = {"type": "function", "function": {"name": _PROBE, "arguments": {}}}
 BATCH_CHARACTERS, BATCH_ROWS = 2**20, 512  # what meets the tokenizer in one call: more brings no speed
 DIGEST_PAIRS = 4096  # hashed at a time
 
@@ -190,6 +193,11 @@ RESPONSE_CUT = "pairs with a response cut at its end"
 BOUNDARY_MOVED = "pairs whose boundary moved back (tokens merge across it)"
 CONTROL_KEPT = "pairs with control tokens inside their messages, which act as such (--control-tokens keep)"
 CONTROL_SANITIZED = "pairs with control tokens inside their messages, read as text (--control-tokens sanitize)"
+NO_TEMPLATE = "pairs of messages written as 'User: … Assistant: …': the model has no chat template (--chat-template)"
+SYSTEM_MOVED = "pairs whose system message begins the first user turn: the chat template takes none"
+CALLS_WRITTEN = "pairs whose tool calls are written as JSON: the chat template shows none"
+TOOLS_UNSEEN = "pairs whose tools the chat template does not show"
+TURNS_WITHOUT_LOSS = "pairs with turns behind the prompt that carry no loss (--train-turns)"
 
 
 def tokenize_rows(
@@ -256,6 +264,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, reading: Reading) -> None:
         self.tokenizer = tokenizer
         self.max_length, self.control_tokens = reading.max_length, reading.control_tokens
+        self.train_turns = reading.train_turns
         if tokenizer.eos_token_id is None:
             raise UsageError("the model's tokenizer has no EOS token, so responses cannot end")
         if reading.control_tokens == "sanitize" and not tokenizer.is_fast:
@@ -265,7 +274,13 @@ class Encoder:
         self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
         self.backend = tokenizer.backend_tokenizer if only_asks_its_backend(tokenizer) else None
         self.control = ControlTokens(tokenizer)
-        self.turn_end = self._turn_end() if tokenizer.chat_template else ""
+        self.template = None if tokenizer.chat_template else plain_template(self.adds_bos)  # None: the tokenizer's own
+        answered = self._probe([*_ASKED, {"role": "assistant", "content": _PROBE}])
+        self.turn_end = answered.rpartition(_PROBE)[
+            2
+        ]  # what follows an answer, such as ``<|im_end|>`` and a line's end
+        self.takes_system = _PROBE in self._probe([{"role": "system", "content": _PROBE}, *_ASKED])
+        self.shows_calls = _PROBE in self._probe([*_ASKED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
 
     def pairs(self, rows: Iterable[Row | BadRow]) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
         """Each row in order with what ``pair`` makes of it, or why it is bad. Encodes many at once."""
@@ -301,7 +316,10 @@ class Encoder:
 
     def _pair(self, row: Row, prompt: Part, chosen: Part, rejected: Part) -> Encoded:
         prompt, chosen, rejected, moved = self._split(prompt, chosen, rejected)
-        notes = self._control_notes(row)
+        notes = self._notes(row)
+        if isinstance(row.chosen, list) and max(len(row.chosen), len(row.rejected)) > 1:
+            chosen, rejected = self._masked(self._adapted(row), prompt, chosen, rejected)
+            notes.add(TURNS_WITHOUT_LOSS)
         if moved:
             notes.add(BOUNDARY_MOVED)
         longest = max(len(chosen), len(rejected))
@@ -317,10 +335,12 @@ class Encoder:
         if longest > room:
             chosen, rejected = chosen[:room], rejected[:room]
             notes.add(RESPONSE_CUT)
+        if not all((response >= 0).any() for response in (chosen, rejected)):
+            raise RowError(f"truncation to max_length {self.max_length} leaves no token that carries loss")
         if np.array_equal(chosen, rejected):
             cut = f"truncation to max_length {self.max_length} removes the difference between chosen and rejected"
             raise RowError(cut if RESPONSE_CUT in notes else "chosen and rejected give the same tokens")
-        return Pair(row.where, prompt, chosen, rejected), notes
+        return Pair(row.where, prompt, chosen, rejected, row.weight, row.margin), notes
 
     def _split(self, prompt: Part, chosen: Part, rejected: Part) -> tuple[Ids, Ids, Ids, bool]:
         """Untruncated ids: both responses with their prompt, cut where they leave the prompt's own tokens."""
@@ -335,24 +355,103 @@ class Encoder:
 
     def _texts(self, row: Row) -> Texts:
         """What the model is to read: the prompt, and each response behind it."""
-        return tuple(self._text(row.prompt, response) for response in (None, row.chosen, row.rejected))
+        row = self._adapted(row)
+        return tuple(self._text(row, response) for response in (None, row.chosen, row.rejected))
 
-    def _text(self, prompt: Any, response: Any) -> Text | RowError:
+    def _adapted(self, row: Row) -> Row:
+        """The row as its template can show it: a system message may begin the first user turn, a call be text."""
+        if isinstance(row.prompt, str):
+            return row
+        prompt, chosen, rejected = (self._written(messages) for messages in (row.prompt, row.chosen, row.rejected))
+        if not self.takes_system and [message["role"] for message in prompt[:2]] == ["system", "user"]:
+            content = f"{prompt[0]['content']}\n\n{prompt[1]['content']}"
+            prompt = [prompt[1] | {"content": content}, *prompt[2:]]
+        return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
+
+    def _written(self, messages: Any) -> list[Message]:
+        if self.shows_calls or not _calls(messages):
+            return list(messages)
+        return [
+            message
+            | {
+                "content": "\n".join(
+                    filter(None, [message["content"], *(json.dumps(call, ensure_ascii=False) for call in calls)])
+                )
+            }
+            if (calls := message.get("tool_calls"))
+            else message
+            for message in messages
+        ]
+
+    def _text(self, row: Row, response: Any) -> Text | RowError:
+        prompt, arguments = row.prompt, row.template_arguments
         if isinstance(prompt, str):
             return Text(prompt + (response or ""), templated=False, wants_eos=response is not None)
         try:
             if response is None:
-                return Text(self._render(prompt, add_generation_prompt=True), templated=True, wants_eos=False)
-            text = self._render(prompt + response)
+                return Text(self._render(prompt, True, arguments), templated=True, wants_eos=False)
+            text = self._render(prompt + response, False, arguments)
         except RowError as error:
             return error
         if self.turn_end.strip() and text.rstrip().endswith(self.turn_end.strip()):
             return Text(text.rstrip(), templated=True, wants_eos=False)  # what follows the turn's end is not trained
         return Text(text.removesuffix(self.turn_end), templated=True, wants_eos=True)
 
-    def _control_notes(self, row: Row) -> set[str]:
+    def _masked(self, row: Row, prompt: Ids, *responses: Ids) -> list[Ids]:
+        """The responses, with ``~id`` for tokens of turns that carry no loss."""
+        sides: list[Any] = [row.chosen, row.rejected]
+        masked = []
+        for name, turns, others, ids in zip(("chosen", "rejected"), sides, sides[::-1], responses, strict=True):
+            trained = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+            if self.train_turns == "all":
+                trained = [i for i in trained if [turns[i]] != others[i : i + 1]]
+            elif any(turn["role"] == "user" for turn in turns):
+                raise RowError(
+                    f"{name} has a 'user' turn; the two may differ in their last answer only "
+                    "(--train-turns all trains all answers that differ)"
+                )
+            if not trained:
+                raise RowError(f"{name} has no answer that differs from the other's")
+            masked.append(
+                self._without_loss(row, turns, trained if self.train_turns == "all" else trained[-1:], prompt, ids)
+            )
+        if self.train_turns == "last" and sides[0][-1] == sides[1][-1]:
+            raise RowError("chosen and rejected have the same last answer; they differ before it (--train-turns all)")
+        return masked
+
+    def _without_loss(self, row: Row, turns: list[Message], trained: list[int], prompt: Ids, response: Ids) -> Ids:
+        """A response of several turns, of which only some carry loss."""
+        whole = np.concatenate([prompt, response])
+        asked: Any = row.prompt
+        full = self._render(asked + turns, False, row.template_arguments)
+        carries = np.zeros(len(whole), dtype=bool)
+        for place in trained:
+            before = asked + turns[:place]
+            if not full.startswith(self._render(before, False, row.template_arguments).rstrip()):
+                raise RowError(
+                    "the chat template writes a turn otherwise when others follow: they cannot be told apart"
+                )
+            texts = self._text(replace(row, prompt=before), None), self._text(row, turns[: place + 1])
+            start, end = (_common_prefix(_good(part), whole) for part in self._encode([texts])[0])
+            carries[start:end] = True
+        return np.where(carries[len(prompt) :], response, ~response)
+
+    def _notes(self, row: Row) -> set[str]:
         if isinstance(row.prompt, str):
             return set()
+        notes = {NO_TEMPLATE} if self.template else set()
+        if not self.takes_system and row.prompt[0]["role"] == "system":
+            notes.add(SYSTEM_MOVED)
+        if not self.shows_calls and any(map(_calls, (row.prompt, row.chosen, row.rejected))):
+            notes.add(CALLS_WRITTEN)
+        if "tools" in row.template_arguments:
+            messages, others = self._adapted(row).prompt, dict(row.template_arguments)
+            del others["tools"]
+            if self._render(messages, True, row.template_arguments) == self._render(messages, True, others):
+                notes.add(TOOLS_UNSEEN)
+        return notes | self._control_notes(row)
+
+    def _control_notes(self, row: Row) -> set[str]:
         fields = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
         found = {name: token for name, value in fields.items() if (token := self.control.first(value))}
         if found and self.control_tokens == "refuse":
@@ -392,22 +491,21 @@ class Encoder:
             end = not templated and self.adds_eos  # a prompt must not end with it, and a response gets its own
             yield np.asarray(ids[start : len(ids) - end], dtype=np.int32)
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def _render(self, messages: Any, add_generation_prompt: bool, arguments: dict[str, Any]) -> str:
         """The template's text; what in it is to be read as text is marked."""
-        text = render(self.tokenizer, messages, add_generation_prompt)
+        text = render(self.tokenizer, messages, add_generation_prompt, self.template, **arguments)
         if has_surrogate(text):
             raise RowError("the messages have half of a surrogate pair, which is no text")
         if self.control_tokens != "sanitize" or not self.control.first(messages):
             return text
-        return render(self.tokenizer, self.control.mark(messages), add_generation_prompt)
+        return render(self.tokenizer, self.control.mark(messages), add_generation_prompt, self.template, **arguments)
 
-    def _turn_end(self) -> str:
-        """What the template writes after an answer, such as ``<|im_end|>\\n``; empty if nothing."""
+    def _probe(self, messages: list[Message]) -> str:
+        """What the template makes of messages; empty where it refuses them."""
         try:
-            text = self._render([{"role": "user", "content": "u"}, {"role": "assistant", "content": _PROBE}])
+            return render(self.tokenizer, messages, template=self.template)
         except RowError:
             return ""
-        return text.rpartition(_PROBE)[2]
 
     def _shorten_prompt(self, row: Row, prompt: Ids, room: int) -> Ids:
         """A prompt of ``room`` tokens or the next best: its end stays; a conversation loses its oldest turns."""
@@ -424,6 +522,11 @@ class Encoder:
             if len(prompt) <= room:
                 break
         return prompt
+
+
+def _calls(messages: Any) -> bool:
+    """Whether a message calls a tool."""
+    return any(message.get("tool_calls") for message in messages)
 
 
 def _common_prefix(a: Ids, b: Ids) -> int:

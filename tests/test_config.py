@@ -235,6 +235,8 @@ TOKENS = ([16, 17, 100_000], [15, 3, 0, -16])
 RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "on_bad_row": (["refuse", "skip"], ["Skip", "", "ignore"]),
     "control_tokens": (["keep", "sanitize", "refuse"], ["Keep", "", "drop"]),
+    "train_turns": (["last", "all"], ["first", ""]),
+    "format": (["strings", "hh", "ranked"], ["HH", "", "parquet"]),
     "max_length": TOKENS,
     "max_tokens": TOKENS,
     "dtype": (["auto", "float32", "bfloat16"], ["float16", "fp32", ""]),
@@ -355,6 +357,9 @@ OTHER: dict[str, Any] = {
     "columns": "prompt=q",
     "on_bad_row": "skip",
     "control_tokens": "sanitize",
+    "format": "hh",
+    "train_turns": "all",
+    "chat_template": Path("other.jinja").absolute(),
     "trust_remote_code": True,
     "max_length": 64,
     "max_tokens": 64,

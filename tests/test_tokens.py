@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -22,13 +24,19 @@ from dpo_cli.errors import UsageError
 from dpo_cli.records import RowError
 from dpo_cli.tokens import (
     BOUNDARY_MOVED,
+    CALLS_WRITTEN,
     CONTROL_KEPT,
     CONTROL_SANITIZED,
+    NO_TEMPLATE,
     PROMPT_CUT,
     RESPONSE_CUT,
+    SYSTEM_MOVED,
+    TOOLS_UNSEEN,
+    TURNS_WITHOUT_LOSS,
     Encoder,
     Pair,
     Pairs,
+    read,
     refusal,
     tokenize_rows,
 )
@@ -49,7 +57,14 @@ NO_TURN_END = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['co
 OTHER_TURN_END = CHATML.replace("<|im_end|>", "<end_of_turn>")
 TRIMS = CHATML.replace("message['content']", "(message['content'] | trim)")
 NO_BOS = NO_TURN_END.replace("{{ bos_token }}", "")
-REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+REFUSES_SYSTEM = (
+    "{% for message in messages if message['role'] == 'system' %}{{ raise_exception('no system role') }}{% endfor %}"
+    + CHATML
+)
+SHOWS_TOOLS = "{% for tool in tools or [] %}{{ '<tool>' + tool.function.name }}{% endfor %}" + CHATML.replace(
+    "message['content']",
+    "message['content'] + (message.tool_calls[0].function.name + '()' if message.tool_calls else '')",
+)
 
 
 @cache
@@ -211,13 +226,50 @@ def test_a_conversation_is_cut_where_the_answer_begins(name: str) -> None:
     assert texts(tokenizer, row(prompt, "Because.", "No idea.")) == expected
 
 
-def test_a_response_of_several_turns_is_rendered_whole() -> None:
+def test_of_a_response_of_several_turns_the_last_carries_loss() -> None:
     tokenizer, _ = CHAT_TOKENIZERS["ChatML"]
     chosen = [assistant("call"), {"role": "tool", "content": "42"}, assistant("It is 42.")]
     given = Row("w", "f", [user("Why?")], chosen, [assistant("No idea.")])
-    assert texts(tokenizer, given)[1] == (
-        "call<|im_end|>\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\nIt is 42.<|im_end|>"
-    )
+    pair, notes = pair_of(tokenizer, given)
+    context = "call<|im_end|>\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(tokenizer, read(pair.chosen)) == context + "It is 42.<|im_end|>"
+    assert decode(tokenizer, pair.chosen[pair.chosen >= 0]) == "It is 42.<|im_end|>"
+    assert decode(tokenizer, pair.rejected) == "No idea.<|im_end|>" and notes == {TURNS_WITHOUT_LOSS}
+
+
+def turns_with_loss(tokenizer: Any, pair: Pair) -> list[list[str]]:
+    """Runs of tokens that carry loss, as text."""
+    found = []
+    for response in (pair.chosen, pair.rejected):
+        bounds = np.flatnonzero(np.diff(np.concatenate([[False], response >= 0, [False]]))).reshape(-1, 2)
+        found.append([decode(tokenizer, response[start:end]) for start, end in bounds])
+    return found
+
+
+@pytest.mark.parametrize("name", ["ChatML", "an end of turn that is not EOS", "trims"])
+def test_all_answers_that_differ_carry_loss_where_asked(name: str) -> None:
+    """A user's turn and an answer that both have never do."""
+    tokenizer, _ = CHAT_TOKENIZERS[name]
+    chosen = [assistant("One."), user("And?"), assistant("Two."), user("So?"), assistant("Three.")]
+    rejected = [assistant("Eins."), user("And?"), assistant("Two."), user("So?"), assistant("Drei.")]
+    given = Row("w", "f", [user("Why?")], chosen, rejected)
+    pair, notes = Encoder(tokenizer, Reading(max_length=LONG, train_turns="all")).pair(given)
+    (first, last), (other, other_last) = turns_with_loss(tokenizer, pair)
+    assert (first.strip()[:4], last.strip()[:6]) == ("One.", "Three.") and notes >= {TURNS_WITHOUT_LOSS}
+    assert (other.strip()[:5], other_last.strip()[:5]) == ("Eins.", "Drei.")
+    assert not any(word in text for word in ("And?", "So?", "Two.") for text in (first, last, other, other_last))
+    with pytest.raises(RowError, match=r"chosen has a 'user' turn; .*--train-turns all"):
+        pair_of(tokenizer, given)
+
+
+def test_answers_that_differ_before_the_last_one_need_all_turns() -> None:
+    tokenizer, _ = CHAT_TOKENIZERS["ChatML"]
+    tool = {"role": "tool", "content": "42"}
+    given = Row("w", "f", [user("?")], *([assistant(a), tool, assistant("42")] for a in ("f", "g")))
+    with pytest.raises(RowError, match="have the same last answer"):
+        pair_of(tokenizer, given)
+    pair, _ = Encoder(tokenizer, Reading(max_length=LONG, train_turns="all")).pair(given)
+    assert turns_with_loss(tokenizer, pair) == [["f<|im_end|>"], ["g<|im_end|>"]]
 
 
 # ---- BOS --------------------------------------------------------------------------------------------------------
@@ -312,17 +364,61 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
 # ---- refused rows -----------------------------------------------------------------------------------------------
 
 
-def test_messages_without_a_template_are_refused() -> None:
-    found = tokenize_rows([row([user("Why?")], "a", "b")], STRING_TOKENIZERS["adds BOS"], cut())
-    assert found.refused[0].reason.startswith("a row of messages needs a chat template")
+def test_messages_without_a_template_are_written_plainly() -> None:
+    tokenizer = STRING_TOKENIZERS["adds BOS"]
+    turns = [{"role": "system", "content": "Be short."}, user("Why?"), assistant("So."), user("And?")]
+    pair, notes = pair_of(tokenizer, row(turns, "a", "b"))
+    eos = tokenizer.eos_token
+    asked = f"{tokenizer.bos_token}Be short.\n\nUser: Why?\n\nAssistant: So.{eos}\n\nUser: And?\n\nAssistant:"
+    assert decode(tokenizer, pair.prompt) == asked
+    assert (decode(tokenizer, pair.chosen), decode(tokenizer, pair.rejected)) == (f" a{eos}", f" b{eos}")
+    assert notes == {NO_TEMPLATE}
+
+
+def test_a_system_message_that_the_template_refuses_begins_the_first_user_turn() -> None:
+    tokenizer = make("$A", "<|im_start|>", "<|im_end|>", REFUSES_SYSTEM)
+    system = {"role": "system", "content": "Be short."}
+    pair, notes = pair_of(tokenizer, row([system, user("Why?")], "a", "b"))
+    same, _ = pair_of(tokenizer, row([user("Be short.\n\nWhy?")], "a", "b"))
+    assert lists(pair) == lists(same) and notes == {SYSTEM_MOVED}
 
 
 def test_what_the_template_refuses_is_refused_with_its_words() -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", REFUSES_SYSTEM)
-    system = {"role": "system", "content": "Be short."}
-    found = tokenize_rows([row([system, user("Why?")], "a", "b"), row([user("Why?")], "a", "b")], tokenizer, cut())
+    late = {"role": "system", "content": "Be short."}
+    turns = [user("Why?"), late, user("Why?")]
+    found = tokenize_rows([row(turns, "a", "b"), row([user("Why?")], "a", "b")], tokenizer, cut())
     assert [bad.reason for bad in found.refused] == ["the chat template refuses the messages: no system role"]
     assert len(found.pairs) == 1
+
+
+def test_tools_and_calls_that_the_template_does_not_show_are_told() -> None:
+    tokenizer, _ = CHAT_TOKENIZERS["ChatML"]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    asked = [user("?"), {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "42"}]
+    given = replace(row(asked, "a", "b"), template_arguments={"tools": [{"function": {"name": "f"}}]})
+    pair, notes = pair_of(tokenizer, given)
+    assert notes == {TOOLS_UNSEEN, CALLS_WRITTEN}
+    assert json.dumps(call) in decode(tokenizer, pair.prompt)
+
+
+def test_tools_and_calls_are_rendered_by_a_template_that_knows_them() -> None:
+    tokenizer = make("$A", "<|im_start|>", "<|im_end|>", SHOWS_TOOLS)
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    tools = {"tools": [{"function": {"name": "f"}}]}
+    given = Row("w", "f", [user("Why?")], [answer], [assistant("No.")], tools)
+    pair, notes = pair_of(tokenizer, given)
+    assert notes == set() and decode(tokenizer, pair.prompt).startswith("<tool>f<|im_start|>")
+    assert decode(tokenizer, pair.chosen) == "f()<|im_end|>"
+
+
+def test_a_template_that_rewrites_turns_cannot_train_several() -> None:
+    rewriting = CHATML.replace("message['content']", "(message['content'] if loop.last else 'gone')")
+    tokenizer = make("$A", "<|im_start|>", "<|im_end|>", rewriting)
+    turns = [assistant("call"), {"role": "tool", "content": "42"}, assistant("It is 42.")]
+    with pytest.raises(RowError, match=r"cannot be told apart|share no first token"):
+        pair_of(tokenizer, Row("w", "f", [user("Why?")], turns, [assistant("No idea.")]))
 
 
 def test_responses_of_equal_tokens_are_refused() -> None:
@@ -350,7 +446,7 @@ def test_a_tool_call_that_cannot_be_rendered_is_refused(arguments: Any) -> None:
 
 def test_every_row_is_used_or_refused() -> None:
     bad = BadRow("rows.jsonl:7", "not JSON")
-    rows = [row("a", " b", " c"), bad, row("a", " b", " d"), row([user("a")], "b", "c")]
+    rows = [row("a", " b", " c"), bad, row("a", " b", " d"), row("a", "", "")]
     found = tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], cut())
     assert len(found.pairs) == 2 and found.refused[0] is bad and len(found.refused) == 2
     assert found.formats == Counter({"some form": 2})
