@@ -55,8 +55,8 @@ def memory_option() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every command needs: a model, pairs, and how their log-probabilities are computed."""
+class DataOptions:
+    """What every command needs: pairs, and the model whose tokenizer reads them."""
 
     model: str | None = option(None, "Hub id, local folder, .gguf file or run folder.", shown="SmolLM2-135M-Instruct")
     data: list[str] = option(MISSING, "Preference rows: .jsonl, .json, .parquet or .csv, also .gz; repeatable.")
@@ -64,17 +64,9 @@ class Options:
         None, "Names of your columns, as prompt=…,chosen=…,rejected=…", shown="prompt, chosen, rejected"
     )
     format: str | None = option(None, "Format of every row.", one_of(*FORMATS), shown="told by a row's columns")
-    on_bad_row: str = option(
-        "refuse", "refuse: stop and list the bad rows; skip: go on without them.", one_of("refuse", "skip")
-    )
     max_length: int | None = option(
         None, "Longest prompt + response in tokens.", at_least_16, shown="1024, or what the run was trained with"
     )
-    max_tokens: int | None = option(
-        None, "Tokens in one packed forward: the memory knob.", at_least_16, shown="from free memory"
-    )
-    dtype: str | None = option(None, "Compute precision.", one_of("auto", "float32", "bfloat16"), shown="auto")
-    cache_dir: Path = option(CACHE_DIR, "Where reference log-probs and tokenized pairs are kept.")
     control_tokens: str | None = option(
         None,
         "Control tokens of the template inside messages: keep them, sanitize (read as text) or refuse the row.",
@@ -88,7 +80,6 @@ class Options:
         shown="last, or what the run was trained with",
     )
     chat_template: Path | None = option(None, "Jinja file to use as the chat template.", shown="the model's")
-    compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
     trust_remote_code: bool = option(False, "Run Python code that the model's repository brings.")
 
     def __post_init__(self) -> None:
@@ -96,7 +87,29 @@ class Options:
             raise UsageError("\n".join(problems))
 
 
-def _out_of_range(kind: type[Options], values: Mapping[str, Any]) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Options(DataOptions):
+    """What every command needs that computes: how log-probabilities are computed, and where they are kept."""
+
+    on_bad_row: str = option(
+        "refuse", "refuse: stop and list the bad rows; skip: go on without them.", one_of("refuse", "skip")
+    )
+    max_tokens: int | None = option(
+        None, "Tokens in one packed forward: the memory knob.", at_least_16, shown="from free memory"
+    )
+    dtype: str | None = option(None, "Compute precision.", one_of("auto", "float32", "bfloat16"), shown="auto")
+    cache_dir: Path = option(CACHE_DIR, "Where reference log-probs and tokenized pairs are kept.")
+    compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions(DataOptions):
+    """`dpo explain`."""
+
+    row: str = option("1", "Number of the row as it is told behind its file's name; FILE:NUMBER of several files.")
+
+
+def _out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[str]:
     problems = []
     for f in dataclasses.fields(kind):
         value, check = values.get(f.name), f.metadata["check"]
@@ -152,7 +165,7 @@ class EvalOptions(Options):
 # Options that do not change what is trained: a resumed run may have others than it began with.
 OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code"})
 
-T = TypeVar("T", bound=Options)
+T = TypeVar("T", bound=DataOptions)
 
 
 def resolve(kind: type[T], flags: Mapping[str, Any], file: Path | None = None) -> T:
@@ -195,7 +208,7 @@ def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
     return options
 
 
-def to_yaml(options: Options) -> str:
+def to_yaml(options: DataOptions) -> str:
     """All options as a YAML file that ``resolve`` reads back, but for what each run is to be told anew."""
     import yaml
 
@@ -204,7 +217,7 @@ def to_yaml(options: Options) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def _from_yaml(kind: type[Options], file: Path) -> tuple[dict[str, Any], list[str]]:
+def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], list[str]]:
     """The file's values under the options' names, and what is wrong with the others."""
     import yaml
 

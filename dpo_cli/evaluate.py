@@ -29,10 +29,10 @@ from dpo_cli.model import (
     default_device,
     dtype_name,
     load_model,
-    load_tokenizer,
 )
 from dpo_cli.prepare import (
     choose_model,
+    choose_tokenizer,
     fill_reference,
     halved_if_split,
     load_weights,
@@ -120,7 +120,7 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     if given_compile and not options.compile:
         raise UsageError("--compile: the run was not trained so, and its numbers would be others")
     assert options.beta is not None
-    tokenizer = load_tokenizer(source)
+    tokenizer = choose_tokenizer(source, options)
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
     memory = run.get("memory", "full")

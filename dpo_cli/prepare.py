@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
-from dpo_cli.config import Options, PrecomputeOptions
+from dpo_cli.config import DataOptions, Options, PrecomputeOptions
 from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
@@ -38,10 +37,10 @@ from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
 from dpo_cli.template import plain_template
 from dpo_cli.tokenized import Tokenized, merged
-from dpo_cli.tokens import NO_TEMPLATE, Encoder, Pair, Pairs, PairSet, reasons, refusal
+from dpo_cli.tokens import NO_TEMPLATE, Encoder, Pair, Pairs, PairSet, read, reasons, refusal
 
 
-def choose_model(name: str | None, options: Options, reporter: Reporter, what: str = "model") -> ModelSource:
+def choose_model(name: str | None, options: DataOptions, reporter: Reporter, what: str = "model") -> ModelSource:
     """Where a model is loaded from, told."""
     source = find_model(name, options.trust_remote_code)
     reporter.fact(what, source.told)
@@ -71,17 +70,21 @@ def open_cache(
     return ReferenceCache(options.cache_dir, fingerprint, reporter.warn, about)
 
 
-def reading_of(options: Options) -> Reading:
+def reading_of(options: DataOptions) -> Reading:
     """How rows are read, where options are not given by their defaults."""
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Reading)}
     return Reading(**{name: value for name, value in given.items() if value is not None})
 
 
-def _chat_template(file: Path) -> str:
-    try:
-        return file.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:
-        raise UsageError(f"--chat-template {file}: cannot be read ({error})") from error
+def choose_tokenizer(source: ModelSource, options: DataOptions) -> Any:
+    """The model's tokenizer, with the chat template that was asked for."""
+    tokenizer, file = load_tokenizer(source), options.chat_template
+    if file:
+        try:
+            tokenizer.chat_template = file.expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, RuntimeError) as error:
+            raise UsageError(f"--chat-template {file}: cannot be read ({error})") from error
+    return tokenizer
 
 
 def read_pairs(
@@ -97,8 +100,6 @@ def read_pairs(
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
-    if options.chat_template:
-        tokenizer.chat_template = _chat_template(options.chat_template)
     skip = options.on_bad_row == "skip"
     tokenized = Tokenized(options.cache_dir, tokenizer, reading_of(options), reporter.warn, remember)
     parts = [tokenized.read(source, keep_refused=skip) for source in find_sources(files)]
@@ -109,6 +110,7 @@ def read_pairs(
         raise UsageError("\n".join([*broken, "--on-bad-row skip cannot go on behind such a place: mend it"]))
     counts = f"{found.rows:,} rows, {len(found.pairs):,} pairs, {len(found.refused):,} refused"
     reporter.fact(name, f"{', '.join(files)}: {counts} ({', '.join(found.formats)})")
+    reporter.fact("", f"the first: {_understood(found.pairs[0], tokenizer)}")
     for reason, count in list(reasons(found.refused).items())[:10]:
         reporter.fact("", f"{count:,} refused: {reason}")
     for note, count in sorted(found.notes.items()):
@@ -118,6 +120,13 @@ def read_pairs(
     if again := sum(known for _, known in parts):
         reporter.fact("", f"{again} of {len(files)} files were tokenized before: read back from {tokenized.folder}")
     return found
+
+
+def _understood(pair: Pair, tokenizer: Any) -> str:
+    """A pair in short: the prompt's end, the boundary, the beginning of the chosen response."""
+    prompt, chosen = (tokenizer.decode(read(ids)) for ids in (pair.prompt[-20:], pair.chosen[:12]))
+    dots = ("…" * (len(pair.prompt) > 20), "…" * (len(pair.chosen) > 12))
+    return f"{dots[0]}{prompt!r} | {chosen!r}{dots[1]}"
 
 
 def make_scorer(
@@ -193,7 +202,7 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
         DpoError: a compared log-prob is off by more than arithmetic explains.
     """
     source = choose_model(options.model, options, reporter)
-    tokenizer = load_tokenizer(source)
+    tokenizer = choose_tokenizer(source, options)
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
     process = process_bytes(default_device())

@@ -33,11 +33,11 @@ from dpo_cli.model import (
     ModelSource,
     compile_layers,
     dtype_name,
-    load_tokenizer,
 )
 from dpo_cli.optimizer import BYTES, SPLIT
 from dpo_cli.prepare import (
     choose_model,
+    choose_tokenizer,
     halved_if_split,
     hold_out,
     load_weights,
@@ -100,7 +100,7 @@ def lay_out_run(
     if options.memory == "offload" and device.type == "cpu":
         raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
     source = choose_model(options.model, options, reporter)
-    tokenizer = load_tokenizer(source)
+    tokenizer = choose_tokenizer(source, options)
     reading = reading_of(options)
     options = dataclasses.replace(
         options,

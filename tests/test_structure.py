@@ -31,7 +31,7 @@ LAYERS = [
     {"metrics", "fingerprint", "shards", "tokenized"},
     {"reference", "checkpoint", "step"},
     {"prepare", "cache"},
-    {"run"},
+    {"run", "explain"},
     {"evaluate"},
     {"train"},
     {"cli"},
