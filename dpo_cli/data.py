@@ -132,7 +132,7 @@ class Columns:
         """A string, or messages, neither of them empty."""
         value, named = self.get(column), self.named(column)
         if value is None:
-            raise RowError(f"{named} is missing")
+            raise RowError(f"{named} is missing{self._other_names(column)}")
         if isinstance(value, str):
             _check_string(value, named)
             text: Text = value
@@ -140,10 +140,20 @@ class Columns:
             messages = [value] if isinstance(value, dict) else value
             text = [_message(message, f"{named}, message {number}") for number, message in enumerate(messages, 1)]
         else:
-            raise RowError(f"{named} is a {type(value).__name__}; it must be a string or a list of messages")
+            raise RowError(
+                f"{named} is {_KINDS.get(type(value), 'no text')}; it must be a string or a list of messages"
+            )
         if not (text.strip() if isinstance(text, str) else text):
             raise RowError(f"{named} is empty")
         return text
+
+    def _other_names(self, missing: str) -> str:
+        """What the row has, where its columns seem to be named otherwise."""
+        if missing in self.names or not self.record or {"chosen", "rejected"} & self.record.keys():
+            return ""
+        return (
+            f"; the row has {', '.join(shortened(name) for name in list(self.record)[:8])} (--columns {missing}=NAME)"
+        )
 
     def string(self, column: str) -> str:
         """A string that is not empty."""
@@ -190,6 +200,9 @@ class Columns:
         if not isinstance(value, kind):
             raise RowError(f"{self.named(column)} must be a {'list' if kind is list else 'JSON object'}")
         return value
+
+
+_KINDS: dict[type, str] = {int: "a number", float: "a number", bool: "true or false"}
 
 
 def _check_string(text: str, named: str) -> None:
@@ -434,7 +447,7 @@ def _template_arguments(row: Columns) -> dict[str, Any]:
 def _with_system(system: Any, prompt: Text, chosen: Text, rejected: Text) -> Three:
     """A conversation that begins with the system message; strings become turns of it."""
     if system is not None and not isinstance(system, str):
-        raise RowError(f"system is a {type(system).__name__}; it must be a string")
+        raise RowError("system must be a string")
     if has_surrogate(system or ""):
         raise RowError("system has half of a surrogate pair, which is no text")
     if isinstance(prompt, str) and HH_ASSISTANT in prompt:

@@ -331,7 +331,7 @@ class Encoder:
                 notes.add(PROMPT_CUT)
         room = self.max_length - len(prompt)
         if room < 1:
-            raise RowError(f"the prompt's last turn alone fills max_length ({len(prompt)} of {self.max_length} tokens)")
+            raise RowError(f"the prompt's last turn alone fills max_length {self.max_length}")
         if longest > room:
             chosen, rejected = chosen[:room], rejected[:room]
             notes.add(RESPONSE_CUT)

@@ -230,9 +230,9 @@ def test_a_dialogue_with_an_empty_or_equal_last_answer_is_refused(tmp_path: Path
         (STRINGS | {"chosen": None}, "chosen is missing"),
         (STRINGS | {"rejected": None}, "rejected is missing"),
         (STRINGS | {"prompt": None}, "prompt is missing, and chosen and rejected share no dialogue"),
-        (STRINGS | {"chosen": 7}, "chosen is a int; it must be a string or a list of messages"),
+        (STRINGS | {"chosen": 7}, "chosen is a number; it must be a string or a list of messages"),
         (STRINGS | {"rejected": {"role": "assistant"}}, "rejected, message 1: content must be a string"),
-        (STRINGS | {"prompt": True}, "prompt is a bool; it must be a string or a list"),
+        (STRINGS | {"prompt": True}, "prompt is true or false; it must be a string or a list"),
         (STRINGS | {"prompt": ""}, "prompt is empty"),
         (STRINGS | {"prompt": " \n\t"}, "prompt is empty"),
         (STRINGS | {"chosen": ""}, "chosen is empty"),
@@ -372,7 +372,10 @@ def test_a_row_may_be_nested_and_one_refused_for_its_depth_is_not_kept(tmp_path:
         "\n".join(json.dumps(each) for each in (STRINGS | {"x": deep}, {"x": deep}, STRINGS | {"x": [[deep]]})),
     )
     assert isinstance(row, Row)
-    assert isinstance(bad, BadRow) and (bad.reason, bad.record) == ("chosen is missing", {"x": deep})
+    assert isinstance(bad, BadRow) and (bad.reason, bad.record) == (
+        "chosen is missing; the row has x (--columns chosen=NAME)",
+        {"x": deep},
+    )
     assert isinstance(deeper, BadRow) and (deeper.reason, deeper.record) == ("nested too deeply", None)
 
 
@@ -696,7 +699,7 @@ KNOWN: dict[str, tuple[bytes | str, str]] = {
     "nothing in it": ("{}", "chosen is missing"),
     "a field missing": ('{"prompt": "a", "chosen": "b"}', "rejected is missing"),
     "a field null": ('{"prompt": "a", "chosen": null, "rejected": "c"}', "chosen is missing"),
-    "a number": ('{"prompt": 7, ' + SAID, "prompt is a int"),
+    "a number": ('{"prompt": 7, ' + SAID, "prompt is a number"),
     "an empty field": ('{"prompt": "", ' + SAID, "prompt is empty"),
     "white space": ('{"prompt": "a", "chosen": "\\n ", "rejected": "c"}', "chosen is empty"),
     "equal responses": ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen equals rejected"),

@@ -299,7 +299,7 @@ def mixed(tmp_path: Path) -> Path:
 REFUSED = [
     *((f"mixed.jsonl:{n}", why) for n, (_, why) in enumerate(BAD_LINES.values(), 2)),
     ("mixed.jsonl:7", "truncation to max_length 32 removes the difference between chosen and rejected"),
-    ("mixed.jsonl:10", "chosen is a float; it must be a string or a list of messages"),
+    ("mixed.jsonl:10", "chosen is a number; it must be a string or a list of messages"),
 ]
 
 

@@ -876,7 +876,7 @@ def test_a_last_turn_that_fills_max_length_is_refused() -> None:
     length = len(rendered(tokenizer, [user(words(30))]))
     given = row([user("Hi"), assistant("Hello"), user(words(30))], "Yes.", "No.")
     for max_length in (length, length - 5):
-        with pytest.raises(RowError, match=rf"last turn alone fills max_length \({length} of {max_length} tokens\)"):
+        with pytest.raises(RowError, match=rf"last turn alone fills max_length {max_length}$"):
             pair_of(tokenizer, given, max_length)
     assert len(pair_of(tokenizer, given, length + 1)[0].chosen) == 1
 
