@@ -961,6 +961,42 @@ def test_any_conversation_gives_a_pair_or_a_reason(
     check(tokenizer, row(prompt, chosen, rejected), length, end)
 
 
+later = st.sampled_from(["user", "tool"])
+several = st.lists(st.tuples(said, later, said), max_size=2)
+CHATML_TOKENIZERS = ["ChatML", "ChatML on a tokenizer that adds BOS and EOS", "an end of turn that is not EOS"]
+
+
+def of_turns(turns: list[tuple[str, str, str]], last: str) -> list[Message]:
+    """Answers with turns of others between them."""
+    found = [[assistant(answer), {"role": role, "content": text}] for answer, role, text in turns]
+    return [message for both in found for message in both] + [assistant(last)]
+
+
+@anything
+@given(st.sampled_from(CHATML_TOKENIZERS), conversation, several, said, several, said, st.sampled_from(["last", "all"]))
+def test_what_is_read_is_the_rendered_text_and_what_carries_loss_are_answers(
+    name: str, prompt: list[Message], turns: Any, chosen: str, others: Any, rejected: str, trained_turns: str
+) -> None:
+    """Each with its end; where tokens merge across an answer's beginning, with the line's end before it."""
+    tokenizer, end = CHAT_TOKENIZERS[name]
+    given = Row("w", "f", prompt, of_turns(turns, chosen), of_turns(others, rejected))
+    try:
+        pair, notes = Encoder(tokenizer, Reading(max_length=LONG, train_turns=trained_turns)).pair(given)
+    except RowError:
+        return
+    sides: Any = ((pair.chosen, given.chosen, given.rejected), (pair.rejected, given.rejected, given.chosen))
+    for (response, own, other), runs in zip(sides, turns_with_loss(tokenizer, pair), strict=True):
+        text = tokenizer.apply_chat_template(prompt + own, tokenize=False)
+        assert decode(tokenizer, pair.prompt, read(response)) == text.removesuffix("\n")
+        differ = [turn for place, turn in enumerate(own) if [turn] != other[place : place + 1]]
+        trained_answers = (
+            own[-1:] if trained_turns == "last" else [turn for turn in differ if turn["role"] == "assistant"]
+        )
+        assert len(runs) == len(trained_answers) or BOUNDARY_MOVED in notes
+        for run, answer in zip(runs, trained_answers, strict=False):
+            assert run.endswith(answer["content"] + end) and run.removesuffix(answer["content"] + end).strip("\n") == ""
+
+
 # ---- many at once -----------------------------------------------------------------------------------------------
 
 
