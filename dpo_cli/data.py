@@ -241,6 +241,8 @@ def _message(message: Any, named: str) -> Message:
         raise RowError(f"{named}: content must be a string")
     if has_surrogate(content):
         raise RowError(f"{named}: content has half of a surrogate pair, which is no text")
+    if role is said and content is message["content"]:
+        return message  # as most are
     return message | {"role": role, "content": content}
 
 

@@ -360,28 +360,21 @@ class Encoder:
 
     def _adapted(self, row: Row) -> Row:
         """The row as its template can show it: a system message may begin the first user turn, a call be text."""
-        if isinstance(row.prompt, str):
+        if isinstance(row.prompt, str) or (self.takes_system and not self._hides_calls(row)):
             return row
-        prompt, chosen, rejected = (self._written(messages) for messages in (row.prompt, row.chosen, row.rejected))
+        sides: list[Any] = [row.prompt, row.chosen, row.rejected]
+        if not self.shows_calls:
+            sides = [[_with_calls_written(message) for message in messages] for messages in sides]
+        prompt, chosen, rejected = sides
         if not self.takes_system and [message["role"] for message in prompt[:2]] == ["system", "user"]:
             content = f"{prompt[0]['content']}\n\n{prompt[1]['content']}"
             prompt = [prompt[1] | {"content": content}, *prompt[2:]]
         return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
 
-    def _written(self, messages: Any) -> list[Message]:
-        if self.shows_calls or not _calls(messages):
-            return list(messages)
-        return [
-            message
-            | {
-                "content": "\n".join(
-                    filter(None, [message["content"], *(json.dumps(call, ensure_ascii=False) for call in calls)])
-                )
-            }
-            if (calls := message.get("tool_calls"))
-            else message
-            for message in messages
-        ]
+    def _hides_calls(self, row: Row) -> bool:
+        """Whether a message calls a tool, which the template does not show."""
+        sides: list[Any] = [] if self.shows_calls else [row.prompt, row.chosen, row.rejected]
+        return any("tool_calls" in message and message["tool_calls"] for messages in sides for message in messages)
 
     def _text(self, row: Row, response: Any) -> Text | RowError:
         prompt, arguments = row.prompt, row.template_arguments
@@ -442,7 +435,7 @@ class Encoder:
         notes = {NO_TEMPLATE} if self.template else set()
         if not self.takes_system and row.prompt[0]["role"] == "system":
             notes.add(SYSTEM_MOVED)
-        if not self.shows_calls and any(map(_calls, (row.prompt, row.chosen, row.rejected))):
+        if self._hides_calls(row):
             notes.add(CALLS_WRITTEN)
         if "tools" in row.template_arguments:
             messages, others = self._adapted(row).prompt, dict(row.template_arguments)
@@ -524,9 +517,10 @@ class Encoder:
         return prompt
 
 
-def _calls(messages: Any) -> bool:
-    """Whether a message calls a tool."""
-    return any(message.get("tool_calls") for message in messages)
+def _with_calls_written(message: Message) -> Message:
+    """The message with its tool calls as JSON behind its text."""
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return message | {"content": "\n".join(filter(None, [message["content"], *calls]))} if calls else message
 
 
 def _common_prefix(a: Ids, b: Ids) -> int:
