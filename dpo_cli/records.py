@@ -14,16 +14,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from dpo_cli.errors import UsageError, printable
+from dpo_cli.errors import RowError, UsageError, printable
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 MAX_LINE = 64 * 2**20  # bytes of one row: what is longer is a broken or a hostile file
 MAX_WHOLE = 2**28  # bytes of a file that can only be read as a whole
 MAX_DEPTH = 64  # of lists and objects in each other: what reads or writes a row later may recurse
-
-
-class RowError(ValueError):
-    """The reason why a row is bad, without its place."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dpo_cli.data import Message
-from dpo_cli.records import RowError, shortened
+from dpo_cli.errors import RowError
+from dpo_cli.records import shortened
 
 
 def render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
