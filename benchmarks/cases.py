@@ -18,9 +18,10 @@ import numpy as np
 from dpo_cli.batch import plan_run
 from dpo_cli.config import TrainOptions
 from dpo_cli.data import BadRow, Row, read_rows
+from dpo_cli.errors import RowError
 from dpo_cli.model import find_model, load_tokenizer
 from dpo_cli.prepare import reading_of
-from dpo_cli.records import RowError, find_sources
+from dpo_cli.records import find_sources
 from dpo_cli.tokens import Encoder, Pair
 
 ROOT = Path(__file__).parents[1]

@@ -59,7 +59,11 @@ class DataOptions:
     """What every command needs: pairs, and the model whose tokenizer reads them."""
 
     model: str | None = option(None, "Hub id, local folder, .gguf file or run folder.", shown="SmolLM2-135M-Instruct")
-    data: list[str] = option(MISSING, "Preference rows: .jsonl, .json, .parquet or .csv, also .gz; repeatable.")
+    data: list[str] = option(
+        MISSING,
+        "Preference rows: .jsonl, .json, .parquet or .csv, also .gz or .zst; a folder of them; a folder or a hub id "
+        "(ORG/NAME) of a data set, :SPLIT behind it; - for JSON lines from stdin. Repeatable.",
+    )
     columns: str | None = option(
         None, "Names of your columns, as prompt=…,chosen=…,rejected=…", shown="prompt, chosen, rejected"
     )

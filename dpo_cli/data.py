@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_cli.errors import UsageError
-from dpo_cli.records import RowError, Source, shortened
+from dpo_cli.errors import RowError, UsageError
+from dpo_cli.records import Source, shortened
 
 Message = dict[str, Any]
 Text = str | list[Message]

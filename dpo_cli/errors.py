@@ -26,3 +26,7 @@ class Interrupted(DpoError):  # noqa: N818  (no error: someone asked for it)
     """A signal ended the run; the message says what was saved and how to go on."""
 
     exit_code = 130
+
+
+class RowError(ValueError):
+    """A row is bad; the message is the reason, without its place."""

@@ -88,28 +88,29 @@ def choose_tokenizer(source: ModelSource, options: DataOptions) -> Any:
 
 
 def read_pairs(
-    files: list[str],
+    data: list[str],
     options: Options,
     tokenizer: Any,
     reporter: Reporter,
     name: str = "data",
     remember: bool = True,
 ) -> PairSet:
-    """Read and tokenize files, or read back what an earlier start kept of them, and tell what was found.
+    """Read and tokenize data, or read back what an earlier start kept of it, and tell what was found.
 
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     skip = options.on_bad_row == "skip"
     tokenized = Tokenized(options.cache_dir, tokenizer, reading_of(options), reporter.warn, remember)
-    parts = [tokenized.read(source, keep_refused=skip) for source in find_sources(files)]
+    sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
+    parts = [tokenized.read(source, keep_refused=skip) for source in sources]
     found = merged([part for part, _ in parts])
     if found.refused and (not skip or not found.pairs):
         raise refusal(found.refused, found.rows)
     if broken := [f"{bad.where}: {bad.reason}" for bad in found.refused if bad.reason.endswith(REST)]:
         raise UsageError("\n".join([*broken, "--on-bad-row skip cannot go on behind such a place: mend it"]))
     counts = f"{found.rows:,} rows, {len(found.pairs):,} pairs, {len(found.refused):,} refused"
-    reporter.fact(name, f"{', '.join(files)}: {counts} ({', '.join(found.formats)})")
+    reporter.fact(name, f"{', '.join(data)}: {counts} ({', '.join(found.formats)})")
     reporter.fact("", f"the first: {_understood(found.pairs[0], tokenizer)}")
     for reason, count in list(reasons(found.refused).items())[:10]:
         reporter.fact("", f"{count:,} refused: {reason}")
@@ -118,7 +119,7 @@ def read_pairs(
     if found.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
         tokenizer.chat_template = plain_template(Encoder(tokenizer, Reading()).adds_bos)
     if again := sum(known for _, known in parts):
-        reporter.fact("", f"{again} of {len(files)} files were tokenized before: read back from {tokenized.folder}")
+        reporter.fact("", f"{again} of {len(parts)} sources were tokenized before: read back from {tokenized.folder}")
     return found
 
 

@@ -1,37 +1,49 @@
-"""Files as records, each with its place: what is read, and what cannot be, before anyone asks what it means."""
+"""What ``--data`` names as records with their places, and what cannot be read, before anyone asks what it means."""
 
 from __future__ import annotations
 
+import atexit
 import csv
 import gzip
 import json
+import os
 import re
+import shutil
+import sys
+import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
+from functools import cache, partial
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from dpo_cli.errors import UsageError, printable
+from dpo_cli.errors import RowError, UsageError, printable
+from dpo_cli.hub import Split, hub_split, is_saved, saved_split
+from dpo_cli.tables import table_records
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+PACKED = (".gz", ".zst")
 MAX_LINE = 64 * 2**20  # bytes of one row: what is longer is a broken or a hostile file
 MAX_WHOLE = 2**28  # bytes of a file that can only be read as a whole
 MAX_DEPTH = 64  # of lists and objects in each other: what reads or writes a row later may recurse
 
 
-class RowError(ValueError):
-    """The reason why a row is bad, without its place."""
+class SourceError(Exception):
+    """The reason why a source cannot be read, without its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Something that gives records: a file."""
+    """Something that gives records, as often as it is asked: a file, a split of a data set, stdin."""
 
-    name: str  # as it was typed
-    path: Path
+    name: str  # the option and what was typed, to begin a message with
+    place: str  # what the places of its records begin with
+    files: tuple[Path, ...]  # whose content, read as ``kind``, is the records; none: that is not known
+    kind: str
+    read: Callable[[], Iterator[tuple[str, Any]]]  # gives ``LINE`` or ``row N``, and a record or a RowError
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield each record's place, as ``file:line``, and the record, or a RowError that says why there is none.
@@ -41,41 +53,127 @@ class Source:
         """
         count = 0
         try:
-            for where, record in _read_records(self.path):
+            for where, record in self.read():
                 count += 1
-                yield where, RowError(_TOO_DEEP) if _too_deep(record) else record
+                yield f"{self.place}:{where}", RowError(_TOO_DEEP) if _too_deep(record) else record
+        except SourceError as error:
+            raise UsageError(f"{self.name}: {error}") from error
         except (OSError, EOFError, zlib.error) as error:
-            raise UsageError(f"--data {self.name}: cannot be read ({error})") from error
+            raise UsageError(f"{self.name}: cannot be read ({error})") from error
         if count == 0:
-            raise UsageError(f"--data {self.name}: the file has no rows")
+            raise UsageError(f"{self.name}: has no rows")
 
 
-def find_sources(data: list[str]) -> list[Source]:
-    """What ``--data`` names, in order.
+# ---- what a name stands for -------------------------------------------------------------------------------------
+
+
+def find_sources(data: list[str], option: str = "--data") -> list[Source]:
+    """What an option names, in order: files, folders of files, saved data sets, ``-`` for stdin, data sets of the hub.
 
     Raises:
-        UsageError: it is missing, or of an unknown kind.
+        UsageError: it is missing, of an unknown kind, or a data set that cannot be loaded.
     """
-    return [Source(file, _checked_path(file)) for file in data]
+    return [source for typed in data for source in _sources(typed, option)]
 
 
-def _checked_path(file: str) -> Path:
+# ORG/NAME, ORG/NAME:SPLIT or ORG/NAME:CONFIG/SPLIT
+_HUB = re.compile(r"([a-z0-9][\w.-]*/[\w.-]+)(?::(?:([\w.-]+)/)?(\w+(?:\.\w+)*))?", re.ASCII | re.IGNORECASE)
+
+
+def _sources(typed: str, option: str) -> list[Source]:
+    name = f"{option} {typed}"
+    if typed == "-":
+        return [_stdin(name)]
+    path, why = _found(typed)
+    if path and path.is_dir():
+        return [_split(saved_split(path, None, name), name, str(path))] if is_saved(path) else _folder(path, name)
+    if path:
+        if not _is_known(path.name):
+            raise UsageError(f"{name}: unknown kind of file; use {_KINDS}")
+        return [_file(path, name)]
+    before, _, split = typed.rpartition(":")
+    folder = _found(before)[0] if before else None
+    if folder and is_saved(folder):
+        return [_split(saved_split(folder, split, name), name, str(folder))]
+    match = _HUB.fullmatch(typed)
+    if folder or not match or _is_known(match[1]):
+        raise UsageError(f"{name}: no such file ({why})")
+    dataset, config, split = match.groups()
+    return [_split(hub_split(dataset, config, split, name), name, dataset)]
+
+
+def _found(typed: str) -> tuple[Path | None, str]:
+    """The file or folder of that name; where there is none, why."""
     try:
-        path = Path(file).expanduser()
+        path = Path(typed).expanduser()
         path.stat()
     except (OSError, RuntimeError, ValueError) as error:  # also a user or a name that cannot be
-        raise UsageError(f"--data {file}: no such file ({error})") from error
-    if path.is_dir():
-        raise UsageError(f"--data {file}: is a folder; name its files")
-    if not path.name.removesuffix(".gz").endswith(SUFFIXES):
-        raise UsageError(f"--data {file}: unknown kind of file; use {', '.join(SUFFIXES)}, each also .gz")
-    return path
+        return None, str(error)
+    return path, ""
 
 
-def kind_of(path: Path) -> tuple[str, bool]:
-    """By which of the suffixes, without its dot, a file is read; and whether it is zipped."""
-    return path.name.removesuffix(".gz").rpartition(".")[2], path.name.endswith(".gz")
+_KINDS = f"{', '.join(SUFFIXES)}, each also {' or '.join(PACKED)}"
 
+
+def _is_known(file: str) -> bool:
+    return _unpacked(file)[0].endswith(SUFFIXES)
+
+
+def _unpacked(file: str) -> tuple[str, str]:
+    """A file's name without how it is packed, and that."""
+    packing = next((suffix for suffix in PACKED if file.endswith(suffix)), "")
+    return file.removesuffix(packing), packing
+
+
+def _file(path: Path, name: str) -> Source:
+    unpacked, packing = _unpacked(path.name)
+    kind = unpacked.rpartition(".")[2]
+    return Source(name, str(path), (path,), kind + packing, partial(_read_file, path, kind, packing))
+
+
+def _folder(path: Path, name: str) -> list[Source]:
+    """The folder's own files of a known kind, by name."""
+    try:
+        found = sorted(p for p in path.iterdir() if _is_known(p.name) and not p.name.startswith(".") and p.is_file())
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be read ({error})") from error
+    if not found:
+        raise UsageError(f"{name}: the folder has no file to read; looked for {_KINDS}")
+    return [_file(file, f"{name.rstrip('/')}/{file.name}") for file in found]
+
+
+def _split(split: Split, name: str, dataset: str) -> Source:
+    place = f"{dataset}:{split.name}" if split.name else dataset
+    return Source(name, place, split.files, split.kind, partial(_read_split, split))
+
+
+def _stdin(name: str) -> Source:
+    """JSON lines from stdin; never kept, for nobody knows what they will be next time."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise UsageError(f"{name}: stdin is closed")
+    if sys.stdin.isatty():
+        raise UsageError(f"{name}: stdin is a terminal; pipe JSON lines into the command")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(f"{name}: several processes cannot share stdin; name a file")
+    return Source(name, "stdin", (), "jsonl", partial(_read_stream, sys.stdin.buffer))
+
+
+def _read_stream(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    copy = _copy(stream)
+    copy.seek(0)
+    yield from _read_json_lines(copy)
+
+
+@cache
+def _copy(stream: BinaryIO) -> BinaryIO:
+    """All of a stream that can be read once, in a file that has no name and goes with the process."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  (it is read again later)
+    atexit.register(copy.close)
+    shutil.copyfileobj(stream, copy)
+    return cast(BinaryIO, copy)
+
+
+# ---- records ----------------------------------------------------------------------------------------------------
 
 _TOO_LONG = f"longer than {MAX_LINE >> 20} MiB"
 _TOO_DEEP = "nested too deeply"
@@ -83,19 +181,23 @@ _NO_END = "not JSON: the array has no end"
 REST = "; the rest of the file is not read"
 
 
-def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (file:line or file:row, record or RowError)."""
-    kind, zipped = kind_of(path)
-    with gzip.open(path, "rb") if zipped else path.open("rb") as opened:
-        stream = cast(BinaryIO, opened)
-        if kind == "jsonl":
-            yield from _read_json_lines(stream, path)
-        elif kind == "json":
-            yield from _read_json_array(stream, path)
-        elif kind == "csv":
-            yield from _read_csv(stream, path)
+def _read_file(path: Path, kind: str, packing: str) -> Iterator[tuple[str, Any]]:
+    with _opened(path, packing) as stream:
+        if kind == "parquet":
+            yield from _read_parquet(_whole(stream) if packing else path)
         else:
-            yield from _read_parquet(_whole(stream, path) if zipped else path, path)
+            yield from {"jsonl": _read_json_lines, "json": _read_json_array, "csv": _read_csv}[kind](stream)
+
+
+def _opened(path: Path, packing: str) -> BinaryIO:
+    """The file's bytes, unpacked as they are read."""
+    if packing == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if packing == ".zst":
+        from pyarrow import CompressedInputStream
+
+        return BufferedReader(CompressedInputStream(path.open("rb"), "zstd"), 2**16)
+    return path.open("rb")
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
@@ -109,21 +211,21 @@ def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
         yield None
 
 
-def _whole(stream: BinaryIO, path: Path) -> BytesIO:
+def _whole(stream: BinaryIO) -> BytesIO:
     content = BytesIO()
     while piece := stream.read(2**20):
         content.write(piece)
         if content.tell() > MAX_WHOLE:
-            raise UsageError(f"--data {path}: longer than {MAX_WHOLE >> 20:,} MiB; write it as .jsonl")
+            raise SourceError(f"longer than {MAX_WHOLE >> 20:,} MiB; write it as .jsonl")
     return content
 
 
-def _read_json_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+def _read_json_lines(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(stream), 1):
         if line is None:
-            yield f"{path}:{number}", RowError(_TOO_LONG)
+            yield str(number), RowError(_TOO_LONG)
         elif line.strip() not in (b"", b"\xef\xbb\xbf"):
-            yield f"{path}:{number}", _json_line(line, "utf-8-sig" if number == 1 else "utf-8")
+            yield str(number), _json_line(line, "utf-8-sig" if number == 1 else "utf-8")
 
 
 def _json_line(line: bytes, encoding: str) -> Any:
@@ -136,18 +238,18 @@ def _json_line(line: bytes, encoding: str) -> Any:
         return RowError(_json_reason(error))
 
 
-def _read_json_array(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+def _read_json_array(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
     """Elements of one array, decoded one at a time so that each knows its line."""
     try:
-        text = _whole(stream, path).getvalue().decode("utf-8-sig")
+        text = _whole(stream).getvalue().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--data {path}: not UTF-8 (byte {error.start + 1})") from error
+        raise SourceError(f"not UTF-8 (byte {error.start + 1})") from error
     start = _skip_space(text, 0)
     if start == len(text):
         return
     if text[start] != "[":
-        raise UsageError(f"--data {path}: must be one array of rows; for one object a line, name it .jsonl")
-    lines = _LineCounter(text, path)
+        raise SourceError("must be one array of rows; for one object a line, name it .jsonl")
+    places = _Places(text)
     start = _skip_space(text, start + 1)
     if not text.startswith("]", start):
         while True:
@@ -156,33 +258,35 @@ def _read_json_array(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
             except (ValueError, RecursionError) as error:  # past a broken element nothing can be told apart
                 place = error.pos if isinstance(error, json.JSONDecodeError) else start
                 reason = _json_reason(error) if start < len(text) else _NO_END
-                yield lines.where(place), RowError(reason + REST)
+                yield places.where(place), RowError(reason + REST)
                 return
-            yield lines.where(start), record
+            yield places.where(start), record
             start = _skip_space(text, end)
             if not text.startswith(",", start):
                 break
             start = _skip_space(text, start + 1)
     if not text.startswith("]", start):
         reason = "not JSON: Expecting ',' or ']' after a row" if start < len(text) else _NO_END
-        yield lines.where(start), RowError(reason + REST)
+        yield places.where(start), RowError(reason + REST)
     elif _skip_space(text, start + 1) < len(text):
-        yield lines.where(start + 1), RowError("not JSON: something follows the array" + REST)
+        yield places.where(start + 1), RowError("not JSON: something follows the array" + REST)
 
 
-class _LineCounter:
-    """Lines of places in a text that are asked for from the first to the last."""
+class _Places:
+    """Places in a text that are asked for from the first to the last: their lines, or their numbers where all is one."""
 
-    def __init__(self, text: str, path: Path) -> None:
-        self.text, self.path, self.counted, self.line = text, path, 0, 1
+    def __init__(self, text: str) -> None:
+        self.text, self.counted, self.line, self.asked = text, 0, 1, 0
+        self.of_one_line = "\n" not in text.strip()
 
     def where(self, place: int) -> str:
         self.line += self.text.count("\n", self.counted, place)
         self.counted = place
-        return f"{self.path}:{self.line}"
+        self.asked += 1
+        return f"row {self.asked}" if self.of_one_line else str(self.line)
 
 
-def _read_csv(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+def _read_csv(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
     """Rows under the first line's names, each told by its first line; a cell may span lines."""
     held = 0  # bytes of the row that is being read
 
@@ -199,46 +303,42 @@ def _read_csv(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     first = 1
     try:
         names = next(reader, [])
-        _check_names(names, path)
+        _check_names(names)
         first, held = reader.line_num + 1, 0
         for cells in reader:
             if len(cells) > len(names):
-                yield f"{path}:{first}", RowError(f"{len(cells)} cells under {len(names)} column names")
+                yield str(first), RowError(f"{len(cells)} cells under {len(names)} column names")
             elif cells:
-                yield f"{path}:{first}", dict(zip(names, cells, strict=False))
+                yield str(first), dict(zip(names, cells, strict=False))
             first, held = reader.line_num + 1, 0
     except (csv.Error, UnicodeDecodeError) as error:
-        yield f"{path}:{first}", RowError(f"not CSV in UTF-8: {error}{REST}")
+        yield str(first), RowError(f"not CSV in UTF-8: {error}{REST}")
 
 
-def _read_parquet(source: Path | BytesIO, path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(source: Path | BytesIO) -> Iterator[tuple[str, Any]]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(source) as file:
-            _check_names(file.schema_arrow.names, path)
-            batches = file.iter_batches(128)  # few: one small file may hold a long text for each of many rows
-            records = (record for batch in batches for record in _batch_records(batch))
-            yield from ((f"{path}:row {number}", record) for number, record in enumerate(records, 1))
+            _check_names(file.schema_arrow.names)
+            yield from table_records(file.iter_batches(128))  # few: a small file may hold a long text for many rows
     except (ArrowException, ValueError) as error:
-        raise UsageError(f"--data {path}: not a readable parquet file ({error})") from error
+        raise SourceError(f"not a readable parquet file ({error})") from error
 
 
-def _batch_records(batch: Any) -> list[Any]:
-    """The batch's rows; a RowError for one that holds text that is not UTF-8 or a date that is none."""
+def _read_split(split: Split) -> Iterator[tuple[str, Any]]:
+    from pyarrow import ArrowException
+
     try:
-        records: list[Any] = batch.to_pylist()
-    except (ValueError, OverflowError) as error:
-        if batch.num_rows == 1:
-            return [RowError(f"cannot be read ({error})")]
-        return [record for place in range(batch.num_rows) for record in _batch_records(batch.slice(place, 1))]
-    return records
+        yield from table_records(split.batches())
+    except (ArrowException, ValueError) as error:
+        raise SourceError(f"the data set cannot be read ({error})") from error
 
 
-def _check_names(names: list[str], path: Path) -> None:
+def _check_names(names: list[str]) -> None:
     if len(set(names)) < len(names):
-        raise UsageError(f"--data {path}: the column '{_twice(names)}' is there twice")
+        raise SourceError(f"the column '{_twice(names)}' is there twice")
 
 
 def _decoder() -> json.JSONDecoder:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dpo_cli.data import Message
-from dpo_cli.records import RowError, shortened
+from dpo_cli.errors import RowError
+from dpo_cli.records import shortened
 
 # For a model that has no template: dialogues as base models have read many.
 PLAIN = (

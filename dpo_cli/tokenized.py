@@ -1,6 +1,6 @@
-"""The pairs of earlier starts, kept by content: a file that was tokenized once is read back instead.
+"""The pairs of earlier starts, kept by content: data that was tokenized once is read back instead.
 
-One file a data file, with nothing in it that can run. Its name is the key, which is a hash of all that decides a pair,
+One file a source, with nothing in it that can run. Its name is the key, which is a hash of all that decides a pair,
 and the hash of its own content.
 
 Legend: P pairs, N token ids.
@@ -26,17 +26,17 @@ from safetensors import SafetensorError, safe_open
 from dpo_cli.data import BadRow, Reading, read_rows
 from dpo_cli.disk import sha256, to_json, whole_file
 from dpo_cli.errors import NotWrittenError
-from dpo_cli.records import Source, kind_of
+from dpo_cli.records import Source
 from dpo_cli.tokens import Pairs, PairSet, only_asks_its_backend, tokenize_rows
 
 # Raise it when the same row and tokenizer give another pair, note or reason than before.
 TOKENIZING_VERSION = 2
 FOLDER, SUFFIX = "pairs", ".safetensors"
-SMALL_BYTES = 2**19  # a data file below this is tokenized in less than half a second: not worth a file
+SMALL_BYTES = 2**19  # a source below this is tokenized in less than half a second: not worth a file
 
 
 class Tokenized:
-    """Data files as pairs of one tokenizer and one way to cut them, from ``cache_dir`` where they are there.
+    """Sources as pairs of one tokenizer and one way to cut them, from ``cache_dir`` where they are there.
 
     ``remember`` lets new ones be written there; where that cannot be done they are tokenized again next time.
     """
@@ -60,34 +60,35 @@ class Tokenized:
         Raises:
             UsageError: as ``read_rows``.
         """
-        path = source.path
-        key = self._key(path)
-        if key and (found := self._look_up(key, path)):
+        key = self._key(source)
+        if key and (found := self._look_up(key, source.place)):
             return found, True
         rows = read_rows([source], self.reading.columns, self.reading.format)
         found = tokenize_rows(rows, self.tokenizer, self.reading, keep_refused)
         usable = found.pairs and (keep_refused or not found.refused)
-        if self.remember and usable and key and key == self._key(path):  # else the file changed meanwhile
+        if self.remember and usable and key and key == self._key(source):  # else it changed meanwhile
             with suppress(NotWrittenError):
-                _write(self.folder, key, found, str(path))
+                _write(self.folder, key, found, source.place)
         return found, False
 
-    def _key(self, path: Path) -> str | None:
-        """Hash of all that decides the file's pairs; None where it is small or no plain file."""
+    def _key(self, source: Source) -> str | None:
+        """Hash of all that decides the source's pairs; None where it is small or does not lie in plain files."""
         try:
-            if self.how is None or not path.is_file() or path.stat().st_size < SMALL_BYTES:
+            if self.how is None or not source.files or not all(file.is_file() for file in source.files):
                 return None
-            content = [self.how, sha256(path), *kind_of(path)]
+            if sum(file.stat().st_size for file in source.files) < SMALL_BYTES:
+                return None
+            content = [self.how, source.kind, *map(sha256, source.files)]
         except (OSError, ValueError):
             return None
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
-    def _look_up(self, key: str, path: Path) -> PairSet | None:
+    def _look_up(self, key: str, place: str) -> PairSet | None:
         for file in sorted(self.folder.glob(f"{key}-*{SUFFIX}")):
             try:
-                found = _read(file, str(path))
+                found = _read(file, place)
             except (OSError, ValueError) as error:
-                self.warn(f"{file} is ignored: {error}; {path} is tokenized anew")
+                self.warn(f"{file} is ignored: {error}; {place} is tokenized anew")
                 continue
             with suppress(OSError):
                 os.utime(file)  # when it was last used
@@ -116,8 +117,8 @@ def _fingerprint(tokenizer: Any, reading: Reading) -> str | None:
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _write(folder: Path, key: str, found: PairSet, path: str) -> None:
-    """Keep the pairs of the file at ``path``, which itself is not named.
+def _write(folder: Path, key: str, found: PairSet, place: str) -> None:
+    """Keep the pairs of the source whose places begin with ``place``, which itself is not named.
 
     Raises:
         NotWrittenError: nothing of it is there.
@@ -126,18 +127,18 @@ def _write(folder: Path, key: str, found: PairSet, path: str) -> None:
     kinds = list(dict.fromkeys(files))
     about = {
         "key": key,
-        "where": [kind.removeprefix(path) for kind in kinds],
+        "where": [kind.removeprefix(place) for kind in kinds],
         "formats": found.formats,
         "notes": found.notes,
-        "refused": [[bad.where.removeprefix(path), bad.reason, bad.record] for bad in found.refused],
+        "refused": [[bad.where.removeprefix(place), bad.reason, bad.record] for bad in found.refused],
     }
-    place = {kind: number for number, kind in enumerate(kinds)}
+    numbered = {kind: number for number, kind in enumerate(kinds)}
     columns: dict[str, npt.NDArray[Any]] = {
         "ids": ids,  # (N,)
         "lengths": lengths,  # (P, 3)
         "numbers": numbers,  # (P,)
         "terms": terms,  # (P, 2)
-        "where": np.array([place[file] for file in files], np.int32),  # (P,)
+        "where": np.array([numbered[file] for file in files], np.int32),  # (P,)
         "about": np.frombuffer(to_json(about).encode(), np.uint8),
     }
     content = hashlib.sha256()
@@ -158,8 +159,8 @@ def _pieces(columns: dict[str, npt.NDArray[Any]]) -> list[bytes | memoryview]:
     return [len(text).to_bytes(8, "little"), text, *(column.data for column in columns.values())]
 
 
-def _read(file: Path, path: str) -> PairSet:
-    """What ``_write`` kept, as the pairs of the file that is at ``path`` now.
+def _read(file: Path, place: str) -> PairSet:
+    """What ``_write`` kept, as the pairs of the source whose places begin with ``place`` now.
 
     Raises:
         OSError: it cannot be read.
@@ -173,10 +174,10 @@ def _read(file: Path, path: str) -> PairSet:
         about = json.loads(content.tobytes())
         if about["key"] != key:
             raise ValueError("it is of other data")
-        kinds = [path + kind for kind in about["where"]]
+        kinds = [place + kind for kind in about["where"]]
         return PairSet(
             Pairs.of_columns(ids, lengths, [kinds[kind] for kind in where.tolist()], numbers, terms),
-            [BadRow(path + place, reason, record) for place, reason, record in about["refused"]],
+            [BadRow(place + rest, reason, record) for rest, reason, record in about["refused"]],
             Counter(about["formats"]),
             Counter(about["notes"]),
         )
@@ -207,7 +208,7 @@ def kept(cache_dir: Path) -> dict[Path, os.stat_result]:
 
 
 def merged(parts: Sequence[PairSet]) -> PairSet:
-    """The pairs of several files as those of one."""
+    """The pairs of several sources as those of one."""
     found = parts[0]
     for part in parts[1:]:
         formats, notes = found.formats + part.formats, found.notes + part.notes

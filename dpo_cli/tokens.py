@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_cli.data import BadRow, Message, Reading, Row, has_surrogate
-from dpo_cli.errors import UsageError
-from dpo_cli.records import RowError
+from dpo_cli.errors import RowError, UsageError
 from dpo_cli.template import ControlTokens, plain_template, render
 
 Ids = npt.NDArray[np.int32]

@@ -195,7 +195,7 @@ def test_bad_held_out_rows_are_refused(here: Cli, tiny: Path, rows: Path, tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("rows.jsonl", b"", "--data rows.jsonl: the file has no rows"),
+        ("rows.jsonl", b"", "--data rows.jsonl: has no rows"),
         ("rows.jsonl.gz", b"{}", "--data rows.jsonl.gz: cannot be read"),
         ("rows.parquet", b"{}", "--data rows.parquet: not a readable parquet file"),
         ("rows.txt", b"{}", "--data rows.txt: unknown kind of file"),

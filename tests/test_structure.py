@@ -20,6 +20,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = [
     {"errors"},
     {"config"},
+    {"tables", "hub"},
     {"records"},
     {"data"},
     {"template"},
@@ -98,7 +99,7 @@ def test_accelerate_is_named_by_the_loop_alone() -> None:
 def test_pure_layers_know_torch_only() -> None:
     for module in ("losses", "logps", "batch"):
         assert not packages(tree(module)) & {"transformers", "accelerate", "typer", "rich"}
-    for module in ("errors", "config", "records", "data"):
+    for module in ("errors", "config", "tables", "hub", "records", "data"):
         assert not packages(tree(module)) & {"torch", "transformers", "accelerate", "numpy"}
 
 

@@ -20,8 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_cli.data import BadRow, Message, Reading, Row
-from dpo_cli.errors import UsageError
-from dpo_cli.records import RowError
+from dpo_cli.errors import RowError, UsageError
 from dpo_cli.tokens import (
     BOUNDARY_MOVED,
     CALLS_WRITTEN,
