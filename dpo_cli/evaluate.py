@@ -43,7 +43,7 @@ from dpo_cli.prepare import (
 )
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.run import read_manifest, trained_with
-from dpo_cli.tokens import Pair, Pairs, reasons
+from dpo_cli.tokens import Pair, Pairs, loss_tokens, reasons
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -202,8 +202,8 @@ def _reference_logps(
 
 
 def _cross_entropies(pairs: Sequence[Pair], policy: Tensor, reference: Tensor) -> dict[str, float]:
-    """Nats a response token, over all tokens of a side: minus the summed log-probs by the number of tokens."""
-    tokens = {"chosen": sum(len(p.chosen) for p in pairs), "rejected": sum(len(p.rejected) for p in pairs)}
+    """Nats a response token, over all of a side that carry loss: minus the summed log-probs by their number."""
+    tokens = {side: sum(loss_tokens(getattr(pair, side)) for pair in pairs) for side in ("chosen", "rejected")}
     return {
         f"{prefix}cross_entropy/{side}": float(-logps[:, column].double().sum() / tokens[side])
         for prefix, logps in (("", policy), ("ref_", reference))
@@ -212,6 +212,7 @@ def _cross_entropies(pairs: Sequence[Pair], policy: Tensor, reference: Tensor) -
 
 
 def _write_per_pair(file: Path, pairs: Sequence[Pair], policy: Tensor, reference: Tensor, rewards: Tensor) -> None:
+    """One line a pair; ``tokens`` of a response are those that carry loss, which its log-probs are sums over."""
     with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for pair, logps, ref_logps, reward in zip(
             pairs, policy.tolist(), reference.tolist(), rewards.tolist(), strict=True
@@ -226,7 +227,7 @@ def _write_per_pair(file: Path, pairs: Sequence[Pair], policy: Tensor, reference
                 "rewards/rejected": reward[1],
                 "margin": reward[0] - reward[1],
                 "tokens/prompt": len(pair.prompt),
-                "tokens/chosen": len(pair.chosen),
-                "tokens/rejected": len(pair.rejected),
+                "tokens/chosen": loss_tokens(pair.chosen),
+                "tokens/rejected": loss_tokens(pair.rejected),
             }
             stream.write(to_json(line) + "\n")

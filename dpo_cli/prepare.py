@@ -36,7 +36,7 @@ from dpo_cli.optimizer import SPLIT, halve
 from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
 from dpo_cli.tokenized import Tokenized, merged
-from dpo_cli.tokens import Pair, Pairs, PairSet, reasons, refusal
+from dpo_cli.tokens import Pair, Pairs, PairSet, loss_tokens, reasons, refusal
 
 
 def choose_model(name: str | None, options: Options, reporter: Reporter, what: str = "model") -> ModelSource:
@@ -220,7 +220,7 @@ def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Sc
         for i, fresh in zip(indices, logps.view(2, -1).T.cpu(), strict=True):  # (2,)
             off = (fresh - cached[places[i]]).abs()
             largest = max(largest, float(off.max()))
-            tokens = torch.tensor([len(chosen[i].chosen), len(chosen[i].rejected)])
+            tokens = torch.tensor([loss_tokens(chosen[i].chosen), loss_tokens(chosen[i].rejected)])
             if not bool((off <= noise(scorer.dtype) * tokens.sqrt()).all()):
                 bad.append(chosen[i].where)
     if bad:

@@ -24,7 +24,7 @@ from dpo_cli.logps import Scorer, out_of_memory
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, pair_sums, summarize
 from dpo_cli.optimizer import SPLIT, SmallAdamW
-from dpo_cli.tokens import Pair
+from dpo_cli.tokens import Pair, loss_tokens
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -200,7 +200,7 @@ class Trainer:
     def compare(self, indices: Sequence[int]) -> tuple[dict[str, float], float]:
         """Metrics of pairs without training on them, and how far policy and reference lie apart at most.
 
-        Units: the difference is the largest of any response, in nats per square root of its tokens.
+        Units: the difference is the largest of any response, in nats per square root of its tokens that carry loss.
         """
         pairs = [self.pairs[i] for i in indices]
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
@@ -209,7 +209,7 @@ class Trainer:
             ref_logps = self._reference([indices[place] for place in places])
             sums += self._measure(logps, ref_logps)[1]
             sides = ("chosen", "rejected")
-            lengths = torch.tensor([len(getattr(pairs[place], side)) for side in sides for place in places])
+            lengths = torch.tensor([loss_tokens(getattr(pairs[place], side)) for side in sides for place in places])
             off = (logps - ref_logps).abs().cpu() / lengths.sqrt()
             largest = max(largest, float(off.nan_to_num(math.inf, math.inf).max()))
         return summarize(sums.tolist()), largest

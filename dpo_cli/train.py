@@ -30,7 +30,7 @@ from dpo_cli.optimizer import make_optimizer, rejoin
 from dpo_cli.prepare import fill_reference, tell_cached
 from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
-from dpo_cli.tokens import reasons
+from dpo_cli.tokens import read, reasons
 
 
 def train(
@@ -224,7 +224,10 @@ class _Loop:
         return Interrupted(f"{told}. {_how_to_go_on(self.run)}")
 
     def _not_finite(self, step: int, error: NotFiniteError) -> DpoError:
-        """Write the step's pairs to a file, and say what happened and why it may have."""
+        """Write the step's pairs to a file, and say what happened and why it may have.
+
+        Its ids are as in ``Pair``, where ``~id`` carries no loss; its texts are all that the model reads.
+        """
         run, decode = self.run, self.run.tokenizer.decode
         file = run.folder / f"not-finite-step-{step:06d}.jsonl"
         with (
@@ -234,7 +237,7 @@ class _Loop:
         ):
             for place, loss in error.losses.items():
                 pair = run.pairs[place]
-                texts = {name: decode(getattr(pair, name)) for name in ("prompt", "chosen", "rejected")}
+                texts = {name: decode(read(getattr(pair, name))) for name in ("prompt", "chosen", "rejected")}
                 ids = {f"{name}_ids": getattr(pair, name).tolist() for name in texts}
                 about = {"row": pair.where, "to_blame": place in error.bad, "loss": loss}
                 about["ref_logps"] = self.trainer.reference[place].tolist()
