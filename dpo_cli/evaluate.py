@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,13 +71,16 @@ def policy_logps(
     return table
 
 
-def evaluate(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0) -> dict[str, float]:
+def evaluate(
+    policy: Tensor, reference: Tensor, beta: float, label_smoothing: float, terms: npt.NDArray[np.float32]
+) -> dict[str, float]:
     """Loss, rewards, margin and accuracy over P pairs.
 
-    Shapes: ``policy``, ``reference`` (P, 2) nats.
+    Shapes: ``policy``, ``reference`` (P, 2) nats; ``terms`` (P, 2) as in ``Pairs.terms``.
     """
     logps, ref_logps = policy.T.reshape(-1), reference.T.reshape(-1)  # (2P,), chosen first
-    losses = sigmoid_loss(logps, ref_logps, beta, label_smoothing)
+    weights, margins = torch.tensor(terms).T
+    losses = sigmoid_loss(logps, ref_logps, beta, label_smoothing, margins, weights)
     return summarize(pair_sums(losses, logps, ref_logps, beta).tolist())
 
 
@@ -136,7 +141,7 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     reference = _reference_logps(options, source, weights, memory, pairs, scorer, reporter)
     result: dict[str, Any] = {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
     result["beta"] = options.beta
-    result |= evaluate(policy, reference, options.beta, run.get("label_smoothing", 0.0))
+    result |= evaluate(policy, reference, options.beta, run.get("label_smoothing", 0.0), pairs.terms)
     result |= {"ref_logps/chosen": float(reference[:, 0].mean()), "ref_logps/rejected": float(reference[:, 1].mean())}
     result |= _cross_entropies(pairs, policy, reference)
     rewards = options.beta * (policy - reference)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -102,9 +103,21 @@ def read_pairs(
         reporter.fact("", f"{count:,} refused: {reason}")
     for note, count in sorted(found.notes.items()):
         reporter.fact("", f"{count:,} {note}")
+    if terms := _told_terms(found.pairs):
+        reporter.fact("", terms)
     if again := sum(known for _, known in parts):
         reporter.fact("", f"{again} of {len(files)} files were tokenized before: read back from {tokenized.folder}")
     return found
+
+
+def _told_terms(pairs: Pairs) -> str:
+    """The weights and margins of pairs in words; empty where no pair has any."""
+    columns = zip(("weights", "margins"), pairs.terms.T, (1, 0), strict=True)
+    return "; ".join(
+        f"{name} from {column.min():g} to {column.max():g}, other than {usual} in {count:,} pairs"
+        for name, column, usual in columns
+        if (count := np.count_nonzero(column != usual))
+    )
 
 
 def make_scorer(
