@@ -91,11 +91,12 @@ class Ours:
 
     def eval(self, blocks: list[int]) -> Message:
         """Score the held-out pairs once a block."""
-        trainer, losses = self._ready(), []
+        trainer, losses, options = self._ready(), [], self.run.options
+        beta, smoothing, terms = options.beta, options.label_smoothing, self.run.held_out.terms
         for _ in blocks:
             self.meter.begin()
             policy = policy_logps(trainer.scorer, self.run.held_out, self.reporter)
-            losses.append(evaluate(policy, self.held_out_reference, self.run.options.beta)["loss"])
+            losses.append(evaluate(policy, self.held_out_reference, beta, smoothing, terms)["loss"])
             self.meter.end()
         return {"losses": losses}
 

@@ -1,6 +1,6 @@
 """Lay out a run as steps of packed, prefix-shared micro-batches.
 
-Legend: P pairs, B rows, T tokens of a row, N response tokens, S attention segments.
+Legend: P pairs, B rows, T tokens of a row, N response tokens that carry loss, S attention segments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_cli.tokens import Ids, Pair, Pairs
+from dpo_cli.tokens import Ids, Pair, Pairs, carries_loss, loss_tokens, read
 
 Layout = Literal["shared", "packed", "padded"]
 Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world]
@@ -137,7 +137,7 @@ class MicroBatch:
 
     Shapes: ``input_ids``, ``position_ids``, ``attention_mask`` (B, T), the latter two None where the model makes its
     own; ``predictors`` (N,) places in the flattened rows whose hidden state predicts ``targets`` (N,);
-    ``lengths`` (2P,) response tokens; ``pair_tokens`` the same a pair, on the host.
+    ``lengths`` (2P,) tokens of each response that carry loss; ``pair_tokens`` the same a pair, on the host.
     """
 
     input_ids: Tensor
@@ -208,7 +208,7 @@ def _shared(pairs: Sequence[Pair]) -> MicroBatch:
     )
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
     return _micro_batch(
-        _tensor(np.concatenate(ids))[None],
+        _tensor(read(np.concatenate(ids)))[None],
         _tensor(np.concatenate(positions))[None],
         None,
         predictors,
@@ -225,7 +225,7 @@ def _packed(sequences: Sequence[tuple[Ids, Ids]]) -> MicroBatch:
     predictors = [np.arange(end - len(r) - 1, end - 1) for end, (_, r) in zip(ends, sequences, strict=True)]
     positions = np.concatenate([np.arange(length) for length in lengths])
     return _micro_batch(
-        _tensor(np.concatenate(ids))[None],
+        _tensor(read(np.concatenate(ids)))[None],
         _tensor(positions)[None],
         None,
         predictors,
@@ -242,7 +242,7 @@ def padded(sequences: Sequence[tuple[Ids, Ids]]) -> MicroBatch:
     predictors = []
     for row, (prompt, response) in enumerate(sequences):
         length = len(prompt) + len(response)
-        ids[row, :length] = np.concatenate([prompt, response])
+        ids[row, :length] = read(np.concatenate([prompt, response]))
         mask[row, :length] = 1
         predictors.append(np.arange(len(prompt) - 1, length - 1) + row * longest)
     return _micro_batch(
@@ -263,14 +263,17 @@ def _micro_batch(
     responses: Sequence[Ids],
     segments: Segments | None,
 ) -> MicroBatch:
+    """The tensors of a forward; ``predictors`` are of all response tokens, and kept of those that carry loss."""
+    tokens, lengths = np.concatenate(responses), [loss_tokens(response) for response in responses]
+    kept = carries_loss(tokens)
     return MicroBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=attention_mask,
-        predictors=_tensor(np.concatenate(predictors)),
-        targets=_tensor(np.concatenate(responses)),
-        lengths=torch.tensor([len(response) for response in responses]),
-        pair_tokens=tuple(sum(map(len, responses[i : i + 2])) for i in range(0, len(responses), 2)),
+        predictors=_tensor(np.concatenate(predictors)[kept]),
+        targets=_tensor(tokens[kept]),
+        lengths=torch.tensor(lengths),
+        pair_tokens=tuple(sum(lengths[i : i + 2]) for i in range(0, len(lengths), 2)),
         segments=segments,
     )
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -43,7 +45,7 @@ from dpo_cli.prepare import (
 )
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.run import read_manifest, trained_with
-from dpo_cli.tokens import Pair, Pairs, reasons
+from dpo_cli.tokens import Pair, Pairs, loss_tokens, reasons
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -69,13 +71,16 @@ def policy_logps(
     return table
 
 
-def evaluate(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0) -> dict[str, float]:
+def evaluate(
+    policy: Tensor, reference: Tensor, beta: float, label_smoothing: float, terms: npt.NDArray[np.float32]
+) -> dict[str, float]:
     """Loss, rewards, margin and accuracy over P pairs.
 
-    Shapes: ``policy``, ``reference`` (P, 2) nats.
+    Shapes: ``policy``, ``reference`` (P, 2) nats; ``terms`` (P, 2) as in ``Pairs.terms``.
     """
     logps, ref_logps = policy.T.reshape(-1), reference.T.reshape(-1)  # (2P,), chosen first
-    losses = sigmoid_loss(logps, ref_logps, beta, label_smoothing)
+    weights, margins = torch.tensor(terms).T
+    losses = sigmoid_loss(logps, ref_logps, beta, label_smoothing, margins, weights)
     return summarize(pair_sums(losses, logps, ref_logps, beta).tolist())
 
 
@@ -137,7 +142,7 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     reference = _reference_logps(options, source, weights, memory, pairs, scorer, reporter)
     result: dict[str, Any] = {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
     result["beta"] = options.beta
-    result |= evaluate(policy, reference, options.beta, run.get("label_smoothing", 0.0))
+    result |= evaluate(policy, reference, options.beta, run.get("label_smoothing", 0.0), pairs.terms)
     result |= {"ref_logps/chosen": float(reference[:, 0].mean()), "ref_logps/rejected": float(reference[:, 1].mean())}
     result |= _cross_entropies(pairs, policy, reference)
     rewards = options.beta * (policy - reference)
@@ -203,8 +208,8 @@ def _reference_logps(
 
 
 def _cross_entropies(pairs: Sequence[Pair], policy: Tensor, reference: Tensor) -> dict[str, float]:
-    """Nats a response token, over all tokens of a side: minus the summed log-probs by the number of tokens."""
-    tokens = {"chosen": sum(len(p.chosen) for p in pairs), "rejected": sum(len(p.rejected) for p in pairs)}
+    """Nats a response token, over all of a side that carry loss: minus the summed log-probs by their number."""
+    tokens = {side: sum(loss_tokens(getattr(pair, side)) for pair in pairs) for side in ("chosen", "rejected")}
     return {
         f"{prefix}cross_entropy/{side}": float(-logps[:, column].double().sum() / tokens[side])
         for prefix, logps in (("", policy), ("ref_", reference))
@@ -213,6 +218,7 @@ def _cross_entropies(pairs: Sequence[Pair], policy: Tensor, reference: Tensor) -
 
 
 def _write_per_pair(file: Path, pairs: Sequence[Pair], policy: Tensor, reference: Tensor, rewards: Tensor) -> None:
+    """One line a pair; ``tokens`` of a response are those that carry loss, which its log-probs are sums over."""
     with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for pair, logps, ref_logps, reward in zip(
             pairs, policy.tolist(), reference.tolist(), rewards.tolist(), strict=True
@@ -227,7 +233,7 @@ def _write_per_pair(file: Path, pairs: Sequence[Pair], policy: Tensor, reference
                 "rewards/rejected": reward[1],
                 "margin": reward[0] - reward[1],
                 "tokens/prompt": len(pair.prompt),
-                "tokens/chosen": len(pair.chosen),
-                "tokens/rejected": len(pair.rejected),
+                "tokens/chosen": loss_tokens(pair.chosen),
+                "tokens/rejected": loss_tokens(pair.rejected),
             }
             stream.write(to_json(line) + "\n")

@@ -4,7 +4,7 @@ The body of the model runs over a whole packed row, its head over the response t
 loss needs nothing but its own log-probs, so the head's backward follows at once: its three matrix products a token, and
 logits for a few pairs, are all that the head ever takes.
 
-Legend: P pairs, B rows, T tokens of a row, N response tokens, H hidden, V vocabulary.
+Legend: P pairs, B rows, T tokens of a row, N response tokens that carry loss, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, apart: bool = False) -> Tensor:
-    """Log-probability of every response token given all tokens before it.
+    """Log-probability of every response token that carries loss, given all tokens before it.
 
-    Only hidden states that predict a response token meet the head: a few pairs at a time where it can run ``apart``,
+    Only hidden states that predict such a token meet the head: a few pairs at a time where it can run ``apart``,
     else in the model's own forward, which knows them by ``logits_to_keep``.
 
     Shapes: -> (N,), float32, responses in the batch's order.
@@ -233,6 +233,7 @@ def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
 def noise(dtype: torch.dtype) -> float:
     """How far two computations of one response's log-prob may lie apart by arithmetic alone.
 
-    Units: nats per square root of the response's tokens. Source: docs/performance.md, "Arithmetic noise".
+    Units: nats per square root of the response's tokens that carry loss.
+    Source: docs/performance.md, "Arithmetic noise".
     """
     return 1e-3 if dtype == torch.float32 else 0.1

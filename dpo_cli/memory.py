@@ -3,7 +3,7 @@
 What a forward keeps for its backward pass is counted, on real pairs; only what gradient checkpointing saves of it is
 reckoned from the model's shape.
 
-Legend: P pairs, T packed tokens, N response tokens, V vocabulary.
+Legend: P pairs, T packed tokens, N response tokens that carry loss, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from dpo_cli.batch import Step, probes, row_costs
 from dpo_cli.logps import Scorer, head_room, hidden_states, token_logps
 from dpo_cli.optimizer import BYTES, SPLIT
-from dpo_cli.tokens import Pair, read
+from dpo_cli.tokens import Pair, loss_tokens, read
 
 USABLE = 0.9  # of the memory that is there: the rest is for what others take meanwhile
 FRAGMENTED = 1.15  # what the C library's heap takes for activations, by their bytes; docs/performance.md
@@ -96,7 +96,10 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
 
 
 def _cut(pair: Pair) -> Pair:
-    """The beginning of each part: what is counted grows with the tokens, so that a few hundred are enough."""
+    """The beginning of each part: what is counted grows with the tokens, so that a few hundred are enough.
+
+    All of a response carries loss here, for there may be nothing that does in its beginning.
+    """
     prompt, chosen, rejected = (read(part[:COUNTED]) for part in (pair.prompt, pair.chosen, pair.rejected))
     return Pair(pair.where, prompt, chosen, rejected)
 
@@ -185,5 +188,5 @@ def fit(
 
 def at_head(scorer: Scorer, pairs: Sequence[Pair]) -> int:
     """Response tokens of a micro-batch that meet the head at once; 0 where they count among what the forward keeps."""
-    tokens = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
+    tokens = [loss_tokens(pair.chosen) + loss_tokens(pair.rejected) for pair in pairs]
     return min(sum(tokens), max(head_room(scorer.model), *tokens)) if scorer.apart and tokens else 0

@@ -30,6 +30,8 @@ TIE = 1e-3  # nats between the two log-ratios of a pair, below which their order
 def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     """Sums over P pairs of everything that is reported, so that a step needs one reduce and one read-back.
 
+    Weights and margins of the pairs are in the losses alone.
+
     Shapes: ``losses`` (P,), ``logps`` and ``ref_logps`` (2P,), chosen first -> (8,), float64, named by ``SUMS``.
     Units: nats.
     """

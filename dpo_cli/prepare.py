@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
 from dpo_cli.template import plain_template
 from dpo_cli.tokenized import Tokenized, merged
-from dpo_cli.tokens import NO_TEMPLATE, Encoder, Pair, Pairs, PairSet, read, reasons, refusal
+from dpo_cli.tokens import NO_TEMPLATE, Encoder, Pair, Pairs, PairSet, loss_tokens, read, reasons, refusal
 
 
 def choose_model(name: str | None, options: DataOptions, reporter: Reporter, what: str = "model") -> ModelSource:
@@ -116,6 +117,8 @@ def read_pairs(
         reporter.fact("", f"{count:,} refused: {reason}")
     for note, count in sorted(found.notes.items()):
         reporter.fact("", f"{count:,} {note}")
+    if terms := _told_terms(found.pairs):
+        reporter.fact("", terms)
     if found.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
         tokenizer.chat_template = plain_template(Encoder(tokenizer, Reading()).adds_bos)
     if again := sum(known for _, known in parts):
@@ -128,6 +131,16 @@ def _understood(pair: Pair, tokenizer: Any) -> str:
     prompt, chosen = (tokenizer.decode(read(ids)) for ids in (pair.prompt[-20:], pair.chosen[:12]))
     dots = ("…" * (len(pair.prompt) > 20), "…" * (len(pair.chosen) > 12))
     return f"{dots[0]}{prompt!r} | {chosen!r}{dots[1]}"
+
+
+def _told_terms(pairs: Pairs) -> str:
+    """The weights and margins of pairs in words; empty where no pair has any."""
+    columns = zip(("weights", "margins"), pairs.terms.T, (1, 0), strict=True)
+    return "; ".join(
+        f"{name} from {column.min():g} to {column.max():g}, other than {usual} in {count:,} pairs"
+        for name, column, usual in columns
+        if (count := np.count_nonzero(column != usual))
+    )
 
 
 def make_scorer(
@@ -243,7 +256,7 @@ def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Sc
         for i, fresh in zip(indices, logps.view(2, -1).T.cpu(), strict=True):  # (2,)
             off = (fresh - cached[places[i]]).abs()
             largest = max(largest, float(off.max()))
-            tokens = torch.tensor([len(chosen[i].chosen), len(chosen[i].rejected)])
+            tokens = torch.tensor([loss_tokens(chosen[i].chosen), loss_tokens(chosen[i].rejected)])
             if not bool((off <= noise(scorer.dtype) * tokens.sqrt()).all()):
                 bad.append(chosen[i].where)
     if bad:

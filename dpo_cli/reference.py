@@ -3,7 +3,7 @@
 A folder a reference, named by its fingerprint; in it shards of log-probs by response. Appended rows are all that is
 computed, and a crash costs at most the shard in flight.
 
-Legend: R responses, N response tokens, P pairs.
+Legend: R responses, N response tokens that carry loss, P pairs.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from dpo_cli.disk import remove_leftovers, write_json
 from dpo_cli.errors import DpoError, NotWrittenError, UsageError
 from dpo_cli.logps import Scorer
 from dpo_cli.shards import KEY_BYTES, Entry
-from dpo_cli.tokens import Ids, Pair, Pairs
+from dpo_cli.tokens import Ids, Pair, Pairs, loss_tokens
 
 SHARD_SECONDS = 30.0  # a crash costs at most this much work
 ABOUT = "about.json"
 
 
 def response_key(prompt: Ids, response: Ids) -> bytes:
-    """Name of a response's log-prob within one reference: a hash of all ids and of where the response begins."""
+    """Name of a response's log-prob within one reference: a hash of all ids as in ``Pair`` and of where it begins."""
     content = len(prompt).to_bytes(4, "little") + prompt.tobytes() + response.tobytes()
     return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
 
@@ -171,7 +171,7 @@ def fill(
             if bad := [keys[i] for i, value in enumerate(values) if not math.isfinite(value)]:
                 rows = ", ".join(pair.where for pair in scored if not {*pair_keys(pair)}.isdisjoint(bad))
                 raise DpoError(f"the reference gives a log-prob that is not finite for {rows}; try --dtype float32")
-            lengths = [len(response) for pair in scored for response in (pair.chosen, pair.rejected)]
+            lengths = [loss_tokens(response) for pair in scored for response in (pair.chosen, pair.rejected)]
             waiting.update(zip(keys, map(Entry, values, token_logps.cpu().split(lengths)), strict=True))
             new = sum(map(tokens_of, scored))
             tokens += new

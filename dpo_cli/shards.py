@@ -3,7 +3,7 @@
 A shard is whole or absent and never changes, so reading needs no lock, and several processes may add shards to one
 folder side by side. A key may be in several shards, with values that differ by arithmetic noise at most.
 
-Legend: R responses, N response tokens.
+Legend: R responses, N response tokens that carry loss.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from dpo_cli.logps import Scorer, out_of_memory
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, pair_sums, summarize
 from dpo_cli.optimizer import SPLIT, SmallAdamW
-from dpo_cli.tokens import Pair
+from dpo_cli.tokens import Pair, loss_tokens
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -87,9 +87,9 @@ class Trainer:
     def step(self, micro_batches: Step, lr: float, stop: StopSignal) -> dict[str, float] | None:
         """One optimizer step over all its pairs; None if a signal came first and nothing was changed.
 
-        The gradient is that of the mean loss over the step's pairs, however they are cut into micro-batches. So where
-        the device's memory runs out the step begins again, cut into smaller ones: a backward pass that was broken off
-        has left half of its gradient behind.
+        The gradient is that of the sum of the pairs' weighted losses by their number (not by the sum of weights),
+        however they are cut into micro-batches. So where the device's memory runs out the step begins again, cut into
+        smaller ones: a backward pass that was broken off has left half of its gradient behind.
 
         Raises:
             NotFiniteError: a loss or the gradient is not finite; the weights are as before the step, unless they are
@@ -182,7 +182,7 @@ class Trainer:
         done: list[tuple[Tensor, Tensor]] = []
 
         def loss(places: slice, logps: Tensor) -> Tensor:
-            losses, sums = self._measure(logps, self._reference(indices[places]))
+            losses, sums = self._measure(indices[places], logps)
             done.append((losses.detach(), sums))
             part: Tensor = losses.sum() * self.accelerator.num_processes / pairs_in_step
             return part
@@ -200,17 +200,17 @@ class Trainer:
     def compare(self, indices: Sequence[int]) -> tuple[dict[str, float], float]:
         """Metrics of pairs without training on them, and how far policy and reference lie apart at most.
 
-        Units: the difference is the largest of any response, in nats per square root of its tokens.
+        Units: the difference is the largest of any response, in nats per square root of its tokens that carry loss.
         """
         pairs = [self.pairs[i] for i in indices]
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
         largest = 0.0
         for places, logps, _ in dataclasses.replace(self.scorer).score(pairs):
-            ref_logps = self._reference([indices[place] for place in places])
-            sums += self._measure(logps, ref_logps)[1]
+            there = [indices[place] for place in places]
+            sums += self._measure(there, logps)[1]
             sides = ("chosen", "rejected")
-            lengths = torch.tensor([len(getattr(pairs[place], side)) for side in sides for place in places])
-            off = (logps - ref_logps).abs().cpu() / lengths.sqrt()
+            lengths = torch.tensor([loss_tokens(getattr(pairs[place], side)) for side in sides for place in places])
+            off = (logps - self._reference(there)).abs().cpu() / lengths.sqrt()
             largest = max(largest, float(off.nan_to_num(math.inf, math.inf).max()))
         return summarize(sums.tolist()), largest
 
@@ -218,10 +218,15 @@ class Trainer:
         """Log-probs under the reference: (2P,) nats, chosen first, on the device."""
         return moved(self.reference[list(indices)].T.reshape(-1), self.scorer.device)
 
-    def _measure(self, logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (P,) with their graph, and the sums of the micro-batch's metrics."""
-        beta = self.options.beta
-        losses = sigmoid_loss(logps, ref_logps, beta, self.options.label_smoothing)
+    def _terms(self, indices: Sequence[int]) -> Tensor:
+        """Margins and weights in the loss: (2, P), on the device."""
+        pairs = [self.pairs[i] for i in indices]
+        return moved(torch.tensor([[p.margin for p in pairs], [p.weight for p in pairs]]), self.scorer.device)
+
+    def _measure(self, indices: Sequence[int], logps: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (P,) of some pairs with their graph, and the sums of their metrics; ``logps`` (2P,)."""
+        ref_logps, beta = self._reference(indices), self.options.beta
+        losses = sigmoid_loss(logps, ref_logps, beta, self.options.label_smoothing, *self._terms(indices))
         return losses, pair_sums(losses, logps, ref_logps, beta)
 
     def _not_finite(self, losses: dict[int, float]) -> NotFiniteError:

@@ -51,6 +51,16 @@ def read(ids: Ids) -> Ids:
     return np.maximum(ids, ~ids)
 
 
+def carries_loss(ids: Ids) -> npt.NDArray[np.bool_]:
+    """Which tokens of a response carry loss; of every response at least one does."""
+    return ids >= 0
+
+
+def loss_tokens(response: Ids) -> int:
+    """How many tokens of a response carry loss: those that its log-prob is a sum over."""
+    return int(np.count_nonzero(carries_loss(response)))
+
+
 class Pairs(Sequence[Pair]):
     """Pairs in flat columns, so that a million take the room of their ids; a pair's arrays are made when asked for."""
 

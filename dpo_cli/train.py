@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import shlex
 import time
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from dpo_cli.optimizer import make_optimizer, rejoin
 from dpo_cli.prepare import fill_reference, tell_cached
 from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
-from dpo_cli.tokens import reasons
+from dpo_cli.tokens import read, reasons
 
 
 def train(
@@ -130,25 +129,29 @@ def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
 
 
 def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
-    """Before the first step the policy is the reference: the loss is ln 2 and the margin 0, for every pair of the step.
+    """Before the first step the policy is the reference: the margin is 0, for every pair of the step.
 
-    So this also checks what the cache has of these pairs.
+    The loss is ln 2 then, or what the pairs' weights and margins make of it. So this also checks what the cache has of
+    these pairs.
 
     Raises:
         DpoError: a response's log-probs differ by more than arithmetic explains.
     """
     indices = [i for micro_batch in run.plan[0] for i in micro_batch]
     values, largest = trainer.compare(indices)
+    terms, equal = run.pairs.terms[indices], torch.zeros(len(indices), 2)
+    expected = evaluate(equal, equal, run.options.beta, run.options.label_smoothing, terms)["loss"]
+    usual = bool((terms == (1, 0)).all())
+    must = "ln 2 = 0.693147" if usual else f"{expected:.6f} by the weights and margins of its pairs"
     told = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
     if largest > noise(run.scorer.dtype):
         raise DpoError(
-            f"step 0: {told}, but policy and reference are the same model, so the loss must be ln 2 = 0.693147 "
-            f"(off by {abs(values['loss'] - math.log(2)):.2g}, a response by {largest:.2g} nats a root of its tokens). "
+            f"step 0: {told}, but policy and reference are the same model, so the loss must be {must} "
+            f"(off by {abs(values['loss'] - expected):.2g}, a response by {largest:.2g} nats a root of its tokens). "
             f"The cached reference does not fit this model: remove {run.cache.folder}"
         )
-    reporter.fact(
-        "step 0", f"{told}  (policy and cached reference are equal on its {len(indices)} pairs, as they must)"
-    )
+    why = "as they must" if usual else f"so the loss must be {must}"
+    reporter.fact("step 0", f"{told}  (policy and cached reference are equal on its {len(indices)} pairs, {why})")
 
 
 @dataclasses.dataclass
@@ -206,7 +209,8 @@ class _Loop:
         policy = policy_logps(scorer, run.held_out, self.reporter, "held out", lambda: self.stop.requested)
         if policy is None:
             return False
-        values = evaluate(policy, self.held_out_reference, run.options.beta, run.options.label_smoothing)
+        beta, smoothing = run.options.beta, run.options.label_smoothing
+        values = evaluate(policy, self.held_out_reference, beta, smoothing, run.held_out.terms)
         append_metrics(run.folder / "metrics.jsonl", step, values, "eval_")
         self.reporter.fact("held out", f"step {step}: {_brief(values)}")
         return True
@@ -224,7 +228,10 @@ class _Loop:
         return Interrupted(f"{told}. {_how_to_go_on(self.run)}")
 
     def _not_finite(self, step: int, error: NotFiniteError) -> DpoError:
-        """Write the step's pairs to a file, and say what happened and why it may have."""
+        """Write the step's pairs to a file, and say what happened and why it may have.
+
+        Its ids are as in ``Pair``, where ``~id`` carries no loss; its texts are all that the model reads.
+        """
         run, decode = self.run, self.run.tokenizer.decode
         file = run.folder / f"not-finite-step-{step:06d}.jsonl"
         with (
@@ -234,7 +241,7 @@ class _Loop:
         ):
             for place, loss in error.losses.items():
                 pair = run.pairs[place]
-                texts = {name: decode(getattr(pair, name)) for name in ("prompt", "chosen", "rejected")}
+                texts = {name: decode(read(getattr(pair, name))) for name in ("prompt", "chosen", "rejected")}
                 ids = {f"{name}_ids": getattr(pair, name).tolist() for name in texts}
                 about = {"row": pair.where, "to_blame": place in error.bad, "loss": loss}
                 about["ref_logps"] = self.trainer.reference[place].tolist()

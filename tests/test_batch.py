@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_cli.batch import Layout, MicroBatch, lay_out, pack, padded, plan_run, row_costs
-from dpo_cli.tokens import Pair
+from dpo_cli.tokens import Pair, read
 from tests.conftest import random_pairs
 
 LAYOUTS: list[Layout] = ["shared", "packed", "padded"]
@@ -201,6 +201,25 @@ def test_padded_layout_by_hand() -> None:
     assert batch.targets.tolist() == [20, 21, 30, 31, 32, 50, 51, 52, 60]
 
 
+HIDDEN = [  # 21, 30 and 31, 50 carry no loss
+    Pair("a", vector(10, 11, 12), vector(20, ~21), vector(~30, ~31, 32)),
+    Pair("b", vector(40), vector(~50, 51, 52), vector(60)),
+]
+PREDICTORS = {"shared": [2, 6, 9, 10, 8], "packed": [2, 9, 12, 13, 15], "padded": [2, 10, 13, 14, 18]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_without_loss_are_read_and_not_predicted_by_hand(layout: Layout) -> None:
+    batch, whole = lay_out(HIDDEN, layout), lay_out(TWO, layout)
+    for name in ("input_ids", "position_ids", "attention_mask"):
+        got, expected = getattr(batch, name), getattr(whole, name)
+        assert got is expected or torch.equal(got, expected)
+    assert batch.predictors.tolist() == PREDICTORS[layout]
+    assert batch.targets.tolist() == [20, 32, 51, 52, 60]
+    assert batch.lengths.tolist() == [1, 1, 2, 1] and batch.pair_tokens == (2, 3)
+    assert row_costs(HIDDEN, layout) == row_costs(TWO, layout)  # a forward computes them all
+
+
 def test_a_single_sequence_needs_no_mask() -> None:
     batch = padded([(TWO[0].prompt, TWO[0].rejected)])
     assert batch.input_ids.tolist() == [[10, 11, 12, 30, 31, 32]]
@@ -208,22 +227,32 @@ def test_a_single_sequence_needs_no_mask() -> None:
 
 
 IDS = st.lists(st.integers(1, 999), min_size=1, max_size=12).map(lambda ids: vector(*ids))
-PAIRS = st.lists(st.builds(Pair, st.just("row"), IDS, IDS, IDS), min_size=1, max_size=6)
+RESPONSES = (
+    st.lists(st.integers(-999, 999), min_size=1, max_size=12)
+    .filter(lambda ids: max(ids) >= 0)  # something carries loss
+    .map(lambda ids: vector(*ids))
+)
+PAIRS = st.lists(st.builds(Pair, st.just("row"), IDS, RESPONSES, RESPONSES), min_size=1, max_size=6)
 
 
 @settings(deadline=None)
 @given(pairs=PAIRS, layout=st.sampled_from(LAYOUTS))
-def test_every_response_token_is_predicted_from_the_one_before(pairs: list[Pair], layout: Layout) -> None:
+def test_every_token_with_loss_is_predicted_from_the_one_before(pairs: list[Pair], layout: Layout) -> None:
     batch = lay_out(pairs, layout)
     responses = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
-    assert batch.lengths.tolist() == [len(response) for _, response in responses]
-    assert batch.targets.tolist() == [token for _, response in responses for token in response]
-    before = [token for prompt, response in responses for token in [prompt[-1], *response[:-1]]]
+    lengths = [sum(token >= 0 for token in response.tolist()) for _, response in responses]
+    assert batch.lengths.tolist() == lengths
+    assert batch.pair_tokens == tuple(map(sum, zip(lengths[::2], lengths[1::2], strict=True)))
+    targets, before, places = [], [], []
+    for prompt, response in responses:
+        for place, token in enumerate(response.tolist()):
+            if token >= 0:
+                targets.append(token)
+                before.append(read(response)[place - 1] if place else prompt[-1])
+                places.append(len(prompt) - 1 + place)
+    assert batch.targets.tolist() == targets
     assert batch.input_ids.reshape(-1)[batch.predictors].tolist() == before
     if batch.position_ids is not None:
-        places = [
-            place for prompt, response in responses for place in range(len(prompt) - 1, len(prompt) - 1 + len(response))
-        ]
         assert batch.position_ids.reshape(-1)[batch.predictors].tolist() == places
 
 
@@ -251,7 +280,7 @@ def test_segments_see_their_own_sequence_and_nothing_else(pairs: list[Pair]) -> 
         pair = pairs[s // 2]
         places = segments.key_index[keys[s] : keys[s + 1]]
         response = pair.rejected if s % 2 else pair.chosen
-        assert ids[places].tolist() == [*pair.prompt, *response]
+        assert ids[places].tolist() == [*pair.prompt, *read(response)]
         own = list(range(queries[s], queries[s + 1]))
         assert places.tolist()[-len(own) :] == own
         assert len(own) == len(response) + (0 if s % 2 else len(pair.prompt))

@@ -44,6 +44,60 @@ def test_the_reference_is_subtracted() -> None:
     )
 
 
+def test_margins_and_weights_by_hand() -> None:
+    margins, weights = torch.tensor([0.5, 0.0, -1.0]), torch.tensor([2.0, 0.5, 3.0])
+    losses = sigmoid_loss(torch.tensor(LOGPS), torch.tensor(REF_LOGPS), BETA, 0.0, margins, weights)
+    # 2 log(1 + e^0.5), 0.5 log(1 + e^-1), 3 log(1 + e^-3)
+    assert losses.tolist() == pytest.approx([1.9481540, 0.1566308, 0.1457621], abs=1e-6)
+
+
+def test_a_flipped_label_has_the_margin_on_its_side_by_hand() -> None:
+    losses = sigmoid_loss(torch.tensor(LOGPS), torch.tensor(REF_LOGPS), BETA, 0.1, torch.ones(3))
+    # 0.9 log(1 + e^(1 - m)) + 0.1 log(1 + e^(1 + m)) for m = 0, 1, 2
+    wanted = [0.9 * 1.3132617 + 0.1 * 1.3132617, 0.9 * 0.6931472 + 0.1 * 2.1269280, 0.9 * 0.3132617 + 0.1 * 3.0485874]
+    assert losses.tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_to_exchange_the_responses_is_to_exchange_the_labels() -> None:
+    margins, logps, ref_logps = torch.tensor([0.5, 0.0, -1.0]), torch.tensor(LOGPS), torch.tensor(REF_LOGPS)
+    torch.testing.assert_close(
+        sigmoid_loss(logps.roll(3), ref_logps.roll(3), BETA, 0.8, margins),
+        sigmoid_loss(logps, ref_logps, BETA, 0.2, margins),
+    )
+
+
+@pytest.mark.parametrize("margin", [-2.0, 0.0, 3.0])
+def test_a_label_that_says_nothing_pulls_to_no_side(margin: float) -> None:
+    logps, ref_logps = at_margins(0.0)
+    sigmoid_loss(logps, ref_logps, BETA, 0.5, torch.tensor([margin])).sum().backward()
+    assert logps.grad is not None and logps.grad.tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradient_with_margins_and_weights(smoothing: float) -> None:
+    logps, margins, weights = torch.tensor(LOGPS, requires_grad=True), [0.5, 0.0, -1.0], [2.0, 0.5, 3.0]
+    terms = torch.tensor(margins), torch.tensor(weights)
+    sigmoid_loss(logps, torch.tensor(REF_LOGPS), BETA, smoothing, *terms).sum().backward()
+    wanted = []
+    for gained, margin, weight in zip(MARGINS, margins, weights, strict=True):
+        right, flipped = (1 / (1 + math.exp(sign * gained - margin)) for sign in (1, -1))
+        wanted.append(weight * BETA * (smoothing * flipped - (1 - smoothing) * right))
+    assert logps.grad is not None
+    assert logps.grad.tolist() == pytest.approx(wanted + [-g for g in wanted], abs=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_no_margin_and_no_weight_change_no_bit(smoothing: float) -> None:
+    def bits(*terms: Tensor) -> list[float]:
+        logps = torch.randn(200, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        losses = sigmoid_loss(logps, torch.linspace(-1, 1, 200), BETA, smoothing, *terms)
+        losses.sum().backward()
+        assert logps.grad is not None
+        return [*losses.tolist(), *logps.grad.tolist()]
+
+    assert bits(torch.zeros(100), torch.ones(100)) == bits()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_gradient(smoothing: float) -> None:
     """-beta * sigma(-margin) a pair by the chosen log-prob, the opposite by the rejected; smoothing mixes the signs."""

@@ -188,10 +188,10 @@ def test_columns_of_any_kind_do_not_matter(tmp_path: Path) -> None:
         {name: datasets.Value("string") for name in STRINGS}
         | {"picture": raw, "sounds": datasets.List(raw), "day": datasets.Value("date32")}
         | {"label": datasets.ClassLabel(names=["no", "yes"])}
-        | {"tools": datasets.List(datasets.Json()), "said": {"arguments": datasets.Json()}}
+        | {"functions": datasets.List(datasets.Json()), "said": {"arguments": datasets.Json()}}
     )
     tools = [[{"name": "f", "strict": True}, None], [{"parameters": {"x": [1, "a"]}}], None]
-    left = [STRINGS | {"day": date(2024, 2, 29), "label": 1, "tools": t, "said": {"arguments": t}} for t in tools]
+    left = [STRINGS | {"day": date(2024, 2, 29), "label": 1, "functions": t, "said": {"arguments": t}} for t in tools]
     sound = {"bytes": b"no sound", "path": None}
     rows = [row | {"picture": sound, "sounds": [sound, None]} for row in left]
     Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
