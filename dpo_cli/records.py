@@ -273,7 +273,7 @@ def _read_json_array(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 class _Places:
-    """Places in a text that are asked for from the first to the last: their lines, or their numbers where all is one."""
+    """Places in a text, asked for from the first to the last: lines, or numbers where the text is one line."""
 
     def __init__(self, text: str) -> None:
         self.text, self.counted, self.line, self.asked = text, 0, 1, 0
