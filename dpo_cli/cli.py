@@ -14,7 +14,16 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dpo_cli.config import CACHE_DIR, EvalOptions, Options, PrecomputeOptions, TrainOptions, resolve, resolve_resumed
+from dpo_cli.config import (
+    CACHE_DIR,
+    CheckOptions,
+    DataOptions,
+    EvalOptions,
+    PrecomputeOptions,
+    TrainOptions,
+    resolve,
+    resolve_resumed,
+)
 from dpo_cli.errors import DpoError, UsageError, printable
 
 app = typer.Typer(
@@ -30,7 +39,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def with_options(kind: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+def with_options(kind: type[DataOptions]) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Give a command a flag for every field of ``kind``; the values given reach it as a dict named ``flags``.
 
     A flag's own default is None, so that flags that were not given leave the file's value or the default.
@@ -161,6 +170,20 @@ def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
     from dpo_cli.evaluate import run_eval
 
     _show(run_eval(options, reporter), json_, _plain)
+
+
+@app.command()
+@with_options(CheckOptions)
+def check(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+    """Say what is wrong with preference rows; computes nothing but tokens."""
+    options = resolve(CheckOptions, flags, config)
+    reporter = _reporter()
+    from dpo_cli.check import as_text, run_check
+
+    result = run_check(options, reporter)
+    _show(result, json_, as_text)
+    if options.strict and result["problems"]:
+        raise typer.Exit(3)
 
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look after cached reference log-probs and pairs.")

@@ -51,32 +51,23 @@ def memory_option() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every command needs: a model, pairs, and how their log-probabilities are computed."""
+class DataOptions:
+    """What every command needs: a tokenizer, rows, and how they become pairs."""
 
     model: str | None = option(None, "Hub id, local folder, .gguf file or run folder.", shown="SmolLM2-135M-Instruct")
     data: list[str] = option(MISSING, "Preference rows: .jsonl, .json, .parquet or .csv, also .gz; repeatable.")
     columns: str | None = option(
         None, "Names of your columns, as prompt=…,chosen=…,rejected=…", shown="prompt, chosen, rejected"
     )
-    on_bad_row: str = option(
-        "refuse", "refuse: stop and list the bad rows; skip: go on without them.", one_of("refuse", "skip")
-    )
     max_length: int | None = option(
         None, "Longest prompt + response in tokens.", at_least_16, shown="1024, or what the run was trained with"
     )
-    max_tokens: int | None = option(
-        None, "Tokens in one packed forward: the memory knob.", at_least_16, shown="from free memory"
-    )
-    dtype: str | None = option(None, "Compute precision.", one_of("auto", "float32", "bfloat16"), shown="auto")
-    cache_dir: Path = option(CACHE_DIR, "Where reference log-probs and tokenized pairs are kept.")
     control_tokens: str | None = option(
         None,
         "Control tokens of the template inside messages: keep them, sanitize (read as text) or refuse the row.",
         one_of("keep", "sanitize", "refuse"),
         shown="keep, or what the run was trained with",
     )
-    compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
     trust_remote_code: bool = option(False, "Run Python code that the model's repository brings.")
 
     def __post_init__(self) -> None:
@@ -84,7 +75,22 @@ class Options:
             raise UsageError("\n".join(problems))
 
 
-def _out_of_range(kind: type[Options], values: Mapping[str, Any]) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Options(DataOptions):
+    """What every command needs that computes: how log-probabilities are."""
+
+    on_bad_row: str = option(
+        "refuse", "refuse: stop and list the bad rows; skip: go on without them.", one_of("refuse", "skip")
+    )
+    max_tokens: int | None = option(
+        None, "Tokens in one packed forward: the memory knob.", at_least_16, shown="from free memory"
+    )
+    dtype: str | None = option(None, "Compute precision.", one_of("auto", "float32", "bfloat16"), shown="auto")
+    cache_dir: Path = option(CACHE_DIR, "Where reference log-probs and tokenized pairs are kept.")
+    compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
+
+
+def _out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[str]:
     problems = []
     for f in dataclasses.fields(kind):
         value, check = values.get(f.name), f.metadata["check"]
@@ -137,10 +143,25 @@ class EvalOptions(Options):
     per_pair: Path | None = option(None, "Write one JSON line a pair to this file.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(DataOptions):
+    """`dpo check`."""
+
+    eval_data: list[str] | None = option(None, "Held-out rows: checked too, and for what --data has of them.")
+    max_tokens: int | None = option(
+        None, "Tokens in one packed forward, for the budget.", at_least_16, shown="2048, with CUDA 32768"
+    )
+    batch_size: int = option(16, "Pairs per optimizer step, for the budget.", positive)
+    epochs: int = option(1, "Passes over the pairs, for the budget.", positive)
+    examples: int = option(3, "Rows shown of each finding.", not_negative)
+    fix: Path | None = option(None, "Write the rows of --data that are clean to this new .jsonl file.")
+    strict: bool = option(False, "Exit with code 3 if there is a problem.")
+
+
 # Options that do not change what is trained: a resumed run may have others than it began with.
 OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code"})
 
-T = TypeVar("T", bound=Options)
+T = TypeVar("T", bound=DataOptions)
 
 
 def resolve(kind: type[T], flags: Mapping[str, Any], file: Path | None = None) -> T:
@@ -192,7 +213,7 @@ def to_yaml(options: Options) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def _from_yaml(kind: type[Options], file: Path) -> tuple[dict[str, Any], list[str]]:
+def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], list[str]]:
     """The file's values under the options' names, and what is wrong with the others."""
     import yaml
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
-from dpo_cli.config import Options, PrecomputeOptions
+from dpo_cli.config import DataOptions, Options, PrecomputeOptions
 from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
@@ -39,7 +39,7 @@ from dpo_cli.tokenized import Tokenized, merged
 from dpo_cli.tokens import Pair, Pairs, PairSet, reasons, refusal
 
 
-def choose_model(name: str | None, options: Options, reporter: Reporter, what: str = "model") -> ModelSource:
+def choose_model(name: str | None, options: DataOptions, reporter: Reporter, what: str = "model") -> ModelSource:
     """Where a model is loaded from, told."""
     source = find_model(name, options.trust_remote_code)
     reporter.fact(what, source.told)
@@ -69,7 +69,7 @@ def open_cache(
     return ReferenceCache(options.cache_dir, fingerprint, reporter.warn, about)
 
 
-def reading_of(options: Options) -> Reading:
+def reading_of(options: DataOptions) -> Reading:
     """How rows are read, where options are not given by their defaults."""
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Reading)}
     return Reading(**{name: value for name, value in given.items() if value is not None})
