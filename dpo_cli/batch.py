@@ -92,12 +92,18 @@ def _even(micro_batches: list[tuple[int, ...]], world: int) -> Step:
 
 def row_costs(pairs: Sequence[Pair], layout: Layout) -> list[int]:
     """Tokens that each pair takes up in a forward of this layout."""
-    prompt, chosen, rejected = (pairs if isinstance(pairs, Pairs) else Pairs(pairs)).lengths.T  # (P,) each
+    lengths = (pairs if isinstance(pairs, Pairs) else Pairs(pairs)).lengths
+    return cast(list[int], length_costs(lengths, layout).tolist())
+
+
+def length_costs(lengths: Ids, layout: Layout) -> Ids:
+    """The same from the lengths of prompt, chosen and rejected: (P, 3) -> (P,)."""
+    prompt, chosen, rejected = lengths.T  # (P,) each
     if layout == "padded":
         costs = 2 * (prompt + np.maximum(chosen, rejected))
     else:
         costs = prompt * (2 if layout == "packed" else 1) + chosen + rejected
-    return cast(list[int], costs.tolist())
+    return cast(Ids, costs)
 
 
 def probes(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> list[Pair]:

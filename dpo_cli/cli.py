@@ -16,6 +16,7 @@ import typer
 
 from dpo_cli.config import (
     CACHE_DIR,
+    CheckOptions,
     DataOptions,
     EvalOptions,
     ExplainOptions,
@@ -186,6 +187,20 @@ def explain(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = F
         _show(result, True, _plain)
     else:
         show(result)
+
+
+@app.command()
+@with_options(CheckOptions)
+def check(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+    """Say what is wrong with preference rows; computes nothing but tokens."""
+    options = resolve(CheckOptions, flags, config)
+    reporter = _reporter()
+    from dpo_cli.check import as_text, run_check
+
+    result = run_check(options, reporter)
+    _show(result, json_, as_text)
+    if options.strict and result["problems"]:
+        raise typer.Exit(3)
 
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look after cached reference log-probs and pairs.")

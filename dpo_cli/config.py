@@ -166,6 +166,21 @@ class EvalOptions(Options):
     per_pair: Path | None = option(None, "Write one JSON line a pair to this file.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(DataOptions):
+    """`dpo check`."""
+
+    eval_data: list[str] | None = option(None, "Held-out rows: checked too, and for what --data has of them.")
+    max_tokens: int | None = option(
+        None, "Tokens in one packed forward, for the budget.", at_least_16, shown="2048, with CUDA 32768"
+    )
+    batch_size: int = option(16, "Pairs per optimizer step, for the budget.", positive)
+    epochs: int = option(1, "Passes over the pairs, for the budget.", positive)
+    examples: int = option(3, "Rows shown of each finding.", not_negative)
+    fix: Path | None = option(None, "Write the rows of --data that are clean to this new .jsonl file.")
+    strict: bool = option(False, "Exit with code 3 if there is a problem.")
+
+
 # Options that do not change what is trained: a resumed run may have others than it began with.
 OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code"})
 

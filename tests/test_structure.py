@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.config import EvalOptions, PrecomputeOptions, TrainOptions
+from dpo_cli.config import CheckOptions, EvalOptions, PrecomputeOptions, TrainOptions
 from tests.conftest import ROOT, Cli, cli_environment
 
 PACKAGE = ROOT / "dpo_cli"
@@ -19,21 +19,21 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 # Each module imports only from the layers before its own; modules of one layer know nothing of each other.
 LAYERS = [
     {"errors"},
-    {"config"},
+    {"config", "kinds"},
     {"tables", "hub"},
-    {"records"},
+    {"records", "scripts"},
     {"data"},
     {"template"},
-    {"tokens"},
-    {"batch"},
-    {"attention", "losses", "optimizer"},
+    {"tokens", "findings"},
+    {"batch", "near"},
+    {"attention", "losses", "optimizer", "crossrow", "lengths"},
     {"logps"},
     {"model", "disk", "memory"},
     {"metrics", "fingerprint", "shards", "tokenized"},
     {"reference", "checkpoint", "step"},
     {"prepare", "cache"},
-    {"run", "explain"},
-    {"evaluate"},
+    {"run", "explain", "survey"},
+    {"evaluate", "check"},
     {"train"},
     {"cli"},
     {"__main__"},
@@ -188,6 +188,7 @@ def test_sources_are_the_package() -> None:
 # ---- help is instant --------------------------------------------------------------------------------------------
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "numpy", "safetensors", "tokenizers", "pyarrow"}
+HEAVY |= {"ftfy", "networkx", "rapidfuzz", "rensa"}
 
 
 def loaded(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
@@ -201,7 +202,14 @@ def loaded(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["eval", "-h"], ["precompute-ref", "--help"], ["cache", "list", "--help"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "-h"],
+        ["precompute-ref", "--help"],
+        ["check", "--help"],
+        ["cache", "list", "--help"],
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     out, names = loaded(tmp_path, *arguments)
@@ -219,7 +227,8 @@ def test_wrong_options_are_told_before_anything_heavy_is_loaded(arguments: list[
 
 def test_every_option_is_in_the_help(dpo: Cli) -> None:
     """Unabridged, on a terminal of the usual 80 columns."""
-    for command, kind in (("train", TrainOptions), ("eval", EvalOptions), ("precompute-ref", PrecomputeOptions)):
+    commands = {"train": TrainOptions, "eval": EvalOptions, "precompute-ref": PrecomputeOptions, "check": CheckOptions}
+    for command, kind in commands.items():
         text = dpo(command, "--help").stdout
         for field in dataclasses.fields(kind):
             assert "--" + field.name.replace("_", "-") in text

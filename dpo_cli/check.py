@@ -1,0 +1,193 @@
+"""`dpo check`: read and tokenize only, and say what is wrong with the rows before a GPU is kept waiting."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_cli.config import CheckOptions
+from dpo_cli.data import Reading
+from dpo_cli.disk import whole_file
+from dpo_cli.errors import UsageError
+from dpo_cli.kinds import BITS, DROPS, KINDS, PROBLEMS
+from dpo_cli.lengths import biased_pairs, budget, length_bias, statistics
+from dpo_cli.memory import MOST_TOKENS
+from dpo_cli.metrics import Reporter
+from dpo_cli.model import ModelSource, default_device
+from dpo_cli.prepare import choose_model, choose_tokenizer, reading_of
+from dpo_cli.records import find_sources
+from dpo_cli.run import trained_with
+from dpo_cli.survey import EVAL, TRAIN, Survey
+
+
+def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
+    """`dpo check`: every finding with its rows, lengths, and what a training on the pairs takes.
+
+    Raises:
+        UsageError: a file cannot be read, or ``--fix`` names one that is there.
+    """
+    sources = {TRAIN: find_sources(options.data)}
+    if options.eval_data:
+        sources[EVAL] = find_sources(options.eval_data, "--eval-data")
+    if options.fix:
+        _check_new(options.fix)
+    model = choose_model(options.model, options, reporter)
+    survey = Survey(sources, _reading(options, model), reporter, options.examples)
+    survey.read(choose_tokenizer(model, options))
+    survey.compare()
+    result = _result(survey, options)
+    if options.fix:
+        result["fixed"] = _fix(survey, options.fix)
+        reporter.fact("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are in {options.fix}")
+    return result
+
+
+def _check_new(file: Path) -> None:
+    if file.suffix != ".jsonl":
+        raise UsageError(f"--fix {file}: what is written is .jsonl; name it so")
+    if file.exists() or file.is_symlink():
+        raise UsageError(f"--fix {file}: is there already; name a new file")
+
+
+def _reading(options: CheckOptions, model: ModelSource) -> Reading:
+    """How rows are read: of a run, as it read its own where the options leave that open."""
+    reading = reading_of(options)
+    if not model.run:
+        return reading
+    began = reading_of(trained_with(model.run))
+    same = ("max_length", "control_tokens", "train_turns")
+    return dataclasses.replace(reading, **{n: getattr(began, n) for n in same if getattr(options, n) is None})
+
+
+def _result(survey: Survey, options: CheckOptions) -> dict[str, Any]:
+    rows = {data: place.stop - place.start for data, place in survey.rows.items()}
+    result: dict[str, Any] = {"rows": rows[TRAIN], "pairs": len(survey.usable(TRAIN))}
+    if EVAL in rows:
+        result |= {"eval_rows": rows[EVAL], "eval_pairs": len(survey.usable(EVAL))}
+    lengths = survey.table.lengths[survey.usable(TRAIN)]
+    bias = length_bias(lengths) if len(lengths) else None
+    if bias and (biased := biased_pairs(bias)):
+        survey.found.counts[TRAIN, "length_bias", biased[1]] = biased[0]
+    findings = survey.found.listed(rows)
+    result |= {
+        "formats": dict(survey.formats),
+        "problems": sum(finding["severity"] == "problem" for finding in findings),
+        "problem_rows": int((survey.table.flags & np.uint32(PROBLEMS) != 0).sum()),
+        "findings": findings,
+    }
+    if bias:
+        most = options.max_tokens or MOST_TOKENS[default_device().type]
+        result |= {"lengths": statistics(lengths), "length_bias": bias}
+        result["budget"] = budget(lengths, options.batch_size, options.epochs, most)
+    return result
+
+
+# ---- --fix ------------------------------------------------------------------------------------------------------
+
+
+def _fix(survey: Survey, file: Path) -> dict[str, Any]:
+    """Write the records of the rows that are clean; say how many were left out for which first reason."""
+    flags = survey.table.flags[survey.rows[TRAIN]]
+    dropped = {}
+    left = flags & np.uint32(DROPS)
+    for kind in (name for name, kind in KINDS.items() if kind.drops):
+        hit = left & np.uint32(BITS[kind]) != 0
+        if count := int(hit.sum()):
+            dropped[kind] = count
+        left = np.where(hit, 0, left)
+    kept = flags & np.uint32(DROPS) == 0
+    if not kept.any():
+        raise UsageError(f"--fix {file}: no row is clean, so nothing is written")
+    records = (record for source in survey.sources[TRAIN] for _, record in source.records())
+    count = 0
+    with whole_file(file) as temporary, temporary.open("wb") as stream:
+        for count, record in enumerate(records, 1):
+            if count <= len(kept) and kept[count - 1]:
+                stream.write(_line(record))
+        if count != len(kept):
+            raise UsageError("--data: the rows changed while they were read; nothing is written")
+    return {"file": str(file), "kept": int(kept.sum()), "dropped": dropped}
+
+
+def _line(record: Any) -> bytes:
+    try:
+        return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, in a column that is not read
+        return (json.dumps(record, default=str) + "\n").encode()
+
+
+# ---- what a person reads ----------------------------------------------------------------------------------------
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The result in lines: problems, notes, lengths, budget, and a verdict at the end."""
+    lines: list[str] = []
+    for severity in ("problem", "note"):
+        some = [finding for finding in result["findings"] if finding["severity"] == severity]
+        if some:
+            lines.append(f"{severity}s")
+        for finding in some:
+            lines += _finding(finding)
+    if "lengths" in result:
+        lines += [*_lengths(result), *_budget(result["budget"])]
+    if fixed := result.get("fixed"):
+        lines.append(f"fixed: {fixed['kept']:,} rows written to {fixed['file']}")
+        lines += [f"  {count:>9,}  left out: {KINDS[kind].title}" for kind, count in fixed["dropped"].items()]
+        lines.append("")
+    rows = result["rows"] + result.get("eval_rows", 0)
+    if problems := result["problems"]:
+        lines.append(f"{problems} {_s('problem', problems)} in {result['problem_rows']:,} of {rows:,} rows")
+    else:
+        lines.append(f"no problems found in {rows:,} rows")
+    return "\n".join(lines)
+
+
+def _s(word: str, count: int) -> str:
+    return word if count == 1 else word + "s"
+
+
+def _finding(finding: dict[str, Any]) -> list[str]:
+    where = "" if finding["data"] == TRAIN else " (in --eval-data)"
+    lines = [
+        f"  {finding['count']:>9,}  {finding['share']:>6.1%}  {finding['title']}{where}",
+        f"{'':21}{finding['what']} {finding['todo']}",
+    ]
+    for example in finding["examples"]:
+        other = f" (see {example['other']})" if "other" in example else ""
+        lines.append(f"{'':21}{example['where']}{other}: {example['text']}")
+    return [*lines, ""]
+
+
+def _lengths(result: dict[str, Any]) -> list[str]:
+    statistics = result["lengths"]
+    lines = ["tokens        " + "".join(f"{name:>9}" for name in statistics["prompt"])]
+    for part, values in statistics.items():
+        numbers = (f"{v:>9,.1f}" if name == "mean" else f"{v:>9,.0f}" for name, v in values.items())
+        lines.append(f"  {part:<12}" + "".join(numbers))
+    bias = result["length_bias"]
+    low, high = bias["interval"]
+    lines += [
+        f"  the longer response is chosen in {bias['share']:.1%} of the pairs that differ in length "
+        f"(95 % interval {low:.1%} to {high:.1%}; {bias['ties']:,} do not); Cohen's d {bias['cohens_d']:+.2f}",
+        f"  accuracy to beat: {bias['accuracy_prefer_longer']:.1%} by preferring the longer response, "
+        f"{bias['accuracy_prefer_shorter']:.1%} by preferring the shorter",
+        "",
+    ]
+    return lines
+
+
+def _budget(budget: dict[str, Any]) -> list[str]:
+    unshared, padded = budget["tokens_unshared_an_epoch"], budget["tokens_padded_an_epoch"]
+    return [
+        "budget",
+        f"  {budget['pairs']:,} pairs, {budget['steps']:,} steps of {budget['batch_size']} in "
+        f"{budget['epochs']} {_s('epoch', budget['epochs'])}",
+        f"  an epoch: {budget['tokens_an_epoch']:,} tokens with shared prompts, in {budget['forwards_an_epoch']:,} "
+        f"forwards of at most {budget['max_tokens']:,}",
+        f"  without sharing {unshared:,}, in padded batches {padded:,} ({budget['padded_over_shared']:.1f} times)",
+        "",
+    ]

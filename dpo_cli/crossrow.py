@@ -1,0 +1,141 @@
+"""What shows only between rows: copies, contradictions, cycles, leakage. A row is a few numbers here, never an object.
+
+Legend: N rows, E edges (a row that chooses one response over another), V responses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_cli.findings import Texts
+from dpo_cli.near import Keys, Places, band_keys
+
+Hashes = npt.NDArray[np.uint64]
+ROWS_AT_ONCE = 512  # whose signatures are made together
+PEELED = 50  # times that responses are taken off which lie on no cycle
+
+
+class Table:
+    """Rows in flat columns: hashes of the normalized prompt, chosen and rejected, token lengths, flags, band keys."""
+
+    def __init__(self) -> None:
+        self._hashes, self._lengths, self._flags = array("Q"), array("i"), array("I")
+        self._keys: list[Keys] = []
+        self._waiting: list[Texts] = []
+
+    def __len__(self) -> int:
+        return len(self._flags)
+
+    def add(self, plain: Texts, lengths: tuple[int, int, int], flags: int) -> None:
+        """One more row; of one that cannot be used the texts are empty and the lengths 0."""
+        self._hashes.extend(map(_hash, plain))
+        self._lengths.extend(lengths)
+        self._flags.append(flags)
+        self._waiting.append(plain)
+        if len(self._waiting) == ROWS_AT_ONCE:
+            self._sign()
+
+    def _sign(self) -> None:
+        if self._waiting:
+            self._keys.append(band_keys(self._waiting))
+            self._waiting = []
+
+    @property
+    def hashes(self) -> Hashes:
+        """(N, 3)."""
+        return np.asarray(self._hashes).reshape(-1, 3)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of prompt, chosen and rejected: (N, 3)."""
+        return np.asarray(self._lengths).reshape(-1, 3)
+
+    @property
+    def flags(self) -> npt.NDArray[np.uint32]:
+        """Bits of the kinds that were found in each row, which may be added to: (N,)."""
+        return np.asarray(self._flags)
+
+    def keys(self) -> Keys:
+        """Band keys of all rows, which are let go of: (N, B)."""
+        self._sign()
+        keys, self._keys = np.concatenate(self._keys), []
+        return keys
+
+
+def _hash(plain: str) -> int:
+    return int.from_bytes(hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _mixed(*columns: Hashes) -> Hashes:
+    """One hash of several, in this order."""
+    out = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        out = (out ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        out ^= out >> np.uint64(29)
+    return out
+
+
+def row_hashes(hashes: Hashes) -> Hashes:
+    """A hash of each whole row: (N,)."""
+    return _mixed(*hashes.T)
+
+
+def later_copies(keys: Hashes, places: Places) -> tuple[Places, Places]:
+    """Those of ``places``, which ascend, whose key an earlier one has, and for each the first that has it."""
+    _, first, group = np.unique(keys[places], return_index=True, return_inverse=True)
+    later = first[group] != np.arange(len(places))
+    return places[later], places[first[group][later]]
+
+
+def contradictions(hashes: Hashes, places: Places) -> tuple[Places, Places]:
+    """Rows for which another has the same prompt and the same responses the other way round, and for each one such."""
+    prompt, chosen, rejected = hashes[places].T
+    either = _mixed(prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected))
+    _, group = np.unique(either, return_inverse=True)
+    way = (chosen < rejected).astype(np.int64)
+    example = np.full((2, group.max(initial=-1) + 1), -1)
+    for each in (0, 1):
+        example[each, group[way == each]] = np.flatnonzero(way == each)
+    opposite = example[1 - way, group]
+    both = (opposite >= 0) & (chosen != rejected)
+    return places[both], places[opposite[both]]
+
+
+def cycles(hashes: Hashes, places: Places) -> Places:
+    """Rows that lie on a cycle of preferences on one prompt; rows that contradict each other are not to be given."""
+    prompt, chosen, rejected = hashes[places].T
+    differ = chosen != rejected
+    places = places[differ]
+    ends = np.concatenate([_mixed(prompt, chosen)[differ], _mixed(prompt, rejected)[differ]])
+    nodes = np.unique(ends, return_inverse=True)[1].reshape(2, -1)  # (2, E), each from 0 to V - 1
+    for _ in range(PEELED):
+        count = int(nodes.max(initial=-1)) + 1
+        above, below = (np.bincount(side, minlength=count) > 0 for side in nodes)
+        kept = above[nodes[1]] & below[nodes[0]]  # the loser wins elsewhere, and the winner loses
+        if kept.all():
+            break
+        places, nodes = places[kept], nodes[:, kept]
+    if not len(places):
+        return places
+    from networkx import DiGraph, strongly_connected_components
+
+    graph = DiGraph(zip(*nodes.tolist(), strict=True))
+    component = np.empty(int(nodes.max()) + 1, np.int64)
+    for number, found in enumerate(strongly_connected_components(graph)):
+        component[list(found)] = number
+    on_one: Places = places[component[nodes[0]] == component[nodes[1]]]
+    return on_one
+
+
+def shared_with(keys: Hashes, places: Places, others: Places) -> tuple[Places, Places]:
+    """Those of ``places`` whose key one of ``others`` has, and for each one such."""
+    values, first = np.unique(keys[others], return_index=True)
+    if not len(values):
+        return places[:0], places[:0]
+    at = np.minimum(np.searchsorted(values, keys[places]), len(values) - 1)
+    found = values[at] == keys[places]
+    return places[found], others[first[at[found]]]

@@ -1,0 +1,97 @@
+"""Lengths of the pairs, how far they alone tell which response is chosen, and what a training on the pairs takes.
+
+Legend: P pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from dpo_cli.batch import length_costs, plan_run
+from dpo_cli.tokens import Ids
+
+PARTS = ("prompt", "chosen", "rejected")
+QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
+Z = 1.959964  # a 95 % interval's
+BIASED, SURELY = 0.65, 0.6  # share of pairs, and what the interval must be above
+
+
+def statistics(lengths: Ids) -> dict[str, dict[str, float]]:
+    """Mean, quantiles and maximum of each part, in tokens, from (P, 3)."""
+    return {
+        part: {"mean": float(column.mean())} | {name: float(np.quantile(column, q)) for name, q in QUANTILES.items()}
+        for part, column in zip(PARTS, lengths.T, strict=True)
+    }
+
+
+def wilson(hits: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share. Source: Wilson (1927), the score interval."""
+    if not of:
+        return 0.0, 1.0
+    share, z2 = hits / of, Z * Z / of
+    middle, half = share + z2 / 2, Z * math.sqrt(share * (1 - share) / of + z2 / of / 4)
+    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
+
+
+def length_bias(lengths: Ids) -> dict[str, Any]:
+    """How often the longer response is chosen, from (P, 3) tokens; pairs of equal lengths stand apart.
+
+    ``cohens_d`` is the difference of the mean lengths over the root of their mean variance. The accuracies are those
+    of always preferring the longer or the shorter response, a tie counting half: a trained model must beat both.
+    """
+    chosen, rejected = lengths[:, 1].astype(np.int64), lengths[:, 2].astype(np.int64)
+    longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
+    pairs = len(lengths)
+    spread = math.sqrt((float(chosen.var()) + float(rejected.var())) / 2)
+    prefer_longer = (longer + (pairs - longer - shorter) / 2) / pairs
+    return {
+        "longer_chosen": longer,
+        "shorter_chosen": shorter,
+        "ties": pairs - longer - shorter,
+        "share": longer / (longer + shorter) if longer + shorter else 0.5,
+        "interval": list(wilson(longer, longer + shorter)),
+        "cohens_d": float(chosen.mean() - rejected.mean()) / spread if spread else 0.0,
+        "accuracy_prefer_longer": prefer_longer,
+        "accuracy_prefer_shorter": 1 - prefer_longer,
+    }
+
+
+def biased_pairs(bias: dict[str, Any]) -> tuple[int, str] | None:
+    """In how many pairs length tells which is chosen, and how; None where it hardly does."""
+    low, high = bias["interval"]
+    for name, accuracy, sure in (
+        ("longer", "accuracy_prefer_longer", low),
+        ("shorter", "accuracy_prefer_shorter", 1 - high),
+    ):
+        if bias[accuracy] >= BIASED and sure > SURELY:
+            return bias[f"{name}_chosen"], f"the {name} response is chosen"
+    return None
+
+
+def budget(lengths: Ids, batch_size: int, epochs: int, max_tokens: int) -> dict[str, Any]:
+    """What `dpo train` computes for pairs of (P, 3) tokens: tokens and forwards of an epoch, steps of the run."""
+    shared, padded = length_costs(lengths, "shared"), length_costs(lengths, "padded")  # (P,) each
+    way: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "epochs": 1, "max_steps": None}
+    plan = plan_run(shared.tolist(), "shared", **way, world=1, seed=0)
+    wide = [_widest(step, padded) for step in plan]
+    tokens = int(shared.sum(dtype=np.int64))
+    return {
+        "pairs": len(lengths),
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "epochs": epochs,
+        "steps": len(plan) * epochs,
+        "forwards_an_epoch": sum(len(step) for step in plan),
+        "tokens_an_epoch": tokens,
+        "tokens_unshared_an_epoch": int(length_costs(lengths, "packed").sum(dtype=np.int64)),
+        "tokens_padded_an_epoch": sum(wide),
+        "padded_over_shared": sum(wide) / tokens,
+    }
+
+
+def _widest(step: list[tuple[int, ...]], padded: Ids) -> int:
+    places = [place for micro_batch in step for place in micro_batch]
+    return len(places) * int(padded[places].max())

@@ -1,0 +1,488 @@
+"""Planted defects are found where they are, and next to nothing else; the command around it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo_cli import near
+from dpo_cli.check import as_text, run_check
+from dpo_cli.config import CheckOptions
+from dpo_cli.crossrow import contradictions, cycles, later_copies
+from dpo_cli.errors import UsageError, printable
+from dpo_cli.findings import Texts, is_refusal, near_identical, normalized
+from dpo_cli.kinds import KINDS
+from dpo_cli.lengths import length_bias, wilson
+from dpo_cli.metrics import Reporter
+from dpo_cli.scripts import script_mismatch
+from dpo_cli.survey import Survey
+from tests.conftest import SAMPLE, Cli, write_rows
+from tests.planted import Record, get, plant, put
+
+EACH, SEEDS = 20, 5  # defects of every kind in one file; files
+ALL = 10**6
+
+
+def check(model: Path, *data: Path, **options: Any) -> dict[str, Any]:
+    given = {"model": str(model), "data": [str(each) for each in data], "examples": ALL} | options
+    return run_check(CheckOptions(**given), Reporter(quiet=True))
+
+
+def places(result: dict[str, Any], data: str = "data") -> dict[str, set[int]]:
+    """Rows of one file with a finding, counted from 0, by kind."""
+    out: dict[str, set[int]] = {}
+    for finding in result["findings"]:
+        if finding["data"] == data:
+            found = {
+                int(example["where"].partition(" (id ")[0].rpartition(":")[2]) - 1 for example in finding["examples"]
+            }
+            assert len(found) == finding["count"] or finding["kind"] == "length_bias"
+            out.setdefault(finding["kind"], set()).update(found)
+    return out
+
+
+def read_records(name: str) -> list[Record]:
+    return [json.loads(line) for line in (SAMPLE / name).read_text().splitlines()]
+
+
+def prompt(text: str, chosen: str, rejected: str) -> Record:
+    return {"prompt": text, "chosen": chosen, "rejected": rejected}
+
+
+# ---- planted defects --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train-strings.jsonl", "heldout.jsonl"])
+def test_the_sample_data_has_no_problem(tiny: Path, name: str) -> None:
+    result = check(tiny, SAMPLE / name)
+    assert result["problems"] == result["problem_rows"] == 0
+    assert set(places(result)) <= {"length_bias"}
+    assert as_text(result).splitlines()[-1] == f"no problems found in {result['rows']} rows"
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train-strings.jsonl"])
+def test_planted_defects_are_found_and_nothing_else(tiny: Path, tmp_path: Path, name: str) -> None:
+    planted_rows, hits, false = Counter[str](), Counter[str](), Counter[str]()
+    rows = 0
+    for seed in range(SEEDS):
+        planted = plant(read_records(name), seed, EACH)
+        result = check(tiny, write_rows(tmp_path / "rows.jsonl", planted.rows))
+        found = places(result)
+        rows += len(planted.rows)
+        for kind in planted.at:
+            planted_rows[kind] += len(planted.at[kind])
+            hits[kind] += len(planted.at[kind] & found.get(kind, set()))
+        planted.at["control_tokens"] = found.get("control_tokens", set()) & planted.at["markers"]
+        for kind in found:
+            false[kind] += len(found[kind] - planted.at.get(kind, set()))
+    assert min(planted_rows.values()) >= 100
+    missed = {kind: f"{hits[kind]} of {count}" for kind, count in planted_rows.items() if hits[kind] < 0.99 * count}
+    assert not missed
+    assert not {kind: count for kind, count in false.items() if count >= 0.01 * rows and kind != "length_bias"}
+
+
+def test_planted_leaks_are_found_and_nothing_else(tiny: Path, tmp_path: Path) -> None:
+    planted_rows, hits, false = Counter[str](), Counter[str](), Counter[str]()
+    for seed in range(3):
+        planted = plant(read_records("train.jsonl"), seed, 40, leak=True)
+        held_out = write_rows(tmp_path / "held.jsonl", planted.held_out + read_records("heldout.jsonl"))
+        data = write_rows(tmp_path / "rows.jsonl", planted.rows)
+        found = places(check(tiny, data, eval_data=[str(held_out)]))
+        for kind in planted.at:
+            planted_rows[kind] += len(planted.at[kind])
+            hits[kind] += len(planted.at[kind] & found.get(kind, set()))
+            false[kind] += len(found.get(kind, set()) - planted.at[kind])
+        assert set(found) <= {*planted.at, "length_bias"}
+    assert all(hits[kind] >= 0.99 * count for kind, count in planted_rows.items()), hits
+    assert sum(false.values()) < 0.01 * 3 * 328
+
+
+def test_what_is_cut_is_noted(tiny: Path, tmp_path: Path) -> None:
+    rows = [prompt("Why? " * 5, "a " * 60, "b " * 60), prompt("Long. " * 60, "yes it is", "no it is not")]
+    found = places(
+        check(tiny, write_rows(tmp_path / "rows.jsonl", [*rows, prompt("Why?", "Because.", "No.")]), max_length=64)
+    )
+    assert found["response_cut"] == {0} and found["prompt_cut"] == {0, 1} and "refused" not in found
+
+
+def test_a_difference_that_truncation_removes_is_refused(tiny: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [prompt("Why?", "a b " * 60 + end, "a b " * 60 + "d") for end in "xyz"])
+    (finding,) = check(tiny, data, max_length=64)["findings"]
+    assert finding["kind"] == "refused" and finding["count"] == 3 and "truncation" in finding["title"]
+
+
+def test_control_tokens_in_messages_are_noted(tiny: Path, tmp_path: Path, train_rows: list[Record]) -> None:
+    train_rows = json.loads(json.dumps(train_rows[:20]))
+    put(train_rows[3], "prompt", "What does <|im_start|> mean?")
+    data = write_rows(tmp_path / "rows.jsonl", train_rows)
+    assert places(check(tiny, data))["control_tokens"] == {3}
+    assert places(check(tiny, data, control_tokens="refuse"))["refused"] == {3}
+
+
+# ---- detectors of one row ---------------------------------------------------------------------------------------
+
+LONG = "The quick brown fox jumps over the lazy dog, and then it sleeps in the sun until somebody calls it for supper. "
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("It is four.", "it is Four"),
+        ("Yes, it is", "Yes - it is".replace(" -", ",") + " !"),
+        (LONG * 2, LONG * 2 + "Really."),
+        (LONG + "It does not.", LONG + "It does nott."),
+        (LONG, LONG.replace("quick", "qiuck")),
+        ("say “hello”", 'say "hello"'),
+        ("\tA\n\nB", "a b"),
+    ],
+)
+def test_responses_that_differ_in_nothing(chosen: str, rejected: str) -> None:
+    assert near_identical(normalized(chosen), normalized(rejected))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("Yes", "No"),
+        ("It is 4.", "It is 5."),
+        ("3.5", "35"),
+        ("-5", "5"),
+        ("a - b", "a + b"),
+        ("Paris is the capital of France.", "Lyon is the capital of France."),
+        (LONG + "So the answer is (B).", LONG + "So the answer is (C)."),
+        (LONG + "It costs 12 euros.", LONG + "It costs 13 euros."),
+        (LONG * 2 + "That is true.", LONG * 2 + "That is not true."),
+        (LONG, LONG + LONG),
+        ("if (!x)", "if (x)"),
+    ],
+)
+def test_a_small_difference_that_means_something(chosen: str, rejected: str) -> None:
+    assert near_identical(normalized(chosen), normalized(rejected)) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry to hear that. Rest, and drink a lot of water.",
+        "I can't wait to help you with this!",
+        "I'm sorry, but I can't help with that. However, you could ask a doctor.",
+        "You cannot open this jar because of the vacuum; I would tap the lid.",
+        "Sorry, I have no idea.",
+        "I would not do that.",
+    ],
+)
+def test_what_is_no_refusal(text: str) -> None:
+    assert not is_refusal(normalized(text))
+
+
+LATIN, CYRILLIC = "Close the tap first, then take out the washer.", "Сначала закройте кран, потом снимите прокладку."
+
+
+@pytest.mark.parametrize(
+    ("question", "chosen", "rejected", "told"),
+    [
+        ("Which tap do I close before I mend it?", CYRILLIC, LATIN, "prompt Latin, chosen Cyrillic"),
+        ("Какой кран мне закрыть, чтобы его починить?", CYRILLIC, LATIN, "prompt Cyrillic, rejected Latin"),
+        (
+            "Which tap do I close — “left” or “right”?",
+            LATIN,
+            "先把水龙头关上，然后取下垫圈。",
+            "prompt Latin, rejected Chinese or Japanese",
+        ),
+        ("Which tap do I close, and how do I say it in Russian?", CYRILLIC, LATIN, None),
+        ("What does «Сначала закройте кран» say to a plumber?", CYRILLIC, LATIN, None),
+        (
+            "Как вывести список файлов в текущей папке на экран?",
+            "```\nimport os\nprint(os.listdir())\n```",
+            CYRILLIC,
+            None,
+        ),
+        ("Naïve café — “quotes” and so on, all in letters of ours", LATIN, LATIN + "…", None),
+        ("Which tap do I close before I mend it?", "да", LATIN, None),
+    ],
+)
+def test_another_script(question: str, chosen: str, rejected: str, told: str | None) -> None:
+    assert script_mismatch(question, (chosen, rejected)) == told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use a list:\n\n- one\n- two\n\n### Ingredients\n\nSalt: a pinch",
+        "Host: example.com\nUser: admin\nPassword: secret",
+        "Human: Hi!\nAssistant: Hello!\n\nHuman: How are you?",
+        "x[INSTALL] and <b>bold</b>, a <| b |> c, <s>gone</s> now",
+        "Some users:\nUser: root",
+    ],
+)
+def test_what_is_no_marker_and_no_next_turn(tiny: Path, tmp_path: Path, text: str) -> None:
+    rows = [prompt("Write something, please.", text, "No. I am not in the mood for that today.")]
+    assert not places(check(tiny, write_rows(tmp_path / "rows.jsonl", rows)))
+
+
+def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path) -> None:
+    rendered = prompt(
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", "Because.<|im_end|>\n", "No idea.<|im_end|>"
+    )
+    assert "markers" not in places(check(tiny, write_rows(tmp_path / "rows.jsonl", [rendered])))
+
+
+# ---- between rows -----------------------------------------------------------------------------------------------
+
+
+def hashes(*rows: tuple[int, int, int]) -> Any:
+    return np.array(rows, np.uint64)
+
+
+def test_copies_contradictions_and_cycles_by_hand() -> None:
+    rows = hashes((1, 2, 3), (1, 2, 3), (1, 3, 2), (1, 4, 5), (2, 4, 5), (2, 5, 6), (2, 6, 4), (2, 6, 7), (3, 8, 8))
+    everything = np.arange(len(rows))
+    assert [each.tolist() for each in later_copies(rows[:, 0] * 100 + rows[:, 1] * 10 + rows[:, 2], everything)] == [
+        [1],
+        [0],
+    ]
+    opposed, others = contradictions(rows, everything)
+    assert opposed.tolist() == [0, 1, 2] and others[2] in (0, 1) and others[0] == others[1] == 2
+    assert cycles(rows, np.setdiff1d(everything, opposed)).tolist() == [4, 5, 6]
+    assert cycles(rows, everything[3:4]).tolist() == []
+
+
+def test_one_cycle_leads_into_another() -> None:
+    rows = [(1, 1, 2), (1, 2, 3), (1, 3, 1), (1, 3, 4), (1, 4, 5), (1, 5, 6), (1, 6, 4), (1, 6, 7), (1, 8, 1)]
+    assert cycles(hashes(*rows), np.arange(len(rows))).tolist() == [0, 1, 2, 4, 5, 6]
+
+
+def test_a_question_that_differs_is_no_near_copy() -> None:
+    long = "You are given a task. Read the question with care and answer it as well as you can. "
+    yes, no = "Yes, that is right.", "No, that is not right."
+    assert not near.is_near(
+        Texts(long * 3 + "is a whale a mammal?", yes, no), Texts(long * 3 + "is a shark a mammal?", yes, no)
+    )
+    assert not near.is_near(Texts(long, LONG + "7", LONG[:50]), Texts(long, LONG + "8", LONG[:50]))
+    assert not near.is_near(Texts(long, LONG, LONG[::-1]), Texts(long, LONG[::-1], LONG))
+    assert near.is_near(Texts(long, LONG, LONG[::-1]), Texts(long + "please", LONG.replace("brown", "red"), LONG[::-1]))
+
+
+def test_candidates_are_those_that_share() -> None:
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), 6)) for _ in range(500)]
+    rows = [Texts(*(" ".join(rng.choice(words, 20)) for _ in range(3))) for _ in range(300)]
+    copies = [Texts(row.prompt, row.chosen, " ".join(["other", *row.rejected.split()[1:]])) for row in rows]
+    keys = near.band_keys(rows + copies)
+    found = {tuple(pair) for pair in near.candidates(keys, np.arange(600)).tolist()}
+    assert sum((i, i + 300) in found for i in range(300)) >= 297 and len(found) < 400
+    across = {tuple(pair) for pair in near.across(keys, np.arange(300), np.arange(300, 600)).tolist()}
+    assert sum((i, i + 300) in across for i in range(300)) >= 297 and len(across) < 400
+
+
+def test_candidates_stay_few_where_all_rows_share() -> None:
+    keys = np.ones((5000, near.BANDS), np.uint32)
+    assert len(near.candidates(keys, np.arange(5000))) <= 5000 * near.NEIGHBOURS
+
+
+# ---- lengths ----------------------------------------------------------------------------------------------------
+
+
+def test_length_bias_by_hand() -> None:
+    bias = length_bias(np.array([[5, 10, 6], [5, 8, 6], [5, 9, 6], [5, 5, 6], [5, 6, 6]], np.int32))
+    assert (bias["longer_chosen"], bias["shorter_chosen"], bias["ties"], bias["share"]) == (3, 1, 1, 0.75)
+    assert bias["accuracy_prefer_longer"] == pytest.approx(0.7)
+    assert bias["accuracy_prefer_shorter"] == pytest.approx(0.3)
+    assert bias["cohens_d"] == pytest.approx((7.6 - 6) / (np.var([10, 8, 9, 5, 6]) / 2) ** 0.5)
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe (1998), table I
+
+
+@pytest.mark.parametrize(("longer", "said"), [(80, "the longer"), (20, "the shorter"), (60, None), (50, None)])
+def test_length_that_tells_is_noted(tiny: Path, tmp_path: Path, longer: int, said: str | None) -> None:
+    rows = []
+    for number in range(200):
+        texts = [f"That is the number {number}.", f"That is the number {number}, and many like it more than others."]
+        rows.append(prompt(f"What is {number}?", *(texts[::-1] if number % 100 < longer else texts)))
+    result = check(tiny, write_rows(tmp_path / "rows.jsonl", rows))
+    found = [finding for finding in result["findings"] if finding["kind"] == "length_bias"]
+    assert [(f["severity"], f["count"]) for f in found] == ([("note", 160)] if said else [])
+    assert all(said in finding["title"] for finding in found)  # type: ignore[operator]
+    assert result["length_bias"]["accuracy_prefer_longer"] == longer / 100
+
+
+def test_the_budget_is_that_of_a_training(dpo: Cli, tiny: Path) -> None:
+    data = SAMPLE / "train.jsonl"
+    out = dpo(
+        "train", "--dry-run", "--model", tiny, "--data", data, "--batch-size", 8, "--epochs", 2, "--max-tokens", 900
+    )
+    result = check(tiny, data, batch_size=8, epochs=2, max_tokens=900)["budget"]
+    assert result["steps"] == 82
+    assert f"{result['steps']} steps of 8 pairs" in out.stderr
+    assert f"tokens      {2 * result['tokens_an_epoch']:,} to train on" in out.stderr
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_with_everything(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
+    rows = plant(read_records("train.jsonl"), 0, 5).rows
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    out = dpo(
+        "check", "--model", tiny, "--data", data, "--eval-data", SAMPLE / "heldout.jsonl", "--json", "--examples", 2
+    )
+    assert out.returncode == 0, out.stderr
+    result = json.loads(out.stdout)
+    assert result["rows"] == len(rows) and result["pairs"] == len(rows) - 5
+    assert (result["eval_rows"], result["eval_pairs"]) == (88, 88)
+    assert set(result) == {
+        "rows", "pairs", "eval_rows", "eval_pairs", "formats", "problems", "problem_rows", "findings", "lengths",
+        "length_bias", "budget",
+    }  # fmt: skip
+    assert result["problems"] == sum(finding["severity"] == "problem" for finding in result["findings"])
+    for finding in result["findings"]:
+        assert set(finding) == {"kind", "severity", "data", "title", "count", "share", "what", "todo", "examples"}
+        total = result["rows"] if finding["data"] == "data" else result["eval_rows"]
+        assert finding["share"] == pytest.approx(finding["count"] / total)
+        assert finding["kind"] == "length_bias" or len(finding["examples"]) == min(2, finding["count"])
+        for example in finding["examples"]:
+            assert set(example) <= {"where", "text", "other"} and example["where"].startswith(str(data))
+
+
+def test_strict_fails_on_problems_only(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
+    clean = dpo("check", "--model", tiny, "--data", SAMPLE / "train.jsonl", "--strict")
+    assert clean.returncode == 0, clean.stderr
+    assert clean.stdout.splitlines()[-1] == "no problems found in 328 rows"
+    records = read_records("train.jsonl")
+    data = write_rows(tmp_path / "rows.jsonl", [*records, records[7]])
+    strict, plain = (dpo("check", "--model", tiny, "--data", data, *flags) for flags in (["--strict"], []))
+    assert (strict.returncode, plain.returncode) == (3, 0)
+    assert strict.stdout == plain.stdout
+    assert strict.stdout.splitlines()[-1] == "1 problem in 1 of 329 rows"
+    assert f"{data}:329 (see {data}:8): " in strict.stdout
+    note = [
+        *records,
+        {**records[7], "chosen": [{"role": "assistant", "content": "I'm sorry, but I can't help with that."}]},
+    ]
+    assert dpo("check", "--model", tiny, "--data", write_rows(data, note), "--strict").returncode == 0
+
+
+def test_what_is_fixed_is_clean_and_else_as_it_was(tiny: Path, tmp_path: Path) -> None:
+    for seed in range(3):
+        planted = plant(read_records("train.jsonl"), seed, EACH)
+        data, fixed = write_rows(tmp_path / f"rows{seed}.jsonl", planted.rows), tmp_path / f"fixed{seed}.jsonl"
+        for number, row in enumerate(planted.rows):
+            row["id"] = f"row {number} é"
+        write_rows(data, planted.rows)
+        before = data.read_bytes()
+        result = check(tiny, data, fix=fixed)
+        assert data.read_bytes() == before
+        bad = set().union(*(found for kind, found in places(result).items() if KINDS[kind].drops))
+        left = [row for number, row in enumerate(planted.rows) if number not in bad]
+        kept = [json.loads(line) for line in fixed.read_text().splitlines()]
+        assert kept == left and [list(row) for row in kept] == [list(row) for row in left]
+        assert result["fixed"]["kept"] == len(kept)
+        assert len(kept) + sum(result["fixed"]["dropped"].values()) == len(planted.rows)
+        again = check(tiny, fixed)
+        assert not [finding for finding in again["findings"] if KINDS[finding["kind"]].drops]
+        with pytest.raises(UsageError, match="is there already"):
+            check(tiny, data, fix=fixed)
+
+
+def test_fix_takes_leaked_rows_out_of_the_training_file(tiny: Path, tmp_path: Path) -> None:
+    records, fixed = read_records("train.jsonl"), tmp_path / "fixed.jsonl"
+    data, held_out = (write_rows(tmp_path / f"{n}.jsonl", r) for n, r in (("rows", records), ("held", records[:9])))
+    result = check(tiny, data, eval_data=[str(held_out)], fix=fixed)
+    assert result["fixed"]["dropped"] == {"leak_row": 9}
+    assert not check(tiny, fixed, eval_data=[str(held_out)])["problems"]
+
+
+@pytest.mark.parametrize("name", ["fixed.json", "rows.jsonl", "link.jsonl"])
+def test_fix_writes_over_nothing(dpo: Cli, tiny: Path, tmp_path: Path, name: str) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", read_records("train.jsonl")[:5])
+    (tmp_path / "link.jsonl").symlink_to("nowhere")
+    before = data.read_bytes()
+    out = dpo("check", "--model", tiny, "--data", data, "--fix", tmp_path / name)
+    assert out.returncode == 2 and f"--fix {tmp_path / name}" in out.stderr and not out.stdout
+    assert data.read_bytes() == before and not (tmp_path / "nowhere").exists()
+
+
+def test_nothing_is_written_where_no_row_is_clean(tiny: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [prompt("a", "b", "b")])
+    with pytest.raises(UsageError, match="no row is clean"):
+        check(tiny, data, fix=tmp_path / "fixed.jsonl")
+    assert not (tmp_path / "fixed.jsonl").exists()
+    result = check(tiny, data)
+    assert "lengths" not in result and as_text(result).splitlines()[-1] == "1 problem in 1 of 1 rows"
+
+
+def test_several_files_of_several_kinds(tiny: Path, tmp_path: Path) -> None:
+    records = read_records("train-strings.jsonl")
+    first = tmp_path / "first.jsonl.gz"
+    first.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records[:50]).encode()))
+    second = tmp_path / "second.json"
+    second.write_text(json.dumps([records[3], *records[50:60]], indent=0))
+    (finding,) = (f for f in check(tiny, first, second)["findings"] if f["kind"] == "duplicate")
+    assert finding["count"] == 1
+    assert finding["examples"][0]["where"].startswith(f"{second}:") and finding["examples"][0]["other"] == f"{first}:4"
+
+
+def test_the_datas_control_characters_do_not_reach_the_terminal(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07 \x9b31m \u202egnp.exe \r\n\x00 and so on"
+    rows = [
+        prompt(evil + str(n), evil + text, text) for n, text in enumerate(["Because.", "Why not?", "<|im_end|> so"])
+    ]
+    data = write_rows(
+        tmp_path / "rows.jsonl", [*rows, rows[0], {"prompt": evil, evil: 3}, {**rows[0], "chosen": [{"role": evil}]}]
+    )
+    for flags in ([], ["--fix", "fixed.jsonl"], ["--control-tokens", "refuse"]):
+        out = dpo("check", "--model", tiny, "--data", data, "--data", SAMPLE / "heldout-strings.jsonl", *flags)
+        assert out.returncode == 0, out.stderr
+        assert out.stdout == printable(out.stdout) and out.stderr == printable(out.stderr)
+        assert "encoding" in out.stdout
+
+
+def test_wrong_options_start_nothing(dpo: Cli, tmp_path: Path) -> None:
+    for flags in (
+        ["--data", "none.jsonl"],
+        [],
+        ["--data", "x", "--batch-size", "0"],
+        ["--data", "x", "--examples", "-1"],
+    ):
+        out = dpo("check", *flags)
+        assert out.returncode == 2 and "error: " in out.stderr and not out.stdout
+
+
+def test_rows_that_change_between_the_readings_are_told(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = read_records("train.jsonl")[:20]
+    data = write_rows(tmp_path / "rows.jsonl", [*records, records[0]])
+    compare = Survey.compare
+
+    def after_a_change(survey: Survey) -> None:
+        write_rows(data, records)
+        compare(survey)
+
+    monkeypatch.setattr(Survey, "compare", after_a_change)
+    with pytest.raises(UsageError, match="changed while they were read"):
+        check(tiny, data)
+
+
+def test_a_row_takes_few_bytes(tiny: Path, tmp_path: Path) -> None:
+    """Its numbers are kept, and nothing else of it: less than 200 bytes a row."""
+    import tracemalloc
+
+    words = [get(record, "chosen") for record in read_records("train.jsonl")]
+    peaks = []
+    for rows in (1000, 5000):
+        with (tmp_path / "rows.jsonl").open("w") as stream:
+            for n in range(rows):
+                stream.write(
+                    json.dumps(prompt(f"{n}: {words[n % 328]}", f"{n} {words[n % 41]}", f"{words[n % 37]} {n}")) + "\n"
+                )
+        tracemalloc.start()
+        check(tiny, tmp_path / "rows.jsonl", examples=3)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 4000 < 1000
