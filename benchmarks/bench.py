@@ -36,8 +36,8 @@ from benchmarks.report import report
 from benchmarks.shapes import SHAPES, Arithmetic, measure_device, ready_model
 from dpo_cli.config import TrainOptions
 from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.pairs import Pair
 from dpo_cli.reference import tokens_of
-from dpo_cli.tokens import Pair
 
 COMMANDS = {side: [sys.executable, "-m", f"benchmarks.{name}"] for side, name in (("ours", "ours"), ("trl", "theirs"))}
 BLOCK_PHASES = ("precompute", "train", "eval")

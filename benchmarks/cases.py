@@ -20,9 +20,10 @@ from dpo_cli.config import TrainOptions
 from dpo_cli.data import BadRow, Row, read_rows
 from dpo_cli.errors import RowError
 from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.pairs import Pair
 from dpo_cli.prepare import reading_of
 from dpo_cli.records import find_sources
-from dpo_cli.tokens import Encoder, Pair
+from dpo_cli.tokens import Encoder
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]

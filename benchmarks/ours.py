@@ -12,10 +12,10 @@ from benchmarks.meter import Message, Meter, serve
 from dpo_cli.config import TrainOptions, resolve
 from dpo_cli.evaluate import evaluate, policy_logps
 from dpo_cli.metrics import Reporter
+from dpo_cli.pairs import Pairs
 from dpo_cli.prepare import fill_reference
 from dpo_cli.run import lay_out_run
 from dpo_cli.step import StopSignal, learning_rate
-from dpo_cli.tokens import Pairs
 from dpo_cli.train import _accelerator, _make_trainer
 
 

@@ -29,11 +29,11 @@ import torch
 from dpo_cli.batch import plan_run, row_costs
 from dpo_cli.data import Reading, read_rows
 from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.pairs import Pairs
 from dpo_cli.records import find_sources
 from dpo_cli.reference import ReferenceCache, pair_keys
 from dpo_cli.shards import Entry
 from dpo_cli.tokenized import Tokenized
-from dpo_cli.tokens import Pairs
 
 ROOT = Path(__file__).parents[1]
 FINGERPRINT = "0" * 64

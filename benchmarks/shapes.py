@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.model import find_model, load_model, load_tokenizer
-from dpo_cli.tokens import Pair
+from dpo_cli.pairs import Pair
 
 ROOT = Path(__file__).parents[1]
 _LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0}

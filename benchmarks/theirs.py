@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from benchmarks.cases import Record
 from benchmarks.meter import Message, Meter, serve
 from dpo_cli.model import find_model, load_model, load_tokenizer
-from dpo_cli.tokens import Pair, Pairs
+from dpo_cli.pairs import Pair, Pairs
 
 
 def trl_config(folder: Path, steps: int, batch_size: int, **changes: Any) -> DPOConfig:

@@ -26,8 +26,8 @@ from benchmarks.cases import Record, as_record, step_order, usable_rows, write_r
 from benchmarks.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.config import TrainOptions
 from dpo_cli.metrics import Reporter
+from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.tokens import Pair, Pairs
 from dpo_cli.train import train
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_cli.tokens import Ids, Pair, Pairs, carries_loss, loss_tokens, read
+from dpo_cli.pairs import Ids, Pair, Pairs, carries_loss, loss_tokens, read
 
 Layout = Literal["shared", "packed", "padded"]
 Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world]

@@ -32,6 +32,7 @@ from dpo_cli.model import (
     dtype_name,
     load_model,
 )
+from dpo_cli.pairs import Pair, Pairs, loss_tokens
 from dpo_cli.prepare import (
     choose_model,
     choose_tokenizer,
@@ -45,7 +46,7 @@ from dpo_cli.prepare import (
 )
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.run import read_manifest, trained_with
-from dpo_cli.tokens import Pair, Pairs, loss_tokens, reasons
+from dpo_cli.tokens import reasons
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -12,9 +12,10 @@ from dpo_cli.config import ExplainOptions
 from dpo_cli.data import BadRow, Row, read_rows
 from dpo_cli.errors import RowError, UsageError, printable
 from dpo_cli.metrics import Reporter
+from dpo_cli.pairs import Pair, read
 from dpo_cli.prepare import choose_model, choose_tokenizer, reading_of
 from dpo_cli.records import find_sources
-from dpo_cli.tokens import Encoder, Pair, read
+from dpo_cli.tokens import Encoder
 
 STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
 

@@ -8,7 +8,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from dpo_cli.data import Row, Text
+from dpo_cli.columns import Text
+from dpo_cli.data import Row
 from dpo_cli.records import shortened
 from dpo_cli.scripts import script_mismatch
 from dpo_cli.template import ControlTokens

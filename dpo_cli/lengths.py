@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.batch import length_costs, plan_run
-from dpo_cli.tokens import Ids
+from dpo_cli.pairs import Ids
 
 PARTS = ("prompt", "chosen", "rejected")
 QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dpo_cli.batch import Layout, MicroBatch, lay_out, pack, row_costs
 from dpo_cli.errors import DpoError
-from dpo_cli.tokens import Pair
+from dpo_cli.pairs import Pair
 
 WINDOW = 512  # pairs of similar length that are packed together when order does not matter
 # Of float32 logits that are there at a time; more where a single pair needs it. A GPU wants large matrix products.

@@ -21,7 +21,7 @@ from torch import Tensor
 from dpo_cli.batch import Step, probes, row_costs
 from dpo_cli.logps import Scorer, head_room, hidden_states, token_logps
 from dpo_cli.optimizer import BYTES, SPLIT
-from dpo_cli.tokens import Pair, loss_tokens, read
+from dpo_cli.pairs import Pair, loss_tokens, read
 
 USABLE = 0.9  # of the memory that is there: the rest is for what others take meanwhile
 FRAGMENTED = 1.15  # what the C library's heap takes for activations, by their bytes; docs/performance.md

@@ -34,11 +34,12 @@ from dpo_cli.model import (
     load_tokenizer,
 )
 from dpo_cli.optimizer import SPLIT, halve
+from dpo_cli.pairs import Pair, Pairs, loss_tokens, read
 from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
 from dpo_cli.template import plain_template
 from dpo_cli.tokenized import Tokenized, merged
-from dpo_cli.tokens import NO_TEMPLATE, Encoder, Pair, Pairs, PairSet, loss_tokens, read, reasons, refusal
+from dpo_cli.tokens import NO_TEMPLATE, Encoder, PairSet, reasons, refusal
 
 
 def choose_model(name: str | None, options: DataOptions, reporter: Reporter, what: str = "model") -> ModelSource:

@@ -26,8 +26,8 @@ from dpo_cli import shards
 from dpo_cli.disk import remove_leftovers, write_json
 from dpo_cli.errors import DpoError, NotWrittenError, UsageError
 from dpo_cli.logps import Scorer
+from dpo_cli.pairs import Ids, Pair, Pairs, loss_tokens
 from dpo_cli.shards import KEY_BYTES, Entry
-from dpo_cli.tokens import Ids, Pair, Pairs, loss_tokens
 
 SHARD_SECONDS = 30.0  # a crash costs at most this much work
 ABOUT = "about.json"

@@ -35,6 +35,7 @@ from dpo_cli.model import (
     dtype_name,
 )
 from dpo_cli.optimizer import BYTES, SPLIT
+from dpo_cli.pairs import Pairs
 from dpo_cli.prepare import (
     choose_model,
     choose_tokenizer,
@@ -48,7 +49,6 @@ from dpo_cli.prepare import (
     tell_long,
 )
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.tokens import Pairs
 
 LOCK = "run.lock"
 

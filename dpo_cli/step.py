@@ -24,7 +24,7 @@ from dpo_cli.logps import Scorer, out_of_memory
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, pair_sums, summarize
 from dpo_cli.optimizer import SPLIT, SmallAdamW
-from dpo_cli.tokens import Pair, loss_tokens
+from dpo_cli.pairs import Pair, loss_tokens
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dpo_cli.data import Message
+from dpo_cli.columns import Message
 from dpo_cli.errors import RowError
 from dpo_cli.records import shortened
 

@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from dpo_cli.data import BadRow, Reading, read_rows
 from dpo_cli.disk import sha256, to_json, whole_file
 from dpo_cli.errors import NotWrittenError
+from dpo_cli.pairs import Pairs
 from dpo_cli.records import Source
-from dpo_cli.tokens import Pairs, PairSet, only_asks_its_backend, tokenize_rows
+from dpo_cli.tokens import PairSet, only_asks_its_backend, tokenize_rows
 
 # Raise it when the same row and tokenizer give another pair, note or reason than before.
 TOKENIZING_VERSION = 2

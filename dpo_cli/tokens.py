@@ -6,179 +6,25 @@ is found among tokens, not characters, and both responses end with the token tha
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from dpo_cli.data import BadRow, Message, Reading, Row, has_surrogate
+from dpo_cli.columns import Message, has_surrogate
+from dpo_cli.data import BadRow, Reading, Row
 from dpo_cli.errors import RowError, UsageError
+from dpo_cli.pairs import Ids, Pair, Pairs
 from dpo_cli.template import ControlTokens, plain_template, render
 
-Ids = npt.NDArray[np.int32]
 _PROBE = "PROBE"
 _ASKED = [{"role": "user", "content": "u"}]
 _CALL = {"type": "function", "function": {"name": _PROBE, "arguments": {}}}
 BATCH_CHARACTERS, BATCH_ROWS = 2**20, 512  # what meets the tokenizer in one call: more brings no speed
-DIGEST_PAIRS = 4096  # hashed at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Token ids of one preference; ``prompt + chosen`` and ``prompt + rejected`` are what the model reads.
-
-    A token of a response that carries no loss, such as one of a tool's answer, is kept as ``~id``: see ``read``.
-    """
-
-    where: str
-    prompt: Ids
-    chosen: Ids
-    rejected: Ids
-    weight: float = 1.0  # multiplies its loss
-    margin: float = 0.0  # by which its rewards should at least differ
-
-
-def read(ids: Ids) -> Ids:
-    """What the model reads: the ids of a response, those included that carry no loss."""
-    return np.maximum(ids, ~ids)
-
-
-def carries_loss(ids: Ids) -> npt.NDArray[np.bool_]:
-    """Which tokens of a response carry loss; of every response at least one does."""
-    return ids >= 0
-
-
-def loss_tokens(response: Ids) -> int:
-    """How many tokens of a response carry loss: those that its log-prob is a sum over."""
-    return int(np.count_nonzero(carries_loss(response)))
-
-
-class Pairs(Sequence[Pair]):
-    """Pairs in flat columns, so that a million take the room of their ids; a pair's arrays are made when asked for."""
-
-    def __init__(self, pairs: Iterable[Pair] = ()) -> None:
-        self._ids = array("i")
-        self._ends = array("q", [0])  # in ids: of each prompt, chosen and rejected, behind the start of the first
-        self._files: list[str] = []  # what stands before the number in where a pair comes from: few texts, shared
-        self._numbers = array("q")  # the number behind it; -1: none
-        self._terms = array("f")  # weight and margin of each
-        for pair in pairs:
-            self.append(pair)
-
-    @classmethod
-    def of_columns(
-        cls,
-        ids: Ids,
-        lengths: Ids,
-        files: list[str],
-        numbers: npt.NDArray[np.int64],
-        terms: npt.NDArray[np.float32],
-    ) -> Pairs:
-        """Pairs from what ``columns`` gives."""
-        pairs = cls()
-        pairs._ids.frombytes(ids.data.cast("B"))
-        pairs._ends.frombytes(np.cumsum(lengths.reshape(-1), dtype=np.int64).data.cast("B"))
-        pairs._files = files
-        pairs._numbers.frombytes(numbers.data.cast("B"))
-        pairs._terms.frombytes(terms.data.cast("B"))
-        return pairs
-
-    def columns(self) -> tuple[Ids, Ids, list[str], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """All P pairs: N token ids in order (N,), ``lengths``, P texts and numbers (P,) that say where from; ``terms``.
-
-        What is given is the columns themselves, to be let go of before a pair is appended.
-        """
-        return np.asarray(self._ids), self.lengths, self._files, np.asarray(self._numbers), self.terms
-
-    def append(self, pair: Pair) -> None:
-        """Add a pair at the end."""
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
-            self._ids.frombytes(ids.tobytes())
-            self._ends.append(len(self._ids))
-        file = pair.where.rstrip("0123456789")
-        number = pair.where[len(file) :]
-        plain = 0 < len(number) < 19 and number[0] != "0"
-        self._files.append(sys.intern(file if plain else pair.where))
-        self._numbers.append(int(number) if plain else -1)
-        self._terms.extend((pair.weight, pair.margin))
-
-    @property
-    def lengths(self) -> Ids:
-        """Tokens of each pair's prompt, chosen and rejected: (P, 3)."""
-        return np.diff(np.asarray(self._ends)).astype(np.int32).reshape(-1, 3)
-
-    @property
-    def terms(self) -> npt.NDArray[np.float32]:
-        """Weight and margin of each pair in the loss: (P, 2)."""
-        return np.asarray(self._terms).reshape(-1, 2)
-
-    def select(self, places: Sequence[int]) -> Pairs:
-        """The pairs at these places; the object itself if that is all of them in order."""
-        if len(places) == len(self) and all(place == i for i, place in enumerate(places)):
-            return self
-        some = Pairs()
-        for place in places:
-            start, *ends = self._ends[3 * place : 3 * place + 4]
-            some._ends.extend(end - start + len(some._ids) for end in ends)
-            some._ids += self._ids[start : ends[-1]]
-        some._files = [self._files[place] for place in places]
-        some._numbers.extend(self._numbers[place] for place in places)
-        for place in places:
-            some._terms.extend(self._terms[2 * place : 2 * place + 2])
-        return some
-
-    def largest_id(self) -> int:
-        """The largest token id of all pairs."""
-        ids = np.asarray(self._ids)
-        return max(int(ids.max(initial=0)), ~int(ids.min(initial=0)))
-
-    def digest(self) -> str:
-        """Content hash over all token ids and lengths in order, and weights and margins if there are any (hex)."""
-        content = hashlib.sha256()
-        ids, ends = np.asarray(self._ids), np.asarray(self._ends)
-        for start in range(0, len(ends) - 1, 3 * DIGEST_PAIRS):
-            some = ends[start : start + 3 * DIGEST_PAIRS + 1]
-            lengths = np.diff(some).astype(np.int32)
-            content.update(np.insert(ids[some[0] : some[-1]], some[:-1] - some[0], lengths).data)  # before each part
-        if (self.terms != (1, 0)).any():
-            content.update(self.terms.data)
-        return content.hexdigest()
-
-    def __add__(self, other: Pairs) -> Pairs:
-        if not other:
-            return self
-        both = Pairs()
-        both._ids = self._ids + other._ids
-        both._ends = self._ends + array("q", (np.asarray(other._ends)[1:] + len(self._ids)).tobytes())
-        both._files, both._numbers = self._files + other._files, self._numbers + other._numbers
-        both._terms = self._terms + other._terms
-        return both
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, place: int) -> Pair: ...
-    @overload
-    def __getitem__(self, place: slice) -> Pairs: ...
-    def __getitem__(self, place: int | slice) -> Pair | Pairs:
-        if isinstance(place, slice):
-            return self.select(range(len(self))[place])
-        place = range(len(self))[place]  # from the end where negative, and IndexError, as a list has them
-        start, prompt, chosen, rejected = self._ends[3 * place : 3 * place + 4]
-        number = self._numbers[place]
-        where = self._files[place] + (str(number) if number >= 0 else "")
-        ids = np.asarray(self._ids[start:rejected])
-        terms = self._terms[2 * place : 2 * place + 2]
-        return Pair(where, ids[: prompt - start], ids[prompt - start : chosen - start], ids[chosen - start :], *terms)
 
 
 @dataclass

@@ -26,10 +26,11 @@ from dpo_cli.logps import noise
 from dpo_cli.metrics import Reporter, append_metrics, evaluations, truncate_metrics
 from dpo_cli.model import default_device
 from dpo_cli.optimizer import make_optimizer, rejoin
+from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
 from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
-from dpo_cli.tokens import read, reasons
+from dpo_cli.tokens import reasons
 
 
 def train(

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.tokens import Pair
+from dpo_cli.pairs import Pair
 
 ROOT = Path(__file__).parent.parent
 LONG = bool(os.environ.get("DPO_LONG"))  # set by ``make torture``

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_cli.batch import Layout, MicroBatch, lay_out, pack, padded, plan_run, row_costs
-from dpo_cli.tokens import Pair, read
+from dpo_cli.pairs import Pair, read
 from tests.conftest import random_pairs
 
 LAYOUTS: list[Layout] = ["shared", "packed", "padded"]

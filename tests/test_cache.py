@@ -40,10 +40,10 @@ from dpo_cli.fingerprint import WeightsMemo, hash_weights
 from dpo_cli.logps import Scorer, token_logps
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import find_model, load_model
+from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.prepare import read_pairs
 from dpo_cli.reference import fill, pair_keys
 from dpo_cli.shards import Entry, merge_small, read_folder, read_shard, write_shard
-from dpo_cli.tokens import Pair, Pairs
 from tests.conftest import CHATML, ROOT, make_model, random_pairs, write_rows
 from tests.test_reference import (
     NOISE,

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_cli import records
+from dpo_cli import config, records
+from dpo_cli.data import FORMATS as READERS
 from dpo_cli.data import BadRow, Row, read_rows
 from dpo_cli.errors import UsageError
 from dpo_cli.records import MAX_DEPTH, find_sources
@@ -167,6 +168,10 @@ def test_several_files_are_read_in_order(tmp_path: Path) -> None:
     rows = list(read_rows(find_sources([str(tmp_path / "b.jsonl"), str(tmp_path / "a.csv")])))
     assert [row.prompt for row in rows if isinstance(row, Row)] == ["first", "second"]
     assert [row.where for row in rows] == [f"{tmp_path / 'b.jsonl'}:1", f"{tmp_path / 'a.csv'}:2"]
+
+
+def test_the_option_names_the_formats() -> None:
+    assert set(config.FORMATS) == set(READERS)
 
 
 def test_a_file_may_mix_forms(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data import Reading, Row, read_rows
+from dpo_cli.pairs import read
 from dpo_cli.records import find_sources
-from dpo_cli.tokens import Encoder, read
+from dpo_cli.tokens import Encoder
 from tests.conftest import Cli, write_rows
 
 ROWS: list[Any] = [

@@ -21,7 +21,7 @@ from dpo_cli.errors import DpoError
 from dpo_cli.logps import Scorer, response_logps, token_logps
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.model import choose_layout
-from dpo_cli.tokens import Pair
+from dpo_cli.pairs import Pair
 from tests.conftest import make_model
 
 WINDOW = 7  # shorter than every prompt + response but the shortest

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.data import Reading, Row, read_rows
 from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.pairs import Pair, read
 from dpo_cli.records import find_sources
-from dpo_cli.tokens import Encoder, Pair, read
+from dpo_cli.tokens import Encoder
 from tests.conftest import write_rows
 
 WORDS = [

@@ -24,8 +24,8 @@ from dpo_cli.config import TrainOptions
 from dpo_cli.logps import response_logps, token_logps
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import choose_layout, compute_dtype, default_device
+from dpo_cli.pairs import Pair
 from dpo_cli.step import Trainer
-from dpo_cli.tokens import Pair
 from dpo_cli.train import train
 from tests.conftest import SAMPLE, make_model, make_tokenizer
 from tests.test_families import dense_attention

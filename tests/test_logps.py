@@ -18,8 +18,8 @@ from dpo_cli.batch import Layout, lay_out, padded, plan_run, row_costs
 from dpo_cli.config import TrainOptions
 from dpo_cli.logps import Scorer, response_logps, token_logps
 from dpo_cli.losses import sigmoid_loss
+from dpo_cli.pairs import Pair
 from dpo_cli.step import StopSignal, Trainer
-from dpo_cli.tokens import Pair
 from tests.conftest import make_model, random_pairs
 
 LAYOUTS: list[Layout] = ["shared", "packed", "padded"]

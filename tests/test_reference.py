@@ -31,9 +31,9 @@ from dpo_cli.cli import app
 from dpo_cli.fingerprint import fingerprint, hash_weights
 from dpo_cli.logps import Scorer
 from dpo_cli.model import find_model, load_model
+from dpo_cli.pairs import Pair
 from dpo_cli.reference import ReferenceCache, fill, missing_places, pair_keys, response_key
 from dpo_cli.shards import KEY_BYTES
-from dpo_cli.tokens import Pair
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
 # Processes of their own that need not load the libraries again.

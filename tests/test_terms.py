@@ -32,10 +32,11 @@ from dpo_cli.errors import DpoError
 from dpo_cli.evaluate import evaluate
 from dpo_cli.logps import Scorer, token_logps
 from dpo_cli.memory import at_head, count_bytes
+from dpo_cli.pairs import Ids, Pair, Pairs, read
 from dpo_cli.prepare import _verify
 from dpo_cli.reference import fill, pair_keys
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer
-from dpo_cli.tokens import Ids, Pair, Pairs, PairSet, read, tokenize_rows
+from dpo_cli.tokens import PairSet, tokenize_rows
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 from tests.test_logps import LAYOUTS, KeepGradients, own, relative
 from tests.test_reference import dpo, open_cache, plant, shards

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_cli.data import BadRow, Message, Reading, Row
+from dpo_cli.columns import Message
+from dpo_cli.data import BadRow, Reading, Row
 from dpo_cli.errors import RowError, UsageError
+from dpo_cli.pairs import Pair, Pairs, read
 from dpo_cli.tokens import (
     BOUNDARY_MOVED,
     CALLS_WRITTEN,
@@ -33,9 +35,6 @@ from dpo_cli.tokens import (
     TOOLS_UNSEEN,
     TURNS_WITHOUT_LOSS,
     Encoder,
-    Pair,
-    Pairs,
-    read,
     refusal,
     tokenize_rows,
 )
