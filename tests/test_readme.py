@@ -66,4 +66,4 @@ def test_an_example_runs_in_a_shell_as_it_stands(tiny: Path, tmp_path: Path) -> 
     line = next(line for line in EXPLAINED if "<<<" in line).replace(" <<<", f" --model {shlex.quote(str(tiny))} <<<")
     environment = cli_environment(tmp_path) | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     out = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=100)
-    assert out.returncode == 0 and out.stdout.startswith("row         stdin:1\n"), out.stderr
+    assert out.returncode == 0 and out.stdout.startswith("row         stdin:1 "), out.stderr
