@@ -30,7 +30,8 @@ EXPLAINED = [
 
 
 def test_readme_commands_run(tiny: Path, tmp_path: Path) -> None:
-    found = [command for command in commands("README.md") if command not in EXPLAINED]
+    both = dict.fromkeys(commands("README.md") + commands("docs/data.md"))
+    found = [command for command in both if command not in EXPLAINED]
     assert {command.split()[1] for command in found} >= {"train", "precompute-ref", "eval", "check", "cache"}
     (tmp_path / "sample_data").symlink_to(ROOT / "sample_data")
     environment = cli_environment(tmp_path / "home") | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
