@@ -13,6 +13,7 @@ from dpo_cli.records import shortened
 Message = dict[str, Any]
 Text = str | list[Message]
 
+LARGEST = 3e38  # in float32
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Other names of the roles: ShareGPT's and those of programs that write like it.
 ALIASES = {
@@ -89,7 +90,7 @@ class Columns:
         return answer_of(chosen), answer_of(rejected)
 
     def number(self, column: str, default: float) -> float:
-        """A finite number; a string may hold one, as in CSV."""
+        """A finite number, also in float32; a string may hold one, as in CSV."""
         value = self.get(column)
         if value is None or value == "":
             return default
@@ -97,7 +98,7 @@ class Columns:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) < LARGEST:
             raise RowError(f"{self.named(column)} must be a finite number, not {shortened(repr(value))}")
         return number
 
