@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,16 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.config import CheckOptions
-from dpo_cli.data import Reading
 from dpo_cli.disk import whole_file
 from dpo_cli.errors import UsageError
 from dpo_cli.kinds import BITS, DROPS, KINDS, PROBLEMS
 from dpo_cli.lengths import biased_pairs, budget, length_bias, statistics
 from dpo_cli.memory import MOST_TOKENS
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import ModelSource, default_device
-from dpo_cli.prepare import choose_model, choose_tokenizer, reading_of
+from dpo_cli.model import default_device
+from dpo_cli.prepare import choose_model, choose_tokenizer
 from dpo_cli.records import find_sources
-from dpo_cli.run import trained_with
+from dpo_cli.run import reading_as_trained
 from dpo_cli.survey import EVAL, TRAIN, Survey
 
 
@@ -36,7 +34,7 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     if options.fix:
         _check_new(options.fix)
     model = choose_model(options.model, options, reporter)
-    survey = Survey(sources, _reading(options, model), reporter, options.examples)
+    survey = Survey(sources, reading_as_trained(options, model), reporter, options.examples)
     survey.read(choose_tokenizer(model, options))
     survey.compare()
     result = _result(survey, options)
@@ -51,16 +49,6 @@ def _check_new(file: Path) -> None:
         raise UsageError(f"--fix {file}: what is written is .jsonl; name it so")
     if file.exists() or file.is_symlink():
         raise UsageError(f"--fix {file}: is there already; name a new file")
-
-
-def _reading(options: CheckOptions, model: ModelSource) -> Reading:
-    """How rows are read: of a run, as it read its own where the options leave that open."""
-    reading = reading_of(options)
-    if not model.run:
-        return reading
-    began = reading_of(trained_with(model.run))
-    same = ("max_length", "control_tokens", "train_turns")
-    return dataclasses.replace(reading, **{n: getattr(began, n) for n in same if getattr(options, n) is None})
 
 
 def _result(survey: Survey, options: CheckOptions) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from typing import Any
 
 from dpo_cli.errors import RowError
@@ -64,11 +65,10 @@ class Columns:
 
     def _other_names(self, missing: str) -> str:
         """What the row has, where its columns seem to be named otherwise."""
-        if missing in self.names or not self.record or {"chosen", "rejected"} & self.record.keys():
+        if missing not in _MEANS or missing in self.names or not self.record or _MEANS.keys() & self.record.keys():
             return ""
-        return (
-            f"; the row has {', '.join(shortened(name) for name in list(self.record)[:8])} (--columns {missing}=NAME)"
-        )
+        others = ", ".join(shortened(name) for name in list(self.record)[:8])
+        return f"; the row has {others} (--columns {missing}=NAME, if one of them is always {_MEANS[missing]})"
 
     def string(self, column: str) -> str:
         """A string that is not empty."""
@@ -117,16 +117,19 @@ class Columns:
         return value
 
 
+_SHAREGPT = {"from": "role", "value": "content"}
+_MEANS = {"chosen": "the better answer", "rejected": "the worse answer"}
 _KINDS: dict[type, str] = {int: "a number", float: "a number", bool: "true or false"}
 
 
 def _check_string(text: str, named: str) -> None:
-    if text.lstrip().startswith(('[{"role"', "[{'role'")):
+    if _MESSAGES.match(text):
         raise RowError(f"{named} is a message list written as text; write it as a list, in .jsonl or .parquet")
     if has_surrogate(text):
         raise RowError(f"{named} has half of a surrogate pair, which is no text")
 
 
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -138,27 +141,28 @@ def has_surrogate(text: str) -> bool:
 def _message(message: Any, named: str) -> Message:
     """A message with ``role`` and ``content``, which ShareGPT calls ``from`` and ``value``."""
     if isinstance(message, dict) and "role" not in message and "from" in message:
-        message = {("role" if key == "from" else "content" if key == "value" else key): v for key, v in message.items()}
+        message = {_SHAREGPT.get(key, key): value for key, value in message.items()}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RowError(f"{named}: must be an object with role and content")
     said = message["role"]
     role = ALIASES.get(said, said)
     if role not in ROLES:
         raise RowError(f"{named}: unknown role '{shortened(said)}'; use one of {', '.join(ROLES)}")
-    content = message.get("content")
+    content: Any = message.get("content")
     if isinstance(content, list):
         content = _joined(content, named)
-    if said == "function_call" and isinstance(content, str) and (calls := _calls(content)):
+    if said == "function_call" and (calls := _calls(content)):
         return {"role": "assistant", "content": "", "tool_calls": calls}
+    if message.get("tool_calls"):
+        message = message | {"tool_calls": _decoded(message["tool_calls"], named)}
     if content is None and message.get("tool_calls"):
-        return message | {"role": role, "content": ""}
+        content = ""
     if not isinstance(content, str):
         raise RowError(f"{named}: content must be a string")
     if has_surrogate(content):
         raise RowError(f"{named}: content has half of a surrogate pair, which is no text")
-    if role is said and content is message["content"]:
-        return message  # as most are
-    return message | {"role": role, "content": content}
+    as_it_is = role == said and content is message.get("content")
+    return dict(message) if as_it_is else message | {"role": role, "content": content}
 
 
 def _joined(parts: list[Any], named: str) -> str:
@@ -168,16 +172,32 @@ def _joined(parts: list[Any], named: str) -> str:
     raise RowError(f"{named}: content has a part that is no text")
 
 
-def _calls(content: str) -> list[dict[str, Any]]:
+def _calls(content: Any) -> list[dict[str, Any]]:
     """ShareGPT's function call as tool calls; none where it is no JSON."""
     try:
         value = json.loads(content)
-    except (ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError):
         return []
     calls = value if isinstance(value, list) else [value]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         return []
     return [{"type": "function", "function": {"name": c["name"], "arguments": c.get("arguments", {})}} for c in calls]
+
+
+def _decoded(calls: Any, named: str) -> list[Any]:
+    """Tool calls whose arguments are objects: OpenAI writes them as JSON text, and most templates would once more."""
+    decoded = []
+    for call in calls if isinstance(calls, list) else [{}]:
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"{named}: tool_calls must be a list of objects with a function's name and arguments")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        function = function | {"arguments": {} if arguments is None else arguments}
+        decoded.append(call | {"function": function} if "function" in call else function)
+    return decoded
 
 
 def answer_of(value: Text) -> list[Message]:

@@ -110,7 +110,9 @@ class Options(DataOptions):
 class ExplainOptions(DataOptions):
     """`dpo explain`."""
 
-    row: str = option("1", "Number of the row as it is told behind its file's name; FILE:NUMBER of several files.")
+    row: str | None = option(
+        None, "Number of the row as it is told behind its file's name; FILE:NUMBER of several files.", shown="the first"
+    )
 
 
 def _out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[str]:

@@ -17,12 +17,18 @@ from dpo_cli.records import Source, shortened
 Three = tuple[Text, Text, Text]  # prompt, chosen, rejected
 
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-PROMPTS = ("prompt", "conversations", "messages", "instruction", "question")
+PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input")
 ANSWERS = ("chosen", "rejected", "responses", "scores", "ranks")
-OTHERS = ("input", "system", "tools", "chat_template_kwargs", "id", "weight", "margin")
+OTHERS = ("history", "system", "tools", "chat_template_kwargs", "id", "weight", "margin")
 COLUMNS = (*PROMPTS, *ANSWERS, *OTHERS)
 # What a template's rendering is asked for by the program itself.
-RESERVED = ("conversation", "tools", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message")
+RESERVED = (
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+    *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+)
+UNREAD = ("image", "images", "video", "videos", "audio", "audios")  # parts of a question that no text stands for
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +116,11 @@ def _messages(row: Columns) -> Three:
     return row.messages("prompt"), *row.answers()
 
 
-def _conversations(row: Columns) -> Three:
+def _conversations(row: Columns) -> tuple[list[Message], list[Message], list[Message]]:
     chosen, rejected = row.messages("chosen"), row.messages("rejected")
     cut = _common_prefix(chosen, rejected)
+    while cut and chosen[cut - 1]["role"] == "assistant":  # they part in a user's turn: what it answers is no prompt
+        cut -= 1
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
@@ -135,18 +143,28 @@ def _sharegpt(row: Columns) -> Three:
 
 
 def _alpaca(row: Columns) -> Three:
+    turns: list[Message] = []
+    for exchange in row.parsed("history", list):
+        if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(text, str) for text in exchange):
+            raise RowError(f"{row.named('history')} must be a list of pairs of what was asked and answered")
+        turns += [*_user(exchange[0]), *answer_of(exchange[1])]
     parts = [row.string("instruction"), *([row.string("input")] if row.get("input") else [])]
-    return _user("\n".join(parts)), *row.answers()
+    return [*turns, *_user("\n".join(parts))], *row.answers()
 
 
 def _orca(row: Columns) -> Three:
-    return _user(row.string("question")), *row.answers()
+    return _user(row.string("input" if row.get("question") is None else "question")), *row.answers()
 
 
 def _ultrafeedback(row: Columns) -> Three:
     """Conversations with their prompt beside them; or answers alone, which it begins."""
-    prompt, chosen, rejected = _conversations(row)
-    return (prompt, chosen, rejected) if prompt else (_user(row.string("prompt")), chosen, rejected)
+    asked, (prompt, chosen, rejected) = row.string("prompt"), _conversations(row)
+    said = [" ".join(message["content"].split()) for message in prompt if message["role"] == "user"]
+    if not said and "user" not in {message["role"] for message in chosen}:
+        return _user(asked), *row.answers()
+    if not any(" ".join(asked.split()) in text for text in said):
+        raise RowError("prompt is not in the conversations beside it (--format conversations reads those alone)")
+    return prompt, chosen, rejected
 
 
 def _stackexchange(row: Columns) -> Three:
@@ -157,8 +175,8 @@ def _stackexchange(row: Columns) -> Three:
 
 def _ranked(row: Columns) -> Three:
     """The best of several answers against the worst."""
-    column = next(name for name in (*PROMPTS, "responses") if row.get(name) is not None)
-    if column == "responses":
+    column = next((name for name in PROMPTS if row.get(name) is not None), None)
+    if column is None:
         raise RowError("prompt is missing")
     prompt = row.text(column)
     responses, values = row.parsed("responses", list), _values(row)
@@ -216,7 +234,7 @@ def _format_of(row: Columns) -> str:
         return "strings" if strings or not isinstance(row.get("chosen"), (list, dict)) else "ultrafeedback"
     column = next((name for name in PROMPTS if row.get(name) is not None), None)
     if column is not None:
-        return {"instruction": "alpaca", "question": "orca"}.get(column, "sharegpt")
+        return {"instruction": "alpaca", "question": "orca", "input": "orca"}.get(column, "sharegpt")
     return "conversations" if isinstance(row.get("chosen"), (list, dict)) else "hh"
 
 
@@ -228,20 +246,22 @@ def _parse_row(record: Any, where: str, names: dict[str, str], format_: str | No
         raise RowError("not an object with the columns prompt, chosen, rejected")
     row = Columns(record, names)
     format_ = format_ or _format_of(row)
-    for column in names:
-        if row.get(column) is None:
-            raise RowError(f"{row.named(column)} is missing")
+    if missing := [column for column in names if column not in OTHERS and row.get(column) is None]:
+        raise RowError(f"{row.named(missing[0])} is missing")
+    if unread := [column for column in UNREAD if record.get(column)]:
+        raise RowError(f"has the column '{unread[0]}', and only text is read")
     told, read = FORMATS[format_]
     if format_ not in ("ranked", "stackexchange"):
         _check_kinds(row)
     prompt, chosen, rejected = read(row)
+    n = len(prompt)
+    if isinstance(prompt, list) and prompt and chosen[:n] == prompt == rejected[:n]:  # it stands before each once more
+        chosen, rejected = chosen[n:], rejected[n:]
     arguments = _template_arguments(row)
-    if (system := row.get("system")) or (arguments and isinstance(prompt, str)):
-        prompt, chosen, rejected = _with_system(system, prompt, chosen, rejected)
-    if isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list):
-        n = len(prompt)
-        if prompt and chosen[:n] == prompt == rejected[:n]:  # it stands before each answer once more
-            chosen, rejected = chosen[n:], rejected[n:]
+    if row.names.get("system", "system") in record or arguments:
+        if isinstance(prompt, str):
+            told = f"{told}, made into turns"
+        prompt, chosen, rejected = _with_system(row.get("system"), prompt, chosen, rejected)
     _check_content(prompt, chosen, rejected)
     weight, margin = row.number("weight", 1.0), row.number("margin", 0.0)
     if weight < 0:
@@ -267,9 +287,17 @@ def _template_arguments(row: Columns) -> dict[str, Any]:
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"{row.named('tools')} must be a list of JSON objects")
     if tools:
+        tools = [_without_nulls(tool) for tool in tools]
         wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
         arguments = arguments | {"tools": wrapped}
     return arguments
+
+
+def _without_nulls(value: Any) -> Any:
+    """A tool without what it does not say: parquet gives each the columns of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _with_system(system: Any, prompt: Text, chosen: Text, rejected: Text) -> Three:
@@ -305,6 +333,8 @@ def _check_content(prompt: Text, chosen: Text, rejected: Text) -> None:
         raise RowError("chosen equals rejected")
     if not prompt:
         raise RowError("prompt is empty: the conversations share no first message")
+    if isinstance(prompt, list) and any(m["role"] == "user" and not m["content"].strip() for m in prompt):
+        raise RowError("prompt has a user turn without text")
     if isinstance(prompt, list) and prompt[-1]["role"] not in ("user", "tool"):
         raise RowError(f"prompt ends with the role '{prompt[-1]['role']}'; it must end with user or tool")
 

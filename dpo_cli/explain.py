@@ -13,8 +13,9 @@ from dpo_cli.data import BadRow, Row, read_rows
 from dpo_cli.errors import RowError, UsageError, printable
 from dpo_cli.metrics import Reporter
 from dpo_cli.pairs import Pair, read
-from dpo_cli.prepare import choose_model, choose_tokenizer, reading_of
+from dpo_cli.prepare import choose_model, choose_tokenizer
 from dpo_cli.records import find_sources
+from dpo_cli.run import reading_as_trained
 from dpo_cli.tokens import Encoder
 
 STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
@@ -26,8 +27,8 @@ def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
     Raises:
         UsageError: the model or the data cannot be read, or there is no such row.
     """
-    tokenizer = choose_tokenizer(choose_model(options.model, options, reporter), options)
-    reading = reading_of(options)
+    source = choose_model(options.model, options, reporter)
+    tokenizer, reading = choose_tokenizer(source, options), reading_as_trained(options, source)
     row = _find(options)
     if isinstance(row, BadRow):
         return {"row": row.where, "refused": row.reason}
@@ -45,7 +46,7 @@ def _find(options: ExplainOptions) -> Row | BadRow:
     wanted = options.row
     for row in read_rows(find_sources(options.data), options.columns, options.format):
         place = row.where.partition(" (id ")[0]
-        if wanted in (place, place.rpartition(":")[2].removeprefix("row ")):
+        if wanted in (None, place, place.rpartition(":")[2].removeprefix("row ")):
             return row
     raise UsageError(f"--row {wanted}: {', '.join(options.data)} has no such row; rows are told as in pairs.jsonl:12")
 

@@ -37,7 +37,6 @@ from dpo_cli.optimizer import SPLIT, halve
 from dpo_cli.pairs import Pair, Pairs, loss_tokens, read
 from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
-from dpo_cli.template import plain_template
 from dpo_cli.tokenized import Tokenized, merged
 from dpo_cli.tokens import NO_TEMPLATE, Encoder, PairSet, reasons, refusal
 
@@ -121,7 +120,7 @@ def read_pairs(
     if terms := _told_terms(found.pairs):
         reporter.fact("", terms)
     if found.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
-        tokenizer.chat_template = plain_template(Encoder(tokenizer, Reading()).adds_bos)
+        tokenizer.chat_template = Encoder(tokenizer, Reading()).template
     if again := sum(known for _, known in parts):
         reporter.fact("", f"{again} of {len(parts)} sources were tokenized before: read back from {tokenized.folder}")
     return found

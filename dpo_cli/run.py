@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.batch import Step, plan_run, row_costs
-from dpo_cli.config import TrainOptions, resolve, to_yaml
-from dpo_cli.data import BadRow
+from dpo_cli.config import DataOptions, TrainOptions, resolve, to_yaml
+from dpo_cli.data import BadRow, Reading
 from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
 from dpo_cli.errors import DpoError, UsageError, printable
 from dpo_cli.fingerprint import fingerprint
@@ -323,6 +323,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / 'manifest.json'} cannot be trusted: {error}") from error
+
+
+def reading_as_trained(options: DataOptions, source: ModelSource) -> Reading:
+    """How rows are read: of a run, as it read its own where the options leave that open."""
+    reading = reading_of(options)
+    if not source.run:
+        return reading
+    began = reading_of(trained_with(source.run))
+    same = ("max_length", "control_tokens", "train_turns")
+    return dataclasses.replace(reading, **{n: getattr(began, n) for n in same if getattr(options, n) is None})
 
 
 def trained_with(folder: Path) -> TrainOptions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_cli.columns import Message
@@ -29,9 +29,9 @@ def render(
     messages: list[Message],
     add_generation_prompt: bool = False,
     template: str | None = None,
-    **arguments: Any,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str:
-    """The template's text for messages: the tokenizer's template unless another is given.
+    """The template's text for messages: the tokenizer's template unless another is given; ``arguments`` go to it.
 
     Raises:
         RowError: there is no template, or it refuses the messages.
@@ -40,7 +40,11 @@ def render(
         raise RowError("the model has no chat template")
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **(arguments or {}),
         )
     except Exception as error:  # a template can raise anything
         raise RowError(f"the chat template refuses the messages: {shortened(str(error), 200)}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from dpo_cli.template import ControlTokens, plain_template, render
 
 _PROBE = "PROBE"
 _ASKED = [{"role": "user", "content": "u"}]
-_CALL = {"type": "function", "function": {"name": _PROBE, "arguments": {}}}
+_CALL = {"id": "callcall1", "type": "function", "function": {"name": _PROBE, "arguments": {"a": 1}}}  # ids: mistral's
 BATCH_CHARACTERS, BATCH_ROWS = 2**20, 512  # what meets the tokenizer in one call: more brings no speed
 
 
@@ -52,6 +52,7 @@ NO_TEMPLATE = "pairs of messages written as 'User: … Assistant: …': the mode
 SYSTEM_MOVED = "pairs whose system message begins the first user turn: the chat template takes none"
 CALLS_WRITTEN = "pairs whose tool calls are written as JSON: the chat template shows none"
 TOOLS_UNSEEN = "pairs whose tools the chat template does not show"
+THINKING_LEFT_OUT = "pairs with thinking that the chat template leaves out"
 TURNS_WITHOUT_LOSS = "pairs with turns behind the prompt that carry no loss (--train-turns)"
 
 
@@ -96,7 +97,7 @@ def refusal(refused: list[BadRow], rows: int) -> UsageError:
     return UsageError("\n".join(lines))
 
 
-class Text(NamedTuple):
+class Reads(NamedTuple):
     """What the model is to read: a prompt, or a prompt and a response."""
 
     text: str
@@ -104,7 +105,7 @@ class Text(NamedTuple):
     wants_eos: bool  # if it does not end with it
 
 
-Texts = tuple[Text | RowError, ...]  # prompt, prompt + chosen, prompt + rejected; nothing for a bad row
+Texts = tuple[Reads | RowError, ...]  # prompt, prompt + chosen, prompt + rejected; nothing for a bad row
 Part = Ids | RowError
 Encoded = tuple[Pair, set[str]]
 
@@ -135,7 +136,9 @@ class Encoder:
             2
         ]  # what follows an answer, such as ``<|im_end|>`` and a line's end
         self.takes_system = _PROBE in self._probe([{"role": "system", "content": _PROBE}, *_ASKED])
-        self.shows_calls = _PROBE in self._probe([*_ASKED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
+        self.calls = next((form for form in (_with_calls, _with_text_arguments) if self._shows_calls(form)), None)
+        thought = {"role": "assistant", "content": f"<think>{_PROBE}</think>\n\na", "reasoning_content": _PROBE}
+        self.shows_thinking = _PROBE in self._probe([*_ASKED, thought])
 
     def pairs(self, rows: Iterable[Row | BadRow]) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
         """Each row in order with what ``pair`` makes of it, or why it is bad. Encodes many at once."""
@@ -144,7 +147,7 @@ class Encoder:
         for row in rows:
             texts = self._texts(row) if isinstance(row, Row) else ()
             waiting.append((row, texts))
-            held += sum(len(text.text) if isinstance(text, Text) else BATCH_CHARACTERS for text in texts)
+            held += sum(len(text.text) if isinstance(text, Reads) else BATCH_CHARACTERS for text in texts)
             if held >= BATCH_CHARACTERS or len(waiting) >= BATCH_ROWS:
                 yield from self._finish(waiting)
                 waiting, held = [], 0
@@ -215,35 +218,28 @@ class Encoder:
 
     def _adapted(self, row: Row) -> Row:
         """The row as its template can show it: a system message may begin the first user turn, a call be text."""
-        if isinstance(row.prompt, str) or (self.takes_system and not self._hides_calls(row)):
+        if isinstance(row.prompt, str) or (self.takes_system and not _has(row, "tool_calls")):
             return row
-        sides: list[Any] = [row.prompt, row.chosen, row.rejected]
-        if not self.shows_calls:
-            sides = [[_with_calls_written(message) for message in messages] for messages in sides]
-        prompt, chosen, rejected = sides
+        write, sides = self.calls or _with_calls_written, [row.prompt, row.chosen, row.rejected]
+        prompt, chosen, rejected = ([write(message) for message in messages] for messages in sides)  # type: ignore[arg-type]
         if not self.takes_system and [message["role"] for message in prompt[:2]] == ["system", "user"]:
             content = f"{prompt[0]['content']}\n\n{prompt[1]['content']}"
             prompt = [prompt[1] | {"content": content}, *prompt[2:]]
         return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
 
-    def _hides_calls(self, row: Row) -> bool:
-        """Whether a message calls a tool, which the template does not show."""
-        sides: list[Any] = [] if self.shows_calls else [row.prompt, row.chosen, row.rejected]
-        return any("tool_calls" in message and message["tool_calls"] for messages in sides for message in messages)
-
-    def _text(self, row: Row, response: Any) -> Text | RowError:
+    def _text(self, row: Row, response: Any) -> Reads | RowError:
         prompt, arguments = row.prompt, row.template_arguments
         if isinstance(prompt, str):
-            return Text(prompt + (response or ""), templated=False, wants_eos=response is not None)
+            return Reads(prompt + (response or ""), templated=False, wants_eos=response is not None)
         try:
             if response is None:
-                return Text(self._render(prompt, True, arguments), templated=True, wants_eos=False)
+                return Reads(self._render(prompt, True, arguments), templated=True, wants_eos=False)
             text = self._render(prompt + response, False, arguments)
         except RowError as error:
             return error
         if self.turn_end.strip() and text.rstrip().endswith(self.turn_end.strip()):
-            return Text(text.rstrip(), templated=True, wants_eos=False)  # what follows the turn's end is not trained
-        return Text(text.removesuffix(self.turn_end), templated=True, wants_eos=True)
+            return Reads(text.rstrip(), templated=True, wants_eos=False)  # what follows the turn's end is not trained
+        return Reads(text.removesuffix(self.turn_end), templated=True, wants_eos=True)
 
     def _masked(self, row: Row, prompt: Ids, *responses: Ids) -> list[Ids]:
         """The responses, with ``~id`` for tokens of turns that carry no loss."""
@@ -275,7 +271,7 @@ class Encoder:
         carries = np.zeros(len(whole), dtype=bool)
         for place in trained:
             before = asked + turns[:place]
-            if not full.startswith(self._render(before, False, row.template_arguments).rstrip()):
+            if not all(self._stands_in(full, turns_so_far, row) for turns_so_far in (before, [*before, turns[place]])):
                 raise RowError(
                     "the chat template writes a turn otherwise when others follow: they cannot be told apart"
                 )
@@ -284,14 +280,21 @@ class Encoder:
             carries[start:end] = True
         return np.where(carries[len(prompt) :], response, ~response)
 
+    def _stands_in(self, full: str, messages: list[Message], row: Row) -> bool:
+        """Whether a whole conversation begins with the text of some of its messages."""
+        text = self._render(messages, False, row.template_arguments).rstrip()
+        return full.startswith(text.removesuffix(self.tokenizer.eos_token).rstrip())
+
     def _notes(self, row: Row) -> set[str]:
         if isinstance(row.prompt, str):
             return set()
         notes = {NO_TEMPLATE} if self.template else set()
         if not self.takes_system and row.prompt[0]["role"] == "system":
             notes.add(SYSTEM_MOVED)
-        if self._hides_calls(row):
+        if not self.calls and _has(row, "tool_calls"):
             notes.add(CALLS_WRITTEN)
+        if not self.shows_thinking and (_has(row, "reasoning_content") or _thinks(row)):
+            notes.add(THINKING_LEFT_OUT)
         if "tools" in row.template_arguments:
             messages, others = self._adapted(row).prompt, dict(row.template_arguments)
             del others["tools"]
@@ -301,6 +304,7 @@ class Encoder:
 
     def _control_notes(self, row: Row) -> set[str]:
         fields = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+        fields |= row.template_arguments
         found = {name: token for name, value in fields.items() if (token := self.control.first(value))}
         if found and self.control_tokens == "refuse":
             raise RowError(", ".join(f"{name} contains the control token '{token}'" for name, token in found.items()))
@@ -308,17 +312,17 @@ class Encoder:
 
     def _encode(self, rows: Sequence[Texts]) -> list[tuple[Part, ...]]:
         """Token ids of every text, an error as it is; each kind of text meets the tokenizer in one call."""
-        texts = dict.fromkeys(text for row in rows for text in row if isinstance(text, Text))
-        ids: dict[Text, Part] = {text: self._marked(text.text) for text in texts if self._is_marked(text)}
+        texts = dict.fromkeys(text for row in rows for text in row if isinstance(text, Reads))
+        ids: dict[Reads, Part] = {text: self._marked(text.text) for text in texts if self._is_marked(text)}
         for templated in (False, True):
             some = [text for text in texts if text.templated == templated and text not in ids]
             ids.update(zip(some, self._batch([text.text for text in some], templated), strict=True))
         for text, part in ids.items():
             if text.wants_eos and not isinstance(part, RowError) and self.eos not in part[-1:]:
                 ids[text] = np.append(part, np.int32(self.eos))
-        return [tuple(ids[text] if isinstance(text, Text) else text for text in row) for row in rows]
+        return [tuple(ids[text] if isinstance(text, Reads) else text for text in row) for row in rows]
 
-    def _is_marked(self, text: Text) -> bool:
+    def _is_marked(self, text: Reads) -> bool:
         return text.templated and self.control.marked.search(text.text) is not None
 
     def _marked(self, text: str) -> Part:
@@ -341,12 +345,17 @@ class Encoder:
 
     def _render(self, messages: Any, add_generation_prompt: bool, arguments: dict[str, Any]) -> str:
         """The template's text; what in it is to be read as text is marked."""
-        text = render(self.tokenizer, messages, add_generation_prompt, self.template, **arguments)
+        text = render(self.tokenizer, messages, add_generation_prompt, self.template, arguments)
         if has_surrogate(text):
             raise RowError("the messages have half of a surrogate pair, which is no text")
-        if self.control_tokens != "sanitize" or not self.control.first(messages):
+        if self.control_tokens != "sanitize" or not self.control.first([messages, arguments]):
             return text
-        return render(self.tokenizer, self.control.mark(messages), add_generation_prompt, self.template, **arguments)
+        marked, others = self.control.mark(messages), self.control.mark(arguments)
+        return render(self.tokenizer, marked, add_generation_prompt, self.template, others)
+
+    def _shows_calls(self, form: Callable[[Message], Message]) -> bool:
+        """Whether the template shows a tool call in this form."""
+        return _PROBE in self._probe([*_ASKED, form({"role": "assistant", "content": "", "tool_calls": [_CALL]})])
 
     def _probe(self, messages: list[Message]) -> str:
         """What the template makes of messages; empty where it refuses them."""
@@ -372,10 +381,39 @@ class Encoder:
         return prompt
 
 
+def _has(row: Row, key: str) -> bool:
+    """Whether a message has something under this key."""
+    sides: list[Any] = [row.prompt, row.chosen, row.rejected]
+    return any(key in message and message[key] for messages in sides for message in messages)
+
+
+def _thinks(row: Row) -> bool:
+    """Whether a last answer has its thinking in it."""
+    return any("</think>" in str(turns[-1]) for turns in (row.chosen, row.rejected))
+
+
+def _with_calls(message: Message) -> Message:
+    """The message as it is."""
+    return message
+
+
+def _with_text_arguments(message: Message) -> Message:
+    """The message with its calls' arguments as JSON text, which some templates want."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        function = function | {"arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
+        calls.append(call | {"function": function} if "function" in call else function)
+    return message | {"tool_calls": calls} if calls else message
+
+
 def _with_calls_written(message: Message) -> Message:
-    """The message with its tool calls as JSON behind its text."""
+    """The message with its tool calls as JSON behind its text, for a template that has no form for them."""
     calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
-    return message | {"content": "\n".join(filter(None, [message["content"], *calls]))} if calls else message
+    if not calls:
+        return message
+    others = {key: value for key, value in message.items() if key != "tool_calls"}
+    return others | {"content": "\n".join(filter(None, [message["content"], *calls]))}
 
 
 def _common_prefix(a: Ids, b: Ids) -> int:

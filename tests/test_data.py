@@ -21,6 +21,7 @@ from dpo_cli.data import BadRow, Row, read_rows
 from dpo_cli.errors import UsageError
 from dpo_cli.records import MAX_DEPTH, find_sources
 from dpo_cli.tokens import refusal
+from tests.conftest import write_rows
 
 STRINGS = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
 BOM = b"\xef\xbb\xbf"
@@ -204,6 +205,138 @@ def test_tool_turns_belong_to_a_response(tmp_path: Path) -> None:
     assert isinstance(row, Row) and row.prompt == [user("Why?"), call, result]
 
 
+# ---- what public data sets hold ---------------------------------------------------------------------------------
+
+ASKED: dict[str, Any] = {"prompt": [{"role": "user", "content": "Why?"}], "chosen": "Because.", "rejected": "No."}
+WHY, GOOD, BAD = [user("Why?")], [assistant("Because.")], [assistant("No.")]
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "chosen"),
+    [
+        ({"system": "", "input": "Why?", "chosen": "Because.", "rejected": "No."}, WHY, GOOD),
+        ({"system": None, "prompt": "Why?", "chosen": "Because.", "rejected": "No."}, WHY, GOOD),
+        (
+            {"instruction": "Why?", "history": [["Hi", "Hello!"]], "chosen": "Because.", "rejected": "No."},
+            [user("Hi"), assistant("Hello!"), *WHY],
+            GOOD,
+        ),
+        (
+            {"prompt": "Why?", "chosen": [assistant("x"), *GOOD], "rejected": [assistant("x"), *BAD]},
+            WHY,
+            [assistant("x"), *GOOD],
+        ),
+        (
+            {"system": "Be short.", "question": "Why?", "chosen": [*WHY, *GOOD], "rejected": [*WHY, *BAD]},
+            [SYSTEM, *WHY],
+            GOOD,
+        ),
+        (
+            {"chosen": [*WHY, *GOOD, user("a"), *GOOD], "rejected": [*WHY, *GOOD, user("b"), *GOOD]},
+            WHY,
+            [*GOOD, user("a"), *GOOD],
+        ),
+        (
+            {
+                "prompt": WHY,
+                "chosen": {"role": "assistant", "content": [{"type": "text", "text": "Because."}]},
+                "rejected": BAD[0],
+            },
+            WHY,
+            GOOD,
+        ),
+    ],
+)
+def test_what_a_row_means(record: Any, prompt: Any, chosen: Any, tmp_path: Path) -> None:
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
+    assert isinstance(row, Row), row
+    assert (row.prompt, row.chosen) == (prompt, chosen)
+
+
+def test_a_system_column_makes_all_rows_of_strings_conversations(tmp_path: Path) -> None:
+    """Whether it is empty or not: else a file's rows would be of two kinds."""
+    records = [STRINGS | {"system": system} for system in ("Be short.", "", None)]
+    rows = read_bytes(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, records)))
+    assert [row.prompt for row in rows if isinstance(row, Row)] == [[SYSTEM, *WHY], WHY, WHY]
+    assert {row.format for row in rows if isinstance(row, Row)} == {"prompt and responses as strings, made into turns"}
+
+
+def test_tool_calls_have_objects_as_arguments(tmp_path: Path) -> None:
+    """OpenAI and parquet files write them as JSON text; ShareGPT writes the call as a text of its own."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    asked = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
+    records = [
+        {
+            "prompt": [
+                *WHY,
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "2"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "Why?"}, asked, {"from": "observation", "value": "2"}]},
+    ]
+    for record in records:
+        [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record | {"chosen": "Because.", "rejected": "No."}))
+        assert isinstance(row, Row) and isinstance(row.prompt, list)
+        assert row.prompt[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+        assert row.prompt[1]["content"] == ""
+
+
+def test_a_tool_of_parquet_has_no_nulls(tmp_path: Path) -> None:
+    tools = [
+        {"name": "f", "parameters": {"x": {"type": "string"}}},
+        {"name": "g", "parameters": {"y": {"type": "string"}}},
+    ]
+    write_records(tmp_path / "rows.parquet", [{"prompt": WHY, "chosen": "a", "rejected": "b", "tools": tools}])
+    [row] = read(tmp_path / "rows.parquet")
+    assert isinstance(row, Row)
+    assert [tool["function"] for tool in row.template_arguments["tools"]] == tools
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (
+            {"prompt": "Why?", "chosen": [*WHY, *GOOD], "rejected": [*WHY, *BAD], "image": {"path": "a.png"}},
+            "has the column 'image'",
+        ),
+        ({"prompt": "Other?", "chosen": [*WHY, *GOOD], "rejected": [*WHY, *BAD]}, "prompt is not in the conversations"),
+        ({"prompt": [user(" ")], "chosen": "a", "rejected": "b"}, "prompt has a user turn without text"),
+        (STRINGS | {"prompt": "[{'content': 'Why?', 'role': 'user'}]"}, "prompt is a message list written as text"),
+        (STRINGS | {"chosen": '[ {"from": "gpt", "value": "a"}]'}, "chosen is a message list written as text"),
+        (ASKED | {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs has 'messages'"),
+        (ASKED | {"chat_template_kwargs": {"eos_token": ""}}, "chat_template_kwargs has 'eos_token'"),
+        (ASKED | {"tools": [7]}, "tools must be a list of JSON objects"),
+        (
+            ASKED | {"chosen": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]},
+            "chosen, message 1: tool_calls must be",
+        ),
+        ({"instruction": "a", "history": [["b"]], "chosen": "c", "rejected": "d"}, "history must be a list of pairs"),
+        ({"responses": ["a", "b"], "scores": [1, 2]}, "prompt is missing"),
+        ({"prompt": "p", "responses": ["a"], "scores": [1]}, "responses must be at least two"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, None]}, "scores has one that is missing"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1]}, "2 responses have 1 scores or ranks"),
+        (STRINGS | {"weight": 1e39}, "weight must be a finite number"),
+        (STRINGS | {"margin": True}, "margin must be a finite number"),
+        (STRINGS | {"system": 7}, "system must be a string"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(record: Any, told: str, tmp_path: Path) -> None:
+    assert reason(tmp_path, record).startswith(told)
+
+
+def test_a_forced_format_takes_no_other_row(tmp_path: Path) -> None:
+    for name in READERS:
+        [row] = list(read_rows(find_sources([str(write_rows(tmp_path / "rows.jsonl", [{"a": 1}]))]), None, name))
+        assert isinstance(row, BadRow), name
+
+
+def test_a_column_that_is_mapped_and_optional_may_be_missing(tmp_path: Path) -> None:
+    record = ASKED | {"sys": None}
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record), "system=sys,weight=w")
+    assert isinstance(row, Row) and (row.prompt, row.weight) == (WHY, 1)
+
+
 # ---- dialogues as strings ---------------------------------------------------------------------------------------
 
 
@@ -301,14 +434,9 @@ def test_bad_messages_are_refused_with_the_reason(change: dict[str, Any], told: 
 def test_conversations_without_a_usable_prefix_are_refused(tmp_path: Path) -> None:
     nothing_shared = {"chosen": [assistant("a")], "rejected": [assistant("b")]}
     other_question = {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("b")]}
-    one_is_the_other_s_beginning = {
-        "chosen": [user("a"), assistant("b")],
-        "rejected": [user("a"), assistant("b"), user("c"), assistant("d")],
-    }
     equal = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]}
-    told = refused(tmp_path, nothing_shared, other_question, one_is_the_other_s_beginning)
+    told = refused(tmp_path, nothing_shared, other_question)
     assert told[0] == told[1] == "prompt is empty: the conversations share no first message"
-    assert told[2] == "chosen does not end with an assistant turn"
     assert refused(tmp_path, equal)  # with no turn left, any of the reasons is true
 
 
@@ -395,7 +523,7 @@ def test_a_row_may_be_nested_and_one_refused_for_its_depth_is_not_kept(tmp_path:
     )
     assert isinstance(row, Row)
     assert isinstance(bad, BadRow) and (bad.reason, bad.record) == (
-        "chosen is missing; the row has x (--columns chosen=NAME)",
+        "chosen is missing; the row has x (--columns chosen=NAME, if one of them is always the better answer)",
         {"x": deep},
     )
     assert isinstance(deeper, BadRow) and (deeper.reason, deeper.record) == ("nested too deeply", None)

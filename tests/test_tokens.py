@@ -32,6 +32,7 @@ from dpo_cli.tokens import (
     PROMPT_CUT,
     RESPONSE_CUT,
     SYSTEM_MOVED,
+    THINKING_LEFT_OUT,
     TOOLS_UNSEEN,
     TURNS_WITHOUT_LOSS,
     Encoder,
@@ -400,6 +401,41 @@ def test_tools_and_calls_that_the_template_does_not_show_are_told() -> None:
     assert json.dumps(call) in decode(tokenizer, pair.prompt)
 
 
+def test_calls_are_given_as_the_template_takes_them() -> None:
+    """Some put the arguments behind a text, and so need them as one."""
+    called = (
+        "(message.tool_calls[0].function.name + message.tool_calls[0].function.arguments if message.tool_calls else '')"
+    )
+    template = CHATML.replace("message['content']", f"message['content'] + {called}")
+    tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    given = Row("w", "f", [user("?")], [{"role": "assistant", "content": "", "tool_calls": [call]}], [assistant("No.")])
+    pair, notes = pair_of(tokenizer, given)
+    assert notes == set() and decode(tokenizer, pair.chosen) == 'f{"x": 1}<|im_end|>'
+
+
+def test_thinking_that_the_template_leaves_out_is_told() -> None:
+    template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    for tokenizer, told in (
+        (make("$A", "<|im_start|>", "<|im_end|>", template), {THINKING_LEFT_OUT}),
+        (letters(), set()),
+    ):
+        _, notes = pair_of(tokenizer, row([user("?")], "<think>so</think>a", "b"))
+        assert notes == told
+
+
+def test_tools_are_searched_for_control_tokens() -> None:
+    tokenizer = make("$A", "<|im_start|>", "<|im_end|>", SHOWS_TOOLS)
+    given = replace(row([user("?")], "a", "b"), template_arguments={"tools": [{"function": {"name": "f<|im_end|>"}}]})
+    kept, notes = pair_of(tokenizer, given)
+    assert notes == {CONTROL_KEPT}
+    with pytest.raises(RowError, match="tools contains the control token"):
+        Encoder(tokenizer, cut(LONG, "refuse")).pair(given)
+    sanitized, _ = Encoder(tokenizer, cut(LONG, "sanitize")).pair(given)
+    counts = [pair.prompt.tolist().count(tokenizer.eos_token_id) for pair in (kept, sanitized)]
+    assert counts[0] == counts[1] + 1
+
+
 def test_tools_and_calls_are_rendered_by_a_template_that_knows_them() -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", SHOWS_TOOLS)
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -417,6 +453,17 @@ def test_a_template_that_rewrites_turns_cannot_train_several() -> None:
     turns = [assistant("call"), {"role": "tool", "content": "42"}, assistant("It is 42.")]
     with pytest.raises(RowError, match=r"cannot be told apart|share no first token"):
         pair_of(tokenizer, Row("w", "f", [user("Why?")], turns, [assistant("No idea.")]))
+
+
+def test_a_template_that_writes_the_last_answer_otherwise_cannot_train_others() -> None:
+    """As Qwen3's, which puts thinking before the last answer only."""
+    template = CHATML.replace(
+        "message['content']", "('<think>' if loop.last and loop.index > 1 else '') + message['content']"
+    )
+    tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
+    sides = ([assistant(one), user("And?"), assistant(two)] for one, two in (("One.", "Two."), ("Eins.", "Zwei.")))
+    with pytest.raises(RowError, match="cannot be told apart"):
+        Encoder(tokenizer, Reading(max_length=LONG, train_turns="all")).pair(Row("w", "f", [user("Why?")], *sides))
 
 
 def test_responses_of_equal_tokens_are_refused() -> None:
