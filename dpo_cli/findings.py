@@ -154,8 +154,8 @@ _CANNOT = (
     r"|decline|refuse|don't feel comfortable|do not feel comfortable)"
 )
 _DO = (
-    r"(?:(?:help|assist|answer|comply|do|support|respond|discuss|engag|fulfill?|continu|shar|creat|writ|giv|generat|offer"
-    r"|advis|complet|participat|provid|talk)(?:e|ing)?|with (?:that|this|your))"
+    r"(?:(?:help|assist|answer|comply|support|respond|discuss|engag|fulfill?|continu|shar|creat|writ|giv|generat|offer"
+    r"|advis|complet|participat|provid|talk)(?:e|ing)?|do(?:ing)? (?:that|this|it|so)|with (?:that|this|your))"
 )
 _REFUSAL = re.compile(
     r"(?:oh,? |no,? |well,? )?(?:(?:i'm|i am|we're|we are) (?:\w+ )?sorry|sorry|my apologies|i apologi[sz]e|apologies"
