@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_cli.findings import Texts
-from dpo_cli.near import Keys, Places, band_keys
+from dpo_cli.near import BANDS, Keys, Places, band_keys
 
 Hashes = npt.NDArray[np.uint64]
-ROWS_AT_ONCE = 512  # whose signatures are made together
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 512, 2**19  # whose signatures are made together
 PEELED = 50  # times that responses are taken off which lie on no cycle
 
 
@@ -23,9 +23,9 @@ class Table:
     """Rows in flat columns: hashes of the normalized prompt, chosen and rejected, token lengths, flags, band keys."""
 
     def __init__(self) -> None:
-        self._hashes, self._lengths, self._flags = array("Q"), array("i"), array("I")
-        self._keys: list[Keys] = []
+        self._hashes, self._lengths, self._flags, self._keys = array("Q"), array("i"), array("I"), array("I")
         self._waiting: list[Texts] = []
+        self._held = 0  # characters of those
 
     def __len__(self) -> int:
         return len(self._flags)
@@ -36,13 +36,14 @@ class Table:
         self._lengths.extend(lengths)
         self._flags.append(flags)
         self._waiting.append(plain)
-        if len(self._waiting) == ROWS_AT_ONCE:
+        self._held += sum(map(len, plain))
+        if len(self._waiting) >= ROWS_AT_ONCE or self._held >= CHARACTERS_AT_ONCE:
             self._sign()
 
     def _sign(self) -> None:
         if self._waiting:
-            self._keys.append(band_keys(self._waiting))
-            self._waiting = []
+            self._keys.frombytes(band_keys(self._waiting).tobytes())
+            self._waiting, self._held = [], 0
 
     @property
     def hashes(self) -> Hashes:
@@ -59,11 +60,11 @@ class Table:
         """Bits of the kinds that were found in each row, which may be added to: (N,)."""
         return np.asarray(self._flags)
 
+    @property
     def keys(self) -> Keys:
-        """Band keys of all rows, which are let go of: (N, B)."""
+        """Band keys of all rows: (N, B)."""
         self._sign()
-        keys, self._keys = np.concatenate(self._keys), []
-        return keys
+        return np.asarray(self._keys).reshape(-1, BANDS)
 
 
 def _hash(plain: str) -> int:

@@ -72,7 +72,7 @@ class RowFindings:
                     yield kind, excerpt
         if told := near_identical(plain.chosen, plain.rejected):
             yield "near_identical", told
-        if told := script_mismatch(row.prompt if isinstance(row.prompt, str) else texts.prompt, texts[1:]):
+        if told := script_mismatch(*texts):
             yield "script", f"{told}: {shortened(texts.prompt)}"
 
     def _of_response(self, response: Text, plain: str, name: str) -> Iterator[tuple[str, str]]:
@@ -129,8 +129,8 @@ _MARKERS = (
 _SPEAKERS = r"(?:User|USER|Human|HUMAN)"
 _ANSWERERS = r"(?:Assistant|ASSISTANT|AI|Bot|Chatbot)"
 _NEXT_TURN = re.compile(
-    r"(?:^|\n)\s*#{2,4} ?(?:Instruction|Input|Response|Human|Assistant|User)s?:"
-    rf"|\n\s*\n(?:Human|Assistant|User|USER|ASSISTANT):"
+    r"(?:^|\n)[ \t]*#{2,4} ?(?:Instruction|Input|Response|Human|Assistant|User)s?:"
+    rf"|\n[ \t\r]*\n(?:Human|Assistant|User|USER|ASSISTANT):"
     # one line break: a user who says more than a word, or is answered, and no form with more fields
     rf"|\n{_SPEAKERS}:(?=[ \t]*\S+[ \t]+\S|\s*\Z|[^\n]*\n\s*{_ANSWERERS}:)"
     rf"(?![^\n]*\n(?!{_ANSWERERS})[A-Z][\w ]{{0,20}}:)"
@@ -155,8 +155,8 @@ _CANNOT = (
     r"|decline|refuse|don't feel comfortable|do not feel comfortable)"
 )
 _DO = (
-    r"(?:(?:help|assist|answer|comply|do|support|respond|discuss|engag|fulfill?|continu|shar|creat|writ|giv|generat|offer"
-    r"|advis|complet|participat|provid|talk)(?:e|ing)?|with (?:that|this|your))"
+    r"(?:(?:help|assist|answer|comply|support|respond|discuss|engag|fulfill?|continu|shar|creat|writ|giv|generat|offer"
+    r"|advis|complet|participat|provid|talk)(?:e|ing)?|do(?:ing)? (?:that|this|it|so)|with (?:that|this|your))"
 )
 _REFUSAL = re.compile(
     r"(?:oh,? |no,? |well,? )?(?:(?:i'm|i am|we're|we are) (?:\w+ )?sorry|sorry|my apologies|i apologi[sz]e|apologies"
@@ -180,6 +180,7 @@ def is_refusal(plain: str) -> bool:
 # ---- responses that hardly differ -------------------------------------------------------------------------------
 
 LONG, SOME = 120, 50  # characters of a response in which an edit is small, or one of a letter or two is
+LONGEST = 2**15  # characters: counting the edits of longer ones takes too long
 _END, _START = ".,;:!?…。！？，、'\"”’»)]", "'\"“‘«(["
 _NUMBERS = re.compile(r"\d+(?:[.,]\d+)*|\b[b-e]\b")  # and letters that stand for an answer
 _NEGATIONS = re.compile(r"\b(?:not|no|yes|never|none|true|false|cannot|without|\w+n[’']t)\b")
@@ -203,7 +204,7 @@ def near_identical(chosen: str, rejected: str) -> str | None:
         return None
     words = loose(chosen), loose(rejected)
     if words[0] != words[1] or not words[0]:
-        most = shorter // 20 if shorter >= LONG else shorter // SOME
+        most = 0 if longer > LONGEST else shorter // 20 if shorter >= LONG else shorter // SOME
         edits = Levenshtein.distance(chosen, rejected, score_cutoff=most) if most else 1
         if edits > most or _says_other(_NUMBERS, chosen, rejected):
             return None

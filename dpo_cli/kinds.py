@@ -97,7 +97,7 @@ KINDS = {
             "duplicate",
             "copies of earlier rows",
             "Prompt and responses equal an earlier row's but for case and spaces.",
-            "Drop them, or say --epochs: a copy counts like an epoch more.",
+            "Drop them: a copy counts like an epoch more of its row.",
         ),
         _note(
             "near_duplicate",

@@ -6,6 +6,7 @@ Legend: N rows, B bands, T shingles, M candidates.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,20 +18,24 @@ Keys = npt.NDArray[np.uint32]
 Places = npt.NDArray[np.int64]
 
 SHINGLE = 5  # characters
-VALUES, BAND = 128, 6  # of a signature, and of a band of it: rows that share 0.8 are candidates in 99.8 % of cases
+VALUES, BAND = 128, 6  # of a signature, and of a band of it: of responses that share 0.8, 99.8 % are candidates
 BANDS = VALUES // BAND
 NEIGHBOURS = 4  # of a row in each band that become candidates: no boilerplate makes them many
 SHARE = 0.8  # of two rows' shingles that are common
-LEAST = 120  # characters of both responses: shorter ones are alike by chance
+LONGEST = 2**16  # characters of a part that are looked at
+LEAST = 120  # characters of both responses: shorter ones are alike by chance, so that their prompt must be the same
 MOST = 160  # shingles of a part that only one row has: a question behind much boilerplate is another question
 _NUMBER = re.compile(r"\d+")
 _MIX = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5, 0xD6E8FEB86659FD93)
-_PARTS = np.array([0x1B873593CC9E2D51, 0x85EBCA6B27D4EB2F, 0xFF51AFD7ED558CCD], np.uint64)
+_PARTS = np.array([0x1B873593CC9E2D51, 0x85EBCA6B27D4EB2F], np.uint64)
 _WEIGHTS = np.array([*_MIX, 0xA0761D6478BD642F], np.uint64)
 
 
 def band_keys(rows: Sequence[Texts]) -> Keys:
-    """A number for each band of each row's signature, from normalized texts: (N, B)."""
+    """A number for each band of a signature of each row's responses, from normalized texts: (N, B).
+
+    Prompts are not in it: many rows may share most of theirs. Those of short responses are, as a whole.
+    """
     from rensa import RMinHash
 
     hashes, ends = _shingles(rows)
@@ -40,20 +45,26 @@ def band_keys(rows: Sequence[Texts]) -> Keys:
 
 
 def _shingles(rows: Sequence[Texts]) -> tuple[npt.NDArray[np.uint64], Places]:
-    """Hashes of all rows' shingles (T,), one from each character on, and where each row's end (N + 1,).
+    """Hashes of the responses' shingles (T,), one from each character on, and where each row's end (N + 1,).
 
-    The same shingle in another part of a row is another one.
+    The same shingle is another one in the other response, and under another prompt where responses are short.
     """
     gap = "\0" * (SHINGLE - 1)
-    texts = [text.replace("\0", " ") or " " for row in rows for text in row]
+    texts = [text[:LONGEST].replace("\0", " ") or " " for row in rows for text in row[1:]]
     codes = np.frombuffer((gap.join(texts) + gap).encode("utf-32-le"), np.uint32)
     within = codes[: len(codes) - SHINGLE + 1] != 0
     hashes = np.zeros(len(within), np.uint64)
     for place, factor in enumerate(_MIX):
         hashes += codes[place : place + len(within)] * np.uint64(factor)
+    prompts = np.array([zlib.crc32(" ".join(loose(row.prompt)).encode()) if _short(row) else 0 for row in rows])
+    salts = prompts.astype(np.uint64)[:, None] ^ _PARTS  # (N, 2)
     lengths = np.array([len(text) for text in texts])
-    hashes = _mixed(hashes[within] ^ np.repeat(np.tile(_PARTS, len(rows)), lengths))
-    return hashes, np.concatenate([[0], np.cumsum(lengths.reshape(-1, 3).sum(1))])
+    hashes = _mixed(hashes[within] ^ np.repeat(salts.reshape(-1), lengths))
+    return hashes, np.concatenate([[0], np.cumsum(lengths.reshape(-1, 2).sum(1))])
+
+
+def _short(row: Texts) -> bool:
+    return len(row.chosen) + len(row.rejected) < LEAST
 
 
 def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -95,18 +106,20 @@ def across(keys: Keys, some: Places, others: Places) -> Places:
 def is_near(a: Texts, b: Texts) -> bool:
     """Whether two rows of normalized texts say the same but for a few words.
 
-    Most of their shingles are common, of the responses as of the whole; all numbers are equal. Short responses tell
-    nothing, so then the prompts must be the same.
+    Most of their shingles are common, of the responses as of the whole; all numbers are equal.
     """
+    a, b = (Texts(*(text[:LONGEST] for text in row)) for row in (a, b))
     if any(_NUMBER.findall(x) != _NUMBER.findall(y) for x, y in zip(a, b, strict=True)):
         return False
-    counts = [_common(x, y) for x, y in zip(a, b, strict=True)]
-    common, either = [both for both, _ in counts], [whole for _, whole in counts]
-    if any(whole - both > MOST or both < 0.5 * whole for both, whole in zip(common, either, strict=True)):
+    if (_short(a) or _short(b)) and loose(a.prompt) != loose(b.prompt):
         return False
-    if sum(common) < SHARE * sum(either) or sum(common[1:]) < SHARE * sum(either[1:]):
-        return False
-    return either[1] + either[2] >= LEAST or common[0] == either[0]
+    common = either = 0
+    for part in ("chosen", "rejected", "prompt"):
+        both, whole = _common(getattr(a, part), getattr(b, part))
+        common, either = common + both, either + whole
+        if whole - both > MOST or both < whole / 2 or (part != "chosen" and common < SHARE * either):
+            return False
+    return True
 
 
 def _common(x: str, y: str) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ _SCRIPTS = np.array([_NAMES.index(name) for _, name in _RUNS])
 _OTHER = re.compile("[\u0370-\u1dff\u1f00-\u1fff\u2e80-\ud7ff\uf900-\uffff\U00020000-\U00031fff]")  # than Latin
 FEWEST, FEWEST_DENSE = 24, 8  # letters that tell a script; of those in which a letter says more
 _DENSE = ("Chinese or Japanese", "Korean")
+MOST = 10_000  # characters that are looked at
 SHARE = 0.85  # of a text's letters that are of its script
 STRAY = 4  # letters of the response's script that the prompt may have
 # A prompt that speaks of languages or code may well be answered in another script.
@@ -39,11 +39,12 @@ _ASKED = re.compile(
 )
 
 
-def script_mismatch(prompt: str, responses: Iterable[str]) -> str | None:
-    """Which of the responses, chosen first, is not in the prompt's script, where it might be expected to be."""
-    texts = [prompt, *responses]
+def script_mismatch(prompt: str, chosen: str, rejected: str) -> str | None:
+    """Which response is not in the prompt's script, where it might be expected to be; the chosen one first."""
+    texts = [text[:MOST] for text in (prompt, chosen, rejected)]
     if not any(not text.isascii() and _OTHER.search(text) for text in texts):
         return None
+    prompt = texts[0]
     asked, letters = script(prompt)
     if asked is None or _ASKED.search(prompt.casefold()):
         return None

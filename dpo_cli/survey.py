@@ -111,7 +111,7 @@ class Survey:
         """Flag what shows between rows only; second reading."""
         if not len(self.table):
             return
-        hashes, keys = self.table.hashes, self.table.keys()
+        hashes, keys = self.table.hashes, self.table.keys
         whole, held = crossrow.row_hashes(hashes), self.usable(EVAL)
         candidates, wanted = [], []
         for data in self.sources:

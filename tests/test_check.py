@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from dpo_cli import near
 from dpo_cli.check import as_text, run_check
 from dpo_cli.config import CheckOptions
 from dpo_cli.crossrow import contradictions, cycles, later_copies
+from dpo_cli.data import Row
 from dpo_cli.errors import UsageError, printable
-from dpo_cli.findings import Texts, is_refusal, near_identical, normalized
+from dpo_cli.findings import RowFindings, Texts, _damage, is_refusal, near_identical, normalized, texts_of
 from dpo_cli.kinds import KINDS
 from dpo_cli.lengths import length_bias, wilson
 from dpo_cli.metrics import Reporter
@@ -208,7 +210,7 @@ LATIN, CYRILLIC = "Close the tap first, then take out the washer.", "Снача�
     ],
 )
 def test_another_script(question: str, chosen: str, rejected: str, told: str | None) -> None:
-    assert script_mismatch(question, (chosen, rejected)) == told
+    assert script_mismatch(question, chosen, rejected) == told
 
 
 @pytest.mark.parametrize(
@@ -231,6 +233,54 @@ def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path)
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", "Because.<|im_end|>\n", "No idea.<|im_end|>"
     )
     assert "markers" not in places(check(tiny, write_rows(tmp_path / "rows.jsonl", [rendered])))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Voilà ! « Été » à 20 °C — 5 £ ou 6 €, un œuf… naïveté, l’âge",
+        "Ærø, Ørsted, Ängelholm, Åre, São Paulo, Ñandú, ¿Qué? ¡Sí! 5½ × 3² ± 2 µm ≈ 10 mm², © ® ™ § ¶ 90°",
+        "Она сказала: «Да». 中文，全角！日本語のテキスト。 한국어 텍스트 עברית العربية हिन्दी",
+        "🙂 👩‍👩‍👧 (╯°□°)╯︵ ┻━┻ ¯\\_(ツ)_/¯ → ← ✓ ■ │ ├── src",
+        "Tab\tand\r\nlines\x0cpages",
+    ],
+)
+def test_what_is_no_damage(text: str) -> None:
+    assert _damage(text) is None
+
+
+HOSTILE = [
+    "\n",
+    " \n",
+    "\nUser:",
+    "\nUser: a",
+    "\n\nHuman",
+    "#",
+    "\n###",
+    "<",
+    "<|",
+    "</s>",
+    "<s> ",
+    "[",
+    "i can't ",
+    "a ",
+    "é",
+    "Ã",
+    "©Â",
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_hostile_text_takes_no_time(tokenizer: Any, piece: str) -> None:
+    text = piece * (2_000_000 // len(piece))
+    row = Row("", "", "Why?", f"x{text}", f"x{text}y")
+    texts = texts_of(row)
+    began = time.monotonic()
+    plain = Texts(*map(normalized, texts))
+    list(RowFindings(tokenizer).of(row, texts, plain))
+    near.is_near(plain, plain._replace(prompt="Who?"))
+    near.band_keys([plain])
+    assert time.monotonic() - began < 20
 
 
 # ---- between rows -----------------------------------------------------------------------------------------------
@@ -279,6 +329,18 @@ def test_candidates_are_those_that_share() -> None:
     assert sum((i, i + 300) in found for i in range(300)) >= 297 and len(found) < 400
     across = {tuple(pair) for pair in near.across(keys, np.arange(300), np.arange(300, 600)).tolist()}
     assert sum((i, i + 300) in across for i in range(300)) >= 297 and len(across) < 400
+
+
+def test_what_is_common_to_all_rows_makes_no_candidates() -> None:
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), 6)) for _ in range(500)]
+
+    def some(count: int) -> str:
+        return " ".join(rng.choice(words, count))
+
+    boilerplate = some(60)
+    rows = [Texts(f"{boilerplate} {some(5)}", *answers) for answers in [(some(4), some(4)), ("yes", "no")] * 200]
+    assert len(near.candidates(near.band_keys(rows), np.arange(400))) < 10
 
 
 def test_candidates_stay_few_where_all_rows_share() -> None:
