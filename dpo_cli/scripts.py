@@ -29,14 +29,23 @@ _DENSE = ("Chinese or Japanese", "Korean")
 MOST = 10_000  # characters that are looked at
 SHARE = 0.85  # of a text's letters that are of its script
 STRAY = 4  # letters of the response's script that the prompt may have
-# A prompt that speaks of languages or code may well be answered in another script.
+# A prompt that asks for another language, or speaks of one written so, may well be answered in another script.
 _ASKED = re.compile(
     r"translat|transliterat|traduc|traduz|traduir|übersetz|перев[её]д|перевод|翻[译譯訳]|번역|ترجم|अनुवाद|תרגם|μετάφρα"
-    r"|language|alphabet|pinyin|roma[jn]i|hiragana|katakana|kanji|hangul|idioma|sprache|langue|язык|语|語|文で|언어"
-    r"|\b(?:english|french|german|spanish|russian|ukrainian|bulgarian|serbian|chinese|mandarin|cantonese|japanese|korean"
-    r"|arabic|persian|farsi|urdu|hebrew|hindi|bengali|tamil|telugu|thai|greek|armenian|georgian|sanskrit|cyrillic|latin)\b"
-    r"|англ|француз|немец|испан|китай|япон|英|영어|الإنجليزية|अंग्रेज|```|\bcode\b|код|コード|代码|코드"
+    r"|in (?:another|my|your|their|his|her|which|what|the) language"
 )
+_SPOKEN_OF = {
+    "Latin": r"latin|english|англ|француз|немец|испан|итал|английск|英|法语|德语|영어|الإنجليزية|अंग्रेज|אנגלית|αγγλικ"
+    r"|python|sql|html|\bcode\b|програм|скрипт|код|コード|代码|编程|코드|कोड",
+    "Cyrillic": r"russia|ukrain|bulgar|serbia|belarus|kazakh|mongol|cyrillic",
+    "Greek": r"greek|greece",
+    "Hebrew": r"hebrew|yiddish|israel",
+    "Arabic": r"arab|persia|farsi|urdu|pashto|quran",
+    "Devanagari": r"hindi|sanskrit|nepal|marathi|devanagari|india",
+    "Thai": r"thai",
+    "Korean": r"korea|hangul",
+    "Chinese or Japanese": r"chinese|china|mandarin|canton|taiwan|japan|kanji|hiragana|katakana|hanzi",
+}
 
 
 def script_mismatch(prompt: str, chosen: str, rejected: str) -> str | None:
@@ -46,11 +55,14 @@ def script_mismatch(prompt: str, chosen: str, rejected: str) -> str | None:
         return None
     prompt = texts[0]
     asked, letters = script(prompt)
-    if asked is None or _ASKED.search(prompt.casefold()):
+    prompt = prompt.casefold()
+    if asked is None or _ASKED.search(prompt):
         return None
     for name, response in zip(("chosen", "rejected"), texts[1:], strict=True):
         answered, _ = script(response)
         if answered is None or answered == asked or "```" in response:
+            continue
+        if re.search(_SPOKEN_OF.get(answered, answered.casefold()), prompt):
             continue
         if answered == "Latin" or letters[_NAMES.index(answered)] <= STRAY:
             return f"prompt {asked}, {name} {answered}"

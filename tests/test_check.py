@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from dpo_cli import near
 from dpo_cli.check import as_text, run_check
 from dpo_cli.config import CheckOptions
 from dpo_cli.crossrow import contradictions, cycles, later_copies
-from dpo_cli.data import Row
+from dpo_cli.data import Reading, Row
 from dpo_cli.errors import UsageError, printable
 from dpo_cli.findings import RowFindings, Texts, _damage, is_refusal, near_identical, normalized, texts_of
 from dpo_cli.kinds import KINDS
 from dpo_cli.lengths import length_bias, wilson
 from dpo_cli.metrics import Reporter
+from dpo_cli.records import find_sources
 from dpo_cli.scripts import script_mismatch
 from dpo_cli.survey import Survey
 from tests.conftest import SAMPLE, Cli, write_rows
@@ -198,6 +200,7 @@ LATIN, CYRILLIC = "Close the tap first, then take out the washer.", "Снача�
             "prompt Latin, rejected Chinese or Japanese",
         ),
         ("Which tap do I close, and how do I say it in Russian?", CYRILLIC, LATIN, None),
+        ("Which tap do I close, and how do I say it in French?", CYRILLIC, LATIN, "prompt Latin, chosen Cyrillic"),
         ("What does «Сначала закройте кран» say to a plumber?", CYRILLIC, LATIN, None),
         (
             "Как вывести список файлов в текущей папке на экран?",
@@ -531,20 +534,18 @@ def test_rows_that_change_between_the_readings_are_told(
         check(tiny, data)
 
 
-def test_a_row_takes_few_bytes(tiny: Path, tmp_path: Path) -> None:
-    """Its numbers are kept, and nothing else of it: less than 200 bytes a row."""
-    import tracemalloc
-
+def test_a_row_takes_few_bytes(tokenizer: Any, tmp_path: Path) -> None:
+    """Its numbers are kept, and nothing else of it."""
     words = [get(record, "chosen") for record in read_records("train.jsonl")]
-    peaks = []
+    held = []
     for rows in (1000, 5000):
         with (tmp_path / "rows.jsonl").open("w") as stream:
             for n in range(rows):
-                stream.write(
-                    json.dumps(prompt(f"{n}: {words[n % 328]}", f"{n} {words[n % 41]}", f"{words[n % 37]} {n}")) + "\n"
-                )
+                row = prompt(f"{n}: {words[n % 328]}", f"{n} {words[n % 41]}", f"{words[n % 37]} {n}")
+                stream.write(json.dumps(row) + "\n")
+        survey = Survey({"data": find_sources([str(tmp_path / "rows.jsonl")])}, Reading(), Reporter(quiet=True), 3)
         tracemalloc.start()
-        check(tiny, tmp_path / "rows.jsonl", examples=3)
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        survey.read(tokenizer)
+        held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    assert (peaks[1] - peaks[0]) / 4000 < 1000
+    assert (held[1] - held[0]) / 4000 < 200
