@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
+from dpo_cli.chat import NO_TEMPLATE
 from dpo_cli.config import DataOptions, Options, PrecomputeOptions
 from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
@@ -38,7 +39,7 @@ from dpo_cli.pairs import Pair, Pairs, loss_tokens, read
 from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
 from dpo_cli.tokenized import Tokenized, merged
-from dpo_cli.tokens import NO_TEMPLATE, Encoder, PairSet, reasons, refusal
+from dpo_cli.tokens import Encoder, PairSet, reasons, refusal
 
 
 def choose_model(name: str | None, options: DataOptions, reporter: Reporter, what: str = "model") -> ModelSource:
@@ -120,7 +121,7 @@ def read_pairs(
     if terms := _told_terms(found.pairs):
         reporter.fact("", terms)
     if found.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
-        tokenizer.chat_template = Encoder(tokenizer, Reading()).template
+        tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template
     if again := sum(known for _, known in parts):
         reporter.fact("", f"{again} of {len(parts)} sources were tokenized before: read back from {tokenized.folder}")
     return found

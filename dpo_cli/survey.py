@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dpo_cli import crossrow, near
+from dpo_cli.chat import CONTROL_KEPT, CONTROL_SANITIZED
 from dpo_cli.crossrow import Table
 from dpo_cli.data import BadRow, Reading, Row, read_rows
 from dpo_cli.errors import RowError, UsageError
@@ -24,7 +25,7 @@ from dpo_cli.kinds import BITS, DROPS, Found
 from dpo_cli.metrics import Reporter
 from dpo_cli.near import Places
 from dpo_cli.records import Source, shortened
-from dpo_cli.tokens import BOUNDARY_MOVED, CONTROL_KEPT, CONTROL_SANITIZED, PROMPT_CUT, RESPONSE_CUT, Encoder
+from dpo_cli.tokens import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder
 
 NOTES = {
     PROMPT_CUT: "prompt_cut",

@@ -6,24 +6,21 @@ is found among tokens, not characters, and both responses end with the token tha
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_cli.columns import Message, has_surrogate
+from dpo_cli.chat import Chat
+from dpo_cli.columns import Message
 from dpo_cli.data import BadRow, Reading, Row
 from dpo_cli.errors import RowError, UsageError
 from dpo_cli.pairs import Ids, Pair, Pairs
-from dpo_cli.template import ControlTokens, plain_template, render
 
-_PROBE = "PROBE"
-_ASKED = [{"role": "user", "content": "u"}]
-_CALL = {"id": "callcall1", "type": "function", "function": {"name": _PROBE, "arguments": {"a": 1}}}  # ids: mistral's
+_SIDES = ("chosen", "rejected")
 BATCH_CHARACTERS, BATCH_ROWS = 2**20, 512  # what meets the tokenizer in one call: more brings no speed
 
 
@@ -46,13 +43,6 @@ class PairSet:
 PROMPT_CUT = "prompts shortened from the left"
 RESPONSE_CUT = "pairs with a response cut at its end"
 BOUNDARY_MOVED = "pairs whose boundary moved back (tokens merge across it)"
-CONTROL_KEPT = "pairs with control tokens inside their messages, which act as such (--control-tokens keep)"
-CONTROL_SANITIZED = "pairs with control tokens inside their messages, read as text (--control-tokens sanitize)"
-NO_TEMPLATE = "pairs of messages written as 'User: … Assistant: …': the model has no chat template (--chat-template)"
-SYSTEM_MOVED = "pairs whose system message begins the first user turn: the chat template takes none"
-CALLS_WRITTEN = "pairs whose tool calls are written as JSON: the chat template shows none"
-TOOLS_UNSEEN = "pairs whose tools the chat template does not show"
-THINKING_LEFT_OUT = "pairs with thinking that the chat template leaves out"
 TURNS_WITHOUT_LOSS = "pairs with turns behind the prompt that carry no loss (--train-turns)"
 
 
@@ -119,8 +109,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, reading: Reading) -> None:
         self.tokenizer = tokenizer
-        self.max_length, self.control_tokens = reading.max_length, reading.control_tokens
-        self.train_turns = reading.train_turns
+        self.max_length, self.train_turns = reading.max_length, reading.train_turns
         if tokenizer.eos_token_id is None:
             raise UsageError("the model's tokenizer has no EOS token, so responses cannot end")
         if reading.control_tokens == "sanitize" and not tokenizer.is_fast:
@@ -129,16 +118,7 @@ class Encoder:
         probe = tokenizer("a")["input_ids"]  # also leaves the backend as a call needs it: nothing truncated or padded
         self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
         self.backend = tokenizer.backend_tokenizer if only_asks_its_backend(tokenizer) else None
-        self.control = ControlTokens(tokenizer)
-        self.template = None if tokenizer.chat_template else plain_template(self.adds_bos)  # None: the tokenizer's own
-        answered = self._probe([*_ASKED, {"role": "assistant", "content": _PROBE}])
-        self.turn_end = answered.rpartition(_PROBE)[
-            2
-        ]  # what follows an answer, such as ``<|im_end|>`` and a line's end
-        self.takes_system = _PROBE in self._probe([{"role": "system", "content": _PROBE}, *_ASKED])
-        self.calls = next((form for form in (_with_calls, _with_text_arguments) if self._shows_calls(form)), None)
-        thought = {"role": "assistant", "content": f"<think>{_PROBE}</think>\n\na", "reasoning_content": _PROBE}
-        self.shows_thinking = _PROBE in self._probe([*_ASKED, thought])
+        self.chat = Chat(tokenizer, reading.control_tokens, self.adds_bos)
 
     def pairs(self, rows: Iterable[Row | BadRow]) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
         """Each row in order with what ``pair`` makes of it, or why it is bad. Encodes many at once."""
@@ -174,9 +154,9 @@ class Encoder:
 
     def _pair(self, row: Row, prompt: Part, chosen: Part, rejected: Part) -> Encoded:
         prompt, chosen, rejected, moved = self._split(prompt, chosen, rejected)
-        notes = self._notes(row)
+        notes = self.chat.notes(row)
         if isinstance(row.chosen, list) and max(len(row.chosen), len(row.rejected)) > 1:
-            chosen, rejected = self._masked(self._adapted(row), prompt, chosen, rejected)
+            chosen, rejected = self._masked(self.chat.adapted(row), prompt, chosen, rejected)
             notes.add(TURNS_WITHOUT_LOSS)
         if moved:
             notes.add(BOUNDARY_MOVED)
@@ -213,19 +193,8 @@ class Encoder:
 
     def _texts(self, row: Row) -> Texts:
         """What the model is to read: the prompt, and each response behind it."""
-        row = self._adapted(row)
+        row = self.chat.adapted(row)
         return tuple(self._text(row, response) for response in (None, row.chosen, row.rejected))
-
-    def _adapted(self, row: Row) -> Row:
-        """The row as its template can show it: a system message may begin the first user turn, a call be text."""
-        if isinstance(row.prompt, str) or (self.takes_system and not _has(row, "tool_calls")):
-            return row
-        write, sides = self.calls or _with_calls_written, [row.prompt, row.chosen, row.rejected]
-        prompt, chosen, rejected = ([write(message) for message in messages] for messages in sides)  # type: ignore[arg-type]
-        if not self.takes_system and [message["role"] for message in prompt[:2]] == ["system", "user"]:
-            content = f"{prompt[0]['content']}\n\n{prompt[1]['content']}"
-            prompt = [prompt[1] | {"content": content}, *prompt[2:]]
-        return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
 
     def _text(self, row: Row, response: Any) -> Reads | RowError:
         prompt, arguments = row.prompt, row.template_arguments
@@ -233,41 +202,42 @@ class Encoder:
             return Reads(prompt + (response or ""), templated=False, wants_eos=response is not None)
         try:
             if response is None:
-                return Reads(self._render(prompt, True, arguments), templated=True, wants_eos=False)
-            text = self._render(prompt + response, False, arguments)
+                return Reads(
+                    self.chat.render(prompt, arguments, add_generation_prompt=True), templated=True, wants_eos=False
+                )
+            text = self.chat.render(prompt + response, arguments)
         except RowError as error:
             return error
-        if self.turn_end.strip() and text.rstrip().endswith(self.turn_end.strip()):
+        if self.chat.turn_end.strip() and text.rstrip().endswith(self.chat.turn_end.strip()):
             return Reads(text.rstrip(), templated=True, wants_eos=False)  # what follows the turn's end is not trained
-        return Reads(text.removesuffix(self.turn_end), templated=True, wants_eos=True)
+        return Reads(text.removesuffix(self.chat.turn_end), templated=True, wants_eos=True)
 
     def _masked(self, row: Row, prompt: Ids, *responses: Ids) -> list[Ids]:
         """The responses, with ``~id`` for tokens of turns that carry no loss."""
         sides: list[Any] = [row.chosen, row.rejected]
-        masked = []
-        for name, turns, others, ids in zip(("chosen", "rejected"), sides, sides[::-1], responses, strict=True):
-            trained = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-            if self.train_turns == "all":
-                trained = [i for i in trained if [turns[i]] != others[i : i + 1]]
-            elif any(turn["role"] == "user" for turn in turns):
+        if self.train_turns == "last":
+            if later := [name for name, turns in zip(_SIDES, sides, strict=True) if any(map(_is_user, turns))]:
                 raise RowError(
-                    f"{name} has a 'user' turn; the two may differ in their last answer only "
+                    f"{later[0]} has a 'user' turn; the two may differ in their last answer only "
                     "(--train-turns all trains all answers that differ)"
                 )
-            if not trained:
+            if sides[0][-1] == sides[1][-1]:
+                raise RowError("chosen and rejected have the same last answer; they differ before (--train-turns all)")
+        masked = []
+        for name, turns, others, ids in zip(_SIDES, sides, sides[::-1], responses, strict=True):
+            answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+            differ = [place for place in answers if [turns[place]] != others[place : place + 1]]
+            if not differ:
                 raise RowError(f"{name} has no answer that differs from the other's")
-            masked.append(
-                self._without_loss(row, turns, trained if self.train_turns == "all" else trained[-1:], prompt, ids)
-            )
-        if self.train_turns == "last" and sides[0][-1] == sides[1][-1]:
-            raise RowError("chosen and rejected have the same last answer; they differ before it (--train-turns all)")
+            trained = answers[-1:] if self.train_turns == "last" else differ
+            masked.append(self._without_loss(row, turns, trained, prompt, ids))
         return masked
 
     def _without_loss(self, row: Row, turns: list[Message], trained: list[int], prompt: Ids, response: Ids) -> Ids:
         """A response of several turns, of which only some carry loss."""
         whole = np.concatenate([prompt, response])
         asked: Any = row.prompt
-        full = self._render(asked + turns, False, row.template_arguments)
+        full = self.chat.render(asked + turns, row.template_arguments)
         carries = np.zeros(len(whole), dtype=bool)
         for place in trained:
             before = asked + turns[:place]
@@ -282,33 +252,8 @@ class Encoder:
 
     def _stands_in(self, full: str, messages: list[Message], row: Row) -> bool:
         """Whether a whole conversation begins with the text of some of its messages."""
-        text = self._render(messages, False, row.template_arguments).rstrip()
+        text = self.chat.render(messages, row.template_arguments).rstrip()
         return full.startswith(text.removesuffix(self.tokenizer.eos_token).rstrip())
-
-    def _notes(self, row: Row) -> set[str]:
-        if isinstance(row.prompt, str):
-            return set()
-        notes = {NO_TEMPLATE} if self.template else set()
-        if not self.takes_system and row.prompt[0]["role"] == "system":
-            notes.add(SYSTEM_MOVED)
-        if not self.calls and _has(row, "tool_calls"):
-            notes.add(CALLS_WRITTEN)
-        if not self.shows_thinking and (_has(row, "reasoning_content") or _thinks(row)):
-            notes.add(THINKING_LEFT_OUT)
-        if "tools" in row.template_arguments:
-            messages, others = self._adapted(row).prompt, dict(row.template_arguments)
-            del others["tools"]
-            if self._render(messages, True, row.template_arguments) == self._render(messages, True, others):
-                notes.add(TOOLS_UNSEEN)
-        return notes | self._control_notes(row)
-
-    def _control_notes(self, row: Row) -> set[str]:
-        fields = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
-        fields |= row.template_arguments
-        found = {name: token for name, value in fields.items() if (token := self.control.first(value))}
-        if found and self.control_tokens == "refuse":
-            raise RowError(", ".join(f"{name} contains the control token '{token}'" for name, token in found.items()))
-        return {CONTROL_SANITIZED if self.control_tokens == "sanitize" else CONTROL_KEPT} if found else set()
 
     def _encode(self, rows: Sequence[Texts]) -> list[tuple[Part, ...]]:
         """Token ids of every text, an error as it is; each kind of text meets the tokenizer in one call."""
@@ -323,11 +268,11 @@ class Encoder:
         return [tuple(ids[text] if isinstance(text, Reads) else text for text in row) for row in rows]
 
     def _is_marked(self, text: Reads) -> bool:
-        return text.templated and self.control.marked.search(text.text) is not None
+        return text.templated and self.chat.control.marked.search(text.text) is not None
 
     def _marked(self, text: str) -> Part:
         try:
-            return np.asarray(self.control.encode(text), dtype=np.int32)
+            return np.asarray(self.chat.control.encode(text), dtype=np.int32)
         except RowError as error:
             return error
 
@@ -342,27 +287,6 @@ class Encoder:
             start = not templated and self.adds_bos and text.startswith(self.tokenizer.bos_token)  # brings its own
             end = not templated and self.adds_eos  # a prompt must not end with it, and a response gets its own
             yield np.asarray(ids[start : len(ids) - end], dtype=np.int32)
-
-    def _render(self, messages: Any, add_generation_prompt: bool, arguments: dict[str, Any]) -> str:
-        """The template's text; what in it is to be read as text is marked."""
-        text = render(self.tokenizer, messages, add_generation_prompt, self.template, arguments)
-        if has_surrogate(text):
-            raise RowError("the messages have half of a surrogate pair, which is no text")
-        if self.control_tokens != "sanitize" or not self.control.first([messages, arguments]):
-            return text
-        marked, others = self.control.mark(messages), self.control.mark(arguments)
-        return render(self.tokenizer, marked, add_generation_prompt, self.template, others)
-
-    def _shows_calls(self, form: Callable[[Message], Message]) -> bool:
-        """Whether the template shows a tool call in this form."""
-        return _PROBE in self._probe([*_ASKED, form({"role": "assistant", "content": "", "tool_calls": [_CALL]})])
-
-    def _probe(self, messages: list[Message]) -> str:
-        """What the template makes of messages; empty where it refuses them."""
-        try:
-            return render(self.tokenizer, messages, template=self.template)
-        except RowError:
-            return ""
 
     def _shorten_prompt(self, row: Row, prompt: Ids, room: int) -> Ids:
         """A prompt of ``room`` tokens or the next best: its end stays; a conversation loses its oldest turns."""
@@ -381,39 +305,8 @@ class Encoder:
         return prompt
 
 
-def _has(row: Row, key: str) -> bool:
-    """Whether a message has something under this key."""
-    sides: list[Any] = [row.prompt, row.chosen, row.rejected]
-    return any(key in message and message[key] for messages in sides for message in messages)
-
-
-def _thinks(row: Row) -> bool:
-    """Whether a last answer has its thinking in it."""
-    return any("</think>" in str(turns[-1]) for turns in (row.chosen, row.rejected))
-
-
-def _with_calls(message: Message) -> Message:
-    """The message as it is."""
-    return message
-
-
-def _with_text_arguments(message: Message) -> Message:
-    """The message with its calls' arguments as JSON text, which some templates want."""
-    calls = []
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call)
-        function = function | {"arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
-        calls.append(call | {"function": function} if "function" in call else function)
-    return message | {"tool_calls": calls} if calls else message
-
-
-def _with_calls_written(message: Message) -> Message:
-    """The message with its tool calls as JSON behind its text, for a template that has no form for them."""
-    calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
-    if not calls:
-        return message
-    others = {key: value for key, value in message.items() if key != "tool_calls"}
-    return others | {"content": "\n".join(filter(None, [message["content"], *calls]))}
+def _is_user(turn: Message) -> bool:
+    return bool(turn["role"] == "user")
 
 
 def _common_prefix(a: Ids, b: Ids) -> int:

@@ -25,6 +25,7 @@ LAYERS = [
     {"columns"},
     {"data", "pairs"},
     {"template"},
+    {"chat"},
     {"tokens", "findings"},
     {"batch", "near"},
     {"attention", "losses", "optimizer", "crossrow", "lengths"},

@@ -19,26 +19,20 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_cli.columns import Message
-from dpo_cli.data import BadRow, Reading, Row
-from dpo_cli.errors import RowError, UsageError
-from dpo_cli.pairs import Pair, Pairs, read
-from dpo_cli.tokens import (
-    BOUNDARY_MOVED,
+from dpo_cli.chat import (
     CALLS_WRITTEN,
     CONTROL_KEPT,
     CONTROL_SANITIZED,
     NO_TEMPLATE,
-    PROMPT_CUT,
-    RESPONSE_CUT,
     SYSTEM_MOVED,
     THINKING_LEFT_OUT,
     TOOLS_UNSEEN,
-    TURNS_WITHOUT_LOSS,
-    Encoder,
-    refusal,
-    tokenize_rows,
 )
+from dpo_cli.columns import Message
+from dpo_cli.data import BadRow, Reading, Row
+from dpo_cli.errors import RowError, UsageError
+from dpo_cli.pairs import Pair, Pairs, read
+from dpo_cli.tokens import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, TURNS_WITHOUT_LOSS, Encoder, refusal, tokenize_rows
 from tests.conftest import CHATML, SAMPLE, random_pairs
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>"]
