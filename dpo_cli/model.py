@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_cli.attention import PREFIX_SHARED, attention
@@ -134,6 +134,23 @@ def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it brings Python code that would have to be run; if you trust it, add --trust-remote-code"
     return f"{type(error).__name__}: {error}"
+
+
+def count_parameters(source: ModelSource) -> int | None:
+    """The model's parameters, told by its configuration; None of a GGUF file, whose own takes long to read.
+
+    Raises:
+        UsageError: there is no configuration, or none that is known.
+    """
+    if source.gguf:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(**source.arguments())
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust)
+    except Exception as error:  # of any kind, as in load_model
+        raise UsageError(f"--model {source.path}: its configuration cannot be read ({_reason(error)})") from error
+    return int(model.num_parameters())
 
 
 def load_tokenizer(source: ModelSource) -> Any:
