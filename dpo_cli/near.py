@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dpo_cli.findings import Texts, loose
+from dpo_cli.findings import NEGATIONS, Texts, loose
 
 Keys = npt.NDArray[np.uint32]
 Places = npt.NDArray[np.int64]
@@ -106,11 +106,12 @@ def across(keys: Keys, some: Places, others: Places) -> Places:
 def is_near(a: Texts, b: Texts) -> bool:
     """Whether two rows of normalized texts say the same but for a few words.
 
-    Most of their shingles are common, of the responses as of the whole; all numbers are equal.
+    Most of their shingles are common, of the responses as of the whole; all numbers and negations are equal.
     """
     a, b = (Texts(*(text[:LONGEST] for text in row)) for row in (a, b))
-    if any(_NUMBER.findall(x) != _NUMBER.findall(y) for x, y in zip(a, b, strict=True)):
-        return False
+    for x, y in zip(a, b, strict=True):
+        if any(what.findall(x) != what.findall(y) for what in (_NUMBER, NEGATIONS)):
+            return False
     if (_short(a) or _short(b)) and loose(a.prompt) != loose(b.prompt):
         return False
     common = either = 0

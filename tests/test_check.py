@@ -16,10 +16,10 @@ import pytest
 from dpo_cli import near
 from dpo_cli.check import as_text, run_check
 from dpo_cli.config import CheckOptions
-from dpo_cli.crossrow import contradictions, cycles, later_copies
+from dpo_cli.crossrow import contradictions, copies, cycles
 from dpo_cli.data import Reading, Row
 from dpo_cli.errors import UsageError, printable
-from dpo_cli.findings import RowFindings, Texts, _damage, is_refusal, near_identical, normalized, texts_of
+from dpo_cli.findings import RowFindings, Texts, _damage, few_edits, is_refusal, normalized, same_words, texts_of
 from dpo_cli.kinds import KINDS
 from dpo_cli.lengths import length_bias, wilson
 from dpo_cli.metrics import Reporter
@@ -134,20 +134,41 @@ def test_control_tokens_in_messages_are_noted(tiny: Path, tmp_path: Path, train_
 LONG = "The quick brown fox jumps over the lazy dog, and then it sleeps in the sun until somebody calls it for supper. "
 
 
+SUM = "If we take away the smaller number from the larger one, what is left is the answer that we were looking for: "
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("It is four.", "It is four"),
+        ("Yes, it is", "Yes , it  is !"),
+        ("say “hello”", 'say "hello"'),
+        ("\tA b", "A  b\n"),
+        (LONG, " " + LONG.replace("dog,", "dog")),
+        ("Caf\u00e9, bitte.", "Cafe\u0301, bitte!"),
+    ],
+)
+def test_responses_of_the_same_words(chosen: str, rejected: str) -> None:
+    assert same_words(chosen, rejected)
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected"),
     [
         ("It is four.", "it is Four"),
-        ("Yes, it is", "Yes - it is".replace(" -", ",") + " !"),
+        ("HELLO WORLD", "Hello world"),
+        (LONG + "It is in Paris.", LONG + "It is in Lyon."),
+        (SUM + "x - y", SUM + "x + y"),
+        (SUM + "x < y", SUM + "x > y"),
         (LONG * 2, LONG * 2 + "Really."),
-        (LONG + "It does not.", LONG + "It does nott."),
         (LONG, LONG.replace("quick", "qiuck")),
-        ("say “hello”", 'say "hello"'),
-        ("\tA\n\nB", "a b"),
+        ("f(x);", "f(x)"),
+        ("for x in y:\n    a()\n    b()", "for x in y:\n    a()\nb()"),
+        ("The function `f` is pure.", "The function `f` is pure"),
     ],
 )
-def test_responses_that_differ_in_nothing(chosen: str, rejected: str) -> None:
-    assert near_identical(normalized(chosen), normalized(rejected))
+def test_responses_that_differ_in_few_characters(chosen: str, rejected: str) -> None:
+    assert same_words(chosen, rejected) is None and few_edits(chosen, rejected)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +179,9 @@ def test_responses_that_differ_in_nothing(chosen: str, rejected: str) -> None:
         ("3.5", "35"),
         ("-5", "5"),
         ("a - b", "a + b"),
+        ("x < y", "x > y"),
+        ("10⁵", "105"),
+        (SUM + "10⁵", SUM + "105"),
         ("Paris is the capital of France.", "Lyon is the capital of France."),
         (LONG + "So the answer is (B).", LONG + "So the answer is (C)."),
         (LONG + "It costs 12 euros.", LONG + "It costs 13 euros."),
@@ -167,7 +191,7 @@ def test_responses_that_differ_in_nothing(chosen: str, rejected: str) -> None:
     ],
 )
 def test_a_small_difference_that_means_something(chosen: str, rejected: str) -> None:
-    assert near_identical(normalized(chosen), normalized(rejected)) is None
+    assert same_words(chosen, rejected) is None and few_edits(chosen, rejected) is None
 
 
 @pytest.mark.parametrize(
@@ -295,8 +319,8 @@ def hashes(*rows: tuple[int, int, int]) -> Any:
 
 def test_copies_contradictions_and_cycles_by_hand() -> None:
     rows = hashes((1, 2, 3), (1, 2, 3), (1, 3, 2), (1, 4, 5), (2, 4, 5), (2, 5, 6), (2, 6, 4), (2, 6, 7), (3, 8, 8))
-    everything = np.arange(len(rows))
-    assert [each.tolist() for each in later_copies(rows[:, 0] * 100 + rows[:, 1] * 10 + rows[:, 2], everything)] == [
+    everything, none = np.arange(len(rows)), np.zeros(len(rows), bool)
+    assert [each.tolist() for each in copies(rows[:, 0] * 100 + rows[:, 1] * 10 + rows[:, 2], everything, none)] == [
         [1],
         [0],
     ]
@@ -442,14 +466,14 @@ def test_what_is_fixed_is_clean_and_else_as_it_was(tiny: Path, tmp_path: Path) -
         before = data.read_bytes()
         result = check(tiny, data, fix=fixed)
         assert data.read_bytes() == before
-        bad = set().union(*(found for kind, found in places(result).items() if KINDS[kind].drops))
+        bad = set().union(*(found for kind, found in places(result).items() if KINDS[kind].problem))
         left = [row for number, row in enumerate(planted.rows) if number not in bad]
         kept = [json.loads(line) for line in fixed.read_text().splitlines()]
         assert kept == left and [list(row) for row in kept] == [list(row) for row in left]
         assert result["fixed"]["kept"] == len(kept)
         assert len(kept) + sum(result["fixed"]["dropped"].values()) == len(planted.rows)
         again = check(tiny, fixed)
-        assert not [finding for finding in again["findings"] if KINDS[finding["kind"]].drops]
+        assert not again["problems"]
         with pytest.raises(UsageError, match="is there already"):
             check(tiny, data, fix=fixed)
 
@@ -474,9 +498,9 @@ def test_fix_writes_over_nothing(dpo: Cli, tiny: Path, tmp_path: Path, name: str
 
 def test_nothing_is_written_where_no_row_is_clean(tiny: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [prompt("a", "b", "b")])
-    with pytest.raises(UsageError, match="no row is clean"):
-        check(tiny, data, fix=tmp_path / "fixed.jsonl")
-    assert not (tmp_path / "fixed.jsonl").exists()
+    result = check(tiny, data, fix=tmp_path / "fixed.jsonl")
+    assert result["fixed"]["kept"] == 0 and not (tmp_path / "fixed.jsonl").exists()
+    assert "no row is clean, so there is no" in as_text(result)
     result = check(tiny, data)
     assert "lengths" not in result and as_text(result).splitlines()[-1] == "1 problem in 1 of 1 rows"
 
