@@ -161,10 +161,12 @@ _NEXT_TURN = re.compile(
     rf"|\n{_SPEAKERS}:(?=[^\n]*\n\s*{_ANSWERERS}:)"
 )
 _DIALOGUE = re.compile(rf"\s*[#*]*\s*(?:{_SPEAKERS}|{_ANSWERERS})\b[*]*:")
-_LABEL = re.compile(r"[ \t*-]*[A-Z][\w ]{0,20}[*]*:")  # of a line in a list or a form
+_LABEL = re.compile(r"[ \t*-]*[A-Z][\w ]{0,20}[*]*:")
+_ENTRY = re.compile(_LABEL.pattern + r".{0,50}\Z")  # of a list or a form
 _HEADING = re.compile(r"^#{1,6} ", re.MULTILINE)
 _DIALOGUE_ASKED = re.compile(
-    r"dialog|\bscript|conversation|template|transcript|interview|role.?play|di[áà]log|gespräch|conversaci|对话|對話|会話"
+    r"dialog|\bscript|conversation|template|transcript|interview (?:with|between)|role.?play"
+    r"|di[áà]log|gespräch|conversaci|对话|對話|会話"
 )
 
 
@@ -178,7 +180,7 @@ def next_turn(asked: str, prose: str) -> re.Match[str] | None:
         return None
     answer = prose[: found.start()].rstrip()
     last = [line for line in answer[-1000:].split("\n") if line.strip()][-2:]
-    if answer.endswith(":") or all(map(_LABEL.match, last)):
+    if answer.endswith(":") or all(map(_ENTRY.match, last)):
         return None
     if "#" in found[0]:
         return None if _HEADING.search(answer) else found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,7 +111,8 @@ def next_turn(record: Record, rng: random.Random) -> None:
 
 
 def near_identical(record: Record, rng: random.Random) -> None:
-    text = get(record, "chosen")
+    text = re.sub(r"[^\w\s.,:!?'’]|_", "", get(record, "chosen"))  # in code and maths each sign may mean something
+    put(record, "chosen", text)
     edits: list[Callable[[], str]] = [
         lambda: text.replace(". ", "!  ").replace(", ", " "),
         lambda: text.rstrip(".") + "...",
@@ -200,7 +202,9 @@ def reworded(record: Record, rng: random.Random) -> Record:
     for name in ("chosen", "rejected"):
         words = get(other, name).split(" ")
         # a number and a negation mean something
-        plain = [i for i, word in enumerate(words) if not any(map(str.isdigit, word)) and not NEGATIONS.search(word)]
+        plain = [
+            i for i, word in enumerate(words) if not any(map(str.isdigit, word)) and not NEGATIONS.search(word.lower())
+        ]
         words[rng.choice(plain)] = rng.choice(["maybe", "quite", "simply", "also"])
         put(other, name, " ".join(words))
     words = get(other, "prompt").split(" ")

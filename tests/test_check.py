@@ -26,6 +26,7 @@ from dpo_cli.metrics import Reporter
 from dpo_cli.records import find_sources
 from dpo_cli.scripts import script_mismatch
 from dpo_cli.survey import Survey
+from tests.clean import CLEAN, clean_rows
 from tests.conftest import SAMPLE, Cli, write_rows
 from tests.planted import Record, get, plant, put
 
@@ -68,6 +69,15 @@ def test_the_sample_data_has_no_problem(tiny: Path, name: str) -> None:
     assert result["problems"] == result["problem_rows"] == 0
     assert set(places(result)) <= {"length_bias"}
     assert as_text(result).splitlines()[-1] == f"no problems found in {result['rows']} rows"
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_what_looks_like_a_defect_is_none(tiny: Path, tmp_path: Path, messages: bool) -> None:
+    rows = clean_rows(messages)
+    found = places(check(tiny, write_rows(tmp_path / "rows.jsonl", rows)))
+    wrong = {kind: [CLEAN[place] for place in at] for kind, at in found.items() if KINDS[kind].problem}
+    assert len(rows) > 50 and not wrong
+    assert set(found) <= {"few_edits", "control_tokens", "boundary_moved"}
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train-strings.jsonl"])
