@@ -1,4 +1,4 @@
-"""Clean pairs of the kinds that look like defects: code, maths, forms, dialogues that are asked for, other languages."""
+"""Clean pairs that look like defects: code, maths, forms, dialogues that are asked for, other languages."""
 
 from __future__ import annotations
 

@@ -201,10 +201,8 @@ def reworded(record: Record, rng: random.Random) -> Record:
     other = copy.deepcopy(record)
     for name in ("chosen", "rejected"):
         words = get(other, name).split(" ")
-        # a number and a negation mean something
-        plain = [
-            i for i, word in enumerate(words) if not any(map(str.isdigit, word)) and not NEGATIONS.search(word.lower())
-        ]
+        says = re.compile(rf"\d|{NEGATIONS.pattern}")  # a number or a negation: no other word says the same
+        plain = [i for i, word in enumerate(words) if not says.search(word.lower())]
         words[rng.choice(plain)] = rng.choice(["maybe", "quite", "simply", "also"])
         put(other, name, " ".join(words))
     words = get(other, "prompt").split(" ")

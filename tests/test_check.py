@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import re
 import time
 import tracemalloc
 from collections import Counter
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from dpo_cli import near
 from dpo_cli.check import as_text, run_check
@@ -23,7 +26,7 @@ from dpo_cli.findings import RowFindings, Texts, _damage, few_edits, is_refusal,
 from dpo_cli.kinds import KINDS
 from dpo_cli.lengths import length_bias, wilson
 from dpo_cli.metrics import Reporter
-from dpo_cli.records import find_sources
+from dpo_cli.records import REST, find_sources
 from dpo_cli.scripts import script_mismatch
 from dpo_cli.survey import Survey
 from tests.clean import CLEAN, clean_rows
@@ -77,7 +80,7 @@ def test_what_looks_like_a_defect_is_none(tiny: Path, tmp_path: Path, messages: 
     found = places(check(tiny, write_rows(tmp_path / "rows.jsonl", rows)))
     wrong = {kind: [CLEAN[place] for place in at] for kind, at in found.items() if KINDS[kind].problem}
     assert len(rows) > 50 and not wrong
-    assert set(found) <= {"few_edits", "control_tokens", "boundary_moved"}
+    assert set(found) <= {"few_edits", "control_tokens", "boundary_moved", "length_bias"}
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train-strings.jsonl"])
@@ -459,6 +462,8 @@ def test_strict_fails_on_problems_only(dpo: Cli, tiny: Path, tmp_path: Path) -> 
     assert strict.stdout == plain.stdout
     assert strict.stdout.splitlines()[-1] == "1 problem in 1 of 329 rows"
     assert f"{data}:329 (see {data}:8): " in strict.stdout
+    of_eval = dpo("check", "--model", tiny, "--data", SAMPLE / "heldout.jsonl", "--eval-data", data, "--strict")
+    assert of_eval.returncode == 3 and "copies of other rows (in --eval-data)" in of_eval.stdout
     note = [
         *records,
         {**records[7], "chosen": [{"role": "assistant", "content": "I'm sorry, but I can't help with that."}]},
@@ -494,6 +499,105 @@ def test_fix_takes_leaked_rows_out_of_the_training_file(tiny: Path, tmp_path: Pa
     result = check(tiny, data, eval_data=[str(held_out)], fix=fixed)
     assert result["fixed"]["dropped"] == {"leak_row": 9}
     assert not check(tiny, fixed, eval_data=[str(held_out)])["problems"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_rows_of_tables_are_fixed(tiny: Path, tmp_path: Path, kind: str) -> None:
+    records = read_records("train-strings.jsonl")[:9]
+    frame = Dataset.from_list([*records, records[2]])
+    data, fixed = tmp_path / f"rows.{kind}", tmp_path / "fixed.jsonl"
+    getattr(frame, f"to_{kind}")(data)
+    assert check(tiny, data, fix=fixed)["fixed"] == {"file": str(fixed), "kept": 9, "dropped": {"duplicate": 1}}
+    assert [json.loads(line) for line in fixed.read_text().splitlines()] == records
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_a_file_that_is_not_read_to_its_end_is_not_fixed(tiny: Path, tmp_path: Path, kind: str) -> None:
+    records, data = read_records("train-strings.jsonl")[:9], tmp_path / f"rows.{kind}"
+    if kind == "json":
+        data.write_text(json.dumps([*records[:4], 0, *records[4:]], indent=0).replace("\n0,", "\n{,"))
+    else:
+        Dataset.from_list(records[:4]).to_csv(data)
+        data.write_text(data.read_text() + 'a,b,"c"d\n' + "a,b,c\n" * 9)
+    bad = write_rows(tmp_path / "bad.jsonl", [{f"prompt{'x' * n}": "a"} | {str(n): {}} for n in range(60)])
+    (finding,) = (f for f in check(tiny, bad, data)["findings"] if f["title"].endswith(REST))
+    assert finding["kind"] == "refused" and finding["count"] == 1
+    where = finding["examples"][0]["where"]
+    with pytest.raises(UsageError, match=f"^{re.escape(where)}: not .*; mend that first, nothing is written"):
+        check(tiny, data, fix=tmp_path / "fixed.jsonl")
+    assert not (tmp_path / "fixed.jsonl").exists()
+
+
+def test_near_copies_are_noted_and_kept(tiny: Path, tmp_path: Path) -> None:
+    end = "Then pour it away, and wash the pan with hot water and a brush."
+    chain = [prompt("How do I clean it?", f"{LONG} {word} {end}", f"{end} {LONG}") for word in ("Well", "So", "Good")]
+    data, fixed = write_rows(tmp_path / "rows.jsonl", chain), tmp_path / "fixed.jsonl"
+    result = check(tiny, data, fix=fixed)
+    assert places(result)["near_duplicate"] == {1, 2}
+    assert result["fixed"]["kept"] == 3 and fixed.read_text() == data.read_text()
+    broken = [{**chain[0], "chosen": chain[0]["chosen"] + " \ufffd"}, *chain[1:]]
+    assert places(check(tiny, write_rows(data, broken)))["near_duplicate"] == {2}  # what is dropped condemns no other
+
+
+def test_of_copies_the_one_stays_that_is_clean(tiny: Path, tmp_path: Path) -> None:
+    good = prompt("Which is it?", "The left one, I think.", "The right one.")
+    bad = {**good, "chosen": "The left\x1cone, I think."}  # a space to Python, and damage to a reader
+    other = prompt("And who?", "Nobody that I know of.", "Somebody else.")
+    data, fixed = write_rows(tmp_path / "rows.jsonl", [bad, good, other, good]), tmp_path / "fixed.jsonl"
+    result = check(tiny, data, fix=fixed)
+    assert places(result) == {"encoding": {0}, "duplicate": {0, 3}}
+    assert [json.loads(line) for line in fixed.read_text().splitlines()] == [good, other]
+
+
+def test_negations_make_another_row() -> None:
+    some = Texts("is it open?", LONG + "it is open on sundays, as far as i know.", LONG[::-1])
+    assert not near.is_near(some, some._replace(chosen=some.chosen.replace("is open", "is not open")))
+
+
+def test_other_tools_make_another_prompt(tiny: Path, tmp_path: Path) -> None:
+    def row(tool: str, chosen: str, rejected: str) -> Record:
+        answers = {"chosen": [{"role": "assistant", "content": chosen}]}
+        answers["rejected"] = [{"role": "assistant", "content": rejected}]
+        return {"prompt": [{"role": "user", "content": "Weather?"}], "tools": [{"name": tool}], **answers}
+
+    rows = [row("a", "It rains.", "I cannot see."), row("b", "It rains.", "I cannot see.")]
+    rows += [row("c", "I cannot see.", "It rains."), row("a", "It rains.", "I cannot see.")]
+    found = places(check(tiny, write_rows(tmp_path / "rows.jsonl", rows)))
+    assert found["duplicate"] == {3} and "contradiction" not in found
+
+
+def test_what_json_has_not_is_null_or_refused(tiny: Path, tmp_path: Path) -> None:
+    records = read_records("train-strings.jsonl")[:2]
+    data, fixed = tmp_path / "rows.parquet", tmp_path / "fixed.jsonl"
+    more = [{"x": math.nan, "y": [math.inf, 1.0]}, {"x": 0.5, "y": []}]
+    Dataset.from_list([record | each for record, each in zip(records, more, strict=True)]).to_parquet(data)
+    assert check(tiny, data, fix=fixed)["fixed"]["kept"] == 2
+    lines = [json.loads(line) for line in fixed.read_text().splitlines()]
+    assert [(line["x"], line["y"]) for line in lines] == [(None, [None, 1.0]), (0.5, [])]
+    fixed.unlink()
+    Dataset.from_list([record | {"raw": b"\x00"} for record in records]).to_parquet(data)
+    with pytest.raises(UsageError, match=re.escape(f"{data}:row 1: has bytes")):
+        check(tiny, data, fix=fixed)
+    assert not list(tmp_path.glob("fixed*"))
+
+
+def test_lengths_count_what_carries_loss(tiny: Path, tmp_path: Path) -> None:
+    def turn(role: str, text: str) -> Record:
+        return {"role": role, "content": text}
+
+    answers = [turn("assistant", "look it up " * 9), turn("tool", "12:00 " * 40), turn("assistant", "Noon.")]
+    row = {"prompt": [turn("user", "When?")], "chosen": answers, "rejected": [turn("assistant", "I do not know that.")]}
+    result = check(tiny, write_rows(tmp_path / "rows.jsonl", [row]))
+    chosen, rejected = (result["lengths"][name]["max"] for name in ("chosen", "rejected"))
+    assert chosen < rejected and result["length_bias"]["shorter_chosen"] == 1
+    assert result["budget"]["tokens_an_epoch"] > 100 > chosen + rejected
+
+
+def test_the_documentation_has_every_kind() -> None:
+    table = (SAMPLE.parent / "docs" / "data.md").read_text()
+    for kind in KINDS.values():
+        title = f"**{kind.title}** | yes" if kind.problem else f"{kind.title} | "
+        assert kind.name == "other" or f"| {title} | {kind.what} |\n" in table
 
 
 @pytest.mark.parametrize("name", ["fixed.json", "rows.jsonl", "link.jsonl"])
