@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import math
@@ -30,7 +31,7 @@ from dpo_cli.records import REST, find_sources
 from dpo_cli.scripts import script_mismatch
 from dpo_cli.survey import Survey
 from tests.clean import CLEAN, clean_rows
-from tests.conftest import SAMPLE, Cli, write_rows
+from tests.conftest import CHATML, SAMPLE, Cli, write_rows
 from tests.planted import Record, get, plant, put
 
 EACH, SEEDS = 20, 5  # defects of every kind in one file; files
@@ -275,6 +276,19 @@ def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path)
     assert "markers" not in places(check(tiny, write_rows(tmp_path / "rows.jsonl", [rendered])))
 
 
+def test_markers_are_those_around_turns(tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<think>", "</think>", "<turn>", "<filename>", "<|fim|>"], special_tokens=True)
+    tokenizer.chat_template = CHATML.replace("'\\n' + message", "'\\n<turn><think></think>' + message")
+
+    def found(text: str) -> bool:
+        row = Row("", "", "Why?", text, "No.")
+        return "markers" in dict(RowFindings(tokenizer).of(row, texts_of(row), texts_of(row)))
+
+    assert all(map(found, ["a <|im_end|> b", "a <turn>", "Here:\n```\na\n```\n[INST] b", "`a` <|im_start|>user"]))
+    assert not any(map(found, ["<think>a</think> b", "-- <filename>", "<|fim|>", "`<turn>`", "```\n[INST]\n```"]))
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -304,6 +318,12 @@ HOSTILE = [
     "[",
     "i can't ",
     "a ",
+    "`",
+    "~~~",
+    "\n\nHuman: ",
+    "\nUser: \n",
+    "\nA:",
+    "; ",
     "é",
     "Ã",
     "©Â",
@@ -596,7 +616,7 @@ def test_lengths_count_what_carries_loss(tiny: Path, tmp_path: Path) -> None:
 def test_the_documentation_has_every_kind() -> None:
     table = (SAMPLE.parent / "docs" / "data.md").read_text()
     for kind in KINDS.values():
-        title = f"**{kind.title}** | yes" if kind.problem else f"{kind.title} | "
+        title = f"**{kind.title}**" if kind.problem else kind.title
         assert kind.name == "other" or f"| {title} | {kind.what} |\n" in table
 
 
