@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_cli.findings import Texts
-from dpo_cli.near import BANDS, Keys, Places, band_keys
+from dpo_cli.near import BANDS, Keys, Places, band_keys, mixed
 from dpo_cli.pairs import Pair, loss_tokens
 
 Hashes = npt.NDArray[np.uint64]
@@ -85,8 +85,7 @@ def _mixed(*columns: Hashes) -> Hashes:
     """One hash of several, in this order."""
     out = np.zeros(len(columns[0]), np.uint64)
     for column in columns:
-        out = (out ^ column) * np.uint64(0x9E3779B97F4A7C15)
-        out ^= out >> np.uint64(29)
+        out = mixed(out ^ column)
     return out
 
 

@@ -242,15 +242,14 @@ _SIGNS = re.compile(
 
 
 def same_words(chosen: str, rejected: str) -> str | None:
-    """Where two responses differ, if that is in spaces and in punctuation around words, and neither is code or maths.
-
-    Else None.
-    """
-    if abs(len(chosen) - len(rejected)) > max(len(chosen), 80) // 2 or _SIGNS.search(chosen) or _SIGNS.search(rejected):
-        return None
+    """Where two responses differ, if only in spaces and punctuation around words, and neither is code or maths."""
     texts = [unicodedata.normalize("NFC", text).strip() for text in (chosen, rejected)]
-    lines = [[loose(line) for line in text.split("\n")] for text in texts]
-    return _difference(*texts) if lines[0] == lines[1] and any(lines[0]) else None
+    lines = [text.split("\n") for text in texts]
+    if len(lines[0]) != len(lines[1]) or any(loose(a) != loose(b) for a, b in zip(*lines, strict=True)):
+        return None
+    if not any(map(loose, lines[0])) or _SIGNS.search(chosen) or _SIGNS.search(rejected):
+        return None
+    return _difference(*texts)
 
 
 def few_edits(chosen: str, rejected: str) -> str | None:

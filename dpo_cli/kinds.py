@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.records import REST
-
 REASONS = 50  # told apart
 
 
@@ -170,9 +168,11 @@ class Found:
         self.counts: Counter[tuple[str, str, str]] = Counter()  # of each data, kind and reason
         self.examples: dict[tuple[str, str, str], list[dict[str, str]]] = {}
 
-    def add(self, data: str, kind: str, where: str, text: str, reason: str = "", other: str = "") -> None:
-        """Count a row, and keep it as an example if there are not enough yet."""
-        if (data, kind, reason) not in self.counts and len(self.counts) > REASONS and not reason.endswith(REST):
+    def add(
+        self, data: str, kind: str, where: str, text: str, reason: str = "", other: str = "", apart: bool = False
+    ) -> None:
+        """Count a row, and keep it as an example if there are not enough yet; ``apart``: its reason is always told."""
+        if (data, kind, reason) not in self.counts and len(self.counts) > REASONS and not apart:
             reason = "other reasons" if reason else ""
         self.counts[data, kind, reason] += 1
         self.show(data, kind, where, text, other, reason)

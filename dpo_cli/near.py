@@ -41,7 +41,7 @@ def band_keys(rows: Sequence[Texts]) -> Keys:
     hashes, ends = _shingles(rows)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, ends, VALUES, 1)
     values = np.array(matrix.to_rows(), np.uint64)[:, : BANDS * BAND].reshape(len(rows), BANDS, BAND)
-    return _mixed((values * _WEIGHTS).sum(-1, dtype=np.uint64)).astype(np.uint32)
+    return mixed((values * _WEIGHTS).sum(-1, dtype=np.uint64)).astype(np.uint32)
 
 
 def _shingles(rows: Sequence[Texts]) -> tuple[npt.NDArray[np.uint64], Places]:
@@ -59,7 +59,7 @@ def _shingles(rows: Sequence[Texts]) -> tuple[npt.NDArray[np.uint64], Places]:
     prompts = np.array([zlib.crc32(" ".join(loose(row.prompt)).encode()) if _short(row) else 0 for row in rows])
     salts = prompts.astype(np.uint64)[:, None] ^ _PARTS  # (N, 2)
     lengths = np.array([len(text) for text in texts])
-    hashes = _mixed(hashes[within] ^ np.repeat(salts.reshape(-1), lengths))
+    hashes = mixed(hashes[within] ^ np.repeat(salts.reshape(-1), lengths))
     return hashes, np.concatenate([[0], np.cumsum(lengths.reshape(-1, 2).sum(1))])
 
 
@@ -67,7 +67,7 @@ def _short(row: Texts) -> bool:
     return len(row.chosen) + len(row.rejected) < LEAST
 
 
-def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Every bit of the result depends on every bit of the value."""
     values = (values ^ (values >> np.uint64(32))) * np.uint64(_MIX[4])
     return values ^ (values >> np.uint64(32))

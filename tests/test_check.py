@@ -23,7 +23,18 @@ from dpo_cli.config import CheckOptions
 from dpo_cli.crossrow import contradictions, copies, cycles
 from dpo_cli.data import Reading, Row
 from dpo_cli.errors import UsageError, printable
-from dpo_cli.findings import RowFindings, Texts, _damage, few_edits, is_refusal, normalized, same_words, texts_of
+from dpo_cli.findings import (
+    RowFindings,
+    Texts,
+    _damage,
+    _without_code,
+    few_edits,
+    is_refusal,
+    next_turn,
+    normalized,
+    same_words,
+    texts_of,
+)
 from dpo_cli.kinds import KINDS
 from dpo_cli.lengths import length_bias, wilson
 from dpo_cli.metrics import Reporter
@@ -274,6 +285,21 @@ def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path)
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", "Because.<|im_end|>\n", "No idea.<|im_end|>"
     )
     assert "markers" not in places(check(tiny, write_rows(tmp_path / "rows.jsonl", [rendered])))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Here is the code:\n```\nprint(1)\n```\n\nHuman: Thanks!",
+        "Note: it is late.\nAll shops are closed by now.\n\nAssistant: Also, it rains.",
+        "It is four.\nUser: And two more?\nAssistant: Six.\nUser: And then?",
+        "It is four.\n\n### Instruction:\nAdd two.\n\n### Response:\nSix.",
+    ],
+)
+def test_a_turn_behind_an_answer(text: str) -> None:
+    assert next_turn("What is it?", _without_code(text))
+    assert not next_turn("Write a dialogue, please.", _without_code(text))
+    assert not next_turn("What is it?", _without_code(f"```\n{text}\n```"))
 
 
 def test_markers_are_those_around_turns(tokenizer: Any) -> None:
