@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dpo_cli.config import CheckOptions
 from dpo_cli.disk import whole_file
 from dpo_cli.errors import UsageError
-from dpo_cli.kinds import BITS, DROPS, KINDS, PROBLEMS
+from dpo_cli.kinds import BITS, KINDS, PROBLEMS
 from dpo_cli.lengths import biased_pairs, budget, length_bias, statistics
 from dpo_cli.memory import MOST_TOKENS
 from dpo_cli.metrics import Reporter
@@ -26,7 +28,7 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     """`dpo check`: every finding with its rows, lengths, and what a training on the pairs takes.
 
     Raises:
-        UsageError: a file cannot be read, or ``--fix`` names one that is there.
+        UsageError: a file cannot be read, or ``--fix`` names one that is there or would write a part of the rows.
     """
     sources = {TRAIN: find_sources(options.data)}
     if options.eval_data:
@@ -36,11 +38,13 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     model = choose_model(options.model, options, reporter)
     survey = Survey(sources, reading_as_trained(options, model), reporter, options.examples)
     survey.read(choose_tokenizer(model, options))
+    if options.fix and TRAIN in survey.unread:
+        raise UsageError(f"{survey.unread[TRAIN]}; mend that first, nothing is written to {options.fix}")
     survey.compare()
     result = _result(survey, options)
     if options.fix:
         result["fixed"] = _fix(survey, options.fix)
-        reporter.fact("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are in {options.fix}")
+        reporter.fact("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are clean")
     return result
 
 
@@ -56,8 +60,8 @@ def _result(survey: Survey, options: CheckOptions) -> dict[str, Any]:
     result: dict[str, Any] = {"rows": rows[TRAIN], "pairs": len(survey.usable(TRAIN))}
     if EVAL in rows:
         result |= {"eval_rows": rows[EVAL], "eval_pairs": len(survey.usable(EVAL))}
-    lengths = survey.table.lengths[survey.usable(TRAIN)]
-    bias = length_bias(lengths) if len(lengths) else None
+    lengths, trained = (numbers[survey.usable(TRAIN)] for numbers in (survey.table.lengths, survey.table.trained))
+    bias = length_bias(trained) if len(trained) else None
     if bias and (biased := biased_pairs(bias)):
         survey.found.counts[TRAIN, "length_bias", biased[1]] = biased[0]
     findings = survey.found.listed(rows)
@@ -69,7 +73,7 @@ def _result(survey: Survey, options: CheckOptions) -> dict[str, Any]:
     }
     if bias:
         most = options.max_tokens or MOST_TOKENS[default_device().type]
-        result |= {"lengths": statistics(lengths), "length_bias": bias}
+        result |= {"lengths": statistics(trained), "length_bias": bias}
         result["budget"] = budget(lengths, options.batch_size, options.epochs, most)
     return result
 
@@ -81,24 +85,27 @@ def _fix(survey: Survey, file: Path) -> dict[str, Any]:
     """Write the records of the rows that are clean; say how many were left out for which first reason."""
     flags = survey.table.flags[survey.rows[TRAIN]]
     dropped = {}
-    left = flags & np.uint32(DROPS)
-    for kind in (name for name, kind in KINDS.items() if kind.drops):
+    left = flags & np.uint32(PROBLEMS)
+    for kind in (name for name, kind in KINDS.items() if kind.problem):
         hit = left & np.uint32(BITS[kind]) != 0
         if count := int(hit.sum()):
             dropped[kind] = count
         left = np.where(hit, 0, left)
-    kept = flags & np.uint32(DROPS) == 0
-    if not kept.any():
-        raise UsageError(f"--fix {file}: no row is clean, so nothing is written")
-    records = (record for source in survey.sources[TRAIN] for _, record in source.records())
+    kept = flags & np.uint32(PROBLEMS) == 0
+    if kept.any():
+        _write(survey, file, kept)
+    return {"file": str(file), "kept": int(kept.sum()), "dropped": dropped}
+
+
+def _write(survey: Survey, file: Path, kept: npt.NDArray[np.bool_]) -> None:
+    records = (each for source in survey.sources[TRAIN] for each in source.records())
     count = 0
     with whole_file(file) as temporary, temporary.open("wb") as stream:
-        for count, record in enumerate(records, 1):
+        for count, (where, record) in enumerate(records, 1):
             if count <= len(kept) and kept[count - 1]:
-                stream.write(_line(record))
+                stream.write(_line(_as_json(record, where)))
         if count != len(kept):
             raise UsageError("--data: the rows changed while they were read; nothing is written")
-    return {"file": str(file), "kept": int(kept.sum()), "dropped": dropped}
 
 
 def _line(record: Any) -> bytes:
@@ -106,6 +113,17 @@ def _line(record: Any) -> bytes:
         return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
     except UnicodeEncodeError:  # half of a surrogate pair, in a column that is not read
         return (json.dumps(record, default=str) + "\n").encode()
+
+
+def _as_json(value: Any, where: str) -> Any:
+    """The value with null for what is no number in JSON."""
+    if isinstance(value, dict):
+        return {key: _as_json(each, where) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(each, where) for each in value]
+    if isinstance(value, bytes):
+        raise UsageError(f"{where}: has bytes, and JSON has none; write it as JSON lines yourself, nothing is written")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- what a person reads ----------------------------------------------------------------------------------------
@@ -123,7 +141,8 @@ def as_text(result: dict[str, Any]) -> str:
     if "lengths" in result:
         lines += [*_lengths(result), *_budget(result["budget"])]
     if fixed := result.get("fixed"):
-        lines.append(f"fixed: {fixed['kept']:,} rows written to {fixed['file']}")
+        kept = f"{fixed['kept']:,} rows written to" if fixed["kept"] else "no row is clean, so there is no"
+        lines.append(f"fixed: {kept} {fixed['file']}")
         lines += [f"  {count:>9,}  left out: {KINDS[kind].title}" for kind, count in fixed["dropped"].items()]
         lines.append("")
     rows = result["rows"] + result.get("eval_rows", 0)
@@ -152,7 +171,10 @@ def _finding(finding: dict[str, Any]) -> list[str]:
 
 def _lengths(result: dict[str, Any]) -> list[str]:
     statistics = result["lengths"]
-    lines = ["tokens        " + "".join(f"{name:>9}" for name in statistics["prompt"])]
+    lines = [
+        "tokens after truncation, of responses those that carry loss",
+        " " * 14 + "".join(f"{name:>9}" for name in statistics["prompt"]),
+    ]
     for part, values in statistics.items():
         numbers = (f"{v:>9,.1f}" if name == "mean" else f"{v:>9,.0f}" for name, v in values.items())
         lines.append(f"  {part:<12}" + "".join(numbers))

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_cli.findings import Texts
-from dpo_cli.near import BANDS, Keys, Places, band_keys
+from dpo_cli.near import BANDS, Keys, Places, band_keys, mixed
+from dpo_cli.pairs import Pair, loss_tokens
 
 Hashes = npt.NDArray[np.uint64]
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 512, 2**19  # whose signatures are made together
@@ -20,20 +21,24 @@ PEELED = 50  # times that responses are taken off which lie on no cycle
 
 
 class Table:
-    """Rows in flat columns: hashes of the normalized prompt, chosen and rejected, token lengths, flags, band keys."""
+    """Rows in flat columns: hashes of the normalized prompt, chosen and rejected, tokens, flags, band keys."""
 
     def __init__(self) -> None:
-        self._hashes, self._lengths, self._flags, self._keys = array("Q"), array("i"), array("I"), array("I")
+        self._hashes, self._tokens, self._flags, self._keys = array("Q"), array("i"), array("I"), array("I")
         self._waiting: list[Texts] = []
         self._held = 0  # characters of those
 
     def __len__(self) -> int:
         return len(self._flags)
 
-    def add(self, plain: Texts, lengths: tuple[int, int, int], flags: int) -> None:
-        """One more row; of one that cannot be used the texts are empty and the lengths 0."""
+    def add(self, plain: Texts, pair: Pair | None, flags: int) -> None:
+        """One more row; one that cannot be used has no pair and empty texts."""
         self._hashes.extend(map(_hash, plain))
-        self._lengths.extend(lengths)
+        if pair is None:
+            self._tokens.extend([0] * 5)
+        else:
+            self._tokens.extend(map(len, (pair.prompt, pair.chosen, pair.rejected)))
+            self._tokens.extend(map(loss_tokens, (pair.chosen, pair.rejected)))
         self._flags.append(flags)
         self._waiting.append(plain)
         self._held += sum(map(len, plain))
@@ -53,7 +58,12 @@ class Table:
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of prompt, chosen and rejected: (N, 3)."""
-        return np.asarray(self._lengths).reshape(-1, 3)
+        return np.asarray(self._tokens).reshape(-1, 5)[:, :3]
+
+    @property
+    def trained(self) -> npt.NDArray[np.int32]:
+        """Tokens of the prompt, and those of chosen and rejected that carry loss: (N, 3)."""
+        return np.asarray(self._tokens).reshape(-1, 5)[:, [0, 3, 4]]
 
     @property
     def flags(self) -> npt.NDArray[np.uint32]:
@@ -75,8 +85,7 @@ def _mixed(*columns: Hashes) -> Hashes:
     """One hash of several, in this order."""
     out = np.zeros(len(columns[0]), np.uint64)
     for column in columns:
-        out = (out ^ column) * np.uint64(0x9E3779B97F4A7C15)
-        out ^= out >> np.uint64(29)
+        out = mixed(out ^ column)
     return out
 
 
@@ -85,11 +94,16 @@ def row_hashes(hashes: Hashes) -> Hashes:
     return _mixed(*hashes.T)
 
 
-def later_copies(keys: Hashes, places: Places) -> tuple[Places, Places]:
-    """Those of ``places``, which ascend, whose key an earlier one has, and for each the first that has it."""
+def copies(keys: Hashes, places: Places, bad: npt.NDArray[np.bool_]) -> tuple[Places, Places]:
+    """Those of ``places``, which ascend, whose key another one has, and for each the one that stays.
+
+    That is the first that is not ``bad`` (N,), or the first where all are.
+    """
+    places = places[np.argsort(bad[places], kind="stable")]
     _, first, group = np.unique(keys[places], return_index=True, return_inverse=True)
-    later = first[group] != np.arange(len(places))
-    return places[later], places[first[group][later]]
+    again = np.flatnonzero(first[group] != np.arange(len(places)))
+    again = again[np.argsort(places[again])]
+    return places[again], places[first[group][again]]
 
 
 def contradictions(hashes: Hashes, places: Places) -> tuple[Places, Places]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from dpo_cli.columns import Text
-from dpo_cli.data import Row
+from dpo_cli.data import HH_HUMAN, Row
 from dpo_cli.records import shortened
 from dpo_cli.scripts import script_mismatch
 from dpo_cli.template import ControlTokens
@@ -48,14 +48,22 @@ def normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def plain_of(row: Row) -> Texts:
+    """A row's texts normalized; tools and what else the template is given belong to the prompt."""
+    plain = Texts(*map(normalized, texts_of(row)))
+    if not row.template_arguments:
+        return plain
+    return plain._replace(prompt=f"{plain.prompt}\n{json.dumps(row.template_arguments, sort_keys=True, default=str)}")
+
+
 class RowFindings:
     """Looks at one row after the other; ``tokenizer`` says which markers are its own."""
 
     def __init__(self, tokenizer: Any) -> None:
-        own = {*ControlTokens(tokenizer).ids, *tokenizer.all_special_tokens}
-        own = {token for token in own if len(token) > 2 and not token.isalnum()}
-        self.markers = re.compile("|".join([_MARKERS, *map(re.escape, sorted(own, key=len, reverse=True))]))
-        self.begin = tuple({token[0] for token in own} | set("<["))  # no marker without one of them
+        own = ControlTokens(tokenizer).of_turns() - THINKING | {tokenizer.eos_token}
+        own = {token for token in own if len(token) > 2 and not token.isalnum()} | set(_MARKERS)
+        self.markers = re.compile("|".join(map(re.escape, sorted(own, key=len, reverse=True))))
+        self.begin = {token[0] for token in own}  # no marker without one of them
         self.eos: str = tokenizer.eos_token
 
     def of(self, row: Row, texts: Texts, plain: Texts) -> Iterator[tuple[str, str]]:
@@ -64,28 +72,39 @@ class RowFindings:
             if damage := _damage(text):
                 yield "encoding", f"{name}: {_around(text, damage)}"
                 break
+        asked = _last_turn(row.prompt)
         kinds: set[str] = set()
         for name in ("chosen", "rejected"):
-            for kind, excerpt in self._of_response(getattr(row, name), getattr(plain, name), name):
+            for kind, excerpt in self._of_response(asked, getattr(row, name), getattr(plain, name), name):
                 if kind not in kinds:
                     kinds.add(kind)
                     yield kind, excerpt
-        if told := near_identical(plain.chosen, plain.rejected):
+        if told := same_words(texts.chosen, texts.rejected):
             yield "near_identical", told
+        elif told := few_edits(texts.chosen, texts.rejected):
+            yield "few_edits", told
         if told := script_mismatch(*texts):
             yield "script", f"{told}: {shortened(texts.prompt)}"
 
-    def _of_response(self, response: Text, plain: str, name: str) -> Iterator[tuple[str, str]]:
+    def _of_response(self, asked: str, response: Text, plain: str, name: str) -> Iterator[tuple[str, str]]:
         contents = [response.rstrip().removesuffix(self.eos)] if isinstance(response, str) else _contents(response)
         for text in contents:
-            if any(begin in text for begin in self.begin) and (found := self.markers.search(text)):
+            prose = _without_code(text)
+            if any(begin in prose for begin in self.begin) and (found := self.markers.search(prose)):
                 yield "markers", f"{name}: {_around(text, found)}"
-            if found := _next_turn(text):
+            if found := next_turn(asked, prose):
                 yield "next_turn", f"{name}: {_around(text, found)}"
         if not _WORD.search(plain):
             yield "empty_response", f"{name}: {shortened(plain)}"
         elif is_refusal(plain):
             yield f"refusal_{name}", shortened(plain, 80)
+
+
+def _last_turn(prompt: Text) -> str:
+    """What the user says last."""
+    if isinstance(prompt, str):
+        return prompt.rpartition(HH_HUMAN)[2]
+    return next((turn.get("content") or "" for turn in reversed(prompt) if turn["role"] == "user"), "")
 
 
 def _contents(messages: list[dict[str, Any]]) -> list[str]:
@@ -122,28 +141,51 @@ def _damage(text: str) -> re.Match[str] | None:
 
 # ---- markers and turns ------------------------------------------------------------------------------------------
 
+THINKING = {"<think>", "</think>"}  # of an answer
 _MARKERS = (
-    r"<\|[A-Za-z][\w.-]{0,40}\|>|<｜[^｜<>\s]{1,40}｜>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos)>"
-    r"|\[gMASK\]|</s>\s*(?:\Z|<s>|\[INST\])|<s>\s*\[INST\]"
+    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "[INST]", "[/INST]"),
+    *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>"),
 )
+_CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`", re.DOTALL)
+
+
+def _without_code(text: str) -> str:
+    """The text with backticks for all that stands in fences and backticks."""
+    return _CODE.sub(lambda found: "`" * len(found[0]), text) if "`" in text or "~~~" in text else text
+
+
 _SPEAKERS = r"(?:User|USER|Human|HUMAN)"
 _ANSWERERS = r"(?:Assistant|ASSISTANT|AI|Bot|Chatbot)"
 _NEXT_TURN = re.compile(
-    r"(?:^|\n)[ \t]*#{2,4} ?(?:Instruction|Input|Response|Human|Assistant|User)s?:"
-    rf"|\n[ \t\r]*\n(?:Human|Assistant|User|USER|ASSISTANT):"
-    # one line break: a user who says more than a word, or is answered, and no form with more fields
-    rf"|\n{_SPEAKERS}:(?=[ \t]*\S+[ \t]+\S|\s*\Z|[^\n]*\n\s*{_ANSWERERS}:)"
-    rf"(?![^\n]*\n(?!{_ANSWERERS})[A-Z][\w ]{{0,20}}:)"
+    r"\n[ \t\r]*\n(?:Human|HUMAN|Assistant|ASSISTANT):|\n#{2,4} ?(?:Instruction|Human|User):"
+    rf"|\n{_SPEAKERS}:(?=[^\n]*\n\s*{_ANSWERERS}:)"
 )
-_DIALOGUE = re.compile(rf"\s*(?:{_SPEAKERS}|{_ANSWERERS}):")
+_DIALOGUE = re.compile(rf"\s*[#*]*\s*(?:{_SPEAKERS}|{_ANSWERERS})\b[*]*:")
+_LABEL = re.compile(r"[ \t*-]*[A-Z][\w ]{0,20}[*]*:")
+_ENTRY = re.compile(_LABEL.pattern + r".{0,50}\Z")  # of a list or a form
+_HEADING = re.compile(r"^#{1,6} ", re.MULTILINE)
+_DIALOGUE_ASKED = re.compile(
+    r"dialog|\bscript|conversation|template|transcript|interview (?:with|between)|role.?play"
+    r"|di[áà]log|gespräch|conversaci|对话|對話|会話"
+)
 
 
-def _next_turn(text: str) -> re.Match[str] | None:
-    """Where another turn begins; a response that is a dialogue from its first word on was meant to be one."""
-    if "\n" not in text and "##" not in text:
+def next_turn(asked: str, prose: str) -> re.Match[str] | None:
+    """Where another turn begins behind an answer, in a response without its code; not where dialogues are asked for.
+
+    Nor is that an entry of a list or a form, in which the lines around it begin with other names.
+    """
+    found = _NEXT_TURN.search(prose) if "\n" in prose else None
+    if found is None or _DIALOGUE.match(prose) or _DIALOGUE_ASKED.search(asked.casefold()):
         return None
-    found = _NEXT_TURN.search(text)
-    return found if found and not _DIALOGUE.match(text) else None
+    answer = prose[: found.start()].rstrip()
+    last = [line for line in answer[-1000:].split("\n") if line.strip()][-2:]
+    if answer.endswith(":") or all(map(_ENTRY.match, last)):
+        return None
+    if "#" in found[0]:
+        return None if _HEADING.search(answer) else found
+    behind = next(filter(_LABEL.match, prose[found.end() :].split("\n")[1:]), None)
+    return found if behind is None or _DIALOGUE.match(behind) else None
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------
@@ -183,7 +225,7 @@ LONG, SOME = 120, 50  # characters of a response in which an edit is small, or o
 LONGEST = 2**15  # characters: counting the edits of longer ones takes too long
 _END, _START = ".,;:!?…。！？，、'\"”’»)]", "'\"“‘«(["
 _NUMBERS = re.compile(r"\d+(?:[.,]\d+)*|\b[b-e]\b")  # and letters that stand for an answer
-_NEGATIONS = re.compile(r"\b(?:not|no|yes|never|none|true|false|cannot|without|\w+n[’']t)\b")
+NEGATIONS = re.compile(r"\b(?:not|no|yes|never|none|true|false|cannot|without|\w+n[’']t)\b")
 
 
 def loose(plain: str) -> list[str]:
@@ -191,24 +233,43 @@ def loose(plain: str) -> list[str]:
     return [stripped for word in plain.split() if (stripped := word.rstrip(_END).lstrip(_START))]
 
 
-def near_identical(chosen: str, rejected: str) -> str | None:
-    """Where two normalized responses differ, if that is in nothing that means something; else None.
+# What means something in code and in maths: indentation, operators, brackets, signs that are no prose's.
+_SIGNS = re.compile(
+    r"`|\n[ \t]+\S|\A\s*[\[{]|;[ \t]*$|\w[(\[]\w|[=<>^{}\\|&_+$~@#%²³¹⁰-₟×÷−∀-⋿]|[\w)] [*/-] [\w(]|\d!|\]\("
+    r"|[(\[] ?-?[\w.]+,",
+    re.MULTILINE,
+)
 
-    That is in case, spaces and punctuation, or in 5 % of the characters of a long text (2 % of a shorter one) if no
-    number, single letter or negation is among them.
+
+def same_words(chosen: str, rejected: str) -> str | None:
+    """Where two responses differ, if only in spaces and punctuation around words, and neither is code or maths."""
+    texts = [unicodedata.normalize("NFC", text).strip() for text in (chosen, rejected)]
+    lines = [text.split("\n") for text in texts]
+    if len(lines[0]) != len(lines[1]) or any(loose(a) != loose(b) for a, b in zip(*lines, strict=True)):
+        return None
+    if not any(map(loose, lines[0])) or _SIGNS.search(chosen) or _SIGNS.search(rejected):
+        return None
+    return _difference(*texts)
+
+
+def few_edits(chosen: str, rejected: str) -> str | None:
+    """Where two responses differ, if that is in case or in few characters of a long text; else None.
+
+    Few are 5 % (2 % of a shorter text) if no number, single letter or negation is among them.
     """
     from rapidfuzz.distance import Levenshtein
 
-    longer, shorter = max(len(chosen), len(rejected)), min(len(chosen), len(rejected))
+    texts = [" ".join(unicodedata.normalize("NFC", text).casefold().split()) for text in (chosen, rejected)]
+    shorter, longer = sorted(map(len, texts))
     if longer - shorter > max(longer // 20, 8):
         return None
-    words = loose(chosen), loose(rejected)
+    words = [loose(text) for text in texts]
     if words[0] != words[1] or not words[0]:
         most = 0 if longer > LONGEST else shorter // 20 if shorter >= LONG else shorter // SOME
-        edits = Levenshtein.distance(chosen, rejected, score_cutoff=most) if most else 1
-        if edits > most or _says_other(_NUMBERS, chosen, rejected):
+        edits = Levenshtein.distance(*texts, score_cutoff=most) if most else 1
+        if edits > most or _says_other(_NUMBERS, *texts):
             return None
-        if edits > 1 and _says_other(_NEGATIONS, chosen, rejected):  # one letter is a slip
+        if edits > 1 and _says_other(NEGATIONS, *texts):  # one letter is a slip
             return None
     return _difference(chosen, rejected)
 
@@ -220,7 +281,5 @@ def _says_other(what: re.Pattern[str], a: str, b: str) -> bool:
 def _difference(chosen: str, rejected: str) -> str:
     """Both responses from a little before where they first differ."""
     differs = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), -1)
-    if chosen == rejected:
-        return f"only case or spaces: {shortened(chosen)}"
     start = max((differs if differs >= 0 else min(len(chosen), len(rejected))) - ROUND // 2, 0)
     return " / ".join("…" * (start > 0) + shortened(text[start:], ROUND) for text in (chosen, rejected))

@@ -11,25 +11,21 @@ REASONS = 50  # told apart
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What is said of a finding.
-
-    ``problem``: it makes ``--strict`` fail. ``drops``: ``--fix`` leaves its rows out.
-    """
+    """What is said of a finding; ``problem``: ``--strict`` fails on it, and ``--fix`` leaves its rows out."""
 
     name: str
     problem: bool
-    drops: bool
     title: str
     what: str
     todo: str
 
 
 def _problem(name: str, title: str, what: str, todo: str) -> Kind:
-    return Kind(name, True, True, title, what, todo)
+    return Kind(name, True, title, what, todo)
 
 
-def _note(name: str, title: str, what: str, todo: str, drops: bool = False) -> Kind:
-    return Kind(name, False, drops, title, what, todo)
+def _note(name: str, title: str, what: str, todo: str) -> Kind:
+    return Kind(name, False, title, what, todo)
 
 
 # In the order in which they are told, and in which --fix gives a row's reason.
@@ -48,7 +44,7 @@ KINDS = {
         _problem(
             "markers",
             "template markers in a response",
-            "A response holds tokens with which a chat template parts turns.",
+            "A response holds tokens with which a chat template parts turns, outside code.",
             "Remove them: the template writes its own.",
         ),
         _problem(
@@ -59,8 +55,8 @@ KINDS = {
         ),
         _problem(
             "near_identical",
-            "pairs of nearly identical responses",
-            "The two responses differ in next to nothing, so the pair teaches noise.",
+            "pairs of the same words",
+            "The two responses differ in punctuation and spaces only, so the pair teaches noise.",
             "Drop them, or make clear what is better.",
         ),
         _problem(
@@ -95,8 +91,8 @@ KINDS = {
         ),
         _problem(
             "duplicate",
-            "copies of earlier rows",
-            "Prompt and responses equal an earlier row's but for case and spaces.",
+            "copies of other rows",
+            "Prompt and responses equal another row's but for case and spaces.",
             "Drop them: a copy counts like an epoch more of its row.",
         ),
         _note(
@@ -104,7 +100,12 @@ KINDS = {
             "near-copies of earlier rows",
             "Prompt and responses are an earlier row's but for a few words.",
             "Drop them if they are not meant to weigh more.",
-            drops=True,
+        ),
+        _note(
+            "few_edits",
+            "pairs that differ in few characters",
+            "The two responses differ in case, or in few characters of a long text.",
+            "Fine where that is what is taught; else drop them.",
         ),
         _note(
             "prompt_cut", "shortened prompts", "Longer than --max-length; the oldest turns go.", "Raise --max-length."
@@ -157,7 +158,6 @@ KINDS = {
 }
 BITS = {name: 1 << place for place, name in enumerate(KINDS)}
 PROBLEMS = sum(BITS[name] for name, kind in KINDS.items() if kind.problem)
-DROPS = sum(BITS[name] for name, kind in KINDS.items() if kind.drops)
 
 
 class Found:
@@ -168,9 +168,11 @@ class Found:
         self.counts: Counter[tuple[str, str, str]] = Counter()  # of each data, kind and reason
         self.examples: dict[tuple[str, str, str], list[dict[str, str]]] = {}
 
-    def add(self, data: str, kind: str, where: str, text: str, reason: str = "", other: str = "") -> None:
-        """Count a row, and keep it as an example if there are not enough yet."""
-        if (data, kind, reason) not in self.counts and len(self.counts) > REASONS:
+    def add(
+        self, data: str, kind: str, where: str, text: str, reason: str = "", other: str = "", apart: bool = False
+    ) -> None:
+        """Count a row, and keep it as an example if there are not enough yet; ``apart``: its reason is always told."""
+        if (data, kind, reason) not in self.counts and len(self.counts) > REASONS and not apart:
             reason = "other reasons" if reason else ""
         self.counts[data, kind, reason] += 1
         self.show(data, kind, where, text, other, reason)

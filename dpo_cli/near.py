@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dpo_cli.findings import Texts, loose
+from dpo_cli.findings import NEGATIONS, Texts, loose
 
 Keys = npt.NDArray[np.uint32]
 Places = npt.NDArray[np.int64]
@@ -41,7 +41,7 @@ def band_keys(rows: Sequence[Texts]) -> Keys:
     hashes, ends = _shingles(rows)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, ends, VALUES, 1)
     values = np.array(matrix.to_rows(), np.uint64)[:, : BANDS * BAND].reshape(len(rows), BANDS, BAND)
-    return _mixed((values * _WEIGHTS).sum(-1, dtype=np.uint64)).astype(np.uint32)
+    return mixed((values * _WEIGHTS).sum(-1, dtype=np.uint64)).astype(np.uint32)
 
 
 def _shingles(rows: Sequence[Texts]) -> tuple[npt.NDArray[np.uint64], Places]:
@@ -59,7 +59,7 @@ def _shingles(rows: Sequence[Texts]) -> tuple[npt.NDArray[np.uint64], Places]:
     prompts = np.array([zlib.crc32(" ".join(loose(row.prompt)).encode()) if _short(row) else 0 for row in rows])
     salts = prompts.astype(np.uint64)[:, None] ^ _PARTS  # (N, 2)
     lengths = np.array([len(text) for text in texts])
-    hashes = _mixed(hashes[within] ^ np.repeat(salts.reshape(-1), lengths))
+    hashes = mixed(hashes[within] ^ np.repeat(salts.reshape(-1), lengths))
     return hashes, np.concatenate([[0], np.cumsum(lengths.reshape(-1, 2).sum(1))])
 
 
@@ -67,7 +67,7 @@ def _short(row: Texts) -> bool:
     return len(row.chosen) + len(row.rejected) < LEAST
 
 
-def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Every bit of the result depends on every bit of the value."""
     values = (values ^ (values >> np.uint64(32))) * np.uint64(_MIX[4])
     return values ^ (values >> np.uint64(32))
@@ -106,11 +106,12 @@ def across(keys: Keys, some: Places, others: Places) -> Places:
 def is_near(a: Texts, b: Texts) -> bool:
     """Whether two rows of normalized texts say the same but for a few words.
 
-    Most of their shingles are common, of the responses as of the whole; all numbers are equal.
+    Most of their shingles are common, of the responses as of the whole; all numbers and negations are equal.
     """
     a, b = (Texts(*(text[:LONGEST] for text in row)) for row in (a, b))
-    if any(_NUMBER.findall(x) != _NUMBER.findall(y) for x, y in zip(a, b, strict=True)):
-        return False
+    for x, y in zip(a, b, strict=True):
+        if any(what.findall(x) != what.findall(y) for what in (_NUMBER, NEGATIONS)):
+            return False
     if (_short(a) or _short(b)) and loose(a.prompt) != loose(b.prompt):
         return False
     common = either = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -53,20 +54,27 @@ def script_mismatch(prompt: str, chosen: str, rejected: str) -> str | None:
     texts = [text[:MOST] for text in (prompt, chosen, rejected)]
     if not any(not text.isascii() and _OTHER.search(text) for text in texts):
         return None
-    prompt = texts[0]
-    asked, letters = script(prompt)
-    prompt = prompt.casefold()
+    asked, letters = script(texts[0])
+    prompt = texts[0].casefold()
     if asked is None or _ASKED.search(prompt):
         return None
-    for name, response in zip(("chosen", "rejected"), texts[1:], strict=True):
-        answered, _ = script(response)
-        if answered is None or answered == asked or "```" in response:
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        answered, _ = script(response[:MOST])
+        if answered is None or answered == asked or "```" in response or is_json(response):
             continue
         if re.search(_SPOKEN_OF.get(answered, answered.casefold()), prompt):
             continue
         if answered == "Latin" or letters[_NAMES.index(answered)] <= STRAY:
             return f"prompt {asked}, {name} {answered}"
     return None
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is an object or a list of JSON, as calls of tools are."""
+    try:
+        return text.lstrip()[:1] in ("{", "[") and json.loads(text) is not None
+    except (ValueError, RecursionError):
+        return False
 
 
 def script(text: str) -> tuple[str | None, npt.NDArray[np.int64]]:

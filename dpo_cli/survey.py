@@ -19,12 +19,13 @@ from dpo_cli import crossrow, near
 from dpo_cli.chat import CONTROL_KEPT, CONTROL_SANITIZED
 from dpo_cli.crossrow import Table
 from dpo_cli.data import BadRow, Reading, Row, read_rows
-from dpo_cli.errors import RowError, UsageError
-from dpo_cli.findings import RowFindings, Texts, normalized, texts_of
-from dpo_cli.kinds import BITS, DROPS, Found
+from dpo_cli.errors import RowError, UsageError, printable
+from dpo_cli.findings import RowFindings, Texts, plain_of, texts_of
+from dpo_cli.kinds import BITS, PROBLEMS, Found
 from dpo_cli.metrics import Reporter
 from dpo_cli.near import Places
-from dpo_cli.records import Source, shortened
+from dpo_cli.pairs import Pair
+from dpo_cli.records import REST, Source, shortened
 from dpo_cli.tokens import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder
 
 NOTES = {
@@ -57,6 +58,7 @@ class Survey:
         self.reading, self.reporter = reading, reporter
         self.found, self.table = Found(examples), Table()
         self.formats: Counter[str] = Counter()
+        self.unread: dict[str, str] = {}  # where the rest of a file is not read, and why, of each data
         self.rows: dict[str, slice] = {}
 
     def usable(self, data: str) -> Places:
@@ -79,8 +81,7 @@ class Survey:
                     continue
                 pair, notes = result
                 self.formats[row.format] += 1
-                lengths = (len(pair.prompt), len(pair.chosen), len(pair.rejected))
-                self._look(data, row, lengths, notes, findings)
+                self._look(data, row, pair, notes, findings)
             self.rows[data] = slice(start, len(self.table))
 
     def _read_rows(self, data: str) -> Iterator[Row | BadRow]:
@@ -89,15 +90,16 @@ class Survey:
     def _refuse(self, data: str, row: Row | BadRow, reason: str) -> None:
         record = row.record if isinstance(row, BadRow) else {"prompt": texts_of(row).prompt}
         text = " ".join(map(str, record.values())) if isinstance(record, dict) else str(record or "")
-        reason = re.sub(r"'.*'|\b\d+\b", "…", reason)  # what differs from row to row
-        self.found.add(data, "refused", row.where, _excerpt(text), shortened(reason, 200))
-        self.table.add(NOTHING, (0, 0, 0), BITS["refused"])
+        if ends := reason.endswith(REST):
+            self.unread.setdefault(data, f"{row.where}: {reason}")
+        else:
+            reason = shortened(re.sub(r"'.*'|\b\d+\b", "…", reason), 200)  # without what differs from row to row
+        self.found.add(data, "refused", row.where, _excerpt(text), printable(reason), apart=ends)
+        self.table.add(NOTHING, None, BITS["refused"])
 
-    def _look(
-        self, data: str, row: Row, lengths: tuple[int, int, int], notes: Iterable[str], findings: RowFindings
-    ) -> None:
+    def _look(self, data: str, row: Row, pair: Pair, notes: Iterable[str], findings: RowFindings) -> None:
         texts = texts_of(row)
-        plain = Texts(*map(normalized, texts))
+        plain = plain_of(row)
         flags = 0
         for kind, excerpt in findings.of(row, texts, plain):
             self.found.add(data, kind, row.where, excerpt)
@@ -106,7 +108,7 @@ class Survey:
             kind = NOTES.get(note, "other")
             self.found.add(data, kind, row.where, _excerpt(texts.prompt), "" if note in NOTES else note)
             flags |= BITS[kind]
-        self.table.add(plain, lengths, flags)
+        self.table.add(plain, pair, flags)
 
     def compare(self) -> None:
         """Flag what shows between rows only; second reading."""
@@ -117,7 +119,8 @@ class Survey:
         candidates, wanted = [], []
         for data in self.sources:
             places = self.usable(data)
-            copies = crossrow.later_copies(whole, places)
+            bad = self.table.flags & np.uint32(PROBLEMS) != 0  # by itself; else copies are alike
+            copies = crossrow.copies(whole, places, bad)
             opposed = crossrow.contradictions(hashes, places)
             circle = crossrow.cycles(hashes, np.setdiff1d(places, opposed[0]))
             found = {"duplicate": copies, "contradiction": opposed, "cycle": (circle, circle)}
@@ -158,7 +161,7 @@ class Survey:
             earlier = candidates[bounds[place] : bounds[place + 1], 0].tolist()
             if not (earlier or left[place]):
                 continue
-            plain = Texts(*map(normalized, texts_of(row)))
+            plain = plain_of(row)
             self._hold_against(place, row, plain, {other: kept[other] for other in earlier if other in kept})
             for other in earlier:
                 left[other] -= 1
@@ -180,12 +183,12 @@ class Survey:
             raise UsageError("--data: the rows changed while they were read; nothing can be said of them")
 
     def _hold_against(self, place: int, row: Row, plain: Texts, earlier: dict[int, tuple[str, Texts]]) -> None:
-        """Flag a row that is near an earlier one, if that is not dropped for a reason of its own."""
+        """Flag a row that is near an earlier one which is kept, or near a held-out one."""
         data = next(data for data, slice_ in self.rows.items() if slice_.start <= place < slice_.stop)
         flags = self.table.flags
         for other, (where, text) in earlier.items():
             kind = "near_duplicate" if other >= self.rows[data].start else "leak_near"
-            gone = kind == "near_duplicate" and int(flags[other]) & DROPS & ~BITS["near_duplicate"]
+            gone = kind == "near_duplicate" and int(flags[other]) & PROBLEMS
             if not (gone or int(flags[place]) & BITS[kind]) and near.is_near(text, plain):
                 flags[place] |= np.uint32(BITS[kind])
                 self.found.add(data, kind, row.where, _excerpt(texts_of(row).prompt), other=where)

@@ -74,6 +74,14 @@ class ControlTokens:
         self.token = re.compile(any_token)
         self.marked = re.compile(f"{self.OPEN}({any_token}){self.CLOSE}|[{self.OPEN}{self.CLOSE}]")
 
+    def of_turns(self) -> set[str]:
+        """Those that the template writes around turns."""
+        turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+        try:
+            return set(self.token.findall(render(self.tokenizer, turns * 2)))
+        except RowError:
+            return set()
+
     def first(self, value: Any) -> str | None:
         """The first control token in the strings of a value."""
         if isinstance(value, str):

@@ -5,28 +5,30 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from dpo_cli.findings import NEGATIONS
 
 Record = dict[str, Any]
 
 ACCENTED = ["café", "naïve", "Zürich", "señor", "crème brûlée", "it’s", "“quoted”", "£5", "20 °C", "façade", "Škoda"]
 MARKERS = [
-    "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|endoftext|>", "[INST]", "[/INST]", "<<SYS>>",
-    "<start_of_turn>", "<end_of_turn>", "<|assistant|>", "<|end|>", "<｜User｜>",
+    "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "[INST]", "[/INST]", "<start_of_turn>",
+    "<end_of_turn>", "<|user|>", "<|assistant|>",
 ]  # fmt: skip
 NEXT_TURNS = [
     "\n\nHuman: Thanks, and what about the garden?\n\nAssistant: Water it.",
     "\n\nHuman: thanks",
     "\n\nAssistant: Also:",
-    "\nUser: What else could I do?",
+    "\nUser: What else could I do?\nAssistant: Nothing.",
     "\nUser: ok\nAssistant: Good luck!",
     "\n### Instruction:\nWrite a poem.",
-    "\n\n### Response: Done.",
     "\n\n### Human: And then?",
-    "\nHUMAN: Is that all there is?",
-    "\n\nUser: why",
+    "\nHUMAN: Is that all there is?\n\nASSISTANT: It is.",
+    "\n\nUser: why\nAI: Because.",
 ]
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -109,14 +111,27 @@ def next_turn(record: Record, rng: random.Random) -> None:
 
 
 def near_identical(record: Record, rng: random.Random) -> None:
+    text = re.sub(r"[^\w\s.,:!?'’]|_", "", get(record, "chosen"))  # in code and maths each sign may mean something
+    put(record, "chosen", text)
+    edits: list[Callable[[], str]] = [
+        lambda: text.replace(". ", "!  ").replace(", ", " "),
+        lambda: text.rstrip(".") + "...",
+        lambda: text.replace(" ", "  "),
+        lambda: " " + text + " ",
+        lambda: text.replace("\n", "  \n"),
+    ]
+    while get(record, "chosen") == (edited := rng.choice(edits)()):
+        pass
+    put(record, "rejected", edited)
+
+
+def few_edits(record: Record, rng: random.Random) -> None:
     text = get(record, "chosen")
     at = rng.randrange(10, len(text) - 10)
     letter = next(i for i in range(at, len(text)) if text[i].isalpha() and text[i - 1].isalpha())
     edits: list[Callable[[], str]] = [
         text.upper,
         text.lower,
-        lambda: text.replace(". ", "!  ").replace(", ", " ") + " ",
-        lambda: text.rstrip(".") + "!",
         lambda: text[:letter] + text[letter + 1 :],
         lambda: text[:letter] + text[letter] + text[letter:],
     ]
@@ -156,6 +171,7 @@ IN_ONE_ROW = {
     "markers": markers,
     "next_turn": next_turn,
     "near_identical": near_identical,
+    "few_edits": few_edits,
     "refusal_chosen": refusal_chosen,
     "refusal_rejected": refusal_rejected,
     "empty_response": empty_response,
@@ -185,9 +201,8 @@ def reworded(record: Record, rng: random.Random) -> Record:
     other = copy.deepcopy(record)
     for name in ("chosen", "rejected"):
         words = get(other, name).split(" ")
-        plain = [
-            place for place, word in enumerate(words) if not any(map(str.isdigit, word))
-        ]  # a number means something
+        says = re.compile(rf"\d|{NEGATIONS.pattern}")  # a number or a negation: no other word says the same
+        plain = [i for i, word in enumerate(words) if not says.search(word.lower())]
         words[rng.choice(plain)] = rng.choice(["maybe", "quite", "simply", "also"])
         put(other, name, " ".join(words))
     words = get(other, "prompt").split(" ")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
+import math
+import re
 import time
 import tracemalloc
 from collections import Counter
@@ -12,21 +15,34 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from dpo_cli import near
 from dpo_cli.check import as_text, run_check
 from dpo_cli.config import CheckOptions
-from dpo_cli.crossrow import contradictions, cycles, later_copies
+from dpo_cli.crossrow import contradictions, copies, cycles
 from dpo_cli.data import Reading, Row
 from dpo_cli.errors import UsageError, printable
-from dpo_cli.findings import RowFindings, Texts, _damage, is_refusal, near_identical, normalized, texts_of
+from dpo_cli.findings import (
+    RowFindings,
+    Texts,
+    _damage,
+    _without_code,
+    few_edits,
+    is_refusal,
+    next_turn,
+    normalized,
+    same_words,
+    texts_of,
+)
 from dpo_cli.kinds import KINDS
 from dpo_cli.lengths import length_bias, wilson
 from dpo_cli.metrics import Reporter
-from dpo_cli.records import find_sources
+from dpo_cli.records import REST, find_sources
 from dpo_cli.scripts import script_mismatch
 from dpo_cli.survey import Survey
-from tests.conftest import SAMPLE, Cli, write_rows
+from tests.clean import CLEAN, clean_rows
+from tests.conftest import CHATML, SAMPLE, Cli, write_rows
 from tests.planted import Record, get, plant, put
 
 EACH, SEEDS = 20, 5  # defects of every kind in one file; files
@@ -68,6 +84,15 @@ def test_the_sample_data_has_no_problem(tiny: Path, name: str) -> None:
     assert result["problems"] == result["problem_rows"] == 0
     assert set(places(result)) <= {"length_bias"}
     assert as_text(result).splitlines()[-1] == f"no problems found in {result['rows']} rows"
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_what_looks_like_a_defect_is_none(tiny: Path, tmp_path: Path, messages: bool) -> None:
+    rows = clean_rows(messages)
+    found = places(check(tiny, write_rows(tmp_path / "rows.jsonl", rows)))
+    wrong = {kind: [CLEAN[place] for place in at] for kind, at in found.items() if KINDS[kind].problem}
+    assert len(rows) > 50 and not wrong
+    assert set(found) <= {"few_edits", "control_tokens", "boundary_moved", "length_bias"}
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train-strings.jsonl"])
@@ -134,20 +159,41 @@ def test_control_tokens_in_messages_are_noted(tiny: Path, tmp_path: Path, train_
 LONG = "The quick brown fox jumps over the lazy dog, and then it sleeps in the sun until somebody calls it for supper. "
 
 
+SUM = "If we take away the smaller number from the larger one, what is left is the answer that we were looking for: "
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("It is four.", "It is four"),
+        ("Yes, it is", "Yes , it  is !"),
+        ("say “hello”", 'say "hello"'),
+        ("\tA b", "A  b\n"),
+        (LONG, " " + LONG.replace("dog,", "dog")),
+        ("Caf\u00e9, bitte.", "Cafe\u0301, bitte!"),
+    ],
+)
+def test_responses_of_the_same_words(chosen: str, rejected: str) -> None:
+    assert same_words(chosen, rejected)
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected"),
     [
         ("It is four.", "it is Four"),
-        ("Yes, it is", "Yes - it is".replace(" -", ",") + " !"),
+        ("HELLO WORLD", "Hello world"),
+        (LONG + "It is in Paris.", LONG + "It is in Lyon."),
+        (SUM + "x - y", SUM + "x + y"),
+        (SUM + "x < y", SUM + "x > y"),
         (LONG * 2, LONG * 2 + "Really."),
-        (LONG + "It does not.", LONG + "It does nott."),
         (LONG, LONG.replace("quick", "qiuck")),
-        ("say “hello”", 'say "hello"'),
-        ("\tA\n\nB", "a b"),
+        ("f(x);", "f(x)"),
+        ("for x in y:\n    a()\n    b()", "for x in y:\n    a()\nb()"),
+        ("The function `f` is pure.", "The function `f` is pure"),
     ],
 )
-def test_responses_that_differ_in_nothing(chosen: str, rejected: str) -> None:
-    assert near_identical(normalized(chosen), normalized(rejected))
+def test_responses_that_differ_in_few_characters(chosen: str, rejected: str) -> None:
+    assert same_words(chosen, rejected) is None and few_edits(chosen, rejected)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +204,9 @@ def test_responses_that_differ_in_nothing(chosen: str, rejected: str) -> None:
         ("3.5", "35"),
         ("-5", "5"),
         ("a - b", "a + b"),
+        ("x < y", "x > y"),
+        ("10⁵", "105"),
+        (SUM + "10⁵", SUM + "105"),
         ("Paris is the capital of France.", "Lyon is the capital of France."),
         (LONG + "So the answer is (B).", LONG + "So the answer is (C)."),
         (LONG + "It costs 12 euros.", LONG + "It costs 13 euros."),
@@ -167,7 +216,7 @@ def test_responses_that_differ_in_nothing(chosen: str, rejected: str) -> None:
     ],
 )
 def test_a_small_difference_that_means_something(chosen: str, rejected: str) -> None:
-    assert near_identical(normalized(chosen), normalized(rejected)) is None
+    assert same_words(chosen, rejected) is None and few_edits(chosen, rejected) is None
 
 
 @pytest.mark.parametrize(
@@ -241,6 +290,34 @@ def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "text",
     [
+        "Here is the code:\n```\nprint(1)\n```\n\nHuman: Thanks!",
+        "Note: it is late.\nAll shops are closed by now.\n\nAssistant: Also, it rains.",
+        "It is four.\nUser: And two more?\nAssistant: Six.\nUser: And then?",
+        "It is four.\n\n### Instruction:\nAdd two.\n\n### Response:\nSix.",
+    ],
+)
+def test_a_turn_behind_an_answer(text: str) -> None:
+    assert next_turn("What is it?", _without_code(text))
+    assert not next_turn("Write a dialogue, please.", _without_code(text))
+    assert not next_turn("What is it?", _without_code(f"```\n{text}\n```"))
+
+
+def test_markers_are_those_around_turns(tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<think>", "</think>", "<turn>", "<filename>", "<|fim|>"], special_tokens=True)
+    tokenizer.chat_template = CHATML.replace("'\\n' + message", "'\\n<turn><think></think>' + message")
+
+    def found(text: str) -> bool:
+        row = Row("", "", "Why?", text, "No.")
+        return "markers" in dict(RowFindings(tokenizer).of(row, texts_of(row), texts_of(row)))
+
+    assert all(map(found, ["a <|im_end|> b", "a <turn>", "Here:\n```\na\n```\n[INST] b", "`a` <|im_start|>user"]))
+    assert not any(map(found, ["<think>a</think> b", "-- <filename>", "<|fim|>", "`<turn>`", "```\n[INST]\n```"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "Voilà ! « Été » à 20 °C — 5 £ ou 6 €, un œuf… naïveté, l’âge",
         "Ærø, Ørsted, Ängelholm, Åre, São Paulo, Ñandú, ¿Qué? ¡Sí! 5½ × 3² ± 2 µm ≈ 10 mm², © ® ™ § ¶ 90°",
         "Она сказала: «Да». 中文，全角！日本語のテキスト。 한국어 텍스트 עברית العربية हिन्दी",
@@ -267,6 +344,12 @@ HOSTILE = [
     "[",
     "i can't ",
     "a ",
+    "`",
+    "~~~",
+    "\n\nHuman: ",
+    "\nUser: \n",
+    "\nA:",
+    "; ",
     "é",
     "Ã",
     "©Â",
@@ -295,8 +378,8 @@ def hashes(*rows: tuple[int, int, int]) -> Any:
 
 def test_copies_contradictions_and_cycles_by_hand() -> None:
     rows = hashes((1, 2, 3), (1, 2, 3), (1, 3, 2), (1, 4, 5), (2, 4, 5), (2, 5, 6), (2, 6, 4), (2, 6, 7), (3, 8, 8))
-    everything = np.arange(len(rows))
-    assert [each.tolist() for each in later_copies(rows[:, 0] * 100 + rows[:, 1] * 10 + rows[:, 2], everything)] == [
+    everything, none = np.arange(len(rows)), np.zeros(len(rows), bool)
+    assert [each.tolist() for each in copies(rows[:, 0] * 100 + rows[:, 1] * 10 + rows[:, 2], everything, none)] == [
         [1],
         [0],
     ]
@@ -425,6 +508,8 @@ def test_strict_fails_on_problems_only(dpo: Cli, tiny: Path, tmp_path: Path) -> 
     assert strict.stdout == plain.stdout
     assert strict.stdout.splitlines()[-1] == "1 problem in 1 of 329 rows"
     assert f"{data}:329 (see {data}:8): " in strict.stdout
+    of_eval = dpo("check", "--model", tiny, "--data", SAMPLE / "heldout.jsonl", "--eval-data", data, "--strict")
+    assert of_eval.returncode == 3 and "copies of other rows (in --eval-data)" in of_eval.stdout
     note = [
         *records,
         {**records[7], "chosen": [{"role": "assistant", "content": "I'm sorry, but I can't help with that."}]},
@@ -442,14 +527,14 @@ def test_what_is_fixed_is_clean_and_else_as_it_was(tiny: Path, tmp_path: Path) -
         before = data.read_bytes()
         result = check(tiny, data, fix=fixed)
         assert data.read_bytes() == before
-        bad = set().union(*(found for kind, found in places(result).items() if KINDS[kind].drops))
+        bad = set().union(*(found for kind, found in places(result).items() if KINDS[kind].problem))
         left = [row for number, row in enumerate(planted.rows) if number not in bad]
         kept = [json.loads(line) for line in fixed.read_text().splitlines()]
         assert kept == left and [list(row) for row in kept] == [list(row) for row in left]
         assert result["fixed"]["kept"] == len(kept)
         assert len(kept) + sum(result["fixed"]["dropped"].values()) == len(planted.rows)
         again = check(tiny, fixed)
-        assert not [finding for finding in again["findings"] if KINDS[finding["kind"]].drops]
+        assert not again["problems"]
         with pytest.raises(UsageError, match="is there already"):
             check(tiny, data, fix=fixed)
 
@@ -460,6 +545,105 @@ def test_fix_takes_leaked_rows_out_of_the_training_file(tiny: Path, tmp_path: Pa
     result = check(tiny, data, eval_data=[str(held_out)], fix=fixed)
     assert result["fixed"]["dropped"] == {"leak_row": 9}
     assert not check(tiny, fixed, eval_data=[str(held_out)])["problems"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_rows_of_tables_are_fixed(tiny: Path, tmp_path: Path, kind: str) -> None:
+    records = read_records("train-strings.jsonl")[:9]
+    frame = Dataset.from_list([*records, records[2]])
+    data, fixed = tmp_path / f"rows.{kind}", tmp_path / "fixed.jsonl"
+    getattr(frame, f"to_{kind}")(data)
+    assert check(tiny, data, fix=fixed)["fixed"] == {"file": str(fixed), "kept": 9, "dropped": {"duplicate": 1}}
+    assert [json.loads(line) for line in fixed.read_text().splitlines()] == records
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_a_file_that_is_not_read_to_its_end_is_not_fixed(tiny: Path, tmp_path: Path, kind: str) -> None:
+    records, data = read_records("train-strings.jsonl")[:9], tmp_path / f"rows.{kind}"
+    if kind == "json":
+        data.write_text(json.dumps([*records[:4], 0, *records[4:]], indent=0).replace("\n0,", "\n{,"))
+    else:
+        Dataset.from_list(records[:4]).to_csv(data)
+        data.write_text(data.read_text() + 'a,b,"c"d\n' + "a,b,c\n" * 9)
+    bad = write_rows(tmp_path / "bad.jsonl", [{f"prompt{'x' * n}": "a"} | {str(n): {}} for n in range(60)])
+    (finding,) = (f for f in check(tiny, bad, data)["findings"] if f["title"].endswith(REST))
+    assert finding["kind"] == "refused" and finding["count"] == 1
+    where = finding["examples"][0]["where"]
+    with pytest.raises(UsageError, match=f"^{re.escape(where)}: not .*; mend that first, nothing is written"):
+        check(tiny, data, fix=tmp_path / "fixed.jsonl")
+    assert not (tmp_path / "fixed.jsonl").exists()
+
+
+def test_near_copies_are_noted_and_kept(tiny: Path, tmp_path: Path) -> None:
+    end = "Then pour it away, and wash the pan with hot water and a brush."
+    chain = [prompt("How do I clean it?", f"{LONG} {word} {end}", f"{end} {LONG}") for word in ("Well", "So", "Good")]
+    data, fixed = write_rows(tmp_path / "rows.jsonl", chain), tmp_path / "fixed.jsonl"
+    result = check(tiny, data, fix=fixed)
+    assert places(result)["near_duplicate"] == {1, 2}
+    assert result["fixed"]["kept"] == 3 and fixed.read_text() == data.read_text()
+    broken = [{**chain[0], "chosen": chain[0]["chosen"] + " \ufffd"}, *chain[1:]]
+    assert places(check(tiny, write_rows(data, broken)))["near_duplicate"] == {2}  # what is dropped condemns no other
+
+
+def test_of_copies_the_one_stays_that_is_clean(tiny: Path, tmp_path: Path) -> None:
+    good = prompt("Which is it?", "The left one, I think.", "The right one.")
+    bad = {**good, "chosen": "The left\x1cone, I think."}  # a space to Python, and damage to a reader
+    other = prompt("And who?", "Nobody that I know of.", "Somebody else.")
+    data, fixed = write_rows(tmp_path / "rows.jsonl", [bad, good, other, good]), tmp_path / "fixed.jsonl"
+    result = check(tiny, data, fix=fixed)
+    assert places(result) == {"encoding": {0}, "duplicate": {0, 3}}
+    assert [json.loads(line) for line in fixed.read_text().splitlines()] == [good, other]
+
+
+def test_negations_make_another_row() -> None:
+    some = Texts("is it open?", LONG + "it is open on sundays, as far as i know.", LONG[::-1])
+    assert not near.is_near(some, some._replace(chosen=some.chosen.replace("is open", "is not open")))
+
+
+def test_other_tools_make_another_prompt(tiny: Path, tmp_path: Path) -> None:
+    def row(tool: str, chosen: str, rejected: str) -> Record:
+        answers = {"chosen": [{"role": "assistant", "content": chosen}]}
+        answers["rejected"] = [{"role": "assistant", "content": rejected}]
+        return {"prompt": [{"role": "user", "content": "Weather?"}], "tools": [{"name": tool}], **answers}
+
+    rows = [row("a", "It rains.", "I cannot see."), row("b", "It rains.", "I cannot see.")]
+    rows += [row("c", "I cannot see.", "It rains."), row("a", "It rains.", "I cannot see.")]
+    found = places(check(tiny, write_rows(tmp_path / "rows.jsonl", rows)))
+    assert found["duplicate"] == {3} and "contradiction" not in found
+
+
+def test_what_json_has_not_is_null_or_refused(tiny: Path, tmp_path: Path) -> None:
+    records = read_records("train-strings.jsonl")[:2]
+    data, fixed = tmp_path / "rows.parquet", tmp_path / "fixed.jsonl"
+    more = [{"x": math.nan, "y": [math.inf, 1.0]}, {"x": 0.5, "y": []}]
+    Dataset.from_list([record | each for record, each in zip(records, more, strict=True)]).to_parquet(data)
+    assert check(tiny, data, fix=fixed)["fixed"]["kept"] == 2
+    lines = [json.loads(line) for line in fixed.read_text().splitlines()]
+    assert [(line["x"], line["y"]) for line in lines] == [(None, [None, 1.0]), (0.5, [])]
+    fixed.unlink()
+    Dataset.from_list([record | {"raw": b"\x00"} for record in records]).to_parquet(data)
+    with pytest.raises(UsageError, match=re.escape(f"{data}:row 1: has bytes")):
+        check(tiny, data, fix=fixed)
+    assert not list(tmp_path.glob("fixed*"))
+
+
+def test_lengths_count_what_carries_loss(tiny: Path, tmp_path: Path) -> None:
+    def turn(role: str, text: str) -> Record:
+        return {"role": role, "content": text}
+
+    answers = [turn("assistant", "look it up " * 9), turn("tool", "12:00 " * 40), turn("assistant", "Noon.")]
+    row = {"prompt": [turn("user", "When?")], "chosen": answers, "rejected": [turn("assistant", "I do not know that.")]}
+    result = check(tiny, write_rows(tmp_path / "rows.jsonl", [row]))
+    chosen, rejected = (result["lengths"][name]["max"] for name in ("chosen", "rejected"))
+    assert chosen < rejected and result["length_bias"]["shorter_chosen"] == 1
+    assert result["budget"]["tokens_an_epoch"] > 100 > chosen + rejected
+
+
+def test_the_documentation_has_every_kind() -> None:
+    table = (SAMPLE.parent / "docs" / "data.md").read_text()
+    for kind in KINDS.values():
+        title = f"**{kind.title}**" if kind.problem else kind.title
+        assert kind.name == "other" or f"| {title} | {kind.what} |\n" in table
 
 
 @pytest.mark.parametrize("name", ["fixed.json", "rows.jsonl", "link.jsonl"])
@@ -474,9 +658,9 @@ def test_fix_writes_over_nothing(dpo: Cli, tiny: Path, tmp_path: Path, name: str
 
 def test_nothing_is_written_where_no_row_is_clean(tiny: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [prompt("a", "b", "b")])
-    with pytest.raises(UsageError, match="no row is clean"):
-        check(tiny, data, fix=tmp_path / "fixed.jsonl")
-    assert not (tmp_path / "fixed.jsonl").exists()
+    result = check(tiny, data, fix=tmp_path / "fixed.jsonl")
+    assert result["fixed"]["kept"] == 0 and not (tmp_path / "fixed.jsonl").exists()
+    assert "no row is clean, so there is no" in as_text(result)
     result = check(tiny, data)
     assert "lengths" not in result and as_text(result).splitlines()[-1] == "1 problem in 1 of 1 rows"
 
