@@ -14,10 +14,10 @@ from dpo_cli.config import CheckOptions
 from dpo_cli.disk import whole_file
 from dpo_cli.errors import UsageError
 from dpo_cli.kinds import BITS, KINDS, PROBLEMS
-from dpo_cli.lengths import biased_pairs, budget, length_bias, statistics
+from dpo_cli.lengths import biased_pairs, budget, estimated_seconds, length_bias, statistics
 from dpo_cli.memory import MOST_TOKENS
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import default_device
+from dpo_cli.model import count_parameters, default_device
 from dpo_cli.prepare import choose_model, choose_tokenizer
 from dpo_cli.records import find_sources
 from dpo_cli.run import reading_as_trained
@@ -41,7 +41,7 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     if options.fix and TRAIN in survey.unread:
         raise UsageError(f"{survey.unread[TRAIN]}; mend that first, nothing is written to {options.fix}")
     survey.compare()
-    result = _result(survey, options)
+    result = _result(survey, options, count_parameters(model))
     if options.fix:
         result["fixed"] = _fix(survey, options.fix)
         reporter.fact("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are clean")
@@ -55,7 +55,7 @@ def _check_new(file: Path) -> None:
         raise UsageError(f"--fix {file}: is there already; name a new file")
 
 
-def _result(survey: Survey, options: CheckOptions) -> dict[str, Any]:
+def _result(survey: Survey, options: CheckOptions, parameters: int | None) -> dict[str, Any]:
     rows = {data: place.stop - place.start for data, place in survey.rows.items()}
     result: dict[str, Any] = {"rows": rows[TRAIN], "pairs": len(survey.usable(TRAIN))}
     if EVAL in rows:
@@ -74,7 +74,9 @@ def _result(survey: Survey, options: CheckOptions) -> dict[str, Any]:
     if bias:
         most = options.max_tokens or MOST_TOKENS[default_device().type]
         result |= {"lengths": statistics(trained), "length_bias": bias}
-        result["budget"] = budget(lengths, options.batch_size, options.epochs, most)
+        result["budget"] = way = budget(lengths, options.batch_size, options.epochs, most)
+        if parameters:
+            way["seconds"] = estimated_seconds(parameters, way["tokens_an_epoch"] * options.epochs)
     return result
 
 
@@ -190,6 +192,11 @@ def _lengths(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _time(seconds: float) -> str:
+    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
+    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
 def _budget(budget: dict[str, Any]) -> list[str]:
     unshared, padded = budget["tokens_unshared_an_epoch"], budget["tokens_padded_an_epoch"]
     return [
@@ -199,5 +206,6 @@ def _budget(budget: dict[str, Any]) -> list[str]:
         f"  an epoch: {budget['tokens_an_epoch']:,} tokens with shared prompts, in {budget['forwards_an_epoch']:,} "
         f"forwards of at most {budget['max_tokens']:,}",
         f"  without sharing {unshared:,}, in padded batches {padded:,} ({budget['padded_over_shared']:.1f} times)",
+        *([f"  about {_time(budget['seconds'])} on this machine (estimate)"] if "seconds" in budget else []),
         "",
     ]

@@ -42,9 +42,9 @@ def _text(value: Text) -> str:
 
 
 def normalized(text: str) -> str:
-    """The text in NFKC, without case, each run of spaces as one."""
+    """The text in NFC, without case, each run of spaces as one."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
+        text = unicodedata.normalize("NFC", text)
     return " ".join(text.casefold().split())
 
 

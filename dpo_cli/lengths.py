@@ -36,7 +36,7 @@ def wilson(hits: int, of: int) -> tuple[float, float]:
         return 0.0, 1.0
     share, z2 = hits / of, Z * Z / of
     middle, half = share + z2 / 2, Z * math.sqrt(share * (1 - share) / of + z2 / of / 4)
-    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
+    return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
 
 
 def length_bias(lengths: Ids) -> dict[str, Any]:
@@ -98,18 +98,18 @@ def budget(lengths: Ids, batch_size: int, epochs: int, max_tokens: int) -> dict[
 def estimated_seconds(parameters: int, tokens: int) -> float:
     """About how long it takes to train on tokens and to score them once under the reference.
 
-    Eight operations a parameter and token, six to train and two to score, at half of the rate that a matrix product
-    is measured to have here.
+    Eight operations a parameter and token, six to train and two to score, at a share of the rate that a matrix product
+    is measured to have here: 0.75 on a CPU (docs/performance.md), half on CUDA.
     """
     device = default_device()
-    side, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    side, dtype, share = (1024, torch.float32, 0.75) if device.type == "cpu" else (8192, torch.bfloat16, 0.5)
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     times = []
     for _ in range(5):
         began = time.perf_counter()
         float((matrix @ matrix)[0, 0])  # waits for the device
         times.append(time.perf_counter() - began)
-    return 8 * parameters * tokens / (0.5 * 2 * side**3 / min(times))
+    return 8 * parameters * tokens / (share * 2 * side**3 / min(times))
 
 
 def _widest(step: list[tuple[int, ...]], padded: Ids) -> int:

@@ -733,3 +733,12 @@ def test_a_row_takes_few_bytes(tokenizer: Any, tmp_path: Path) -> None:
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
     assert (held[1] - held[0]) / 4000 < 200
+
+
+def test_the_budget_estimates_the_time_of_a_model_whose_configuration_is_there(dpo: Cli, tiny: Path) -> None:
+    """More epochs take longer in proportion; the machine's speed is measured anew each time."""
+    seconds = []
+    for epochs in (1, 50):
+        out = dpo("check", "--model", tiny, "--data", SAMPLE / "heldout.jsonl", "--epochs", epochs, "--json")
+        seconds.append(json.loads(out.stdout)["budget"]["seconds"])
+    assert 0 < seconds[0] < 60 and 5 * seconds[0] < seconds[1] < 500 * seconds[0]
