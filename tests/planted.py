@@ -127,6 +127,9 @@ def near_identical(record: Record, rng: random.Random) -> None:
 
 def few_edits(record: Record, rng: random.Random) -> None:
     text = get(record, "chosen")
+    while len(text) < 150:  # in a short one every letter may mean something
+        text += " " + text
+    put(record, "chosen", text)
     at = rng.randrange(10, len(text) - 10)
     letter = next(i for i in range(at, len(text)) if text[i].isalpha() and text[i - 1].isalpha())
     edits: list[Callable[[], str]] = [
