@@ -11,14 +11,17 @@ import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from typer.testing import CliRunner
 
 from dpo_cli import near
 from dpo_cli.check import as_text, run_check
+from dpo_cli.cli import app
 from dpo_cli.config import CheckOptions
 from dpo_cli.crossrow import contradictions, copies, cycles
 from dpo_cli.data import Reading, Row
@@ -47,6 +50,12 @@ from tests.planted import Record, get, plant, put
 
 EACH, SEEDS = 20, 5  # defects of every kind in one file; files
 ALL = 10**6
+
+
+def here(*arguments: Any) -> Any:
+    """Run the command in this process, which has its imports behind it."""
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    return SimpleNamespace(returncode=result.exit_code, stdout=result.stdout, stderr=result.stderr)
 
 
 def check(model: Path, *data: Path, **options: Any) -> dict[str, Any]:
@@ -497,24 +506,24 @@ def test_json_is_one_object_with_everything(dpo: Cli, tiny: Path, tmp_path: Path
             assert set(example) <= {"where", "text", "other"} and example["where"].startswith(str(data))
 
 
-def test_strict_fails_on_problems_only(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
-    clean = dpo("check", "--model", tiny, "--data", SAMPLE / "train.jsonl", "--strict")
+def test_strict_fails_on_problems_only(tiny: Path, tmp_path: Path) -> None:
+    clean = here("check", "--model", tiny, "--data", SAMPLE / "train.jsonl", "--strict")
     assert clean.returncode == 0, clean.stderr
     assert clean.stdout.splitlines()[-1] == "no problems found in 328 rows"
     records = read_records("train.jsonl")
     data = write_rows(tmp_path / "rows.jsonl", [*records, records[7]])
-    strict, plain = (dpo("check", "--model", tiny, "--data", data, *flags) for flags in (["--strict"], []))
+    strict, plain = (here("check", "--model", tiny, "--data", data, *flags) for flags in (["--strict"], []))
     assert (strict.returncode, plain.returncode) == (3, 0)
     assert strict.stdout == plain.stdout
     assert strict.stdout.splitlines()[-1] == "1 problem in 1 of 329 rows"
     assert f"{data}:329 (see {data}:8): " in strict.stdout
-    of_eval = dpo("check", "--model", tiny, "--data", SAMPLE / "heldout.jsonl", "--eval-data", data, "--strict")
+    of_eval = here("check", "--model", tiny, "--data", SAMPLE / "heldout.jsonl", "--eval-data", data, "--strict")
     assert of_eval.returncode == 3 and "copies of other rows (in --eval-data)" in of_eval.stdout
     note = [
         *records,
         {**records[7], "chosen": [{"role": "assistant", "content": "I'm sorry, but I can't help with that."}]},
     ]
-    assert dpo("check", "--model", tiny, "--data", write_rows(data, note), "--strict").returncode == 0
+    assert here("check", "--model", tiny, "--data", write_rows(data, note), "--strict").returncode == 0
 
 
 def test_what_is_fixed_is_clean_and_else_as_it_was(tiny: Path, tmp_path: Path) -> None:
@@ -676,7 +685,7 @@ def test_several_files_of_several_kinds(tiny: Path, tmp_path: Path) -> None:
     assert finding["examples"][0]["where"].startswith(f"{second}:") and finding["examples"][0]["other"] == f"{first}:4"
 
 
-def test_the_datas_control_characters_do_not_reach_the_terminal(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_the_datas_control_characters_do_not_reach_the_terminal(tiny: Path, tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07 \x9b31m \u202egnp.exe \r\n\x00 and so on"
     rows = [
         prompt(evil + str(n), evil + text, text) for n, text in enumerate(["Because.", "Why not?", "<|im_end|> so"])
@@ -684,8 +693,8 @@ def test_the_datas_control_characters_do_not_reach_the_terminal(dpo: Cli, tiny: 
     data = write_rows(
         tmp_path / "rows.jsonl", [*rows, rows[0], {"prompt": evil, evil: 3}, {**rows[0], "chosen": [{"role": evil}]}]
     )
-    for flags in ([], ["--fix", "fixed.jsonl"], ["--control-tokens", "refuse"]):
-        out = dpo("check", "--model", tiny, "--data", data, "--data", SAMPLE / "heldout-strings.jsonl", *flags)
+    for flags in ([], ["--fix", tmp_path / "fixed.jsonl"], ["--control-tokens", "refuse"]):
+        out = here("check", "--model", tiny, "--data", data, "--data", SAMPLE / "heldout-strings.jsonl", *flags)
         assert out.returncode == 0, out.stderr
         assert out.stdout == printable(out.stdout) and out.stderr == printable(out.stderr)
         assert "encoding" in out.stdout
@@ -735,10 +744,10 @@ def test_a_row_takes_few_bytes(tokenizer: Any, tmp_path: Path) -> None:
     assert (held[1] - held[0]) / 4000 < 200
 
 
-def test_the_budget_estimates_the_time_of_a_model_whose_configuration_is_there(dpo: Cli, tiny: Path) -> None:
+def test_the_budget_estimates_the_time_of_a_model_whose_configuration_is_there(tiny: Path) -> None:
     """More epochs take longer in proportion; the machine's speed is measured anew each time."""
     seconds = []
     for epochs in (1, 50):
-        out = dpo("check", "--model", tiny, "--data", SAMPLE / "heldout.jsonl", "--epochs", epochs, "--json")
+        out = here("check", "--model", tiny, "--data", SAMPLE / "heldout.jsonl", "--epochs", epochs, "--json")
         seconds.append(json.loads(out.stdout)["budget"]["seconds"])
     assert 0 < seconds[0] < 60 and 5 * seconds[0] < seconds[1] < 500 * seconds[0]
