@@ -76,7 +76,7 @@ def _result(survey: Survey, options: CheckOptions, parameters: int | None) -> di
         result |= {"lengths": statistics(trained), "length_bias": bias}
         result["budget"] = way = budget(lengths, options.batch_size, options.epochs, most)
         if parameters:
-            way["seconds"] = estimated_seconds(parameters, way["tokens_an_epoch"] * options.epochs)
+            way["seconds"] = estimated_seconds(parameters, way["tokens_an_epoch"], options.epochs)
     return result
 
 

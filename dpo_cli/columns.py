@@ -35,6 +35,7 @@ class Columns:
 
     def __init__(self, record: dict[str, Any], names: dict[str, str]) -> None:
         self.record, self.names = record, names
+        self.texts: dict[str, Text] = {}  # those that were checked
 
     def get(self, column: str) -> Any:
         """The value as it is, None where there is none."""
@@ -46,6 +47,11 @@ class Columns:
 
     def text(self, column: str) -> Text:
         """A string, or messages, neither of them empty."""
+        if column not in self.texts:
+            self.texts[column] = self._checked_text(column)
+        return self.texts[column]
+
+    def _checked_text(self, column: str) -> Text:
         value, named = self.get(column), self.named(column)
         if value is None:
             raise RowError(f"{named} is missing{self._other_names(column)}")

@@ -22,12 +22,12 @@ ANSWERS = ("chosen", "rejected", "responses", "scores", "ranks")
 OTHERS = ("history", "system", "tools", "chat_template_kwargs", "id", "weight", "margin")
 COLUMNS = (*PROMPTS, *ANSWERS, *OTHERS)
 # What a template's rendering is asked for by the program itself.
-RESERVED = (
+RESERVED = {
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
     *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
-)
+}
 UNREAD = ("image", "images", "video", "videos", "audio", "audios")  # parts of a question that no text stands for
 
 
@@ -281,7 +281,7 @@ def _check_kinds(row: Columns) -> None:
 def _template_arguments(row: Columns) -> dict[str, Any]:
     """What the chat template gets beside the messages; a tool is given as the function that it is."""
     arguments: dict[str, Any] = row.parsed("chat_template_kwargs", dict)
-    if taken := sorted(set(arguments) & set(RESERVED)):
+    if taken := sorted(arguments.keys() & RESERVED):
         raise RowError(f"{row.named('chat_template_kwargs')} has '{taken[0]}', which is not the row's to say")
     tools = row.parsed("tools", list)
     if not all(isinstance(tool, dict) for tool in tools):

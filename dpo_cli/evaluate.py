@@ -45,7 +45,7 @@ from dpo_cli.prepare import (
     tell_long,
 )
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.run import read_manifest, trained_with
+from dpo_cli.run import read_manifest, reading_as_trained, trained_with
 from dpo_cli.tokens import reasons
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -114,12 +114,13 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     """
     source = choose_model(options.model, options, reporter)
     run, given_compile = _run_options(source), options.compile
+    reading = reading_as_trained(options, source)
     options = dataclasses.replace(
         options,
-        max_length=options.max_length or run.get("max_length"),
+        max_length=reading.max_length,
         dtype=options.dtype or run.get("dtype"),
-        control_tokens=options.control_tokens or run.get("control_tokens"),
-        train_turns=options.train_turns or run.get("train_turns"),
+        control_tokens=reading.control_tokens,
+        train_turns=reading.train_turns,
         compile=run.get("compile", options.compile),
         beta=options.beta or run.get("beta", 0.1),
     )
@@ -158,7 +159,7 @@ def _run_options(source: ModelSource) -> dict[str, Any]:
     if source.run is None:
         return {}
     options = trained_with(source.run)
-    names = ("max_length", "control_tokens", "train_turns", "dtype", "beta", "label_smoothing", "memory", "compile")
+    names = ("dtype", "beta", "label_smoothing", "memory", "compile")
     return {name: getattr(options, name) for name in names}
 
 

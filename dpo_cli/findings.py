@@ -48,9 +48,9 @@ def normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def plain_of(row: Row) -> Texts:
+def plain_of(row: Row, texts: Texts) -> Texts:
     """A row's texts normalized; tools and what else the template is given belong to the prompt."""
-    plain = Texts(*map(normalized, texts_of(row)))
+    plain = Texts(*map(normalized, texts))
     if not row.template_arguments:
         return plain
     return plain._replace(prompt=f"{plain.prompt}\n{json.dumps(row.template_arguments, sort_keys=True, default=str)}")

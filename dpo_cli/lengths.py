@@ -95,10 +95,10 @@ def budget(lengths: Ids, batch_size: int, epochs: int, max_tokens: int) -> dict[
     }
 
 
-def estimated_seconds(parameters: int, tokens: int) -> float:
-    """About how long it takes to train on tokens and to score them once under the reference.
+def estimated_seconds(parameters: int, tokens: int, epochs: int) -> float:
+    """About how long it takes to train some epochs on tokens, and to score them once under the reference.
 
-    Eight operations a parameter and token, six to train and two to score, at a share of the rate that a matrix product
+    Six operations a parameter and token to train and two to score, at a share of the rate that a matrix product
     is measured to have here: 0.75 on a CPU (docs/performance.md), half on CUDA.
     """
     device = default_device()
@@ -109,7 +109,7 @@ def estimated_seconds(parameters: int, tokens: int) -> float:
         began = time.perf_counter()
         float((matrix @ matrix)[0, 0])  # waits for the device
         times.append(time.perf_counter() - began)
-    return 8 * parameters * tokens / (share * 2 * side**3 / min(times))
+    return (6 * epochs + 2) * parameters * tokens / (share * 2 * side**3 / min(times))
 
 
 def _widest(step: list[tuple[int, ...]], padded: Ids) -> int:

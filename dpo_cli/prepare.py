@@ -86,6 +86,8 @@ def choose_tokenizer(source: ModelSource, options: DataOptions) -> Any:
             tokenizer.chat_template = file.expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, RuntimeError) as error:
             raise UsageError(f"--chat-template {file}: cannot be read ({error})") from error
+        if not tokenizer.chat_template.strip():
+            raise UsageError(f"--chat-template {file}: the file is empty")
     return tokenizer
 
 

@@ -99,7 +99,7 @@ class Survey:
 
     def _look(self, data: str, row: Row, pair: Pair, notes: Iterable[str], findings: RowFindings) -> None:
         texts = texts_of(row)
-        plain = plain_of(row)
+        plain = plain_of(row, texts)
         flags = 0
         for kind, excerpt in findings.of(row, texts, plain):
             self.found.add(data, kind, row.where, excerpt)
@@ -161,7 +161,7 @@ class Survey:
             earlier = candidates[bounds[place] : bounds[place + 1], 0].tolist()
             if not (earlier or left[place]):
                 continue
-            plain = plain_of(row)
+            plain = plain_of(row, texts_of(row))
             self._hold_against(place, row, plain, {other: kept[other] for other in earlier if other in kept})
             for other in earlier:
                 left[other] -= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -54,6 +55,19 @@ def make_model(family: str = "llama", seed: int = 0, scale: float = 6.0, **confi
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.2)
     return model
+
+
+def bar_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let nothing here as much as ask for a name; what was tried is in the list."""
+    attempts: list[str] = []
+
+    def barred(*arguments: Any, **_: Any) -> Any:
+        attempts.append(str(arguments))
+        raise OSError("no network here")
+
+    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, barred)
+    return attempts
 
 
 def size(quick: int, long: int) -> int:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,7 +129,7 @@ def near_identical(record: Record, rng: random.Random) -> None:
 def few_edits(record: Record, rng: random.Random) -> None:
     text = get(record, "chosen")
     while len(text) < 150:  # in a short one every letter may mean something
-        text += " " + text
+        text += " " + "".join(rng.choices(string.ascii_lowercase, k=7))
     put(record, "chosen", text)
     at = rng.randrange(10, len(text) - 10)
     letter = next(i for i in range(at, len(text)) if text[i].isalpha() and text[i - 1].isalpha())

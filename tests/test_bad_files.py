@@ -110,6 +110,7 @@ FILES: dict[str, tuple[str, bytes | None, list[str]]] = {
         ["--max-length", "32"],
     ),
     "many bad rows": ("pairs.jsonl", lines(*[ROW | {"chosen": ""}] * 12, {}, 7, ROW), []),
+    "an empty chat template": ("pairs.jsonl", lines(ROW), ["--chat-template", "/dev/null"]),
     "a chat template that is not there": ("pairs.jsonl", lines(ROW), ["--chat-template", "none.jinja"]),
 }
 

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -30,7 +29,7 @@ from dpo_cli.data import Reading, Row, read_rows
 from dpo_cli.errors import RowError, UsageError
 from dpo_cli.records import find_sources
 from dpo_cli.tokenized import Tokenized, kept
-from tests.conftest import Cli, cli_environment, make_tokenizer, size, write_rows
+from tests.conftest import Cli, bar_network, cli_environment, make_tokenizer, size, write_rows
 from tests.test_data import STRINGS, packed, write_records
 
 ROWS = [STRINGS | {"prompt": f"Why {number}?"} for number in range(5)]
@@ -53,14 +52,7 @@ def refused(*data: Any, option: str = "--data") -> str:
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing here may as much as ask for a name."""
-    attempts: list[str] = []
-
-    def barred(*arguments: Any, **_: Any) -> Any:
-        attempts.append(str(arguments))
-        raise OSError("no network here")
-
-    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
-        monkeypatch.setattr(owner, name, barred)
+    attempts = bar_network(monkeypatch)
     yield
     assert attempts == []
 

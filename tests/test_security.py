@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from dpo_cli.checkpoint import newest_checkpoint
 from dpo_cli.cli import main
 from dpo_cli.disk import sealed
 from dpo_cli.reference import ReferenceCache
-from tests.conftest import CHATML, Cli, write_rows
+from tests.conftest import CHATML, Cli, bar_network, write_rows
 
 # Escape sequences that colour, set the title and make a link, their one-byte form, a turn of the reading direction,
 # and what rich would take for markup. No slash: it is part of names, too.
@@ -421,14 +420,7 @@ PLAIN = [
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Here]:
     """Fails in the end if something called the network."""
     at_first = signal.getsignal(signal.SIGTERM)
-    attempts: list[str] = []
-
-    def barred(*arguments: Any, **_: Any) -> Any:
-        attempts.append(str(arguments))
-        raise OSError("no network here")
-
-    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
-        monkeypatch.setattr(owner, name, barred)
+    attempts = bar_network(monkeypatch)
     for name in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE"):
         monkeypatch.setenv(name, "")  # the command sets them, and they go back at the test's end
         monkeypatch.delenv(name)
