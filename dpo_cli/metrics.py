@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dpo_cli.disk import to_json, whole_file, writing
 from dpo_cli.errors import printable
+from dpo_cli.scores import TIE
 
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "wins", "ties", "logps/chosen", "logps/rejected", "pairs")
-TIE = 1e-3  # nats between the two log-ratios of a pair, below which their order is arithmetic
 
 
 def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:

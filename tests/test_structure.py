@@ -29,7 +29,7 @@ LAYERS = [
     {"tokens", "findings"},
     {"batch", "near"},
     {"attention", "losses", "optimizer", "crossrow"},
-    {"logps"},
+    {"logps", "scores"},
     {"model", "disk", "memory"},
     {"metrics", "fingerprint", "shards", "tokenized", "lengths"},
     {"reference", "checkpoint", "step"},
@@ -190,7 +190,7 @@ def test_sources_are_the_package() -> None:
 # ---- help is instant --------------------------------------------------------------------------------------------
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "numpy", "safetensors", "tokenizers", "pyarrow"}
-HEAVY |= {"ftfy", "networkx", "rapidfuzz", "rensa"}
+HEAVY |= {"ftfy", "networkx", "rapidfuzz", "rensa", "scipy", "matplotlib", "jinja2"}
 
 
 def loaded(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
