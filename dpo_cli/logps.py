@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,45 @@ from dpo_cli.pairs import Pair
 WINDOW = 512  # pairs of similar length that are packed together when order does not matter
 # Of float32 logits that are there at a time; more where a single pair needs it. A GPU wants large matrix products.
 HEAD_BYTES = {"cpu": 2**28, "cuda": 2**30}
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of hidden states. ``module`` None: what it is given are logits already."""
+
+    module: nn.Module | None
+    config: Any
+    dtype: torch.dtype
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the vocabulary: (N, H) -> (N, V), float32.
+
+        A scale or soft-cap is known under the names below; ``choose_layout`` finds out whether that is all there is.
+        """
+        if self.module is None:
+            return hidden.float()
+        with precision(hidden.device, self.dtype):
+            logits: Tensor = self.module(hidden)
+        if scale := getattr(self.config, "logit_scale", None):  # cohere
+            logits = logits * scale
+        if scale := getattr(self.config, "logits_scaling", None):  # granite
+            logits = logits / scale
+        if cap := getattr(self.config, "final_logit_softcapping", None):  # gemma
+            logits = (logits / cap).tanh() * cap
+        return logits.float()
+
+    def copied(self) -> Head:
+        """A copy on the CPU, which outlives the model, in the precision that it computes in."""
+        copy = deepcopy(self.module).to("cpu", self.dtype) if self.module else None
+        return Head(copy, self.config, self.dtype)
+
+    def to(self, device: torch.device) -> Head:
+        """The same on a device."""
+        if self.module is None or next(self.module.parameters()).device == device:
+            return self
+        return Head(deepcopy(self.module).to(device), self.config, self.dtype)
 
 
 @dataclass
@@ -53,6 +93,20 @@ class Scorer:
         """``token_logps`` of the model in the compute precision: (N,) nats."""
         return token_logps(self.model, batch, self.dtype, self.apart)
 
+    def states(self, batch: MicroBatch) -> Tensor:
+        """What ``head`` reads to predict the response tokens that carry loss: (N, H), in the precision it computes in.
+
+        Where it cannot run apart these are logits already: (N, V).
+        """
+        if self.apart:
+            return hidden_states(self.model, batch, self.dtype).to(self.dtype)
+        return own_logits(self.model, batch, self.dtype)
+
+    @property
+    def head(self) -> Head:
+        """The model's own, for ``states``."""
+        return head_of(self.model, self.dtype) if self.apart else Head(None, None, self.dtype)
+
     def backward(
         self,
         batch: MicroBatch,
@@ -74,7 +128,7 @@ class Scorer:
         gradients: list[Tensor] = []
         for pairs, tokens in head_pieces(self.model, batch):
             leaf = hidden.detach()[tokens].requires_grad_()
-            logps = head_logps(self.model, leaf, batch.targets[tokens], self.dtype)
+            logps = target_logps(head_of(self.model, self.dtype).logits(leaf), batch.targets[tokens])
             lengths = batch.lengths[2 * pairs.start : 2 * pairs.stop]
             loss(pairs, response_logps(logps, lengths)).backward()
             assert leaf.grad is not None
@@ -87,11 +141,30 @@ class Scorer:
         """Tokens that each pair takes up in a forward."""
         return row_costs(pairs, self.layout)
 
-    @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-        """Score all pairs in packed forwards, longest first; with less a forward where memory runs out.
+        """Score all pairs.
 
         Yields: places of P pairs in ``pairs``; their logps (2P,), chosen first; their token log-probs (N,).
+
+        Raises:
+            DpoError: one pair alone does not fit the device's memory.
+        """
+
+        for places, (logps, tokens) in self.forwards(pairs, lambda _, batch: self.scored(batch)):
+            yield places, logps, tokens
+
+    def scored(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The logps (2P,), chosen first, and token log-probs (N,) of one forward."""
+        logps = self.token_logps(batch)
+        return response_logps(logps, batch.lengths), logps
+
+    @torch.no_grad()
+    def forwards(
+        self, pairs: Sequence[Pair], compute: Callable[[Sequence[int], MicroBatch], Result]
+    ) -> Iterator[tuple[tuple[int, ...], Result]]:
+        """Run over all pairs in packed forwards, longest first; with less a forward where memory runs out.
+
+        ``compute`` is given places in ``pairs`` and their batch; again with others if it runs out of memory.
 
         Raises:
             DpoError: one pair alone does not fit the device's memory.
@@ -102,20 +175,20 @@ class Scorer:
         for start in range(0, len(by_length), WINDOW):
             waiting = pack(by_length[start : start + WINDOW], costs, self.layout, self.max_tokens)
             while waiting:
-                scored = self._score([pairs[i] for i in waiting[0]])
-                if scored is not None:
-                    yield waiting.pop(0), *scored
+                done = self._forward(pairs, waiting[0], compute)
+                if done is not None:
+                    yield waiting.pop(0), done[0]
                 else:
                     self.shrink([pairs[i] for i in waiting[0]])
                     left = [i for indices in waiting for i in indices]
                     waiting = pack(left, costs, self.layout, self.max_tokens)
 
-    def _score(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor] | None:
-        """The sums (2P,) and token log-probs (N,) of one forward; None when memory ran out."""
+    def _forward(
+        self, pairs: Sequence[Pair], places: Sequence[int], compute: Callable[[Sequence[int], MicroBatch], Result]
+    ) -> tuple[Result] | None:
+        """What is computed of one forward; None when memory ran out."""
         try:
-            batch = self.batch(pairs)
-            logps = self.token_logps(batch)
-            return response_logps(logps, batch.lengths), logps
+            return (compute(places, self.batch([pairs[i] for i in places])),)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -153,15 +226,25 @@ def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, apart: 
     Shapes: -> (N,), float32, responses in the batch's order.
     Units: nats.
     """
-    if apart:
-        hidden = hidden_states(model, batch, dtype)
-        pieces = [tokens for _, tokens in head_pieces(model, batch)]
-        return torch.cat([head_logps(model, hidden[tokens], batch.targets[tokens], dtype) for tokens in pieces])
+    if not apart:
+        return target_logps(own_logits(model, batch, dtype), batch.targets)
+    hidden, head = hidden_states(model, batch, dtype), head_of(model, dtype)
+    pieces = [tokens for _, tokens in head_pieces(model, batch)]
+    return torch.cat([target_logps(head.logits(hidden[tokens]), batch.targets[tokens]) for tokens in pieces])
+
+
+def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target: (N, V), (N,) -> (N,) nats."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def own_logits(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
+    """What the model's own forward predicts the response tokens by: (N, V), float32."""
     width = batch.input_ids.shape[1]
     keep, column = torch.unique(batch.predictors % width, return_inverse=True)
-    with _precision(batch.input_ids.device, dtype):
-        logits = model(logits_to_keep=keep, use_cache=False, **_inputs(batch)).logits  # (B, kept, V)
-    return -F.cross_entropy(logits[batch.predictors // width, column].float(), batch.targets, reduction="none")
+    with precision(batch.input_ids.device, dtype):
+        logits: Tensor = model(logits_to_keep=keep, use_cache=False, **_inputs(batch)).logits  # (B, kept, V)
+    return logits[batch.predictors // width, column].float()
 
 
 def head_room(model: nn.Module) -> int:
@@ -185,29 +268,14 @@ def head_pieces(model: nn.Module, batch: MicroBatch) -> Iterator[tuple[slice, sl
 def hidden_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
     """What the head reads to predict the response tokens: (N, H)."""
     body: nn.Module = model.base_model  # type: ignore[assignment]
-    with _precision(batch.input_ids.device, dtype):
+    with precision(batch.input_ids.device, dtype):
         hidden: Tensor = body(use_cache=False, **_inputs(batch)).last_hidden_state  # (B, T, H)
     return hidden.flatten(0, 1)[batch.predictors]
 
 
-def head_logps(model: nn.Module, hidden: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log-probability of every target under the model's head.
-
-    Its scale or soft-cap is known under the names below; ``choose_layout`` finds out whether that is all there is.
-
-    Shapes: ``hidden`` (N, H), ``targets`` (N,) -> (N,), float32.
-    Units: nats.
-    """
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    with _precision(hidden.device, dtype):
-        logits: Tensor = model.get_output_embeddings()(hidden)  # type: ignore[operator]
-    if scale := getattr(config, "logit_scale", None):  # cohere
-        logits = logits * scale
-    if scale := getattr(config, "logits_scaling", None):  # granite
-        logits = logits / scale
-    if cap := getattr(config, "final_logit_softcapping", None):  # gemma
-        logits = (logits / cap).tanh() * cap
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+def head_of(model: nn.Module, dtype: torch.dtype) -> Head:
+    """The model's head, to run apart from its body."""
+    return Head(model.get_output_embeddings(), model.config.get_text_config(), dtype)  # type: ignore[operator, union-attr]
 
 
 def _inputs(batch: MicroBatch) -> dict[str, Any]:
@@ -215,7 +283,8 @@ def _inputs(batch: MicroBatch) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(batch, name)) is not None}
 
 
-def _precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Within it matrix products are computed in ``dtype``."""
     # No cache: each weight is used once a forward, and a cast copy of all of them need not stay.
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False)
 

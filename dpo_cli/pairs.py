@@ -7,7 +7,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +99,12 @@ class Pairs(Sequence[Pair]):
     def lengths(self) -> Ids:
         """Tokens of each pair's prompt, chosen and rejected: (P, 3)."""
         return np.diff(np.asarray(self._ends)).astype(np.int32).reshape(-1, 3)
+
+    @property
+    def loss_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens that carry loss in each pair's chosen and rejected: (P, 2)."""
+        before = np.concatenate([[0], np.cumsum(carries_loss(np.asarray(self._ids)))])  # of all ids
+        return cast(npt.NDArray[np.int64], np.diff(before[np.asarray(self._ends)]).reshape(-1, 3)[:, 1:])
 
     @property
     def terms(self) -> npt.NDArray[np.float32]:

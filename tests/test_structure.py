@@ -32,7 +32,7 @@ LAYERS = [
     {"logps", "scores"},
     {"model", "disk", "memory"},
     {"metrics", "fingerprint", "shards", "tokenized", "lengths"},
-    {"reference", "checkpoint", "step"},
+    {"reference", "checkpoint", "step", "drift"},
     {"prepare", "cache"},
     {"run", "survey"},
     {"evaluate", "explain", "check"},
