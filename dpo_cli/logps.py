@@ -159,7 +159,7 @@ def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, apart: 
         return torch.cat([head_logps(model, hidden[tokens], batch.targets[tokens], dtype) for tokens in pieces])
     width = batch.input_ids.shape[1]
     keep, column = torch.unique(batch.predictors % width, return_inverse=True)
-    with _precision(batch.input_ids.device, dtype):
+    with precision(batch.input_ids.device, dtype):
         logits = model(logits_to_keep=keep, use_cache=False, **_inputs(batch)).logits  # (B, kept, V)
     return -F.cross_entropy(logits[batch.predictors // width, column].float(), batch.targets, reduction="none")
 
@@ -185,7 +185,7 @@ def head_pieces(model: nn.Module, batch: MicroBatch) -> Iterator[tuple[slice, sl
 def hidden_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
     """What the head reads to predict the response tokens: (N, H)."""
     body: nn.Module = model.base_model  # type: ignore[assignment]
-    with _precision(batch.input_ids.device, dtype):
+    with precision(batch.input_ids.device, dtype):
         hidden: Tensor = body(use_cache=False, **_inputs(batch)).last_hidden_state  # (B, T, H)
     return hidden.flatten(0, 1)[batch.predictors]
 
@@ -199,7 +199,7 @@ def head_logps(model: nn.Module, hidden: Tensor, targets: Tensor, dtype: torch.d
     Units: nats.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    with _precision(hidden.device, dtype):
+    with precision(hidden.device, dtype):
         logits: Tensor = model.get_output_embeddings()(hidden)  # type: ignore[operator]
     if scale := getattr(config, "logit_scale", None):  # cohere
         logits = logits * scale
@@ -215,7 +215,8 @@ def _inputs(batch: MicroBatch) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(batch, name)) is not None}
 
 
-def _precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Compute in this precision for a while, as every forward does whose log-probs are compared."""
     # No cache: each weight is used once a forward, and a cast copy of all of them need not stay.
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
