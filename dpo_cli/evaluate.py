@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.attention import attention
 from dpo_cli.config import EvalOptions
 from dpo_cli.disk import to_json, whole_file
 from dpo_cli.errors import UsageError
@@ -83,27 +82,6 @@ def evaluate(
     weights, margins = torch.tensor(terms).T
     losses = sigmoid_loss(logps, ref_logps, beta, label_smoothing, margins, weights)
     return summarize(pair_sums(losses, logps, ref_logps, beta).tolist())
-
-
-def answers(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Any], own_attention: str, tokens: int = 80
-) -> list[str]:
-    """Greedy answers, one prompt (token ids) at a time, with the model's own attention."""
-    device = next(model.parameters()).device
-    texts = []
-    model.eval()
-    with attention(model, own_attention), torch.no_grad():
-        for prompt in prompts:
-            ids = torch.from_numpy(prompt).long()[None].to(device)
-            out = model.generate(  # type: ignore[operator]  # a mixin that hides the method from the checker
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )
-            texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    return texts
 
 
 def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoi
 from dpo_cli.config import TrainOptions
 from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
 from dpo_cli.errors import DpoError, Interrupted, NotWrittenError, UsageError
-from dpo_cli.evaluate import answers, evaluate, policy_logps
+from dpo_cli.evaluate import evaluate, policy_logps
 from dpo_cli.logps import noise
 from dpo_cli.metrics import Reporter, append_metrics, evaluations, truncate_metrics
 from dpo_cli.model import default_device
@@ -29,8 +29,11 @@ from dpo_cli.optimizer import make_optimizer, rejoin
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
 from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
+from dpo_cli.samples import generate, text
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
 from dpo_cli.tokens import reasons
+
+ANSWER_TOKENS = 80  # most of an answer that is shown
 
 
 def train(
@@ -287,9 +290,14 @@ def _summary(run: Run, first_answers: list[str]) -> dict[str, Any]:
 
 
 def _answers(run: Run) -> list[str]:
+    """Greedy answers to the first held-out prompts, as many as are shown."""
     shown = range(min(run.options.show_answers, len(run.held_out)))
     prompts = [run.held_out[place].prompt for place in shown]
-    return answers(run.model, run.tokenizer, prompts, run.own_attention)
+    room, dtype = run.scorer.max_tokens, run.scorer.dtype
+    found = generate(
+        run.model, run.tokenizer, prompts, run.own_attention, ANSWER_TOKENS, sampled=False, room=room, dtype=dtype
+    )
+    return [text(run.tokenizer, response.ids) for (response,) in found]
 
 
 def _brief(values: dict[str, float]) -> str:

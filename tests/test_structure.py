@@ -30,7 +30,7 @@ LAYERS = [
     {"batch", "near"},
     {"attention", "losses", "optimizer", "crossrow"},
     {"logps", "scores"},
-    {"model", "disk", "memory"},
+    {"model", "disk", "memory", "samples"},
     {"metrics", "fingerprint", "shards", "tokenized", "lengths"},
     {"reference", "checkpoint", "step", "drift"},
     {"prepare", "cache"},
