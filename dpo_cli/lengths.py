@@ -15,10 +15,10 @@ import torch
 from dpo_cli.batch import length_costs, plan_run
 from dpo_cli.model import default_device
 from dpo_cli.pairs import Ids
+from dpo_cli.stats import wilson
 
 PARTS = ("prompt", "chosen", "rejected")
 QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
-Z = 1.959964  # a 95 % interval's
 BIASED, SURELY = 0.65, 0.6  # share of pairs, and what the interval must be above
 
 
@@ -28,15 +28,6 @@ def statistics(lengths: Ids) -> dict[str, dict[str, float]]:
         part: {"mean": float(column.mean())} | {name: float(np.quantile(column, q)) for name, q in QUANTILES.items()}
         for part, column in zip(PARTS, lengths.T, strict=True)
     }
-
-
-def wilson(hits: int, of: int) -> tuple[float, float]:
-    """The 95 % interval of a share. Source: Wilson (1927), the score interval."""
-    if not of:
-        return 0.0, 1.0
-    share, z2 = hits / of, Z * Z / of
-    middle, half = share + z2 / 2, Z * math.sqrt(share * (1 - share) / of + z2 / of / 4)
-    return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
 
 
 def length_bias(lengths: Ids) -> dict[str, Any]:

@@ -19,7 +19,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 # Each module imports only from the layers before its own; modules of one layer know nothing of each other.
 LAYERS = [
     {"errors"},
-    {"config", "kinds"},
+    {"config", "kinds", "stats"},
     {"tables", "hub"},
     {"records", "scripts"},
     {"columns"},
@@ -31,8 +31,8 @@ LAYERS = [
     {"attention", "losses", "optimizer", "crossrow"},
     {"logps", "scores"},
     {"model", "disk", "memory", "samples"},
-    {"metrics", "fingerprint", "shards", "tokenized", "lengths"},
-    {"reference", "checkpoint", "step", "drift"},
+    {"metrics", "fingerprint", "shards", "tokenized", "lengths", "margins"},
+    {"reference", "checkpoint", "step", "drift", "diagnose"},
     {"prepare", "cache"},
     {"run", "survey"},
     {"evaluate", "explain", "check"},

@@ -1,0 +1,231 @@
+"""What can be wrong with a trained model, in words with numbers: each finding, what it rests on, and what to try.
+
+A finding is told where it is both sure, by an interval, and large enough to matter, by a named threshold; so a model
+that is its reference has none. All that is measured in rewards is told in nats, which no beta changes.
+
+Legend: P pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_cli.margins import beyond_arithmetic, gap_of
+from dpo_cli.scores import SIDES, Scores, Table
+
+Finding = dict[str, Any]
+
+ENOUGH = 20  # pairs: of fewer nothing is told, an interval of theirs is as wide as what one would look for
+FALL = math.log(2)  # nats a response: half as likely as before; less is true of many good models, and harmless
+CORRELATED = 0.3  # Spearman's: length explains about a tenth of the margins' order, Cohen's (1988) medium effect
+MOVED = {"chosen": 0.02, "rejected": 0.1}  # share of tokens: one in 50 where none need move; rejected ones are to fall
+KL = 0.5  # nats a token: 50 in an answer of 100 tokens, past the 20 or so at which the DPO paper's frontier is flat
+OUTLIER = 3.5  # robust standard deviations below the median: Iglewicz and Hoaglin (1993); 1 of 4,300 normal values
+FLIPPED, FLIPS = 0.01, 3  # share and number of such pairs: fewer are the odd pairs of any long-tailed data
+RISE = 0.02  # nats of held-out loss: 3 % of ln 2; many pairs make less than that sure, but no less small
+LINES = 10  # of the training whose mean margin is taken: single batches scatter
+ROWS = 20  # named in a finding
+NORMAL_MAD = 1.4826  # a normal distribution's standard deviation in median absolute deviations
+
+
+def findings(scores: Scores, sections: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()) -> list[Finding]:
+    """Everything that is wrong with the policy as far as these pairs and its training's metrics show it.
+
+    ``sections`` are those of ``margins.sections``; ``history`` the lines of its ``metrics.jsonl``, where it has any.
+    """
+    if len(scores.where) < ENOUGH:
+        return []
+    found = (
+        _displaced_chosen(scores, sections),
+        _length_bias(sections),
+        _token_drift(scores, sections),
+        _kl_drift(scores, sections),
+        _label_noise(scores),
+        _over_optimised(sections, history),
+    )
+    return [finding for finding in found if finding is not None]
+
+
+def _finding(
+    kind: str, title: str, text: str, advice: str, numbers: Mapping[str, float], rows: Sequence[str] = ()
+) -> Finding:
+    plain = {name: float(value) for name, value in numbers.items()}
+    return {"kind": kind, "title": title, "text": text, "advice": advice, "numbers": plain, "rows": list(rows)}
+
+
+def _displaced_chosen(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
+    """The chosen responses lost probability along with the rejected ones.
+
+    Source: Razin et al., arXiv 2410.08847; Pal et al., arXiv 2402.13228.
+    """
+    ends = [sections["intervals"][f"rewards/{side}"] for side in SIDES]
+    chosen, rejected = scores.logratios.mean(0)
+    if any(end is None or end[1] >= 0 for end in ends) or chosen > -FALL:
+        return None
+    share, margin = float((scores.logratios[:, 0] < 0).mean()), chosen - rejected
+    low, high = (end / scores.beta for end in ends[0])
+    numbers = {"chosen": chosen, "chosen_low": low, "chosen_high": high, "rejected": rejected, "fell": share}
+    text = (
+        f"The log-prob of the chosen responses fell by {-chosen:.1f} nats a response on average (95 % interval "
+        f"{-high:.1f} to {-low:.1f}), and in {share:.0%} of the pairs; that of the rejected ones by {-rejected:.1f}. "
+    )
+    if margin > 0:
+        halves = {"margin_from_chosen": chosen / margin, "margin_from_rejected": -rejected / margin}
+        numbers |= halves
+        text += (
+            f"So {halves['margin_from_rejected']:.0%} of the margin comes from the rejected half and "
+            f"{halves['margin_from_chosen']:.0%} from the chosen one. "
+        )
+    text += (
+        "The loss sees the difference of the two only: where the responses share most of their words, what pushes one "
+        "down pulls the other along, and the probability goes to answers that are in no pair."
+    )
+    advice = (
+        "Try a higher --beta, a lower --lr or fewer steps; pairs whose responses differ more; or a loss with an NLL "
+        "term on the chosen response. Read what the model answers now: the accuracy does not show this."
+    )
+    title = f"The chosen responses became less likely, by {-chosen:.1f} nats each"
+    return _finding("displaced_chosen", title, text, advice, numbers)
+
+
+def _length_bias(sections: Mapping[str, Any]) -> Finding | None:
+    """The margin goes with the length gap, and the policy is right where length happens to speak for the chosen one."""
+    length = sections["length"]
+    rho, ends = length["margin_length_correlation"], length["margin_length_correlation_interval"]
+    if ends is None or abs(rho) < CORRELATED or ends[0] <= 0 <= ends[1]:
+        return None
+    kept, against = ("longer", "shorter") if rho > 0 else ("shorter", "longer")
+    high, low = (length[f"accuracy_chosen_{name}_interval"] for name in (kept, against))
+    if high is None or low is None or high[0] <= low[1]:
+        return None
+    prefer, numbers = length["accuracy_prefer_longer"], {"correlation": rho, "correlation_low": ends[0]}
+    numbers |= {"correlation_high": ends[1], "accuracy_prefer_longer": prefer}
+    told = {name: f"accuracy_chosen_{name}" for name in (kept, against)}
+    for key in told.values():
+        numbers |= {key: length[key], f"{key}_pairs": length[f"{key}_pairs"]}
+    text = (
+        f"The policy is right in {length[told[kept]]:.0%} of the {length[f'{told[kept]}_pairs']:,} pairs whose chosen "
+        f"response is the {kept} one, and in {length[told[against]]:.0%} of the {length[f'{told[against]}_pairs']:,} "
+        f"where it is the {against} one. Its margin goes with the difference of lengths (Spearman {rho:.2f}, 95 % "
+        f"interval {ends[0]:.2f} to {ends[1]:.2f}). Always preferring the {kept} response would be right in "
+        f"{prefer if rho > 0 else 1 - prefer:.0%} of these pairs."
+    )
+    advice = (
+        "Look at the lengths of the training pairs with dpo check; balance them, or drop pairs until length says "
+        "nothing of which response is chosen; and judge the model by the pairs in which it speaks against it."
+    )
+    return _finding("length_bias", f"The model prefers the {kept} response, right or wrong", text, advice, numbers)
+
+
+def _token_drift(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
+    """Many single tokens changed their probability more than 20-fold."""
+    if (exact := scores.distributions) is None:
+        return None
+    ends = {side: sections["intervals"][f"moved_tokens/{side}"] for side in SIDES}
+    if not any(end and end[0] > MOVED[side] for side, end in ends.items()):
+        return None
+    moved, tokens = exact.moved.sum(0), scores.tokens.sum(0)
+    shares = dict(zip(SIDES, moved / tokens, strict=True))
+    text = (
+        f"{moved.sum():,.0f} of {tokens.sum():,.0f} response tokens ({moved.sum() / tokens.sum():.1%}) became more "
+        f"than 20 times as likely or as unlikely as under the reference: {shares['chosen']:.1%} of the chosen "
+        f"responses' and {shares['rejected']:.1%} of the rejected ones'."
+    )
+    numbers = {"moved": moved.sum(), "share": moved.sum() / tokens.sum()}
+    numbers |= {f"share_{side}": share for side, share in shares.items()}
+    advice = (
+        "Look at the tokens that moved most, in their context: one phrase or the end of the answer is often all there "
+        "is to it. A higher --beta, a lower --lr or fewer steps keep the policy nearer."
+    )
+    title = f"{moved.sum() / tokens.sum():.1%} of the tokens changed their probability more than 20-fold"
+    return _finding("token_drift", title, text, advice, numbers)
+
+
+def _kl_drift(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
+    """The policy is far from the reference: KL(policy||reference) a token, at the positions of the data."""
+    if (exact := scores.distributions) is None:
+        return None
+    ends = {side: sections["intervals"][f"kl/{side}"] for side in SIDES}
+    if not any(end and end[0] > KL for end in ends.values()):
+        return None
+    means = dict(zip(SIDES, exact.kl.sum(0) / scores.tokens.sum(0), strict=True))
+    text = (
+        f"KL(policy||reference) is {means['chosen']:.2f} nats a token on the chosen responses and "
+        f"{means['rejected']:.2f} on the rejected ones: {exact.kl.mean():.0f} nats a response here, where training "
+        "from preferences mostly gains nothing any more past some 20."
+    )
+    advice = "Try a higher --beta first, which is what it is there for; then a lower --lr or fewer steps."
+    title = f"The policy is {max(means.values()):.2f} nats a token away from its reference"
+    numbers = {f"kl_{side}": mean for side, mean in means.items()} | {"kl_a_response": exact.kl.mean()}
+    return _finding("kl_drift", title, text, advice, numbers)
+
+
+def suspects(scores: Scores) -> tuple[list[int], Table]:
+    """Places of pairs whose label is probably flipped, strongest first, and how far out every margin is.
+
+    Two witnesses have to agree: the reference gives the rejected response the higher log-prob a token, and the policy,
+    trained as it is, still ranks the pair the other way, as an outlier of its own margins.
+
+    Shapes: the second is (P,).
+    Units: robust standard deviations from the median.
+    """
+    margins = beyond_arithmetic(gap_of(scores.logratios))
+    away = margins - np.median(margins)
+    spread = NORMAL_MAD * float(np.median(np.abs(away)))
+    if not spread:
+        return [], np.zeros_like(away)
+    far = away / spread
+    other_way = gap_of(scores.ref_logps / scores.tokens) < 0
+    places = np.flatnonzero((far < -OUTLIER) & (margins < 0) & other_way)
+    return places[np.argsort(far[places], kind="stable")].tolist(), far
+
+
+def _label_noise(scores: Scores) -> Finding | None:
+    """Pairs that both models rank the other way by a wide margin."""
+    places, far = suspects(scores)
+    share = len(places) / len(scores.where)
+    if len(places) < FLIPS or share < FLIPPED:
+        return None
+    margins = gap_of(scores.logratios)
+    text = (
+        f"In {len(places):,} of {len(scores.where):,} pairs ({share:.1%}) the reference finds the rejected response "
+        f"likelier, and the policy's margin is more than {OUTLIER:g} robust standard deviations below its median: "
+        f"{margins[places].mean():.1f} nats on average, where half of all pairs have {np.median(margins):.1f} or more."
+    )
+    advice = "Read these rows: were the two responses exchanged? Mend or drop them, or train with --label-smoothing."
+    title = f"{len(places):,} pairs look as if their labels were flipped"
+    numbers = {"pairs": len(places), "share": share, "farthest": far[places[0]], "median_margin": np.median(margins)}
+    return _finding("label_noise", title, text, advice, numbers, [scores.where[place] for place in places[:ROWS]])
+
+
+def _over_optimised(sections: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Finding | None:
+    """The held-out loss rose from its best while the training margin went on growing."""
+    held_out = [(line["step"], line["eval_loss"]) for line in history if line.get("eval_loss") is not None]
+    trained = [(line["step"], line["rewards/margins"]) for line in history if line.get("rewards/margins") is not None]
+    ends = sections["intervals"]["loss"]
+    if not held_out or not trained or ends is None:
+        return None
+    best_step, best = min(held_out, key=lambda point: point[1])
+    last_step, last = max(held_out)
+    # The last loss scatters most, so half its interval is about that of the difference of the two, or wider.
+    noise = (ends[1] - ends[0]) / 2
+    before = [margin for step, margin in trained if step <= best_step][-LINES:]
+    after = [margin for step, margin in trained if step > best_step][-LINES:]
+    grew_from, grew_to = (float(np.mean(part)) if part else 0.0 for part in (before, after))  # at step 0 it is 0
+    if last - best <= max(noise, RISE) or grew_to <= grew_from:
+        return None
+    text = (
+        f"The held-out loss was lowest at step {best_step} ({best:.4f}) and rose to {last:.4f} at step {last_step}, "
+        f"more than its uncertainty of {noise:.4f}, while the margin on the training pairs went on growing from "
+        f"{grew_from:.2f} to {grew_to:.2f}: since then the model learns its training pairs, not the preference."
+    )
+    advice = f"Train for about {best_step} steps, keep the best checkpoint with --keep-best loss, or lower --lr."
+    if not best_step:
+        advice = "It was never better than at the start: lower --lr, and look whether the two sets are of one kind."
+    numbers = {"best_step": best_step, "best_loss": best, "last_step": last_step, "last_loss": last}
+    numbers |= {"noise": noise, "margin_at_best": grew_from, "margin_at_last": grew_to}
+    return _finding("over_optimised", f"The held-out loss rises since step {best_step}", text, advice, numbers)

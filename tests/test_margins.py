@@ -1,0 +1,223 @@
+"""What is told of pairs beyond their means: worked by hand, and what must not depend on how it is counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from dpo_cli.disk import to_json
+from dpo_cli.errors import UsageError
+from dpo_cli.margins import compared, sections
+from dpo_cli.scores import Distributions, Scores, means, values
+
+SURE = math.log(0.78 / 0.22)  # sigma of it is 0.78
+
+
+def make_scores(logratios: Any, tokens: Any = None, ref_logps: Any = None, beta: float = 1.0, **more: Any) -> Scores:
+    """Scores of pairs with these log-ratios (P, 2); responses of 10 tokens and -20 nats where not given."""
+    logratios = np.asarray(logratios, float)
+    tokens = np.full(logratios.shape, 10.0) if tokens is None else np.asarray(tokens, float)
+    ref_logps = np.full(logratios.shape, -20.0) if ref_logps is None else np.asarray(ref_logps, float)
+    terms = np.tile([1.0, 0.0], (len(logratios), 1))
+    where = [f"rows.jsonl:{line + 1}" for line in range(len(logratios))]
+    return Scores(where, tokens, ref_logps + logratios, ref_logps, terms, beta, **more)
+
+
+def with_margins(*margins: float, **more: Any) -> Scores:
+    """Half a margin on each side."""
+    return make_scores([[m / 2, -m / 2] for m in margins], **more)
+
+
+def random_scores(pairs: int, seed: int = 0, shift: float = 1.0, beta: float = 0.1, exact: bool = True) -> Scores:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(5, 100, (pairs, 2)).astype(float)
+    each = tokens * rng.uniform(0.01, 0.1, tokens.shape)
+    table = Distributions(tokens, tokens, tokens + each, tokens + 2 * each, each, 2 * each, each, 1e-6)
+    logratios = rng.normal([shift / 2, -shift / 2], 2, tokens.shape)
+    return make_scores(logratios, tokens, -2 * tokens, beta, distributions=table if exact else None)
+
+
+# ---- intervals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_every_mean_has_an_interval_around_it(exact: bool) -> None:
+    scores = random_scores(200, exact=exact)
+    known, intervals = values(scores), sections(scores)["intervals"]
+    perplexities = {f"{name}perplexity/{side}" for name in ("", "ref_") for side in ("chosen", "rejected")}
+    assert intervals.keys() == known.keys() | perplexities
+    for name, value in known.items():
+        low, high = intervals[name]
+        assert low <= value + 1e-9 and value - 1e-9 <= high, name
+    for side in ("chosen", "rejected"):
+        low, high = intervals[f"cross_entropy/{side}"]
+        assert intervals[f"perplexity/{side}"] == pytest.approx([math.exp(low), math.exp(high)])
+        low, high = intervals[f"data_kl_change/{side}"]  # the same resamples, the other sign
+        assert intervals[f"logratio/{side}"] == pytest.approx([-high, -low])
+
+
+def test_accuracy_has_wilsons_interval_and_ties_count_half() -> None:
+    scores = with_margins(*[1] * 80, *[-1] * 181, 0, 0)
+    assert sections(scores)["intervals"]["rewards/accuracies"] == pytest.approx([0.2553, 0.3662], abs=1e-4)
+
+
+def test_what_is_told_is_json_however_few_pairs_there_are() -> None:
+    for pairs in (1, 2, 3):
+        told = json.loads(to_json(sections(random_scores(pairs))))
+        assert told.keys() == {
+            "intervals", "rewards/margins_quantiles", "effect", "buckets", "calibration", "length",
+        }  # fmt: skip
+        assert (told["intervals"]["loss"] is None) == (pairs == 1)
+        assert len(told["intervals"]["rewards/accuracies"]) == 2
+
+
+def test_a_model_that_is_the_reference() -> None:
+    """Differences that are only arithmetic have no effect, no correlation and no order."""
+    rng = np.random.default_rng(0)
+    scores = make_scores(rng.normal(0, 1e-5, (50, 2)), rng.integers(5, 50, (50, 2)))
+    told = sections(scores)
+    assert math.isnan(told["effect"]["margin_d"]) and told["effect"]["margin_d_interval"] is None
+    assert math.isnan(told["length"]["margin_length_correlation"])
+    assert told["effect"]["rank/change"] == 0 and told["effect"]["rank/change_interval"] == [0, 0]
+    assert told["calibration"]["brier"] == pytest.approx(0.25, abs=1e-4) and told["calibration"]["ece"] < 1e-4
+    assert [bucket["accuracy"] for bucket in told["buckets"]["margin"]] == [0.5] * 5
+
+
+# ---- quantiles, effect ------------------------------------------------------------------------------------------
+
+
+def test_quantiles() -> None:
+    told = sections(with_margins(*range(101)))["rewards/margins_quantiles"]
+    assert told == pytest.approx({"0.05": 5, "0.25": 25, "0.5": 50, "0.75": 75, "0.95": 95})
+
+
+def test_effect_is_the_mean_over_the_spread_whatever_beta_is() -> None:
+    first, second = (sections(with_margins(*range(1, 10), beta=beta))["effect"] for beta in (1.0, 0.1))
+    assert first["margin_d"] == pytest.approx(5 / math.sqrt(7.5))
+    assert second["margin_d"] == pytest.approx(first["margin_d"])
+    assert second["margin_d_interval"] == pytest.approx(first["margin_d_interval"])
+    assert first["margin_d_interval"][0] < first["margin_d"] < first["margin_d_interval"][1]
+
+
+def test_ranks_by_log_probability_before_and_after() -> None:
+    """Right before and after; wrong before and right after; wrong; equal before and right after."""
+    ref_logps = [[-10, -20], [-20, -10], [-20, -10], [-10, -10]]
+    effect = sections(make_scores([[0, 0], [15, 0], [5, 0], [1, 0]], ref_logps=ref_logps))["effect"]
+    assert effect["rank/reference"] == 1.5 / 4 and effect["rank/policy"] == 3 / 4
+    assert effect["rank/change"] == 1.5 / 4
+
+
+# ---- buckets, calibration ---------------------------------------------------------------------------------------
+
+
+def test_accuracy_by_fifths_of_the_absolute_margin() -> None:
+    buckets = sections(with_margins(1, -2, 3, -4, 5, 6, 7, -8, 9, 10))["buckets"]["margin"]
+    assert [bucket["pairs"] for bucket in buckets] == [2] * 5
+    assert [bucket["accuracy"] for bucket in buckets] == [0.5, 0.5, 1, 0.5, 1]
+    assert buckets[0]["from"] == 1 and buckets[-1]["to"] == 10
+    assert all(a["to"] == b["from"] for a, b in itertools.pairwise(buckets))
+    (only,) = sections(with_margins(2, 2, -2))["buckets"]["margin"]
+    assert (only["from"], only["to"], only["pairs"]) == (2, 2, 3)
+
+
+def test_accuracy_by_length_gap_has_readable_edges() -> None:
+    """Pairs are counted once; the policy is right just where the chosen response is longer."""
+    gaps = np.arange(-103, 104)
+    tokens = np.stack([200 + gaps, np.full(len(gaps), 200)], 1)
+    buckets = sections(make_scores(np.stack([gaps, 0 * gaps], 1), tokens))["buckets"]["length"]
+    assert [(bucket["from"], bucket["to"]) for bucket in buckets] == [
+        (-103, -101), (-100, -51), (-50, 50), (51, 100), (101, 103),
+    ]  # fmt: skip
+    assert sum(bucket["pairs"] for bucket in buckets) == len(gaps)
+    assert [bucket["accuracy"] for bucket in buckets] == [0, 0, 0.5, 1, 1]
+    (equal,) = sections(with_margins(1, 2))["buckets"]["length"]
+    assert (equal["from"], equal["to"], equal["pairs"]) == (-1, 1, 2)
+
+
+def test_calibration_by_hand() -> None:
+    """78 % sure, and right in two of three; a tie that is half right by chance."""
+    told = sections(with_margins(SURE, SURE, -SURE, 0))["calibration"]
+    assert told["brier"] == pytest.approx((2 * 0.22**2 + 0.78**2 + 0.5**2) / 4)
+    assert told["ece"] == pytest.approx(3 / 4 * (0.78 - 2 / 3))
+    unsure, sure = told["curve"]
+    assert (unsure["pairs"], unsure["predicted"], unsure["observed"]) == (1, 0.5, 0.5)
+    assert (sure["from"], sure["to"], sure["pairs"]) == (0.75, 0.8, 3)
+    assert (sure["predicted"], sure["observed"]) == pytest.approx((0.78, 2 / 3))
+
+
+def test_a_calibrated_policy_has_a_small_error() -> None:
+    rng = np.random.default_rng(0)
+    margins = rng.normal(0, 2, 5_000)
+    right = rng.random(5_000) < 1 / (1 + np.exp(-np.abs(margins)))
+    calibration = sections(with_margins(*np.where(right, 1, -1) * np.abs(margins)))["calibration"]
+    assert calibration["ece"] < 0.02
+    inside = [line["interval"][0] <= line["predicted"] <= line["interval"][1] for line in calibration["curve"]]
+    assert sum(inside) >= 9
+
+
+# ---- length -----------------------------------------------------------------------------------------------------
+
+
+def test_length_by_hand() -> None:
+    tokens = [[30, 10], [20, 10], [10, 20], [10, 40], [10, 10]]
+    told = sections(make_scores([[2, 0], [1, 0], [-1, 0], [-3, 0], [0, 0]], tokens))["length"]
+    assert told["margin_length_correlation"] == pytest.approx(1)
+    assert (told["accuracy_chosen_longer"], told["accuracy_chosen_longer_pairs"]) == (1, 2)
+    assert (told["accuracy_chosen_shorter"], told["accuracy_chosen_shorter_pairs"]) == (0, 2)
+    assert told["accuracy_prefer_longer"] == 0.5
+    rewards = [2, 0, 1, 0, -1, 0, -3, 0, 0, 0]
+    assert told["reward_length_correlation"] == pytest.approx(spearmanr(rewards, np.ravel(tokens)).statistic)
+
+
+def test_no_pair_where_the_chosen_response_is_shorter() -> None:
+    told = sections(make_scores([[1, 0], [2, 0]], [[3, 1], [4, 1]]))["length"]
+    assert told["accuracy_chosen_shorter_pairs"] == 0 and told["accuracy_chosen_shorter_interval"] is None
+    assert math.isnan(told["accuracy_chosen_shorter"])  # null in JSON
+
+
+# ---- two models -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_no_better_than_itself() -> None:
+    scores = random_scores(50)
+    told = compared(scores, scores)
+    assert told["differences"].keys() == means(scores).keys()
+    assert all(each["difference"] == 0 and each["interval"] == [0, 0] for each in told["differences"].values())
+    assert told["pairs_b_better"]["share"] == 0.5
+
+
+def test_differences_are_paired() -> None:
+    """A constant gain is sure, however much the pairs differ from each other."""
+    a = random_scores(50)
+    b = dataclasses.replace(a, logps=a.logps + np.array([3.0, -1.0]))
+    told = compared(a, b)
+    margins = told["differences"]["rewards/margins"]
+    assert margins["difference"] == pytest.approx(0.4) and margins["interval"] == pytest.approx([0.4, 0.4])
+    assert margins["b"] - margins["a"] == pytest.approx(margins["difference"])
+    assert told["pairs_b_better"] == {"share": 1, "interval": pytest.approx([0.9287, 1], abs=1e-4)}
+    assert "logratios/margins" not in told["differences"]
+
+
+def test_models_of_different_betas_are_compared_in_log_ratios_too() -> None:
+    a = random_scores(50)
+    told = compared(a, dataclasses.replace(a, beta=1.0))
+    assert told["differences"]["rewards/margins"]["difference"] > 0.1
+    assert told["differences"]["logratios/margins"]["interval"] == [0, 0]
+    assert told["pairs_b_better"]["share"] == 0.5
+
+
+def test_what_only_one_has_is_not_compared() -> None:
+    told = compared(random_scores(20), random_scores(20, exact=False))
+    assert "kl/chosen" not in told["differences"] and "loss" in told["differences"]
+
+
+def test_other_pairs_are_refused() -> None:
+    with pytest.raises(UsageError, match="the same pairs"):
+        compared(random_scores(20), random_scores(21))
