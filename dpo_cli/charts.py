@@ -26,19 +26,26 @@ MOST_DOTS = 2000
 def charts(evaluation: Evaluation) -> list[Plot]:
     """A plot of everything that the evaluation has."""
     result, scores = evaluation.result, evaluation.scores
-    buckets, calibration = result.get("buckets") or {}, result.get("calibration") or {}
+    buckets, curve = result.get("buckets") or {}, (result.get("calibration") or {}).get("curve")
     found = []
-    if np.isfinite(scores.margins).any():
-        found.append(Plot("margins", "Margins", _said_of_margins(scores), partial(_draw_margins, scores=scores)))
-    if curve := calibration.get("curve"):
-        found.append(Plot("reliability", "Reliability", RELIABILITY, partial(_draw_reliability, curve=curve)))
+    if known := bool(np.isfinite(scores.margins).any()):
+        draw = partial(_draw_margins, scores=scores)
+        found.append(Plot("margins", "Margins", "pairs", _said_of_margins(scores), draw))
+    if curve:
+        draw = partial(_draw_reliability, curve=curve)
+        found.append(Plot("reliability", "Reliability", "share ranked right", RELIABILITY, draw))
     if rows := buckets.get("margin"):
-        found.append(Plot("by-margin", "Accuracy by size of margin", BY_MARGIN, partial(_draw_buckets, rows=rows)))
-    if np.isfinite(scores.margins).any():
-        caption = _said_of_length(len(scores.where), result.get("length") or {})
-        found.append(Plot("length", "Margin and length", caption, partial(_draw_lengths, scores=scores)))
+        draw = partial(_draw_buckets, rows=rows)
+        found.append(Plot("by-margin", "Accuracy by size of margin", "", BY_MARGIN, draw))
+    if known:
+        said, draw = (
+            _said_of_length(len(scores.where), result.get("length") or {}),
+            partial(_draw_lengths, scores=scores),
+        )
+        found.append(Plot("length", "Margin and length", "margin", said, draw))
     if rows := buckets.get("length"):
-        found.append(Plot("by-length", "Accuracy by length gap", BY_LENGTH, partial(_draw_buckets, rows=rows)))
+        draw = partial(_draw_buckets, rows=rows)
+        found.append(Plot("by-length", "Accuracy by length gap", "tokens", BY_LENGTH, draw))
     return found
 
 
@@ -99,7 +106,7 @@ def _draw_margins(axes: Axes, colours: Colours, scores: Scores) -> None:
     axes.set_xlim(edges[0] - width, edges[-1] + width)
     axes.set_ylim(0, axes.dataLim.ymax * 1.15 or 1)
     _wide(axes)
-    quieten(axes, colours, "margin", "pairs")
+    quieten(axes, colours, "margin")
     for x, side, share, word, role in (
         (0.0, "left", (wins == 0).mean(), "wrong", "rejected"),
         (1.0, "right", (wins == 1).mean(), "right", "chosen"),
@@ -126,7 +133,7 @@ def _draw_reliability(axes: Axes, colours: Colours, curve: Sequence[Row]) -> Non
     axes.set_xlim(0.485, 1.015)
     axes.set_ylim(-0.02, 1.02)
     _wide(axes)
-    quieten(axes, colours, "confidence", "share ranked right", x_format=share_tick, y_format=share_tick)
+    quieten(axes, colours, "confidence σ(|margin|)", x_format=share_tick, y_format=share_tick)
 
 
 def _whisker(axes: Axes, colour: str, interval: Any, at: float, flat: bool = False) -> None:
@@ -147,7 +154,7 @@ def _draw_lengths(axes: Axes, colours: Colours, scores: Scores) -> None:
     axes.set_xlim(*_core(gaps))
     axes.set_ylim(*_core(margins))
     _wide(axes)
-    quieten(axes, colours, "← chosen shorter   tokens   chosen longer →", "margin", whole=True)
+    quieten(axes, colours, "← chosen shorter · tokens · chosen longer →", whole=True)
 
 
 def _core(values: Column) -> tuple[float, float]:
@@ -169,13 +176,13 @@ def _draw_buckets(axes: Axes, colours: Colours, rows: Sequence[Row]) -> None:
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     _wide(axes, left=92, right=84)
-    quieten(axes, colours, "ranked right", "", x_format=share_tick)
+    quieten(axes, colours, "ranked right", x_format=share_tick, ticks=3)
     axes.grid(visible=False)
     axes.set_yticks(range(len(rows)), [_span(row) for row in rows])
 
 
 def _span(row: Row) -> str:
-    low, high = (tick(float(f"{row[end]:.3g}")) if is_number(row.get(end)) else "" for end in ("from", "to"))
+    low, high = (tick(float(f"{row[end]:.2g}")) if is_number(row.get(end)) else "" for end in ("from", "to"))
     return f"{low} to {high}" if low and high else f"up to {high}" if high else f"from {low}" if low else "all"
 
 

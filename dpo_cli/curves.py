@@ -30,10 +30,12 @@ class Curve:
 
     name: str
     title: str
+    what: str
     caption: str
     names: dict[str, str]
     level: float | None = None
     percent: bool = False
+    smooth: bool = True
     spiky: bool = False
 
 
@@ -41,6 +43,7 @@ CURVES = (
     Curve(
         "loss",
         "Loss",
+        "",
         "Below ln 2 (dashed) the chosen responses are preferred. Held-out loss that turns up while training goes on "
         "down means over-optimised: take an earlier checkpoint.",
         {"loss": "ink"},
@@ -49,6 +52,7 @@ CURVES = (
     Curve(
         "margin",
         "Margin",
+        "beta × nats",
         "Chosen reward minus rejected reward. Held-out pairs far behind training pairs: memorised.",
         {"rewards/margins": "ink"},
         0.0,
@@ -56,6 +60,7 @@ CURVES = (
     Curve(
         "accuracy",
         "Accuracy",
+        "",
         "Share of pairs whose chosen response has the higher reward. A coin gets half (dashed).",
         {"rewards/accuracies": "ink"},
         0.5,
@@ -64,6 +69,7 @@ CURVES = (
     Curve(
         "rewards",
         "Rewards",
+        "beta × nats",
         "What opens between the two is the margin. Where both fall, the chosen responses grow rarer too.",
         {f"rewards/{side}": side for side in SIDES},
         0.0,
@@ -71,6 +77,7 @@ CURVES = (
     Curve(
         "kl",
         "KL from the reference",
+        "nats a token",
         "Exact, in nats a token, on each kind of response: what the preference has cost in drift.",
         {f"kl/{side}": side for side in SIDES},
         0.0,
@@ -78,12 +85,15 @@ CURVES = (
     Curve(
         "lr",
         "Learning rate",
+        "",
         "As the schedule planned it: warm-up, then decay.",
         {"learning_rate": "ink"},
+        smooth=False,
     ),
     Curve(
         "norm",
         "Gradient norm",
+        "",
         "Before clipping. One spike is an odd batch; a rising floor is a run that grows unstable.",
         {"grad_norm": "ink"},
         spiky=True,
@@ -104,11 +114,11 @@ def curves(history: History) -> list[Plot]:
     """A plot of each quantity that the history has: training lines, and held-out ones (``eval_`` names) over them."""
     found = []
     for curve in CURVES:
-        lines = [
-            Line(role, points(history, name), points(history, f"eval_{name}")) for name, role in curve.names.items()
-        ]
+        named = curve.names.items()
+        lines = [Line(role, points(history, name), points(history, f"eval_{name}")) for name, role in named]
         if any(len(steps) for line in lines for steps, _ in (line.train, line.held)):
-            found.append(Plot(curve.name, curve.title, curve.caption, partial(_draw, curve=curve, lines=lines)))
+            draw = partial(_draw, curve=curve, lines=lines)
+            found.append(Plot(curve.name, curve.title, curve.what, curve.caption, draw))
     return found
 
 
@@ -141,19 +151,19 @@ def _draw(axes: Axes, colours: Colours, curve: Curve, lines: Sequence[Line]) -> 
     ends: list[tuple[float, str, str]] = []
     for line in lines:
         (steps, values), (held_steps, held_values) = line.train, line.held
-        colour, ringed = colours[line.role], colours[line.role if sided else "chosen"]
+        both, ringed = len(steps) and len(held_steps), colours[line.role]
         if len(steps):
-            last = _draw_training(axes, colour, steps, values)
-            ends.append((last, f"{line.role if sided else 'training'}\n{show(last)}", colour))
-        axes.plot(held_steps, held_values, "o-", color=ringed, lw=0.8, ms=4, mfc="none", mew=1.3)
+            colour = colours["muted"] if both and not sided else ringed
+            last = _draw_training(axes, colour, steps, values, curve.smooth)
+            ends.append((last, line.role if sided else "training" if both else "", colour))
+        axes.plot(held_steps, held_values, "o-", color=ringed, lw=0.8, ms=4, mfc="none", mew=1.2)
         if len(known := held_values[np.isfinite(held_values)]) and not (sided and len(steps)):
-            last = float(known[-1])
-            ends.append((last, f"{line.role if sided else 'held out'}\n{show(last)}", ringed))
+            ends.append((float(known[-1]), line.role if sided else "held out", ringed))
     parts = [part for line in lines for part in (line.train, line.held)]
     axes.set_xlim(*limits(np.concatenate([steps for steps, _ in parts]), 0.02))
     _set_height(axes, colours, curve, np.concatenate([values for _, values in parts]))
     quieten(axes, colours, "step", whole=True, y_format=share_tick if curve.percent else tick)
-    _label_ends(axes, ends)
+    _label_ends(axes, [(y, f"{name}\n{show(y)}".strip(), colour) for y, name, colour in ends])
 
 
 def _set_height(axes: Axes, colours: Colours, curve: Curve, values: Column) -> None:
@@ -168,13 +178,13 @@ def _set_height(axes: Axes, colours: Colours, curve: Curve, values: Column) -> N
         axes.set_ylim(*limits(known))
 
 
-def _draw_training(axes: Axes, colour: str, steps: Column, values: Column) -> float:
+def _draw_training(axes: Axes, colour: str, steps: Column, values: Column, smooth: bool) -> float:
     """Each step faint and a running mean firm; of a long run the range of many steps. Gives the last of the mean."""
     if len(steps) > MOST_POINTS:
         steps, values = _draw_range(axes, colour, steps, values)
-    elif len(steps) >= SMOOTHED:
+    elif smooth and len(steps) >= SMOOTHED:
         axes.plot(steps, values, color=colour, lw=0.7, alpha=0.35)
-    if len(steps) >= SMOOTHED:
+    if smooth and len(steps) >= SMOOTHED:
         values = _running_mean(values, len(steps) // 25)
     axes.plot(steps, values, color=colour, lw=1.5, marker="o" if len(steps) == 1 else "", ms=4)
     known = values[np.isfinite(values)]

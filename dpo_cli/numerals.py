@@ -28,6 +28,11 @@ def number(value: Any, signed: bool = False) -> str:
     return ("+" if signed and value > 0 else "") + text.replace("-", "−")
 
 
+def nats(value: Any) -> str:
+    """A log-prob or an entropy to two decimals, so that many can be compared at a glance."""
+    return f"{value:.2f}".replace("-", "−") if is_number(value) else NONE
+
+
 def percent(value: Any, decimals: int = 1) -> str:
     """A share in per cent."""
     return f"{value:.{decimals}%}".replace("%", f"{_HARD}%").replace("-", "−") if is_number(value) else NONE

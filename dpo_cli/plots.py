@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # matplotlib takes a second to load
 Column = npt.NDArray[np.float64]
 Colours = Mapping[str, str]
 
-WIDTH, HEIGHT = 350, 228  # CSS pixels, as are the margins
-LEFT, RIGHT, TOP, BOTTOM = 44, 58, 22, 38
+WIDTH, HEIGHT = 350, 216  # CSS pixels, as are the margins
+LEFT, RIGHT, TOP, BOTTOM = 44, 58, 10, 38
 HEADING = 26  # above each plot of a PNG; on a page it is HTML
 ON_PAPER: Colours = {
     "ink": "#23221f",
@@ -45,6 +45,7 @@ class Plot:
 
     name: str
     title: str
+    what: str  # the height of the plot counts; stands beside the title
     caption: str
     draw: Callable[[Axes, Colours], None]
 
@@ -155,24 +156,23 @@ def quieten(
     axes: Axes,
     colours: Colours,
     x: str,
-    y: str = "",
     x_format: Callable[..., str] = tick,
     y_format: Callable[..., str] = tick,
     whole: bool = False,
+    ticks: int = 5,
 ) -> None:
-    """No frame, no tick marks, few lines; the names of the axes are written flat. ``whole``: x counts something."""
+    """No frame, no tick marks, few lines, the name of x below. ``whole``: x counts something; ``ticks``: at most."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     axes.spines[:].set_visible(False)
     axes.grid(axis="y", color=colours["rule"], lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, which="both", colors=colours["muted"], labelsize=10.5, pad=5)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=whole, steps=[1, 2, 2.5, 5, 10]))
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(x_format))
     axes.yaxis.set_major_formatter(FuncFormatter(y_format))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    below, to_axes = -30 / (HEIGHT - TOP - BOTTOM), axes.transAxes
-    axes.text(0.5, below, x, color=colours["muted"], ha="center", va="center", transform=to_axes)
-    axes.text(-0.02, 1.05, y, color=colours["muted"], va="bottom", transform=to_axes)
+    below = -30 / (HEIGHT - TOP - BOTTOM)
+    axes.text(0.5, below, x, color=colours["muted"], ha="center", va="center", transform=axes.transAxes)

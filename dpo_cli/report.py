@@ -23,7 +23,7 @@ from markupsafe import Markup
 from dpo_cli.charts import charts
 from dpo_cli.curves import curves
 from dpo_cli.disk import whole_file
-from dpo_cli.numerals import fold, is_number, number, percent
+from dpo_cli.numerals import NONE, fold, is_number, nats, number, percent, tick
 from dpo_cli.plots import Plot, svg
 from dpo_cli.scores import Evaluation, ShownPair, Token
 
@@ -71,7 +71,7 @@ def page(about: ReportInput) -> str:
         "drift": ("Drift", (result.get("drift") or {}).get("top")),
         "samples": ("Samples", result.get("samples")),
         "numbers": ("All numbers", list(_all_numbers(result))),
-        "origin": ("Origin", list(_flat(about.manifest or {}))),
+        "manifest": ("Manifest", list(_flat(about.manifest or {}))),
         "options": ("Options", list(_flat(about.options or {}))),
     }
     present = {name: section for name, section in sections.items() if section[1]}
@@ -93,7 +93,14 @@ def page(about: ReportInput) -> str:
 def _style() -> tuple[Markup, Template]:
     here = files("dpo_cli")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=shown)
-    environment.filters |= {"number": number, "percent": percent, "fold": fold, "between": between, "text": _text}
+    environment.filters |= {
+        "number": number,
+        "percent": percent,
+        "fold": fold,
+        "between": between,
+        "plain": tick,
+        "nats": nats,
+    }
     template = environment.from_string(here.joinpath("report.html.jinja").read_text(encoding="utf-8"))
     return Markup(here.joinpath("report.css").read_text(encoding="utf-8")), template  # noqa: S704 (our own file)
 
@@ -110,10 +117,6 @@ def between(interval: Any, show: Any = number) -> str:
     if isinstance(interval, Sequence) and len(interval) == 2 and all(map(is_number, interval)):
         return f"{show(interval[0])} to {show(interval[1])}"
     return ""
-
-
-def _text(value: Any) -> str:
-    return number(value) if is_number(value) or isinstance(value, float) else str(value)
 
 
 # ---- headline and tables ----------------------------------------------------------------------------------------
@@ -149,6 +152,7 @@ def _headline(result: Mapping[str, Any]) -> Iterator[Headline]:
     items = [
         Headline("Accuracy", figures({"rewards/accuracies": ""}, percent), _MEANING["accuracy"]),
         Headline("Margin", figures({"rewards/margins": ""}, _signed), _MEANING["margin"]),
+        *_effect(result.get("effect") or {}),
         Headline("Loss", figures({"loss": ""}), _MEANING["loss"]),
         Headline("Rewards", figures({f"rewards/{side}": side for side in sides}, _signed), _MEANING["rewards"]),
         Headline("KL a token", figures({f"kl/{side}": side for side in sides}), _MEANING["kl"]),
@@ -158,13 +162,20 @@ def _headline(result: Mapping[str, Any]) -> Iterator[Headline]:
         name = next((name for name in ("k3", "logratio") if is_number(sampled.get(name))), "k3")
         figure = Figure("", number(sampled.get(name)), between(sampled.get(f"{name}_interval")))
         of = f"{number(sampled.get('samples'))} samples of each of {number(sampled.get('prompts'))} prompts"
-        items.insert(5, Headline("KL a response", [figure], _MEANING["sequence_kl"].format(of=of)))
+        items.insert(-1, Headline("KL a response", [figure], _MEANING["sequence_kl"].format(of=of)))
     yield from (item for item in items if item.figures)
+
+
+def _effect(effect: Mapping[str, Any]) -> Iterator[Headline]:
+    if is_number(size := effect.get("margin_d")):
+        figure = Figure("", _signed(size), between(effect.get("margin_d_interval"), _signed))
+        yield Headline("Effect", [figure], _MEANING["effect"])
 
 
 _MEANING = {
     "accuracy": "Share of pairs whose chosen response has the higher reward. A coin gets 50 %.",
     "margin": "Chosen reward minus rejected reward. Above 0 the preference is learnt.",
+    "effect": "The margin in its standard deviations, whatever beta is: 0.2 is small, 0.5 medium, 0.8 large.",
     "loss": "The DPO loss. A policy that is its reference has ln 2 = 0.693.",
     "rewards": "Beta times the log-ratio. Below 0 the responses grew rarer than under the reference.",
     "kl": "KL(policy ‖ reference) over the whole vocabulary at the positions of the responses, in nats.",
@@ -194,17 +205,24 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
     for name, value in content.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, (list, tuple)):
-            yield f"{prefix}{name}", "\n".join(map(str, value)) or "–"
         else:
-            yield f"{prefix}{name}", "–" if value is None else str(value)
+            several = value if isinstance(value, (list, tuple)) else [value]
+            yield f"{prefix}{name}", "\n".join(map(_plain, several)) or NONE
+
+
+def _plain(value: Any) -> str:
+    if value is None or value != value:
+        return NONE
+    if isinstance(value, float):
+        return tick(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ---- plots and pairs --------------------------------------------------------------------------------------------
 
 
 def _drawn(plot: Plot) -> dict[str, Any]:
-    return {"title": plot.title, "caption": plot.caption, "svg": Markup(svg(plot))}  # noqa: S704 (no text of the data)
+    return {"title": plot.title, "what": plot.what, "caption": plot.caption, "svg": Markup(svg(plot))}  # noqa: S704 (no text of the data)
 
 
 class Cell(NamedTuple):
@@ -251,8 +269,8 @@ def _cell(token: Token) -> Cell:
     text = token.text.replace("\r", "").replace("\n", "↵\n")
     if (ratio := _logratio(token)) is None:
         return Cell(text, None)
-    entropies = f"{number(token.ref_entropy)} → {number(token.entropy)}" if is_number(token.entropy) else ""
-    logps = f"{number(token.ref_logp)} → {number(token.logp)}"
+    logps = f"{nats(token.ref_logp)} → {nats(token.logp)}"
+    entropies = f"{nats(token.ref_entropy)} → {nats(token.entropy)}"
     kl = number(token.kl) if is_number(token.kl) else ""
     return Cell(text, shade(ratio), fold(ratio), logps, entropies, kl)
 

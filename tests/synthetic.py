@@ -63,7 +63,11 @@ def make_scores(pairs: int = 300, seed: int = 0) -> Scores:
 
 def make_result(scores: Scores) -> dict[str, Any]:
     """What ``dpo eval --json`` would say of the scores, with intervals of a normal approximation."""
-    found: dict[str, Any] = {"rows": len(scores.where) + 2, "refused": {"empty response": 2}, "pairs": len(scores.where)}
+    found: dict[str, Any] = {
+        "rows": len(scores.where) + 2,
+        "refused": {"empty response": 2},
+        "pairs": len(scores.where),
+    }
     found |= {"model": "runs/first/model", "reference": "HuggingFaceTB/SmolLM2-135M-Instruct", "beta": scores.beta}
     found |= values(scores)
     spread = {name: 1.96 * float(np.std(top / below)) / len(top) ** 0.5 for name, (top, below) in means(scores).items()}
@@ -128,8 +132,26 @@ def make_findings() -> list[dict[str, Any]]:
 
 def make_drift() -> dict[str, Any]:
     top = [
-        ("heldout.jsonl:17", "rejected", 8, "Blisters are one of the most", " common", " complaints among hikers.", -5.9, -1.8),
-        ("heldout.jsonl:3", "chosen", 31, "with your full name beneath it.\n", "Next", " step: save both lines", -0.2, -3.9),
+        (
+            "heldout.jsonl:17",
+            "rejected",
+            8,
+            "Blisters are one of the most",
+            " common",
+            " complaints among hikers.",
+            -5.9,
+            -1.8,
+        ),
+        (
+            "heldout.jsonl:3",
+            "chosen",
+            31,
+            "with your full name beneath it.\n",
+            "Next",
+            " step: save both lines",
+            -0.2,
+            -3.9,
+        ),
         ("heldout.jsonl:88", "rejected", 2, "Ah, ", " compost", "! It is a fantastic way to help", -9.4, -6.1),
     ]
     names = ("row", "response", "place", "before", "token", "after", "logp", "ref_logp")
