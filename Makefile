@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup check test torture demo bench
+.PHONY: setup check test test-browser torture demo bench
 
 setup: .venv/done
 
@@ -16,6 +16,11 @@ check: setup
 
 test: check
 	$(BIN)/pytest
+
+test-browser: setup
+	@command -v chromium >/dev/null || { echo "chromium is missing; on Debian: apt install chromium"; exit 1; }
+	$(BIN)/pip install -q --disable-pip-version-check playwright
+	$(BIN)/pytest -m browser
 
 torture: setup
 	DPO_LONG=1 $(BIN)/pytest -m torture --timeout 1800 --durations 0

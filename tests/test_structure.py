@@ -18,7 +18,7 @@ PACKAGE = ROOT / "dpo_cli"
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 # Each module imports only from the layers before its own; modules of one layer know nothing of each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "numerals"},
     {"config", "kinds", "stats"},
     {"tables", "hub"},
     {"records", "scripts"},
@@ -31,9 +31,9 @@ LAYERS = [
     {"attention", "losses", "optimizer", "crossrow"},
     {"logps", "scores"},
     {"model", "disk", "memory", "samples"},
-    {"metrics", "fingerprint", "shards", "tokenized", "lengths", "margins"},
-    {"reference", "checkpoint", "step", "drift", "diagnose"},
-    {"prepare", "cache"},
+    {"metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
+    {"reference", "checkpoint", "step", "drift", "diagnose", "curves", "charts"},
+    {"prepare", "cache", "report"},
     {"run", "survey"},
     {"evaluate", "explain", "check"},
     {"train"},

@@ -1,0 +1,72 @@
+"""Numbers as people write them."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_HARD = "\N{NO-BREAK SPACE}"
+NONE = "–"
+
+
+def number(value: Any, signed: bool = False) -> str:
+    """Four figures or so, thousands apart, a real minus; a dash for what is no finite number."""
+    if not is_number(value):
+        return NONE
+    size = abs(value)
+    if not size:
+        return "0"
+    if isinstance(value, int) and size < 1e15:
+        text = f"{value:,}"
+    elif size < 1e-3 or size >= 1e6:
+        text = _powers(f"{value:.2e}")
+    else:
+        decimals = next(places for above, places in ((1000, 0), (100, 1), (10, 2), (0.1, 3), (0, 4)) if size >= above)
+        text = f"{value:,.{decimals}f}"
+    return ("+" if signed and value > 0 else "") + text.replace("-", "−")
+
+
+def nats(value: Any) -> str:
+    """A log-prob or an entropy to two decimals, so that many can be compared at a glance."""
+    return f"{value:.2f}".replace("-", "−") if is_number(value) else NONE
+
+
+def percent(value: Any, decimals: int = 1) -> str:
+    """A share in per cent."""
+    return f"{value:.{decimals}%}".replace("%", f"{_HARD}%").replace("-", "−") if is_number(value) else NONE
+
+
+def tick(value: float, _: object = None) -> str:
+    """A round number at an axis, without the zeros that say nothing."""
+    plain = not value or 1e-3 <= abs(value) < 1e6
+    return f"{value:,.6g}".replace("-", "−") if plain else _powers(f"{value:.2e}").replace("-", "−")
+
+
+def share_tick(value: float, _: object = None) -> str:
+    """A share at an axis."""
+    return percent(value, 0)
+
+
+def fold(logratio: Any) -> str:
+    """How many times likelier or rarer something is, from the log of the ratio (nats)."""
+    if not is_number(logratio):
+        return NONE
+    times = math.exp(min(abs(logratio), 700))
+    if times < 1.05:
+        return "as likely"
+    text = f"{times:.1f}" if times < 9.95 else f"{times:,.0f}" if times < 1e6 else _powers(f"{times:.0e}")
+    return f"{text}× {'likelier' if logratio > 0 else 'rarer'}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _powers(text: str) -> str:
+    """1.50e-05 as 1.5×10⁻⁵."""
+    digits, _, power = text.partition("e")
+    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return f"{digits}×10{str(int(power)).translate(_RAISED)}"
