@@ -19,6 +19,8 @@ FORMATS = (
     *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked"),
 )
 
+BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}  # what a best model is kept by: lower or higher
+
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 2
 Check = tuple[Callable[[Any], bool], str]
@@ -51,6 +53,16 @@ def memory_option() -> Any:
         "offload (split, but what no forward reads is in the host's memory, 4), or auto: the first of full, split and "
         "8bit that fits.",
         one_of("auto", "full", "8bit", "split", "in-backward", "offload"),
+    )
+
+
+def kl_option() -> Any:
+    """Whether the whole next-token distributions of both models are compared, wherever pairs are evaluated."""
+    return option(
+        "exact",
+        "exact: compare the whole next-token distributions of both models (KL, entropies, tokens that moved), which "
+        "runs both; none: their log-probs of the responses alone.",
+        one_of("exact", "none"),
     )
 
 
@@ -146,6 +158,12 @@ class TrainOptions(Options):
     seed: int = option(0, "Seed of the order of the pairs.", seedlike)
     log_every: int = option(10, "Steps between console lines where the output is no terminal.", positive)
     eval_every: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
+    kl: str = kl_option()
+    keep_best: str | None = option(
+        None,
+        "Keep the model of the best evaluation in best/, by the lowest loss, or the highest of the others.",
+        one_of(*BEST),
+    )
     save_every: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
     keep: int = option(2, "Checkpoints kept.", positive)
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
@@ -163,9 +181,24 @@ class PrecomputeOptions(Options):
 class EvalOptions(Options):
     """`dpo eval`."""
 
+    model: list[str] | None = option(  # type: ignore[assignment]  # two are compared
+        None,
+        "Hub id, local folder, .gguf file, run folder or a run's checkpoint; twice: the second against the first.",
+        shown="SmolLM2-135M-Instruct",
+    )
     ref: str | None = option(None, "Reference model.", shown="what the run was trained from, else the model itself")
     beta: float | None = option(None, "Scale of the implicit reward.", positive, shown="the run's, else 0.1")
+    kl: str = kl_option()
+    samples: int = option(
+        0,
+        "Responses drawn from the policy to each of some prompts: KL of whole responses; both models' answers.",
+        not_negative,
+    )
+    sample_prompts: int = option(16, "Prompts that --samples answers, the first of the data.", positive)
+    sample_tokens: int = option(128, "Longest sampled answer in tokens.", positive)
+    seed: int = option(0, "Seed of the samples and of the intervals.", seedlike)
     per_pair: Path | None = option(None, "Write one JSON line a pair to this file.")
+    report: Path | None = option(None, "Write the report, one HTML file, to this file.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +217,9 @@ class CheckOptions(DataOptions):
 
 
 # Options that do not change what is trained: a resumed run may have others than it began with.
-OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code"})
+OPERATIONAL = frozenset(
+    {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "keep_best"}
+)
 
 T = TypeVar("T", bound=DataOptions)
 

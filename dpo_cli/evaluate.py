@@ -1,4 +1,4 @@
-"""Implicit rewards and margins of a policy against its reference.
+"""`dpo eval`: what a policy learned and how far it is from its reference, one model in memory at a time.
 
 Legend: P pairs.
 """
@@ -7,213 +7,272 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config import EvalOptions
-from dpo_cli.disk import to_json, whole_file
+from dpo_cli import drift
+from dpo_cli.config import EvalOptions, TrainOptions
+from dpo_cli.drift import Compared, Recorded, Watch
 from dpo_cli.errors import UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint, same_weights
 from dpo_cli.logps import Scorer
-from dpo_cli.losses import sigmoid_loss
-from dpo_cli.metrics import Reporter, pair_sums, summarize
-from dpo_cli.model import (
-    ModelSource,
-    compile_layers,
-    default_device,
-    dtype_name,
-    load_model,
-)
-from dpo_cli.pairs import Pair, Pairs, loss_tokens
+from dpo_cli.margins import compared as compare_scores
+from dpo_cli.metrics import Reporter, read_metrics
+from dpo_cli.model import ModelSource, compile_layers, default_device, dtype_name, load_model
+from dpo_cli.outcome import evaluation, scores_of
+from dpo_cli.pairs import Ids, Pairs
 from dpo_cli.prepare import (
     choose_model,
     choose_tokenizer,
     fill_reference,
     halved_if_split,
-    load_weights,
     make_scorer,
     open_cache,
     read_pairs,
     tell_long,
 )
 from dpo_cli.reference import ReferenceCache
+from dpo_cli.report import ReportInput, write_report
 from dpo_cli.run import read_manifest, reading_as_trained, trained_with
+from dpo_cli.samples import Response, as_pairs, by_prompt, generate, sequence_kl, side_by_side
+from dpo_cli.scores import Evaluation
+from dpo_cli.show import write_per_pair
 from dpo_cli.tokens import reasons
-
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-
-def policy_logps(
-    scorer: Scorer,
-    pairs: Sequence[Pair],
-    reporter: Reporter,
-    what: str = "evaluate",
-    stopped: Callable[[], bool] = lambda: False,
-) -> Tensor | None:
-    """Log-probs of all pairs under the policy: (P, 2) float32 nats on the host, chosen and rejected.
-
-    None when it is ``stopped``, which is asked after each forward.
-    """
-    table = torch.full((len(pairs), 2), torch.nan)
-    with reporter.progress(what, len(pairs)) as progress:
-        for places, logps, _ in scorer.score(pairs):
-            table[list(places)] = logps.view(2, -1).T.cpu()
-            progress.advance(len(places))
-            if stopped():
-                return None
-    return table
-
-
-def evaluate(
-    policy: Tensor, reference: Tensor, beta: float, label_smoothing: float, terms: npt.NDArray[np.float32]
-) -> dict[str, float]:
-    """Loss, rewards, margin and accuracy over P pairs.
-
-    Shapes: ``policy``, ``reference`` (P, 2) nats; ``terms`` (P, 2) as in ``Pairs.terms``.
-    """
-    logps, ref_logps = policy.T.reshape(-1), reference.T.reshape(-1)  # (2P,), chosen first
-    weights, margins = torch.tensor(terms).T
-    losses = sigmoid_loss(logps, ref_logps, beta, label_smoothing, margins, weights)
-    return summarize(pair_sums(losses, logps, ref_logps, beta).tolist())
 
 
 def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
-    """`dpo eval`: score pairs under the policy and compare with the reference, one model in memory at a time.
+    """`dpo eval`: evaluate a model on pairs, or two on the same ones.
 
     A run brings its own beta, truncation, control tokens, precision and reference, so that the numbers are those of
     its training.
     """
-    source = choose_model(options.model, options, reporter)
-    run, given_compile = _run_options(source), options.compile
-    reading = reading_as_trained(options, source)
-    options = dataclasses.replace(
-        options,
-        max_length=reading.max_length,
-        dtype=options.dtype or run.get("dtype"),
-        control_tokens=reading.control_tokens,
-        train_turns=reading.train_turns,
-        compile=run.get("compile", options.compile),
-        beta=options.beta or run.get("beta", 0.1),
-    )
-    if given_compile and not options.compile:
-        raise UsageError("--compile: the run was not trained so, and its numbers would be others")
-    assert options.beta is not None
+    names: list[str | None] = [*(options.model or ())] or [None]
+    if len(names) > 2:
+        raise UsageError("--model: one model is evaluated, or two are compared")
+    if len(names) == 1:
+        return dict(_evaluated(names[0], options, reporter)[0].result)
+    if options.per_pair or options.report:
+        raise UsageError("--per-pair and --report are of one model: evaluate each on its own for them")
+    (first, pairs), (second, others) = (_evaluated(name, options, reporter) for name in names)
+    if first.scores.where != second.scores.where:
+        raise UsageError("the two models use other rows: what one truncates away the other reads; set --max-length")
+    told = {"a": names[0], "b": names[1], "pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
+    return told | compare_scores(first.scores, second.scores)
+
+
+def _evaluated(name: str | None, options: EvalOptions, reporter: Reporter) -> tuple[Evaluation, Pairs]:
+    """Evaluate one model, and write the files that were asked for."""
+    source = choose_model(name, options, reporter)
+    began = trained_with(source.run) if source.run else None
+    options = _as_trained(options, source, began)
     tokenizer = choose_tokenizer(source, options)
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
-    memory = run.get("memory", "full")
-    memo = WeightsMemo(source, options.cache_dir)
-    model = load_model(source)
-    weights = memo.hash(model) if options.ref is None and source.run is None else ""
-    scorer = make_scorer(model, pairs, options, default_device(), reporter, memory)
-    weights = halved_if_split(model, weights, memory)[0]
-    tell_long(scorer, pairs, reporter)
-    if options.compile:
-        compile_layers(model)
-    policy = policy_logps(scorer, pairs, reporter)
-    assert policy is not None
-    reference = _reference_logps(options, source, weights, memory, pairs, scorer, reporter)
-    result: dict[str, Any] = {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
-    result["beta"] = options.beta
-    result |= evaluate(policy, reference, options.beta, run.get("label_smoothing", 0.0), pairs.terms)
-    result |= {"ref_logps/chosen": float(reference[:, 0].mean()), "ref_logps/rejected": float(reference[:, 1].mean())}
-    result |= _cross_entropies(pairs, policy, reference)
-    rewards = options.beta * (policy - reference)
-    margins = rewards[:, 0] - rewards[:, 1]
-    result["rewards/margins_quantiles"] = {str(q): float(margins.quantile(q)) for q in QUANTILES}
+    judge = _Judge(options, source, began, tokenizer, pairs, reporter)
+    more: dict[str, Any] = {}
+    compared: Compared | None = None
+    if options.kl == "none":
+        policy, reference = judge.logps()
+    else:
+        policy, reference, compared, more = judge.distributions()
+    assert options.beta is not None
+    scores = scores_of(pairs, policy, reference, options.beta, began.label_smoothing if began else 0.0, compared)
+    history = read_metrics(source.run / "metrics.jsonl") if source.run else []
+    done = evaluation(scores, compared, pairs, tokenizer, history)
+    about: dict[str, Any] = {"model": source.told, "reference": judge.told, "beta": options.beta}
+    about |= {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
+    done = dataclasses.replace(done, result=about | done.result | more)
     if options.per_pair:
-        _write_per_pair(options.per_pair, pairs, policy, reference, rewards)
-    return result
+        write_per_pair(options.per_pair, pairs, scores)
+    if options.report:
+        manifest = read_manifest(source.run) if source.run else None
+        write_report(options.report, ReportInput(source.told, done, history, manifest, vars(options)))
+        reporter.fact("report", str(options.report))
+    return done, pairs
 
 
-def _run_options(source: ModelSource) -> dict[str, Any]:
-    if source.run is None:
-        return {}
-    options = trained_with(source.run)
-    names = ("dtype", "beta", "label_smoothing", "memory", "compile")
-    return {name: getattr(options, name) for name in names}
+def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions | None) -> EvalOptions:
+    """The options with what a run was trained with, where they leave it open."""
+    if options.samples and options.kl == "none":
+        raise UsageError("--samples needs both models, as the exact KL does: leave out --kl none")
+    reading = reading_as_trained(options, source)
+    if options.compile and began and not began.compile:
+        raise UsageError("--compile: the run was not trained so, and its numbers would be others")
+    return dataclasses.replace(
+        options,
+        max_length=reading.max_length,
+        control_tokens=reading.control_tokens,
+        train_turns=reading.train_turns,
+        dtype=options.dtype or (began.dtype if began else None),
+        compile=began.compile if began else options.compile,
+        beta=options.beta or (began.beta if began else 0.1),
+    )
 
 
-def _reference_logps(
-    options: EvalOptions,
-    source: ModelSource,
-    weights: str,
-    memory: str,
-    pairs: Pairs,
-    scorer: Scorer,
-    reporter: Reporter,
-) -> Tensor:
-    """Log-probs of all pairs under the reference: (P, 2) nats. Its model is loaded only if the cache lacks pairs.
+@dataclass(frozen=True)
+class _Loaded:
+    """A model that is ready to score, the attention that it came with, and its log-probs' name in the cache."""
 
-    ``weights`` is the hash of the policy's, which is the reference where it is no run. A loaded reference takes the
-    policy's place in memory: never two models at once.
-    """
-    if options.ref is None and source.run is None:
-        reporter.fact("reference", "the model itself: it is no run, and there is no --ref")
-        own = fingerprint(cast(PreTrainedModel, scorer.model), weights, scorer.layout, scorer.dtype)
-        return fill_reference(open_cache(options, own, source, scorer, reporter), pairs, scorer, reporter).logps
-    trained_from: dict[str, Any] = {}
-    name = options.ref
-    if name is None and source.run is not None:
-        manifest = read_manifest(source.run)
-        trained_from = manifest["reference"]
-        name = trained_from["model"]
-        computed = (trained_from["layout"], trained_from["dtype"], manifest["device"])
-        if computed == (scorer.layout, dtype_name(scorer.dtype), scorer.device.type):
-            cache = ReferenceCache(options.cache_dir, trained_from["fingerprint"], reporter.warn)
-            if not cache.lookup(pairs).isnan().any():
-                return fill_reference(cache, pairs, scorer, reporter).logps
-    scorer.model.to("meta")  # frees the policy's weights
-    gc.collect()
-    try:
-        reference = choose_model(name, options, reporter, "reference")
-        model, weights = load_weights(reference, options)
-    except UsageError as error:
-        raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
-    scorer = make_scorer(model, pairs, options, scorer.device, reporter, memory)
-    weights = halved_if_split(model, weights, memory)[0]
-    if options.compile:
-        compile_layers(model)
-    found = fingerprint(model, weights, scorer.layout, scorer.dtype)
-    if trained_from and not same_weights(found, trained_from["fingerprint"]):
-        raise UsageError(f"{reference.path} is no longer the model the run began with; name that one with --ref")
-    return fill_reference(open_cache(options, found, reference, scorer, reporter), pairs, scorer, reporter).logps
+    scorer: Scorer
+    own_attention: str
+    fingerprint: str
 
 
-def _cross_entropies(pairs: Sequence[Pair], policy: Tensor, reference: Tensor) -> dict[str, float]:
-    """Nats a response token, over all of a side that carry loss: minus the summed log-probs by their number."""
-    tokens = {side: sum(loss_tokens(getattr(pair, side)) for pair in pairs) for side in ("chosen", "rejected")}
-    return {
-        f"{prefix}cross_entropy/{side}": float(-logps[:, column].double().sum() / tokens[side])
-        for prefix, logps in (("", policy), ("ref_", reference))
-        for column, side in enumerate(("chosen", "rejected"))
-    }
+@dataclass(frozen=True)
+class _Drawn:
+    """What the policy answers to some prompts, greedily and drawn; the drawn ones as pairs, and recorded."""
+
+    prompts: list[Ids]
+    greedy: list[list[Response]]
+    sampled: list[list[Response]]
+    pairs: Pairs
+    recorded: Recorded
 
 
-def _write_per_pair(file: Path, pairs: Sequence[Pair], policy: Tensor, reference: Tensor, rewards: Tensor) -> None:
-    """One line a pair; ``tokens`` of a response are those that carry loss, which its log-probs are sums over."""
-    with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        for pair, logps, ref_logps, reward in zip(
-            pairs, policy.tolist(), reference.tolist(), rewards.tolist(), strict=True
-        ):
-            line = {
-                "row": pair.where,
-                "logps/chosen": logps[0],
-                "logps/rejected": logps[1],
-                "ref_logps/chosen": ref_logps[0],
-                "ref_logps/rejected": ref_logps[1],
-                "rewards/chosen": reward[0],
-                "rewards/rejected": reward[1],
-                "margin": reward[0] - reward[1],
-                "tokens/prompt": len(pair.prompt),
-                "tokens/chosen": loss_tokens(pair.chosen),
-                "tokens/rejected": loss_tokens(pair.rejected),
-            }
-            stream.write(to_json(line) + "\n")
+@dataclass
+class _Judge:
+    """A policy and its reference over the same pairs; a loaded reference takes the policy's place in memory."""
+
+    options: EvalOptions
+    source: ModelSource
+    began: TrainOptions | None  # what the policy was trained with, if it is of a run
+    tokenizer: Any
+    pairs: Pairs
+    reporter: Reporter
+    told: str = ""  # where the reference is from
+
+    @property
+    def itself(self) -> bool:
+        """Whether the model is its own reference."""
+        return self.options.ref is None and self.source.run is None
+
+    def logps(self) -> tuple[Tensor, Tensor]:
+        """Log-probs (P, 2) of policy and reference, whose model is loaded only if the cache lacks pairs."""
+        policy = self._load(self.source, named=self.itself)
+        logps = drift.score(policy.scorer, self.pairs, self._watch("evaluate"))
+        assert logps is not None
+        if (known := self._known(policy.scorer)) is not None:
+            return logps, known
+        reference, cache = self._reference(policy)
+        return logps, fill_reference(cache, self.pairs, reference.scorer, self.reporter).logps
+
+    def distributions(self) -> tuple[Tensor, Tensor, Compared, dict[str, Any]]:
+        """The same with their whole distributions, for which both models run; and what samples tell, if there are any.
+
+        The reference's log-probs are those of the cache, as in training, unless it lacks some.
+        """
+        policy, folder = self._load(self.source, named=self.itself), self.options.cache_dir
+        recorded = drift.record(policy.scorer, self.pairs, folder, self._watch("policy"))
+        drawn = self._draw(policy) if self.options.samples else None
+        assert recorded is not None
+        known = self._known(policy.scorer)
+        reference, cache = self._reference(policy)
+        about: dict[str, Any] = {"policy_runs": False, "same": self.itself}
+        compared = drift.compare(reference.scorer, recorded, self.pairs, folder, self._watch("reference"), **about)
+        assert compared is not None
+        if known is None and (cached := cache.lookup(self.pairs)).isfinite().all():
+            known = cached
+        told = self._of_samples(drawn, reference, about) if drawn else {}
+        return recorded.logps, compared.logps if known is None else known, compared, told
+
+    def _watch(self, what: str) -> Watch:
+        return Watch(self.reporter, what)
+
+    def _load(self, source: ModelSource, named: bool) -> _Loaded:
+        """A model on the device; it is hashed only where it is to be ``named``."""
+        memory = self.began.memory if self.began else "full"
+        memo = WeightsMemo(source, self.options.cache_dir)
+        model = load_model(source)
+        own_attention = model.config._attn_implementation
+        weights = memo.hash(model) if named else ""
+        scorer = make_scorer(model, self.pairs, self.options, default_device(), self.reporter, memory)
+        weights = halved_if_split(model, weights, memory)[0]
+        tell_long(scorer, self.pairs, self.reporter)
+        if self.options.compile:
+            compile_layers(model)
+        return _Loaded(scorer, own_attention, fingerprint(model, weights, scorer.layout, scorer.dtype) if named else "")
+
+    def _known(self, scorer: Scorer) -> Tensor | None:
+        """The log-probs (P, 2) that the run was trained with, if they were computed as here and are all kept."""
+        if self.options.ref is not None or self.source.run is None:
+            return None
+        manifest = read_manifest(self.source.run)
+        began = manifest["reference"]
+        here = (scorer.layout, dtype_name(scorer.dtype), scorer.device.type)
+        if here != (began["layout"], began["dtype"], manifest["device"]):
+            return None
+        cache = ReferenceCache(self.options.cache_dir, began["fingerprint"], self.reporter.warn)
+        if cache.lookup(self.pairs).isnan().any():
+            return None
+        self.told = str(began["model"] or self.source.base)
+        return fill_reference(cache, self.pairs, scorer, self.reporter).logps
+
+    def _reference(self, policy: _Loaded) -> tuple[_Loaded, ReferenceCache]:
+        """The reference's model, and the cache of its log-probs; the policy's weights are gone unless it is that.
+
+        Raises:
+            UsageError: it cannot be loaded, or is another one than the run began with.
+        """
+        if self.itself:
+            self.told = "the model itself"
+            self.reporter.fact("reference", "the model itself: it is no run, and there is no --ref")
+            return policy, open_cache(self.options, policy.fingerprint, self.source, policy.scorer, self.reporter)
+        policy.scorer.model.to("meta")  # frees the policy's weights
+        gc.collect()
+        began = read_manifest(self.source.run)["reference"] if self.source.run and self.options.ref is None else None
+        try:
+            source = choose_model(
+                began["model"] if began else self.options.ref, self.options, self.reporter, "reference"
+            )
+            loaded = self._load(source, named=True)
+        except UsageError as error:
+            raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
+        self.told = source.told
+        if began and not same_weights(loaded.fingerprint, began["fingerprint"]):
+            raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref")
+        return loaded, open_cache(self.options, loaded.fingerprint, source, loaded.scorer, self.reporter)
+
+    # ---- samples ----
+
+    def _draw(self, policy: _Loaded) -> _Drawn:
+        """Let the policy answer the first prompts of the data, none twice, and record the drawn answers."""
+        prompts = list({pair.prompt.tobytes(): pair.prompt for pair in self.pairs}.values())
+        prompts = prompts[: self.options.sample_prompts]
+        self.reporter.fact("samples", f"{self.options.samples} answers drawn to each of {len(prompts)} prompts")
+        greedy, sampled = (self._answers(policy, prompts, sampled) for sampled in (False, True))
+        pairs = as_pairs(prompts, sampled)
+        recorded = drift.record(policy.scorer, pairs, self.options.cache_dir, self._watch("samples"))
+        assert recorded is not None
+        return _Drawn(prompts, greedy, sampled, pairs, recorded)
+
+    def _answers(self, model: _Loaded, prompts: list[Ids], sampled: bool) -> list[list[Response]]:
+        options, scorer = self.options, model.scorer
+        return generate(
+            cast(PreTrainedModel, scorer.model),
+            self.tokenizer,
+            prompts,
+            model.own_attention,
+            options.sample_tokens,
+            sampled=sampled,
+            copies=options.samples if sampled else 1,
+            seed=options.seed,
+            room=scorer.max_tokens,
+            dtype=scorer.dtype,
+        )
+
+    def _of_samples(self, drawn: _Drawn, reference: _Loaded, about: dict[str, Any]) -> dict[str, Any]:
+        """KL of whole responses, and what both models answer."""
+        folder, watch = self.options.cache_dir, self._watch("samples")
+        compared = drift.compare(reference.scorer, drawn.recorded, drawn.pairs, folder, watch, **about)
+        assert compared is not None
+        tables = drawn.recorded.logps.numpy(), compared.logps.numpy(), compared.distributions.kl
+        found = sequence_kl(*(by_prompt(table.astype(float), self.options.samples) for table in tables))
+        ended = [response.ended for each in drawn.sampled for response in each]
+        found |= {"max_new_tokens": self.options.sample_tokens, "ended": sum(ended) / len(ended)}
+        theirs = (self._answers(reference, drawn.prompts, sampled) for sampled in (False, True))
+        greedy, sampled = (drawn.greedy, drawn.sampled) if self.itself else theirs
+        shown = side_by_side(self.tokenizer, drawn.prompts, greedy, drawn.greedy, sampled, drawn.sampled)
+        return {"sequence_kl": found, "samples": shown}

@@ -9,9 +9,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -66,15 +67,22 @@ def append_metrics(file: Path, step: int, values: dict[str, float], prefix: str 
         stream.write(to_json({"step": step} | {prefix + name: value for name, value in values.items()}) + "\n")
 
 
-def evaluations(file: Path) -> dict[int, dict[str, float]]:
-    """The held-out metrics that are in the file, by step."""
-    found = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        values: dict[str, float | None] = json.loads(line)
-        if "eval_loss" in values:
-            named = ((name.removeprefix("eval_"), value) for name, value in values.items() if name != "step")
-            found[int(values["step"] or 0)] = {n: math.nan if v is None else v for n, v in named}
-    return found
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of the file; a number that was not finite is None."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def evaluations(history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """The held-out metrics that are among the lines, by step; one that was not finite is NaN."""
+    return {
+        line["step"]: {
+            name.removeprefix("eval_"): math.nan if value is None else value
+            for name, value in line.items()
+            if name.startswith("eval_")
+        }
+        for line in history
+        if "eval_loss" in line
+    }
 
 
 def truncate_metrics(file: Path, step: int) -> None:

@@ -86,9 +86,7 @@ def _default_model() -> ModelSource:
 
 
 def _local_model(name: str, path: Path) -> ModelSource:
-    run = next(
-        (folder for folder in (path, path.parent) if _is_run(folder) and path in (folder, folder / "model")), None
-    )
+    run = next((f for f in (path, path.parent) if _is_run(f) and path in (f, f / "model", f / "best")), None)
     folder = path / "model" if run == path else path
     if (folder / "adapter_config.json").is_file():
         return _adapter(name, folder)

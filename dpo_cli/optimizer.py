@@ -83,15 +83,20 @@ def halve(model: nn.Module) -> dict[str, Tensor]:
     return low
 
 
-@torch.no_grad()
-def rejoin(model: nn.Module, optimizer: Optimizer) -> None:
-    """Give a halved model its float32 weights back, for export; the optimizer is of no use afterwards.
+@contextmanager
+def rejoined(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Give a halved model its float32 weights back for a while, to be exported; on the host, where there is room.
 
-    Nothing more is held than before, but for one parameter at a time. A model that was not halved stays as it is.
+    A model that was not halved stays as it is.
     """
-    for p in model.parameters():
-        if (low := optimizer.state[p].pop("low", None)) is not None:
-            p.data = join(p.detach(), low.to(p.device).view_as(p))
+    halves = {p: p.data for p in model.parameters() if "low" in optimizer.state.get(p, {})}
+    try:
+        for p, high in halves.items():
+            p.data = join(high.cpu(), optimizer.state[p]["low"].cpu().view_as(high))
+        yield
+    finally:
+        for p, high in halves.items():
+            p.data = high
 
 
 # ---- moments in 8 bits ------------------------------------------------------------------------------------------

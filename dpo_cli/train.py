@@ -21,11 +21,12 @@ from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoi
 from dpo_cli.config import TrainOptions
 from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
 from dpo_cli.errors import DpoError, Interrupted, NotWrittenError, UsageError
-from dpo_cli.evaluate import evaluate, policy_logps
+from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import noise
-from dpo_cli.metrics import Reporter, append_metrics, evaluations, truncate_metrics
+from dpo_cli.losses import sigmoid_loss
+from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics, truncate_metrics
 from dpo_cli.model import default_device
-from dpo_cli.optimizer import make_optimizer, rejoin
+from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
 from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
@@ -66,20 +67,21 @@ def train(
         trainer, held_out_reference = _make_trainer(run, scored, accelerator)
         _check_step_0(trainer, run, reporter)
         first_answers = _answers(run)
+        held_out = HeldOut(run, held_out_reference, reporter)
         stop = holding.enter_context(StopSignal())
         if not resume:
             holding.enter_context(begin(run, manifest))
         done = _restore(run, trainer, reporter) if resume else 0
         try:
-            _Loop(run, trainer, held_out_reference, stop, reporter).go_on_from(done)
-            rejoin(run.model, unwrapped(trainer.optimizer))
-            with attention(run.model, run.own_attention):
-                export_model(run.folder / "model", run.model, run.tokenizer, model_card(run))
+            _Loop(run, trainer, held_out, stop, reporter).go_on_from(done)
+            _export(run, trainer, "model")
         except NotWrittenError as error:
             raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_go_on(run)}") from error
         if stop.requested:
             reporter.warn("the signal came when all was trained: the run is complete")
-        return _summary(run, first_answers)
+        result = _summary(run, first_answers)
+        held_out.write_report(result["answers"])
+        return result
 
 
 def _accelerator() -> Accelerator:
@@ -143,8 +145,10 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     """
     indices = [i for micro_batch in run.plan[0] for i in micro_batch]
     values, largest = trainer.compare(indices)
-    terms, equal = run.pairs.terms[indices], torch.zeros(len(indices), 2)
-    expected = evaluate(equal, equal, run.options.beta, run.options.label_smoothing, terms)["loss"]
+    terms = run.pairs.terms[indices]
+    weights, margins = torch.tensor(terms).T
+    equal = torch.zeros(2 * len(indices))
+    expected = float(sigmoid_loss(equal, equal, run.options.beta, run.options.label_smoothing, margins, weights).mean())
     usual = bool((terms == (1, 0)).all())
     must = "ln 2 = 0.693147" if usual else f"{expected:.6f} by the weights and margins of its pairs"
     told = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
@@ -164,7 +168,7 @@ class _Loop:
 
     run: Run
     trainer: Trainer
-    held_out_reference: Tensor  # (P, 2) nats
+    held_out: HeldOut
     stop: StopSignal
     reporter: Reporter
 
@@ -178,7 +182,7 @@ class _Loop:
             DpoError: the run failed, and goes on from its last checkpoint once the cause is gone.
         """
         run, options, total = self.run, self.run.options, len(self.run.plan)
-        evaluated = evaluations(run.folder / "metrics.jsonl").keys()
+        evaluated = evaluations(read_metrics(run.folder / "metrics.jsonl")).keys()
         with self.reporter.progress("train", total, done, options.log_every) as progress:
             for step in range(done, total + 1):
                 if step > done:
@@ -207,16 +211,15 @@ class _Loop:
         return f"{_brief(values)}  {tokens / (time.monotonic() - began):,.0f} tok/s"
 
     def _evaluate(self, step: int) -> bool:
-        """Score the held-out pairs and write their line; False if a signal came first."""
-        run = self.run
-        scorer = dataclasses.replace(self.trainer.scorer)  # whatever it comes down to, training keeps its budget
-        policy = policy_logps(scorer, run.held_out, self.reporter, "held out", lambda: self.stop.requested)
-        if policy is None:
+        """Evaluate the held-out pairs, tell it, and keep the model if it is the best; False if a signal came first."""
+        found = self.held_out.evaluate(step, self.trainer.scorer, lambda: self.stop.requested)
+        if found is None:
             return False
-        beta, smoothing = run.options.beta, run.options.label_smoothing
-        values = evaluate(policy, self.held_out_reference, beta, smoothing, run.held_out.terms)
-        append_metrics(run.folder / "metrics.jsonl", step, values, "eval_")
-        self.reporter.fact("held out", f"step {step}: {_brief(values)}")
+        self.reporter.fact("held out", f"step {step}: {_brief(found)}")
+        if self.held_out.is_best(step):
+            _export(self.run, self.trainer, "best")
+        if step < len(self.run.plan):  # the last one's is written when the run is complete
+            self.held_out.write_report()
         return True
 
     def _save(self, step: int, rng: dict[str, Tensor]) -> None:
@@ -260,6 +263,13 @@ class _Loop:
         )
 
 
+def _export(run: Run, trainer: Trainer, name: str) -> None:
+    """Write the policy as it is now to a folder of the run."""
+    whole, own = rejoined(run.model, unwrapped(trainer.optimizer)), attention(run.model, run.own_attention)
+    with whole, own:
+        export_model(run.folder / name, run.model, run.tokenizer, model_card(run))
+
+
 def _how_to_go_on(run: Run) -> str:
     return f"Go on with: dpo train --resume {shlex.quote(str(run.folder))}"
 
@@ -271,7 +281,7 @@ def _due(every: int, step: int) -> bool:
 def _summary(run: Run, first_answers: list[str]) -> dict[str, Any]:
     """What a finished run tells."""
     shown = zip(run.held_out, first_answers, _answers(run), strict=False)
-    scores = evaluations(run.folder / "metrics.jsonl")
+    scores = evaluations(read_metrics(run.folder / "metrics.jsonl"))
     return {
         "run": str(run.folder),
         "model": str(run.folder / "model"),

@@ -1,0 +1,88 @@
+"""A run's held-out pairs: their evaluation while it trains, its report, and its best model.
+
+Legend: P pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dpo_cli import drift
+from dpo_cli.config import BEST
+from dpo_cli.curves import write_curves
+from dpo_cli.drift import Recorded, Watch
+from dpo_cli.logps import Scorer
+from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics
+from dpo_cli.outcome import evaluation, scores_of
+from dpo_cli.report import ReportInput, write_report
+from dpo_cli.run import Run, read_manifest
+from dpo_cli.scores import Evaluation, values
+
+
+class HeldOut:
+    """The held-out pairs of a run, with what the reference says of them.
+
+    To be made while the model is the reference, whose states are recorded for the exact KL of every evaluation.
+    ``reference`` is its logps (P, 2) in nats.
+
+    Raises:
+        UsageError: the disk has no room for what is recorded.
+    """
+
+    def __init__(self, run: Run, reference: Tensor, reporter: Reporter) -> None:
+        self.run, self.reference, self.reporter = run, reference, reporter
+        self.metrics = run.folder / "metrics.jsonl"
+        self.last: Evaluation | None = None
+        self.recorded: Recorded | None = None
+        if run.held_out and run.options.kl == "exact":
+            watch = Watch(reporter, "held out")
+            self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)
+
+    def evaluate(self, step: int, scorer: Scorer, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Score the pairs under the policy after ``step`` and write their line; None if it was stopped first."""
+        run, watch = self.run, Watch(self.reporter, "held out", stopped)
+        scorer = dataclasses.replace(scorer)  # whatever it comes down to, training keeps its budget
+        compared = None
+        if self.recorded:
+            same = step == 0  # the policy is the reference, whose states are there
+            folder = run.options.cache_dir
+            compared = drift.compare(scorer, self.recorded, run.held_out, folder, watch, policy_runs=True, same=same)
+            policy = compared.logps if compared else None
+        else:
+            policy = drift.score(scorer, run.held_out, watch)
+        if policy is None:
+            return None
+        beta, smoothing = run.options.beta, run.options.label_smoothing
+        scores = scores_of(run.held_out, policy, self.reference, beta, smoothing, compared)
+        append_metrics(self.metrics, step, found := values(scores), "eval_")
+        history = read_metrics(self.metrics)
+        self.last = evaluation(scores, compared, run.held_out, run.tokenizer, history)
+        return found
+
+    def is_best(self, step: int) -> bool:
+        """Whether the evaluation of this step is better than all before it, by the metric that is asked for."""
+        name = self.run.options.keep_best
+        if name is None:
+            return False
+        found = {at: BEST[name] * each[name] for at, each in evaluations(read_metrics(self.metrics)).items()}
+        return all(found[step] > value for at, value in found.items() if at < step)
+
+    def write_report(self, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write the run's report and curves, as far as it has come.
+
+        What goes wrong there is told, and ends no training.
+        """
+        run, done = self.run, self.last
+        if done and samples:
+            done = dataclasses.replace(done, result=done.result | {"samples": list(samples)})
+        try:
+            history, manifest = read_metrics(self.metrics), read_manifest(run.folder)
+            about = ReportInput(run.folder.name, done, history, manifest, dataclasses.asdict(run.options))
+            write_report(run.folder / "report.html", about)
+            write_curves(run.folder / "curves.png", history)
+        except Exception as error:  # of the libraries that draw, too
+            self.reporter.warn(f"the report of {run.folder} is not up to date: {error}")

@@ -1,0 +1,50 @@
+"""From log-probs of policy and reference to all that is told of an evaluation, in training as in `dpo eval`.
+
+Legend: P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dpo_cli.diagnose import findings
+from dpo_cli.drift import Compared
+from dpo_cli.margins import sections
+from dpo_cli.pairs import Pairs
+from dpo_cli.scores import Evaluation, Scores, values
+from dpo_cli.show import drift_tokens, shown_pairs
+
+
+def scores_of(
+    pairs: Pairs, policy: Tensor, reference: Tensor, beta: float, label_smoothing: float, compared: Compared | None
+) -> Scores:
+    """The numbers of an evaluation; ``policy`` and ``reference`` are logps (P, 2) in nats."""
+    return Scores(
+        where=[pair.where for pair in pairs],
+        tokens=pairs.loss_lengths.astype(float),
+        logps=policy.double().numpy(),
+        ref_logps=reference.double().numpy(),
+        terms=pairs.terms.astype(float),
+        beta=beta,
+        label_smoothing=label_smoothing,
+        distributions=compared.distributions if compared else None,
+    )
+
+
+def evaluation(
+    scores: Scores, compared: Compared | None, pairs: Pairs, tokenizer: Any, history: Sequence[dict[str, Any]]
+) -> Evaluation:
+    """All that the numbers tell: means with intervals, findings, tokens that moved, pairs to look at.
+
+    ``history`` has the lines of the run's metrics, if the policy is of one.
+    """
+    told = sections(scores)
+    result: dict[str, Any] = values(scores) | told
+    result["findings"] = findings(scores, told, history)
+    if compared is None:
+        return Evaluation(scores, result)
+    result["drift"] = drift_tokens(compared, pairs, tokenizer)
+    return Evaluation(scores, result, shown_pairs(scores, pairs, compared.tokens, tokenizer))
