@@ -100,8 +100,8 @@ def distributions(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Se
 def train(
     model: PreTrainedModel, pairs: Sequence[Pair], held_out: Sequence[Pair], steps: int, lr: float, beta: float
 ) -> Trained:
-    """DPO by a plain loop, with the lines that metrics.jsonl would have; 16 pairs a step, ten evaluations."""
-    policy, reference, ref_logps = copy.deepcopy(model), model, table(model, pairs)
+    """DPO by a plain loop, with the lines that metrics.jsonl would have; 16 pairs a step, some ten evaluations."""
+    policy, ref_logps, ref_held_out = copy.deepcopy(model), table(model, pairs), table(model, held_out).T.reshape(-1)
     optimizer, rng = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0), np.random.default_rng(0)
     history: list[dict[str, Any]] = []
     for step in range(steps + 1):
@@ -119,9 +119,9 @@ def train(
             optimizer.zero_grad()
             history.append({"step": step, "rewards/margins": float(torch.cat(margins).mean())})
         if step % (steps // 10) == 0:
-            both = (table(m, held_out).T.reshape(-1) for m in (policy, reference))
-            history.append({"step": step, "eval_loss": float(sigmoid_loss(*both, beta).mean())})
-    return Trained(policy, reference, beta, history)
+            held_out_loss = sigmoid_loss(table(policy, held_out).T.reshape(-1), ref_held_out, beta).mean()
+            history.append({"step": step, "eval_loss": float(held_out_loss)})
+    return Trained(policy, model, beta, history)
 
 
 # ---- data that is wrong in one way ------------------------------------------------------------------------------
@@ -184,15 +184,15 @@ def test_length_biased_data() -> None:
 
 def test_displaced_chosen_responses() -> None:
     """The model counts well already, so that what is pushed down behind the wrong word is what follows a right one."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(2)
     data, unseen = with_small_edits(rng, 1000), with_small_edits(rng, 300)
     model = start()
-    pretrain(model, with_small_edits(rng, 1000), 150, 3e-3)
-    trained = train(model, data, unseen, 20, 2e-4, beta=0.5)
+    pretrain(model, with_small_edits(rng, 1000), 200, 3e-3)
+    trained = train(model, data, unseen, 15, 4e-4, beta=0.5)
     (finding,) = trained.found(unseen)
     numbers = finding["numbers"]
     assert finding["kind"] == "displaced_chosen"
-    assert numbers["rejected"] < numbers["chosen"] < -0.7 and numbers["fell"] > 0.6
+    assert numbers["rejected"] < numbers["chosen"] < -1 and numbers["fell"] > 0.6
     assert numbers["margin_from_rejected"] > 1 > 0 > numbers["margin_from_chosen"]
     assert trained.scores(unseen).wins.mean() > 0.75  # which looks like success
 
