@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_cli.numerals import NONE, number, percent
+from dpo_cli import numerals
+from dpo_cli.numerals import NONE, number
 from dpo_cli.scores import SIDES
 
 Result = Mapping[str, Any]
@@ -57,8 +58,7 @@ def _a_pair(result: Result) -> Iterator[str]:
 def _a_token(result: Result) -> Iterator[str]:
     yield f"{'nats a response token':<22}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
     for name, meaning in A_TOKEN.items():
-        known = [result.get(f"{name}/{side}", result["intervals"].get(f"{name}/{side}")) for side in SIDES]
-        if None in known:
+        if f"{name}/chosen" not in result:
             continue
         cells = ""
         for side in SIDES:
@@ -69,8 +69,8 @@ def _a_token(result: Result) -> Iterator[str]:
 
 def _sections(result: Result) -> Iterator[str]:
     effect, calibration, length = (result[name] for name in ("effect", "calibration", "length"))
-    d = f"margin {number(effect['margin_d'])} of its standard deviations above 0 ({between(effect['margin_d_interval'])})"
-    yield f"{'effect':<22}{d}"
+    d, ends = number(effect["margin_d"]), between(effect["margin_d_interval"])
+    yield f"{'effect':<22}the margin lies {d} of its standard deviations above 0 ({ends})"
     shares = f"policy {percent(effect['rank/policy'])}, reference {percent(effect['rank/reference'])}"
     change = f"{number(effect['rank/change'], signed=True)} ({between(effect['rank/change_interval'])})"
     yield f"{'':<22}chosen has the higher log-prob: {shares}; change {change}"
@@ -82,11 +82,9 @@ def _sections(result: Result) -> Iterator[str]:
         yield f"{'accuracy by ' + what:<22}{buckets}"
     brier = f"Brier {number(calibration['brier'])} ({between(calibration['brier_interval'])})"
     yield f"{'calibration':<22}{brier}, expected calibration error {number(calibration['ece'])}"
-    sides = ", ".join(
-        f"{percent(length[f'accuracy_chosen_{which}'])} of {length[f'accuracy_chosen_{which}_pairs']:,} where it is {which}"
-        for which in ("longer", "shorter")
-        if length.get(f"accuracy_chosen_{which}_pairs")
-    )
+    counts = {which: length.get(f"accuracy_chosen_{which}_pairs") for which in ("longer", "shorter")}
+    shares = {which: percent(length[f"accuracy_chosen_{which}"]) for which, count in counts.items() if count}
+    sides = ", ".join(f"{share} of {counts[which]:,} where it is {which}" for which, share in shares.items())
     rule = f"the rule 'the longer one' is right in {percent(length['accuracy_prefer_longer'])}"
     yield f"{'length':<22}chosen preferred in {sides or NONE}; {rule}"
     ends = between(length["margin_length_correlation_interval"])
@@ -132,16 +130,22 @@ def _findings(result: Result) -> Iterator[str]:
 
 
 def _comparison(result: Result) -> Iterator[str]:
-    yield f"{'a':<26}{result['a']}"
-    yield f"{'b':<26}{result['b']}"
-    yield f"{'pairs':<26}{result['pairs']:,}, the same for both"
-    better = f"{percent(result['pairs_b_better'])} ({between(result['pairs_b_better_interval'], percent)})"
-    yield f"{'margin larger in b':<26}{better}"
+    yield f"{'a':<34}{result['a']}"
+    yield f"{'b':<34}{result['b']}"
+    yield f"{'pairs':<34}{result['pairs']:,}, the same for both"
+    better = result["pairs_b_better"]
+    share = f"{percent(better['share'])} of the pairs ({between(better['interval'], percent)})"
+    yield f"{'larger log-ratio margin':<34}in b in {share}"
     yield ""
-    yield f"{'':<26}{'a':>10}{'b':>10}{'b - a':>10}  95 % interval of the paired difference"
+    yield f"{'':<34}{'a':>10}{'b':>10}{'b - a':>10}  95 % interval of the paired difference"
     for name, found in result["differences"].items():
         cells = f"{number(found['a']):>10}{number(found['b']):>10}{number(found['difference'], signed=True):>10}"
-        yield f"{name:<26}{cells}  {between(found['interval'])}"
+        yield f"{name:<34}{cells}  {between(found['interval'])}"
+
+
+def percent(value: Any, decimals: int = 1) -> str:
+    """A share in per cent, without the hard space that a terminal need not know."""
+    return numerals.percent(value, decimals).replace("\N{NO-BREAK SPACE}", "")
 
 
 def between(interval: Sequence[float] | None, show: Any = number) -> str:
