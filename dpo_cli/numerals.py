@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -18,7 +18,7 @@ def number(value: Any, signed: bool = False) -> str:
     size = abs(value)
     if not size:
         return "0"
-    if isinstance(value, int) and size < 1e15:
+    if isinstance(value, Integral) and size < 1e15:
         text = f"{value:,}"
     elif size < 1e-3 or size >= 1e6:
         text = _powers(f"{value:.2e}")
@@ -38,13 +38,15 @@ def percent(value: Any, decimals: int = 1) -> str:
     return f"{value:.{decimals}%}".replace("%", f"{_HARD}%").replace("-", "−") if is_number(value) else NONE
 
 
-def tick(value: float, _: object = None) -> str:
+def tick(value: Any, _: object = None) -> str:
     """A round number at an axis, without the zeros that say nothing."""
+    if not is_number(value):
+        return NONE
     plain = not value or 1e-3 <= abs(value) < 1e6
     return f"{value:,.6g}".replace("-", "−") if plain else _powers(f"{value:.2e}").replace("-", "−")
 
 
-def share_tick(value: float, _: object = None) -> str:
+def share_tick(value: Any, _: object = None) -> str:
     """A share at an axis."""
     return percent(value, 0)
 
