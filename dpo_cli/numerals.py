@@ -30,12 +30,14 @@ def number(value: Any, signed: bool = False) -> str:
 
 def nats(value: Any) -> str:
     """A log-prob or an entropy to two decimals, so that many can be compared at a glance."""
-    return f"{value:.2f}".replace("-", "−") if is_number(value) else NONE
+    return _minus(f"{value:.2f}") if is_number(value) else NONE
 
 
 def percent(value: Any, decimals: int = 1) -> str:
     """A share in per cent."""
-    return f"{value:.{decimals}%}".replace("%", f"{_HARD}%").replace("-", "−") if is_number(value) else NONE
+    if not is_number(value):
+        return NONE
+    return f"{_minus(f'{100 * value:.{decimals}f}') if abs(value) < 100 else number(100 * float(value))}{_HARD}%"
 
 
 def tick(value: Any, _: object = None) -> str:
@@ -65,6 +67,11 @@ def fold(logratio: Any) -> str:
 def is_number(value: Any) -> bool:
     """Whether it is a finite number, and no truth value."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _minus(text: str) -> str:
+    """With a real minus, and none before what is rounded to nothing."""
+    return text.replace("-", "−" if float(text) else "")
 
 
 def _powers(text: str) -> str:

@@ -67,7 +67,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def look(browser: Any) -> Iterator[Any]:
-    """Open a file; in the end there must have been no complaint, dialog or download, and no request but for the file."""
+    """Open a file; in the end there was no complaint, dialog or download, and no request but for the file."""
     seen: list[str] = []
     opened: dict[str, Any] = {}
     files: set[str] = set()
@@ -149,6 +149,17 @@ def test_a_token_at_the_edge_of_a_phone_does_not_widen_the_page(look: Any, repor
 def test_dark_is_dark_and_light_is_light(look: Any, report: Path) -> None:
     grounds = {theme: sum(background(look(report, theme=theme))) for theme in THEMES}
     assert grounds["light"] > 700 and grounds["dark"] < 120
+
+
+def test_paper_is_white_whatever_the_screen_is(look: Any, report: Path) -> None:
+    """And what is folded on the screen is printed."""
+    page = look(report, theme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert background(page) == [255, 255, 255]
+    assert min(page.evaluate(CONTRASTS).values()) >= 4.5
+    heights = page.locator("details.pair .tokens").evaluate_all("all => all.map(e => e.getBoundingClientRect().height)")
+    assert len(heights) == 18 and min(heights) > 10
+    page.emulate_media(media="screen")
 
 
 @pytest.mark.parametrize("theme", THEMES)

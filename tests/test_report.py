@@ -285,6 +285,15 @@ def test_numbers_as_people_write_them(value: Any, text: str) -> None:
     assert numerals.number(value) == text
 
 
+def test_shares_and_nats() -> None:
+    hard = "\N{NO-BREAK SPACE}%"
+    assert [numerals.percent(x) for x in (0.7366, 1, -0.00001, 1e300, None)] == [
+        *(f"{text}{hard}" for text in ("73.7", "100.0", "0.0", "1×10³⁰²")),
+        "–",
+    ]
+    assert [numerals.nats(x) for x in (-1.234, -0.001, 0, math.nan)] == ["−1.23", "0.00", "0.00", "–"]
+
+
 def test_folds_in_words() -> None:
     found = [numerals.fold(x) for x in (0.0, math.log(2), -math.log(41), 1e4, math.nan)]
     assert found == ["as likely", "2.0× likelier", "41× rarer", "1×10³⁰⁴× likelier", "–"]
