@@ -174,7 +174,7 @@ def _effect(effect: Mapping[str, Any]) -> Iterator[Headline]:
 
 
 _MEANING = {
-    "accuracy": "Share of pairs whose chosen response has the higher reward. A coin gets 50 %.",
+    "accuracy": "Share of pairs whose chosen response has the higher reward. A coin gets half.",
     "margin": "Chosen reward minus rejected reward. Above 0 the preference is learnt.",
     "effect": "The margin in its standard deviations, whatever beta is: 0.2 is small, 0.5 medium, 0.8 large.",
     "loss": "The DPO loss. A policy that is its reference has ln 2 = 0.693.",
@@ -223,7 +223,8 @@ def _plain(value: Any) -> str:
 
 
 def _drawn(plot: Plot) -> dict[str, Any]:
-    return {"title": plot.title, "what": plot.what, "caption": plot.caption, "svg": Markup(svg(plot))}  # noqa: S704 (no text of the data)
+    caption = plot.caption.replace(" %", "\N{NO-BREAK SPACE}%")
+    return {"title": plot.title, "what": plot.what, "caption": caption, "svg": Markup(svg(plot))}  # noqa: S704 (no text of the data)
 
 
 class Cell(NamedTuple):

@@ -8,6 +8,7 @@ import hashlib
 import math
 import re
 import time
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dpo_cli.errors import NotWrittenError
 from dpo_cli.plots import svg
 from dpo_cli.report import MOST_TOKENS, ReportInput, page, shade, shown, write_report
 from dpo_cli.scores import Evaluation, Scores, ShownPair, Token, values
+from tests.conftest import ROOT
 from tests.payloads import PAYLOADS, report_of
 from tests.synthetic import make_evaluation, make_history, make_result, make_scores, make_tokens
 
@@ -297,6 +299,12 @@ def test_shares_and_nats() -> None:
 def test_folds_in_words() -> None:
     found = [numerals.fold(x) for x in (0.0, math.log(2), -math.log(41), 1e4, math.nan)]
     assert found == ["as likely", "2.0× likelier", "41× rarer", "1×10³⁰⁴× likelier", "–"]
+
+
+def test_what_is_no_code_goes_into_the_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    there = {path.name for path in (ROOT / "dpo_cli").iterdir() if path.is_file() and path.suffix != ".py"}
+    assert set(listed["dpo_cli"]) == there
 
 
 # ---- the file ---------------------------------------------------------------------------------------------------
