@@ -86,6 +86,7 @@ def page(about: ReportInput) -> str:
         sections=present,
         result=result,
         steps=len({line.get("step") for line in about.history if "loss" in line}),
+        held_out=any("eval_loss" in line for line in about.history),
         shades=range(-len(SHADES), len(SHADES) + 1),
     )
 

@@ -188,6 +188,13 @@ def test_payloads_stay_text(look: Any, tmp_path: Path, payloads: tuple[str, ...]
         assert shown(payload).split() == page.locator(".finding h3").first.inner_text().split()
 
 
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_no_part_of_a_table_is_out_of_sight(look: Any, report: Path, viewport: dict[str, int]) -> None:
+    page = look(report, viewport)
+    inner = page.locator(".table").evaluate_all("all => all.map(e => e.scrollWidth - e.clientWidth)")
+    assert len(inner) == 3 and max(inner) <= 1
+
+
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_long_words_and_many_scripts_wrap(look: Any, tmp_path: Path, viewport: dict[str, int], theme: str) -> None:

@@ -154,6 +154,10 @@ def test_a_run_without_held_out_pairs_has_curves_and_its_origin() -> None:
     assert "5×10⁻⁷" in text and "false" in text
 
 
+def test_held_out_pairs_are_not_denied() -> None:
+    assert "No pairs were held out" not in page(ReportInput("run", None, make_history(60)))
+
+
 def test_everything_has_its_section() -> None:
     found = Parsed(page(ReportInput("run", make_evaluation(), make_history(60), {"a": 1}, {"b": 2})))
     names = ["headline", "findings", "training", "preference", "pairs", "drift", "samples", "numbers", "manifest"]
