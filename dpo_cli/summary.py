@@ -71,9 +71,9 @@ def _sections(result: Result) -> Iterator[str]:
     effect, calibration, length = (result[name] for name in ("effect", "calibration", "length"))
     d, ends = number(effect["margin_d"]), between(effect["margin_d_interval"])
     yield f"{'effect':<22}the margin lies {d} of its standard deviations above 0 ({ends})"
-    shares = f"policy {percent(effect['rank/policy'])}, reference {percent(effect['rank/reference'])}"
+    ranked = f"policy {percent(effect['rank/policy'])}, reference {percent(effect['rank/reference'])}"
     change = f"{number(effect['rank/change'], signed=True)} ({between(effect['rank/change_interval'])})"
-    yield f"{'':<22}chosen has the higher log-prob: {shares}; change {change}"
+    yield f"{'':<22}chosen has the higher log-prob: {ranked}; change {change}"
     for name, what in (("margin", "|margin|"), ("length", "length gap")):
         buckets = "   ".join(
             f"{number(b['from'])} to {number(b['to'])}: {percent(b['accuracy'], 0)} of {b['pairs']}"
