@@ -152,7 +152,7 @@ def _headline(result: Mapping[str, Any]) -> Iterator[Headline]:
         Headline("Perplexity", figures({f"perplexity/{s}": s for s in sides}, before="ref_"), _MEANING["perplexity"]),
     ]
     if sampled := result.get("sequence_kl"):
-        name = next((name for name in ("k3", "logratio") if is_number(sampled.get(name))), "k3")
+        name = next((name for name in ("token_kl", "logratio") if is_number(sampled.get(name))), "token_kl")
         figure = Figure("", number(sampled.get(name)), between(sampled.get(f"{name}_interval")))
         of = f"{number(sampled.get('samples'))} samples of each of {number(sampled.get('prompts'))} prompts"
         items.insert(-1, Headline("KL a response", [figure], _MEANING["sequence_kl"].format(of=of)))
