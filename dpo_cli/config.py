@@ -217,9 +217,7 @@ class CheckOptions(DataOptions):
 
 
 # Options that do not change what is trained: a resumed run may have others than it began with.
-OPERATIONAL = frozenset(
-    {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "keep_best"}
-)
+OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl"})
 
 T = TypeVar("T", bound=DataOptions)
 
