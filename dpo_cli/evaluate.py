@@ -188,7 +188,7 @@ class _Judge:
         drawn = self._draw(policy) if self.options.samples else None
         assert recorded is not None
         known = self._known(policy.scorer)
-        reference, cache = self._reference(policy)
+        reference, cache = self._reference(policy, known is not None)
         about: dict[str, Any] = {"policy_runs": False, "same": self.itself}
         compared = drift.compare(reference.scorer, recorded, self.pairs, folder, self._watch("reference"), **about)
         assert compared is not None
@@ -229,8 +229,10 @@ class _Judge:
         self.told = str(began["model"] or self.source.base)
         return fill_reference(cache, self.pairs, scorer, self.reporter).logps
 
-    def _reference(self, policy: _Loaded) -> tuple[_Loaded, ReferenceCache]:
+    def _reference(self, policy: _Loaded, known: bool = False) -> tuple[_Loaded, ReferenceCache]:
         """The reference's model, and the cache of its log-probs; the policy's weights are gone unless it is that.
+
+        ``known``: its log-probs are in the cache, so that an evaluation could do without the model.
 
         Raises:
             UsageError: it cannot be loaded, or is another one than the run began with.
@@ -248,7 +250,8 @@ class _Judge:
             )
             loaded = self._load(source, named=True)
         except UsageError as error:
-            raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
+            other = ", or add --kl none: its log-probs are cached" if known else ""
+            raise UsageError(f"the reference cannot be loaded; name it with --ref{other}\n{error}") from error
         self.told = source.told
         if began and not same_weights(loaded.fingerprint, began["fingerprint"]):
             raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref")
