@@ -63,7 +63,7 @@ class TokenFile:
     them later.
 
     Raises:
-        NotWrittenError: the disk has no room for them.
+        NotWrittenError: the disk has no room for them, or takes no file.
     """
 
     def __init__(self, pairs: Pairs, width: int, dtype: torch.dtype, folder: Path, more: int = 0) -> None:
@@ -77,7 +77,9 @@ class TokenFile:
                 f"the exact KL needs {need / 2**30:.1f} GiB for a while and {self.folder} has {free / 2**30:.1f}: name "
                 "a larger disk with --cache-dir, evaluate fewer pairs, or go without by --kl none"
             )
-        self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  # it lives as long as this object
+        self.told = self.folder / "a temporary file"
+        with writing(self.told):  # unbuffered: what cannot be written is told by the write, not by a read or at the end
+            self.file = tempfile.TemporaryFile(buffering=0, dir=self.folder)  # noqa: SIM115  # it lives as this does
         weakref.finalize(self, self.file.close)
 
     def write(self, places: Sequence[int], rows: Tensor) -> None:
@@ -87,12 +89,12 @@ class TokenFile:
             NotWrittenError: the disk is full.
         """
         content = rows.to("cpu", self.dtype).contiguous().view(torch.uint8).flatten().numpy().data
-        with writing(self.folder / "a temporary file"):
-            start = 0
+        with writing(self.told):
             for offset, size in self._spans(places):
                 self.file.seek(offset)
-                self.file.write(content[start : start + size])
-                start += size
+                part, content = content[:size], content[size:]
+                while part:
+                    part = part[self.file.write(part) :]
 
     def read(self, places: Sequence[int]) -> Tensor:
         """The rows of some pairs, in their order: (N, width)."""

@@ -38,7 +38,7 @@ class HeldOut:
         self.last: Evaluation | None = None
         self.recorded: Recorded | None = None
         if run.held_out and run.options.kl == "exact":
-            instead = "" if 0 in self._evaluations() else ", in place of step 0's evaluation"
+            instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
             reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             watch = Watch(reporter, "reference")
             self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)

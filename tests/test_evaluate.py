@@ -331,13 +331,15 @@ def test_a_resumed_run_has_the_same_best_model(
     assert lines(run) == lines(runs["loss"])
 
 
-def fail_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: BaseException) -> None:
-    """Raise an error when a function is called for the n-th time."""
+def fail_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: Any) -> None:
+    """Raise an error when a function is called for the n-th time, or return it if it is none."""
     original, calls = getattr(owner, name), []
 
     def failing(*arguments: Any, **more: Any) -> Any:
         calls.append(name)
         if len(calls) == call:
+            if not isinstance(error, BaseException):
+                return error
             raise error
         return original(*arguments, **more)
 
@@ -567,14 +569,24 @@ def test_a_disk_without_room_is_told_before_the_work(
     assert len(forwards) == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("trouble", ["no room", "no file"])
 def test_a_disk_that_is_full_by_an_evaluation_costs_no_training(
-    place: Place, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None
+    place: Place,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undrawn: None,
+    trouble: str,
 ) -> None:
-    """Told, with the way to go on; --kl none is one."""
-    error = NotWrittenError("the exact KL needs room")
-    fail_at(monkeypatch, drift, "compare", 4, error)
+    """Told, with the way to go on; --kl none is one. The first two files are those of the reference and of step 0."""
+    if trouble == "no room":
+        fail_at(monkeypatch, drift.shutil, "disk_usage", 5, type("Usage", (), {"free": 100})())
+    else:
+        fail_at(monkeypatch, drift.tempfile, "TemporaryFile", 5, OSError(28, "No space left on device"))
     result = place.train(tmp_path / "run")
-    assert result.exit_code == 1 and "the exact KL needs room. What was saved before is whole. Go on" in result.stderr
+    told = "--kl none" if trouble == "no room" else f"{place.cache}/a temporary file cannot be written: No space left"
+    assert result.exit_code == 1 and told in result.stderr, result.output
+    assert "What was saved before is whole. Go on with: dpo train --resume" in result.stderr
     monkeypatch.undo()
     result = place("train", "--resume", tmp_path / "run", "--kl", "none")
     assert result.exit_code == 0 and "one pass over" not in result.stderr, result.output

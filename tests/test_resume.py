@@ -276,7 +276,7 @@ def test_killed_at_a_point_within(place: Place, strike: Strike) -> None:
     name = "killed-" + re.sub(r"\W", "-", f"{strike.function}-{strike.call}")
     code, told = place.train(name, strike=strike)
     assert code == -signal.SIGKILL, told
-    assert not (place.folder / name / "model").exists()
+    assert (place.folder / name / "model").exists() == (strike.function.endswith("write_report") and strike.call == 4)
     code, told = place.dpo("train", "--resume", name, "--save-every", 3, "--keep", 3, "--log-every", 1)
     assert code == 0, told
     assert_equal(place.folder / name, place.folder / "whole")
