@@ -292,11 +292,14 @@ def _reporter() -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, so that no fork warns that it is turned off
-    from transformers.utils import logging
+    import logging
+
+    from transformers.utils.logging import disable_progress_bar
 
     from dpo_cli.metrics import Reporter
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where it keeps its list of fonts
 
     return Reporter()
 

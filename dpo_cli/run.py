@@ -295,12 +295,18 @@ def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str,
         "held_out": {"files": run.options.eval_data, "pairs": len(run.held_out), "sha256": run.held_out.digest()},
         "start_model": run.source.base,
         "reference": {
-            "model": run.options.model,
+            "model": _from_anywhere(run.options.model),
             "fingerprint": run.start,
             "layout": run.scorer.layout,
             "dtype": run.options.dtype,
         },
     }
+
+
+def _from_anywhere(name: str | None) -> str | None:
+    """A model's name, a local path as an absolute one: from another folder it would be taken for a name on the hub."""
+    path = Path(name).expanduser() if name else None
+    return str(path.absolute()) if path and path.exists() else name
 
 
 def _git_commit() -> str | None:

@@ -69,7 +69,7 @@ def _main(arguments: list[str], folder: Path, told: Path, pause: float, strike: 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(folder)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HOME": str(folder)}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HOME": str(folder), "MPLCONFIGDIR": str(folder.parent / "matplotlib")}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
     sys.argv = ["dpo", *arguments]
     torch.set_num_threads(1)
