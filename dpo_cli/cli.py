@@ -21,6 +21,7 @@ from dpo_cli.config import (
     EvalOptions,
     ExplainOptions,
     PrecomputeOptions,
+    SweepOptions,
     TrainOptions,
     resolve,
     resolve_resumed,
@@ -171,6 +172,18 @@ def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
     from dpo_cli.evaluate import run_eval
 
     _show(run_eval(options, reporter), json_, _plain)
+
+
+@app.command()
+@with_options(SweepOptions)
+def sweep(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+    """Train with several betas and show what each reward costs in KL."""
+    options = resolve(SweepOptions, flags, config)
+    reporter = _reporter()
+    from dpo_cli.sweep import as_text
+    from dpo_cli.sweep import sweep as run
+
+    _show(run(options, sys.argv, reporter), json_, as_text)
 
 
 @app.command()

@@ -53,18 +53,18 @@ def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
     if len(names) > 2:
         raise UsageError("--model: one model is evaluated, or two are compared")
     if len(names) == 1:
-        return dict(_evaluated(names[0], options, reporter)[0].result)
+        return dict(evaluated(names[0], options, reporter)[0].result)
     if options.per_pair or options.report:
         raise UsageError("--per-pair and --report are of one model: evaluate each on its own for them")
-    (first, pairs), (second, others) = (_evaluated(name, options, reporter) for name in names)
+    (first, pairs), (second, others) = (evaluated(name, options, reporter) for name in names)
     if first.scores.where != second.scores.where:
         raise UsageError("the two models use other rows: what one truncates away the other reads; set --max-length")
     told = {"a": names[0], "b": names[1], "pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
     return told | compare_scores(first.scores, second.scores)
 
 
-def _evaluated(name: str | None, options: EvalOptions, reporter: Reporter) -> tuple[Evaluation, Pairs]:
-    """Evaluate one model, and write the files that were asked for."""
+def evaluated(name: str | None, options: EvalOptions, reporter: Reporter) -> tuple[Evaluation, Pairs]:
+    """Evaluate one model on the pairs that come with it, and write the files that were asked for."""
     source = choose_model(name, options, reporter)
     began = trained_with(source.run) if source.run else None
     options = _as_trained(options, source, began)

@@ -1,0 +1,101 @@
+"""Plots of a sweep: what each reward costs in KL from the reference, a point for every beta."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpo_cli.numerals import share_tick, tick
+from dpo_cli.plots import Colours, Column, Plot, limits, quieten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Point = Mapping[str, Any]
+FAR = 30  # times, from which on the KLs of a sweep are drawn on a logarithmic axis
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is drawn over the KL; ``level`` is that of the reference."""
+
+    name: str
+    title: str
+    what: str
+    caption: str
+    level: float
+    percent: bool = False
+
+
+MARGIN = Quantity(
+    "rewards/margins",
+    "Margin and KL",
+    "beta × nats",
+    "Chosen reward minus rejected reward on held-out pairs. It has beta in it, so compare accuracies between betas.",
+    0.0,
+)
+ACCURACY = Quantity(
+    "rewards/accuracies",
+    "Accuracy and KL",
+    "",
+    "Share of held-out pairs whose chosen response has the higher reward. A coin gets half (dashed).",
+    0.5,
+    percent=True,
+)
+
+
+def frontier(points: Sequence[Point], unit: str, reference_reward: float | None = None) -> list[Plot]:
+    """Plots of margin and accuracy over KL, and before them of the answers' reward where the reference has one.
+
+    ``points`` have ``beta``, ``kl`` and the quantities' names, each with its interval under ``intervals``.
+    """
+    quantities = [MARGIN, ACCURACY]
+    if reference_reward is not None:
+        caption = "Mean reward of sampled answers; dashed: the reference's own answers."
+        quantities = [Quantity("reward", "Reward and KL", "", caption, reference_reward), *quantities]
+    points = sorted(points, key=lambda point: float(point["beta"]))
+    return [
+        Plot(f"frontier-{q.name}", q.title, q.what, q.caption, partial(_draw, points=points, unit=unit, quantity=q))
+        for q in quantities
+    ]
+
+
+def _draw(axes: Axes, colours: Colours, points: Sequence[Point], unit: str, quantity: Quantity) -> None:
+    """The points in the order of beta, each with its beta and both intervals."""
+    (x, x_ends), (y, y_ends) = (_column(points, name) for name in ("kl", quantity.name))
+    ink, muted = colours["ink"], colours["muted"]
+    axes.axhline(quantity.level, color=muted, lw=0.8, dashes=(3, 3), zorder=1)
+    axes.hlines(y, *x_ends, color=muted, lw=0.9)
+    axes.vlines(x, *y_ends, color=muted, lw=0.9)
+    axes.plot(x, y, "o-", color=ink, lw=1.2, ms=4)
+    for at, height, point in zip(x, y, points, strict=True):
+        label = f"β {tick(point['beta'])}"
+        axes.annotate(label, (at, height), (4, 4), textcoords="offset points", color=ink, size=9)
+    axes.set_ylim(*limits(np.append(y_ends, quantity.level), 0.1))
+    axes.set_xlim(*limits(x_ends))
+    y_format = share_tick if quantity.percent else tick
+    quieten(axes, colours, f"KL from the reference, {unit}", y_format=y_format)
+    known = x[np.isfinite(x)]
+    if len(known) and 0 < FAR * known.min() < known.max():
+        _logarithmic(axes, known)
+
+
+def _column(points: Sequence[Point], name: str) -> tuple[Column, Column]:
+    """Values (N,) of one name and the ends (2, N) of their intervals; the value itself where there is none."""
+    values = [point[name] for point in points]
+    ends = [point["intervals"][name] or (value, value) for point, value in zip(points, values, strict=True)]
+    return np.array(values, float), np.array(ends, float).T
+
+
+def _logarithmic(axes: Axes, x: Column) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.set_xlim(*np.exp(limits(np.log(x), 0.1)))
+    axes.xaxis.set_major_locator(LogLocator(numticks=5))
+    axes.xaxis.set_major_formatter(FuncFormatter(tick))
+    axes.xaxis.set_minor_formatter(NullFormatter())
