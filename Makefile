@@ -19,7 +19,7 @@ test: check
 
 test-browser: setup
 	@command -v chromium >/dev/null || { echo "chromium is missing; on Debian: apt install chromium"; exit 1; }
-	$(BIN)/pip install -q --disable-pip-version-check playwright
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt playwright
 	$(BIN)/pytest -m browser
 
 torture: setup

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,30 +24,44 @@ Row = Mapping[str, Any]
 MOST_DOTS = 2000
 
 
+@dataclass(frozen=True)
+class Known:
+    """The pairs whose margin is a finite number: margins, wins, and chosen tokens less rejected tokens, (P,) each."""
+
+    margins: Column
+    wins: Column
+    gaps: Column
+
+
 def charts(evaluation: Evaluation) -> list[Plot]:
     """A plot of everything that the evaluation has."""
-    result, scores = evaluation.result, evaluation.scores
+    result, known = evaluation.result, _known(evaluation.scores)
     buckets, curve = result.get("buckets") or {}, (result.get("calibration") or {}).get("curve")
     found = []
-    if known := bool(np.isfinite(scores.margins).any()):
-        draw = partial(_draw_margins, scores=scores)
-        found.append(Plot("margins", "Margins", "pairs", _said_of_margins(scores), draw))
+    if len(known.margins):
+        draw = partial(_draw_margins, known=known)
+        found.append(Plot("margins", "Margins", "pairs", _said_of_margins(known.margins), draw))
     if curve:
         draw = partial(_draw_reliability, curve=curve)
         found.append(Plot("reliability", "Reliability", "share ranked right", RELIABILITY, draw))
     if rows := buckets.get("margin"):
         draw = partial(_draw_buckets, rows=rows)
         found.append(Plot("by-margin", "Accuracy by size of margin", "", BY_MARGIN, draw))
-    if known:
-        said, draw = (
-            _said_of_length(len(scores.where), result.get("length") or {}),
-            partial(_draw_lengths, scores=scores),
-        )
+    if len(known.margins):
+        said = _said_of_length(len(known.margins), result.get("length") or {})
+        draw = partial(_draw_lengths, known=known)
         found.append(Plot("length", "Margin and length", "margin", said, draw))
     if rows := buckets.get("length"):
         draw = partial(_draw_buckets, rows=rows)
         found.append(Plot("by-length", "Accuracy by length gap", "tokens", BY_LENGTH, draw))
     return found
+
+
+def _known(scores: Scores) -> Known:
+    with np.errstate(all="ignore"):
+        margins, wins = scores.margins, scores.wins
+    keep = np.isfinite(margins) & (np.abs(margins) < 1e30)  # what can be drawn
+    return Known(margins[keep], wins[keep], (scores.tokens[:, 0] - scores.tokens[:, 1])[keep])
 
 
 RELIABILITY = (
@@ -63,8 +78,8 @@ BY_LENGTH = (
 )
 
 
-def _said_of_margins(scores: Scores) -> str:
-    low, median, high = np.quantile(scores.margins[np.isfinite(scores.margins)], [0.05, 0.5, 0.95])
+def _said_of_margins(margins: Column) -> str:
+    low, median, high = np.quantile(margins, [0.05, 0.5, 0.95])
     return (
         f"Right of 0 the chosen response has the higher reward. Median {number(median, True)} (dashed), nine in ten "
         f"between {number(low, True)} and {number(high, True)}; the outermost bars hold all that lies beyond."
@@ -72,7 +87,7 @@ def _said_of_margins(scores: Scores) -> str:
 
 
 def _said_of_length(pairs: int, length: Mapping[str, Any]) -> str:
-    every = f" ({MOST_DOTS:,} of {pairs:,} are shown)" if pairs > MOST_DOTS else ""
+    every = f" (of {pairs:,}, one in {-(-pairs // MOST_DOTS)} is shown)" if pairs > MOST_DOTS else ""
     text = f"Each dot is a pair{every}. A slope is a length bias"
     if not is_number(rank := length.get("margin_length_correlation")):
         return f"{text}."
@@ -89,9 +104,8 @@ def _between(interval: Any) -> str:
 # ---- drawing ----------------------------------------------------------------------------------------------------
 
 
-def _draw_margins(axes: Axes, colours: Colours, scores: Scores) -> None:
-    known = np.isfinite(scores.margins)
-    margins, wins = scores.margins[known], scores.wins[known]
+def _draw_margins(axes: Axes, colours: Colours, known: Known) -> None:
+    margins, wins = known.margins, known.wins
     low, high = np.quantile(margins, [0.005, 0.995])
     spread = max(high, 0.0) - min(low, 0.0)
     width = _round(spread / 32) if spread > 1e-9 else 0.05
@@ -142,11 +156,10 @@ def _whisker(axes: Axes, colour: str, interval: Any, at: float, flat: bool = Fal
         axes.plot(*ends, color=colour, lw=1.1, alpha=0.75, solid_capstyle="butt")
 
 
-def _draw_lengths(axes: Axes, colours: Colours, scores: Scores) -> None:
-    known = np.flatnonzero(np.isfinite(scores.margins))
-    known = known[:: -(-len(known) // MOST_DOTS)]
-    gaps, margins = (scores.tokens[:, 0] - scores.tokens[:, 1])[known], scores.margins[known]
-    for part, role in ((scores.wins[known] < 1, "rejected"), (scores.wins[known] == 1, "chosen")):
+def _draw_lengths(axes: Axes, colours: Colours, known: Known) -> None:
+    every = -(-len(known.margins) // MOST_DOTS)
+    gaps, margins, wins = known.gaps[::every], known.margins[::every], known.wins[::every]
+    for part, role in ((wins == 0, "rejected"), (wins == 0.5, "muted"), (wins == 1, "chosen")):
         if part.any():
             axes.scatter(gaps[part], margins[part], 11, color=colours[role], alpha=0.6, lw=0)
     axes.axhline(0, color=colours["muted"], lw=0.8)

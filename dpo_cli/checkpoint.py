@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from dpo_cli.disk import sealed, sha256, unsealed, whole_folder
-from dpo_cli.errors import DpoError
+from dpo_cli.model import WEIGHTS, put_weights
 
 MANIFEST = "manifest.json"
-FILES = {"weights.safetensors", "optimizer.safetensors", "rng.safetensors"}
+FILES = {WEIGHTS, "optimizer.safetensors", "rng.safetensors"}
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def save_checkpoint(
     folder = checkpoints / _name(step)
     if not folder.exists():
         with whole_folder(folder) as temporary:
-            save_file({name: p.detach() for name, p in model.named_parameters()}, temporary / "weights.safetensors")
+            save_file({name: p.detach() for name, p in model.named_parameters()}, temporary / WEIGHTS)
             save_file(_moments(optimizer), temporary / "optimizer.safetensors")
             save_file(rng, temporary / "rng.safetensors")
             files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
@@ -79,7 +79,7 @@ def _folders(checkpoints: Path) -> list[Path]:
 def newest_checkpoint(checkpoints: Path, warn: Callable[[str], None]) -> tuple[Path, int] | None:
     """The newest checkpoint whose files are all as they were written, and its step; others are set aside and told."""
     for folder in _folders(checkpoints):
-        if (step := _verified_step(folder)) is not None:
+        if (step := verified_step(folder)) is not None:
             return folder, step
         aside = checkpoints / f"damaged-{folder.name}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -88,7 +88,7 @@ def newest_checkpoint(checkpoints: Path, warn: Callable[[str], None]) -> tuple[P
     return None
 
 
-def _verified_step(folder: Path) -> int | None:
+def verified_step(folder: Path) -> int | None:
     """The step of a checkpoint that is whole, else None."""
     try:
         manifest = _read_manifest(folder)
@@ -115,13 +115,7 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
     Raises:
         DpoError: the checkpoint is of another model.
     """
-    weights = load_file(folder / "weights.safetensors")
-    parameters = dict(model.named_parameters())
-    if weights.keys() != parameters.keys():
-        raise DpoError(f"{folder} is a checkpoint of another model: its parameters have other names")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    put_weights(model, folder)
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         index, _, name = key.partition(".")

@@ -166,12 +166,13 @@ def precompute_ref(*, flags: dict[str, Any], config: ConfigFile = None, json_: J
 @app.command("eval")
 @with_options(EvalOptions)
 def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
-    """Show implicit reward margins against a reference model."""
+    """Show what a model learned, and how far it is from its reference."""
     options = resolve(EvalOptions, flags, config)
     reporter = _reporter()
     from dpo_cli.evaluate import run_eval
+    from dpo_cli.summary import as_text
 
-    _show(run_eval(options, reporter), json_, _plain)
+    _show(run_eval(options, reporter), json_, as_text)
 
 
 @app.command()

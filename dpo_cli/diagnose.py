@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import binom
 
 from dpo_cli.margins import beyond_arithmetic, gap_of
 from dpo_cli.scores import SIDES, Scores, Table
@@ -24,8 +25,9 @@ FALL = math.log(2)  # nats a response: half as likely as before; less is true of
 CORRELATED = 0.3  # Spearman's: length explains about a tenth of the margins' order, Cohen's (1988) medium effect
 MOVED = {"chosen": 0.02, "rejected": 0.1}  # share of tokens: one in 50 where none need move; rejected ones are to fall
 KL = 0.5  # nats a token: 50 in an answer of 100 tokens, past the 20 or so at which the DPO paper's frontier is flat
-OUTLIER = 3.5  # robust standard deviations below the median: Iglewicz and Hoaglin (1993); 1 of 4,300 normal values
-FLIPPED, FLIPS = 0.01, 3  # share and number of such pairs: fewer are the odd pairs of any long-tailed data
+OUTLIER = 3.0  # robust standard deviations below the median: 1 of 740 normal values, of long tails some per cent
+CHANCE = 0.01  # that the reference finds so many of these wrong too, were they like all others: long tails alone are
+FLIPPED, FLIPS = 0.01, 3  # share and number of such pairs: fewer change no training, and every data set has some
 RISE = 0.02  # nats of held-out loss: 3 % of ln 2; many pairs make less than that sure, but no less small
 LINES = 10  # of the training whose mean margin is taken: single batches scatter
 ROWS = 20  # named in a finding
@@ -39,12 +41,13 @@ def findings(scores: Scores, sections: Mapping[str, Any], history: Sequence[Mapp
     """
     if len(scores.where) < ENOUGH:
         return []
+    biased = _length_bias(sections)
     found = (
         _displaced_chosen(scores, sections),
-        _length_bias(sections),
+        biased,
         _token_drift(scores, sections),
         _kl_drift(scores, sections),
-        _label_noise(scores),
+        None if biased else _label_noise(scores),  # a policy that goes by length is no witness of labels
         _over_optimised(sections, history),
     )
     return [finding for finding in found if finding is not None]
@@ -155,8 +158,8 @@ def _kl_drift(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
     means = dict(zip(SIDES, exact.kl.sum(0) / scores.tokens.sum(0), strict=True))
     text = (
         f"KL(policy||reference) is {means['chosen']:.2f} nats a token on the chosen responses and "
-        f"{means['rejected']:.2f} on the rejected ones: {exact.kl.mean():.0f} nats a response here, where training "
-        "from preferences mostly gains nothing any more past some 20."
+        f"{means['rejected']:.2f} on the rejected ones, {exact.kl.mean():.0f} nats a response. "
+        "So far away the policy does much that no pair says anything of."
     )
     advice = "Try a higher --beta first, which is what it is there for; then a lower --lr or fewer steps."
     title = f"The policy is {max(means.values()):.2f} nats a token away from its reference"
@@ -167,8 +170,9 @@ def _kl_drift(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
 def suspects(scores: Scores) -> tuple[list[int], Table]:
     """Places of pairs whose label is probably flipped, strongest first, and how far out every margin is.
 
-    Two witnesses have to agree: the reference gives the rejected response the higher log-prob a token, and the policy,
-    trained as it is, still ranks the pair the other way, as an outlier of its own margins.
+    Two witnesses have to agree. The policy, trained as it is, still ranks the pair the other way, as an outlier of its
+    margins; and the reference gives the rejected response the higher log-prob a token. None are told where the
+    reference does so with the outliers hardly more often than with other pairs: then it is no witness.
 
     Shapes: the second is (P,).
     Units: robust standard deviations from the median.
@@ -179,8 +183,12 @@ def suspects(scores: Scores) -> tuple[list[int], Table]:
     if not spread:
         return [], np.zeros_like(away)
     far = away / spread
+    out = (far < -OUTLIER) & (margins < 0)
     other_way = gap_of(scores.ref_logps / scores.tokens) < 0
-    places = np.flatnonzero((far < -OUTLIER) & (margins < 0) & other_way)
+    usual = (other_way[~out].sum() + 1) / ((~out).sum() + 2)  # Laplace's estimate: never 0
+    places = np.flatnonzero(out & other_way)
+    if binom.sf(len(places) - 1, out.sum(), usual) > CHANCE:
+        return [], far
     return places[np.argsort(far[places], kind="stable")].tolist(), far
 
 

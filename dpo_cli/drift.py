@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class TokenFile:
                 "a larger disk with --cache-dir, evaluate fewer pairs, or go without by --kl none"
             )
         self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  # it lives as long as this object
+        weakref.finalize(self, self.file.close)
 
     def write(self, places: Sequence[int], rows: Tensor) -> None:
         """Keep the rows (N, width) of some pairs, in their order.

@@ -111,7 +111,8 @@ def _files(source: ModelSource) -> list[Path]:
         local = Path(source.path)
         folder = local if local.is_dir() else Path(snapshot_download(source.path, local_files_only=True))
         files = [file for file in folder.iterdir() if file.is_file()]
-    return files + [file for file in (source.adapter.iterdir() if source.adapter else ()) if file.is_file()]
+    parts = [part for part in (source.adapter, source.checkpoint) if part]
+    return files + [file for part in parts for file in part.iterdir() if file.is_file()]
 
 
 def _check(name: str, weights: str) -> str:

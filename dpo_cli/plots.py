@@ -127,6 +127,9 @@ def _style(salt: str = "") -> Any:
         "font.size": 10.5,
         "path.sketch": None,
         "path.effects": [],
+        "axes.grid": False,
+        "figure.autolayout": False,
+        "figure.constrained_layout.use": False,
         "savefig.bbox": None,
     }
 
@@ -165,7 +168,7 @@ def limits(values: Column, pad: float = 0.06) -> tuple[float, float]:
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     air = (high - low) * pad
     if air <= 1e-9 * max(abs(low), abs(high)):
-        air = abs(high) * 0.1 or 1.0
+        air = abs(high) * 0.1 or 0.5
     return low - air, high + air
 
 

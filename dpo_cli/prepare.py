@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
 from dpo_cli.chat import NO_TEMPLATE
+from dpo_cli.checkpoint import verified_step
 from dpo_cli.config import DataOptions, Options, PrecomputeOptions
 from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
@@ -45,6 +46,8 @@ from dpo_cli.tokens import Encoder, PairSet, reasons, refusal
 def choose_model(name: str | None, options: DataOptions, reporter: Reporter, what: str = "model") -> ModelSource:
     """Where a model is loaded from, told."""
     source = find_model(name, options.trust_remote_code)
+    if source.checkpoint and verified_step(source.checkpoint) is None:
+        raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     reporter.fact(what, source.told)
     if source.trust:
         reporter.warn(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")

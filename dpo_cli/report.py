@@ -10,7 +10,7 @@ import base64
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -27,6 +27,7 @@ from dpo_cli.numerals import NONE, fold, is_number, nats, number, percent, tick
 from dpo_cli.plots import Plot, svg
 from dpo_cli.scores import Evaluation, ShownPair, Token
 
+Show = Callable[[Any], str]
 MOST_TOKENS = 600  # of a response are shown one by one
 SHADES = tuple(math.log(times) for times in (1.25, 2, 5, 20))  # where a colour of the heat map begins, either way
 _UNSEEN = re.compile(  # controls, surrogates, what turns the direction of writing, and what is no character
@@ -85,6 +86,7 @@ def page(about: ReportInput) -> str:
         sections=present,
         result=result,
         steps=len({line.get("step") for line in about.history if "loss" in line}),
+        held_out=any("eval_loss" in line for line in about.history),
         shades=range(-len(SHADES), len(SHADES) + 1),
     )
 
@@ -112,7 +114,7 @@ def shown(value: Any) -> Any:
     return _UNSEEN.sub("�", str(value).replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def between(interval: Any, show: Any = number) -> str:
+def between(interval: Any, show: Show = number) -> str:
     """An interval in words, or nothing."""
     if isinstance(interval, Sequence) and len(interval) == 2 and all(map(is_number, interval)):
         return f"{show(interval[0])} to {show(interval[1])}"
@@ -139,7 +141,7 @@ class Headline(NamedTuple):
 
 
 def _headline(result: Mapping[str, Any]) -> Iterator[Headline]:
-    def figures(names: Mapping[str, str], show: Any = number, before: str = "") -> list[Figure]:
+    def figures(names: Mapping[str, str], show: Show = number, before: str = "") -> list[Figure]:
         found = []
         for name, of in names.items():
             was = f"{show(result.get(before + name))} → " if before else ""
@@ -173,7 +175,7 @@ def _effect(effect: Mapping[str, Any]) -> Iterator[Headline]:
 
 
 _MEANING = {
-    "accuracy": "Share of pairs whose chosen response has the higher reward. A coin gets 50 %.",
+    "accuracy": "Share of pairs whose chosen response has the higher reward. A coin gets half.",
     "margin": "Chosen reward minus rejected reward. Above 0 the preference is learnt.",
     "effect": "The margin in its standard deviations, whatever beta is: 0.2 is small, 0.5 medium, 0.8 large.",
     "loss": "The DPO loss. A policy that is its reference has ln 2 = 0.693.",
@@ -222,7 +224,8 @@ def _plain(value: Any) -> str:
 
 
 def _drawn(plot: Plot) -> dict[str, Any]:
-    return {"title": plot.title, "what": plot.what, "caption": plot.caption, "svg": Markup(svg(plot))}  # noqa: S704 (no text of the data)
+    caption = plot.caption.replace(" %", "\N{NO-BREAK SPACE}%")
+    return {"title": plot.title, "what": plot.what, "caption": caption, "svg": Markup(svg(plot))}  # noqa: S704 (no text of the data)
 
 
 class Cell(NamedTuple):

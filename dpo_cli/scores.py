@@ -5,6 +5,8 @@ Legend: P pairs, N response tokens that carry loss; columns of (P, 2) are chosen
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,8 +132,12 @@ def means(scores: Scores) -> dict[str, tuple[Table, Table]]:
 
 
 def values(scores: Scores) -> dict[str, float]:
-    """The means themselves, by name."""
-    return {name: float(above.sum() / below.sum()) for name, (above, below) in means(scores).items()}
+    """The means themselves, by name, and the perplexities that the data's cross-entropies make."""
+    found = {name: float(above.sum() / below.sum()) for name, (above, below) in means(scores).items()}
+    for name in [f"{of}cross_entropy/{side}" for of in ("", "ref_") for side in SIDES]:
+        with suppress(OverflowError):
+            found[name.replace("cross_entropy", "perplexity")] = math.exp(found[name])
+    return found
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,9 @@ def make_findings() -> list[dict[str, Any]]:
         {
             "kind": "length_bias",
             "title": "The policy prefers longer answers",
-            "text": "Where the chosen response is the shorter one, accuracy is 66.1 % (95 %: 58.2 to 73.2); where it is "
-            "the longer one, 83.4 % (76.5 to 88.6). Margin and length gap correlate by 0.31 (0.21 to 0.41).",
-            "advice": "Balance lengths in the data, or train with a length-normalised loss; compare by a judge blind to length.",
+            "text": "Where the chosen response is the shorter one, accuracy is 66.1\u00a0% (95\u00a0%: 58.2 to 73.2); "
+            "where it is the longer one, 83.4\u00a0% (76.5 to 88.6). The rank correlation is 0.31.",
+            "advice": "Balance lengths in the data, or compare by a judge that is blind to length.",
             "numbers": {"margin_length_correlation": 0.31},
             "rows": [f"heldout.jsonl:{row}" for row in (4, 17, 29, 51, 102, 118, 203)],
         },

@@ -1,0 +1,246 @@
+"""Findings on numbers made up to have one thing wrong: that thing is found, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo_cli.diagnose import ENOUGH, ROWS, findings, suspects
+from dpo_cli.disk import to_json
+from dpo_cli.margins import sections
+from dpo_cli.scores import Distributions, Scores
+from tests.test_margins import make_scores
+
+PAIRS = 300
+
+
+def healthy(seed: int = 0, pairs: int = PAIRS, shift: float = 4.0, beta: float = 0.1, **drift: float) -> Scores:
+    """Normal margins, right in about 70 % of the pairs; the chosen responses rise as the rejected ones fall.
+
+    ``drift``: KL a token and shares of moved tokens, of both sides or one.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(20, 200, (pairs, 2)).astype(float)
+    logratios = rng.normal([shift / 2, -shift / 2], 5, (pairs, 2))
+    ref_logps = -tokens * rng.normal(1.5, 0.2, (pairs, 2))
+    kl, moved_chosen, moved_rejected = (drift.get(name, 0.002) for name in ("kl", "moved_chosen", "moved_rejected"))
+    exact = Distributions(
+        entropy=tokens,
+        ref_entropy=tokens,
+        cross_entropy=tokens * (1 + kl),
+        reverse_cross_entropy=tokens * (1 + kl),
+        kl=tokens * kl * rng.uniform(0.9, 1.1, tokens.shape),
+        reverse_kl=tokens * kl,
+        moved=rng.binomial(tokens.astype(int), [moved_chosen, moved_rejected]).astype(float),
+        identity_error=1e-6,
+    )
+    return make_scores(logratios, tokens, ref_logps, beta, distributions=exact)
+
+
+def with_logratios(scores: Scores, logratios: Any) -> Scores:
+    return dataclasses.replace(scores, logps=scores.ref_logps + logratios)
+
+
+def found(scores: Scores, history: Any = ()) -> list[dict[str, Any]]:
+    told = findings(scores, sections(scores), history)
+    for finding in told:
+        assert finding.keys() == {"kind", "title", "text", "advice", "numbers", "rows"}
+        assert finding["title"] and finding["text"].endswith(".") and finding["advice"].endswith(".")
+        assert json.loads(to_json(finding)) == finding
+    return told
+
+
+def only(scores: Scores, history: Any = ()) -> dict[str, Any]:
+    (finding,) = found(scores, history)
+    return finding
+
+
+# ---- nothing is wrong -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ordinary_noise_has_no_finding(seed: int) -> None:
+    scores = healthy(seed)
+    assert 0.6 < scores.wins.mean() < 0.8
+    assert found(scores) == []
+
+
+def test_a_model_that_is_the_reference_has_no_finding() -> None:
+    """Be it to the bit or but for arithmetic."""
+    scores = healthy(kl=0.0, moved_chosen=0.0, moved_rejected=0.0)
+    noise = np.random.default_rng(0).normal(-2e-4, 1e-4, scores.tokens.shape)
+    assert found(with_logratios(scores, 0.0)) == found(with_logratios(scores, noise)) == []
+
+
+def test_of_few_pairs_nothing_is_told() -> None:
+    sunk = healthy(pairs=ENOUGH - 1, kl=9, moved_chosen=0.9)
+    assert found(with_logratios(sunk, sunk.logratios - 50)) == []
+    assert findings(make_scores([[1, 0]]), sections(make_scores([[1, 0]]))) == []
+
+
+# ---- displaced chosen responses ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_displaced_chosen(beta: float) -> None:
+    scores = healthy(beta=beta)
+    finding = only(with_logratios(scores, scores.logratios - 10))
+    numbers = finding["numbers"]
+    assert finding["kind"] == "displaced_chosen"
+    assert numbers["chosen"] == pytest.approx(-8, abs=1) and numbers["rejected"] == pytest.approx(-12, abs=1)
+    assert numbers["chosen_low"] < numbers["chosen"] < numbers["chosen_high"] < 0  # in nats, whatever beta is
+    assert numbers["margin_from_chosen"] + numbers["margin_from_rejected"] == pytest.approx(1)
+    assert numbers["margin_from_rejected"] == pytest.approx(3, abs=0.5) and numbers["fell"] > 0.9
+    assert ("--beta" in finding["advice"] and "8." in finding["title"]) or "7." in finding["title"]
+
+
+def test_a_fall_that_is_small_or_unsure_is_not_told() -> None:
+    scores = healthy()
+    mean = scores.logratios.mean(0)
+    assert found(with_logratios(scores, scores.logratios - mean - [0.6, 3])) == []  # sure, but not of half
+    wide = (scores.logratios - mean) * 5 - [1.5, 9]
+    assert found(with_logratios(scores, wide)) == []  # 1.5 nats, but not sure
+    assert found(with_logratios(scores, scores.logratios - mean - [3, -1])) == []  # not along with the rejected ones
+
+
+# ---- length -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prefers", "sign"), [("longer", 1), ("shorter", -1)])
+def test_length_bias(prefers: str, sign: int) -> None:
+    scores = healthy()
+    finding = only(with_logratios(scores, sign * (scores.tokens - 110) / 10 + scores.logratios))
+    numbers, against = finding["numbers"], {"longer": "shorter", "shorter": "longer"}[prefers]
+    assert finding["kind"] == "length_bias" and f"prefers the {prefers}" in finding["title"]
+    assert numbers[f"accuracy_chosen_{prefers}"] > numbers[f"accuracy_chosen_{against}"] + 0.3
+    assert sign * numbers["correlation"] > 0.5
+    assert numbers["accuracy_prefer_longer"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_preference_that_length_goes_with_is_no_bias() -> None:
+    """Longer responses are better here, and the policy is as right where they are not."""
+    scores = healthy()
+    longer = np.sort(scores.tokens, 1)[:, ::-1]
+    order = np.random.default_rng(1).random(PAIRS) < 0.8
+    tokens = np.where(order[:, None], longer, longer[:, ::-1])
+    assert found(dataclasses.replace(scores, tokens=tokens)) == []
+
+
+# ---- drift ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "told"), [(0.05, 0.0, True), (0.0, 0.2, True), (0.01, 0.05, False)])
+def test_token_drift(chosen: float, rejected: float, told: bool) -> None:
+    """Tokens of rejected responses are to fall; many of the chosen ones' should not."""
+    scores = healthy(moved_chosen=chosen, moved_rejected=rejected)
+    if not told:
+        assert found(scores) == []
+        return
+    numbers = only(scores)["numbers"]
+    assert only(scores)["kind"] == "token_drift"
+    assert numbers["share_chosen"] == pytest.approx(chosen, abs=0.01)
+    assert numbers["share_rejected"] == pytest.approx(rejected, abs=0.01)
+    assert numbers["share"] == pytest.approx(numbers["moved"] / scores.tokens.sum())
+
+
+def test_kl_drift() -> None:
+    finding = only(healthy(kl=0.8))
+    assert finding["kind"] == "kl_drift" and "0.8" in finding["title"]
+    assert finding["numbers"]["kl_chosen"] == pytest.approx(0.8, abs=0.01)
+    assert finding["numbers"]["kl_a_response"] == pytest.approx(0.8 * 110, rel=0.05)
+    assert found(healthy(kl=0.4)) == []
+
+
+def test_what_was_not_computed_is_not_judged() -> None:
+    scores = healthy(kl=0.8, moved_chosen=0.5)
+    assert found(dataclasses.replace(scores, distributions=None)) == []
+
+
+# ---- flipped labels ---------------------------------------------------------------------------------------------
+
+
+def flipped(seed: int, scale: float = 1.0, pairs: int = PAIRS) -> tuple[Scores, Any]:
+    """Margins that tell good from bad well, a reference that leans so already; 5 % of the labels are flipped."""
+    rng = np.random.default_rng(seed)
+    flips = rng.permutation(pairs) < round(0.05 * pairs)
+    sides = np.where(flips, -1, 1)[:, None] * np.array([1, -1])
+    scores = healthy(seed, pairs)
+    ref_logps = -scores.tokens * (2 - 0.5 * sides * rng.normal(1, 0.5, (pairs, 1)))
+    logratios = scale * sides * rng.normal(1.5, 0.5, (pairs, 1))
+    return dataclasses.replace(scores, ref_logps=ref_logps, logps=ref_logps + logratios), flips
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 10])
+@pytest.mark.parametrize("seed", range(3))
+def test_flipped_labels_are_found_however_long_was_trained(seed: int, scale: float) -> None:
+    scores, flips = flipped(seed, scale)
+    finding = only(scores)
+    assert finding["kind"] == "label_noise"
+    places, far = suspects(scores)
+    assert flips[places].sum() >= 0.8 * flips.sum() and flips[places].mean() >= 0.8
+    assert (np.diff(far[places]) >= 0).all()  # strongest first
+    assert finding["rows"] == [scores.where[place] for place in places][:ROWS]
+    assert finding["numbers"]["share"] == len(places) / PAIRS
+
+
+def test_at_most_twenty_rows_are_named() -> None:
+    finding = only(flipped(0, pairs=1000)[0])
+    assert len(finding["rows"]) == 20 and finding["numbers"]["pairs"] >= 40
+
+
+def test_a_reference_that_does_not_agree_is_no_witness() -> None:
+    """It takes two; with a reference of no lean long tails are only long."""
+    scores, _ = flipped(0)
+    assert found(dataclasses.replace(scores, ref_logps=-scores.tokens, logps=scores.logratios - scores.tokens)) == []
+    for seed in range(20):
+        tails = np.random.default_rng(seed + 1000).laplace(1, 2, (PAIRS, 1)) * [1, -1]
+        assert found(with_logratios(healthy(seed), tails)) == []
+
+
+# ---- over-training ----------------------------------------------------------------------------------------------
+
+
+def run(losses: list[float], margins: tuple[float, float] = (0.0, 4.0)) -> list[dict[str, Any]]:
+    """A hundred steps whose margin goes from one number to another, with evaluations at equal distances."""
+    lines = [
+        {"step": step, "loss": 0.5, "rewards/margins": float(np.interp(step, [0, 100], margins))}
+        for step in range(1, 101)
+    ]
+    held_out = [{"step": 20 * i, "eval_loss": loss, "eval_rewards/margins": 0.5} for i, loss in enumerate(losses)]
+    return sorted(lines + held_out, key=lambda line: float(line["step"]))
+
+
+def test_over_optimised() -> None:
+    finding = only(healthy(), run([0.69, 0.6, 0.55, 0.6, 0.7, 0.8]))
+    numbers = finding["numbers"]
+    assert finding["kind"] == "over_optimised" and "since step 40" in finding["title"]
+    assert (numbers["best_step"], numbers["best_loss"]) == (40, 0.55)
+    assert (numbers["last_step"], numbers["last_loss"]) == (100, 0.8)
+    assert numbers["margin_at_best"] < 1.7 and numbers["margin_at_last"] > 3.7
+    assert "--keep-best loss" in finding["advice"] and "40 steps" in finding["advice"]
+
+
+def test_held_out_loss_that_only_ever_rose() -> None:
+    finding = only(healthy(), run([0.69, 0.7, 0.75, 0.8, 0.9, 1.0]))
+    assert finding["numbers"]["best_step"] == finding["numbers"]["margin_at_best"] == 0
+    assert "never better" in finding["advice"]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [],
+        run([0.69, 0.6, 0.55, 0.54, 0.53, 0.52]),  # still falling
+        run([0.69, 0.6, 0.55, 0.54, 0.53, 0.54]),  # by less than noise
+        run([0.69, 0.6, 0.55, 0.6, 0.7, 0.8], (4.0, 0.0)),  # a run that broke, which is something else
+        run([]),
+        [line for line in run([0.69, 0.6, 0.55, 0.6, 0.7, 0.8]) if "eval_loss" in line],
+        [{"step": 1, "loss": None, "rewards/margins": None}, {"step": 1, "eval_loss": None}],
+    ],
+)
+def test_no_over_training(history: Any) -> None:
+    assert found(healthy(), history) == []

@@ -1,0 +1,237 @@
+"""Real trainings of a tiny model on data that is wrong in one way: each raises the finding for it and no other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.batch import MicroBatch, lay_out
+from dpo_cli.diagnose import findings, suspects
+from dpo_cli.logps import Scorer, hidden_states
+from dpo_cli.losses import sigmoid_loss
+from dpo_cli.margins import sections
+from dpo_cli.pairs import Pair, loss_tokens
+from dpo_cli.scores import Distributions, Scores
+from tests.conftest import make_model
+
+CPU = torch.device("cpu")
+EOS, FIRST, WORDS = 2, 4, 64  # ids below FIRST are special
+
+
+def words(rng: np.random.Generator, count: int, low: int = FIRST, high: int = WORDS) -> list[int]:
+    return rng.integers(low, high, count).tolist()  # type: ignore[no-any-return]
+
+
+def pair(place: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
+    """Of words; both responses end."""
+    ids = (np.array(part, np.int32) for part in (prompt, [*chosen, EOS], [*rejected, EOS]))
+    return Pair(f"rows.jsonl:{place + 1}", *ids)
+
+
+def start(scale: float = 3.0) -> PreTrainedModel:
+    return make_model(scale=scale, vocab_size=WORDS)
+
+
+def scorer(model: PreTrainedModel) -> Scorer:
+    return Scorer(model, "padded", torch.float32, 4096, CPU)
+
+
+def pretrain(model: PreTrainedModel, pairs: Sequence[Pair], steps: int, lr: float) -> None:
+    """Teach the model to answer like the chosen responses."""
+    optimizer, rng = torch.optim.AdamW(model.parameters(), lr, weight_decay=0), np.random.default_rng(0)
+    for _ in range(steps):
+        batch = lay_out([pairs[i] for i in rng.choice(len(pairs), 32)], "padded")
+        scorer(model).backward(batch, lambda _, logps: -logps.chunk(2)[0].sum() / 32)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def table(model: PreTrainedModel, pairs: Sequence[Pair]) -> Tensor:
+    """Log-probs of all pairs: (P, 2) nats."""
+    logps = torch.zeros(len(pairs), 2)
+    for places, scored, _ in scorer(model).score(pairs):
+        logps[list(places)] = scored.view(2, -1).T
+    return logps
+
+
+@dataclass
+class Trained:
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    beta: float
+    history: list[dict[str, Any]]
+
+    def scores(self, pairs: Sequence[Pair]) -> Scores:
+        logps, ref_logps = (table(model, pairs).double().numpy() for model in (self.policy, self.reference))
+        tokens = np.array([[loss_tokens(pair.chosen), loss_tokens(pair.rejected)] for pair in pairs], float)
+        terms, exact = np.tile([1.0, 0.0], (len(pairs), 1)), distributions(self.policy, self.reference, pairs)
+        return Scores([p.where for p in pairs], tokens, logps, ref_logps, terms, self.beta, 0.0, exact)
+
+    def found(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+        scores = self.scores(pairs)
+        return findings(scores, sections(scores), self.history)
+
+
+@torch.no_grad()
+def distributions(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair]) -> Distributions:
+    """By plain forwards over all pairs at once: the model is tiny."""
+    batch: MicroBatch = lay_out(pairs, "padded")
+    p, q = (
+        model.get_output_embeddings()(hidden_states(model, batch, torch.float32)).double().log_softmax(-1)
+        for model in (policy, reference)
+    )
+    changed = (p - q).gather(1, batch.targets[:, None])[:, 0]
+    moved = (changed.abs() > np.log(20)).double()
+    entropies = [-(a.exp() * b).sum(-1) for a, b in ((p, p), (q, q), (p, q), (q, p))]
+    each = [*entropies, entropies[2] - entropies[0], entropies[3] - entropies[1], moved]  # (N,) each
+    sums = [torch.segment_reduce(x, "sum", lengths=batch.lengths, unsafe=True).view(-1, 2).numpy() for x in each]
+    return Distributions(*sums, 0.0)
+
+
+def train(
+    model: PreTrainedModel, pairs: Sequence[Pair], held_out: Sequence[Pair], steps: int, lr: float, beta: float
+) -> Trained:
+    """DPO by a plain loop, with the lines that metrics.jsonl would have; 16 pairs a step, some ten evaluations."""
+    policy, ref_logps, ref_held_out = copy.deepcopy(model), table(model, pairs), table(model, held_out).T.reshape(-1)
+    optimizer, rng = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0), np.random.default_rng(0)
+    history: list[dict[str, Any]] = []
+    for step in range(steps + 1):
+        if step:
+            places = rng.choice(len(pairs), 16, replace=len(pairs) < 16)
+            margins: list[Tensor] = []
+
+            def loss(some: slice, logps: Tensor, places: Any = places, margins: list[Tensor] = margins) -> Tensor:
+                reference = ref_logps[places[some]].T.reshape(-1)
+                margins.append(beta * (logps - reference).detach().view(2, -1).diff(dim=0).neg()[0])
+                return sigmoid_loss(logps, reference, beta).sum() / 16
+
+            scorer(policy).backward(lay_out([pairs[i] for i in places], "padded"), loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append({"step": step, "rewards/margins": float(torch.cat(margins).mean())})
+        if step % (steps // 10) == 0:
+            held_out_loss = sigmoid_loss(table(policy, held_out).T.reshape(-1), ref_held_out, beta).mean()
+            history.append({"step": step, "eval_loss": float(held_out_loss)})
+    return Trained(policy, model, beta, history)
+
+
+# ---- data that is wrong in one way ------------------------------------------------------------------------------
+
+
+def of_lengths(rng: np.random.Generator, count: int, longer: float) -> list[Pair]:
+    """One word again and again, so that only lengths differ; of a share of the pairs the longer one is chosen."""
+    found = []
+    for place in range(count):
+        short, long = sorted(int(length) for length in rng.choice(np.arange(2, 16), 2, replace=False))
+        first, second = (long, short) if rng.random() < longer else (short, long)
+        word = words(rng, 1)
+        found.append(pair(place, word * 3, word * first, word * second))
+    return found
+
+
+def with_small_edits(rng: np.random.Generator, count: int) -> list[Pair]:
+    """Counting on in steps of one to three, right and with one wrong word near the beginning."""
+    found, size = [], WORDS - FIRST
+    for place in range(count):
+        begin, stride, at = rng.integers(0, size), rng.integers(1, 4), rng.integers(0, 3)
+        sequence = (begin + stride * np.arange(14)) % size
+        right, wrong = sequence[4:], sequence[4:].copy()
+        wrong[at] = (wrong[at] + rng.integers(1, 3)) % size
+        found.append(pair(place, *((FIRST + part).tolist() for part in (sequence[:4], right, wrong))))
+    return found
+
+
+def styled(
+    rng: np.random.Generator, count: int, clear: float, flipped: float = 0.0
+) -> tuple[list[Pair], npt.NDArray[np.bool_]]:
+    """Most words of a good response are of the lower half, of a bad one of the upper; and which labels are flipped."""
+    found, flips, middle = [], rng.random(count) < flipped, (FIRST + WORDS) // 2
+    for place in range(count):
+        length = int(rng.integers(8, 13))
+        low, high = (rng.integers(FIRST + shift, middle + shift, (2, length)) for shift in (0, middle - FIRST))
+        good, bad = (
+            np.where(rng.random(length) < share, low[i], high[i]) for i, share in enumerate((clear, 1 - clear))
+        )
+        chosen, rejected = (bad, good) if flips[place] else (good, bad)
+        found.append(pair(place, words(rng, 4), chosen.tolist(), rejected.tolist()))
+    return found, flips
+
+
+# ---- the findings -----------------------------------------------------------------------------------------------
+
+
+def test_length_biased_data() -> None:
+    rng = np.random.default_rng(0)
+    data, unseen = of_lengths(rng, 1000, 0.9), of_lengths(rng, 300, 0.7)
+    model = start()
+    pretrain(model, of_lengths(rng, 1000, 0.5), 40, 3e-3)
+    (finding,) = train(model, data, unseen, 40, 3e-4, beta=0.5).found(unseen)
+    assert finding["kind"] == "length_bias" and "longer" in finding["title"]
+    numbers = finding["numbers"]
+    assert numbers["accuracy_chosen_longer"] > 0.9 and numbers["accuracy_chosen_shorter"] < 0.1
+    assert numbers["accuracy_prefer_longer"] == pytest.approx(0.7, abs=0.1)
+    assert numbers["correlation"] > 0.7
+
+
+def test_displaced_chosen_responses() -> None:
+    """The model counts well already, so that what is pushed down behind the wrong word is what follows a right one."""
+    rng = np.random.default_rng(2)
+    data, unseen = with_small_edits(rng, 1000), with_small_edits(rng, 300)
+    model = start()
+    pretrain(model, with_small_edits(rng, 1000), 200, 3e-3)
+    trained = train(model, data, unseen, 15, 4e-4, beta=0.5)
+    (finding,) = trained.found(unseen)
+    numbers = finding["numbers"]
+    assert finding["kind"] == "displaced_chosen"
+    assert numbers["rejected"] < numbers["chosen"] < -1 and numbers["fell"] > 0.6
+    assert numbers["margin_from_rejected"] > 1 > 0 > numbers["margin_from_chosen"]
+    assert trained.scores(unseen).wins.mean() > 0.75  # which looks like success
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_flipped_labels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    data, flips = styled(rng, 400, 0.85, flipped=0.05)
+    model = start()
+    pretrain(model, styled(rng, 1000, 0.7)[0], 20, 3e-3)
+    trained = train(model, data, styled(rng, 100, 0.85)[0], 50, 3e-4, beta=0.3)
+    (finding,) = trained.found(data)
+    assert finding["kind"] == "label_noise"
+    found, _ = suspects(trained.scores(data))
+    assert flips[found].sum() >= 0.8 * flips.sum() and flips[found].mean() >= 0.8
+    assert finding["numbers"]["pairs"] == len(found)
+    assert finding["rows"] == [data[place].where for place in found[:20]]
+
+
+def test_over_trained_run() -> None:
+    rng = np.random.default_rng(0)
+    data, unseen = styled(rng, 32, 0.6)[0], styled(rng, 400, 0.6)[0]
+    model = start()
+    pretrain(model, styled(rng, 1000, 0.5)[0], 40, 3e-3)
+    (finding,) = train(model, data, unseen, 100, 1e-3, beta=2).found(unseen)
+    numbers = finding["numbers"]
+    assert finding["kind"] == "over_optimised"
+    assert 0 < numbers["best_step"] < 40 and numbers["last_step"] == 100
+    assert numbers["last_loss"] > numbers["best_loss"] + numbers["noise"]
+    assert f"step {numbers['best_step']:.0f}" in finding["title"]
+
+
+def test_healthy_run_and_its_reference_have_no_finding() -> None:
+    rng = np.random.default_rng(0)
+    data, unseen = styled(rng, 1000, 0.7)[0], styled(rng, 300, 0.7)[0]
+    model = start()
+    pretrain(model, styled(rng, 1000, 0.5)[0], 40, 3e-3)
+    trained = train(model, data, unseen, 40, 3e-4, beta=0.5)
+    assert trained.scores(unseen).wins.mean() > 0.7 and trained.found(unseen) == []
+    trained.policy = trained.reference
+    scores = trained.scores(unseen)
+    assert not scores.margins.any() and trained.found(unseen) == []
