@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,19 +70,47 @@ def _draw(axes: Axes, colours: Colours, points: Sequence[Point], unit: str, quan
     (x, x_ends), (y, y_ends) = (_column(points, name) for name in ("kl", quantity.name))
     ink, muted = colours["ink"], colours["muted"]
     axes.axhline(quantity.level, color=muted, lw=0.8, dashes=(3, 3), zorder=1)
+    beside = axes.get_yaxis_transform()
+    axes.text(1.02, quantity.level, "reference", color=muted, size=9, va="center", transform=beside)
     axes.hlines(y, *x_ends, color=muted, lw=0.9)
     axes.vlines(x, *y_ends, color=muted, lw=0.9)
     axes.plot(x, y, "o-", color=ink, lw=1.2, ms=4)
-    for at, height, point in zip(x, y, points, strict=True):
-        label = f"β {tick(point['beta'])}"
-        axes.annotate(label, (at, height), (4, 4), textcoords="offset points", color=ink, size=9)
     axes.set_ylim(*limits(np.append(y_ends, quantity.level), 0.1))
-    axes.set_xlim(*limits(x_ends))
     y_format = share_tick if quantity.percent else tick
     quieten(axes, colours, f"KL from the reference, {unit}", y_format=y_format)
-    known = x[np.isfinite(x)]
-    if len(known) and 0 < FAR * known.min() < known.max():
-        _logarithmic(axes, known)
+    _set_width(axes, x, x_ends)
+    _label(axes, ink, x, y, [f"β {tick(point['beta'])}" for point in points])
+
+
+def _set_width(axes: Axes, x: Column, x_ends: Column) -> None:
+    """All intervals with room for the last label; KLs that lie far apart on a logarithmic axis."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    positive = np.where(x_ends > 0, x_ends, x)  # an interval that reaches 0 has no end on a logarithmic axis
+    far = bool((x > 0).all()) and x.max() > FAR * x.min()
+    low, high = limits(np.log(positive) if far else x_ends)
+    high += (high - low) / 10
+    if not far:
+        axes.set_xlim(low, high)
+        return
+    axes.set_xscale("log")
+    axes.set_xlim(math.exp(low), math.exp(high))
+    powers = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)))
+    ticks = [first * 10.0**power for power in powers for first in (1, 3)]
+    ticks = [each for each in ticks if low <= math.log(each) <= high]
+    axes.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 5)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(tick))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(axes: Axes, colour: str, x: Column, y: Column, labels: Sequence[str]) -> None:
+    """Name the points, to the right above each; below where a neighbour's name is there already."""
+    places, above = axes.transData.transform(np.column_stack([x, y])), np.zeros((0, 2))
+    for i in np.argsort(x):
+        free = not (np.abs(above - places[i]) < (36, 12)).all(1).any()  # CSS pixels that a name takes up
+        offset = (4, 4) if free else (4, -11)
+        axes.annotate(labels[i], (x[i], y[i]), offset, textcoords="offset points", color=colour, size=9)
+        above = np.vstack([above, places[i]]) if free else above
 
 
 def _column(points: Sequence[Point], name: str) -> tuple[Column, Column]:
@@ -89,13 +118,3 @@ def _column(points: Sequence[Point], name: str) -> tuple[Column, Column]:
     values = [point[name] for point in points]
     ends = [point["intervals"][name] or (value, value) for point, value in zip(points, values, strict=True)]
     return np.array(values, float), np.array(ends, float).T
-
-
-def _logarithmic(axes: Axes, x: Column) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_xscale("log")
-    axes.set_xlim(*np.exp(limits(np.log(x), 0.1)))
-    axes.xaxis.set_major_locator(LogLocator(numticks=5))
-    axes.xaxis.set_major_formatter(FuncFormatter(tick))
-    axes.xaxis.set_minor_formatter(NullFormatter())

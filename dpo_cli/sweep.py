@@ -20,10 +20,11 @@ from dpo_cli.errors import Interrupted, UsageError
 from dpo_cli.evaluate import evaluated
 from dpo_cli.frontier import frontier
 from dpo_cli.metrics import Reporter
-from dpo_cli.numerals import NONE, number, percent, tick
+from dpo_cli.numerals import number
 from dpo_cli.plots import write_png, write_svg
 from dpo_cli.reward import Reward, load_reward
 from dpo_cli.run import read_manifest, trained_with
+from dpo_cli.summary import between, percent
 from dpo_cli.train import train
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
@@ -60,28 +61,23 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
     return result
 
 
-def as_text(result: dict[str, Any]) -> str:
+def as_text(result: Mapping[str, Any]) -> str:
     """What a person reads: a line a run."""
-    rewarded = "reference_reward" in result
-    heads = ["KL", "95 % interval", "margin", "accuracy", "loss", *(["reward"] if rewarded else [])]
-    lines = [f"{'beta':>8}{heads[0]:>11}{heads[1]:>22}" + "".join(f"{head:>11}" for head in heads[2:]) + "  run"]
+    rewarded = "reward" in result
+    lines = [f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}{'margin':>9}{'accuracy':>10}{'loss':>9}"]
+    lines[0] += f"{'reward':>9}  run" if rewarded else "  run"
     for point in result["points"]:
-        ends = point["intervals"]["kl"]
-        between = f"{number(ends[0])} to {number(ends[1])}" if ends else NONE
-        values = [number(point["rewards/margins"]), percent(point["rewards/accuracies"]), number(point["loss"])]
-        values += [number(point["reward"])] if rewarded else []
-        cells = "".join(f"{value:>11}" for value in values)
-        lines.append(f"{tick(point['beta']):>8}{number(point['kl']):>11}{between:>22}{cells}  {point['run']}")
-    kl = result["kl"]
-    lines += ["", f"KL          of {kl['of']} from the reference, {kl['unit']}"]
+        line = f"{point['beta']:>7g}{number(point['kl']):>10}  {between(point['intervals']['kl']):<22}"
+        accuracy = percent(point["rewards/accuracies"])
+        line += f"{number(point['rewards/margins']):>9}{accuracy:>10}{number(point['loss']):>9}"
+        line += f"{number(point['reward']):>9}" if rewarded else ""
+        lines.append(f"{line}  {point['run']}")
+    lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
     if rewarded:
-        ends = result["reference_reward_interval"]
-        between = f", {number(ends[0])} to {number(ends[1])}" if ends else ""
-        lines.append(
-            f"reward      {result['reward']}; the reference's own answers: {number(result['reference_reward'])}"
-        )
-        lines[-1] += between
-    return "\n".join([*lines, f"frontier    {Path(result['output'], 'frontier.svg')}"])
+        own = f"{number(result['reference_reward'])} ({between(result['reference_reward_interval'])})"
+        lines.append(f"{'reward':<12}{result['reward']}; the reference's own answers have {own}")
+    lines.append(f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}")
+    return "\n".join(lines)
 
 
 # ---- the folder -------------------------------------------------------------------------------------------------
@@ -180,9 +176,9 @@ def _about(found: Mapping[str, Any], reward: Reward | None) -> dict[str, Any]:
     about = {"reference": found["reference"], "pairs": found["pairs"]}
     if drawn := found.get("sequence_kl"):
         told = {name: drawn[name] for name in ("prompts", "samples", "max_new_tokens")}
-        about["kl"] = {"of": "responses that the policy draws", "unit": "nats a response"} | told
+        about["kl"] = {"of": "over responses that the policy draws", "unit": "nats a response"} | told
     else:
-        about["kl"] = {"of": "the next token along the chosen responses", "unit": "nats a token"}
+        about["kl"] = {"of": "at each token of the chosen responses", "unit": "nats a token"}
     if reward:
         mean, ends = reward.of(found["samples"], "reference_sampled")
         about |= {"reward": reward.name, "reference_reward": mean, "reference_reward_interval": ends}
