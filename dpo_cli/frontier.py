@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Point = Mapping[str, Any]
 FAR = 30  # times, from which on the KLs of a sweep are drawn on a logarithmic axis
 
+NAME = (30, 11)  # CSS pixels that a point's name takes up
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -104,13 +106,17 @@ def _set_width(axes: Axes, x: Column, x_ends: Column) -> None:
 
 
 def _label(axes: Axes, colour: str, x: Column, y: Column, labels: Sequence[str]) -> None:
-    """Name the points, to the right above each; below where a neighbour's name is there already."""
-    places, above = axes.transData.transform(np.column_stack([x, y])), np.zeros((0, 2))
+    """Name the points where no other's name is: to the right above each if it can be, below, or to the left."""
+    places, taken = axes.transData.transform(np.column_stack([x, y])), np.zeros((0, 2))
     for i in np.argsort(x):
-        free = not (np.abs(above - places[i]) < (36, 12)).all(1).any()  # CSS pixels that a name takes up
-        offset = (4, 4) if free else (4, -11)
-        axes.annotate(labels[i], (x[i], y[i]), offset, textcoords="offset points", color=colour, size=9)
-        above = np.vstack([above, places[i]]) if free else above
+        spots = [(side, height) for side in ("left", "right") for height in (4, -11)]  # its side that is at the point
+        corners = [places[i] + (4 if side == "left" else -4 - NAME[0], height) for side, height in spots]
+        free = [k for k, corner in enumerate(corners) if not (np.abs(taken - corner) < NAME).all(1).any()]
+        side, height = spots[k := free[0] if free else 0]
+        taken = np.vstack([taken, corners[k]])
+        offset = (4 if side == "left" else -4, height)
+        about: Any = {"textcoords": "offset points", "ha": side, "color": colour, "size": 9}
+        axes.annotate(labels[i], (x[i], y[i]), offset, **about)
 
 
 def _column(points: Sequence[Point], name: str) -> tuple[Column, Column]:

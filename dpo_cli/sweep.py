@@ -20,7 +20,7 @@ from dpo_cli.errors import Interrupted, UsageError
 from dpo_cli.evaluate import evaluated
 from dpo_cli.frontier import frontier
 from dpo_cli.metrics import Reporter
-from dpo_cli.numerals import number
+from dpo_cli.numerals import NONE, is_number, number, tick
 from dpo_cli.plots import write_png, write_svg
 from dpo_cli.reward import Reward, load_reward
 from dpo_cli.run import read_manifest, trained_with
@@ -67,7 +67,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines = [f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}{'margin':>9}{'accuracy':>10}{'loss':>9}"]
     lines[0] += f"{'reward':>9}  run" if rewarded else "  run"
     for point in result["points"]:
-        line = f"{point['beta']:>7g}{number(point['kl']):>10}  {between(point['intervals']['kl']):<22}"
+        line = f"{point['beta']:>7g}{_figures(point['kl']):>10}  {between(point['intervals']['kl'], _figures):<22}"
         accuracy = percent(point["rewards/accuracies"])
         line += f"{number(point['rewards/margins']):>9}{accuracy:>10}{number(point['loss']):>9}"
         line += f"{number(point['reward']):>9}" if rewarded else ""
@@ -78,6 +78,10 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines.append(f"{'reward':<12}{result['reward']}; the reference's own answers have {own}")
     lines.append(f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}")
     return "\n".join(lines)
+
+
+def _figures(kl: float) -> str:
+    return tick(float(f"{kl:.3g}")) if is_number(kl) else NONE
 
 
 # ---- the folder -------------------------------------------------------------------------------------------------
