@@ -347,7 +347,7 @@ def _train_summary(result: dict[str, Any]) -> str:
         lines.append(f"{'held out, ' + str(result['held_out']) + ' pairs':<24}{'before':>12}{'after':>12}")
         for name in ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"):
             lines.append(f"  {name:<22}{before.get(name, float('nan')):>12.4f}{after[name]:>12.4f}")
-    shown = ("pairs", "steps", "run", "model", "reference_misses")
+    shown = ("pairs", "steps", "run", "model", "report", "reference_misses")
     lines += [f"{name:<11} {result[name]}" for name in shown if name in result]
     return "\n".join(lines)
 

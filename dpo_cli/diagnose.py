@@ -24,7 +24,7 @@ ENOUGH = 20  # pairs: of fewer nothing is told, an interval of theirs is as wide
 FALL = math.log(2)  # nats a response: half as likely as before; less is true of many good models, and harmless
 CORRELATED = 0.3  # Spearman's: length explains about a tenth of the margins' order, Cohen's (1988) medium effect
 MOVED = {"chosen": 0.02, "rejected": 0.1}  # share of tokens: one in 50 where none need move; rejected ones are to fall
-KL = 0.5  # nats a token: 50 in an answer of 100 tokens, past the 20 or so at which the DPO paper's frontier is flat
+KL = 0.5  # nats a token: 50 in an answer of 100 tokens, where the DPO paper's frontier (figure 2) ends at 20
 OUTLIER = 3.0  # robust standard deviations below the median: 1 of 740 normal values, of long tails some per cent
 CHANCE = 0.01  # that the reference finds so many of these wrong too, were they like all others: long tails alone are
 FLIPPED, FLIPS = 0.01, 3  # share and number of such pairs: fewer change no training, and every data set has some
@@ -85,7 +85,7 @@ def _displaced_chosen(scores: Scores, sections: Mapping[str, Any]) -> Finding | 
         )
     text += (
         "The loss sees the difference of the two only: where the responses share most of their words, what pushes one "
-        "down pulls the other along, and the probability goes to answers that are in no pair."
+        "down pulls the other along, and the probability goes to other answers, of which no pair says anything."
     )
     advice = (
         "Try a higher --beta, a lower --lr or fewer steps; pairs whose responses differ more; or a loss with an NLL "

@@ -154,9 +154,9 @@ class _Judge:
         policy = self._load(self.source, named=self.itself)
         logps = drift.score(policy.scorer, self.pairs, self._watch("evaluate"))
         assert logps is not None
-        if (known := self._known(policy.scorer)) is not None:
-            return logps, known
-        reference, cache = self._reference(policy)
+        cache, reference = self._kept(policy.scorer), policy
+        if cache is None:
+            reference, cache = self._reference(policy)
         return logps, fill_reference(cache, self.pairs, reference.scorer, self.reporter).logps
 
     def distributions(self) -> tuple[Tensor, Tensor, Compared, dict[str, Any]]:
@@ -168,15 +168,14 @@ class _Judge:
         recorded = drift.record(policy.scorer, self.pairs, folder, self._watch("policy"))
         drawn = self._draw(policy) if self.options.samples else None
         assert recorded is not None
-        known = self._known(policy.scorer)
+        kept = self._kept(policy.scorer)
         reference, cache = self._reference(policy)
         about: dict[str, Any] = {"policy_runs": False, "same": self.itself}
         compared = drift.compare(reference.scorer, recorded, self.pairs, folder, self._watch("reference"), **about)
         assert compared is not None
-        if known is None and (cached := cache.lookup(self.pairs)).isfinite().all():
-            known = cached
+        known = (kept or cache).lookup(self.pairs)
         told = self._of_samples(drawn, reference, about) if drawn else {}
-        return recorded.logps, compared.logps if known is None else known, compared, told
+        return recorded.logps, compared.logps if known.isnan().any() else known, compared, told
 
     def _watch(self, what: str) -> Watch:
         return Watch(self.reporter, what)
@@ -195,8 +194,8 @@ class _Judge:
             compile_layers(model)
         return _Loaded(scorer, own_attention, fingerprint(model, weights, scorer.layout, scorer.dtype) if named else "")
 
-    def _known(self, scorer: Scorer) -> Tensor | None:
-        """The log-probs (P, 2) that the run was trained with, if they were computed as here and are all kept."""
+    def _kept(self, scorer: Scorer) -> ReferenceCache | None:
+        """What the run was trained with of the reference, if it was computed as here and has all of these pairs."""
         if self.options.ref is not None or self.source.run is None:
             return None
         manifest = read_manifest(self.source.run)
@@ -205,10 +204,8 @@ class _Judge:
         if here != (began["layout"], began["dtype"], manifest["device"]):
             return None
         cache = ReferenceCache(self.options.cache_dir, began["fingerprint"], self.reporter.warn)
-        if cache.lookup(self.pairs).isnan().any():
-            return None
-        self.told = str(began["model"] or self.source.base)
-        return fill_reference(cache, self.pairs, scorer, self.reporter).logps
+        self.told = str(began["model"] or manifest["start_model"])
+        return None if cache.lookup(self.pairs).isnan().any() else cache
 
     def _reference(self, policy: _Loaded) -> tuple[_Loaded, ReferenceCache]:
         """The reference's model, and the cache of its log-probs; the policy's weights are gone unless it is that.

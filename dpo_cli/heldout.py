@@ -39,7 +39,7 @@ class HeldOut:
         self.last: Evaluation | None = None
         self.recorded: Recorded | None = None
         if run.held_out and run.options.kl == "exact":
-            watch = Watch(reporter, "held out")
+            watch = Watch(reporter, "reference")
             self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)
 
     def evaluate(self, step: int, scorer: Scorer, stopped: Callable[[], bool]) -> dict[str, float] | None:

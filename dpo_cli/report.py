@@ -75,15 +75,13 @@ def page(about: ReportInput) -> str:
         "manifest": ("Manifest", list(_flat(about.manifest or {}))),
         "options": ("Options", list(_flat(about.options or {}))),
     }
-    present = {name: section for name, section in sections.items() if section[1]}
-    if "findings" in result:
-        present = {name: sections[name] for name in sections if name in present or name == "findings"}
+    looked = "findings" in result  # that there is none is worth saying
     css, template = _style()
     return template.render(
         title=about.title,
         css=css,
         css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
-        sections=present,
+        sections={name: each for name, each in sections.items() if each[1] or (name == "findings" and looked)},
         result=result,
         steps=len({line.get("step") for line in about.history if "loss" in line}),
         held_out=any("eval_loss" in line for line in about.history),
@@ -95,14 +93,7 @@ def page(about: ReportInput) -> str:
 def _style() -> tuple[Markup, Template]:
     here = files("dpo_cli")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=shown)
-    environment.filters |= {
-        "number": number,
-        "percent": percent,
-        "fold": fold,
-        "between": between,
-        "plain": tick,
-        "nats": nats,
-    }
+    environment.filters |= {"number": number, "percent": percent, "fold": fold, "nats": nats, "plain": tick}
     template = environment.from_string(here.joinpath("report.html.jinja").read_text(encoding="utf-8"))
     return Markup(here.joinpath("report.css").read_text(encoding="utf-8")), template  # noqa: S704 (our own file)
 
@@ -161,7 +152,7 @@ def _headline(result: Mapping[str, Any]) -> Iterator[Headline]:
         Headline("Perplexity", figures({f"perplexity/{s}": s for s in sides}, before="ref_"), _MEANING["perplexity"]),
     ]
     if sampled := result.get("sequence_kl"):
-        name = next((name for name in ("k3", "logratio") if is_number(sampled.get(name))), "k3")
+        name = next((name for name in ("token_kl", "logratio") if is_number(sampled.get(name))), "token_kl")
         figure = Figure("", number(sampled.get(name)), between(sampled.get(f"{name}_interval")))
         of = f"{number(sampled.get('samples'))} samples of each of {number(sampled.get('prompts'))} prompts"
         items.insert(-1, Headline("KL a response", [figure], _MEANING["sequence_kl"].format(of=of)))

@@ -285,6 +285,7 @@ def _summary(run: Run, first_answers: list[str]) -> dict[str, Any]:
     return {
         "run": str(run.folder),
         "model": str(run.folder / "model"),
+        "report": str(run.folder / "report.html"),
         "rows": len(run.pairs) + len(run.held_out) + len(run.refused),
         "refused": reasons(run.refused),
         "pairs": len(run.pairs),

@@ -20,7 +20,7 @@ from dpo_cli.batch import lay_out
 from dpo_cli.checkpoint import export_model, restore_checkpoint, save_checkpoint
 from dpo_cli.logps import response_logps, token_logps
 from dpo_cli.losses import sigmoid_loss
-from dpo_cli.optimizer import BYTES, SPLIT, SmallAdamW, decode, encode, halve, join, make_optimizer, rejoin, split
+from dpo_cli.optimizer import BYTES, SPLIT, SmallAdamW, decode, encode, halve, join, make_optimizer, rejoined, split
 from tests.conftest import make_model, random_pairs
 
 SMALL = ["8bit", "split", "in-backward"]
@@ -138,15 +138,18 @@ def test_halving_a_model_and_back() -> None:
     assert {b.dtype for b in model.buffers()} == {torch.float32}
     optimizer = make_optimizer(model, 0.0, "split", low)
     assert_same(masters(model, optimizer), before)
-    rejoin(model, optimizer)
-    assert_same(dict(model.named_parameters()), before)  # type: ignore[arg-type]
+    with rejoined(model, optimizer):
+        assert_same(dict(model.named_parameters()), before)  # type: ignore[arg-type]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert_same(masters(model, optimizer), before)
 
 
 def test_rejoining_leaves_a_whole_model_alone() -> None:
     model = small_llama()
     before = copy.deepcopy(model.state_dict())
     for memory in ("full", "8bit"):
-        rejoin(model, start(model, memory))
+        with rejoined(model, start(model, memory)):
+            assert_same(model.state_dict(), before)
     assert_same(model.state_dict(), before)
 
 
@@ -244,8 +247,8 @@ def test_without_coding_it_is_torchs_adamw_to_the_bit(memory: str) -> None:
         else:
             set_lr(optimizer, 1e-2 / step)
             optimizer.step()
-    rejoin(ours, optimizer)
-    assert_same(ours.state_dict(), exact.state_dict())
+    with rejoined(ours, optimizer):
+        assert_same(ours.state_dict(), exact.state_dict())
 
 
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,8 +305,8 @@ def test_at_a_small_rate_plain_bfloat16_stands_still_and_split_moves() -> None:
             model[0].grad = gradient.to(model[0].dtype)
             set_lr(optimizers[name], 5e-7)
             optimizers[name].step()
-    rejoin(models["split"], optimizers["split"])
-    change = {name: model[0].detach().float() - first for name, model in models.items()}
+    with rejoined(models["split"], optimizers["split"]):
+        change = {name: model[0].detach().float() - first for name, model in models.items()}
     moved = {name: float((each != 0).float().mean()) for name, each in change.items()}
     assert moved["bfloat16"] < 0.05
     assert moved["float32"] > 0.99 and moved["split"] == pytest.approx(moved["float32"], abs=1e-3)
@@ -377,8 +380,8 @@ def test_export_writes_the_exact_master(tmp_path: Path, tokenizer: PreTrainedTok
     for _ in range(3):
         take_step(model, optimizer, lambda: dpo_loss(model, reference), "split", lr=1e-5)
     expected = masters(model, optimizer)
-    rejoin(model, optimizer)
-    export_model(tmp_path / "model", model, tokenizer, "card")
+    with rejoined(model, optimizer):
+        export_model(tmp_path / "model", model, tokenizer, "card")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     assert loaded.config.dtype == torch.float32
     assert_same(dict(loaded.named_parameters()), expected)
@@ -509,6 +512,6 @@ def test_on_cuda_it_is_the_same_and_needs_no_room(memory: str) -> None:
                 optimizer.step()
             torch.cuda.set_sync_debug_mode("default")
             assert not step or torch.cuda.max_memory_allocated() - held < 2**28
-        rejoin(model, optimizer)
-        weights[device] = model[0].detach().cpu()
+        with rejoined(model, optimizer):
+            weights[device] = model[0].detach().cpu()
     assert torch.allclose(weights["cpu"], weights["cuda"], rtol=0, atol=1e-5)

@@ -33,7 +33,7 @@ LAYERS = [
     {"model", "disk", "memory", "samples"},
     {"metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
     {"reference", "checkpoint", "step", "drift", "diagnose", "curves", "charts", "frontier"},
-    {"prepare", "cache", "report", "show"},
+    {"prepare", "cache", "report", "show", "summary"},
     {"run", "survey", "outcome"},
     {"evaluate", "explain", "check", "heldout"},
     {"train"},

@@ -1,0 +1,143 @@
+"""What an evaluation costs beside one scoring pass of a model: seconds in turns, and memory by number of pairs.
+
+    python benchmarks/evaluation.py                      # the default model, 24 sample pairs
+    python benchmarks/evaluation.py --pairs 60 --repeats 5 --model MODEL
+    python benchmarks/evaluation.py --memory 500 2000 8000
+
+Time: policy and reference are the same model, weights slightly moved. A pass is what ``dpo precompute-ref`` does to
+each pair; the evaluation without distributions is a pass of the policy; the exact one records one model and compares
+the other, loading left out. Each round runs all three; ratios are of medians, beside them those of CPU time.
+
+Memory: resident peak of a process (Linux) that evaluates so many generated pairs with a tiny model, beyond what it held
+before its first forward, the pairs' own ids included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rows import forget_peak, peak_mib
+from dpo_cli import drift
+from dpo_cli.attention import PREFIX_SHARED
+from dpo_cli.data import Reading
+from dpo_cli.drift import Watch
+from dpo_cli.logps import Scorer
+from dpo_cli.metrics import Reporter
+from dpo_cli.model import compute_dtype, default_device, find_model, load_model, load_tokenizer
+from dpo_cli.outcome import evaluation, scores_of
+from dpo_cli.pairs import Pairs
+from dpo_cli.records import find_sources
+from dpo_cli.tokenized import Tokenized
+
+ROOT = Path(__file__).parents[1]
+WATCH = Watch(Reporter(quiet=True), "benchmark")
+MAX_TOKENS = 2048
+
+
+def scorer_of(model: Any) -> Scorer:
+    device = default_device()
+    model.to(device).set_attn_implementation(PREFIX_SHARED)
+    return Scorer(model, "shared", compute_dtype(None, device), MAX_TOKENS, device)
+
+
+@torch.no_grad()
+def moved(model: Any, by: float = 0.01) -> Any:
+    for parameter in model.parameters():
+        parameter.mul_(1 + by * torch.randn_like(parameter))
+    return model
+
+
+def exact(policy: Scorer, reference: Scorer, pairs: Pairs, folder: Path) -> drift.Compared:
+    recorded = drift.record(policy, pairs, folder, WATCH)
+    assert recorded is not None
+    compared = drift.compare(reference, recorded, pairs, folder, WATCH, policy_runs=False)
+    assert compared is not None
+    return compared
+
+
+def times(name: str | None, count: int, repeats: int) -> None:
+    source = find_model(name)
+    tokenizer = load_tokenizer(source)
+    rows = find_sources([str(ROOT / "sample_data" / "heldout.jsonl")])[0]
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Tokenized(Path(folder), tokenizer, Reading(), print).read(rows, keep_refused=False)[0].pairs[:count]
+    policy, reference = scorer_of(moved(load_model(source))), scorer_of(load_model(source))
+    with tempfile.TemporaryDirectory() as folder:
+        ways: dict[str, Callable[[], Any]] = {
+            "a pass (precompute)": lambda: list(reference.score(pairs)),
+            "evaluation, --kl none": lambda: drift.score(policy, pairs, WATCH),
+            "evaluation, exact": lambda: exact(policy, reference, pairs, Path(folder)),
+        }
+        taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        ways["a pass (precompute)"]()  # warm
+        for _ in range(repeats):
+            for way, run in ways.items():
+                began = time.perf_counter(), time.process_time()
+                run()
+                taken[way].append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    tokens = int(pairs.lengths.sum())
+    print(
+        f"{len(pairs)} pairs, {tokens:,} tokens, {int(pairs.loss_lengths.sum()):,} of them with loss; {repeats} rounds"
+    )
+    print("| | seconds, median | passes | passes, CPU time | tokens/s |\n|---|---:|---:|---:|---:|")
+    medians = {way: [statistics.median(each) for each in zip(*seen, strict=True)] for way, seen in taken.items()}
+    unit = medians["a pass (precompute)"]
+    for way, (wall, cpu) in medians.items():
+        print(f"| {way} | {wall:.1f} | {wall / unit[0]:.2f} | {cpu / unit[1]:.2f} | {tokens / wall:,.0f} |")
+
+
+def memory(count: int) -> str:
+    """One line of the table of memory, in a process of its own."""
+    sys.path.insert(0, str(ROOT))
+    from tests.conftest import make_model, make_tokenizer, random_pairs
+
+    torch.set_num_threads(1)
+    pairs = Pairs(random_pairs(count, longest=60))
+    policy, reference = (scorer_of(make_model(seed=seed, vocab_size=8192)) for seed in (0, 1))
+    tokenizer = make_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        exact(policy, reference, pairs[:200], Path(folder))  # what the libraries take once
+        forget_peak()
+        before = peak_mib()
+        compared = exact(policy, reference, pairs, Path(folder))
+        forwards = peak_mib() - before
+        policy_logps = drift.score(policy, pairs, WATCH)
+        assert policy_logps is not None
+        scores = scores_of(pairs, policy_logps, compared.logps, 0.1, 0.0, compared)
+        evaluation(scores, compared, pairs, tokenizer, [])
+        files = compared.tokens.row_bytes * int(compared.tokens.ends[-1]) / 2**20
+    return (
+        f"| {count:,} | {int(pairs.loss_lengths.sum()):,} | {forwards:.0f} | {peak_mib() - before:.0f} | {files:.0f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", type=int, nargs="*")
+    arguments = parser.parse_args()
+    if not arguments.memory:
+        times(arguments.model, arguments.pairs, arguments.repeats)
+        return
+    print("| pairs | tokens with loss | both passes, MiB more | the whole evaluation, MiB more | token file, MiB |")
+    print("|---:|---:|---:|---:|---:|")
+    for count in arguments.memory:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            print(process.submit(memory, count).result(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
