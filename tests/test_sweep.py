@@ -175,11 +175,11 @@ def test_the_same_command_trains_nothing_and_tells_the_same(swept: tuple[Path, A
 
 
 def test_another_beta_is_added(place: Path, seen: Seen) -> None:
-    first = dpo(*short(place))
-    more = dpo(*short(place, beta="0.1,0.5,1"))
-    assert [point["beta"] for point in more["points"]] == [0.1, 0.5, 1]
-    assert [more["points"][0], more["points"][2]] == first["points"]
-    assert len(seen.models) == 3 and sum(seen.misses[1:]) == 0
+    first = dpo(*short(place, beta="1"))
+    more = dpo(*short(place, beta="0.5,1"))
+    assert [point["beta"] for point in more["points"]] == [0.5, 1]
+    assert more["points"][1:] == first["points"]
+    assert len(seen.models) == 2 and sum(seen.misses[1:]) == 0
 
 
 def test_later_runs_settle_as_the_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,9 +274,8 @@ def test_without_an_output_the_same_command_finds_its_folder(place: Path, monkey
     common = ["sweep", *training(Path()), "--max-steps", 1]
     first = dpo(*common, "--beta", "0.1")
     assert Path(first["output"]).parent == Path("runs") and (place / first["output"] / "frontier.svg").is_file()
-    assert dpo(*common, "--beta", "0.1,1", "--log-every", 2)["output"] == first["output"]
-    assert invoke(*common, "--beta", "1", "--lr", 1e-5).exit_code == 0
-    assert len([*(place / "runs").iterdir()]) == 2
+    assert dpo(*common, "--beta", "0.1", "--log-every", 2) == first
+    assert dpo(*common, "--beta", "0.1", "--lr", 1e-5)["output"] != first["output"]
 
 
 @pytest.mark.parametrize(
