@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 
 from benchmarks.meter import Message, Meter, serve
+from dpo_cli import drift
 from dpo_cli.config import TrainOptions, resolve
-from dpo_cli.evaluate import evaluate, policy_logps
+from dpo_cli.drift import Watch
 from dpo_cli.metrics import Reporter
+from dpo_cli.outcome import scores_of
 from dpo_cli.pairs import Pairs
 from dpo_cli.prepare import fill_reference
 from dpo_cli.run import lay_out_run
@@ -92,11 +94,13 @@ class Ours:
     def eval(self, blocks: list[int]) -> Message:
         """Score the held-out pairs once a block."""
         trainer, losses, options = self._ready(), [], self.run.options
-        beta, smoothing, terms = options.beta, options.label_smoothing, self.run.held_out.terms
+        held_out, beta, smoothing = self.run.held_out, options.beta, options.label_smoothing
         for _ in blocks:
             self.meter.begin()
-            policy = policy_logps(trainer.scorer, self.run.held_out, self.reporter)
-            losses.append(evaluate(policy, self.held_out_reference, beta, smoothing, terms)["loss"])
+            policy = drift.score(trainer.scorer, held_out, Watch(self.reporter, "held out"))
+            assert policy is not None
+            scores = scores_of(held_out, policy, self.held_out_reference, beta, smoothing, None)
+            losses.append(float(scores.losses.mean()))
             self.meter.end()
         return {"losses": losses}
 

@@ -172,7 +172,7 @@ def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
     from dpo_cli.evaluate import run_eval
     from dpo_cli.summary import as_text
 
-    _show(run_eval(options, reporter), json_, as_text)
+    run_eval(options, reporter, lambda result: _show(result, json_, as_text))
 
 
 @app.command()

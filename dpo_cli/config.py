@@ -278,9 +278,7 @@ class CheckOptions(DataOptions):
 
 
 # Options that do not change what is trained: a resumed run may have others than it began with.
-OPERATIONAL = frozenset(
-    {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "keep_best"}
-)
+OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl"})
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
 SETTLED = frozenset(
     {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dpo_cli.batch import MicroBatch
 from dpo_cli.disk import writing
-from dpo_cli.errors import UsageError
+from dpo_cli.errors import NotWrittenError, UsageError
 from dpo_cli.logps import Head, Scorer, head_pieces, response_logps, target_logps
 from dpo_cli.metrics import Reporter
 from dpo_cli.pairs import Pairs
@@ -59,24 +59,27 @@ class Watch:
 class TokenFile:
     """Rows of numbers, one for every response token of pairs that carries loss, in a file that goes when this does.
 
-    A pair's rows are those of its chosen, then of its rejected response.
+    A pair's rows are those of its chosen, then of its rejected response. ``more``: bytes a row that are to lie beside
+    them later.
 
     Raises:
-        UsageError: the disk has no room for them.
+        NotWrittenError: the disk has no room for them, or takes no file.
     """
 
-    def __init__(self, pairs: Pairs, width: int, dtype: torch.dtype, folder: Path) -> None:
+    def __init__(self, pairs: Pairs, width: int, dtype: torch.dtype, folder: Path, more: int = 0) -> None:
         self.lengths = pairs.loss_lengths  # (P, 2)
         self.ends = np.cumsum(self.lengths.sum(1))
         self.width, self.dtype, self.row_bytes = width, dtype, width * dtype.itemsize
         self.folder = _writable(folder.expanduser())
-        need, free = int(self.ends[-1]) * self.row_bytes, shutil.disk_usage(self.folder).free
+        need, free = int(self.ends[-1]) * (self.row_bytes + more), shutil.disk_usage(self.folder).free
         if need > free:
-            raise UsageError(
+            raise NotWrittenError(
                 f"the exact KL needs {need / 2**30:.1f} GiB for a while and {self.folder} has {free / 2**30:.1f}: name "
                 "a larger disk with --cache-dir, evaluate fewer pairs, or go without by --kl none"
             )
-        self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  # it lives as long as this object
+        self.told = self.folder / "a temporary file"
+        with writing(self.told):  # unbuffered: what cannot be written is told by the write, not by a read or at the end
+            self.file = tempfile.TemporaryFile(buffering=0, dir=self.folder)  # noqa: SIM115  # it lives as this does
         weakref.finalize(self, self.file.close)
 
     def write(self, places: Sequence[int], rows: Tensor) -> None:
@@ -86,12 +89,12 @@ class TokenFile:
             NotWrittenError: the disk is full.
         """
         content = rows.to("cpu", self.dtype).contiguous().view(torch.uint8).flatten().numpy().data
-        with writing(self.folder / "a temporary file"):
-            start = 0
+        with writing(self.told):
             for offset, size in self._spans(places):
                 self.file.seek(offset)
-                self.file.write(content[start : start + size])
-                start += size
+                part, content = content[:size], content[size:]
+                while part:
+                    part = part[self.file.write(part) :]
 
     def read(self, places: Sequence[int]) -> Tensor:
         """The rows of some pairs, in their order: (N, width)."""
@@ -151,7 +154,7 @@ def record(scorer: Scorer, pairs: Pairs, folder: Path, watch: Watch) -> Recorded
     """Run a model over all pairs and keep what its head reads, in a file below ``folder``; None when it was stopped.
 
     Raises:
-        UsageError: the disk has no room for it.
+        NotWrittenError: the disk has no room for it and for what ``compare`` will write.
     """
     head, table = scorer.head, torch.full((len(pairs), 2), math.nan)
     kept: list[TokenFile] = []
@@ -164,7 +167,7 @@ def record(scorer: Scorer, pairs: Pairs, folder: Path, watch: Watch) -> Recorded
     for places, (logps, states) in _watched(scorer, pairs, both, watch):
         table[list(places)] = logps.view(2, -1).T.cpu()
         if not kept:
-            kept.append(TokenFile(pairs, states.shape[1], states.dtype, folder))
+            kept.append(TokenFile(pairs, states.shape[1], states.dtype, folder, 4 * len(COLUMNS)))
         kept[0].write(places, states)
     return None if watch.stopped() else Recorded(kept[0], head.copied(), table)
 
@@ -185,7 +188,8 @@ def compare(
     the ``same`` model, its states are those recorded and nothing but its head runs.
 
     Raises:
-        UsageError: the two have other vocabularies, or the disk has no room.
+        UsageError: the two have other vocabularies.
+        NotWrittenError: the disk has no room.
     """
     there, tokens = recorded.head.to(scorer.device), TokenFile(pairs, len(COLUMNS), torch.float32, folder)
     sums = torch.full((len(pairs), 2, len(COLUMNS) + 1), math.nan, dtype=torch.float64)

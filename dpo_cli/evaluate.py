@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -20,7 +22,7 @@ from dpo_cli.errors import UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint, same_weights
 from dpo_cli.logps import Scorer
 from dpo_cli.margins import compared as compare_scores
-from dpo_cli.metrics import Reporter, read_metrics
+from dpo_cli.metrics import Reporter, best_step, evaluations, read_metrics
 from dpo_cli.model import ModelSource, compile_layers, default_device, dtype_name, load_model
 from dpo_cli.outcome import evaluation, scores_of
 from dpo_cli.pairs import Ids, Pairs
@@ -42,29 +44,34 @@ from dpo_cli.scores import Evaluation
 from dpo_cli.show import write_per_pair
 from dpo_cli.tokens import reasons
 
+Show = Callable[[dict[str, Any]], None]
 
-def run_eval(options: EvalOptions, reporter: Reporter) -> dict[str, Any]:
-    """`dpo eval`: evaluate a model on pairs, or two on the same ones.
+
+def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
+    """`dpo eval`: evaluate a model on pairs, or two on the same ones, and show the result.
 
     A run brings its own beta, truncation, control tokens, precision and reference, so that the numbers are those of
-    its training.
+    its training. They are shown before any file is written: a full disk costs no evaluation.
     """
     names: list[str | None] = [*(options.model or ())] or [None]
     if len(names) > 2:
         raise UsageError("--model: one model is evaluated, or two are compared")
     if len(names) == 1:
-        return dict(evaluated(names[0], options, reporter)[0].result)
-    if options.per_pair or options.report:
-        raise UsageError("--per-pair and --report are of one model: evaluate each on its own for them")
+        evaluated(names[0], options, reporter, show)
+        return
+    if options.per_pair or options.report or options.samples:
+        raise UsageError("--per-pair, --report and --samples are of one model: evaluate each on its own for them")
     (first, pairs), (second, others) = (evaluated(name, options, reporter) for name in names)
     if first.scores.where != second.scores.where:
         raise UsageError("the two models use other rows: what one truncates away the other reads; set --max-length")
     told = {"a": names[0], "b": names[1], "pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
-    return told | compare_scores(first.scores, second.scores)
+    show(told | compare_scores(first.scores, second.scores, options.seed))
 
 
-def evaluated(name: str | None, options: EvalOptions, reporter: Reporter) -> tuple[Evaluation, Pairs]:
-    """Evaluate one model on the pairs that come with it, and write the files that were asked for."""
+def evaluated(
+    name: str | None, options: EvalOptions, reporter: Reporter, show: Show = lambda result: None
+) -> tuple[Evaluation, Pairs]:
+    """Evaluate one model, show its result, and write the files that were asked for."""
     source = choose_model(name, options, reporter)
     began = trained_with(source.run) if source.run else None
     options = _as_trained(options, source, began)
@@ -81,10 +88,13 @@ def evaluated(name: str | None, options: EvalOptions, reporter: Reporter) -> tup
     assert options.beta is not None
     scores = scores_of(pairs, policy, reference, options.beta, began.label_smoothing if began else 0.0, compared)
     history = read_metrics(source.run / "metrics.jsonl") if source.run else []
-    done = evaluation(scores, compared, pairs, tokenizer, history)
+    step = _step(source, began, history)
+    so_far = [line for line in history if step is None or line["step"] <= step]
+    done = evaluation(scores, compared, pairs, tokenizer, so_far, options.seed)
     about: dict[str, Any] = {"model": source.told, "reference": judge.told, "beta": options.beta}
     about |= {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
     done = dataclasses.replace(done, result=about | done.result | more)
+    show(dict(done.result))
     if options.per_pair:
         write_per_pair(options.per_pair, pairs, scores)
     if options.report:
@@ -92,6 +102,15 @@ def evaluated(name: str | None, options: EvalOptions, reporter: Reporter) -> tup
         write_report(options.report, ReportInput(source.told, done, history, manifest, vars(options)))
         reporter.fact("report", str(options.report))
     return done, pairs
+
+
+def _step(source: ModelSource, began: TrainOptions | None, history: Sequence[dict[str, Any]]) -> int | None:
+    """The step after which a run had this model; None of its last one."""
+    if source.checkpoint:
+        return int(source.checkpoint.name.removeprefix("step-"))
+    if began and began.keep_best and source.run and Path(source.path) == source.run / "best":
+        return best_step(evaluations(history), began.keep_best)
+    return None
 
 
 def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions | None) -> EvalOptions:
@@ -169,7 +188,7 @@ class _Judge:
         drawn = self._draw(policy) if self.options.samples else None
         assert recorded is not None
         kept = self._kept(policy.scorer)
-        reference, cache = self._reference(policy)
+        reference, cache = self._reference(policy, kept is not None)
         about: dict[str, Any] = {"policy_runs": False, "same": self.itself}
         compared = drift.compare(reference.scorer, recorded, self.pairs, folder, self._watch("reference"), **about)
         assert compared is not None
@@ -207,8 +226,10 @@ class _Judge:
         self.told = str(began["model"] or manifest["start_model"])
         return None if cache.lookup(self.pairs).isnan().any() else cache
 
-    def _reference(self, policy: _Loaded) -> tuple[_Loaded, ReferenceCache]:
+    def _reference(self, policy: _Loaded, known: bool = False) -> tuple[_Loaded, ReferenceCache]:
         """The reference's model, and the cache of its log-probs; the policy's weights are gone unless it is that.
+
+        ``known``: its log-probs are in the cache, so that an evaluation could do without the model.
 
         Raises:
             UsageError: it cannot be loaded, or is another one than the run began with.
@@ -226,7 +247,8 @@ class _Judge:
             )
             loaded = self._load(source, named=True)
         except UsageError as error:
-            raise UsageError(f"the reference cannot be loaded; name it with --ref\n{error}") from error
+            other = ", or add --kl none: its log-probs are cached" if known else ""
+            raise UsageError(f"the reference cannot be loaded; name it with --ref{other}\n{error}") from error
         self.told = source.told
         if began and not same_weights(loaded.fingerprint, began["fingerprint"]):
             raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref")

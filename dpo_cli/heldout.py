@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from dpo_cli import drift
-from dpo_cli.config import BEST
 from dpo_cli.curves import write_curves
 from dpo_cli.drift import Recorded, Watch
 from dpo_cli.logps import Scorer
-from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics
+from dpo_cli.metrics import Reporter, append_metrics, best_step, evaluations, read_metrics
 from dpo_cli.outcome import evaluation, scores_of
 from dpo_cli.report import ReportInput, write_report
 from dpo_cli.run import Run, read_manifest
@@ -30,7 +29,7 @@ class HeldOut:
     ``reference`` is its logps (P, 2) in nats.
 
     Raises:
-        UsageError: the disk has no room for what is recorded.
+        NotWrittenError: the disk has no room for what is recorded.
     """
 
     def __init__(self, run: Run, reference: Tensor, reporter: Reporter) -> None:
@@ -39,11 +38,19 @@ class HeldOut:
         self.last: Evaluation | None = None
         self.recorded: Recorded | None = None
         if run.held_out and run.options.kl == "exact":
+            instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
+            reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             watch = Watch(reporter, "reference")
             self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)
 
-    def evaluate(self, step: int, scorer: Scorer, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        """Score the pairs under the policy after ``step`` and write their line; None if it was stopped first."""
+    def evaluate(
+        self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[], None]
+    ) -> dict[str, float] | None:
+        """Score the pairs under the policy after ``step`` and write their line; None if it was stopped first.
+
+        If the policy is the best so far it is made to ``keep``, before the line is there: what ends the process in
+        between is made up for with the evaluation.
+        """
         run, watch = self.run, Watch(self.reporter, "held out", stopped)
         scorer = dataclasses.replace(scorer)  # whatever it comes down to, training keeps its budget
         compared = None
@@ -58,18 +65,17 @@ class HeldOut:
             return None
         beta, smoothing = run.options.beta, run.options.label_smoothing
         scores = scores_of(run.held_out, policy, self.reference, beta, smoothing, compared)
-        append_metrics(self.metrics, step, found := values(scores), "eval_")
+        found, known = values(scores), self._evaluations()
+        if (metric := run.options.keep_best) and best_step(known | {step: found}, metric) == step:
+            keep()
+        if step not in known:
+            append_metrics(self.metrics, step, found, "eval_")
         history = read_metrics(self.metrics)
         self.last = evaluation(scores, compared, run.held_out, run.tokenizer, history)
         return found
 
-    def is_best(self, step: int) -> bool:
-        """Whether the evaluation of this step is better than all before it, by the metric that is asked for."""
-        name = self.run.options.keep_best
-        if name is None:
-            return False
-        found = {at: BEST[name] * each[name] for at, each in evaluations(read_metrics(self.metrics)).items()}
-        return all(found[step] > value for at, value in found.items() if at < step)
+    def _evaluations(self) -> dict[int, dict[str, float]]:
+        return evaluations(read_metrics(self.metrics))
 
     def write_report(self, samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write the run's report and curves, as far as it has come.

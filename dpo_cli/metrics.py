@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor
 
+from dpo_cli.config import BEST
 from dpo_cli.disk import to_json, whole_file, writing
 from dpo_cli.errors import printable
 from dpo_cli.scores import TIE
@@ -83,6 +84,16 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, flo
         for line in history
         if "eval_loss" in line
     }
+
+
+def best_step(found: Mapping[int, Mapping[str, float]], metric: str) -> int:
+    """The step of the best of ``evaluations``, the first of equals; one that was not finite is none."""
+
+    def goodness(step: int) -> float:
+        value = BEST[metric] * found[step][metric]
+        return -math.inf if math.isnan(value) else value
+
+    return max(sorted(found), key=goodness)
 
 
 def truncate_metrics(file: Path, step: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from dpo_cli.diagnose import findings
@@ -34,14 +35,20 @@ def scores_of(
     )
 
 
+@np.errstate(invalid="ignore", over="ignore")  # a number that is not finite is told as none, without a warning
 def evaluation(
-    scores: Scores, compared: Compared | None, pairs: Pairs, tokenizer: Any, history: Sequence[dict[str, Any]]
+    scores: Scores,
+    compared: Compared | None,
+    pairs: Pairs,
+    tokenizer: Any,
+    history: Sequence[dict[str, Any]],
+    seed: int = 0,
 ) -> Evaluation:
     """All that the numbers tell: means with intervals, findings, tokens that moved, pairs to look at.
 
-    ``history`` has the lines of the run's metrics, if the policy is of one.
+    ``history`` has the lines of the run's metrics up to this policy, if it is of one; ``seed`` is the intervals'.
     """
-    told = sections(scores)
+    told = sections(scores, seed)
     result: dict[str, Any] = values(scores) | told
     result["findings"] = findings(scores, told, history)
     if compared is None:

@@ -191,8 +191,12 @@ def _checked_folder(options: TrainOptions, resume: Path | None) -> Path:
         raise UsageError(f"--output {folder}: cannot be made, for {above} is no folder that can be written to")
     if options.eval_data and options.eval_fraction:
         raise UsageError("--eval-data and --eval-fraction: give one of them")
-    if not (options.eval_data or options.eval_fraction) and (options.eval_every or options.show_answers):
-        raise UsageError("--eval-every and --show-answers need held-out pairs: --eval-data or --eval-fraction")
+    if not (options.eval_data or options.eval_fraction) and (
+        options.eval_every or options.show_answers or options.keep_best
+    ):
+        raise UsageError(
+            "--eval-every, --show-answers and --keep-best need held-out pairs: --eval-data or --eval-fraction"
+        )
     if options.memory == "in-backward" and options.max_grad_norm:
         raise UsageError("--memory in-backward: no gradient is there long enough to be clipped; set --max-grad-norm 0")
     return folder

@@ -77,7 +77,7 @@ def _in_context(place: int, row: int, compared: Compared, pairs: Pairs, tokenize
     ids: Ids = getattr(pair, side)
     at = int(np.flatnonzero(carries_loss(ids))[row - chosen * (row >= chosen)])
     logp, ref_logp = compared.tokens.read([place])[row, :2].tolist()
-    fold = math.exp(abs(logp - ref_logp))
+    fold = math.exp(min(abs(logp - ref_logp), 700))  # the next ones overflow
     whole = np.concatenate([read(pair.prompt), read(ids)])
     here = len(pair.prompt) + at
     before, token, after = (

@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,8 @@ class _Loop:
                     if step == total or _due(options.save_every, step):
                         self._save(step, rng_state(run.scorer.device))
                 due = step in (0, total) or _due(options.eval_every, step)
-                if run.held_out and due and step not in evaluated and not self._evaluate(step):
+                known = step in evaluated and (step < total or self.held_out.last)  # the last one is in the report
+                if run.held_out and due and not known and not self._evaluate(step):
                     raise self._interrupted(step, rng_state(run.scorer.device))
 
     def _step(self, step: int) -> str | None:
@@ -212,13 +214,13 @@ class _Loop:
 
     def _evaluate(self, step: int) -> bool:
         """Evaluate the held-out pairs, tell it, and keep the model if it is the best; False if a signal came first."""
-        found = self.held_out.evaluate(step, self.trainer.scorer, lambda: self.stop.requested)
+        run, trainer, stop = self.run, self.trainer, self.stop
+        keep = partial(_export, run, trainer, "best")
+        found = self.held_out.evaluate(step, trainer.scorer, lambda: stop.requested, keep)
         if found is None:
             return False
         self.reporter.fact("held out", f"step {step}: {_brief(found)}")
-        if self.held_out.is_best(step):
-            _export(self.run, self.trainer, "best")
-        if step < len(self.run.plan):  # the last one's is written when the run is complete
+        if step < len(run.plan):  # the last one's is written when the run is complete
             self.held_out.write_report()
         return True
 

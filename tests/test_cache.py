@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 
 import dpo_cli.fingerprint
 import dpo_cli.shards
+from dpo_cli import drift
 from dpo_cli.batch import padded
 from dpo_cli.cache import references
 from dpo_cli.cli import app
@@ -757,15 +758,15 @@ def test_files_that_change_while_they_are_evaluated_are_not_remembered(
     place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The policy is loaded, another model takes its place, and then its log-probs are looked up as the reference."""
-    from dpo_cli.evaluate import policy_logps
+    original = drift.score
 
     def score(*arguments: Any) -> Tensor | None:
         put_other_weights_in_place_of(place)
-        return policy_logps(*arguments)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_cli.evaluate.policy_logps", score)
-        place.told("eval")
+        patch.setattr(drift, "score", score)
+        place.told("eval", "--kl", "none")
     assert place.precompute()["misses"] == len(LINES)
     assert place.precompute("--verify", 6)["misses"] == 0
 

@@ -22,7 +22,8 @@ def small_run(dpo: Cli, tiny: Path, tmp_path: Path):
 
 def test_train_writes_the_run_folder(small_run) -> None:
     run, result, told = small_run
-    assert {p.name for p in run.iterdir()} == {"checkpoints", "config.yaml", "manifest.json", "metrics.jsonl", "model"}
+    files = {"config.yaml", "manifest.json", "metrics.jsonl", "report.html", "curves.png"}
+    assert {p.name for p in run.iterdir()} == files | {"checkpoints", "model"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3]

@@ -259,6 +259,11 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "keep": POSITIVE,
     "show_answers": NOT_NEGATIVE,
     "verify": NOT_NEGATIVE,
+    "kl": (["exact", "none"], ["Exact", "", "sampled"]),
+    "keep_best": (["loss", "rewards/margins", "rewards/accuracies"], ["accuracy", "", "rewards/chosen"]),
+    "samples": NOT_NEGATIVE,
+    "sample_prompts": POSITIVE,
+    "sample_tokens": POSITIVE,
 }
 
 
@@ -293,7 +298,8 @@ def test_defaults_are_in_their_ranges_and_have_a_help_text() -> None:
         resolve(kind, DATA)
         for f in fields(kind):
             assert f.metadata["help"].endswith((".", "…")) or "=…" in f.metadata["help"], f.name
-            assert f.default is not None or f.metadata["shown"] or f.name in ("eval_data", "per_pair"), f.name
+            off = f.name in ("eval_data", "per_pair", "report", "keep_best")  # unless it is asked for
+            assert f.default is not None or f.metadata["shown"] or off, f.name
 
 
 # ---- the file that repeats the run ------------------------------------------------------------------------------
@@ -384,6 +390,8 @@ OTHER: dict[str, Any] = {
     "seed": 9,
     "log_every": 9,
     "eval_every": 9,
+    "kl": "none",
+    "keep_best": "loss",
     "save_every": 9,
     "keep": 9,
     "show_answers": 9,
@@ -427,8 +435,11 @@ def test_what_changes_the_training_cannot_be_changed(option: str, run: Path) -> 
 
 
 def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None:
-    """The gradient, the order of the pairs and what is scored must not depend on any of them."""
-    names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code"}
+    """The gradient, the order of the pairs and what is kept of the run must not depend on any of them.
+
+    Were the metric of the best model among them, best/ would hold the best by another one, or lack what is over.
+    """
+    names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl"}
     assert names == OPERATIONAL
 
 

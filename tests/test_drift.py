@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import Layout
 from dpo_cli.drift import COLUMNS, FOLD, TOP, Compared, TokenFile, Watch, compare, divergences, record, score
-from dpo_cli.errors import UsageError
+from dpo_cli.errors import NotWrittenError, UsageError
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter
 from dpo_cli.outcome import scores_of
@@ -255,7 +255,7 @@ def test_rows_come_back_as_they_went_in_whatever_the_order(tmp_path: Path) -> No
 def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 100})()
     monkeypatch.setattr("dpo_cli.drift.shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(UsageError, match="--kl none"):
+    with pytest.raises(NotWrittenError, match="--kl none"):
         record(scorer_of(make_model()), pairs_with_silent_tokens(), tmp_path, WATCH)
 
 

@@ -18,17 +18,22 @@ from dpo_cli.cli import app
 from dpo_cli.model import load_model
 from tests.conftest import SAMPLE, Cli, make_model, write_rows
 
-EVALUATED = {
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
-    "logps/chosen", "logps/rejected",
-}  # fmt: skip
-SHOWN = EVALUATED | {
-    "rows", "refused", "pairs", "beta", "ref_logps/chosen", "ref_logps/rejected", "rewards/margins_quantiles",
-    "cross_entropy/chosen", "cross_entropy/rejected", "ref_cross_entropy/chosen", "ref_cross_entropy/rejected",
-}  # fmt: skip
+EITHER = ("chosen", "rejected")
+BY_RESPONSE = ("rewards", "logps", "ref_logps", "logratio", "data_kl_change", "cross_entropy", "ref_cross_entropy")
+BY_RESPONSE = (*BY_RESPONSE, "perplexity", "ref_perplexity")
+FROM_BOTH = ("entropy", "ref_entropy", "kl", "reverse_kl", "kl_cross_entropy", "reverse_kl_cross_entropy")
+FROM_BOTH = (*FROM_BOTH, "moved_tokens")
+MEANS = {"loss", "rewards/margins", "rewards/accuracies", "rewards/ties"}
+MEANS |= {f"{name}/{side}" for name in BY_RESPONSE for side in EITHER}
+EXACT = {f"{name}/{side}" for name in FROM_BOTH for side in EITHER}  # what needs both models
+EVALUATED = MEANS | EXACT
+ABOUT = {"model", "reference", "rows", "refused", "pairs", "beta"}
+SECTIONS = {"intervals", "rewards/margins_quantiles", "effect", "buckets", "calibration", "length", "findings"}
+SHOWN = EVALUATED | ABOUT | SECTIONS | {"drift"}
 PER_PAIR = [
     "row", "logps/chosen", "logps/rejected", "ref_logps/chosen", "ref_logps/rejected", "rewards/chosen",
-    "rewards/rejected", "margin", "tokens/prompt", "tokens/chosen", "tokens/rejected",
+    "rewards/rejected", "kl/chosen", "kl/rejected", "reverse_kl/chosen", "reverse_kl/rejected", "margin",
+    "tokens/prompt", "tokens/chosen", "tokens/rejected",
 ]  # fmt: skip
 BETA = 0.3
 NOISE = 1e-3  # nats
@@ -97,7 +102,26 @@ def test_keys(trained: tuple[Path, dict[str, Any]]) -> None:
     result = evaluate(trained[0])
     assert result.keys() == SHOWN
     assert result["pairs"] == 9 and result["beta"] == BETA
-    assert all(math.isfinite(result[name]) for name in SHOWN - {"rewards/margins_quantiles", "refused"})
+    assert all(math.isfinite(result[name]) for name in EVALUATED)
+    assert result["intervals"].keys() == EVALUATED
+    assert all(low <= result[name] <= high for name, (low, high) in result["intervals"].items())
+
+
+def test_without_the_whole_distributions_all_else_is_the_same(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    whole, less = evaluate(trained[0]), evaluate(trained[0], "--kl", "none", "--per-pair", tmp_path / "pairs.jsonl")
+    assert less.keys() == SHOWN - EXACT - {"drift"}
+    assert {name: less[name] for name in MEANS} == pytest.approx({name: whole[name] for name in MEANS}, abs=1e-6)
+    assert less["intervals"].keys() == MEANS
+    assert list(per_pair(tmp_path / "pairs.jsonl")[0]) == [name for name in PER_PAIR if "kl" not in name]
+    for name in SECTIONS - {"intervals", "findings"}:
+        assert flat(less[name]) == pytest.approx(flat(whole[name]), abs=1e-6)
+
+
+def flat(value: Any) -> list[Any]:
+    """The numbers of a section."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [number for each in value for number in flat(each)] if isinstance(value, list) else [value]
 
 
 def test_the_runs_model_folder_is_the_run(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -140,6 +164,9 @@ def test_per_pair_lines_add_up_to_the_result(trained: tuple[Path, dict[str, Any]
         for name in (f"logps/{side}", f"ref_logps/{side}", f"rewards/{side}"):
             assert result[name] == mean([line[name] for line in lines])
         tokens = sum(line[f"tokens/{side}"] for line in lines)
+        for name in ("kl", "reverse_kl"):  # of a line a token, as its mean over all tokens is
+            total = sum(line[f"{name}/{side}"] * line[f"tokens/{side}"] for line in lines)
+            assert result[f"{name}/{side}"] == pytest.approx(total / tokens, rel=1e-5)
         for prefix in ("", "ref_"):
             total = sum(line[f"{prefix}logps/{side}"] for line in lines)
             assert result[f"{prefix}cross_entropy/{side}"] == pytest.approx(-total / tokens, rel=1e-5)
@@ -242,9 +269,25 @@ def moved(trained: tuple[Path, dict[str, Any]]) -> Iterator[Path]:
 
 
 def test_full_cache_needs_no_reference_model(moved: Path, trained: tuple[Path, Any], loaded: list[str]) -> None:
-    result = evaluate(moved)
-    assert {name: result[name] for name in EVALUATED} == pytest.approx(trained[1]["after"], rel=1e-6, abs=1e-6)
+    result = evaluate(moved, "--kl", "none")
+    assert {name: result[name] for name in MEANS} == pytest.approx(
+        {name: trained[1]["after"][name] for name in MEANS}, rel=1e-6, abs=1e-6
+    )
     assert loaded == [str(moved / "run" / "model")]
+
+
+def test_the_whole_distributions_need_both_models(
+    moved: Path, trained: tuple[Path, Any], loaded: list[str], tmp_path: Path
+) -> None:
+    """One after the other. Where the reference's is gone, the message names both ways out."""
+    result = invoke(
+        "eval", "--model", moved / "run", "--data", moved / "held-out.jsonl", "--cache-dir", moved / "cache", "--json"
+    )
+    assert result.exit_code == 2 and result.stdout == ""
+    assert str(moved / "start") in result.stderr and "--ref" in result.stderr and "--kl none" in result.stderr
+    loaded.clear()
+    evaluate(moved, "--ref", moved / "away")
+    assert loaded == [str(moved / "run" / "model"), str(moved / "away")]
 
 
 def test_pairs_that_are_not_cached_are_scored_by_the_start_model(
@@ -253,6 +296,7 @@ def test_pairs_that_are_not_cached_are_scored_by_the_start_model(
     folder = trained[0]
     cache = shutil.copytree(folder / "cache", tmp_path / "cache")
     common = ("eval", "--model", folder / "run", "--data", folder / "unseen.jsonl", "--cache-dir", cache)
+    common = (*common, "--kl", "none")
     first = dpo(*common, "--per-pair", tmp_path / "pairs.jsonl")
     assert loaded == [str(folder / "run" / "model"), str(folder / "start")]
     row, line = per_pair(folder / "unseen.jsonl")[0], per_pair(tmp_path / "pairs.jsonl")[0]
@@ -322,15 +366,28 @@ def test_stdout_is_one_json_object_and_nothing_else(dpo: Cli, trained: tuple[Pat
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert out.stdout.count("\n") == 1 and json.loads(out.stdout).keys() == SHOWN
-    assert "9 to score" in out.stderr
+    assert "reference 9/9" in out.stderr
     assert len(per_pair(tmp_path / "pairs.jsonl")) == 9
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "cache"}
 
 
 def test_a_person_gets_a_table(trained: tuple[Path, Any]) -> None:
     folder = trained[0]
     common = ("--data", folder / "held-out.jsonl", "--cache-dir", folder / "cache")
-    result = invoke("eval", "--model", folder / "run", *common)
-    assert result.exit_code == 0
-    shown = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
-    assert shown.keys() == SHOWN
-    assert float(shown["rewards/margins"]) == pytest.approx(trained[1]["after"]["rewards/margins"], rel=1e-5)
+    for kl in ("exact", "none"):
+        result = invoke("eval", "--model", folder / "run", *common, "--kl", kl)
+        assert result.exit_code == 0, result.output
+        shown = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
+        for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+            value, low, to, high = shown[name][1:5]
+            assert read_number(value) == pytest.approx(trained[1]["after"][name], abs=1e-3)
+            assert to == "to" and read_number(low) <= read_number(value) <= read_number(high)
+        for name in ("cross_entropy", "data_kl_change", "perplexity", *(FROM_BOTH[:4] if kl == "exact" else ())):
+            assert read_number(shown[name][1]) == pytest.approx(trained[1]["after"][f"{name}/chosen"], rel=1e-3)
+        assert ("kl" in shown) == (kl == "exact")
+        assert {"policy", "reference", "effect", "calibration", "length"} <= shown.keys()
+        assert all(len(line) <= 160 for line in result.stdout.splitlines() if not line.startswith(("policy", "refer")))
+
+
+def read_number(text: str) -> float:
+    return float(text.replace("−", "-").replace(",", ""))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from dpo_cli import drift
 from dpo_cli.batch import MicroBatch
 from dpo_cli.cli import app
 from dpo_cli.logps import Scorer
@@ -214,19 +215,27 @@ def test_held_out_numbers_that_are_not_finite_are_written_as_null(
     train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     """The training itself is sound, so it comes to its end."""
-    import dpo_cli.train
+    original = drift.compare
 
-    original = dpo_cli.train.evaluate
-    spoilt = {"loss": math.nan, "rewards/margins": math.inf}
-    monkeypatch.setattr(dpo_cli.train, "evaluate", lambda *a: original(*a) | spoilt)
-    result = train("--eval-data", tmp_path / "rows.jsonl", form)
-    assert result.exit_code == 0, result.output
+    def spoilt(*arguments: Any, **more: Any) -> drift.Compared | None:
+        found = original(*arguments, **more)
+        assert found is not None
+        found.logps[3, 1], found.distributions.kl[3, 1], found.distributions.reverse_kl[3, 1] = math.nan, math.inf, -1
+        found.tokens.write([3], torch.full((int(found.tokens.lengths[3].sum()), found.tokens.width), math.nan))
+        return found
+
+    monkeypatch.setattr(drift, "compare", spoilt)
+    result = train("--eval-data", tmp_path / "rows.jsonl", "--keep-best", "loss", form)
+    assert result.exit_code == 0 and "warning" not in result.stderr, result.output
+    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "curves.png").is_file()
     lines = [strict(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if "eval_loss" in line]
     assert (
         [line["eval_loss"] for line in evaluated] == [line["eval_rewards/margins"] for line in evaluated] == [None] * 2
     )
     assert all(math.isfinite(line["eval_logps/chosen"]) for line in evaluated)
+    assert [line["eval_kl/rejected"] for line in evaluated] == [None] * 2
+    assert all(math.isfinite(line["eval_kl/chosen"]) for line in evaluated)
     if form == "--json":
         assert strict(result.stdout)["after"]["loss"] is None
     else:

@@ -59,20 +59,16 @@ def sample(count: int) -> list[Any]:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Pairs of every forward, of reference and policy."""
     pairs: list[int] = []
-    original = Scorer.token_logps
 
-    def counting(self: Scorer, batch: MicroBatch) -> Tensor:
-        pairs.append(len(batch.lengths) // 2)
-        return original(self, batch)
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(self: Scorer, batch: MicroBatch, *rest: Any) -> Any:
+            pairs.append(len(batch.lengths) // 2)
+            return forward(self, batch, *rest)
 
-    backward = Scorer.backward
+        return run
 
-    def counting_backward(self: Scorer, batch: MicroBatch, *rest: Any) -> None:
-        pairs.append(len(batch.lengths) // 2)
-        backward(self, batch, *rest)
-
-    monkeypatch.setattr(Scorer, "token_logps", counting)
-    monkeypatch.setattr(Scorer, "backward", counting_backward)
+    for name in ("token_logps", "states", "backward"):
+        monkeypatch.setattr(Scorer, name, counting(getattr(Scorer, name)))
     return pairs
 
 
@@ -154,6 +150,25 @@ def test_a_second_training_scores_nothing(tmp_path: Path, tiny: Path, rows: Path
     assert forwards == [4] * (1 + 6)  # the check at step 0 and one a step
 
 
+def test_a_second_training_scores_no_held_out_pair_but_at_its_evaluations(
+    tmp_path: Path, tiny: Path, rows: Path, forwards: list[int]
+) -> None:
+    """The reference runs over them for the exact KL in the place of the evaluation at step 0: none is added."""
+    held_out = write_rows(tmp_path / "held-out.jsonl", sample(15)[12:])
+    common = ("train", "--model", tiny, "--data", rows, "--eval-data", held_out, "--cache-dir", tmp_path / "cache")
+    found: dict[str, list[int]] = {}
+    dpo(*common, "--max-steps", 1, "--output", tmp_path / "first")
+    for kl in ("exact", "none"):
+        forwards.clear()
+        _, told = dpo(*common, "--kl", kl, "--batch-size", 4, "--eval-every", 1, "--output", tmp_path / kl)
+        assert "7 of 7 pairs cached" not in told and "15 of 15 pairs cached: no reference forward" in told
+        assert ("one pass over the 3 held-out pairs for the exact KL, in place of step 0's evaluation" in told) == (
+            kl == "exact"
+        )
+        found[kl] = [*forwards]
+    assert found["exact"] == found["none"] == [4, 3, 4, 3, 4, 3, 4, 3]  # the check of step 0; step 0; three steps
+
+
 def test_precompute_fills_what_train_and_eval_need(
     tmp_path: Path, tiny: Path, rows: Path, precompute: Precompute, forwards: list[int]
 ) -> None:
@@ -166,7 +181,10 @@ def test_precompute_fills_what_train_and_eval_need(
     assert (again["pairs"], again["hits"], again["misses"], again["tokens"], forwards) == (12, 12, 0, 0, [])
     common = ("--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache")
     assert "12 of 12 pairs cached: no reference forward" in dpo("train", *common, "--output", tmp_path / "run")[1]
-    assert "12 of 12 pairs cached: no reference forward" in dpo("eval", *common)[1]
+    assert "12 of 12 pairs cached: no reference forward" in dpo("eval", *common, "--kl", "none")[1]
+    forwards.clear()
+    dpo("eval", *common)
+    assert sum(forwards) == 12  # of a model that is its own reference the states are there
 
 
 def test_appended_row_is_all_that_is_scored(rows: Path, precompute: Precompute, forwards: list[int]) -> None:

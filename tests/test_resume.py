@@ -261,7 +261,10 @@ def test_killed_three_times_from_outside(
     [
         Strike("dpo_cli.train:Trainer._backward", 13),  # between the micro-batches of a step
         Strike("dpo_cli.train:append_metrics", 7),  # after a step, before its line
-        Strike("dpo_cli.train:policy_logps", 3),  # in an evaluation
+        Strike("dpo_cli.drift:_moved", 5),  # in an evaluation
+        Strike("dpo_cli.heldout:append_metrics", 3),  # evaluated, before its line
+        Strike("dpo_cli.heldout:write_report", 2),  # its line is written, its report is not
+        Strike("dpo_cli.heldout:write_report", 4),  # trained and exported, the last report is not written
         Strike("dpo_cli.checkpoint:save_file", 2 * 3 + 2),  # weights written, moments not
         Strike("dpo_cli.checkpoint:sha256", 2 * 3 + 2),  # all written, no manifest
         Strike("dpo_cli.checkpoint:shutil.rmtree", 1),  # an old checkpoint about to be dropped
@@ -270,10 +273,10 @@ def test_killed_three_times_from_outside(
     ids=lambda strike: f"{strike.function.partition(':')[2]}-{strike.call}",
 )
 def test_killed_at_a_point_within(place: Place, strike: Strike) -> None:
-    name = "killed-" + re.sub(r"\W", "-", strike.function)
+    name = "killed-" + re.sub(r"\W", "-", f"{strike.function}-{strike.call}")
     code, told = place.train(name, strike=strike)
     assert code == -signal.SIGKILL, told
-    assert not (place.folder / name / "model").exists()
+    assert (place.folder / name / "model").exists() == (strike.function.endswith("write_report") and strike.call == 4)
     code, told = place.dpo("train", "--resume", name, "--save-every", 3, "--keep", 3, "--log-every", 1)
     assert code == 0, told
     assert_equal(place.folder / name, place.folder / "whole")
@@ -345,22 +348,24 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
 @pytest.mark.parametrize(
     ("phase", "call", "number"),
     [
-        ("policy_logps", 1, signal.SIGTERM),  # the evaluation before the first step
-        ("Trainer.step", 1, signal.SIGINT),
-        ("Trainer._backward", 13, signal.SIGTERM),  # between the micro-batches of a step
-        ("Trainer._backward", 13, signal.SIGINT),
-        ("append_metrics", 6, signal.SIGTERM),
-        ("policy_logps", 3, signal.SIGINT),  # an evaluation on the way
-        ("save_checkpoint", 3, signal.SIGTERM),
-        ("export_model", 1, signal.SIGINT),
+        ("drift:_moved", 1, signal.SIGTERM),  # in the evaluation before the first step
+        ("train:Trainer.step", 1, signal.SIGINT),
+        ("train:Trainer._backward", 13, signal.SIGTERM),  # between the micro-batches of a step
+        ("train:Trainer._backward", 13, signal.SIGINT),
+        ("train:append_metrics", 6, signal.SIGTERM),
+        ("drift:_moved", 5, signal.SIGINT),  # in an evaluation on the way
+        ("heldout:append_metrics", 3, signal.SIGTERM),
+        ("heldout:write_report", 2, signal.SIGINT),
+        ("train:save_checkpoint", 3, signal.SIGTERM),
+        ("train:export_model", 1, signal.SIGINT),
     ],
 )
 def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, number: signal.Signals) -> None:
     """Exit code 130, a checkpoint at most a step old, and the very command to go on, also with a space in the name."""
-    name = f"my {phase} {call} {number.name}"
+    name = f"my {phase.partition(':')[2]} {call} {number.name}"
     run = place.folder / name
-    code, told = place.train(name, strike=Strike(f"dpo_cli.train:{phase}", call, (number,)))
-    if phase != "export_model" or code:  # the work is done there: it may as well come to its end
+    code, told = place.train(name, strike=Strike(f"dpo_cli.{phase}", call, (number,)))
+    if phase != "train:export_model" or code:  # the work is done there: it may as well come to its end
         assert code == 130, told
         found = newest_checkpoint(run / "checkpoints", pytest.fail)
         assert found and found[1] == max(newest_step(run), 0)

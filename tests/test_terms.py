@@ -29,12 +29,13 @@ from dpo_cli.batch import Layout, lay_out, plan_run
 from dpo_cli.cli import app
 from dpo_cli.config import TrainOptions
 from dpo_cli.errors import DpoError
-from dpo_cli.evaluate import evaluate
 from dpo_cli.logps import Scorer, token_logps
 from dpo_cli.memory import at_head, count_bytes
+from dpo_cli.outcome import scores_of
 from dpo_cli.pairs import Ids, Pair, Pairs, read
 from dpo_cli.prepare import _verify
 from dpo_cli.reference import fill, pair_keys
+from dpo_cli.scores import values
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer
 from dpo_cli.tokens import PairSet, tokenize_rows
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
@@ -249,10 +250,11 @@ def test_the_comparison_of_step_0_is_by_tokens_with_loss(model: PreTrainedModel,
 def test_evaluate_by_the_formula() -> None:
     """Weights and margins change the loss and nothing else."""
     policy, reference = torch.randn(2, 50, 2, generator=torch.Generator().manual_seed(0)) * 20 - 60
-    found = evaluate(policy, reference, BETA, SMOOTHING, terms_of(50))
+    plain = Pairs(random_pairs(50))
+    weighted = Pairs(replace(pair, weight=w, margin=m) for pair, (w, m) in zip(plain, terms_of(50), strict=True))
+    found, without = (values(scores_of(pairs, policy, reference, BETA, SMOOTHING, None)) for pairs in (weighted, plain))
     losses, _ = formula(policy.double(), reference.double(), torch.tensor(terms_of(50)).double())
     assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
-    without = evaluate(policy, reference, BETA, SMOOTHING, Pairs(random_pairs(50)).terms)
     assert without["loss"] != found["loss"] and without | {"loss": 0} == found | {"loss": 0}
 
 
