@@ -21,6 +21,7 @@ from dpo_cli.config import (
     EvalOptions,
     ExplainOptions,
     PrecomputeOptions,
+    SweepOptions,
     TrainOptions,
     resolve,
     resolve_resumed,
@@ -172,6 +173,18 @@ def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
     from dpo_cli.summary import as_text
 
     run_eval(options, reporter, lambda result: _show(result, json_, as_text))
+
+
+@app.command()
+@with_options(SweepOptions)
+def sweep(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+    """Train with several betas and show what each reward costs in KL."""
+    options = resolve(SweepOptions, flags, config)
+    reporter = _reporter()
+    from dpo_cli.sweep import as_text
+    from dpo_cli.sweep import sweep as run
+
+    _show(run(options, sys.argv, reporter), json_, as_text)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -38,6 +39,26 @@ def one_of(*values: str) -> Check:
     return (lambda v: v in values, "must be one of: " + ", ".join(values))
 
 
+def numbers(text: str) -> list[float]:
+    """The numbers of a text that has commas between them, lowest first."""
+    return sorted(float(part) for part in text.split(","))
+
+
+def _are_betas(text: str) -> bool:
+    try:
+        found = numbers(text)
+    except ValueError:
+        return False
+    return all(map(positive[0], found)) and len({f"{beta:g}" for beta in found}) == len(found)
+
+
+betas: Check = (_are_betas, "must be different numbers greater than 0, with commas between")
+import_path: Check = (
+    lambda v: bool(re.fullmatch(r"\w+(\.\w+)*:\w+", v)),
+    "must be MODULE:FUNCTION, for example my_rewards:helpful",
+)
+
+
 def option(default: Any, text: str, check: Check | None = None, shown: str | None = None) -> Any:
     """A field of an options class. ``shown`` words a default that is decided at run time."""
     metadata = {"help": text, "check": check, "shown": shown}
@@ -56,14 +77,13 @@ def memory_option() -> Any:
     )
 
 
-def kl_option() -> Any:
+def kl_option(more: str = "") -> Any:
     """Whether the whole next-token distributions of both models are compared, wherever pairs are evaluated."""
-    return option(
-        "exact",
+    text = (
         "exact: compare the whole next-token distributions of both models (KL, entropies, tokens that moved), which "
-        "runs both; none: their log-probs of the responses alone.",
-        one_of("exact", "none"),
+        "runs both; none: their log-probs of the responses alone."
     )
+    return option("exact", f"{text} {more}".strip(), one_of("exact", "none"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +136,19 @@ class Options(DataOptions):
     dtype: str | None = option(None, "Compute precision.", one_of("auto", "float32", "bfloat16"), shown="auto")
     cache_dir: Path = option(CACHE_DIR, "Where reference log-probs and tokenized pairs are kept.")
     compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """What every command needs that lets a model answer by itself."""
+
+    samples: int = option(
+        0,
+        "Responses drawn from the policy to each of some prompts: KL of whole responses; both models' answers.",
+        not_negative,
+    )
+    sample_prompts: int = option(16, "Prompts that --samples answers, the first of the data.", positive)
+    sample_tokens: int = option(128, "Longest sampled answer in tokens.", positive)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +211,7 @@ class PrecomputeOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(Options):
+class EvalOptions(SampleOptions, Options):
     """`dpo eval`."""
 
     model: list[str] | None = option(  # type: ignore[assignment]  # two are compared
@@ -189,16 +222,44 @@ class EvalOptions(Options):
     ref: str | None = option(None, "Reference model.", shown="what the run was trained from, else the model itself")
     beta: float | None = option(None, "Scale of the implicit reward.", positive, shown="the run's, else 0.1")
     kl: str = kl_option()
-    samples: int = option(
-        0,
-        "Responses drawn from the policy to each of some prompts: KL of whole responses; both models' answers.",
-        not_negative,
-    )
-    sample_prompts: int = option(16, "Prompts that --samples answers, the first of the data.", positive)
-    sample_tokens: int = option(128, "Longest sampled answer in tokens.", positive)
     seed: int = option(0, "Seed of the samples and of the intervals.", seedlike)
     per_pair: Path | None = option(None, "Write one JSON line a pair to this file.")
     report: Path | None = option(None, "Write the report, one HTML file, to this file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(SampleOptions, TrainOptions):
+    """`dpo sweep`: those of each of its trainings, which differ in beta alone, and those of the evaluation after it."""
+
+    beta: str = option(  # type: ignore[assignment]  # several
+        "0.03,0.1,0.3,1", "Strengths of the pull towards the reference, with commas between: a training each.", betas
+    )
+    output: Path | None = option(
+        None,
+        "Folder of the runs and of what is drawn from them; of one that is there, the sweep goes on.",
+        shown="runs/sweep-<hash of the options>",
+    )
+    kl: str = kl_option("While training; the frontier's is always exact.")
+    reward: str | None = option(
+        None,
+        "MODULE:FUNCTION, in the current folder or installed: of lists of prompts and of answers (texts), it returns a "
+        "number for each. Judges what --samples draws.",
+        import_path,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.eval_data:
+            raise UsageError("--eval-data is missing: a sweep compares its runs on held-out rows")
+        if self.eval_fraction:
+            raise UsageError("--eval-fraction: a sweep compares its runs on --eval-data; leave it out")
+        if self.reward and not self.samples:
+            raise UsageError(f"--reward {self.reward}: it judges sampled answers; add --samples, for example 4")
+
+    def runs(self) -> list[TrainOptions]:
+        """The options of each training, lowest beta first, but for where it goes."""
+        common = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainOptions)}
+        return [TrainOptions(**common | {"beta": beta, "output": None}) for beta in numbers(self.beta)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +279,10 @@ class CheckOptions(DataOptions):
 
 # Options that do not change what is trained: a resumed run may have others than it began with.
 OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl"})
+# Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
+SETTLED = frozenset(
+    {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}
+)
 
 T = TypeVar("T", bound=DataOptions)
 
@@ -252,14 +317,24 @@ def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
     if began.memory == "auto":  # the run is older than the option
         began, flags = dataclasses.replace(began, memory="full"), {**flags, "memory": flags.get("memory") or "full"}
     options = resolve(TrainOptions, flags, file)
-    changed = [
-        f"--{f.name.replace('_', '-')} {getattr(options, f.name)} (it began with {getattr(began, f.name)})"
-        for f in dataclasses.fields(options)
-        if f.name not in OPERATIONAL and getattr(options, f.name) != getattr(began, f.name)
-    ]
-    if changed:
+    if changed := differences(began, options):
         raise UsageError(f"--resume {folder}: cannot change " + ", ".join(changed))
     return options
+
+
+def differences(began: TrainOptions, options: TrainOptions) -> list[str]:
+    """What another training is asked for by, option by option, than the one that a run began with."""
+    return [
+        f"--{f.name.replace('_', '-')} {getattr(options, f.name)} (it began with {getattr(began, f.name)})"
+        for f in dataclasses.fields(TrainOptions)
+        if f.name not in OPERATIONAL and getattr(options, f.name) != getattr(began, f.name)
+    ]
+
+
+def settled_as(options: TrainOptions, began: TrainOptions) -> TrainOptions:
+    """The options with what another run settled, where they leave that open."""
+    left_open = {name for name in SETTLED if getattr(options, name) in (None, "auto", False)}
+    return dataclasses.replace(options, **{name: getattr(began, name) for name in left_open})
 
 
 def to_yaml(options: DataOptions) -> str:
@@ -319,6 +394,8 @@ def _convert(value: Any, type_: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     kind = list if type_ == list[str] else next(kind for kind in kinds if kind is not type(None))
+    if kind is str and isinstance(value, list):
+        value = _joined(value)
     if kind is list or kind == list[str]:
         items = value if isinstance(value, list) else [value]
         if all(isinstance(item, str) for item in items):
@@ -332,3 +409,10 @@ def _convert(value: Any, type_: Any) -> Any:
     elif kind is float or isinstance(value, (str, int, float)):
         return kind(value) if kind is float else kind(str(value))
     raise TypeError
+
+
+def _joined(items: list[Any]) -> str:
+    """Numbers as a flag has them: with commas between."""
+    if not items or any(isinstance(item, bool) or not math.isfinite(float(item)) for item in items):
+        raise TypeError
+    return ",".join(map(str, items))

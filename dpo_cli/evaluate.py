@@ -57,18 +57,18 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
     if len(names) > 2:
         raise UsageError("--model: one model is evaluated, or two are compared")
     if len(names) == 1:
-        _evaluated(names[0], options, reporter, show)
+        evaluated(names[0], options, reporter, show)
         return
     if options.per_pair or options.report or options.samples:
         raise UsageError("--per-pair, --report and --samples are of one model: evaluate each on its own for them")
-    (first, pairs), (second, others) = (_evaluated(name, options, reporter) for name in names)
+    (first, pairs), (second, others) = (evaluated(name, options, reporter) for name in names)
     if first.scores.where != second.scores.where:
         raise UsageError("the two models use other rows: what one truncates away the other reads; set --max-length")
     told = {"a": names[0], "b": names[1], "pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
     show(told | compare_scores(first.scores, second.scores, options.seed))
 
 
-def _evaluated(
+def evaluated(
     name: str | None, options: EvalOptions, reporter: Reporter, show: Show = lambda result: None
 ) -> tuple[Evaluation, Pairs]:
     """Evaluate one model, show its result, and write the files that were asked for."""
@@ -173,9 +173,9 @@ class _Judge:
         policy = self._load(self.source, named=self.itself)
         logps = drift.score(policy.scorer, self.pairs, self._watch("evaluate"))
         assert logps is not None
-        if (known := self._known(policy.scorer)) is not None:
-            return logps, known
-        reference, cache = self._reference(policy)
+        cache, reference = self._kept(policy.scorer), policy
+        if cache is None:
+            reference, cache = self._reference(policy)
         return logps, fill_reference(cache, self.pairs, reference.scorer, self.reporter).logps
 
     def distributions(self) -> tuple[Tensor, Tensor, Compared, dict[str, Any]]:
@@ -187,15 +187,14 @@ class _Judge:
         recorded = drift.record(policy.scorer, self.pairs, folder, self._watch("policy"))
         drawn = self._draw(policy) if self.options.samples else None
         assert recorded is not None
-        known = self._known(policy.scorer)
-        reference, cache = self._reference(policy, known is not None)
+        kept = self._kept(policy.scorer)
+        reference, cache = self._reference(policy, kept is not None)
         about: dict[str, Any] = {"policy_runs": False, "same": self.itself}
         compared = drift.compare(reference.scorer, recorded, self.pairs, folder, self._watch("reference"), **about)
         assert compared is not None
-        if known is None and (cached := cache.lookup(self.pairs)).isfinite().all():
-            known = cached
+        known = (kept or cache).lookup(self.pairs)
         told = self._of_samples(drawn, reference, about) if drawn else {}
-        return recorded.logps, compared.logps if known is None else known, compared, told
+        return recorded.logps, compared.logps if known.isnan().any() else known, compared, told
 
     def _watch(self, what: str) -> Watch:
         return Watch(self.reporter, what)
@@ -214,8 +213,8 @@ class _Judge:
             compile_layers(model)
         return _Loaded(scorer, own_attention, fingerprint(model, weights, scorer.layout, scorer.dtype) if named else "")
 
-    def _known(self, scorer: Scorer) -> Tensor | None:
-        """The log-probs (P, 2) that the run was trained with, if they were computed as here and are all kept."""
+    def _kept(self, scorer: Scorer) -> ReferenceCache | None:
+        """What the run was trained with of the reference, if it was computed as here and has all of these pairs."""
         if self.options.ref is not None or self.source.run is None:
             return None
         manifest = read_manifest(self.source.run)
@@ -224,10 +223,8 @@ class _Judge:
         if here != (began["layout"], began["dtype"], manifest["device"]):
             return None
         cache = ReferenceCache(self.options.cache_dir, began["fingerprint"], self.reporter.warn)
-        if cache.lookup(self.pairs).isnan().any():
-            return None
-        self.told = str(began["model"] or self.source.base)
-        return fill_reference(cache, self.pairs, scorer, self.reporter).logps
+        self.told = str(began["model"] or manifest["start_model"])
+        return None if cache.lookup(self.pairs).isnan().any() else cache
 
     def _reference(self, policy: _Loaded, known: bool = False) -> tuple[_Loaded, ReferenceCache]:
         """The reference's model, and the cache of its log-probs; the policy's weights are gone unless it is that.

@@ -36,6 +36,7 @@ ON_PAPER: Colours = {
     "chosen": "#1c6bb0",
     "rejected": "#b4560a",
 }
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # of an SVG
 STAND_INS: Colours = {role: f"#0102{number:02x}" for number, role in enumerate(ON_PAPER, 3)}
 
 
@@ -58,11 +59,11 @@ def svg(plot: Plot) -> str:
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    text, nothing = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    text = io.StringIO()
     with rc_context(_style(plot.name)):
         figure = _figure([plot], STAND_INS, heading=0)
         FigureCanvasSVG(figure)
-        figure.savefig(text, format="svg", metadata=nothing, transparent=True)
+        figure.savefig(text, format="svg", metadata=NO_METADATA, transparent=True)
     return _for_a_page(text.getvalue())
 
 
@@ -72,13 +73,29 @@ def write_png(file: Path, plots: Sequence[Plot]) -> None:
     Raises:
         NotWrittenError: the disk is full or the folder is closed.
     """
-    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with rc_context(_style()), whole_file(file) as temporary:
+    _write(file, plots, FigureCanvasAgg, format="png", dpi=144, metadata={"Software": None})
+
+
+def write_svg(file: Path, plots: Sequence[Plot]) -> None:
+    """Write the same picture as an SVG file that stands alone; its text is text. The same plots give the same bytes.
+
+    Raises:
+        NotWrittenError: the disk is full or the folder is closed.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    _write(file, plots, FigureCanvasSVG, format="svg", metadata=NO_METADATA)
+
+
+def _write(file: Path, plots: Sequence[Plot], canvas: Callable[[Figure], object], **how: Any) -> None:
+    from matplotlib import rc_context
+
+    with rc_context(_style("picture")), whole_file(file) as temporary:
         figure = _figure(plots, ON_PAPER, HEADING)
-        FigureCanvasAgg(figure)
-        figure.savefig(temporary, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+        canvas(figure)
+        figure.savefig(temporary, facecolor="white", **how)
 
 
 def _figure(plots: Sequence[Plot], colours: Colours, heading: int) -> Figure:

@@ -40,23 +40,23 @@ def as_text(result: Result) -> str:
 
 def _about(result: Result) -> Iterator[str]:
     refused = "; ".join(f"{count:,} refused: {reason}" for reason, count in result["refused"].items())
-    yield f"{'policy':<22}{result['model']}"
-    yield f"{'reference':<22}{result['reference']}"
-    yield f"{'pairs':<22}{result['pairs']:,} of {result['rows']:,} rows{'; ' + refused if refused else ''}"
-    yield f"{'beta':<22}{result['beta']:g}"
+    yield f"{'policy':<24}{result['model']}"
+    yield f"{'reference':<24}{result['reference']}"
+    yield f"{'pairs':<24}{result['pairs']:,} of {result['rows']:,} rows{'; ' + refused if refused else ''}"
+    yield f"{'beta':<24}{result['beta']:g}"
 
 
 def _a_pair(result: Result) -> Iterator[str]:
-    yield f"{'mean over pairs':<22}{'':>10}  95 % interval"
+    yield f"{'mean over pairs':<24}{'':>10}  95 % interval"
     for name in A_PAIR:
         ties = f"   {percent(result['rewards/ties'])} ties" if name == "rewards/accuracies" else ""
-        yield f"{name:<22}{number(result[name]):>10}  {between(result['intervals'][name])}{ties}"
+        yield f"{name:<24}{number(result[name]):>10}  {between(result['intervals'][name])}{ties}"
     quantiles = result["rewards/margins_quantiles"].items()
-    yield f"{'margin quantiles':<22}" + "   ".join(f"{percent(float(q), 0)}: {number(at)}" for q, at in quantiles)
+    yield f"{'margin quantiles':<24}" + "   ".join(f"{percent(float(q), 0)}: {number(at)}" for q, at in quantiles)
 
 
 def _a_token(result: Result) -> Iterator[str]:
-    yield f"{'nats a response token':<22}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
+    yield f"{'nats a response token':<24}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
     for name, meaning in A_TOKEN.items():
         if f"{name}/chosen" not in result:
             continue
@@ -64,31 +64,31 @@ def _a_token(result: Result) -> Iterator[str]:
         for side in SIDES:
             ends = between(result["intervals"][f"{name}/{side}"])
             cells += f"{number(result[f'{name}/{side}']):>10}  {ends:<20}"
-        yield f"{name:<22}{cells}{meaning}"
+        yield f"{name:<24}{cells}{meaning}"
 
 
 def _sections(result: Result) -> Iterator[str]:
     effect, calibration, length = (result[name] for name in ("effect", "calibration", "length"))
     d, ends = number(effect["margin_d"]), between(effect["margin_d_interval"])
-    yield f"{'effect':<22}the margin lies {d} of its standard deviations above 0 ({ends})"
+    yield f"{'effect':<24}the margin lies {d} of its standard deviations above 0 ({ends})"
     ranked = f"policy {percent(effect['rank/policy'])}, reference {percent(effect['rank/reference'])}"
     change = f"{number(effect['rank/change'], signed=True)} ({between(effect['rank/change_interval'])})"
-    yield f"{'':<22}chosen has the higher log-prob: {ranked}; change {change}"
+    yield f"{'':<24}chosen has the higher log-prob: {ranked}; change {change}"
     for name, what in (("margin", "|margin|"), ("length", "length gap")):
         buckets = "   ".join(
             f"{number(b['from'])} to {number(b['to'])}: {percent(b['accuracy'], 0)} of {b['pairs']}"
             for b in result["buckets"][name]
         )
-        yield f"{'accuracy by ' + what:<22}{buckets}"
+        yield f"{'accuracy by ' + what:<24}{buckets}"
     brier = f"Brier {number(calibration['brier'])} ({between(calibration['brier_interval'])})"
-    yield f"{'calibration':<22}{brier}, expected calibration error {number(calibration['ece'])}"
+    yield f"{'calibration':<24}{brier}, expected calibration error {number(calibration['ece'])}"
     counts = {which: length.get(f"accuracy_chosen_{which}_pairs") for which in ("longer", "shorter")}
     shares = {which: percent(length[f"accuracy_chosen_{which}"]) for which, count in counts.items() if count}
     sides = ", ".join(f"{share} of {counts[which]:,} where it is {which}" for which, share in shares.items())
     rule = f"the rule 'the longer one' is right in {percent(length['accuracy_prefer_longer'])}"
-    yield f"{'length':<22}chosen preferred in {sides or NONE}; {rule}"
+    yield f"{'length':<24}chosen preferred in {sides or NONE}; {rule}"
     ends = between(length["margin_length_correlation_interval"])
-    yield f"{'':<22}margin and length gap correlate by {number(length['margin_length_correlation'])} ({ends})"
+    yield f"{'':<24}margin and length gap correlate by {number(length['margin_length_correlation'])} ({ends})"
 
 
 def _sequence_kl(result: Result) -> Iterator[str]:
@@ -98,9 +98,9 @@ def _sequence_kl(result: Result) -> Iterator[str]:
         f"{what} {number(found[name])} ({between(found[f'{name}_interval'])})"
         for name, what in (("token_kl", "exact by token"), ("logratio", "log-ratio"), ("k3", "k3"))
     )
-    yield f"{'KL of responses':<22}{told}"
+    yield f"{'KL of responses':<24}{told}"
     yield (
-        f"{'':<22}nats a response, from {found['samples']} samples to each of {found['prompts']} prompts, their first "
+        f"{'':<24}nats a response, from {found['samples']} samples to each of {found['prompts']} prompts, their first "
         f"{found['max_new_tokens']} tokens; {percent(found['ended'], 0)} ended before"
     )
 
@@ -109,7 +109,7 @@ def _moved(result: Result) -> Iterator[str]:
     if (drift := result.get("drift")) is None:
         return
     yield (
-        f"{'tokens that moved':<22}{drift['moved']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) became "
+        f"{'tokens that moved':<24}{drift['moved']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) became "
         f"{drift['fold']:g} times likelier or rarer{'; the farthest:' if drift['top'] else ''}"
     )
     for token in drift["top"]:

@@ -15,16 +15,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dpo_cli.attention
 from dpo_cli.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.batch import Segments, lay_out
 from dpo_cli.config import TrainOptions
-from dpo_cli.logps import response_logps, token_logps
+from dpo_cli.drift import Watch, compare, record
+from dpo_cli.logps import Scorer, response_logps, token_logps
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import choose_layout, compute_dtype, default_device
-from dpo_cli.pairs import Pair
+from dpo_cli.pairs import Pair, Pairs
+from dpo_cli.samples import generate
 from dpo_cli.step import Trainer
 from dpo_cli.train import train
 from tests.conftest import SAMPLE, make_model, make_tokenizer
@@ -288,3 +290,41 @@ def test_the_estimate_is_near_the_peak(memory: str, tmp_path: Path, capsys: pyte
     train(options, None, ["test"], Reporter())
     estimate = float(re.findall(r"about ([\d.]+) GiB at most", capsys.readouterr().err)[0])
     assert estimate * 2**30 == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
+# ---- evaluation -------------------------------------------------------------------------------------------------
+
+
+def test_exact_divergences_are_those_of_the_cpu(tmp_path: Path) -> None:
+    pairs, watch = Pairs(make_pairs()), Watch(Reporter(quiet=True), "test")
+    found = []
+    for device in (torch.device("cpu"), DEVICE):
+        scorers = []
+        for seed in (0, 1):
+            model = make_model(seed=seed).to(device)
+            model.set_attn_implementation(PREFIX_SHARED)
+            scorers.append(Scorer(model, "shared", torch.float32, 512, device))
+        recorded = record(scorers[0], pairs, tmp_path, watch)
+        assert recorded is not None
+        compared = compare(scorers[1], recorded, pairs, tmp_path, watch, policy_runs=False)
+        assert compared is not None and compared.distributions.identity_error < 1e-4
+        found.append(compared.tokens.read(range(len(pairs))))
+    assert torch.allclose(*found, rtol=0, atol=1e-3)
+
+
+def test_samples_are_drawn_from_the_models_own_distribution(tokenizer: PreTrainedTokenizerFast) -> None:
+    """First tokens of many samples against the softmax that scoring computes, in the precision that it computes in."""
+    model, prompt = make_model(vocab_size=50).to(DEVICE), np.array([7, 3, 11], np.int32)
+    drawn = generate(
+        model, tokenizer, [prompt], "sdpa", 1, sampled=True, copies=2000, room=2**16, dtype=torch.bfloat16
+    )[0]
+    again = generate(model, tokenizer, [prompt], "sdpa", 1, sampled=True, copies=20, room=2**16, dtype=torch.bfloat16)[
+        0
+    ]
+    assert [r.ids.tolist() for r in again] == [r.ids.tolist() for r in drawn[:20]]
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(prompt).long()[None].to(DEVICE)).logits[0, -1].float()
+    expected = 2000 * logits.softmax(-1).cpu().numpy()
+    counts = np.bincount([int(r.ids[0]) for r in drawn], minlength=50)
+    often = expected > 5
+    assert ((counts - expected)[often] ** 2 / expected[often]).sum() < 2 * often.sum()

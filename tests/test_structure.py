@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.config import CheckOptions, EvalOptions, PrecomputeOptions, TrainOptions
+from dpo_cli.config import CheckOptions, EvalOptions, PrecomputeOptions, SweepOptions, TrainOptions
 from tests.conftest import ROOT, Cli, cli_environment
 
 PACKAGE = ROOT / "dpo_cli"
@@ -20,7 +20,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = [
     {"errors", "numerals"},
     {"config", "kinds", "stats"},
-    {"tables", "hub"},
+    {"tables", "hub", "reward"},
     {"records", "scripts"},
     {"columns"},
     {"data", "pairs"},
@@ -32,11 +32,12 @@ LAYERS = [
     {"logps", "scores"},
     {"model", "disk", "memory", "samples"},
     {"metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
-    {"reference", "checkpoint", "step", "drift", "diagnose", "curves", "charts"},
+    {"reference", "checkpoint", "step", "drift", "diagnose", "curves", "charts", "frontier"},
     {"prepare", "cache", "report", "show", "summary"},
     {"run", "survey", "outcome"},
     {"evaluate", "explain", "check", "heldout"},
     {"train"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
 ]
@@ -209,6 +210,7 @@ def loaded(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[s
         ["train", "--help"],
         ["eval", "-h"],
         ["precompute-ref", "--help"],
+        ["sweep", "--help"],
         ["check", "--help"],
         ["cache", "list", "--help"],
     ],
@@ -230,6 +232,7 @@ def test_wrong_options_are_told_before_anything_heavy_is_loaded(arguments: list[
 def test_every_option_is_in_the_help(dpo: Cli) -> None:
     """Unabridged, on a terminal of the usual 80 columns."""
     commands = {"train": TrainOptions, "eval": EvalOptions, "precompute-ref": PrecomputeOptions, "check": CheckOptions}
+    commands["sweep"] = SweepOptions
     for command, kind in commands.items():
         text = dpo(command, "--help").stdout
         for field in dataclasses.fields(kind):
