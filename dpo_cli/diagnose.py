@@ -225,7 +225,8 @@ def _label_noise(scores: Scores) -> Finding | None:
     text = (
         f"In {len(places):,} of {len(scores.where):,} pairs ({share:.1%}) the reference finds the rejected response "
         f"likelier per token, and the policy's margin is more than {OUTLIER:g} robust standard deviations below its "
-        f"median: {margins[places].mean():.1f} nats on average, where half of all pairs have {np.median(margins):.1f} or more."
+        f"median: {margins[places].mean():.1f} nats on average, where half of all pairs have {np.median(margins):.1f} "
+        "or more."
     )
     advice = "Read these rows: were the two responses exchanged? Mend or drop them, or train with --label-smoothing."
     title = f"{len(places):,} pairs look as if their labels were flipped"

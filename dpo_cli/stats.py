@@ -70,7 +70,7 @@ def independent(rows: int, groups: Groups | None) -> int:
 
 def _members(rows: int, groups: Groups | None) -> npt.NDArray[np.intp] | None:
     """Places of the rows' groups, (P,), or None where no two rows share one."""
-    if independent(rows, groups) == rows:
+    if groups is None or independent(rows, groups) == rows:
         return None
     return np.unique(groups, return_inverse=True)[1]
 
