@@ -80,8 +80,9 @@ def _sections(result: Result) -> Iterator[str]:
             for b in result["buckets"][name]
         )
         yield f"{'accuracy by ' + what:<24}{buckets}"
+    perfect = f" ({number(calibration['ece_expected'])} if perfect)" if "ece_expected" in calibration else ""
     brier = f"Brier {number(calibration['brier'])} ({between(calibration['brier_interval'])})"
-    yield f"{'calibration':<24}{brier}, expected calibration error {number(calibration['ece'])}"
+    yield f"{'calibration':<24}{brier}, expected calibration error {number(calibration['ece'])}{perfect}"
     counts = {which: length.get(f"accuracy_chosen_{which}_pairs") for which in ("longer", "shorter")}
     shares = {which: percent(length[f"accuracy_chosen_{which}"]) for which, count in counts.items() if count}
     sides = ", ".join(f"{share} of {counts[which]:,} where it is {which}" for which, share in shares.items())
