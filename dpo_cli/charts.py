@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_cli.numerals import is_number, number, percent, share_tick, tick
+from dpo_cli.numerals import between, is_number, nice, number, percent, share_tick, tick
 from dpo_cli.plots import LEFT, WIDTH, Colours, Column, Plot, limits, quieten
 from dpo_cli.scores import Evaluation, Scores
 
@@ -42,8 +42,9 @@ def charts(evaluation: Evaluation) -> list[Plot]:
         draw = partial(_draw_margins, known=known)
         found.append(Plot("margins", "Margins", "pairs", _said_of_margins(known.margins), draw))
     if curve:
+        said = RELIABILITY + _said_of_error(result["calibration"])
         draw = partial(_draw_reliability, curve=curve)
-        found.append(Plot("reliability", "Reliability", "share ranked right", RELIABILITY, draw))
+        found.append(Plot("reliability", "Reliability", "share ranked right", said, draw))
     if rows := buckets.get("margin"):
         draw = partial(_draw_buckets, rows=rows)
         found.append(Plot("by-margin", "Accuracy by size of margin", "", BY_MARGIN, draw))
@@ -86,19 +87,20 @@ def _said_of_margins(margins: Column) -> str:
     )
 
 
+def _said_of_error(calibration: Mapping[str, Any]) -> str:
+    error, by_chance = calibration.get("ece"), calibration.get("ece_expected")
+    if not (is_number(error) and is_number(by_chance)):
+        return ""
+    return f" They are {number(error)} apart on average (ECE), where chance alone makes {number(by_chance)} of it."
+
+
 def _said_of_length(pairs: int, length: Mapping[str, Any]) -> str:
     every = f" (of {pairs:,}, one in {-(-pairs // MOST_DOTS)} is shown)" if pairs > MOST_DOTS else ""
     text = f"Each dot is a pair{every}. A slope is a length bias"
     if not is_number(rank := length.get("margin_length_correlation")):
         return f"{text}."
-    between = _between(length.get("margin_length_correlation_interval"))
-    return f"{text}; the rank correlation is {number(rank, True)}{between}."
-
-
-def _between(interval: Any) -> str:
-    if not (isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(is_number, interval))):
-        return ""
-    return f" (95 %: {number(interval[0], True)} to {number(interval[1], True)})"
+    ends = between(length.get("margin_length_correlation_interval"), partial(number, signed=True))
+    return f"{text}; the rank correlation is {number(rank, True)} (95 %: {ends})."
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ def _draw_margins(axes: Axes, colours: Colours, known: Known) -> None:
     margins, wins = known.margins, known.wins
     low, high = np.quantile(margins, [0.005, 0.995])
     spread = max(high, 0.0) - min(low, 0.0)
-    width = _round(spread / 32) if spread > 1e-9 else 0.05
+    width = nice(spread / 32) if spread > 1e-9 else 0.05
     first, last = math.floor(min(low, 0.0) / width), math.ceil(max(high, 0.0) / width)
     edges = np.arange(min(first, -2), max(last, 2) + 1) * width
     for part, role in ((wins == 0, "rejected"), (wins == 1, "chosen")):
@@ -127,12 +129,6 @@ def _draw_margins(axes: Axes, colours: Colours, known: Known) -> None:
     ):
         said = f"{percent(share, 0)} {word}"
         axes.text(x, 0.97, said, color=colours[role], ha=side, va="top", weight="bold", transform=axes.transAxes)
-
-
-def _round(width: float) -> float:
-    """The next larger 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(width))
-    return next(power * times for times in (1, 2, 5, 10) if power * times >= width * 0.999)
 
 
 def _draw_reliability(axes: Axes, colours: Colours, curve: Sequence[Row]) -> None:

@@ -44,8 +44,8 @@ CURVES = (
         "loss",
         "Loss",
         "",
-        "Below ln 2 (dashed) the chosen responses are preferred. Held-out loss that turns up while training goes on "
-        "down means over-optimised: take an earlier checkpoint.",
+        "Dashed: ln 2, the reference's own, but for weights and margins of the pairs. Held-out loss that turns up "
+        "while training goes on down means over-optimised: take an earlier checkpoint.",
         {"loss": "ink"},
         math.log(2),
     ),

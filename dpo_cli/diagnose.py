@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
-from dpo_cli.margins import beyond_arithmetic, gap_of
-from dpo_cli.scores import SIDES, Scores, Table
+from dpo_cli.margins import beyond_arithmetic
+from dpo_cli.scores import SIDES, Scores, Table, gap_of
 
 Finding = dict[str, Any]
 
@@ -24,7 +24,7 @@ ENOUGH = 20  # pairs: of fewer nothing is told, an interval of theirs is as wide
 FALL = math.log(2)  # nats a response: half as likely as before; less is true of many good models, and harmless
 CORRELATED = 0.3  # Spearman's: length explains about a tenth of the margins' order, Cohen's (1988) medium effect
 MOVED = {"chosen": 0.02, "rejected": 0.1}  # share of tokens: one in 50 where none need move; rejected ones are to fall
-KL = 0.5  # nats a token: 50 in an answer of 100 tokens, where the DPO paper's frontier (figure 2) ends at 20
+KL = 0.5  # nats a token: by Pinsker's inequality as much as half of a next token's probability may be elsewhere
 OUTLIER = 3.0  # robust standard deviations below the median: 1 of 740 normal values, of long tails some per cent
 CHANCE = 0.01  # that the reference finds so many of these wrong too, were they like all others: long tails alone are
 FLIPPED, FLIPS = 0.01, 3  # share and number of such pairs: fewer change no training, and every data set has some
@@ -34,21 +34,30 @@ ROWS = 20  # named in a finding
 NORMAL_MAD = 1.4826  # a normal distribution's standard deviation in median absolute deviations
 
 
-def findings(scores: Scores, sections: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()) -> list[Finding]:
+def findings(
+    scores: Scores,
+    sections: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]] = (),
+    *,
+    held_out: bool = True,
+) -> list[Finding]:
     """Everything that is wrong with the policy as far as these pairs and its training's metrics show it.
 
-    ``sections`` are those of ``margins.sections``; ``history`` the lines of its ``metrics.jsonl``, where it has any.
+    ``sections`` are those of ``margins.sections``; ``history`` the lines of its ``metrics.jsonl`` up to this policy,
+    where it has any; ``held_out``: whether the pairs are those of that run's held-out losses, at its beta.
     """
+    broken = _not_finite(scores)
     if len(scores.where) < ENOUGH:
-        return []
+        return [broken] if broken else []
     biased = _length_bias(sections)
     found = (
+        broken,
         _displaced_chosen(scores, sections),
         biased,
         _token_drift(scores, sections),
         _kl_drift(scores, sections),
         None if biased else _label_noise(scores),  # a policy that goes by length is no witness of labels
-        _over_optimised(sections, history),
+        _over_optimised(sections, history) if held_out else None,  # its noise is that of these pairs' loss
     )
     return [finding for finding in found if finding is not None]
 
@@ -58,6 +67,24 @@ def _finding(
 ) -> Finding:
     plain = {name: float(value) for name, value in numbers.items()}
     return {"kind": kind, "title": title, "text": text, "advice": advice, "numbers": plain, "rows": list(rows)}
+
+
+def _not_finite(scores: Scores) -> Finding | None:
+    """Log-probs that are no numbers, of which nothing can be said, however few they are."""
+    policy, reference = (~np.isfinite(table).all(1) for table in (scores.logps, scores.ref_logps))
+    places = np.flatnonzero(policy | reference)
+    if not len(places):
+        return None
+    text = (
+        f"In {len(places):,} of {len(scores.where):,} pairs a log-prob is not a finite number: in {policy.sum():,} the "
+        f"policy's, in {reference.sum():,} the reference's. No mean over them is known, and no interval."
+    )
+    advice = "The policy diverged: train again with a lower --lr, or take an earlier checkpoint."
+    if not policy.any():
+        advice = "The reference itself fails on these rows: try --dtype float32, or another reference."
+    numbers = {"pairs": len(places), "policy": policy.sum(), "reference": reference.sum()}
+    title = f"{len(places):,} pairs have log-probs that are not finite"
+    return _finding("not_finite", title, text, advice, numbers, [scores.where[place] for place in places[:ROWS]])
 
 
 def _displaced_chosen(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
@@ -77,12 +104,8 @@ def _displaced_chosen(scores: Scores, sections: Mapping[str, Any]) -> Finding | 
         f"{-high:.1f} to {-low:.1f}), and in {share:.0%} of the pairs; that of the rejected ones by {-rejected:.1f}. "
     )
     if margin > 0:
-        halves = {"margin_from_chosen": chosen / margin, "margin_from_rejected": -rejected / margin}
-        numbers |= halves
-        text += (
-            f"So {halves['margin_from_rejected']:.0%} of the margin comes from the rejected half and "
-            f"{halves['margin_from_chosen']:.0%} from the chosen one. "
-        )
+        numbers |= {"margin_from_chosen": chosen / margin, "margin_from_rejected": -rejected / margin}
+        text += f"The margin of {margin:.1f} nats is a fall of {-rejected:.1f} less a fall of {-chosen:.1f}. "
     text += (
         "The loss sees the difference of the two only: where the responses share most of their words, what pushes one "
         "down pulls the other along, and the probability goes to other answers, of which no pair says anything."
@@ -158,12 +181,12 @@ def _kl_drift(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
     means = dict(zip(SIDES, exact.kl.sum(0) / scores.tokens.sum(0), strict=True))
     text = (
         f"KL(policy||reference) is {means['chosen']:.2f} nats a token on the chosen responses and "
-        f"{means['rejected']:.2f} on the rejected ones, {exact.kl.mean():.0f} nats a response. "
+        f"{means['rejected']:.2f} on the rejected ones, at the positions of these responses. "
         "So far away the policy does much that no pair says anything of."
     )
     advice = "Try a higher --beta first, which is what it is there for; then a lower --lr or fewer steps."
     title = f"The policy is {max(means.values()):.2f} nats a token away from its reference"
-    numbers = {f"kl_{side}": mean for side, mean in means.items()} | {"kl_a_response": exact.kl.mean()}
+    numbers = {f"kl_{side}": mean for side, mean in means.items()}
     return _finding("kl_drift", title, text, advice, numbers)
 
 
@@ -201,8 +224,9 @@ def _label_noise(scores: Scores) -> Finding | None:
     margins = gap_of(scores.logratios)
     text = (
         f"In {len(places):,} of {len(scores.where):,} pairs ({share:.1%}) the reference finds the rejected response "
-        f"likelier, and the policy's margin is more than {OUTLIER:g} robust standard deviations below its median: "
-        f"{margins[places].mean():.1f} nats on average, where half of all pairs have {np.median(margins):.1f} or more."
+        f"likelier per token, and the policy's margin is more than {OUTLIER:g} robust standard deviations below its "
+        f"median: {margins[places].mean():.1f} nats on average, where half of all pairs have {np.median(margins):.1f} "
+        "or more."
     )
     advice = "Read these rows: were the two responses exchanged? Mend or drop them, or train with --label-smoothing."
     title = f"{len(places):,} pairs look as if their labels were flipped"

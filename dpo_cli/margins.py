@@ -10,25 +10,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import binom
 
 from dpo_cli.errors import UsageError
-from dpo_cli.scores import TIE, Scores, Table, means, values
+from dpo_cli.numerals import nice
+from dpo_cli.scores import SIDES, TIE, Scores, Table, gap_of, means, perplexity, values, wins_of
 from dpo_cli.stats import (
+    Groups,
     Interval,
     Statistic,
     bootstrap,
+    independent,
     interval,
     point,
     ratios,
+    seldom,
+    share,
     spearman,
     standardised_mean,
-    wilson,
 )
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-SHARES = ("rewards/accuracies", "rewards/ties")  # a pair either is or is not: Wilson's interval
+FEW = 10  # prompts: of fewer a resample may have next to no spread, and a mean over its spread any size
 BINS = 10  # of the confidence, from 1/2 to 1
-NICE = (1, 2, 5)  # times a power of ten: edges that are read at a glance
 
 
 def sections(scores: Scores, seed: int = 0) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def sections(scores: Scores, seed: int = 0) -> dict[str, Any]:
     with_d, length, calibrated = _margin_d(scores), _length_statistics(scores), _brier(scores)
     ratio, names = _all_ratios(scores)
     parts = {"means": ratio, "d": with_d, "rank": _rank_change(scores), "brier": calibrated} | length
-    found = _resampled(parts, len(scores.where), seed)
+    found = _resampled(parts, scores, seed)
     return {
         "intervals": _intervals(scores, dict(zip(names, found["means"][1], strict=True))),
         "rewards/margins_quantiles": {str(q): float(np.quantile(scores.margins, q)) for q in QUANTILES},
@@ -64,23 +68,25 @@ def compared(a: Scores, b: Scores, seed: int = 0) -> dict[str, Any]:
     (means_a, values_a), (means_b, values_b) = ((_comparable(s, a.beta != b.beta)) for s in (a, b))
     names = [name for name in means_a if name in means_b]
     sides = [ratios(*_columns(found, names)) for found in (means_a, means_b)]
-    ends = bootstrap(lambda counts: np.asarray(sides[1](counts) - sides[0](counts)), len(a.where), seed)
+    ends = bootstrap(lambda counts: np.asarray(sides[1](counts) - sides[0](counts)), len(a.where), seed, a.groups)
     differences = {
         name: {"a": values_a[name], "b": values_b[name], "difference": values_b[name] - values_a[name]}
         | {"interval": interval(end)}
         for name, end in zip(names, ends, strict=True)
     }
-    better = _halved_ties(gap_of(b.logratios) - gap_of(a.logratios))
-    return {"differences": differences, "pairs_b_better": {"share": float(better.mean()), "interval": _share(better)}}
+    better = wins_of(gap_of(b.logratios) - gap_of(a.logratios))
+    told = {"share": float(better.mean()), "interval": share(better, a.groups)}
+    return {"differences": differences, "pairs_b_better": told}
 
 
 # ---- intervals --------------------------------------------------------------------------------------------------
 
 
-def _resampled(parts: dict[str, Statistic], rows: int, seed: int) -> dict[str, tuple[Table, list[Interval]]]:
+def _resampled(parts: dict[str, Statistic], scores: Scores, seed: int) -> dict[str, tuple[Table, list[Interval]]]:
     """Values (K,) and intervals of several statistics, all from one resampling."""
+    rows = len(scores.where)
     at = {name: point(statistic, rows) for name, statistic in parts.items()}
-    ends = bootstrap(lambda counts: np.hstack([part(counts) for part in parts.values()]), rows, seed)
+    ends = bootstrap(lambda counts: np.hstack([part(counts) for part in parts.values()]), rows, seed, scores.groups)
     cuts = np.cumsum([len(value) for value in at.values()])[:-1]
     return {
         name: (at[name], [interval(end) for end in part])
@@ -101,10 +107,14 @@ def _all_ratios(scores: Scores) -> tuple[Statistic, list[str]]:
 
 def _intervals(scores: Scores, ends: dict[str, Interval]) -> dict[str, Interval]:
     """By name; those of perplexities are from the cross-entropies', whose exponential they are."""
-    shares = dict(zip(SHARES, (scores.wins, scores.ties), strict=True))
-    ends = ends | {name: _share(hits) for name, hits in shares.items()}
+    shares = {"rewards/accuracies": scores.wins, "rewards/ties": scores.ties}  # of pairs
+    ends = ends | {name: share(hits, scores.groups) for name, hits in shares.items()}
+    if (exact := scores.distributions) is not None:
+        # None moved: no pair has more than all its tokens moved, so the share of pairs is a bound for that of tokens.
+        unmoved = [f"moved_tokens/{side}" for side, moved in zip(SIDES, exact.moved.T, strict=True) if not moved.any()]
+        ends |= dict.fromkeys(unmoved, seldom(independent(len(scores.where), scores.groups)))
     perplexities = {
-        name.replace("cross_entropy", "perplexity"): end and [math.exp(each) for each in end]
+        name.replace("cross_entropy", "perplexity"): end and interval(np.array([perplexity(each) for each in end]))
         for name, end in ends.items()
         if name.startswith(("cross_entropy/", "ref_cross_entropy/"))
     }
@@ -120,20 +130,6 @@ def _comparable(scores: Scores, in_logratios: bool) -> tuple[dict[str, tuple[Tab
     return found, known
 
 
-def _share(hits: Table) -> list[float]:
-    return list(wilson(float(hits.sum()), len(hits)))
-
-
-def gap_of(table: Table) -> Table:
-    """Chosen minus rejected, (P, 2) -> (P,)."""
-    return table[:, 0] - table[:, 1]
-
-
-def _halved_ties(gap: Table) -> Table:
-    """1 where a gap in nats is above 0, 1/2 where it is only arithmetic, else 0."""
-    return (gap > TIE) + 0.5 * (np.abs(gap) <= TIE)
-
-
 def beyond_arithmetic(nats: Table) -> Table:
     """Differences of log-probs without those that are only arithmetic, whose order would say something."""
     return np.where(np.abs(nats) <= TIE, 0.0, nats)
@@ -146,12 +142,8 @@ def _margin_d(scores: Scores) -> Statistic:
     return standardised_mean(beyond_arithmetic(gap_of(scores.logratios)))  # free of beta
 
 
-def _ranked_right(logps: Table) -> Table:
-    return _halved_ties(gap_of(logps))
-
-
 def _rank_change(scores: Scores) -> Statistic:
-    change = _ranked_right(scores.logps) - _ranked_right(scores.ref_logps)
+    change = wins_of(gap_of(scores.logps)) - wins_of(gap_of(scores.ref_logps))
     return ratios(change[:, None], np.ones((len(change), 1)))
 
 
@@ -159,11 +151,12 @@ def _effect(scores: Scores, found: dict[str, tuple[Table, list[Interval]]]) -> d
     """How large the margin is against its own spread, and what changed in the order of the two log-probs."""
     (d,), (d_interval,) = found["d"]
     (change,), (change_interval,) = found["rank"]
+    enough = independent(len(scores.where), scores.groups) >= FEW
     return {
         "margin_d": float(d),
-        "margin_d_interval": d_interval,
-        "rank/policy": float(_ranked_right(scores.logps).mean()),
-        "rank/reference": float(_ranked_right(scores.ref_logps).mean()),
+        "margin_d_interval": d_interval if enough else None,
+        "rank/policy": float(wins_of(gap_of(scores.logps)).mean()),
+        "rank/reference": float(wins_of(gap_of(scores.ref_logps)).mean()),
         "rank/change": float(change),
         "rank/change_interval": change_interval,
     }
@@ -172,9 +165,14 @@ def _effect(scores: Scores, found: dict[str, tuple[Table, list[Interval]]]) -> d
 # ---- buckets ----------------------------------------------------------------------------------------------------
 
 
-def _bucket(start: float, end: float, wins: Table) -> dict[str, Any]:
-    accuracy = {"accuracy": float(wins.mean()), "interval": _share(wins)}
-    return {"from": float(start), "to": float(end), "pairs": len(wins)} | accuracy
+def _bucket(start: float, end: float, scores: Scores, inside: Any) -> dict[str, Any]:
+    accuracy = {"accuracy": float(scores.wins[inside].mean()), "interval": _accuracy_interval(scores, inside)}
+    return {"from": float(start), "to": float(end), "pairs": int(inside.sum())} | accuracy
+
+
+def _accuracy_interval(scores: Scores, inside: Any) -> Interval:
+    groups: Groups | None = None if scores.groups is None else scores.groups[inside]
+    return share(scores.wins[inside], groups)
 
 
 def _cut(places: Table, edges: Table) -> list[tuple[float, float, Any]]:
@@ -189,7 +187,7 @@ def _by_margin(scores: Scores) -> list[dict[str, Any]]:
     sure = np.abs(scores.margins)
     edges = np.unique(np.quantile(sure, np.linspace(0, 1, 6)))
     edges = edges if len(edges) > 1 else np.repeat(edges, 2)
-    return [_bucket(start, end, scores.wins[inside]) for start, end, inside in _cut(sure, edges)]
+    return [_bucket(start, end, scores, inside) for start, end, inside in _cut(sure, edges)]
 
 
 def _by_length(scores: Scores) -> list[dict[str, Any]]:
@@ -198,18 +196,11 @@ def _by_length(scores: Scores) -> list[dict[str, Any]]:
     About a third of the pairs are in the middle and about a fifth at the two ends, but for the rounding of the edges.
     """
     gap = gap_of(scores.tokens)
-    near, far = (_nice(float(np.quantile(np.abs(gap), q))) for q in (0.35, 0.8))
+    near, far = (int(nice(max(float(np.quantile(np.abs(gap), q)), 1))) for q in (0.35, 0.8))
     far = max(far, 2 * near)
     bounds = [(gap.min(), -far - 1), (-far, -near - 1), (-near, near), (near + 1, far), (far + 1, gap.max())]
     inside = [(start, end, (start <= gap) & (gap <= end)) for start, end in bounds]
-    return [_bucket(start, end, scores.wins[these]) for start, end, these in inside if these.any()]
-
-
-def _nice(length: float) -> int:
-    """The round number of tokens that is nearest by ratio, at least 1."""
-    power = 10 ** math.floor(math.log10(max(length, 1)))
-    near: list[int] = [each * scale for scale in (power, 10 * power) for each in NICE]
-    return min(near, key=lambda each: abs(math.log(each / max(length, 1))))
+    return [_bucket(start, end, scores, these) for start, end, these in inside if these.any()]
 
 
 # ---- calibration ------------------------------------------------------------------------------------------------
@@ -230,7 +221,8 @@ def _brier(scores: Scores) -> Statistic:
 def _calibration(scores: Scores, found: dict[str, tuple[Table, list[Interval]]]) -> dict[str, Any]:
     """Whether the policy is right as often as sigma(|margin|) says.
 
-    ``ece`` is the mean absolute difference of the two over bins of the confidence, each by its pairs.
+    ``ece`` is the mean absolute difference of the two over bins of the confidence, each by its pairs. It is above 0 by
+    chance alone: ``ece_expected`` is what so many independent pairs give of a policy that is calibrated perfectly.
 
     Source: Brier (1950); Naeini et al. (2015), expected calibration error.
     """
@@ -239,10 +231,21 @@ def _calibration(scores: Scores, found: dict[str, tuple[Table, list[Interval]]])
     for start, end, inside in _cut(sure, np.linspace(0.5, 1, BINS + 1).round(2)):
         line = {"from": float(start), "to": float(end), "pairs": int(inside.sum())}
         said = {"predicted": float(sure[inside].mean()), "observed": float(wins[inside].mean())}
-        curve.append(line | said | {"interval": _share(wins[inside])})
+        curve.append(line | said | {"interval": _accuracy_interval(scores, inside)})
     off = sum(line["pairs"] * abs(line["observed"] - line["predicted"]) for line in curve)
     (brier,), (brier_interval,) = found["brier"]
-    return {"brier": float(brier), "brier_interval": brier_interval, "ece": off / len(wins), "curve": curve}
+    by_chance = sum(_mean_deviation(line["pairs"], line["predicted"]) for line in curve)
+    errors = {"ece": off / len(wins), "ece_expected": by_chance / len(wins)}
+    return {"brier": float(brier), "brier_interval": brier_interval} | errors | {"curve": curve}
+
+
+def _mean_deviation(n: int, p: float) -> float:
+    """The mean absolute deviation of the number of hits among n from n times their probability.
+
+    Source: de Moivre (1730), see Diaconis and Zabell (1991): 2 m (1 - p) P(m hits), m the next integer above n p.
+    """
+    above = np.floor(n * p) + 1
+    return float(2 * above * (1 - p) * binom.pmf(above, n, p))
 
 
 # ---- length -----------------------------------------------------------------------------------------------------
@@ -268,6 +271,7 @@ def _length(scores: Scores, found: dict[str, tuple[Table, list[Interval]]]) -> d
     for name, these in (("chosen_longer", gap > 0), ("chosen_shorter", gap < 0)):
         wins, key = scores.wins[these], f"accuracy_{name}"
         told[key] = float(wins.mean()) if len(wins) else math.nan
-        told |= {f"{key}_interval": _share(wins) if len(wins) else None, f"{key}_pairs": len(wins)}
+        told |= {f"{key}_interval": _accuracy_interval(scores, these), f"{key}_pairs": len(wins)}
     longer = (gap > 0) + 0.5 * (gap == 0)
-    return told | {"accuracy_prefer_longer": float(longer.mean()), "accuracy_prefer_longer_interval": _share(longer)}
+    ends = share(longer, scores.groups)
+    return told | {"accuracy_prefer_longer": float(longer.mean()), "accuracy_prefer_longer_interval": ends}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -62,6 +63,18 @@ def fold(logratio: Any) -> str:
         return "as likely"
     text = f"{times:.1f}" if times < 9.95 else f"{times:,.0f}" if times < 1e6 else _powers(f"{times:.0e}")
     return f"{text}× {'likelier' if logratio > 0 else 'rarer'}"
+
+
+def between(interval: Any, show: Callable[[Any], str] = number, none: str = "unknown") -> str:
+    """Both ends of an interval, or ``none`` where it is no two finite numbers."""
+    ends = interval if isinstance(interval, (list, tuple)) and len(interval) == 2 else [None]
+    return " to ".join(map(show, ends)) if all(map(is_number, ends)) else none
+
+
+def nice(value: float) -> float:
+    """The nearest of 1, 2 and 5 times a power of ten, by ratio, to a positive number."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return min((power * times for times in (1, 2, 5, 10)), key=lambda each: abs(math.log(each / value)))
 
 
 def is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from markupsafe import Markup
 from dpo_cli.charts import charts
 from dpo_cli.curves import curves
 from dpo_cli.disk import whole_file
-from dpo_cli.numerals import NONE, fold, is_number, nats, number, percent, tick
+from dpo_cli.numerals import NONE, between, fold, is_number, nats, number, percent, tick
 from dpo_cli.plots import Plot, svg
 from dpo_cli.scores import Evaluation, ShownPair, Token
 
@@ -105,11 +105,7 @@ def shown(value: Any) -> Any:
     return _UNSEEN.sub("�", str(value).replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def between(interval: Any, show: Show = number) -> str:
-    """An interval in words, or nothing."""
-    if isinstance(interval, Sequence) and len(interval) == 2 and all(map(is_number, interval)):
-        return f"{show(interval[0])} to {show(interval[1])}"
-    return ""
+_between = partial(between, none="")
 
 
 # ---- headline and tables ----------------------------------------------------------------------------------------
@@ -136,7 +132,7 @@ def _headline(result: Mapping[str, Any]) -> Iterator[Headline]:
         found = []
         for name, of in names.items():
             was = f"{show(result.get(before + name))} → " if before else ""
-            interval = between((result.get("intervals") or {}).get(name), show)
+            interval = _between((result.get("intervals") or {}).get(name), show)
             if name in result:
                 found.append(Figure(of, was + show(result[name]), interval))
         return found
@@ -153,7 +149,7 @@ def _headline(result: Mapping[str, Any]) -> Iterator[Headline]:
     ]
     if sampled := result.get("sequence_kl"):
         name = next((name for name in ("token_kl", "logratio") if is_number(sampled.get(name))), "token_kl")
-        figure = Figure("", number(sampled.get(name)), between(sampled.get(f"{name}_interval")))
+        figure = Figure("", number(sampled.get(name)), _between(sampled.get(f"{name}_interval")))
         of = f"{number(sampled.get('samples'))} samples of each of {number(sampled.get('prompts'))} prompts"
         items.insert(-1, Headline("KL a response", [figure], _MEANING["sequence_kl"].format(of=of)))
     yield from (item for item in items if item.figures)
@@ -161,15 +157,15 @@ def _headline(result: Mapping[str, Any]) -> Iterator[Headline]:
 
 def _effect(effect: Mapping[str, Any]) -> Iterator[Headline]:
     if is_number(size := effect.get("margin_d")):
-        figure = Figure("", _signed(size), between(effect.get("margin_d_interval"), _signed))
+        figure = Figure("", _signed(size), _between(effect.get("margin_d_interval"), _signed))
         yield Headline("Effect", [figure], _MEANING["effect"])
 
 
 _MEANING = {
     "accuracy": "Share of pairs whose chosen response has the higher reward. A coin gets half.",
-    "margin": "Chosen reward minus rejected reward. Above 0 the preference is learnt.",
+    "margin": "Mean of chosen reward minus rejected reward: above 0, the policy ranks these pairs better on average.",
     "effect": "The margin in its standard deviations, whatever beta is: 0.2 is small, 0.5 medium, 0.8 large.",
-    "loss": "The DPO loss. A policy that is its reference has ln 2 = 0.693.",
+    "loss": "The DPO loss. A policy that is its reference has ln 2 = 0.693, but for weights and margins of the pairs.",
     "rewards": "Beta times the log-ratio. Below 0 the responses grew rarer than under the reference.",
     "kl": "KL(policy ‖ reference) over the whole vocabulary at the positions of the responses, in nats.",
     "sequence_kl": "KL(policy ‖ reference) of whole responses in nats, from {of} by the policy.",
@@ -186,12 +182,12 @@ def _all_numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     intervals = result.get("intervals") or {}
     for name, value in result.items():
         if is_number(value) or isinstance(value, float):
-            yield name, number(value), between(intervals.get(name))
+            yield name, number(value), _between(intervals.get(name))
     for section, content in result.items():
         if isinstance(content, Mapping) and section != "intervals":
             for name, value in content.items():
                 if is_number(value) or isinstance(value, float):
-                    yield f"{section}.{name}", number(value), between(content.get(f"{name}_interval"))
+                    yield f"{section}.{name}", number(value), _between(content.get(f"{name}_interval"))
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -22,6 +21,7 @@ from dpo_cli.errors import DpoError
 from dpo_cli.logps import out_of_memory, precision
 from dpo_cli.pairs import Ids, Pair, Pairs
 from dpo_cli.scores import Table
+from dpo_cli.stats import student
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ def sequence_kl(logps: Table, ref_logps: Table, token_kl: Table | None = None) -
       never negative, and never of more variance than ``logratio``.
 
     Each has a 95 % interval under ``…_interval``. A prompt's samples belong together: the interval is over the means of
-    prompts, or over the samples where there is one prompt. It is unknown, NaN, from a single number.
+    prompts, or over the samples where there is one prompt. It is unknown, None, from a single number.
 
     Shapes: all (prompts, K); ``token_kl`` as a sum over each response's tokens, its EOS included.
     Units: nats a response.
@@ -261,17 +261,11 @@ def sequence_kl(logps: Table, ref_logps: Table, token_kl: Table | None = None) -
         estimates["token_kl"] = np.asarray(token_kl, np.float64)
     found: dict[str, Any] = {"prompts": gap.shape[0], "samples": gap.shape[1]}
     for name, values in estimates.items():
-        found |= {name: float(values.mean()), f"{name}_interval": _interval(values)}
+        found |= {
+            name: float(values.mean()),
+            f"{name}_interval": student(values.mean(1) if len(values) > 1 else values[0]),
+        }
     return found
-
-
-def _interval(values: Table) -> list[float]:
-    """A 95 % t-interval of the mean of (clusters, members): over clusters' means, or over a single one's members."""
-    units = values.mean(axis=1) if len(values) > 1 else values[0]
-    if len(units) < 2:
-        return [math.nan, math.nan]
-    half = float(stdtrit(len(units) - 1, 0.975) * units.std(ddof=1) / math.sqrt(len(units)))
-    return [float(units.mean()) - half, float(units.mean()) + half]
 
 
 # ---- showing ----------------------------------------------------------------------------------------------------

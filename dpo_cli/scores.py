@@ -6,7 +6,6 @@ Legend: P pairs, N response tokens that carry loss; columns of (P, 2) are chosen
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from dpo_cli.losses import sigmoid_loss
 
 Table = npt.NDArray[np.float64]
+Groups = npt.NDArray[np.int64]
 SIDES = ("chosen", "rejected")
 TIE = 1e-3  # nats between the two log-ratios of a pair, below which their order is arithmetic
 
@@ -47,6 +47,7 @@ class Scores:
     """Log-probs of P pairs under policy and reference, and what goes into their loss.
 
     Shapes: ``tokens`` (those that carry loss), ``logps``, ``ref_logps``, ``terms`` (weight and margin): (P, 2).
+    ``groups`` is the number of each pair's prompt, (P,); where it is None, each pair stands on its own.
     Units: nats. ``distributions`` is None where they were not asked for.
     """
 
@@ -58,6 +59,7 @@ class Scores:
     beta: float
     label_smoothing: float = 0.0
     distributions: Distributions | None = None
+    groups: Groups | None = None
 
     @property
     def logratios(self) -> Table:
@@ -77,15 +79,13 @@ class Scores:
     @property
     def wins(self) -> Table:
         """1 where the chosen response has the higher reward, 1/2 in a tie, else 0: (P,)."""
-        h = self.logratios[:, 0] - self.logratios[:, 1]
-        wins: Table = (h > TIE) + 0.5 * (np.abs(h) <= TIE)
-        return wins
+        return wins_of(gap_of(self.logratios))
 
     @property
     def ties(self) -> Table:
         """1 where the two log-ratios are equal but for arithmetic: (P,)."""
-        h = self.logratios[:, 0] - self.logratios[:, 1]
-        return (np.abs(h) <= TIE).astype(float)
+        gap = gap_of(self.logratios)
+        return np.where(np.isnan(gap), np.nan, np.abs(gap) <= TIE)
 
     @property
     def losses(self) -> Table:
@@ -94,6 +94,16 @@ class Scores:
         weights, margins = torch.from_numpy(self.terms.T)
         losses: Table = sigmoid_loss(logps, ref_logps, self.beta, self.label_smoothing, margins, weights).numpy()
         return losses
+
+
+def gap_of(table: Table) -> Table:
+    """Chosen minus rejected, (P, 2) -> (P,)."""
+    return table[:, 0] - table[:, 1]
+
+
+def wins_of(gap: Table) -> Table:
+    """1 where a gap in nats is above 0, 1/2 where it is only arithmetic, else 0; NaN where it is no number."""
+    return np.where(np.isnan(gap), np.nan, (gap > TIE) + 0.5 * (np.abs(gap) <= TIE))
 
 
 def means(scores: Scores) -> dict[str, tuple[Table, Table]]:
@@ -135,9 +145,16 @@ def values(scores: Scores) -> dict[str, float]:
     """The means themselves, by name, and the perplexities that the data's cross-entropies make."""
     found = {name: float(above.sum() / below.sum()) for name, (above, below) in means(scores).items()}
     for name in [f"{of}cross_entropy/{side}" for of in ("", "ref_") for side in SIDES]:
-        with suppress(OverflowError):
-            found[name.replace("cross_entropy", "perplexity")] = math.exp(found[name])
+        found[name.replace("cross_entropy", "perplexity")] = perplexity(found[name])
     return found
+
+
+def perplexity(cross_entropy: float) -> float:
+    """The exponential of nats a token; infinite where no float holds it."""
+    try:
+        return math.exp(cross_entropy)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)

@@ -386,7 +386,7 @@ def test_a_person_gets_a_table(trained: tuple[Path, Any]) -> None:
             assert read_number(shown[name][1]) == pytest.approx(trained[1]["after"][f"{name}/chosen"], rel=1e-3)
         assert ("kl" in shown) == (kl == "exact")
         assert {"policy", "reference", "effect", "calibration", "length"} <= shown.keys()
-        assert [line for line in result.stdout.splitlines() if len(line) > 180 and str(folder) not in line] == []
+        assert [line for line in result.stdout.splitlines() if len(line) > 160 and str(folder) not in line] == []
 
 
 def read_number(text: str) -> float:

@@ -68,6 +68,47 @@ def test_accuracy_has_wilsons_interval_and_ties_count_half() -> None:
     assert sections(scores)["intervals"]["rewards/accuracies"] == pytest.approx([0.2553, 0.3662], abs=1e-4)
 
 
+def test_that_no_token_moved_is_not_certain() -> None:
+    scores = random_scores(100)
+    assert scores.distributions is not None
+    none = dataclasses.replace(scores.distributions, moved=0 * scores.tokens)
+    intervals = sections(dataclasses.replace(scores, distributions=none))["intervals"]
+    assert intervals["moved_tokens/chosen"] == intervals["moved_tokens/rejected"] == pytest.approx([0, 0.037], abs=1e-3)
+
+
+def test_pairs_of_one_prompt_are_no_more_than_one() -> None:
+    """Every pair six times, as of one prompt: intervals are those of the pairs once, and not 2.4 times narrower."""
+    once = random_scores(60, exact=False)
+    six = np.repeat(np.arange(60), 6)
+    tables = {name: getattr(once, name)[six] for name in ("tokens", "logps", "ref_logps", "terms")}
+    often = dataclasses.replace(once, where=[str(i) for i in range(360)], groups=six, **tables)
+    a, b = sections(once), sections(often)
+    for name in ("loss", "rewards/margins", "cross_entropy/chosen"):
+        assert b["intervals"][name] == pytest.approx(a["intervals"][name])
+    assert b["length"]["margin_length_correlation_interval"] is not None
+    widths = [np.subtract(*told["intervals"]["rewards/accuracies"]) for told in (a, b)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.1)
+    differences = [compared(s, dataclasses.replace(s, logps=s.logps * 0.9))["differences"] for s in (once, often)]
+    assert differences[0]["loss"]["interval"] == pytest.approx(differences[1]["loss"]["interval"])
+
+
+@pytest.mark.parametrize("worth", [math.nan, math.inf, -math.inf, -1e300])
+@pytest.mark.parametrize("pairs", [1, 30])
+def test_log_probs_that_are_no_numbers(worth: float, pairs: int) -> None:
+    """They make what is computed from them unknown, and nothing fails."""
+    scores = random_scores(pairs)
+    scores.logps[0] = worth
+    with np.errstate(invalid="ignore", over="ignore"):
+        told = json.loads(to_json(values(scores) | sections(scores)))
+        json.loads(to_json(compared(scores, scores)))
+    if math.isnan(worth):
+        assert told["rewards/accuracies"] is told["rewards/ties"] is told["intervals"]["rewards/accuracies"] is None
+        assert told["intervals"]["rewards/ties"] is told["intervals"]["loss"] is None
+        assert told["length"]["margin_length_correlation"] is None
+    assert told["perplexity/chosen"] is None or worth == math.inf
+    assert told["intervals"]["perplexity/chosen"] is None
+
+
 def test_what_is_told_is_json_however_few_pairs_there_are() -> None:
     for pairs in (1, 2, 3):
         told = json.loads(to_json(sections(random_scores(pairs))))
@@ -99,11 +140,17 @@ def test_quantiles() -> None:
 
 
 def test_effect_is_the_mean_over_the_spread_whatever_beta_is() -> None:
-    first, second = (sections(with_margins(*range(1, 10), beta=beta))["effect"] for beta in (1.0, 0.1))
-    assert first["margin_d"] == pytest.approx(5 / math.sqrt(7.5))
+    first, second = (sections(with_margins(*range(1, 12), beta=beta))["effect"] for beta in (1.0, 0.1))
+    assert first["margin_d"] == pytest.approx(6 / math.sqrt(11))
     assert second["margin_d"] == pytest.approx(first["margin_d"])
     assert second["margin_d_interval"] == pytest.approx(first["margin_d_interval"])
     assert first["margin_d_interval"][0] < first["margin_d"] < first["margin_d_interval"][1]
+
+
+def test_the_effect_of_few_prompts_has_no_interval() -> None:
+    assert sections(with_margins(*range(1, 10)))["effect"]["margin_d_interval"] is None
+    pairs = with_margins(*range(1, 19), groups=np.arange(18) // 2)
+    assert sections(pairs)["effect"]["margin_d_interval"] is None
 
 
 def test_ranks_by_log_probability_before_and_after() -> None:
@@ -146,10 +193,22 @@ def test_calibration_by_hand() -> None:
     told = sections(with_margins(SURE, SURE, -SURE, 0))["calibration"]
     assert told["brier"] == pytest.approx((2 * 0.22**2 + 0.78**2 + 0.5**2) / 4)
     assert told["ece"] == pytest.approx(3 / 4 * (0.78 - 2 / 3))
+    hits, p = np.arange(4), np.array([0.22**3, 3 * 0.78 * 0.22**2, 3 * 0.78**2 * 0.22, 0.78**3])
+    assert told["ece_expected"] == pytest.approx((0.5 + p @ np.abs(hits - 3 * 0.78)) / 4)
     unsure, sure = told["curve"]
     assert (unsure["pairs"], unsure["predicted"], unsure["observed"]) == (1, 0.5, 0.5)
     assert (sure["from"], sure["to"], sure["pairs"]) == (0.75, 0.8, 3)
     assert (sure["predicted"], sure["observed"]) == pytest.approx((0.78, 2 / 3))
+
+
+def test_a_calibrated_policy_of_few_pairs_has_the_error_that_is_expected() -> None:
+    rng, found = np.random.default_rng(1), []
+    margins = np.abs(rng.normal(0, 1, 60))
+    for _ in range(60):
+        right = rng.random(60) < 1 / (1 + np.exp(-margins))
+        found.append(sections(with_margins(*np.where(right, 1, -1) * margins))["calibration"])
+    assert found[0]["ece_expected"] == pytest.approx(np.mean([each["ece"] for each in found]), rel=0.08)
+    assert found[0]["ece_expected"] > 0.08
 
 
 def test_a_calibrated_policy_has_a_small_error() -> None:

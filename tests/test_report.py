@@ -300,6 +300,30 @@ def test_shares_and_nats() -> None:
     assert [numerals.nats(x) for x in (-1.234, -0.001, 0, math.nan)] == ["−1.23", "0.00", "0.00", "–"]
 
 
+def test_intervals_in_words() -> None:
+    assert numerals.between([0.5, 1.25], numerals.nats) == "0.50 to 1.25"
+    odd = (None, [], [1], [1, math.nan], [math.inf, 1], "ab", [None, 1])
+    assert {numerals.between(each) for each in odd} == {"unknown"} and numerals.between(None, none="") == ""
+
+
+def test_round_numbers_that_are_nearest() -> None:
+    assert [numerals.nice(x) for x in (1, 3, 3.2, 7, 7.2, 0.03, 140, 9e-5)] == [1, 2, 5, 5, 10, 0.02, 100, 1e-4]
+
+
+def test_the_calibration_error_stands_beside_that_of_chance() -> None:
+    about = make_evaluation(50)
+    calibration = about.result["calibration"] | {"ece": 0.041, "ece_expected": 0.032}
+    told = dataclasses.replace(about, result=about.result | {"calibration": calibration})
+    (caption,) = [plot.caption for plot in charts(told) if plot.name == "reliability"]
+    assert "0.0410 apart on average (ECE), where chance alone makes 0.0320 of it" in caption
+
+
+def test_words_that_are_no_more_than_the_numbers() -> None:
+    text = page(ReportInput("run", make_evaluation(20), make_history(20)))
+    assert "is learnt" not in text and "are preferred." not in text
+    assert "has ln 2 = 0.693, but for weights and margins of the pairs" in text
+
+
 def test_folds_in_words() -> None:
     found = [numerals.fold(x) for x in (0.0, math.log(2), -math.log(41), 1e4, math.nan)]
     assert found == ["as likely", "2.0× likelier", "41× rarer", "1×10³⁰⁴× likelier", "–"]

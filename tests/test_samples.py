@@ -388,7 +388,7 @@ def test_a_model_that_is_its_reference_and_a_single_sample() -> None:
     found = sequence_kl(logps, logps)
     assert all(found[name] == 0 and found[f"{name}_interval"] == [0, 0] for name in ("logratio", "k3"))
     alone = sequence_kl(logps[:1, :1], logps[1:, :1])
-    assert alone["logratio"] == 0 and all(map(math.isnan, alone["logratio_interval"]))
+    assert alone["logratio"] == 0 and alone["logratio_interval"] is None
 
 
 # ---- showing ----------------------------------------------------------------------------------------------------

@@ -6,17 +6,30 @@ import math
 
 import numpy as np
 import pytest
+from scipy.special import ndtr
 from scipy.stats import binom, spearmanr
 
 from dpo_cli import stats
-from dpo_cli.stats import bootstrap, interval, point, ratios, resamples, spearman, standardised_mean, wilson
+from dpo_cli.stats import (
+    bootstrap,
+    interval,
+    point,
+    ratios,
+    resamples,
+    seldom,
+    share,
+    spearman,
+    standardised_mean,
+    student,
+    wilson,
+)
 
 MANY = 4000  # repetitions: they share the resamples, and each has rows of its own
 
 
-def covered(above: np.ndarray, below: np.ndarray, truth: float) -> float:
+def covered(above: np.ndarray, below: np.ndarray, truth: float, groups: np.ndarray | None = None) -> float:
     """The share of repetitions, a column each, whose interval of the ratio has the truth in it."""
-    low, high = bootstrap(ratios(above, below), len(above)).T
+    low, high = bootstrap(ratios(above, below), len(above), groups=groups).T
     return float(((low <= truth) & (truth <= high)).mean())
 
 
@@ -82,6 +95,65 @@ def test_wilson_by_known_values() -> None:
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert wilson(10, 21)[0] < wilson(10.5, 21)[0] == pytest.approx(1 - wilson(10.5, 21)[1])  # a tie is half a hit
     assert wilson(0, 0) == (0, 1)
+
+
+# ---- rows in groups ---------------------------------------------------------------------------------------------
+
+GROUPS = np.repeat(np.arange(30), 6)
+
+
+def clustered(mean: float) -> np.ndarray:
+    """Half of the variance is that of the group."""
+    rng = np.random.default_rng(9)
+    return np.asarray(mean + rng.normal(size=(30, MANY))[GROUPS] + rng.normal(size=(180, MANY)))
+
+
+def test_intervals_of_means_cover_where_rows_belong_together() -> None:
+    drawn = clustered(1)
+    assert 0.93 < covered(drawn, np.ones_like(drawn), 1, GROUPS) < 0.97
+    assert covered(drawn, np.ones_like(drawn), 1) < 0.75  # as if they did not
+
+
+@pytest.mark.parametrize("mean", [0, 1, 2.5])
+def test_intervals_of_shares_cover_where_rows_belong_together(mean: float) -> None:
+    hits, truth = (clustered(mean) > 0) * 1.0, float(ndtr(mean / math.sqrt(2)))
+    ends = np.array([share(column, GROUPS) for column in hits.T[:1500]])
+    assert 0.93 < ((ends[:, 0] <= truth) & (truth <= ends[:, 1])).mean() < 0.97
+
+
+def test_single_groups_change_nothing() -> None:
+    values, names = np.random.default_rng(10).normal(size=(50, 3)), np.random.default_rng(0).permutation(50) + 7
+    statistic = ratios(values, np.ones_like(values))
+    assert (bootstrap(statistic, 50) == bootstrap(statistic, 50, groups=names)).all()
+    hits = (values[:, 0] > 0) * 1.0
+    assert share(hits) == share(hits, names) == list(wilson(hits.sum(), 50))
+
+
+def test_groups_come_and_go_together_within_bounded_memory() -> None:
+    for groups, drawn in ((np.array([5, 2, 5, 9, 2, 5]), 3), (np.arange(70_000) % 10, 10)):
+        for block in resamples(len(groups), 0, groups):
+            assert block.size <= max(stats.BLOCK, len(groups))
+            for each in np.unique(groups):
+                assert (block[:, groups == each] == block[:, groups == each][:, :1]).all()
+            assert (block[:, np.unique(groups, return_index=True)[1]].sum(1) == drawn).all()
+            break
+
+
+def test_one_group_has_no_interval_of_means_and_a_wide_one_of_shares() -> None:
+    values = np.random.default_rng(11).normal(size=(9, 1))
+    assert np.isnan(bootstrap(ratios(values, np.ones_like(values)), 9, groups=np.zeros(9, int))).all()
+    assert share(np.ones(9), np.zeros(9, int)) == list(wilson(1, 1))
+    assert share(np.ones(180), GROUPS) == list(wilson(30, 30))  # nothing shows how the groups scatter
+
+
+def test_no_share_of_nothing_or_of_what_is_no_number() -> None:
+    assert share(np.array([])) is None and share(np.array([1.0, np.nan])) is None
+    assert seldom(100) == pytest.approx([0, 0.037], abs=1e-3)
+
+
+def test_students_interval_by_hand() -> None:
+    assert student(np.array([2.0, 4.0])) == pytest.approx([3 - 12.7062, 3 + 12.7062], abs=1e-4)
+    assert student(np.array([2.0])) is None and student(np.array([2.0, np.nan])) is None
 
 
 # ---- the resamples ----------------------------------------------------------------------------------------------
@@ -150,6 +222,11 @@ def test_standardised_mean_is_that_of_the_rows_a_resample_has() -> None:
     drawn = [np.repeat(values, row.astype(int)) for row in counts]
     expected = [each.mean() / each.std(ddof=1) for each in drawn]
     assert standardised_mean(values)(counts)[:, 0] == pytest.approx(expected)
+
+
+def test_what_is_no_number_has_no_rank() -> None:
+    x = np.array([1.0, np.nan, 3.0])
+    assert np.isnan(point(spearman(x, np.arange(3.0)), 3)) and np.isnan(point(spearman(np.arange(3.0), x), 3))
 
 
 def test_what_is_all_equal_has_neither_spread_nor_ranks() -> None:
