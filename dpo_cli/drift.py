@@ -34,6 +34,8 @@ from dpo_cli.pairs import Pairs
 from dpo_cli.scores import Distributions
 
 FOLD = 20.0  # a token whose probability changed by more than this factor has moved
+IDENTITY = 1e-4  # nats by which the two sides of an identity may differ at a token
+LEAST = -1e4  # nats: what a token has that a model rules out, so that 0 times its log is 0
 TOP = 12  # tokens kept of those that rose most, and as many of those that fell most
 # Of the logits that are compared at a time: on a CPU they stay in its cache.
 PIECE_BYTES = {"cpu": 2**24, "cuda": 2**28}
@@ -210,9 +212,11 @@ def compare(
         added = torch.segment_reduce(torch.cat([rows, far[:, None]], 1).double(), "sum", lengths=lengths)
         sums[list(places)] = added.view(len(places), 2, -1)
         (entropies, crosses, kls) = rows[:, 2:].view(-1, 3, 2).unbind(1)
-        off = max(off, float((kls - (crosses - entropies)).abs().max()))
+        off = max(off, float((kls - (crosses - entropies)).abs().nan_to_num(math.inf).max()))
     if watch.stopped():
         return None
+    if not off <= IDENTITY:
+        watch.reporter.warn(f"KL(p||q) = H(p, q) - H(p) is off by {off:.2g} nats at some token: distrust the KL")
     table = {name: sums[..., c] for c, name in enumerate((*COLUMNS, "moved"))}
     logps = table.pop("logp").float(), table.pop("ref_logp").float()
     distributions = Distributions(**{name: each.numpy() for name, each in table.items()}, identity_error=off)
@@ -255,7 +259,7 @@ def divergences(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> Tensor:
     Units: nats.
     Source: H(p, q) = -sum p log q, H(p) = H(p, p), KL(p||q) = sum p (log p - log q) (Cover and Thomas, chapter 2).
     """
-    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    log_p, log_q = (logits.log_softmax(-1).clamp_(min=LEAST) for logits in (p_logits, q_logits))
     p, q, ratio = log_p.exp(), log_q.exp(), log_p - log_q
     dot = torch.linalg.vecdot
     at = targets[:, None]
@@ -270,7 +274,7 @@ def _moved(logratios: Tensor, places: Sequence[int], tokens: TokenFile) -> list[
     starts = np.cumsum(counts) - counts
     found = []
     for sign in (1, -1):
-        for row in (sign * logratios).topk(min(TOP, len(logratios))).indices.tolist():
+        for row in (sign * logratios.nan_to_num()).topk(min(TOP, len(logratios))).indices.tolist():
             place = int(np.searchsorted(starts, row, "right")) - 1
             found.append(Moved(float(logratios[row]), places[place], row - int(starts[place])))
     return found

@@ -64,7 +64,11 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
     (first, pairs), (second, others) = (evaluated(name, options, reporter) for name in names)
     if first.scores.where != second.scores.where:
         raise UsageError("the two models use other rows: what one truncates away the other reads; set --max-length")
-    told = {"a": names[0], "b": names[1], "pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
+    told: dict[str, Any] = {"pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
+    for name, each in (("a", first.result), ("b", second.result)):
+        told[name] = {about: each[about] for about in ("model", "reference", "beta")}
+    if told["a"]["reference"] != told["b"]["reference"]:
+        reporter.warn("the two models have other references: their rewards and KLs are measured from other points")
     show(told | compare_scores(first.scores, second.scores, options.seed))
 
 
@@ -90,7 +94,10 @@ def evaluated(
     history = read_metrics(source.run / "metrics.jsonl") if source.run else []
     step = _step(source, began, history)
     so_far = [line for line in history if step is None or line["step"] <= step]
-    done = evaluation(scores, compared, pairs, tokenizer, so_far, options.seed)
+    manifest = read_manifest(source.run) if source.run else None
+    same = manifest is not None and began is not None and options.beta == began.beta
+    its_own = same and manifest is not None and manifest["held_out"]["sha256"] == pairs.digest()
+    done = evaluation(scores, compared, pairs, tokenizer, so_far, options.seed, held_out=its_own)
     about: dict[str, Any] = {"model": source.told, "reference": judge.told, "beta": options.beta}
     about |= {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
     done = dataclasses.replace(done, result=about | done.result | more)
@@ -98,7 +105,6 @@ def evaluated(
     if options.per_pair:
         write_per_pair(options.per_pair, pairs, scores)
     if options.report:
-        manifest = read_manifest(source.run) if source.run else None
         write_report(options.report, ReportInput(source.told, done, history, manifest, vars(options)))
         reporter.fact("report", str(options.report))
     return done, pairs
@@ -192,7 +198,7 @@ class _Judge:
         about: dict[str, Any] = {"policy_runs": False, "same": self.itself}
         compared = drift.compare(reference.scorer, recorded, self.pairs, folder, self._watch("reference"), **about)
         assert compared is not None
-        known = (kept or cache).lookup(self.pairs)
+        known = recorded.logps if self.itself else (kept or cache).lookup(self.pairs)
         told = self._of_samples(drawn, reference, about) if drawn else {}
         return recorded.logps, compared.logps if known.isnan().any() else known, compared, told
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dpo_cli import drift
 from dpo_cli.curves import write_curves
-from dpo_cli.drift import Recorded, Watch
+from dpo_cli.drift import Compared, Recorded, Watch
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter, append_metrics, best_step, evaluations, read_metrics
 from dpo_cli.outcome import evaluation, scores_of
 from dpo_cli.report import ReportInput, write_report
 from dpo_cli.run import Run, read_manifest
-from dpo_cli.scores import Evaluation, values
+from dpo_cli.scores import Evaluation, Scores, values
 
 
 class HeldOut:
@@ -35,7 +35,7 @@ class HeldOut:
     def __init__(self, run: Run, reference: Tensor, reporter: Reporter) -> None:
         self.run, self.reference, self.reporter = run, reference, reporter
         self.metrics = run.folder / "metrics.jsonl"
-        self.last: Evaluation | None = None
+        self.last: tuple[int, Scores, Compared | None] | None = None  # of the last evaluation: its step and numbers
         self.recorded: Recorded | None = None
         if run.held_out and run.options.kl == "exact":
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
@@ -70,8 +70,7 @@ class HeldOut:
             keep()
         if step not in known:
             append_metrics(self.metrics, step, found, "eval_")
-        history = read_metrics(self.metrics)
-        self.last = evaluation(scores, compared, run.held_out, run.tokenizer, history)
+        self.last = step, scores, compared
         return found
 
     def _evaluations(self) -> dict[int, dict[str, float]]:
@@ -82,13 +81,23 @@ class HeldOut:
 
         What goes wrong there is told, and ends no training.
         """
-        run, done = self.run, self.last
-        if done and samples:
-            done = dataclasses.replace(done, result=done.result | {"samples": list(samples)})
+        run = self.run
         try:
             history, manifest = read_metrics(self.metrics), read_manifest(run.folder)
+            done = self._evaluation(history, samples)
             about = ReportInput(run.folder.name, done, history, manifest, dataclasses.asdict(run.options))
             write_report(run.folder / "report.html", about)
             write_curves(run.folder / "curves.png", history)
         except Exception as error:  # of the libraries that draw, too
             self.reporter.warn(f"the report of {run.folder} is not up to date: {error}")
+
+    def _evaluation(self, history: Sequence[dict[str, Any]], samples: Sequence[Mapping[str, Any]]) -> Evaluation | None:
+        """All that the last evaluation tells, with the answers that are to be shown beside it."""
+        if self.last is None:
+            return None
+        (step, scores, compared), run = self.last, self.run
+        done = evaluation(scores, compared, run.held_out, run.tokenizer, history)
+        about: dict[str, Any] = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta}
+        about["reference"] = run.source.told
+        shown = {"samples": list(samples)} if samples else {}
+        return dataclasses.replace(done, result=about | done.result | shown)

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,12 @@ def append_metrics(file: Path, step: int, values: dict[str, float], prefix: str 
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of the file; a number that was not finite is None."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    """The lines of the file but one that is cut short; a number that was not finite is None."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def evaluations(history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:

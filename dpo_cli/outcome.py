@@ -23,6 +23,7 @@ def scores_of(
     pairs: Pairs, policy: Tensor, reference: Tensor, beta: float, label_smoothing: float, compared: Compared | None
 ) -> Scores:
     """The numbers of an evaluation; ``policy`` and ``reference`` are logps (P, 2) in nats."""
+    prompts: dict[bytes, int] = {}
     return Scores(
         where=[pair.where for pair in pairs],
         tokens=pairs.loss_lengths.astype(float),
@@ -32,6 +33,7 @@ def scores_of(
         beta=beta,
         label_smoothing=label_smoothing,
         distributions=compared.distributions if compared else None,
+        groups=np.array([prompts.setdefault(pair.prompt.tobytes(), len(prompts)) for pair in pairs]),
     )
 
 
@@ -43,14 +45,16 @@ def evaluation(
     tokenizer: Any,
     history: Sequence[dict[str, Any]],
     seed: int = 0,
+    held_out: bool = True,
 ) -> Evaluation:
     """All that the numbers tell: means with intervals, findings, tokens that moved, pairs to look at.
 
-    ``history`` has the lines of the run's metrics up to this policy, if it is of one; ``seed`` is the intervals'.
+    ``history`` has the lines of the run's metrics up to this policy, if it is of one, and
+    ``held_out`` whether the pairs are that run's; ``seed`` is the intervals'.
     """
     told = sections(scores, seed)
     result: dict[str, Any] = values(scores) | told
-    result["findings"] = findings(scores, told, history)
+    result["findings"] = findings(scores, told, history, held_out=held_out)
     if compared is None:
         return Evaluation(scores, result)
     result["drift"] = drift_tokens(compared, pairs, tokenizer)

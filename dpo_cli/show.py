@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ def _token(text: str, row: Sequence[float]) -> Token:
 
 
 def token_texts(ids: Ids, tokenizer: Any) -> list[str]:
-    """Each token's own text; of a character that several tokens make up, a replacement character each."""
-    return [tokenizer.decode([each], clean_up_tokenization_spaces=False) for each in read(ids).tolist()]
+    """Each token's own text: what it adds to the one before it, since some decoders drop a text's first space."""
+    whole = read(ids).tolist()
+    alone = [tokenizer.decode([each], clean_up_tokenization_spaces=False) for each in whole]
+    both = [tokenizer.decode([*two], clean_up_tokenization_spaces=False) for two in pairwise(whole)]
+    return alone[:1] + [two[len(first) :] for first, two in zip(alone, both, strict=False)]
 
 
 def drift_tokens(compared: Compared, pairs: Pairs, tokenizer: Any) -> dict[str, Any]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_cli import numerals
-from dpo_cli.numerals import NONE, number
+from dpo_cli.numerals import NONE, between, number
 from dpo_cli.scores import SIDES
 
 Result = Mapping[str, Any]
 WIDTH = 110
 A_PAIR = (*("loss", "rewards/margins", "rewards/accuracies"), *(f"rewards/{side}" for side in SIDES))
 A_TOKEN = {
-    "cross_entropy": "H(data, policy)",
+    "cross_entropy": "H(data, policy), nats",
     "ref_cross_entropy": "H(data, reference)",
     "data_kl_change": "their difference: the change of KL(data || model)",
     "perplexity": "exp H(data, policy)",
@@ -56,7 +56,7 @@ def _a_pair(result: Result) -> Iterator[str]:
 
 
 def _a_token(result: Result) -> Iterator[str]:
-    yield f"{'nats a response token':<24}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
+    yield f"{'a response token':<24}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
     for name, meaning in A_TOKEN.items():
         if f"{name}/chosen" not in result:
             continue
@@ -76,7 +76,7 @@ def _sections(result: Result) -> Iterator[str]:
     yield f"{'':<24}chosen has the higher log-prob: {ranked}; change {change}"
     for name, what in (("margin", "|margin|"), ("length", "length gap")):
         buckets = "   ".join(
-            f"{number(b['from'])} to {number(b['to'])}: {percent(b['accuracy'], 0)} of {b['pairs']}"
+            f"{b['from']:.3g} to {b['to']:.3g}: {percent(b['accuracy'], 0)} of {b['pairs']:,}"
             for b in result["buckets"][name]
         )
         yield f"{'accuracy by ' + what:<24}{buckets}"
@@ -130,9 +130,13 @@ def _findings(result: Result) -> Iterator[str]:
 
 
 def _comparison(result: Result) -> Iterator[str]:
-    yield f"{'a':<34}{result['a']}"
-    yield f"{'b':<34}{result['b']}"
-    yield f"{'pairs':<34}{result['pairs']:,}, the same for both"
+    for name in "ab":
+        about = result[name]
+        yield f"{name:<34}{about['model']}, beta {about['beta']:g}, reference {about['reference']}"
+    tokens = (
+        "the same for both" if result["same_tokens"] else "read as other tokens: what is told a token is not comparable"
+    )
+    yield f"{'pairs':<34}{result['pairs']:,}, {tokens}"
     better = result["pairs_b_better"]
     share = f"{percent(better['share'])} of the pairs ({between(better['interval'], percent)})"
     yield f"{'larger log-ratio margin':<34}in b in {share}"
@@ -146,8 +150,3 @@ def _comparison(result: Result) -> Iterator[str]:
 def percent(value: Any, decimals: int = 1) -> str:
     """A share in per cent, without the hard space that a terminal need not know."""
     return numerals.percent(value, decimals).replace("\N{NO-BREAK SPACE}", "")
-
-
-def between(interval: Sequence[float] | None, show: Any = number) -> str:
-    """Both ends of an interval, or that it is unknown."""
-    return f"{show(interval[0])} to {show(interval[1])}" if interval else "unknown"

@@ -20,11 +20,11 @@ from dpo_cli.errors import Interrupted, UsageError
 from dpo_cli.evaluate import evaluated
 from dpo_cli.frontier import frontier
 from dpo_cli.metrics import Reporter
-from dpo_cli.numerals import NONE, is_number, number, tick
+from dpo_cli.numerals import NONE, between, is_number, number, tick
 from dpo_cli.plots import write_png, write_svg
 from dpo_cli.reward import Reward, load_reward
 from dpo_cli.run import read_manifest, trained_with
-from dpo_cli.summary import between, percent
+from dpo_cli.summary import percent
 from dpo_cli.train import train
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies")

@@ -176,7 +176,7 @@ class _Loop:
     def go_on_from(self, done: int) -> None:
         """Take all steps after ``done``, and every evaluation that is due and not in the metrics yet.
 
-        A step's checkpoint is written before its evaluation, so that what ends an evaluation costs no training.
+        Where a step's checkpoint is due it is written before its evaluation, so that what ends that costs no training.
 
         Raises:
             Interrupted: a signal came; a checkpoint was written.
