@@ -141,16 +141,25 @@ def test_an_evaluation_in_training_is_that_of_its_checkpoint(place: Place, runs:
 
 
 def test_findings_of_a_checkpoint_know_nothing_of_later_steps(
-    place: Place, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    place: Place, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known: list[list[int]] = []
-    monkeypatch.setattr(
-        "dpo_cli.outcome.findings", lambda _, __, history: known.append([line["step"] for line in history]) or []
-    )
+    """And nothing of the run's held-out losses on other pairs, or at another beta."""
+    known: list[tuple[int, bool]] = []
+
+    def found(_: Any, __: Any, history: list[dict[str, Any]], *, held_out: bool) -> list[Any]:
+        known.append((max(line["step"] for line in history), held_out))
+        return []
+
+    monkeypatch.setattr("dpo_cli.outcome.findings", found)
     run = runs["loss"]
     for model in (checkpoint(run, 4), run / "best", run):
         place.eval(model, "--kl", "none")
-    assert [max(steps) for steps in known] == [4, best_of(run, "loss"), STEPS]
+    assert known == [(4, True), (best_of(run, "loss"), True), (STEPS, True)]
+    known.clear()
+    place.eval(run, "--kl", "none", "--beta", 0.3)
+    fewer = write_rows(tmp_path / "fewer.jsonl", [json.loads(place.held_out.read_text().splitlines()[0])])
+    place("eval", "--model", run, "--data", fewer, "--cache-dir", place.cache, "--kl", "none")
+    assert known == [(STEPS, False)] * 2
 
 
 def test_training_without_the_whole_distributions(place: Place, runs: dict[str, Path], tmp_path: Path) -> None:
@@ -216,7 +225,9 @@ def test_two_models_are_compared_on_the_same_pairs(place: Place, runs: dict[str,
     models = [checkpoint(run, 1), run]
     one, other = (place.eval(model) for model in models)
     result = place.eval(models[0], "--model", models[1])
-    assert (result["a"], result["b"], result["pairs"], result["same_tokens"]) == (*map(str, models), 5, True)
+    assert (result["pairs"], result["same_tokens"]) == (5, True)
+    for name, alone in (("a", one), ("b", other)):
+        assert result[name] == {about: alone[about] for about in ("model", "reference", "beta")}
     for name, found in result["differences"].items():
         assert found["a"] == pytest.approx(one[name], abs=1e-9) and found["b"] == pytest.approx(other[name], abs=1e-9)
         assert found["difference"] == pytest.approx(other[name] - one[name], abs=1e-9)
@@ -227,6 +238,8 @@ def test_two_models_are_compared_on_the_same_pairs(place: Place, runs: dict[str,
     itself = place.eval(run, "--model", run)
     assert {found["difference"] for found in itself["differences"].values()} == {0}
     assert itself["pairs_b_better"]["share"] == 0.5
+    told = place.told(run, "--model", place.model, "--kl", "none")
+    assert told.exit_code == 0 and "warning: the two models have other references" in told.stderr, told.output
     table = place(
         "eval", "--model", models[0], "--model", models[1], "--data", place.held_out, "--cache-dir", place.cache
     )

@@ -17,9 +17,9 @@ from scipy.stats import chisquare
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from dpo_cli import drift
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.errors import DpoError
-from dpo_cli.evaluate import policy_logps
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import compile_layers
@@ -287,7 +287,8 @@ def test_samples_are_scored_as_pairs(policy: PreTrainedModel, reference: PreTrai
     scored = []
     for model in (policy, reference):
         with attention(model, PREFIX_SHARED):
-            table = policy_logps(Scorer(model, "shared", torch.float32, 40, torch.device("cpu")), pairs, Reporter())
+            scorer = Scorer(model, "shared", torch.float32, 40, torch.device("cpu"))
+            table = drift.score(scorer, pairs, drift.Watch(Reporter(quiet=True), "test"))
         assert table is not None
         scored.append(by_prompt(table.double().numpy(), copies))
     assert scored[0].shape == (3, copies)
