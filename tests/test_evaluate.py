@@ -141,7 +141,7 @@ def test_an_evaluation_in_training_is_that_of_its_checkpoint(place: Place, runs:
 
 
 def test_findings_of_a_checkpoint_know_nothing_of_later_steps(
-    place: Place, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    place: Place, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known: list[list[int]] = []
     own: list[bool] = []
@@ -236,6 +236,8 @@ def test_two_models_are_compared_on_the_same_pairs(place: Place, runs: dict[str,
     itself = place.eval(run, "--model", run)
     assert {found["difference"] for found in itself["differences"].values()} == {0}
     assert itself["pairs_b_better"]["share"] == 0.5
+    told = place.told(run, "--model", place.model, "--kl", "none")
+    assert told.exit_code == 0 and "warning: the two models have other references" in told.stderr, told.output
     table = place(
         "eval", "--model", models[0], "--model", models[1], "--data", place.held_out, "--cache-dir", place.cache
     )
