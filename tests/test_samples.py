@@ -17,7 +17,6 @@ from scipy.stats import chisquare
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli import drift
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.drift import Watch, score
 from dpo_cli.errors import DpoError
