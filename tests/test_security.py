@@ -1207,7 +1207,7 @@ def run(day: Day, here: Here) -> Path:
 
 
 def evaluate(here: Here) -> subprocess.CompletedProcess[str]:
-    return here("eval", "--model", "run", "--data", "rows.jsonl", "--cache-dir", "cache", "--json")
+    return here("eval", "--model", "run", "--data", "rows.jsonl", "--cache-dir", "cache", "--kl", "none", "--json")
 
 
 def test_the_run_evaluates_from_the_cache(here: Here, run: Path) -> None:
