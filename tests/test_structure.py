@@ -41,7 +41,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
+LAYER = {module: number for number, layer in enumerate(LAYERS) for module in sorted(layer)}
 
 
 def tree(module: str) -> ast.Module:
