@@ -90,7 +90,7 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
     try:
         action()
     except DpoError as error:
-        _fail(str(error), error.exit_code, debug)
+        _fail(str(error), error.exit_code, debug, error.cut_off)
     except OSError as error:
         if debug:
             raise
@@ -102,14 +102,30 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        _fail("interrupted; reference log-probs scored so far are kept, so the same command goes on from there", 130)
+        told = "interrupted; reference log-probs scored so far are kept, so the same command goes on from there"
+        _fail(told, 130, cut_off=True)
 
 
-def _fail(message: str, code: int, debug: bool = False) -> None:
+def _fail(message: str, code: int, debug: bool = False, cut_off: bool = False) -> None:
     if debug:
         print(printable(traceback.format_exc()), file=sys.stderr, end="")
-    print(f"error: {printable(message)}", file=sys.stderr)
+    if _processes() > 1:
+        from dpo_cli.ranks import said_once
+
+        message, code = said_once(message, code, cut_off)
+    if message:
+        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     raise typer.Exit(code)
+
+
+def _processes() -> int:
+    """Of how many processes that a launcher started this is one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _speaks() -> bool:
+    """Whether this is the one of them that speaks."""
+    return _processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def _version(wanted: bool) -> None:
@@ -145,7 +161,7 @@ def train(
     if resume and flags["output"] == resume:
         flags["output"] = None
     options = resolve_resumed(flags, resume) if resume else resolve(TrainOptions, flags, config)
-    reporter = _reporter()
+    reporter = _reporter(several=True)
     from dpo_cli.train import train as run
 
     result = run(options, resume, sys.argv, reporter, dry_run)
@@ -157,7 +173,7 @@ def train(
 def precompute_ref(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
     """Fill the cache with the reference's log-probabilities."""
     options = resolve(PrecomputeOptions, flags, config)
-    reporter = _reporter()
+    reporter = _reporter(several=True)
     from dpo_cli.prepare import precompute
 
     _show(precompute(options, reporter), json_, _plain)
@@ -300,8 +316,14 @@ def _references(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _reporter() -> Any:
-    """A reporter, after the libraries below were told to be quiet."""
+def _reporter(several: bool = False) -> Any:
+    """A reporter, after the libraries below were told to be quiet; ``several`` processes may run the command together.
+
+    Raises:
+        UsageError: a launcher started several, and each would do the same.
+    """
+    if not several and _processes() > 1:
+        raise UsageError("only dpo train and dpo precompute-ref run in several processes: start it without a launcher")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, so that no fork warns that it is turned off
@@ -314,13 +336,14 @@ def _reporter() -> Any:
     disable_progress_bar()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where it keeps its list of fonts
 
-    return Reporter()
+    return Reporter(quiet=not _speaks())
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], str]) -> None:
     from dpo_cli.disk import to_json
 
-    print(to_json(result) if as_json else printable(table(result)))
+    if _speaks():
+        print(to_json(result) if as_json else printable(table(result)))
 
 
 def _plain(result: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ class DpoError(Exception):
     """The run failed; ``str(error)`` is the whole message, cause and remedy included."""
 
     exit_code = 1
+    cut_off = False  # whether it came from outside the process, so that another process knows more of it
 
 
 class UsageError(DpoError):

@@ -25,11 +25,7 @@ from dpo_cli.scores import Evaluation, Scores, values
 class HeldOut:
     """The held-out pairs of a run, with what the reference says of them.
 
-    To be made while the model is the reference, whose states are recorded for the exact KL of every evaluation.
-    ``reference`` is its logps (P, 2) in nats.
-
-    Raises:
-        NotWrittenError: the disk has no room for what is recorded.
+    ``reference`` is its logps (P, 2) in nats. Of several ranks the first one evaluates.
     """
 
     def __init__(self, run: Run, reference: Tensor, reporter: Reporter) -> None:
@@ -37,10 +33,18 @@ class HeldOut:
         self.metrics = run.folder / "metrics.jsonl"
         self.last: tuple[int, Scores, Compared | None] | None = None  # of the last evaluation: its step and numbers
         self.recorded: Recorded | None = None
+
+    def record(self) -> None:
+        """Keep the reference's states for the exact KL of every evaluation; to be called while the model is that.
+
+        Raises:
+            NotWrittenError: the disk has no room for them.
+        """
+        run = self.run
         if run.held_out and run.options.kl == "exact":
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
-            reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
-            watch = Watch(reporter, "reference")
+            self.reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
+            watch = Watch(self.reporter, "reference")
             self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)
 
     def evaluate(

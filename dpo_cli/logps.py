@@ -141,8 +141,10 @@ class Scorer:
         """Tokens that each pair takes up in a forward."""
         return row_costs(pairs, self.layout)
 
-    def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-        """Score all pairs.
+    def score(
+        self, pairs: Sequence[Pair], share: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
+        """Score all pairs, or a rank's ``share`` of them, see ``forwards``.
 
         Yields: places of P pairs in ``pairs``; their logps (2P,), chosen first; their token log-probs (N,).
 
@@ -150,7 +152,7 @@ class Scorer:
             DpoError: one pair alone does not fit the device's memory.
         """
 
-        for places, (logps, tokens) in self.forwards(pairs, lambda _, batch: self.scored(batch)):
+        for places, (logps, tokens) in self.forwards(pairs, lambda _, batch: self.scored(batch), share):
             yield places, logps, tokens
 
     def scored(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -160,11 +162,15 @@ class Scorer:
 
     @torch.no_grad()
     def forwards(
-        self, pairs: Sequence[Pair], compute: Callable[[Sequence[int], MicroBatch], Result]
+        self,
+        pairs: Sequence[Pair],
+        compute: Callable[[Sequence[int], MicroBatch], Result],
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[tuple[int, ...], Result]]:
         """Run over all pairs in packed forwards, longest first; with less a forward where memory runs out.
 
-        ``compute`` is given places in ``pairs`` and their batch; again with others if it runs out of memory.
+        ``compute`` is given places in ``pairs`` and their batch; again with others if it runs out of memory. With a
+        ``share`` of (rank, world) the forwards are dealt out in turn: they are the same ones, whatever the world.
 
         Raises:
             DpoError: one pair alone does not fit the device's memory.
@@ -172,8 +178,13 @@ class Scorer:
         self.model.eval()
         costs = self.costs(pairs)
         by_length = sorted(range(len(pairs)), key=lambda i: (-costs[i], i))
+        planned, (rank, world), dealt = self.max_tokens, share, 0
         for start in range(0, len(by_length), WINDOW):
-            waiting = pack(by_length[start : start + WINDOW], costs, self.layout, self.max_tokens)
+            packed = pack(by_length[start : start + WINDOW], costs, self.layout, planned)
+            waiting = packed[(rank - dealt) % world :: world]
+            dealt += len(packed)
+            if self.max_tokens < planned:  # memory ran out
+                waiting = pack([i for indices in waiting for i in indices], costs, self.layout, self.max_tokens)
             while waiting:
                 done = self._forward(pairs, waiting[0], compute)
                 if done is not None:

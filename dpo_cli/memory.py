@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from dpo_cli import ranks
 from dpo_cli.batch import Step, probes, row_costs
 from dpo_cli.logps import Scorer, head_room, hidden_states, token_logps
 from dpo_cli.optimizer import BYTES, SPLIT
@@ -130,7 +131,7 @@ def usable_bytes(device: torch.device) -> float:
         limit, taken = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
         free = min(free, limit - taken + int(counts["active_file"]) + int(counts["inactive_file"]))  # files are let go
-    return USABLE * float(free + process_bytes(device))
+    return USABLE * float(free / ranks.on_this_host() + process_bytes(device))
 
 
 def process_bytes(device: torch.device) -> int:
@@ -169,7 +170,8 @@ def fit(
 
     Units: ``process`` in bytes, see ``StepBytes``.
     """
-    room, counted = usable_bytes(scorer.device), count_bytes(scorer, pairs, process)
+    room = -ranks.most([-int(usable_bytes(scorer.device))])[0]  # of several ranks the least counts
+    counted = count_bytes(scorer, pairs, ranks.most([process])[0])
     costs = scorer.costs(pairs)
     enough = max(max(costs), max_tokens or FEWEST_TOKENS)  # a longer pair has a forward of its own
     longest = pairs[costs.index(max(costs))]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpo_cli import ranks
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
 from dpo_cli.chat import NO_TEMPLATE
@@ -29,7 +30,6 @@ from dpo_cli.model import (
     choose_layout,
     compile_layers,
     compute_dtype,
-    default_device,
     dtype_name,
     find_model,
     load_model,
@@ -110,7 +110,9 @@ def read_pairs(
     skip = options.on_bad_row == "skip"
     tokenized = Tokenized(options.cache_dir, tokenizer, reading_of(options), reporter.warn, remember)
     sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
-    parts = [tokenized.read(source, keep_refused=skip) for source in sources]
+    if ranks.world() > 1 and "-" in data:
+        raise UsageError("--data -: several processes cannot share one stdin; write the rows to a file")
+    parts = ranks.ahead(lambda: [tokenized.read(source, keep_refused=skip) for source in sources])
     found = merged([part for part, _ in parts])
     if found.refused and (not skip or not found.pairs):
         raise refusal(found.refused, found.rows)
@@ -195,7 +197,7 @@ def tell_long(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter) -> None
 
 def tell_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> tuple[Tensor, list[int]]:
     """Tell what the cache has of P pairs; returns that (P, 2), and the places of those to score, equal ones once."""
-    logps = cache.lookup(pairs)
+    logps = ranks.union(cache.lookup(pairs))
     missing = missing_places(logps, pairs)
     cached = len(pairs) - int(logps.isnan().any(dim=1).sum())
     todo = f"{len(missing):,} to score" if missing else "no reference forward"
@@ -209,7 +211,7 @@ def fill_reference(cache: ReferenceCache, pairs: Sequence[Pair], scorer: Scorer,
     if not missing:
         return Filled(logps, hits=len(pairs), misses=0)
     with reporter.progress("reference", sum(tokens_of(pairs[place]) for place in missing), unit="tok") as progress:
-        filled = fill(cache, pairs, scorer, progress.advance)
+        filled = fill(cache, pairs, scorer, lambda tokens: progress.advance(tokens * ranks.world()))  # as the others do
     rate = f"{filled.seconds:.1f} s ({filled.tokens / filled.seconds:,.0f} tokens/s)"
     reporter.fact("", f"{filled.tokens:,} tokens in {rate}; kept in {cache.folder}")
     return filled
@@ -221,13 +223,18 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
     Raises:
         DpoError: a compared log-prob is off by more than arithmetic explains.
     """
+    with ranks.started(lambda: "What was scored is kept: the same command goes on from there") as accelerator:
+        return _precompute(options, accelerator.device, reporter)
+
+
+def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Reporter) -> dict[str, Any]:
     source = choose_model(options.model, options, reporter)
     tokenizer = choose_tokenizer(source, options)
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
-    process = process_bytes(default_device())
+    process = process_bytes(device)
     model, weights = load_weights(source, options)
-    scorer = make_scorer(model, pairs, options, default_device(), reporter, options.memory)
+    scorer = make_scorer(model, pairs, options, device, reporter, options.memory)
     tell_long(scorer, pairs, reporter)
     memory = fit(scorer, pairs, process, options.memory, False, options.max_tokens).memory
     reporter.fact("memory", f"scored for dpo train --memory {memory}")
@@ -235,6 +242,8 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
     if options.compile:
         compile_layers(model)
     name = fingerprint(model, weights, scorer.layout, scorer.dtype)
+    if ranks.world() > 1:
+        ranks.check_same(the_data=pairs.digest(), the_model=name)
     cache = open_cache(options, name, source, scorer, reporter)
     filled = fill_reference(cache, pairs, scorer, reporter)
     result: dict[str, Any] = {

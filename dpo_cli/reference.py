@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo_cli import shards
+from dpo_cli import ranks, shards
 from dpo_cli.disk import remove_leftovers, write_json
 from dpo_cli.errors import DpoError, NotWrittenError, UsageError
 from dpo_cli.logps import Scorer
@@ -140,11 +140,14 @@ def fill(
 ) -> Filled:
     """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
 
+    Several ranks share the work. Each writes its own shards, to the one folder or, where hosts have no common disk, to
+    its host's; what the others scored comes over the network.
+
     Raises:
         UsageError: the cache cannot be written to.
         DpoError: a log-prob is not finite, or the disk is full; what was scored before is kept.
     """
-    logps = cache.lookup(pairs)
+    logps = ranks.union(cache.lookup(pairs))
     todo = Pairs(pairs[place] for place in missing_places(logps, pairs))
     if not todo:
         return Filled(logps, hits=len(pairs), misses=0)
@@ -164,7 +167,7 @@ def fill(
             waiting.clear()
 
     try:
-        for indices, sums, token_logps in scorer.score(todo):
+        for indices, sums, token_logps in scorer.score(todo, (ranks.rank(), ranks.world())):
             scored = [todo[i] for i in indices]
             keys = [key for pair in scored for key in pair_keys(pair)]
             values = sums.view(2, -1).T.reshape(-1).tolist()  # (2P,) chosen, rejected, … of each pair
@@ -181,5 +184,7 @@ def fill(
                 written = time.monotonic()
     finally:
         flush()
-    cache.merge()
-    return Filled(cache.lookup(pairs), len(pairs) - misses, misses, tokens, time.monotonic() - began)
+    logps = ranks.union(cache.lookup(pairs))
+    if ranks.rank() == 0:
+        cache.merge()
+    return Filled(logps, len(pairs) - misses, misses, sum(ranks.gather(tokens)), time.monotonic() - began)

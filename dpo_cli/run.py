@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpo_cli import ranks
 from dpo_cli.batch import Step, plan_run, row_costs
-from dpo_cli.config import DataOptions, TrainOptions, resolve, to_yaml
+from dpo_cli.config import OPERATIONAL, DataOptions, TrainOptions, resolve, to_yaml
 from dpo_cli.data import BadRow, Reading
 from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
 from dpo_cli.errors import DpoError, UsageError, printable
@@ -87,7 +88,6 @@ def lay_out_run(
     options: TrainOptions,
     resume: Path | None,
     device: torch.device,
-    processes: int,
     reporter: Reporter,
     dry_run: bool = False,
 ) -> Run:
@@ -96,7 +96,7 @@ def lay_out_run(
     Raises:
         UsageError: an option, the data or the model cannot be used.
     """
-    folder = _checked_folder(options, resume)
+    folder = ranks.lead(lambda: _checked_folder(options, resume))
     if options.memory == "offload" and device.type == "cpu":
         raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
     source = choose_model(options.model, options, reporter)
@@ -145,10 +145,14 @@ def lay_out_run(
         epochs=options.epochs,
         max_steps=options.max_steps,
         max_tokens=scorer.max_tokens,
-        world=processes,
+        world=ranks.world(),
         seed=options.seed,
     )
     start = fingerprint(model, weights, scorer.layout, scorer.dtype)
+    if ranks.world() > 1:
+        told = {k: v for k, v in dataclasses.asdict(options).items() if k not in OPERATIONAL}
+        data = {"the_data": pairs.digest(), "the_held_out_data": held_out.digest()}
+        ranks.check_same(**data, the_model=start, the_options=str(told))
     run = Run(
         folder,
         options,
@@ -167,6 +171,8 @@ def lay_out_run(
         fitted,
         low,
     )
+    if fitted.memory == "in-backward" and ranks.world() > 1:
+        raise UsageError("--memory in-backward: a gradient is used up before the ranks could add theirs; use split")
     if fitted.memory == "in-backward" and any(len(step) > 1 for step in plan):
         raise UsageError(
             "--memory in-backward: a weight is updated as soon as its gradient is there, so each step must be one "
@@ -212,6 +218,8 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     options, scorer = run.options, run.scorer
     parameters = run.model.num_parameters()
     threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
+    if (several := ranks.world()) > 1:
+        reporter.fact("ranks", f"{several} processes, {ranks.on_this_host()} of them here; each has the whole model")
     reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}; {_KEPT[run.fitted.memory]}")
     reporter.fact("parameters", f"{parameters:,}, all trained")
     steps = [[i for indices in step for i in indices] for step in run.plan]
@@ -277,7 +285,7 @@ def _refuse_if_held(folder: Path) -> None:
             pass
 
 
-def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str, Any]:
+def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
     """What it takes to tell, later, where a run's numbers come from."""
     packages = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors")
     return {
@@ -285,7 +293,7 @@ def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "git_commit": _git_commit(),
         "device": run.scorer.device.type,
-        "processes": processes,
+        "processes": ranks.world(),
         "data": {
             "files": run.options.data,
             "pairs": len(run.pairs),

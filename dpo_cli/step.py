@@ -9,14 +9,15 @@ import dataclasses
 import math
 import signal
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpo_cli import ranks
 from dpo_cli.batch import Step, cut_step, moved
 from dpo_cli.config import TrainOptions
 from dpo_cli.errors import DpoError
@@ -107,22 +108,40 @@ class Trainer:
             sums, losses, too_large = self._gradient(mine, pairs_in_step, stop, updating)
             if updating and too_large:
                 raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
-            if stop.requested or not too_large:
+            stopped, shrunk = self._agree(stop, too_large)
+            if stopped or not shrunk:
                 break
-            self.optimizer.zero_grad()
-            self.scorer.shrink([self.pairs[i] for i in too_large])
-        if stop.requested and not updating:  # else the step is done
+        if stopped and not updating:  # else the step is done
             self.optimizer.zero_grad()
             return None
+        ranks.add_gradients(self._trained)
         *totals, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # the one read-back
         if not math.isfinite(totals[0] + grad_norm):
             self.optimizer.zero_grad()
             places = [i for indices in mine for i in indices]
-            raise self._not_finite(dict(zip(places, torch.cat(losses).tolist(), strict=True)))
+            found = zip(places, [loss for part in losses for loss in part.tolist()], strict=True)
+            raise self._not_finite({place: loss for each in ranks.gather(list(found)) for place, loss in each})
         if not updating:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return summarize(totals) | {"grad_norm": grad_norm, "learning_rate": lr}
+
+    def _agree(self, stop: StopSignal, too_large: tuple[int, ...]) -> tuple[bool, bool]:
+        """Whether a signal came, and whether memory ran out and less goes into a forward now: on any rank."""
+        before = self.scorer.max_tokens
+        if too_large and not stop.requested:
+            self.optimizer.zero_grad()
+            self.scorer.shrink([self.pairs[i] for i in too_large])
+        stopped, shrunk, most = ranks.most([stop.requested, bool(too_large), -self.scorer.max_tokens])
+        if shrunk and not stopped and not too_large:
+            self.optimizer.zero_grad()
+            self.scorer.warn(f"out of memory on another rank; going on with --max-tokens {-most}")
+        self.scorer.max_tokens = min(-most, before)
+        return bool(stopped), bool(shrunk)
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.scorer.model.parameters() if p.requires_grad]
 
     @property
     def in_backward(self) -> SmallAdamW | None:
@@ -147,7 +166,7 @@ class Trainer:
 
     def _cut(self, micro_batches: Step) -> Step:
         """This rank's micro-batches of a step, cut smaller than planned where memory has run out."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        world, rank = ranks.world(), ranks.rank()
         if self.scorer.max_tokens != self.options.max_tokens:
             indices = [i for planned in micro_batches for i in planned]
             micro_batches = cut_step(indices, self.costs, self.scorer.layout, self.scorer.max_tokens, world)
@@ -164,9 +183,10 @@ class Trainer:
         """
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
         losses: list[Tensor] = []
-        for number, indices in enumerate(mine, 1):
-            with nullcontext() if number == len(mine) else self.accelerator.no_sync(self.scorer.model):
-                done = self._backward(indices, pairs_in_step, updating)
+        for indices in mine:
+            if not indices:  # the step has fewer pairs than ranks
+                continue
+            done = self._backward(indices, pairs_in_step, updating)
             if done is None:
                 return sums, losses, indices
             losses.append(done[0])
@@ -184,7 +204,7 @@ class Trainer:
         def loss(places: slice, logps: Tensor) -> Tensor:
             losses, sums = self._measure(indices[places], logps)
             done.append((losses.detach(), sums))
-            part: Tensor = losses.sum() * self.accelerator.num_processes / pairs_in_step
+            part: Tensor = losses.sum() / pairs_in_step
             return part
 
         try:

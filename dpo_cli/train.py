@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from dpo_cli import ranks
 from dpo_cli.attention import attention
 from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.config import TrainOptions
 from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
-from dpo_cli.errors import DpoError, Interrupted, NotWrittenError, UsageError
+from dpo_cli.errors import DpoError, Interrupted, NotWrittenError
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import noise
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics, truncate_metrics
-from dpo_cli.model import default_device
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
@@ -48,50 +48,56 @@ def train(
         DpoError: the run failed; its last checkpoint is untouched.
         Interrupted: a signal came; a checkpoint was written.
     """
-    with ExitStack() as holding:
+    folders: list[Path] = [resume] if resume else []  # the run's, once it is there
+    with ranks.started(lambda: how_to_go_on(folders[0]) if folders else "") as accelerator, ExitStack() as holding:
         if resume and not dry_run:
-            holding.enter_context(held(resume / LOCK))
+            _on_first(lambda: holding.enter_context(held(resume / LOCK)))
         if resume:
             trained_with(resume)  # first of all: what follows goes by its options
         set_seed(options.seed)
-        accelerator = _accelerator()
-        run = lay_out_run(options, resume, accelerator.device, accelerator.num_processes, reporter, dry_run)
+        _tell_devices(command, reporter)
+        run = lay_out_run(options, resume, accelerator.device, reporter, dry_run)
         if dry_run:
             _, missing = tell_cached(run.cache, run.scored(), reporter)
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
-        manifest = make_manifest(run, command, accelerator.num_processes)
-        began = check_same_run(run.folder, manifest, reporter) if resume else manifest
+        manifest = make_manifest(run, command)
+        began = ranks.lead(lambda: check_same_run(run.folder, manifest, reporter)) if resume else manifest
         scored = fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
         manifest["reference"]["values"] = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
         if began["reference"]["values"] != manifest["reference"]["values"]:
             reporter.warn("the reference was computed anew since the run began: the last bits may differ")
         trainer, held_out_reference = _make_trainer(run, scored, accelerator)
         _check_step_0(trainer, run, reporter)
-        first_answers = _answers(run)
+        first_answers = ranks.lead(lambda: _answers(run))
         held_out = HeldOut(run, held_out_reference, reporter)
+        ranks.lead(held_out.record)
         stop = holding.enter_context(StopSignal())
         if not resume:
-            holding.enter_context(begin(run, manifest))
+            _on_first(lambda: holding.enter_context(begin(run, manifest)))
+            folders.append(run.folder)
         done = _restore(run, trainer, reporter) if resume else 0
         try:
             _Loop(run, trainer, held_out, stop, reporter).go_on_from(done)
-            _export(run, trainer, "model")
+            ranks.lead(lambda: _export(run, trainer, "model"))
         except NotWrittenError as error:
-            raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_go_on(run)}") from error
+            raise NotWrittenError(f"{error}. What was saved before is whole. {how_to_go_on(run.folder)}") from error
         if stop.requested:
             reporter.warn("the signal came when all was trained: the run is complete")
-        result = _summary(run, first_answers)
-        held_out.write_report(result["answers"])
+        result = ranks.lead(lambda: _summary(run, first_answers))
+        ranks.lead(lambda: held_out.write_report(result["answers"]))
         return result
 
 
-def _accelerator() -> Accelerator:
-    """The engine, with nothing taken from the environment that would change a gradient."""
-    accelerator = Accelerator(cpu=default_device().type == "cpu", mixed_precision="no")
-    accelerator.gradient_accumulation_steps = 1
-    if accelerator.num_processes > 1:
-        raise UsageError("one device for now: start dpo train without a launcher")
-    return accelerator
+def _on_first(action: Callable[[], object]) -> None:
+    """Let the first rank do something whose value the others have no use for."""
+    ranks.lead(lambda: action() and None)
+
+
+def _tell_devices(command: Sequence[str], reporter: Reporter) -> None:
+    """Say once how to use all of several GPUs."""
+    if ranks.world() == 1 and (count := torch.cuda.device_count()) > 1:
+        launch = shlex.join(["torchrun", "--nproc-per-node", str(count), "-m", "dpo_cli", *command[1:]])
+        reporter.fact("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
 
 
 def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[Trainer, Tensor]:
@@ -105,7 +111,8 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
         (new or run.model.gradient_checkpointing_enable)({"use_reentrant": False})
     low, run.low = run.low, None  # the optimizer's from now on
     optimizer = make_optimizer(run.model, run.options.weight_decay, run.fitted.memory, low)
-    prepared, optimizer = accelerator.prepare(run.model, optimizer)
+    prepared = accelerator.prepare_model(run.model, evaluation_mode=True)  # no wrapper: see ranks.py
+    optimizer = accelerator.prepare_optimizer(optimizer)
     max_tokens = run.options.max_tokens or run.scorer.max_tokens  # as planned, whatever scoring came down to
     trainer = Trainer(
         accelerator=accelerator,
@@ -122,8 +129,7 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
 def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
     """Bring the run back to its newest whole checkpoint, or its start where there is none; returns the steps done."""
     checkpoints = run.folder / "checkpoints"
-    newest = newest_checkpoint(checkpoints, reporter.warn)
-    remove_leftovers(run.folder)
+    newest = ranks.lead(lambda: newest_checkpoint(checkpoints, reporter.warn))
     done = 0
     if newest is None:
         reporter.fact("resume", f"from the start: no whole checkpoint in {checkpoints}")
@@ -131,7 +137,8 @@ def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
         checkpoint, done = newest
         trainer.scorer.max_tokens = restore_checkpoint(checkpoint, run.model, trainer.optimizer)
         reporter.fact("resume", f"after step {done} of {len(run.plan)}, from {checkpoint}")
-    truncate_metrics(run.folder / "metrics.jsonl", done)
+    ranks.lead(lambda: remove_leftovers(run.folder))
+    ranks.lead(lambda: truncate_metrics(run.folder / "metrics.jsonl", done))
     return done
 
 
@@ -183,19 +190,19 @@ class _Loop:
             DpoError: the run failed, and goes on from its last checkpoint once the cause is gone.
         """
         run, options, total = self.run, self.run.options, len(self.run.plan)
-        evaluated = evaluations(read_metrics(run.folder / "metrics.jsonl")).keys()
+        evaluated = ranks.lead(lambda: set(evaluations(read_metrics(run.folder / "metrics.jsonl"))))
         with self.reporter.progress("train", total, done, options.log_every) as progress:
             for step in range(done, total + 1):
                 if step > done:
                     rng = rng_state(run.scorer.device)
-                    if self.stop.requested or (told := self._step(step)) is None:
+                    if ranks.most([self.stop.requested])[0] or (told := self._step(step)) is None:
                         raise self._interrupted(step - 1, rng)
                     progress.advance(1, told)
                     if step == total or _due(options.save_every, step):
                         self._save(step, rng_state(run.scorer.device))
-                due = step in (0, total) or _due(options.eval_every, step)
-                known = step in evaluated and (step < total or self.held_out.last)  # the last one is in the report
-                if run.held_out and due and not known and not self._evaluate(step):
+                due = run.held_out and (step in (0, total) or _due(options.eval_every, step))
+                known = step in evaluated and step < total  # the last one is in the report
+                if due and not known and not ranks.lead(partial(self._evaluate, step)):
                     raise self._interrupted(step, rng_state(run.scorer.device))
 
     def _step(self, step: int) -> str | None:
@@ -205,10 +212,11 @@ class _Loop:
         try:
             values = self.trainer.step(indices, learning_rate(step, len(run.plan), run.options), self.stop)
         except NotFiniteError as error:
-            raise self._not_finite(step, error) from error
+            raise ranks.lead(partial(self._not_finite, step, error)) from error
         if values is None:
             return None
-        append_metrics(run.folder / "metrics.jsonl", step, values)
+        if ranks.rank() == 0:
+            append_metrics(run.folder / "metrics.jsonl", step, values)
         tokens = sum(run.costs[i] for micro_batch in indices for i in micro_batch)
         return f"{_brief(values)}  {tokens / (time.monotonic() - began):,.0f} tok/s"
 
@@ -229,12 +237,13 @@ class _Loop:
         folder, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
         if metrics.exists():
             sync(metrics)  # its lines last as long as the checkpoint
-        save_checkpoint(folder, step, run.model, self.trainer.optimizer, rng, max_tokens, run.options.keep)
+        optimizer, keep = self.trainer.optimizer, run.options.keep
+        _on_first(lambda: save_checkpoint(folder, step, run.model, optimizer, rng, max_tokens, keep))
 
     def _interrupted(self, step: int, rng: dict[str, Tensor]) -> Interrupted:
         self._save(step, rng)
         told = f"interrupted after step {step} of {len(self.run.plan)}; a checkpoint was written"
-        return Interrupted(f"{told}. {_how_to_go_on(self.run)}")
+        return Interrupted(f"{told}. {how_to_go_on(self.run.folder)}")
 
     def _not_finite(self, step: int, error: NotFiniteError) -> DpoError:
         """Write the step's pairs to a file, and say what happened and why it may have.
@@ -272,8 +281,9 @@ def _export(run: Run, trainer: Trainer, name: str) -> None:
         export_model(run.folder / name, run.model, run.tokenizer, model_card(run))
 
 
-def _how_to_go_on(run: Run) -> str:
-    return f"Go on with: dpo train --resume {shlex.quote(str(run.folder))}"
+def how_to_go_on(folder: Path) -> str:
+    """The command that goes on with a run."""
+    return f"Go on with: dpo train --resume {shlex.quote(str(folder))}"
 
 
 def _due(every: int, step: int) -> bool:

@@ -1,0 +1,227 @@
+"""The processes of one run: what they agree on, what the first of them does for all, and how their gradients add up.
+
+A run in one process passes through here without any communication. With several, each holds the whole model and runs
+its share of a step's micro-batches. ``DistributedDataParallel`` is not used: a step's backward passes are taken by body
+and head apart (``Scorer.backward``), around that wrapper's forward and the hooks that it sets there. What it would do
+is one sum, over every gradient, in the last micro-batch of a step; here that follows the last micro-batch.
+
+What is decided is decided on the host, over gloo: no device waits for it, and a rank that fails lets the others know.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dpo_cli.errors import DpoError, UsageError
+
+TIMEOUT = datetime.timedelta(days=30)  # a rank may wait as long as another one scores; one that ends is noticed at once
+HOST = torch.device("cpu")
+# What launchers set where they would have accelerate wrap the model.
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+T = TypeVar("T")
+
+
+def world() -> int:
+    """Processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process among them, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def on_this_host() -> int:
+    """Processes of the run that share this host's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world())) if world() > 1 else 1
+
+
+@contextmanager
+def started(how_to_go_on: Callable[[], str] = lambda: "") -> Iterator[Accelerator]:
+    """Be one of the processes that a launcher started, or the only one, while the block runs.
+
+    The engine takes nothing from the environment that would change a gradient.
+
+    Raises:
+        UsageError: the launcher wants another engine.
+        DpoError: another process of the run ended before its time.
+    """
+    if wanted := [name for key, name in ENGINES.items() if os.environ.get(key, "").lower() == "true"]:
+        raise UsageError(
+            f"the launcher is set to {wanted[0]}, whose wrapped model takes no backward pass by parts, and whose own "
+            "optimizer, clipping or checkpoints would take the place of these; start with torchrun, or with accelerate "
+            "launch and no such plugin"
+        )
+    cpu = not torch.cuda.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not cpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # or accelerate decides, with a warning
+        dist.init_process_group("gloo" if cpu else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+    accelerator.gradient_accumulation_steps = 1
+    try:
+        yield accelerator
+        wait()
+    except RuntimeError as error:
+        if world() == 1 or not _is_of_a_peer(error):
+            raise
+        told = f"another process of this run has ended, so that this one had to. {how_to_go_on()}"
+        raise PeerLostError(told) from error
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- agreement --------------------------------------------------------------------------------------------------
+
+
+def lead(action: Callable[[], T]) -> T:
+    """Let the first rank do something while the others wait; its value, or its error, is everybody's.
+
+    The value has to be plain: it travels.
+
+    Raises:
+        DpoError: as ``action``.
+    """
+    if world() == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except DpoError as error:
+            dist.broadcast_object_list([None, (type(error), str(error))], device=HOST)
+            raise
+    dist.broadcast_object_list(outcome, device=HOST)
+    if outcome[1]:
+        kind, message = outcome[1]
+        raise kind(message)
+    value: T = outcome[0]
+    return value
+
+
+def ahead(action: Callable[[], T]) -> T:
+    """Do the same on all ranks, on the first one before the others: what it keeps on disk, they find there."""
+    found: list[T] = []
+    lead(lambda: found.extend([action()]))
+    return found[0] if found else action()
+
+
+def most(values: Sequence[int]) -> list[int]:
+    """The largest that any rank has, of each number."""
+    if world() == 1:
+        return list(values)
+    found = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+def gather(value: T) -> list[T]:
+    """What each rank has, a plain value."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value, group=None)
+    return found
+
+
+def union(table: Tensor) -> Tensor:
+    """A table on the host with what any rank knows of it, NaN where none does."""
+    if world() == 1:
+        return table
+    known = table.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    dist.all_reduce(known, dist.ReduceOp.MAX)
+    return known.masked_fill(known == -torch.inf, torch.nan)
+
+
+def wait() -> None:
+    """Go on when all ranks are here."""
+    most([0])
+
+
+def check_same(**values: str) -> None:
+    """Refuse to go on where ranks have other values than the first one.
+
+    Raises:
+        UsageError: naming them, and the ranks.
+    """
+    found = gather(values)
+    if wrong := [name.replace("_", " ") for name in values if any(each[name] != found[0][name] for each in found)]:
+        others = [str(place) for place, each in enumerate(found) if each != found[0]]
+        raise UsageError(
+            f"{' and '.join(wrong)}: not the same on rank {', '.join(others)} as on rank 0; all hosts need the same "
+            "files, versions and kind of device"
+        )
+
+
+# ---- gradients --------------------------------------------------------------------------------------------------
+
+
+def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give every rank the sum of all ranks' gradients; what has one on no rank stays without."""
+    if world() == 1:
+        return
+    running = []
+    for p, anywhere in zip(parameters, most([p.grad is not None for p in parameters]), strict=True):
+        if anywhere:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+            running.append(dist.all_reduce(p.grad, async_op=True))
+    for each in running:
+        each.wait()
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+class PeerLostError(DpoError):
+    """Another process of the run ended; why, it may have told the first one."""
+
+    cut_off = True
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    """Whether it is what a collective raises when another rank is gone: gloo's have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+
+
+def said_once(message: str, code: int, cut_off: bool) -> tuple[str, int]:
+    """What this rank is to say of its end, and its exit code: of one error only one rank speaks, the first if it can.
+
+    ``cut_off``: the end came from outside, so that another rank's error is its cause if there is one. Ranks meet at the
+    launcher's store, which outlives them.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends all ranks when it sees that one has ended
+    mine = int(os.environ.get("RANK", "0"))
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=10))  # type: ignore[attr-defined]
+        if mine == 0:
+            if cut_off:
+                with suppress(dist.DistError):
+                    store.wait(["dpo/error"], datetime.timedelta(seconds=2))
+                    message, code = json.loads(store.get("dpo/error"))
+            store.set("dpo/told", "")
+            return message, code
+        if not cut_off:
+            store.set("dpo/error", json.dumps([f"rank {mine}: {message}", code]))
+        store.wait(["dpo/told"], datetime.timedelta(seconds=10))
+        return "", code
+    except (KeyError, RuntimeError):  # no store, or nobody there who has spoken
+        return message if mine == 0 else f"rank {mine}: {message}", code
