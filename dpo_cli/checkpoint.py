@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from dpo_cli import ranks
 from dpo_cli.disk import sealed, sha256, unsealed, whole_folder
 from dpo_cli.model import WEIGHTS, put_weights
+from dpo_cli.sharding import gathered, is_sharded, let_go, shard_like, whole_weights
 
 MANIFEST = "manifest.json"
+KINDS = {torch.float32: "F32"}  # of what a sharded model trains with, as safetensors names it
 FILES = {WEIGHTS, "optimizer.safetensors", "rng.safetensors"}
 
 
@@ -46,21 +51,47 @@ def save_checkpoint(
 
     ``max_tokens`` is the token budget that the run has come down to, which decides the last bits of later steps.
 
+    The first rank writes, the same files whatever the ranks and their shards; of a sharded model all must take part.
+
     Raises:
         NotWrittenError: the checkpoints that were there still are.
     """
     folder = checkpoints / _name(step)
-    if not folder.exists():
+    let_go(model)
+    weights, moments = {name: p.detach() for name, p in model.named_parameters()}, _moments(optimizer)
+    there = ranks.lead(folder.exists)
+    if not there and ranks.rank() > 0 and is_sharded(model):
+        for _ in (*gathered(weights), *gathered(moments)):
+            pass
+    if ranks.rank() == 0 and not there:
         with whole_folder(folder) as temporary:
-            save_file({name: p.detach() for name, p in model.named_parameters()}, temporary / WEIGHTS)
-            save_file(_moments(optimizer), temporary / "optimizer.safetensors")
+            _save(weights, temporary / WEIGHTS)
+            _save(moments, temporary / "optimizer.safetensors")
             save_file(rng, temporary / "rng.safetensors")
             files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
             manifest = sealed({"step": step, "max_tokens": max_tokens, "files": files})
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for old in _folders(checkpoints)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)  # tried again at the next checkpoint
+    if ranks.rank() == 0:
+        for old in _folders(checkpoints)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)  # tried again at the next checkpoint
+    ranks.wait()
     return folder
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors as safetensors lays them out; sharded ones are gathered one at a time."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        save_file(dict(tensors), file)
+        return
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in gathered(tensors):
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _moments(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -115,11 +146,14 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
     Raises:
         DpoError: the checkpoint is of another model.
     """
+    let_go(model)
     put_weights(model, folder)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
+    with safe_open(folder / "optimizer.safetensors", framework="pt") as moments:
+        for key in moments.keys():  # noqa: SIM118  # it is no mapping
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = shard_like(moments.get_tensor(key), parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     rng = load_file(folder / "rng.safetensors")
     torch.set_rng_state(rng["cpu"])
@@ -130,8 +164,14 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
 
 
 def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str) -> None:
-    """Write a folder that any Hugging Face tool loads: weights, config, tokenizer with template, model card."""
+    """Write a folder that any Hugging Face tool loads: weights, config, tokenizer with template, model card.
+
+    The first rank writes; of a sharded model all must take part, and the first one's host has room for its weights.
+    """
+    weights = whole_weights(model) if is_sharded(model) else None
+    if ranks.rank() > 0:
+        return
     with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")

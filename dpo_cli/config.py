@@ -77,6 +77,13 @@ def memory_option() -> Any:
     )
 
 
+def shard_option() -> Any:
+    """How ranks keep the model: an option of what trains, and of what scores for a training to come."""
+    return option(
+        False, "Of several processes: each keeps a share of weights, gradients and moments (FSDP2), not all of them."
+    )
+
+
 def kl_option(more: str = "") -> Any:
     """Whether the whole next-token distributions of both models are compared, wherever pairs are evaluated."""
     text = (
@@ -188,6 +195,7 @@ class TrainOptions(Options):
     max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", not_negative)
     memory: str = memory_option()
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    shard: bool = shard_option()
     seed: int = option(0, "Seed of the order of the pairs.", seedlike)
     log_every: int = option(10, "Steps between console lines where the output is no terminal.", positive)
     eval_every: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
@@ -207,6 +215,7 @@ class PrecomputeOptions(Options):
     """`dpo precompute-ref`."""
 
     memory: str = memory_option()
+    shard: bool = shard_option()
     verify: int = option(0, "Recompute this many random cached pairs and show the largest difference.", not_negative)
 
 
@@ -278,7 +287,9 @@ class CheckOptions(DataOptions):
 
 
 # Options that do not change what is trained: a resumed run may have others than it began with.
-OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl"})
+OPERATIONAL = frozenset(
+    {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "shard"}
+)
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
 SETTLED = frozenset(
     {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}

@@ -39,8 +39,9 @@ def fingerprint(model: PreTrainedModel, weights: str, layout: Layout, dtype: tor
     }
     if compiled(model):
         about["compiled"] = torch.__version__
-    if type(model).__module__.startswith("transformers_modules."):  # --trust-remote-code
-        about["code"] = [sha256(file) for file in sorted(Path(inspect.getfile(type(model))).parent.glob("*.py"))]
+    foreign = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers_modules.")]
+    if foreign:  # --trust-remote-code
+        about["code"] = [sha256(file) for file in sorted(Path(inspect.getfile(foreign[0])).parent.glob("*.py"))]
     how = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     return how.hexdigest()[:16] + weights[:48]
 

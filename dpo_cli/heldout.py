@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_cli import drift
+from dpo_cli import drift, ranks
 from dpo_cli.curves import write_curves
 from dpo_cli.drift import Compared, Recorded, Watch
 from dpo_cli.logps import Scorer
@@ -25,7 +25,8 @@ from dpo_cli.scores import Evaluation, Scores, values
 class HeldOut:
     """The held-out pairs of a run, with what the reference says of them.
 
-    ``reference`` is its logps (P, 2) in nats. Of several ranks the first one evaluates.
+    ``reference`` is its logps (P, 2) in nats. Of several ranks the first one evaluates while the others wait; those of
+    a sharded model all run the same forwards, and the first one writes.
     """
 
     def __init__(self, run: Run, reference: Tensor, reporter: Reporter) -> None:
@@ -69,10 +70,10 @@ class HeldOut:
             return None
         beta, smoothing = run.options.beta, run.options.label_smoothing
         scores = scores_of(run.held_out, policy, self.reference, beta, smoothing, compared)
-        found, known = values(scores), self._evaluations()
+        found, known = values(scores), ranks.lead(self._evaluations) if scorer.sharded else self._evaluations()
         if (metric := run.options.keep_best) and best_step(known | {step: found}, metric) == step:
             keep()
-        if step not in known:
+        if step not in known and ranks.rank() == 0:
             append_metrics(self.metrics, step, found, "eval_")
         self.last = step, scores, compared
         return found

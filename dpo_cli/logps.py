@@ -27,6 +27,8 @@ WINDOW = 512  # pairs of similar length that are packed together when order does
 # Of float32 logits that are there at a time; more where a single pair needs it. A GPU wants large matrix products.
 HEAD_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
+BODY = "run_body"  # method of a sharded model that runs its body and gathers what lies outside the layers
+
 Result = TypeVar("Result")
 
 
@@ -84,6 +86,11 @@ class Scorer:
     device: torch.device
     apart: bool = True
     warn: Callable[[str], None] = lambda text: None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model lies in shards over the ranks, which then have to run their forwards in step."""
+        return hasattr(self.model, BODY)
 
     def batch(self, pairs: Sequence[Pair]) -> MicroBatch:
         """The tensors of one forward, on the device."""
@@ -193,6 +200,8 @@ class Scorer:
                     self.shrink([pairs[i] for i in waiting[0]])
                     left = [i for indices in waiting for i in indices]
                     waiting = pack(left, costs, self.layout, self.max_tokens)
+        if self.sharded and rank >= (dealt % world or world):  # others have one more
+            compute(by_length[-1:], self.batch([pairs[by_length[-1]]]))
 
     def _forward(
         self, pairs: Sequence[Pair], places: Sequence[int], compute: Callable[[Sequence[int], MicroBatch], Result]
@@ -211,6 +220,8 @@ class Scorer:
         Raises:
             DpoError: it was a single pair, so that nothing is left to halve.
         """
+        if self.sharded:
+            raise DpoError("memory ran out on a rank; those of a sharded model go in step: set a lower --max-tokens")
         taken = sum(self.costs(pairs)) if self.layout != "padded" else len(pairs) * max(self.costs(pairs))
         if len(pairs) == 1:
             raise DpoError(
@@ -278,7 +289,7 @@ def head_pieces(model: nn.Module, batch: MicroBatch) -> Iterator[tuple[slice, sl
 
 def hidden_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
     """What the head reads to predict the response tokens: (N, H)."""
-    body: nn.Module = model.base_model  # type: ignore[assignment]
+    body: Any = getattr(model, BODY, None) or model.base_model
     with precision(batch.input_ids.device, dtype):
         hidden: Tensor = body(use_cache=False, **_inputs(batch)).last_hidden_state  # (B, T, H)
     return hidden.flatten(0, 1)[batch.predictors]

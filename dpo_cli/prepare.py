@@ -18,7 +18,7 @@ from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
 from dpo_cli.chat import NO_TEMPLATE
 from dpo_cli.checkpoint import verified_step
-from dpo_cli.config import DataOptions, Options, PrecomputeOptions
+from dpo_cli.config import DataOptions, Options, PrecomputeOptions, TrainOptions
 from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
@@ -39,6 +39,7 @@ from dpo_cli.optimizer import SPLIT, halve
 from dpo_cli.pairs import Pair, Pairs, loss_tokens, read
 from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
+from dpo_cli.sharding import shard
 from dpo_cli.tokenized import Tokenized, merged
 from dpo_cli.tokens import Encoder, PairSet, reasons, refusal
 
@@ -59,6 +60,33 @@ def load_weights(source: ModelSource, options: Options, remember: bool = True) -
     memo = WeightsMemo(source, options.cache_dir)
     model = load_model(source)
     return model, memo.hash(model, remember)
+
+
+def load_spread(
+    source: ModelSource, options: TrainOptions | PrecomputeOptions, device: torch.device, remember: bool = True
+) -> tuple[PreTrainedModel, str]:
+    """``load_weights`` on every rank, in shards where that is asked for: then one rank of a host after the other.
+
+    Raises:
+        UsageError: the options do not go with shards, or there is nothing to shard over.
+    """
+    if not options.shard:
+        return load_weights(source, options, remember)
+    if not ranks.launched():
+        raise UsageError("--shard: there is one process to shard over; start it with torchrun")
+    if options.memory not in ("auto", "full"):
+        raise UsageError(
+            f"--memory {options.memory}: shards would cut its blocks of moments differently; with --shard use full"
+        )
+    if options.compile:
+        raise UsageError("--compile: not with --shard, whose layers gather their weights as they run")
+
+    def load() -> tuple[PreTrainedModel, str]:
+        model, weights = load_weights(source, options, remember)
+        shard(model, device)
+        return model, weights
+
+    return ranks.in_turn(load)
 
 
 def open_cache(
@@ -233,7 +261,7 @@ def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Repo
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
     process = process_bytes(device)
-    model, weights = load_weights(source, options)
+    model, weights = load_spread(source, options, device)
     scorer = make_scorer(model, pairs, options, device, reporter, options.memory)
     tell_long(scorer, pairs, reporter)
     memory = fit(scorer, pairs, process, options.memory, False, options.max_tokens).memory

@@ -48,6 +48,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def launched() -> bool:
+    """Whether a launcher started this process, be it the only one."""
+    return dist.is_initialized()
+
+
 def on_this_host() -> int:
     """Processes of the run that share this host's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world())) if world() > 1 else 1
@@ -70,7 +75,7 @@ def started(how_to_go_on: Callable[[], str] = lambda: "") -> Iterator[Accelerato
             "launch and no such plugin"
         )
     cpu = not torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if not cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # or accelerate decides, with a warning
@@ -122,6 +127,16 @@ def ahead(action: Callable[[], T]) -> T:
     found: list[T] = []
     lead(lambda: found.extend([action()]))
     return found[0] if found else action()
+
+
+def in_turn(action: Callable[[], T]) -> T:
+    """Do the same on all ranks, of those on one host one after the other: what it takes for a while, it takes once."""
+    found: list[T] = []
+    for turn in range(on_this_host()):
+        if turn == int(os.environ.get("LOCAL_RANK", rank())) % on_this_host():
+            found.append(action())
+        wait()
+    return found[0]
 
 
 def most(values: Sequence[int]) -> list[int]:

@@ -42,7 +42,7 @@ from dpo_cli.prepare import (
     choose_tokenizer,
     halved_if_split,
     hold_out,
-    load_weights,
+    load_spread,
     make_scorer,
     open_cache,
     read_pairs,
@@ -118,7 +118,10 @@ def lay_out_run(
         reporter.fact("held out", f"{len(held_out):,} of the pairs")
 
     process = process_bytes(device)
-    model, weights = load_weights(source, options, remember=not dry_run)
+    if resume and options.shard and not ranks.launched():
+        options = dataclasses.replace(options, shard=False)
+        reporter.fact("shard", "one process goes on with what began in shards")
+    model, weights = load_spread(source, options, device, remember=not dry_run)
     own_attention = model.config._attn_implementation
     scorer = make_scorer(model, pairs + held_out, options, device, reporter, options.memory)
     weights, low = halved_if_split(model, weights, options.memory)
@@ -203,6 +206,8 @@ def _checked_folder(options: TrainOptions, resume: Path | None) -> Path:
         raise UsageError(
             "--eval-every, --show-answers and --keep-best need held-out pairs: --eval-data or --eval-fraction"
         )
+    if options.shard and options.show_answers:
+        raise UsageError("--show-answers: a model in shards does not answer while it trains; use dpo eval --samples")
     if options.memory == "in-backward" and options.max_grad_norm:
         raise UsageError("--memory in-backward: no gradient is there long enough to be clipped; set --max-grad-norm 0")
     return folder
@@ -219,7 +224,8 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     parameters = run.model.num_parameters()
     threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
     if (several := ranks.world()) > 1:
-        reporter.fact("ranks", f"{several} processes, {ranks.on_this_host()} of them here; each has the whole model")
+        kept = "a share of the model" if options.shard else "the whole model"
+        reporter.fact("ranks", f"{several} processes, {ranks.on_this_host()} of them here; each keeps {kept}")
     reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}; {_KEPT[run.fitted.memory]}")
     reporter.fact("parameters", f"{parameters:,}, all trained")
     steps = [[i for indices in step for i in indices] for step in run.plan]
@@ -232,7 +238,7 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
     reporter.fact("tokens", f"{tokens:,} to train on; {padded}")
     need, room = run.fitted.estimate(run.plan, run.costs, run.pairs, scorer), usable_bytes(scorer.device)
-    state = parameters * sum(BYTES[run.fitted.memory]) / 2**30
+    state = parameters * sum(BYTES[run.fitted.memory]) / run.fitted.step_bytes.shards / 2**30
     again = ", activations computed again in the backward pass" if run.fitted.recompute else ""
     told = f"about {need / 2**30:.1f} GiB at most (estimate), {state:.1f} of them weights, gradients and moments{again}"
     reporter.fact("memory", told)

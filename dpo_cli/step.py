@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo_cli import ranks
 from dpo_cli.batch import Step, cut_step, moved
@@ -26,6 +26,7 @@ from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, pair_sums, summarize
 from dpo_cli.optimizer import SPLIT, SmallAdamW
 from dpo_cli.pairs import Pair, loss_tokens
+from dpo_cli.sharding import own, whole
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -105,7 +106,8 @@ class Trainer:
         while True:
             mine = self._cut(micro_batches)
             assert not updating or len(mine) == 1, "weights would be updated with part of a gradient"
-            sums, losses, too_large = self._gradient(mine, pairs_in_step, stop, updating)
+            idle = min((i for indices in micro_batches for i in indices), key=self.costs.__getitem__)
+            sums, losses, too_large = self._gradient(mine, idle, pairs_in_step, stop, updating)
             if updating and too_large:
                 raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
             stopped, shrunk = self._agree(stop, too_large)
@@ -114,7 +116,8 @@ class Trainer:
         if stopped and not updating:  # else the step is done
             self.optimizer.zero_grad()
             return None
-        ranks.add_gradients(self._trained)
+        if not self.scorer.sharded:  # whose gradients are added up where they arise
+            ranks.add_gradients([p for p in self.scorer.model.parameters() if p.requires_grad])
         *totals, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # the one read-back
         if not math.isfinite(totals[0] + grad_norm):
             self.optimizer.zero_grad()
@@ -140,10 +143,6 @@ class Trainer:
         return bool(stopped), bool(shrunk)
 
     @property
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for p in self.scorer.model.parameters() if p.requires_grad]
-
-    @property
     def in_backward(self) -> SmallAdamW | None:
         """The optimizer, where it updates the weights in the backward pass of a step, which is a single one."""
         if self.options.memory != "in-backward":
@@ -161,7 +160,7 @@ class Trainer:
             norm = torch.stack(norms).norm()
             torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
         else:
-            norm = cast(Tensor, self.accelerator.clip_grad_norm_(parameters, most)).detach()
+            norm = whole(cast(Tensor, self.accelerator.clip_grad_norm_(parameters, most)).detach())
         return cast(Tensor, norm.double()[None])
 
     def _cut(self, micro_batches: Step) -> Step:
@@ -173,10 +172,16 @@ class Trainer:
         return micro_batches[rank::world]
 
     def _gradient(
-        self, mine: Step, pairs_in_step: int, stop: StopSignal, updating: AbstractContextManager[None] | None
+        self,
+        mine: Step,
+        idle: int,
+        pairs_in_step: int,
+        stop: StopSignal,
+        updating: AbstractContextManager[None] | None,
     ) -> tuple[Tensor, list[Tensor], tuple[int, ...]]:
         """Add up the gradient over micro-batches, until one does not fit the device's memory or a signal comes.
 
+        Where the step has fewer pairs than ranks and the model is sharded, the pair ``idle`` is run for nothing.
         The weights are updated as it comes where it is taken inside ``updating``.
 
         Returns: the metrics' sums, the losses (P,) of each micro-batch, and the one that did not fit, else ().
@@ -184,14 +189,16 @@ class Trainer:
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
         losses: list[Tensor] = []
         for indices in mine:
-            if not indices:  # the step has fewer pairs than ranks
+            if not indices:
+                if self.scorer.sharded:
+                    self.scorer.backward(self.scorer.batch([self.pairs[idle]]), lambda _, logps: 0 * logps.sum())
                 continue
             done = self._backward(indices, pairs_in_step, updating)
             if done is None:
                 return sums, losses, indices
             losses.append(done[0])
             sums += done[1]
-            if stop.requested:
+            if stop.requested and not self.scorer.sharded:
                 break
         return sums, losses, ()
 
@@ -261,6 +268,6 @@ class Trainer:
     def _gradient_is_finite(self, place: int) -> bool:
         self._backward((place,), 1)
         parameters = self.scorer.model.parameters()
-        finite = all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None)
+        finite = all(bool(own(p.grad).isfinite().all()) for p in parameters if p.grad is not None)
         self.optimizer.zero_grad()
-        return finite
+        return not ranks.most([not finite])[0]

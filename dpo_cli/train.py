@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -32,8 +32,11 @@ from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
 from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
 from dpo_cli.samples import generate, text
+from dpo_cli.sharding import let_go
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
 from dpo_cli.tokens import reasons
+
+T = TypeVar("T")
 
 ANSWER_TOKENS = 80  # most of an answer that is shown
 
@@ -68,9 +71,9 @@ def train(
             reporter.warn("the reference was computed anew since the run began: the last bits may differ")
         trainer, held_out_reference = _make_trainer(run, scored, accelerator)
         _check_step_0(trainer, run, reporter)
-        first_answers = ranks.lead(lambda: _answers(run))
+        first_answers = _where_it_runs(run, partial(_answers, run))
         held_out = HeldOut(run, held_out_reference, reporter)
-        ranks.lead(held_out.record)
+        _where_it_runs(run, held_out.record)
         stop = holding.enter_context(StopSignal())
         if not resume:
             _on_first(lambda: holding.enter_context(begin(run, manifest)))
@@ -78,7 +81,8 @@ def train(
         done = _restore(run, trainer, reporter) if resume else 0
         try:
             _Loop(run, trainer, held_out, stop, reporter).go_on_from(done)
-            ranks.lead(lambda: _export(run, trainer, "model"))
+            _export(run, trainer, "model")
+            ranks.wait()
         except NotWrittenError as error:
             raise NotWrittenError(f"{error}. What was saved before is whole. {how_to_go_on(run.folder)}") from error
         if stop.requested:
@@ -86,6 +90,11 @@ def train(
         result = ranks.lead(lambda: _summary(run, first_answers))
         ranks.lead(lambda: held_out.write_report(result["answers"]))
         return result
+
+
+def _where_it_runs(run: Run, action: Callable[[], T]) -> T:
+    """Run the model beside the training: a whole one on the first rank for all, one in shards on all in step."""
+    return action() if run.scorer.sharded else ranks.lead(action)
 
 
 def _on_first(action: Callable[[], object]) -> None:
@@ -110,6 +119,7 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
         new = getattr(run.model, "activation_checkpointing_enable", None)
         (new or run.model.gradient_checkpointing_enable)({"use_reentrant": False})
     low, run.low = run.low, None  # the optimizer's from now on
+    let_go(run.model)
     optimizer = make_optimizer(run.model, run.options.weight_decay, run.fitted.memory, low)
     prepared = accelerator.prepare_model(run.model, evaluation_mode=True)  # no wrapper: see ranks.py
     optimizer = accelerator.prepare_optimizer(optimizer)
@@ -202,7 +212,7 @@ class _Loop:
                         self._save(step, rng_state(run.scorer.device))
                 due = run.held_out and (step in (0, total) or _due(options.eval_every, step))
                 known = step in evaluated and step < total  # the last one is in the report
-                if due and not known and not ranks.lead(partial(self._evaluate, step)):
+                if due and not known and not _where_it_runs(run, partial(self._evaluate, step)):
                     raise self._interrupted(step, rng_state(run.scorer.device))
 
     def _step(self, step: int) -> str | None:
@@ -224,21 +234,21 @@ class _Loop:
         """Evaluate the held-out pairs, tell it, and keep the model if it is the best; False if a signal came first."""
         run, trainer, stop = self.run, self.trainer, self.stop
         keep = partial(_export, run, trainer, "best")
-        found = self.held_out.evaluate(step, trainer.scorer, lambda: stop.requested, keep)
+        agree = ranks.most if trainer.scorer.sharded else list
+        found = self.held_out.evaluate(step, trainer.scorer, lambda: any(agree([stop.requested])), keep)
         if found is None:
             return False
         self.reporter.fact("held out", f"step {step}: {_brief(found)}")
-        if step < len(run.plan):  # the last one's is written when the run is complete
+        if step < len(run.plan) and ranks.rank() == 0:  # the last one's is written when the run is complete
             self.held_out.write_report()
         return True
 
     def _save(self, step: int, rng: dict[str, Tensor]) -> None:
         run, max_tokens = self.run, self.trainer.scorer.max_tokens
         folder, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
-        if metrics.exists():
+        if metrics.exists() and ranks.rank() == 0:
             sync(metrics)  # its lines last as long as the checkpoint
-        optimizer, keep = self.trainer.optimizer, run.options.keep
-        _on_first(lambda: save_checkpoint(folder, step, run.model, optimizer, rng, max_tokens, keep))
+        save_checkpoint(folder, step, run.model, self.trainer.optimizer, rng, max_tokens, run.options.keep)
 
     def _interrupted(self, step: int, rng: dict[str, Tensor]) -> Interrupted:
         self._save(step, rng)

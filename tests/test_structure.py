@@ -30,6 +30,7 @@ LAYERS = [
     {"batch", "near"},
     {"attention", "losses", "optimizer", "crossrow"},
     {"logps", "scores"},
+    {"sharding"},
     {"model", "disk", "memory", "samples"},
     {"metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
     {"reference", "checkpoint", "step", "drift", "diagnose", "curves", "charts", "frontier"},
