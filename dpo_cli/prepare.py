@@ -251,7 +251,7 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
     Raises:
         DpoError: a compared log-prob is off by more than arithmetic explains.
     """
-    with ranks.started(lambda: "What was scored is kept: the same command goes on from there") as accelerator:
+    with ranks.started(lambda: "what was scored is kept, and the same command goes on from there") as accelerator:
         return _precompute(options, accelerator.device, reporter)
 
 

@@ -10,6 +10,7 @@ What is decided is decided on the host, over gloo: no device waits for it, and a
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import json
 import os
@@ -79,7 +80,8 @@ def started(how_to_go_on: Callable[[], str] = lambda: "") -> Iterator[Accelerato
         if not cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # or accelerate decides, with a warning
-        dist.init_process_group("gloo" if cpu else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo" if cpu else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     accelerator.gradient_accumulation_steps = 1
     try:
@@ -88,10 +90,11 @@ def started(how_to_go_on: Callable[[], str] = lambda: "") -> Iterator[Accelerato
     except RuntimeError as error:
         if world() == 1 or not _is_of_a_peer(error):
             raise
-        told = f"another process of this run has ended, so that this one had to. {how_to_go_on()}"
+        told = f"another process of this run ended before its time, and so must all; {how_to_go_on()}"
         raise PeerLostError(told) from error
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if dist.is_initialized():  # not before the process ends: its launcher's store would not let it begin anew
+        atexit.unregister(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)
 
 
 # ---- agreement --------------------------------------------------------------------------------------------------

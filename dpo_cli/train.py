@@ -52,7 +52,7 @@ def train(
         Interrupted: a signal came; a checkpoint was written.
     """
     folders: list[Path] = [resume] if resume else []  # the run's, once it is there
-    with ranks.started(lambda: how_to_go_on(folders[0]) if folders else "") as accelerator, ExitStack() as holding:
+    with ranks.started(lambda: _what_is_saved(folders)) as accelerator, ExitStack() as holding:
         if resume and not dry_run:
             _on_first(lambda: holding.enter_context(held(resume / LOCK)))
         if resume:
@@ -84,7 +84,7 @@ def train(
             _export(run, trainer, "model")
             ranks.wait()
         except NotWrittenError as error:
-            raise NotWrittenError(f"{error}. What was saved before is whole. {how_to_go_on(run.folder)}") from error
+            raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_go_on(run.folder)}") from error
         if stop.requested:
             reporter.warn("the signal came when all was trained: the run is complete")
         result = ranks.lead(lambda: _summary(run, first_answers))
@@ -253,7 +253,7 @@ class _Loop:
     def _interrupted(self, step: int, rng: dict[str, Tensor]) -> Interrupted:
         self._save(step, rng)
         told = f"interrupted after step {step} of {len(self.run.plan)}; a checkpoint was written"
-        return Interrupted(f"{told}. {how_to_go_on(self.run.folder)}")
+        return Interrupted(f"{told}. {_how_to_go_on(self.run.folder)}")
 
     def _not_finite(self, step: int, error: NotFiniteError) -> DpoError:
         """Write the step's pairs to a file, and say what happened and why it may have.
@@ -291,8 +291,11 @@ def _export(run: Run, trainer: Trainer, name: str) -> None:
         export_model(run.folder / name, run.model, run.tokenizer, model_card(run))
 
 
-def how_to_go_on(folder: Path) -> str:
-    """The command that goes on with a run."""
+def _what_is_saved(folders: Sequence[Path]) -> str:
+    return f"what was saved is whole. {_how_to_go_on(folders[0])}" if folders else "nothing was trained yet"
+
+
+def _how_to_go_on(folder: Path) -> str:
     return f"Go on with: dpo train --resume {shlex.quote(str(folder))}"
 
 

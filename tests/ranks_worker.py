@@ -1,0 +1,73 @@
+"""What tests/test_ranks.py lets each rank run: commands one after the other in one set of processes.
+
+``python -m torch.distributed.run … -m tests.ranks_worker FOLDER CASE…``; a case has the arguments of its
+command in FOLDER/CASE.json. What it printed and how it ended goes to FOLDER/CASE.RANK.json.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from dpo_cli.cli import app
+from dpo_cli.logps import Scorer
+from dpo_cli.step import Trainer
+
+RANK = os.environ.get("RANK", "0")
+POISONED = 7  # the pair whose loss is not a number
+
+
+@contextmanager
+def memory_runs_out() -> Iterator[None]:
+    """On the last rank, at the second micro-batch of more than one pair."""
+    real, seen = Scorer.backward, []
+
+    def backward(self: Scorer, batch: Any, *rest: Any) -> None:
+        seen.extend([0] if len(batch.pair_tokens) > 1 else [])
+        if RANK == "1" and len(seen) == 2:
+            seen.append(0)
+            raise torch.OutOfMemoryError("as if")
+        real(self, batch, *rest)
+
+    with patch.object(Scorer, "backward", backward):
+        yield
+
+
+@contextmanager
+def a_loss_is_nan() -> Iterator[None]:
+    real = Trainer._measure
+
+    def measure(self: Trainer, indices: Any, logps: Tensor) -> tuple[Tensor, Tensor]:
+        if POISONED in list(indices) and logps.requires_grad:
+            logps = logps * torch.nan
+        return real(self, indices, logps)
+
+    with patch.object(Trainer, "_measure", measure):
+        yield
+
+
+PREPARED: dict[str, Callable[[], Any]] = {"oom": memory_runs_out, "nan": a_loss_is_nan}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    for case in sys.argv[2:]:
+        with PREPARED.get(case, nullcontext)():
+            out = CliRunner().invoke(app, json.loads((folder / f"{case}.json").read_text()))
+        if out.exception and not isinstance(out.exception, SystemExit):
+            raise out.exception
+        about = {"exit_code": out.exit_code, "stdout": out.stdout, "stderr": out.stderr}
+        (folder / f"{case}.{RANK}.json").write_text(json.dumps(about))
+
+
+if __name__ == "__main__":
+    main()
