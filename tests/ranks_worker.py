@@ -27,13 +27,12 @@ POISONED = 7  # the pair whose loss is not a number
 
 @contextmanager
 def memory_runs_out() -> Iterator[None]:
-    """On the last rank, at the second micro-batch of more than one pair."""
+    """On the last rank, once, at a micro-batch of more than one pair."""
     real, seen = Scorer.backward, []
 
     def backward(self: Scorer, batch: Any, *rest: Any) -> None:
-        seen.extend([0] if len(batch.pair_tokens) > 1 else [])
-        if RANK == "1" and len(seen) == 2:
-            seen.append(0)
+        if RANK == "1" and not seen and len(batch.pair_tokens) > 1:
+            seen.append(batch)
             raise torch.OutOfMemoryError("as if")
         real(self, batch, *rest)
 

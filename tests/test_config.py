@@ -386,6 +386,7 @@ OTHER: dict[str, Any] = {
     "weight_decay": 0.1,
     "max_grad_norm": 9.0,
     "gradient_checkpointing": True,
+    "shard": True,
     "compile": True,
     "seed": 9,
     "log_every": 9,
@@ -439,7 +440,7 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
 
     Were the metric of the best model among them, best/ would hold the best by another one, or lack what is over.
     """
-    names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl"}
+    names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "shard"}
     assert names == OPERATIONAL
 
 

@@ -16,9 +16,10 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from benchmarks import hosts
 from dpo_cli.cli import app
 from dpo_cli.shards import read_folder
-from tests.conftest import ROOT, SAMPLE, cli_environment
+from tests.conftest import LONG, ROOT, SAMPLE, cli_environment
 from tests.ranks_worker import POISONED
 
 PAIRS, STEPS = 13, 6  # with 5 pairs a step: an epoch's last step has fewer pairs than four ranks
@@ -217,13 +218,12 @@ def test_a_rank_that_is_killed_ends_all(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.torture
+@pytest.mark.skipif(not LONG, reason="make torture: half a minute each")
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("more", [[], ["--shard"]])
 def test_a_signal_to_the_launcher_stops_all_at_a_checkpoint(
     sent: signal.Signals, more: list[str], tiny: Path, tmp_path: Path
 ) -> None:
-    if not os.environ.get("DPO_LONG") and (sent, more) != (signal.SIGTERM, ["--shard"]):
-        pytest.skip("one of the four in every run of the tests")
     launcher, run = started(tmp_path, tiny, *more)
     launcher.send_signal(sent)
     _, told = launcher.communicate(timeout=60)
@@ -231,6 +231,25 @@ def test_a_signal_to_the_launcher_stops_all_at_a_checkpoint(
     step = int(re.findall("interrupted after step (\\d+) of", line)[0])
     assert (run / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
     assert line.endswith(f"a checkpoint was written. Go on with: dpo train --resume {run}")
+
+
+# ---- several hosts ----------------------------------------------------------------------------------------------
+
+
+def test_three_hosts_are_one_run(done: tuple[Path, Any], tmp_path: Path) -> None:
+    """Each in a network of its own, with a cache of its own; only the first one writes the run."""
+    if not hosts.possible():
+        pytest.skip("no network namespaces here: they need root, iproute2 and a kernel that allows them")
+    folder, _ = done
+    words = json.loads((folder / "two.json").read_text())
+    for option in ("--output", "--cache-dir"):
+        words[words.index(option) + 1] = option.strip("-")
+    results = hosts.run(3, ["-m", "dpo_cli", *words], tmp_path, environment(tmp_path))
+    assert [code for code, _ in results] == [0, 0, 0], "\n".join(told for _, told in results)
+    assert "3 processes, 1 of them here" in results[0][1]
+    assert not (tmp_path / "host-1" / "output").exists()
+    expected, found = metrics(folder / "one"), metrics(tmp_path / "host-0" / "output")
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(expected, found, strict=True) if "loss" in a) < 1e-6
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
