@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_cli.losses import sigmoid_loss
+from tests.conftest import sigmoid_loss
 
 BETA = 0.5
 # Three pairs whose margins beta * h are 0, 1 and 2: h is 0, 2 and 4 nats, gained on both sides.
