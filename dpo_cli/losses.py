@@ -340,6 +340,8 @@ def discopop(p: Preferences, beta: float, f_divergence: Divergence = reverse_kl,
 
     Source: equation 5 of arXiv 2406.08414
     """
+    if not discopop_tau:
+        raise UsageError("--loss-options discopop_tau=0: it divides; take a small one")
     chosen, rejected = p.logratios(f_divergence)
     gained = beta * (chosen - rejected)
     # s exp(-x) with both under one exponential: where exp(-x) is infinite, s is 0
@@ -541,6 +543,8 @@ def objective_of(
     for name in made.options.keys() - own:
         others = f"it has {', '.join(sorted(own))}" if own else "it has none of its own"
         raise UsageError(f"--loss-options {name}: --loss {made.name} does not read it; {others}")
+    if wrong := [name for name, value in made.options.items() if value < 0]:
+        raise UsageError(f"--loss-options {loss_options}: {wrong[0]} must be 0 or greater")
     if label_smoothing and not made.reads("label_smoothing"):
         told = f"--loss {made.name} does not read it; {_that('label_smoothing')}"
         raise UsageError(f"--label-smoothing {label_smoothing}: {told}")
