@@ -94,7 +94,7 @@ class Said:
     def discounted(self, alpha: float | None) -> Tensor:
         """The same where tokens beyond the length of the pair's shorter response count ``alpha`` times: (2p,).
 
-        Source: LD-DPO, equation 10 of arXiv 2409.06411.
+        Source: LD-DPO, arXiv 2409.06411.
         """
         if alpha is None:
             return self.logps
@@ -107,7 +107,7 @@ class Said:
     def likelihoods(self) -> Tensor | float:
         """Weight of each pair by how likely the policy itself finds both of its responses: (p,), detached; else 1.
 
-        Source: WPO, equation 2 of arXiv 2406.11827, aligned by the sampled distribution's collision probability.
+        Source: WPO, equation 2 of arXiv 2406.11827, with its alignment by the sampled distribution.
         """
         if self.collisions is None:
             return 1.0

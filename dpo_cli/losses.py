@@ -189,7 +189,7 @@ def robust(
 
         (-(1 - eps) log sigma(beta h - m) + eps log sigma(-beta h - m)) / (1 - 2 eps)
 
-    Source: equation 9 of arXiv 2403.00409
+    Source: arXiv 2403.00409
     """
     chosen, rejected = p.logratios(f_divergence)
     gained = beta * (chosen - rejected)
@@ -203,7 +203,7 @@ def sigmoid_norm(p: Preferences, beta: float, f_divergence: Divergence = reverse
 
         -log sigma(beta (r_w/|y_w| - r_l/|y_l|))
 
-    Source: section 5.1.2 of arXiv 2411.15124 (length-normalised DPO)
+    Source: length-normalised DPO, as in arXiv 2411.15124
     """
     chosen, rejected = p.averages(f_divergence(p.logps - p.ref_logps))
     return -_log_sigmoid(beta * (chosen - rejected))
@@ -241,7 +241,7 @@ def dpop(
 
         -log sigma(beta (h - lambda max(0, -r_w)) - m)
 
-    Source: DPO-Positive, equation 3 of arXiv 2402.13228
+    Source: DPO-Positive, arXiv 2402.13228
     """
     chosen, rejected = p.logratios()
     return _smoothed(beta * (chosen - rejected - dpop_lambda * (-chosen).relu()), margins, label_smoothing)
@@ -397,7 +397,7 @@ def simpo(p: Preferences, beta: float, margins: Tensor, simpo_gamma: float = 0.5
 
         -log sigma(beta (log pi(y_w|x)/|y_w| - log pi(y_l|x)/|y_l|) - gamma - m)
 
-    Source: equation 6 of arXiv 2405.14734
+    Source: SimPO, equation 6 of arXiv 2405.14734
     """
     chosen, rejected = p.averages(p.logps)
     return -_log_sigmoid(beta * (chosen - rejected) - simpo_gamma - margins)
@@ -409,7 +409,7 @@ def orpo(p: Preferences, beta: float) -> Tensor:
 
         sft - beta log sigma(log odds_w - log odds_l), odds = P/(1 - P), log P = log pi(y|x)/|y|
 
-    Source: equations 4, 6 and 7 of arXiv 2403.07691; its lambda is beta here as in TRL
+    Source: equations 6 and 7 of arXiv 2403.07691, whose lambda is beta here, as in TRL
     """
     chosen, rejected = (_log_odds(average) for average in p.averages(p.logps))
     return sft(p) - beta * _log_sigmoid(chosen - rejected)
@@ -426,7 +426,7 @@ def cpo(p: Preferences, beta: float, margins: Tensor, label_smoothing: float = 0
 
         sft - (1 - eps) log sigma(beta g - m) - eps log sigma(-beta g - m), g = log pi(y_w|x) - log pi(y_l|x)
 
-    Source: equation 6 of arXiv 2401.08417
+    Source: arXiv 2401.08417
     """
     chosen, rejected = p.logps.chunk(2)
     return sft(p) + _smoothed(beta * (chosen - rejected), margins, label_smoothing)

@@ -117,11 +117,10 @@ def test_a_run_without_reference_scores_none(place: Path, tiny: Path, monkeypatc
 
 def test_rewards_of_averaged_losses_are_a_tokens(place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dpo(place, tiny, monkeypatch, "train", "--loss", "simpo", "--beta", 2, "--output", "a-token")
-    out = dpo(
-        place, tiny, monkeypatch, "eval", "--model", "a-token", "--data", "held-out.jsonl", "--per-pair", per_pair
-    )
+    arguments = ("--model", "a-token", "--data", "held-out.jsonl", "--per-pair", "pairs.jsonl")
+    out = dpo(place, tiny, monkeypatch, "eval", *arguments)
     assert out.exit_code == 0, out.output
-    for line in map(json.loads, per_pair.read_text().splitlines()):
+    for line in map(json.loads, (place / "pairs.jsonl").read_text().splitlines()):
         assert line["rewards/chosen"] == pytest.approx(2 * line["logps/chosen"] / line["tokens/chosen"])
 
 
@@ -152,24 +151,7 @@ def test_the_shift_is_the_mean_reward_of_earlier_steps(
     place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one pair a step the loss follows from the step's rewards and those before it."""
-    out = dpo(place, tiny, monkeypatch, "train", "--output", "bco-shift", "--loss", "bco", "--warmup", 0)
-    assert out.exit_code == 0, out.output
-    monkeypatch.chdir(place)
-    words = [
-        "train",
-        "--model",
-        tiny,
-        "--data",
-        "rows.jsonl",
-        "--loss",
-        "bco",
-        "--batch-size",
-        1,
-        "--lr",
-        1e-2,
-        "--json",
-    ]
-    out = CliRunner().invoke(app, [str(w) for w in (*words, "--output", "bco-ones", "--cache-dir", "cache")])
+    out = dpo(place, tiny, monkeypatch, "train", "--output", "bco-ones", "--loss", "bco", "--batch-size", 1)
     assert out.exit_code == 0, out.output
     before: list[float] = []
     for line in lines(place / "bco-ones"):
@@ -229,9 +211,10 @@ def model() -> PreTrainedModel:
     return make_model(scale=2.0)
 
 
-def step(
-    model: PreTrainedModel, max_tokens: int, apart: bool, **options: Any
-) -> tuple[list[torch.Tensor], dict[str, float]]:
+Gradients = list[torch.Tensor]
+
+
+def step(model: PreTrainedModel, max_tokens: int, apart: bool, **options: Any) -> tuple[Gradients, dict[str, float]]:
     """Gradients and metrics of one step over all pairs."""
     made = TrainOptions(data=["-"], max_grad_norm=0.0, **options)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -241,24 +224,23 @@ def step(
     )
     reference = torch.linspace(-90, -50, 80).view(-1, 2)
     optimizer = KeepGradients(model)
-    trainer = Trainer(
-        Accelerator(cpu=True), scorer, optimizer, PAIRS, scorer.costs(PAIRS), reference, made, reference + 1
-    )  # type: ignore[arg-type]
+    engine, costs = Accelerator(cpu=True), scorer.costs(PAIRS)
+    trainer = Trainer(engine, scorer, optimizer, PAIRS, costs, reference, made, reference + 1)
     values = trainer.step(plan, 1e-3, StopSignal())
     assert values is not None and (len(plan) == 1) == (max_tokens == 4096)
     return optimizer.gradients, values
 
 
-@pytest.mark.parametrize("apart", [True, False], ids=["apart", "whole"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "apart"),
     [
-        {"loss": "aot", "label_smoothing": 0.1},
-        {"loss": "aot_unpaired=1,sft=0.3", "ld_alpha": 0.4},
-        {"loss": "sigmoid=1,sft=0.5"},
-        {"loss": "sigmoid", "ld_alpha": 0.4},
-        {"loss": "hinge", "wpo": True},
-        {"loss": "orpo"},
+        ({"loss": "aot", "label_smoothing": 0.1}, True),
+        ({"loss": "aot_unpaired=1,sft=0.3", "ld_alpha": 0.4}, True),
+        ({"loss": "aot_unpaired=1,sft=0.3", "ld_alpha": 0.4}, False),
+        ({"loss": "sigmoid=1,sft=0.5", "ld_alpha": 0.4}, True),
+        ({"loss": "hinge", "wpo": True}, True),
+        ({"loss": "hinge", "wpo": True}, False),
+        ({"loss": "orpo"}, True),
     ],
     ids=str,
 )
@@ -275,7 +257,7 @@ def test_a_steps_gradient_is_that_of_the_whole_however_it_is_cut(
         assert max(relative(found, wanted)) < 1e-4
 
 
-def by_formula(model: PreTrainedModel, **options: Any) -> tuple[list[torch.Tensor], float]:
+def by_formula(model: PreTrainedModel, **options: Any) -> tuple[Gradients, float]:
     """The same by one graph through all pairs, of which nothing is cut."""
     made = TrainOptions(data=["-"], **options)
     scorer = Scorer(model, "packed", torch.float32, 4096, CPU, wpo=made.wpo)
