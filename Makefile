@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup check test test-browser torture demo bench
+.PHONY: setup check test test-browser torture demo bench docs
 
 setup: .venv/done
 
@@ -15,7 +15,7 @@ check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-browser: setup
 	@command -v chromium >/dev/null || { echo "chromium is missing; on Debian: apt install chromium"; exit 1; }
@@ -31,3 +31,6 @@ demo: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench
+
+docs: setup
+	$(BIN)/python -m tests.test_losses_docs

@@ -102,7 +102,7 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        told = "interrupted; reference log-probs scored so far are kept, so the same command goes on from there"
+        told = "interrupted; what the cache has of reference log-probs is kept: the same command goes on with it"
         _fail(told, 130, cut_off=True)
 
 
@@ -231,6 +231,14 @@ def check(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
     _show(result, json_, as_text)
     if options.strict and result["problems"]:
         raise typer.Exit(3)
+
+
+@app.command()
+def losses(json_: Json = False, debug: Debug = False) -> None:
+    """List what --loss knows: formulas, when to use which, papers."""
+    from dpo_cli.losses import as_text, listed
+
+    _guarded(lambda: _show(listed(), json_, as_text), debug)
 
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look after cached reference log-probs and pairs.")

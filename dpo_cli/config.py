@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from dpo_cli.errors import UsageError
+from dpo_cli.losses import DIVERGENCES, LOSSES, Objective, divergence, objective_of
 
 CACHE_DIR = Path("~/.cache/dpo")
 FORMATS = (
@@ -31,6 +32,7 @@ not_negative: Check = (lambda v: math.isfinite(v) and v >= 0, "must be 0 or grea
 share: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
 below_half: Check = (lambda v: 0 <= v < 0.5, "must be at least 0 and less than 0.5")
 seedlike: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and less than 2^32")
+share_or_all: Check = (lambda v: 0 <= v <= 1, "must be at least 0 and at most 1")
 at_least_16: Check = (lambda v: v >= 16, "must be at least 16 tokens")
 
 
@@ -52,6 +54,17 @@ def _are_betas(text: str) -> bool:
     return all(map(positive[0], found)) and len({f"{beta:g}" for beta in found}) == len(found)
 
 
+def _is_divergence(text: str) -> bool:
+    try:
+        return bool(divergence(text))
+    except ValueError:
+        return False
+
+
+divergences: Check = (
+    _is_divergence,
+    f"must be one of: {', '.join(DIVERGENCES)}, the last also with =ALPHA",
+)
 betas: Check = (_are_betas, "must be different numbers greater than 0, with commas between")
 import_path: Check = (
     lambda v: bool(re.fullmatch(r"\w+(\.\w+)*:\w+", v)),
@@ -184,7 +197,24 @@ class TrainOptions(Options):
     eval_fraction: float = option(0.0, "Share of --data held out when there is no --eval-data.", share)
     output: Path | None = option(None, "Run folder; must not exist yet.", shown="runs/<date>-<time>")
     beta: float = option(0.1, "Strength of the pull towards the reference.", positive)
+    loss: str = option(
+        "sigmoid",
+        f"What is minimised; dpo losses says which when: {', '.join(LOSSES)}. Several are added up by weight, as in "
+        "sigmoid=1,sft=0.2.",
+    )
+    loss_options: str | None = option(
+        None, "Options that a loss has of its own, as in simpo_gamma=1; dpo losses names them.", shown="the papers'"
+    )
     label_smoothing: float = option(0.0, "Share of labels taken to be flipped (conservative DPO).", below_half)
+    f_divergence: str = option(
+        "reverse_kl",
+        f"What holds the policy to the reference: {', '.join(DIVERGENCES)} (=0.5, its alpha).",
+        divergences,
+    )
+    ld_alpha: float | None = option(
+        None, "LD-DPO: weight of the tokens beyond the length of the shorter response.", share_or_all, shown="all count"
+    )
+    wpo: bool = option(False, "WPO: weight pairs by how likely the policy itself finds their responses.")
     epochs: int = option(1, "Passes over the pairs.", positive)
     max_steps: int | None = option(None, "Stop after this many optimizer steps.", positive, shown="all of the epochs")
     batch_size: int = option(16, "Pairs per optimizer step, over all devices.", positive)
@@ -208,6 +238,16 @@ class TrainOptions(Options):
     save_every: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
     keep: int = option(2, "Checkpoints kept.", positive)
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.objective  # refused where its options do not fit together
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        names = ("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo")
+        return objective_of(self.loss, self.loss_options, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +302,8 @@ class SweepOptions(SampleOptions, TrainOptions):
             raise UsageError("--eval-data is missing: a sweep compares its runs on held-out rows")
         if self.eval_fraction:
             raise UsageError("--eval-fraction: a sweep compares its runs on --eval-data; leave it out")
+        if not self.objective.reads("beta"):
+            raise UsageError(f"--loss {self.loss}: reads no beta, so there is nothing to compare")
         if self.reward and not self.samples:
             raise UsageError(f"--reward {self.reward}: it judges sampled answers; add --samples, for example 4")
 
@@ -405,7 +447,7 @@ def _convert(value: Any, type_: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     kind = list if type_ == list[str] else next(kind for kind in kinds if kind is not type(None))
-    if kind is str and isinstance(value, list):
+    if kind is str and isinstance(value, (list, dict)):
         value = _joined(value)
     if kind is list or kind == list[str]:
         items = value if isinstance(value, list) else [value]
@@ -422,8 +464,12 @@ def _convert(value: Any, type_: Any) -> Any:
     raise TypeError
 
 
-def _joined(items: list[Any]) -> str:
-    """Numbers as a flag has them: with commas between."""
-    if not items or any(isinstance(item, bool) or not math.isfinite(float(item)) for item in items):
+def _joined(items: list[Any] | dict[Any, Any]) -> str:
+    """Numbers, or texts and numbers by name, as a flag has them: with commas between."""
+    if isinstance(items, dict):
+        items = [f"{name}={value}" for name, value in items.items()]
+    elif any(isinstance(item, bool) or not math.isfinite(float(item)) for item in items):
+        raise TypeError
+    if not items:
         raise TypeError
     return ",".join(map(str, items))

@@ -6,9 +6,11 @@ Legend: P pairs.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo_cli import drift, ranks
@@ -16,7 +18,7 @@ from dpo_cli.curves import write_curves
 from dpo_cli.drift import Compared, Recorded, Watch
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter, append_metrics, best_step, evaluations, read_metrics
-from dpo_cli.outcome import evaluation, scores_of
+from dpo_cli.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.report import ReportInput, write_report
 from dpo_cli.run import Run, read_manifest
 from dpo_cli.scores import Evaluation, Scores, values
@@ -25,8 +27,9 @@ from dpo_cli.scores import Evaluation, Scores, values
 class HeldOut:
     """The held-out pairs of a run, with what the reference says of them.
 
-    ``reference`` is its logps (P, 2) in nats. Of several ranks the first one evaluates while the others wait; those of
-    a sharded model all run the same forwards, and the first one writes.
+    ``reference`` is its logps (P, 2) in nats; where the loss reads none, they are known if the exact KL is asked for.
+    Of several ranks the first one evaluates while the others wait; those of a sharded model all run the same forwards,
+    and the first one writes.
     """
 
     def __init__(self, run: Run, reference: Tensor, reporter: Reporter) -> None:
@@ -34,6 +37,9 @@ class HeldOut:
         self.metrics = run.folder / "metrics.jsonl"
         self.last: tuple[int, Scores, Compared | None] | None = None  # of the last evaluation: its step and numbers
         self.recorded: Recorded | None = None
+        self.discounted = self.reference  # as LD-DPO reads it
+        if run.options.ld_alpha is not None and run.cache:
+            self.discounted = run.cache.discounted(run.held_out, run.options.ld_alpha)
 
     def record(self) -> None:
         """Keep the reference's states for the exact KL of every evaluation; to be called while the model is that.
@@ -47,6 +53,9 @@ class HeldOut:
             self.reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             watch = Watch(self.reporter, "reference")
             self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)
+        if not run.options.objective.reference:
+            self.reference = self.recorded.logps if self.recorded else torch.full((len(run.held_out), 2), math.nan)
+            self.discounted = self.reference
 
     def evaluate(
         self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[], None]
@@ -68,9 +77,11 @@ class HeldOut:
             policy = drift.score(scorer, run.held_out, watch)
         if policy is None:
             return None
-        beta, smoothing = run.options.beta, run.options.label_smoothing
-        scores = scores_of(run.held_out, policy, self.reference, beta, smoothing, compared)
-        found, known = values(scores), ranks.lead(self._evaluations) if scorer.sharded else self._evaluations()
+        objective = run.options.objective
+        history = ranks.lead(self._history) if scorer.sharded else self._history()
+        read = loss_input(policy_read(scorer, run.held_out, objective), self.discounted)
+        scores = scores_of(run.held_out, policy, self.reference, objective, compared, read, history)
+        found, known = values(scores), evaluations(history)
         if (metric := run.options.keep_best) and best_step(known | {step: found}, metric) == step:
             keep()
         if step not in known and ranks.rank() == 0:
@@ -78,8 +89,8 @@ class HeldOut:
         self.last = step, scores, compared
         return found
 
-    def _evaluations(self) -> dict[int, dict[str, float]]:
-        return evaluations(read_metrics(self.metrics))
+    def _history(self) -> list[dict[str, Any]]:
+        return read_metrics(self.metrics)
 
     def write_report(self, samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write the run's report and curves, as far as it has come.

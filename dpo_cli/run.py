@@ -47,6 +47,7 @@ from dpo_cli.prepare import (
     open_cache,
     read_pairs,
     reading_of,
+    refuse_unread_terms,
     tell_long,
 )
 from dpo_cli.reference import ReferenceCache
@@ -71,7 +72,7 @@ class Run:
     costs: list[int]  # tokens that each pair takes up in a forward
     plan: list[Step]
     start: str  # fingerprint of the start policy, which is the reference
-    cache: ReferenceCache
+    cache: ReferenceCache | None  # None: the loss reads no reference
     fitted: Fit
     low: dict[str, Tensor] | None  # the lower halves of the weights, where the memory mode splits them
 
@@ -116,6 +117,7 @@ def lay_out_run(
     elif options.eval_fraction:
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
         reporter.fact("held out", f"{len(held_out):,} of the pairs")
+    refuse_unread_terms(options.objective, pairs + held_out)
 
     process = process_bytes(device)
     if resume and options.shard and not ranks.launched():
@@ -170,7 +172,7 @@ def lay_out_run(
         costs,
         plan,
         start,
-        open_cache(options, start, source, scorer, reporter),
+        open_cache(options, start, source, scorer, reporter) if options.objective.reference else None,
         fitted,
         low,
     )
@@ -221,6 +223,8 @@ def _free_name(folder: Path) -> Path:
 
 def _tell_plan(run: Run, reporter: Reporter) -> None:
     options, scorer = run.options, run.scorer
+    if not options.objective.reference:
+        reporter.fact("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
     parameters = run.model.num_parameters()
     threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
     if (several := ranks.world()) > 1:
@@ -388,6 +392,7 @@ def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -
 def model_card(run: Run) -> str:
     """The model card: a README.md with the metadata that the hub reads."""
     o = run.options
+    loss, steps = o.objective.name, len(run.plan)
     base, name = (" ".join(printable(text).split()) for text in (run.source.base, run.folder.name))
     return f"""---
 base_model: {json.dumps(base, ensure_ascii=False)}
@@ -401,7 +406,7 @@ tags: [dpo]
 {base}, fine-tuned on {len(run.pairs):,} preference pairs with Direct Preference Optimization
 ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by dpo-cli {version("dpo-cli")}.
 
-| beta | learning rate | schedule | steps | pairs a step | label smoothing | precision |
-|---|---|---|---|---|---|---|
-| {o.beta} | {o.lr} | {o.schedule} | {len(run.plan)} | {o.batch_size} | {o.label_smoothing} | {o.dtype} |
+| loss | beta | learning rate | schedule | steps | pairs a step | label smoothing | precision |
+|---|---|---|---|---|---|---|---|
+| {loss} | {o.beta} | {o.lr} | {o.schedule} | {steps} | {o.batch_size} | {o.label_smoothing} | {o.dtype} |
 """
