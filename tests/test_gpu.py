@@ -6,6 +6,8 @@ Tolerances are bfloat16's: 8 bits of mantissa, so an attention output of size 1 
 import json
 import math
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.samples import generate
 from dpo_cli.step import Trainer
 from dpo_cli.train import train
-from tests.conftest import SAMPLE, make_model, make_tokenizer
+from tests.conftest import SAMPLE, cli_environment, make_model, make_tokenizer
 from tests.test_families import dense_attention
 
 pytestmark = [
@@ -328,3 +330,22 @@ def test_samples_are_drawn_from_the_models_own_distribution(tokenizer: PreTraine
     counts = np.bincount([int(r.ids[0]) for r in drawn], minlength=50)
     often = expected > 5
     assert ((counts - expected)[often] ** 2 / expected[often]).sum() < 2 * often.sum()
+
+
+def test_a_model_in_shards_takes_the_trajectory_of_a_whole_one(tiny: Path, tmp_path: Path) -> None:
+    """As many shards as there are GPUs: one will do for FSDP2's path, its checkpoints and its export."""
+    words = ["train", "--data", str(SAMPLE / "train.jsonl"), "--model", str(tiny), "--dtype", "float32"]
+    words += ["--max-steps", "3", "--batch-size", "8", "--lr", "1e-3", "--max-tokens", "2048", "--memory", "full"]
+    words += ["--cache-dir", str(tmp_path / "cache")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count())]
+    for start, more in (([], "whole"), (launcher, "shards")):
+        shard = ["--shard"] if start else []
+        command = [sys.executable, *start, "-m", "dpo_cli", *words, "--output", str(tmp_path / more), *shard]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=300, env=cli_environment(tmp_path))
+        assert out.returncode == 0, out.stderr
+    lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "shards")]
+    for expected, found in zip(*([json.loads(line) for line in each] for each in lines), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / run / "model") for run in ("whole", "shards")]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert (one - other).abs().max() < 1e-4

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from benchmarks import hosts
+from benchmarks import hosts, scale
 from dpo_cli.cli import app
 from dpo_cli.shards import read_folder
 from tests.conftest import LONG, ROOT, SAMPLE, cli_environment
@@ -25,6 +25,7 @@ from tests.ranks_worker import POISONED
 PAIRS, STEPS = 13, 6  # with 5 pairs a step: an epoch's last step has fewer pairs than four ranks
 TRAIN = ["--batch-size", "5", "--epochs", "2", "--lr", "1e-3", "--save-every", "3", "--eval-every", "3"]
 TRAIN += ["--max-tokens", "600", "--max-length", "300", "--memory", "full"]
+COUPLED = ["--loss", "aot", "--ld-alpha", "0.5"]  # a step whose pairs are sorted; log-probs of tokens from the cache
 
 
 def launch(folder: Path, ranks: int, *command: str) -> list[str]:
@@ -79,10 +80,12 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, di
         return ["precompute-ref", *data, "--cache-dir", str(folder / "cache" / name), "--max-tokens", "300", "--json"]
 
     alone(*words("one"))
+    alone(*words("coupled-one", *COUPLED))
     alone(*scored("scored-1"))
     two = {"two": words("two"), "two-shards": words("two-shards", "--shard"), "oom": words("oom")}
     two |= {"nan": words("nan"), "usage": words("usage", "--memory", "in-backward", "--max-grad-norm", "0")}
-    ends = on_ranks(folder, 2, two)
+    two |= {"coupled": words("coupled", *COUPLED), "coupled-shards": words("coupled-shards", *COUPLED, "--shard")}
+    ends = on_ranks(folder, 2, {case: two[case] for case in sorted(two, key=["nan", "usage"].count)})
     alone("train", "--resume", str(first_half(folder / "two-shards", folder / "from-2-to-1")))
     four = {"four": words("four", "--keep-best", "loss"), "four-shards": words("four-shards", "--shard")}
     four |= {"scored-4": scored("scored-4"), "scored-shards": [*scored("scored-shards"), "--shard"]}
@@ -94,13 +97,14 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-RUNS = ["two", "four", "two-shards", "four-shards", "from-2-to-1", "from-2-to-4", "oom"]
+RUNS = ["coupled", "coupled-shards", "two", "four", "two-shards", "four-shards", "from-2-to-1", "from-2-to-4", "oom"]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_trajectory_is_that_of_one_process(done: tuple[Path, Any], name: str) -> None:
     folder, _ = done
-    expected, found = metrics(folder / "one"), metrics(folder / name)
+    one = "coupled-one" if name.startswith("coupled") else "one"
+    expected, found = metrics(folder / one), metrics(folder / name)
     assert [sorted(line) for line in found] == [sorted(line) for line in expected]
     for line, other in zip(expected, found, strict=True):
         assert line["step"] == other["step"]
@@ -108,7 +112,7 @@ def test_trajectory_is_that_of_one_process(done: tuple[Path, Any], name: str) ->
             assert abs(line[key] - other[key]) < 1e-6
         for key, value in line.items():
             assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-4)
-    weights, others = (load_file(folder / run / "model" / "model.safetensors") for run in ("one", name))
+    weights, others = (load_file(folder / run / "model" / "model.safetensors") for run in (one, name))
     assert weights.keys() == others.keys()
     assert max(float((weights[key] - others[key]).abs().max()) for key in weights) < 1e-5
 
@@ -250,6 +254,10 @@ def test_three_hosts_are_one_run(done: tuple[Path, Any], tmp_path: Path) -> None
     assert not (tmp_path / "host-1" / "output").exists()
     expected, found = metrics(folder / "one"), metrics(tmp_path / "host-0" / "output")
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(expected, found, strict=True) if "loss" in a) < 1e-6
+
+
+def test_the_table_of_what_fits_is_that_of_the_estimator() -> None:
+    assert "\n".join(scale.table()) in (ROOT / "docs/scale.md").read_text(encoding="utf-8")
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
