@@ -78,7 +78,7 @@ def prefix_shared_attention(
         how = (segments, scaling, dropout, s_aux, sliding_window)
         parts.append(_causal(queries[first], keys[first], values[first], *how))
         parts.append(_causal(queries[second], k, v, *how))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _after_prompt(first: Tensor, prompt: int, rejected: Tensor) -> Tensor:

@@ -52,6 +52,10 @@ def _are_betas(text: str) -> bool:
     return all(map(positive[0], found)) and len({f"{beta:g}" for beta in found}) == len(found)
 
 
+precision: Check = (
+    one_of("auto", "float32", "bfloat16")[0],
+    "must be one of: auto, float32, bfloat16 (float16 overflows in training; models that are stored in it can be used)",
+)
 betas: Check = (_are_betas, "must be different numbers greater than 0, with commas between")
 import_path: Check = (
     lambda v: bool(re.fullmatch(r"\w+(\.\w+)*:\w+", v)),
@@ -133,7 +137,7 @@ class Options(DataOptions):
     max_tokens: int | None = option(
         None, "Tokens in one packed forward: the memory knob.", at_least_16, shown="from free memory"
     )
-    dtype: str | None = option(None, "Compute precision.", one_of("auto", "float32", "bfloat16"), shown="auto")
+    dtype: str | None = option(None, "Compute precision.", precision, shown="auto")
     cache_dir: Path = option(CACHE_DIR, "Where reference log-probs and tokenized pairs are kept.")
     compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
 

@@ -17,10 +17,10 @@ import dpo_cli.logps
 import dpo_cli.model
 from dpo_cli.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
 from dpo_cli.batch import Layout, MicroBatch, lay_out, padded
-from dpo_cli.errors import DpoError
+from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.logps import Scorer, response_logps, token_logps
 from dpo_cli.losses import sigmoid_loss
-from dpo_cli.model import choose_layout
+from dpo_cli.model import _disable_dropout, choose_layout
 from dpo_cli.pairs import Pair
 from tests.conftest import make_model
 
@@ -67,7 +67,14 @@ CPU = torch.device("cpu")
 
 def make(family: str) -> PreTrainedModel:
     config = SPECIAL[family][0] if family in SPECIAL else FAMILIES[family]
-    return make_model(family, vocab_size=64, max_position_embeddings=128, **config)
+    return small(family, **config)
+
+
+def small(family: str, **config: Any) -> PreTrainedModel:
+    """As ``load_model`` gives it: without dropout."""
+    model = make_model(family, **{"vocab_size": 64, "max_position_embeddings": 128, **config})
+    _disable_dropout(model)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +274,43 @@ def test_refuses_a_model_whose_rows_mix(pairs: list[Pair]) -> None:
         choose_layout(model, pairs, 256, CPU, torch.float32)
 
 
+LONG_PROMPTS = [(40, 9, 5), (45, 7, 11)]
+FADING = {
+    "mamba": {"state_size": 8, "scale": 3.0},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "scale": 3.0},
+}
+
+
+@pytest.mark.parametrize("family", FADING)
+def test_what_a_state_keeps_of_the_sequence_before_is_seen_behind_long_prompts(family: str) -> None:
+    """It fades over a prompt, and would pass for noise behind one."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        Pair(f"row {i}", *(rng.integers(3, 64, n).astype(np.int32) for n in lengths))
+        for i, lengths in enumerate(LONG_PROMPTS)
+    ]
+    model = small(family, **FADING[family])
+    layout, _, told = choose_layout(model, pairs, 512, CPU, torch.float32)
+    assert layout == "padded" and "packed: off by" in told
+    check_equal(score(model, pairs, layout), score(model, pairs, None))
+
+
+def test_refuses_a_model_that_reads_ahead(pairs: list[Pair]) -> None:
+    with pytest.raises(UsageError, match="no causal language model: a token's log-prob changes by"):
+        choose_layout(small("bert"), pairs, 256, CPU, torch.float32)
+
+
+def test_refuses_a_model_that_draws_its_experts_in_training(pairs: list[Pair]) -> None:
+    with pytest.raises(UsageError, match="in training the model's log-probs are others"):
+        choose_layout(small("phimoe", num_local_experts=8, scale=3.0), pairs, 256, CPU, torch.float32)
+
+
 def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probes are the longest pair within max_tokens and the shortest, so that a window is seen and memory lasts."""
+    """The longest pair within max_tokens and the shortest, so that a window is seen and memory lasts.
+
+    The last is the shortest again, with one token of its prompt.
+    """
     tried: list[Any] = []
 
     def spy(probes: list[Pair], layout: Layout) -> MicroBatch:
@@ -279,4 +321,5 @@ def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPa
     for max_tokens, places in ((256, [2, 1]), (47, [0, 1]), (16, [1])):
         tried.clear()
         choose_layout(make("llama"), pairs, max_tokens, CPU, torch.float32)
-        assert [[pair.where for pair in probes] for probes in tried] == [[f"row {i}" for i in places]]
+        assert [[pair.where for pair in probes] for probes in tried] == [[f"row {i}" for i in [*places, places[-1]]]]
+        assert len(tried[0][-1].prompt) == 1
