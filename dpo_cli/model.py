@@ -397,17 +397,19 @@ def choose_layout(
 
 
 def _check_alone(model: PreTrainedModel, pair: Pair, expected: Tensor, device: torch.device) -> None:
-    """Refuse a model whose log-probs (N,) of a chosen response are others without its last token, or in training.
+    """Refuse a model whose log-probs (N,) of a pair are others in training, or without a response's last token.
 
     Raises:
         UsageError: it reads ahead, or draws at random while it trains.
     """
-    cut = pair.chosen[:-1] if loss_tokens(pair.chosen[:-1]) else pair.chosen
+    one, other = expected[: loss_tokens(pair.chosen)], expected[loss_tokens(pair.chosen) :]
+    response, wanted = (pair.chosen, one) if len(one) > len(other) else (pair.rejected, other)
+    cut = response[:-1] if loss_tokens(response[:-1]) else response  # a single token has nothing behind it
     batch = padded([(pair.prompt, cut)]).to(device)
 
     def off() -> float:
         logps = token_logps(model, batch, torch.float32)
-        return float((logps - expected[: len(logps)]).abs().nan_to_num(math.inf).max())
+        return float((logps - wanted[: len(logps)]).abs().nan_to_num(math.inf).max())
 
     model.train()
     in_training = off()
