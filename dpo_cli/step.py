@@ -25,6 +25,7 @@ from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import SUMS, pair_sums, summarize
 from dpo_cli.optimizer import SPLIT, SmallAdamW
 from dpo_cli.pairs import Pair, loss_tokens
+from dpo_cli.routing import auxiliary_loss, routed
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -83,6 +84,7 @@ class Trainer:
     costs: Sequence[int]  # tokens of each pair in a forward
     reference: Tensor  # (pairs, 2) nats, on the host
     options: TrainOptions
+    experts: int = 0  # that a token goes to, where the balance of a mixture is part of the loss
 
     def step(self, micro_batches: Step, lr: float, stop: StopSignal) -> dict[str, float] | None:
         """One optimizer step over all its pairs; None if a signal came first and nothing was changed.
@@ -104,7 +106,8 @@ class Trainer:
         while True:
             mine = self._cut(micro_batches)
             assert not updating or len(mine) == 1, "weights would be updated with part of a gradient"
-            sums, losses, too_large = self._gradient(mine, pairs_in_step, stop, updating)
+            counts = self._routed(mine) if self.experts else None
+            sums, losses, too_large = self._gradient(mine, pairs_in_step, stop, updating, counts)
             if updating and too_large:
                 raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
             if stop.requested or not too_large:
@@ -114,15 +117,16 @@ class Trainer:
         if stop.requested and not updating:  # else the step is done
             self.optimizer.zero_grad()
             return None
-        *totals, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # the one read-back
-        if not math.isfinite(totals[0] + grad_norm):
+        *totals, aux_loss, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # read once
+        if not math.isfinite(totals[0] + aux_loss + grad_norm):
             self.optimizer.zero_grad()
             places = [i for indices in mine for i in indices]
             raise self._not_finite(dict(zip(places, torch.cat(losses).tolist(), strict=True)))
         if not updating:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return summarize(totals) | {"grad_norm": grad_norm, "learning_rate": lr}
+        balance = {"aux_loss": aux_loss} if self.experts else {}
+        return summarize(totals) | balance | {"grad_norm": grad_norm, "learning_rate": lr}
 
     @property
     def in_backward(self) -> SmallAdamW | None:
@@ -153,20 +157,37 @@ class Trainer:
             micro_batches = cut_step(indices, self.costs, self.scorer.layout, self.scorer.max_tokens, world)
         return micro_batches[rank::world]
 
+    @torch.no_grad()
+    def _routed(self, mine: Step) -> Tensor | None:
+        """How often each expert is chosen in the whole step, ``Routed.counts``; None where its one forward tells."""
+        if len(mine) == self.accelerator.num_processes == 1:
+            return None
+        counts = []
+        for indices in mine:
+            batch = self.scorer.batch([self.pairs[i] for i in indices])
+            counts.append(routed(self.scorer.router_logits(batch), batch, self.experts).counts)
+        return cast(Tensor, self.accelerator.reduce(torch.stack(counts).sum(0)))
+
     def _gradient(
-        self, mine: Step, pairs_in_step: int, stop: StopSignal, updating: AbstractContextManager[None] | None
+        self,
+        mine: Step,
+        pairs_in_step: int,
+        stop: StopSignal,
+        updating: AbstractContextManager[None] | None,
+        counts: Tensor | None,
     ) -> tuple[Tensor, list[Tensor], tuple[int, ...]]:
         """Add up the gradient over micro-batches, until one does not fit the device's memory or a signal comes.
 
         The weights are updated as it comes where it is taken inside ``updating``.
 
-        Returns: the metrics' sums, the losses (P,) of each micro-batch, and the one that did not fit, else ().
+        Returns: the metrics' sums and the auxiliary loss behind them, the losses (P,) of each micro-batch, and the one
+        that did not fit, else ().
         """
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.accelerator.device)
         losses: list[Tensor] = []
         for number, indices in enumerate(mine, 1):
             with nullcontext() if number == len(mine) else self.accelerator.no_sync(self.scorer.model):
-                done = self._backward(indices, pairs_in_step, updating)
+                done = self._backward(indices, pairs_in_step, updating, counts)
             if done is None:
                 return sums, losses, indices
             losses.append(done[0])
@@ -176,10 +197,16 @@ class Trainer:
         return sums, losses, ()
 
     def _backward(
-        self, indices: tuple[int, ...], pairs_in_step: int, updating: AbstractContextManager[None] | None = None
+        self,
+        indices: tuple[int, ...],
+        pairs_in_step: int,
+        updating: AbstractContextManager[None] | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """Losses (P,) and metrics' sums of one micro-batch, its gradient added; None when memory ran out."""
+        """Add the gradient of a micro-batch; its losses (P,) and sums as in ``_gradient``, None when memory ran out."""
         done: list[tuple[Tensor, Tensor]] = []
+        batch = self.scorer.batch([self.pairs[i] for i in indices])
+        aux_loss = torch.zeros(1, dtype=torch.float64, device=self.accelerator.device)
 
         def loss(places: slice, logps: Tensor) -> Tensor:
             losses, sums = self._measure(indices[places], logps)
@@ -187,14 +214,21 @@ class Trainer:
             part: Tensor = losses.sum() * self.accelerator.num_processes / pairs_in_step
             return part
 
+        def routing(router_logits: Sequence[Tensor]) -> Tensor:
+            part = routed(router_logits, batch, self.experts)
+            balance = auxiliary_loss(part, part.counts if counts is None else counts)
+            aux_loss.add_(balance.detach())
+            weighted: Tensor = balance * self.options.router_aux_loss_coef * self.accelerator.num_processes
+            return weighted
+
         try:
-            self.scorer.backward(self.scorer.batch([self.pairs[i] for i in indices]), loss, updating)
+            self.scorer.backward(batch, loss, updating, routing if self.experts else None)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             return None  # what the passes hold is free only when this frame is gone
         losses, sums = zip(*done, strict=True)
-        return torch.cat(losses), torch.stack(sums).sum(0)
+        return torch.cat(losses), torch.cat([torch.stack(sums).sum(0), aux_loss])
 
     @torch.no_grad()
     def compare(self, indices: Sequence[int]) -> tuple[dict[str, float], float]:
