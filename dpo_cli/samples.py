@@ -119,9 +119,10 @@ def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pa
 def _valid(config: GenerationConfig) -> GenerationConfig:
     """The config as transformers agrees to save it, which some models of the hub were not when it was less strict.
 
-    Most have a temperature and do not say that it is to be sampled; of others nothing is kept but the token ids.
+    Most have a temperature and do not say that it is to be sampled. Of others, such as those whose temperature is 0,
+    nothing is kept but the token ids.
     """
-    for change in ({}, {"do_sample": True}):
+    for change in ({}, {"do_sample": True}) if config.temperature != 0 else ():
         config.update(**change)
         try:
             config.validate(strict=True)
