@@ -214,7 +214,10 @@ class TrainOptions(Options):
     keep: int = option(2, "Checkpoints kept.", positive)
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
     push_to_hub: str | None = option(
-        None, "ORG/NAME: upload the trained model to the Hugging Face hub, into a private repository.", repository
+        None,
+        "ORG/NAME: upload the trained model to the Hugging Face hub, into a private repository.",
+        repository,
+        shown="nothing is uploaded",
     )
 
 
