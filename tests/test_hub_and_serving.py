@@ -194,7 +194,9 @@ def test_a_pushed_run_is_its_model_and_nothing_else(hub: FakeHub, train: Train, 
             assert secret.encode() not in content, name
     card = hub.files["README.md"].decode()
     assert "vllm serve org/model" in card and SELF not in card
-    assert "push_to_hub" not in (tmp_path / "first" / "config.yaml").read_text()  # whoever repeats the run is asked again
+    assert (
+        "push_to_hub" not in (tmp_path / "first" / "config.yaml").read_text()
+    )  # whoever repeats the run is asked again
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
