@@ -20,12 +20,13 @@ from dpo_cli.run import Run
 SELF = "path/to/this/folder"  # where the card speaks of its own model; the repository's name once it is pushed
 # Options that made the model what it is, as they are told; none of them is a path.
 _TOLD = (
-    *("beta", "label_smoothing", "router_aux_loss_coef", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm"),
-    *("epochs", "batch_size", "max_length", "train_turns", "dtype", "memory", "seed"),
+    *("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo", "router_aux_loss_coef"),
+    *("lr", "schedule", "warmup", "weight_decay", "max_grad_norm", "epochs", "batch_size"),
+    *("max_length", "train_turns", "dtype", "memory", "seed"),
 )
 # Metric of an evaluation: its name, and its kind for the hub.
 _RESULTS = {
-    "loss": ("DPO loss", "loss"),
+    "loss": ("loss", "loss"),
     "rewards/accuracies": ("implicit reward accuracy", "accuracy"),
     "rewards/margins": ("implicit reward margin", "reward_margin"),
     "kl/chosen": ("KL to the base model on chosen responses, nats a token", "kl"),
@@ -52,7 +53,11 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
         tags=["dpo", "preference-optimization", "dpo-cli"],
         **about,
     )
-    told = {key: getattr(run.options, key) for key in _TOLD} | {"steps": len(run.plan), "pairs": len(run.pairs)}
+    told = (
+        {"loss": run.options.objective.name}
+        | {key: getattr(run.options, key) for key in _TOLD}
+        | {"steps": len(run.plan), "pairs": len(run.pairs)}
+    )
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in told.items() if value not in (None, ""))
     return f"""---
 {data.to_yaml()}

@@ -246,6 +246,14 @@ def check(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
         raise typer.Exit(3)
 
 
+@app.command()
+def losses(json_: Json = False, debug: Debug = False) -> None:
+    """List what --loss knows: formulas, when to use which, papers."""
+    from dpo_cli.losses import as_text, listed
+
+    _guarded(lambda: _show(listed(), json_, as_text), debug)
+
+
 cache_app = typer.Typer(no_args_is_help=True, help="Look after cached reference log-probs and pairs.")
 app.add_typer(cache_app, name="cache")
 

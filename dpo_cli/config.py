@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from dpo_cli.errors import UsageError
+from dpo_cli.losses import DIVERGENCES, LOSSES, Objective, divergence, objective_of
 
 CACHE_DIR = Path("~/.cache/dpo")
 FORMATS = (
@@ -31,6 +32,7 @@ not_negative: Check = (lambda v: math.isfinite(v) and v >= 0, "must be 0 or grea
 share: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
 below_half: Check = (lambda v: 0 <= v < 0.5, "must be at least 0 and less than 0.5")
 seedlike: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and less than 2^32")
+share_or_all: Check = (lambda v: 0 <= v <= 1, "must be at least 0 and at most 1")
 at_least_16: Check = (lambda v: v >= 16, "must be at least 16 tokens")
 
 
@@ -59,6 +61,19 @@ precision: Check = (
 repository: Check = (
     lambda v: bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", v, re.ASCII)),
     "must be ORG/NAME, for example my-name/my-model",
+)
+
+
+def _is_divergence(text: str) -> bool:
+    try:
+        return bool(divergence(text))
+    except ValueError:
+        return False
+
+
+divergences: Check = (
+    _is_divergence,
+    f"must be one of: {', '.join(DIVERGENCES)}, the last also with =ALPHA",
 )
 betas: Check = (_are_betas, "must be different numbers greater than 0, with commas between")
 import_path: Check = (
@@ -185,12 +200,29 @@ class TrainOptions(Options):
     eval_fraction: float = option(0.0, "Share of --data held out when there is no --eval-data.", share)
     output: Path | None = option(None, "Run folder; must not exist yet.", shown="runs/<date>-<time>")
     beta: float = option(0.1, "Strength of the pull towards the reference.", positive)
+    loss: str = option(
+        "sigmoid",
+        f"What is minimised; dpo losses says which when: {', '.join(LOSSES)}. Several are added up by weight, as in "
+        "sigmoid=1,sft=0.2.",
+    )
+    loss_options: str | None = option(
+        None, "Options that a loss has of its own, as in simpo_gamma=1; dpo losses names them.", shown="the papers'"
+    )
     label_smoothing: float = option(0.0, "Share of labels taken to be flipped (conservative DPO).", below_half)
     router_aux_loss_coef: float = option(
         0.0,
         "Weight of the load-balancing loss of a mixture of experts, which is reported as aux_loss beside the loss.",
         not_negative,
     )
+    f_divergence: str = option(
+        "reverse_kl",
+        f"What holds the policy to the reference: {', '.join(DIVERGENCES)} (=0.5, its alpha).",
+        divergences,
+    )
+    ld_alpha: float | None = option(
+        None, "LD-DPO: weight of the tokens beyond the length of the shorter response.", share_or_all, shown="all count"
+    )
+    wpo: bool = option(False, "WPO: weight pairs by how likely the policy itself finds their responses.")
     epochs: int = option(1, "Passes over the pairs.", positive)
     max_steps: int | None = option(None, "Stop after this many optimizer steps.", positive, shown="all of the epochs")
     batch_size: int = option(16, "Pairs per optimizer step, over all devices.", positive)
@@ -219,6 +251,16 @@ class TrainOptions(Options):
         repository,
         shown="nothing is uploaded",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.objective  # refused where its options do not fit together
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        names = ("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo")
+        return objective_of(self.loss, self.loss_options, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +316,8 @@ class SweepOptions(SampleOptions, TrainOptions):
             raise UsageError("--eval-fraction: a sweep compares its runs on --eval-data; leave it out")
         if self.push_to_hub:
             raise UsageError(f"--push-to-hub {self.push_to_hub}: a sweep trains several models; dpo push uploads one")
+        if not self.objective.reads("beta"):
+            raise UsageError(f"--loss {self.loss}: reads no beta, so there is nothing to compare")
         if self.reward and not self.samples:
             raise UsageError(f"--reward {self.reward}: it judges sampled answers; add --samples, for example 4")
 
@@ -418,7 +462,7 @@ def _convert(value: Any, type_: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     kind = list if type_ == list[str] else next(kind for kind in kinds if kind is not type(None))
-    if kind is str and isinstance(value, list):
+    if kind is str and isinstance(value, (list, dict)):
         value = _joined(value)
     if kind is list or kind == list[str]:
         items = value if isinstance(value, list) else [value]
@@ -435,8 +479,12 @@ def _convert(value: Any, type_: Any) -> Any:
     raise TypeError
 
 
-def _joined(items: list[Any]) -> str:
-    """Numbers as a flag has them: with commas between."""
-    if not items or any(isinstance(item, bool) or not math.isfinite(float(item)) for item in items):
+def _joined(items: list[Any] | dict[Any, Any]) -> str:
+    """Numbers, or texts and numbers by name, as a flag has them: with commas between."""
+    if isinstance(items, dict):
+        items = [f"{name}={value}" for name, value in items.items()]
+    elif any(isinstance(item, bool) or not math.isfinite(float(item)) for item in items):
+        raise TypeError
+    if not items:
         raise TypeError
     return ",".join(map(str, items))

@@ -6,9 +6,11 @@ Legend: P pairs.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo_cli import drift
@@ -16,7 +18,7 @@ from dpo_cli.curves import write_curves
 from dpo_cli.drift import Compared, Recorded, Watch
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter, append_metrics, best_step, evaluations, read_metrics
-from dpo_cli.outcome import evaluation, scores_of
+from dpo_cli.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.report import ReportInput, write_report
 from dpo_cli.run import Run, read_manifest
 from dpo_cli.scores import Evaluation, Scores, values
@@ -26,7 +28,7 @@ class HeldOut:
     """The held-out pairs of a run, with what the reference says of them.
 
     To be made while the model is the reference, whose states are recorded for the exact KL of every evaluation.
-    ``reference`` is its logps (P, 2) in nats.
+    ``reference`` is its logps (P, 2) in nats; where the loss reads none, they are known if the exact KL is asked for.
 
     Raises:
         NotWrittenError: the disk has no room for what is recorded.
@@ -42,6 +44,11 @@ class HeldOut:
             reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             watch = Watch(reporter, "reference")
             self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)
+        if not run.options.objective.reference:
+            self.reference = self.recorded.logps if self.recorded else torch.full((len(run.held_out), 2), math.nan)
+        self.discounted = self.reference  # as LD-DPO reads it
+        if run.options.ld_alpha is not None and run.cache:
+            self.discounted = run.cache.discounted(run.held_out, run.options.ld_alpha)
 
     def evaluate(
         self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
@@ -63,8 +70,9 @@ class HeldOut:
             policy = drift.score(scorer, run.held_out, watch)
         if policy is None:
             return None
-        beta, smoothing = run.options.beta, run.options.label_smoothing
-        scores = scores_of(run.held_out, policy, self.reference, beta, smoothing, compared)
+        objective, history = run.options.objective, read_metrics(self.metrics)
+        read = loss_input(policy_read(scorer, run.held_out, objective), self.discounted)
+        scores = scores_of(run.held_out, policy, self.reference, objective, compared, read, history)
         found, known = values(scores), self._evaluations()
         if (metric := run.options.keep_best) and best_step(known | {step: found}, metric) == step:
             keep(found)

@@ -22,6 +22,7 @@ from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
 from dpo_cli.logps import Scorer, noise
+from dpo_cli.losses import LOSSES, Objective
 from dpo_cli.memory import MOST_TOKENS, fit, process_bytes
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import (
@@ -275,6 +276,20 @@ def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Sc
             f"{', '.join(bad[:5])}. Something changed them: remove {cache.folder}, and they are computed anew"
         )
     return largest
+
+
+def refuse_unread_terms(objective: Objective, pairs: Pairs) -> None:
+    """Refuse rows whose weights or margins the objective cannot take up.
+
+    Raises:
+        UsageError: there are such rows.
+    """
+    weights, margins = pairs.terms.T
+    if (margins != 0).any() and not objective.reads("margins"):
+        able = ", ".join(name for name, loss in LOSSES.items() if "margins" in loss.reads)
+        raise UsageError(f"--loss {objective.name} has no place for the rows' margins; leave them out, or take {able}")
+    if (weights != 1).any() and objective.couples:
+        raise UsageError(f"--loss {objective.name} sorts the responses of a step, so that rows cannot have weights")
 
 
 def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:

@@ -47,6 +47,7 @@ from dpo_cli.prepare import (
     open_cache,
     read_pairs,
     reading_of,
+    refuse_unread_terms,
     tell_long,
 )
 from dpo_cli.reference import ReferenceCache
@@ -72,7 +73,7 @@ class Run:
     costs: list[int]  # tokens that each pair takes up in a forward
     plan: list[Step]
     start: str  # fingerprint of the start policy, which is the reference
-    cache: ReferenceCache
+    cache: ReferenceCache | None  # None: the loss reads no reference
     fitted: Fit
     low: dict[str, Tensor] | None  # the lower halves of the weights, where the memory mode splits them
     experts: int  # that a token goes to, where the balance of a mixture is part of the loss; else 0
@@ -119,6 +120,7 @@ def lay_out_run(
     elif options.eval_fraction:
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
         reporter.fact("held out", f"{len(held_out):,} of the pairs")
+    refuse_unread_terms(options.objective, pairs + held_out)
 
     process = process_bytes(device)
     model, weights = load_weights(source, options, remember=not dry_run)
@@ -169,7 +171,7 @@ def lay_out_run(
         costs,
         plan,
         start,
-        open_cache(options, start, source, scorer, reporter),
+        open_cache(options, start, source, scorer, reporter) if options.objective.reference else None,
         fitted,
         low,
         experts,
@@ -218,6 +220,8 @@ def _free_name(folder: Path) -> Path:
 
 def _tell_plan(run: Run, reporter: Reporter) -> None:
     options, scorer = run.options, run.scorer
+    if not options.objective.reference:
+        reporter.fact("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
     parameters = run.model.num_parameters()
     threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
     reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}; {_KEPT[run.fitted.memory]}")

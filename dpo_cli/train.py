@@ -25,8 +25,7 @@ from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
 from dpo_cli.errors import DpoError, Interrupted, NotWrittenError, UsageError
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import noise
-from dpo_cli.losses import sigmoid_loss
-from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics, truncate_metrics
+from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.model import default_device
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
@@ -61,11 +60,11 @@ def train(
         accelerator = _accelerator()
         run = lay_out_run(options, resume, accelerator.device, accelerator.num_processes, reporter, dry_run)
         if dry_run:
-            _, missing = tell_cached(run.cache, run.scored(), reporter)
+            missing = tell_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
         manifest = make_manifest(run, command, accelerator.num_processes)
         began = check_same_run(run.folder, manifest, reporter) if resume else manifest
-        scored = fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
+        scored = _reference(run, reporter)
         manifest["reference"]["values"] = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
         if began["reference"]["values"] != manifest["reference"]["values"]:
             reporter.warn("the reference was computed anew since the run began: the last bits may differ")
@@ -89,6 +88,13 @@ def train(
         return result | _pushed(run, reporter)
 
 
+def _reference(run: Run, reporter: Reporter) -> Tensor:
+    """Log-probs of ``run.scored()`` under the reference: (P, 2) nats; 0 where the loss reads none."""
+    if run.cache is None:
+        return torch.zeros(len(run.scored()), 2)
+    return fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
+
+
 def _accelerator() -> Accelerator:
     """The engine, with nothing taken from the environment that would change a gradient."""
     accelerator = Accelerator(cpu=default_device().type == "cpu", mixed_precision="no")
@@ -100,9 +106,13 @@ def _accelerator() -> Accelerator:
 
 def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[Trainer, Tensor]:
     """What a step needs, and the reference of the held-out pairs (P, 2); ``scored`` is that of ``run.scored()``."""
-    used = run.used()
+    used, ld_alpha = run.used(), run.options.ld_alpha
     reference = torch.full((len(run.pairs), 2), torch.nan)  # pairs that no step reads stay NaN
     reference[used] = scored[: len(used)]
+    discounted = None
+    if ld_alpha is not None and run.cache:
+        discounted = reference.clone()
+        discounted[used] = run.cache.discounted(run.pairs.select(used), ld_alpha)
     if run.options.gradient_checkpointing:
         # transformers 5.23 renamed it, and 5.17 has only the old name
         new = getattr(run.model, "activation_checkpointing_enable", None)
@@ -113,12 +123,13 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
     max_tokens = run.options.max_tokens or run.scorer.max_tokens  # as planned, whatever scoring came down to
     trainer = Trainer(
         accelerator=accelerator,
-        scorer=dataclasses.replace(run.scorer, model=prepared, max_tokens=max_tokens),
+        scorer=dataclasses.replace(run.scorer, model=prepared, max_tokens=max_tokens, wpo=run.options.wpo),
         optimizer=optimizer,
         pairs=run.pairs,
         costs=run.costs,
         reference=reference,
         options=run.options,
+        discounted=discounted,
         experts=run.experts,
     )
     return trainer, scored[len(used) :]
@@ -137,6 +148,7 @@ def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
         trainer.scorer.max_tokens = restore_checkpoint(checkpoint, run.model, trainer.optimizer)
         reporter.fact("resume", f"after step {done} of {len(run.plan)}, from {checkpoint}")
     truncate_metrics(run.folder / "metrics.jsonl", done)
+    trainer.mean_rewards = step_rewards(read_metrics(run.folder / "metrics.jsonl"))
     return done
 
 
@@ -150,19 +162,21 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
         DpoError: a response's log-probs differ by more than arithmetic explains.
     """
     indices = [i for micro_batch in run.plan[0] for i in micro_batch]
-    values, largest = trainer.compare(indices)
-    terms = run.pairs.terms[indices]
-    weights, margins = torch.tensor(terms).T
-    equal = torch.zeros(2 * len(indices))
-    expected = float(sigmoid_loss(equal, equal, run.options.beta, run.options.label_smoothing, margins, weights).mean())
-    usual = bool((terms == (1, 0)).all())
-    must = "ln 2 = 0.693147" if usual else f"{expected:.6f} by the weights and margins of its pairs"
+    values, largest, expected = trainer.compare(indices)
+    objective = trainer.objective
+    like_others = bool((run.pairs.terms[indices] == (1, 0)).all())
+    usual = objective.plain and like_others
+    by = f"for --loss {objective.name}" if like_others else "by the weights and margins of its pairs"
+    must = "ln 2 = 0.693147" if usual else f"{expected:.6f} {by}"
     told = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
+    if not objective.reference:
+        reporter.fact("step 0", f"{told}  ({objective.name} reads no reference)")
+        return
     if largest > noise(run.scorer.dtype):
         raise DpoError(
             f"step 0: {told}, but policy and reference are the same model, so the loss must be {must} "
             f"(off by {abs(values['loss'] - expected):.2g}, a response by {largest:.2g} nats a root of its tokens). "
-            f"The cached reference does not fit this model: remove {run.cache.folder}"
+            f"The cached reference does not fit this model: remove {run.cache and run.cache.folder}"
         )
     why = "as they must" if usual else f"so the loss must be {must}"
     reporter.fact("step 0", f"{told}  (policy and cached reference are equal on its {len(indices)} pairs, {why})")

@@ -245,6 +245,11 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "label_smoothing": ([0.0, 0.1, 0.499], [-0.1, 0.5, 0.6, math.nan]),
     "router_aux_loss_coef": ([0.0, 0.001], [-0.1, math.inf, math.nan]),
     "push_to_hub": (["me/model-1.5", "my-org/m"], ["model", "/m", "a/b/c", "../m", ".m/n", "a/m n"]),
+    "f_divergence": (
+        ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "alpha_divergence=0.3"],
+        ["KL", "", "js_divergence=1", "alpha_divergence=", "alpha_divergence=x", "alpha_divergence=nan"],
+    ),
+    "ld_alpha": ([0.0, 0.5, 1.0], [-0.1, 1.1, math.nan]),
     "epochs": POSITIVE,
     "max_steps": POSITIVE,
     "batch_size": POSITIVE,
@@ -358,7 +363,11 @@ def test_to_yaml_names_every_other_option() -> None:
 # ---- going on with a run ----------------------------------------------------------------------------------------
 
 BEGAN = TrainOptions(
-    data=[str(Path("pairs.jsonl").absolute())], cache_dir=Path("cache").absolute(), beta=0.2, memory="full"
+    data=[str(Path("pairs.jsonl").absolute())],
+    cache_dir=Path("cache").absolute(),
+    beta=0.2,
+    memory="full",
+    loss="sigmoid=1,discopop=1",
 )
 # option: another value than it began with
 OTHER: dict[str, Any] = {
@@ -379,8 +388,13 @@ OTHER: dict[str, Any] = {
     "eval_fraction": 0.5,
     "output": Path("other").absolute(),
     "beta": 0.3,
+    "loss": "discopop",
+    "loss_options": "discopop_tau=0.1",
     "label_smoothing": 0.1,
     "router_aux_loss_coef": 0.01,
+    "f_divergence": "js_divergence",
+    "ld_alpha": 0.5,
+    "wpo": True,
     "epochs": 9,
     "max_steps": 9,
     "batch_size": 9,

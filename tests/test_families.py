@@ -18,11 +18,10 @@ import dpo_cli.model
 from dpo_cli.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
 from dpo_cli.batch import Layout, MicroBatch, lay_out, padded
 from dpo_cli.errors import DpoError, UsageError
-from dpo_cli.logps import Scorer, response_logps, token_logps
-from dpo_cli.losses import sigmoid_loss
+from dpo_cli.logps import Said, Scorer, response_logps, token_logps
 from dpo_cli.model import _disable_dropout, choose_layout
 from dpo_cli.pairs import Pair
-from tests.conftest import make_model
+from tests.conftest import make_model, sigmoid_loss
 
 WINDOW = 7  # shorter than every prompt + response but the shortest
 ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
@@ -104,7 +103,8 @@ def score(model: PreTrainedModel, pairs: list[Pair], layout: Layout | None) -> S
     ref_logps = torch.linspace(-40, -20, 2 * len(pairs)).view(2, -1)  # chosen, rejected
     found = torch.zeros(2, len(pairs))
 
-    def loss(places: slice, logps: Tensor) -> Tensor:
+    def loss(places: slice, said: Said) -> Tensor:
+        logps = said.logps
         found[:, places] = logps.detach().view(2, -1)
         return sigmoid_loss(logps, ref_logps[:, places].reshape(-1), beta=0.02).sum()
 
@@ -113,7 +113,7 @@ def score(model: PreTrainedModel, pairs: list[Pair], layout: Layout | None) -> S
             Scorer(model, layout, torch.float32, 256, CPU).backward(whole, loss)
     else:
         tokens = torch.cat([token_logps(model, part, torch.float32) for part in alone(pairs)])
-        loss(slice(None), response_logps(tokens, whole.lengths)).backward()
+        loss(slice(None), Said(tokens, whole.lengths)).backward()
     logps = found.view(-1)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return logps.detach(), gradients

@@ -49,10 +49,10 @@ def test_the_card_tells_what_came_of_it(train: Train, tmp_path: Path) -> None:
     for folder in ("model", "best"):
         card = ModelCard.load(tmp_path / "first" / folder / "README.md")
         found = {each.metric_name: each.metric_value for each in card.data.eval_results}
-        assert found["DPO loss"] == pytest.approx(last["eval_loss"], abs=1e-6)
+        assert found["loss"] == pytest.approx(last["eval_loss"], abs=1e-6)
         assert found["implicit reward accuracy"] == pytest.approx(last["eval_rewards/accuracies"], abs=1e-6)
         assert found["KL to the base model on chosen responses, nats a token"] == round(last["eval_kl/chosen"], 6)
-        assert f"| DPO loss | 0.6931 | {last['eval_loss']:.4f} |" in card.text
+        assert f"| loss | 0.6931 | {last['eval_loss']:.4f} |" in card.text
     data = card.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert "dpo" in data["tags"] and "trl" not in data["tags"]

@@ -58,7 +58,7 @@ def backward(model: PreTrainedModel, pairs: Sequence[Pair], layout: Layout) -> t
     with attention(model, PREFIX_SHARED if layout == "shared" else None):
         engine = scorer(model, layout)
         batch = engine.batch(pairs)
-        engine.backward(batch, lambda places, logps: 0 * logps.sum(), routing=routing)
+        engine.backward(batch, lambda places, said: 0 * said.logps.sum(), routing=routing)
     return found[0], gradients(model)
 
 

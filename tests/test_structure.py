@@ -19,6 +19,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 # Each module imports only from the layers before its own; modules of one layer know nothing of each other.
 LAYERS = [
     {"errors", "numerals"},
+    {"losses"},
     {"config", "kinds", "stats"},
     {"tables", "hub", "reward"},
     {"records", "scripts"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"chat"},
     {"tokens", "findings"},
     {"batch", "near"},
-    {"attention", "losses", "optimizer", "crossrow", "routing"},
+    {"attention", "optimizer", "crossrow", "routing"},
     {"logps", "scores"},
     {"model", "disk", "memory", "samples"},
     {"metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
@@ -213,6 +214,7 @@ def loaded(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[s
         ["precompute-ref", "--help"],
         ["sweep", "--help"],
         ["check", "--help"],
+        ["losses", "--help"],
         ["cache", "list", "--help"],
     ],
 )
