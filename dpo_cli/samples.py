@@ -110,7 +110,9 @@ def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pa
     lasts = Counter(int(read(pair.chosen[-1:])[0]) for pair in pairs[:ENDS_OF])
     (last, _), ends = lasts.most_common(1)[0], _eos_ids(model, tokenizer)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
-    config.eos_token_id = ends if last in ends or last not in special else [*ends, last]
+    wanted = ends if last in ends or last not in special else [*ends, last]
+    if wanted != ends or config.eos_token_id is None:
+        config.eos_token_id = wanted
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     return config

@@ -131,7 +131,7 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(tokenizer: PreTraine
         config = generation_config(model, tokenizer, random_pairs(3))
         config.save_pretrained(tmp_path)
         assert (bool(config.do_sample), config.temperature) == expected
-        assert (config.eos_token_id, config.pad_token_id) == ([2], 0)  # random ids end with no special token
+        assert (config.eos_token_id, config.pad_token_id) == (2, 0)  # random ids end with no special token
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------------
