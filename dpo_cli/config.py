@@ -351,6 +351,9 @@ SETTLED = frozenset(
     {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}
 )
 
+# Options that a file may also have as a mapping.
+BY_NAME = frozenset({"loss", "loss_options"})
+
 T = TypeVar("T", bound=DataOptions)
 
 
@@ -446,6 +449,8 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
         values[name] = None
         try:
             value = loader.construct_object(value_node, deep=True)
+            if name in BY_NAME and isinstance(value, dict):
+                value = ",".join(f"{key}={number}" for key, number in value.items())
             values[name] = _convert(value, types[name])
         except (TypeError, ValueError, OverflowError, yaml.YAMLError):
             problems.append(f"{where}: option '{key}' cannot be {_BRIEF.repr(value)}")
@@ -462,7 +467,7 @@ def _convert(value: Any, type_: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     kind = list if type_ == list[str] else next(kind for kind in kinds if kind is not type(None))
-    if kind is str and isinstance(value, (list, dict)):
+    if kind is str and isinstance(value, list):
         value = _joined(value)
     if kind is list or kind == list[str]:
         items = value if isinstance(value, list) else [value]
@@ -479,12 +484,8 @@ def _convert(value: Any, type_: Any) -> Any:
     raise TypeError
 
 
-def _joined(items: list[Any] | dict[Any, Any]) -> str:
-    """Numbers, or texts and numbers by name, as a flag has them: with commas between."""
-    if isinstance(items, dict):
-        items = [f"{name}={value}" for name, value in items.items()]
-    elif any(isinstance(item, bool) or not math.isfinite(float(item)) for item in items):
-        raise TypeError
-    if not items:
+def _joined(items: list[Any]) -> str:
+    """Numbers as a flag has them: with commas between."""
+    if not items or any(isinstance(item, bool) or not math.isfinite(float(item)) for item in items):
         raise TypeError
     return ",".join(map(str, items))

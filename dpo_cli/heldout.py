@@ -89,13 +89,14 @@ class HeldOut:
 
         What goes wrong there is told, and ends no training.
         """
-        run = self.run
+        run, objective = self.run, self.run.options.objective
         try:
             history, manifest = read_metrics(self.metrics), read_manifest(run.folder)
             done = self._evaluation(history, samples)
-            about = ReportInput(run.folder.name, done, history, manifest, dataclasses.asdict(run.options))
+            options = dataclasses.asdict(run.options)
+            about = ReportInput(run.folder.name, done, history, manifest, options, objective)
             write_report(run.folder / "report.html", about)
-            write_curves(run.folder / "curves.png", history)
+            write_curves(run.folder / "curves.png", history, objective)
         except Exception as error:  # of the libraries that draw, too
             self.reporter.warn(f"the report of {run.folder} is not up to date: {error}")
 

@@ -215,7 +215,7 @@ class Scorer:
         )
 
     def _said(self, logits: Tensor, targets: Tensor, lengths: Tensor) -> Said:
-        return Said(target_logps(logits, targets), lengths, collisions(logits.detach()) if self.wpo else None)
+        return Said(target_logps(logits, targets), lengths, collision_logps(logits.detach()) if self.wpo else None)
 
     def read(self, pairs: Sequence[Pair], ld_alpha: float | None) -> Read:
         """What a loss reads of all pairs.
@@ -345,7 +345,7 @@ def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def collisions(logits: Tensor) -> Tensor:
+def collision_logps(logits: Tensor) -> Tensor:
     """Log of the probability that two draws from each distribution are the same: (N, V) -> (N,) nats, few at a time."""
     return torch.cat([(2 * some).logsumexp(-1) - 2 * some.logsumexp(-1) for some in logits.split(64)])
 

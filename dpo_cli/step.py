@@ -89,7 +89,8 @@ class Trainer:
     counts: Tensor | None = None  # ``Routed.counts`` of the step that is taken; None: its one forward has them
     discounted: Tensor | None = None  # the same as LD-DPO reads it; None: as it is
     mean_rewards: list[float] = dataclasses.field(default_factory=list)  # of the steps that were taken
-    tokens: float = math.nan  # mean length of the chosen responses of the step that is taken
+    tokens: float = math.nan  # of the step that is taken: mean length of its chosen responses
+    shift: float = 0.0  # and mean reward of those before it, where the loss reads it
     surrogate: dict[int, Tensor] | None = None  # by pair: its loss, and the slopes of the step's loss; see ``_couple``
 
     @cached_property
@@ -249,7 +250,9 @@ class Trainer:
         return torch.cat(losses), torch.cat([torch.stack(sums).sum(0), aux_loss])
 
     def _begin(self, indices: Sequence[int]) -> None:
-        """Look at all pairs of a step."""
+        """Settle what a pair's loss reads of its step and of those before it."""
+        means = self.mean_rewards if self.objective.reads("shift") else []
+        self.shift = sum(means) / len(means) if means else 0.0
         self.tokens = sum(loss_tokens(self.pairs[i].chosen) for i in indices) / len(indices)
         self.surrogate = None
 
@@ -318,7 +321,6 @@ class Trainer:
     ) -> Preferences:
         """What the loss reads of some pairs: (2P,) each, chosen first, and WPO's weights (P,)."""
         margins, weights = self._terms(indices)
-        means = self.mean_rewards
         return Preferences(
             logps=logps,
             ref_logps=self._reference(indices, self.discounted),
@@ -327,7 +329,7 @@ class Trainer:
             tokens=self.tokens,
             margins=margins,
             weights=weights * likelihoods,
-            shift=sum(means) / len(means) if means else 0.0,
+            shift=self.shift,
         )
 
     def _measure(self, indices: Sequence[int], said: Said) -> tuple[Tensor, Tensor]:

@@ -172,11 +172,12 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     if not objective.reference:
         reporter.fact("step 0", f"{told}  ({objective.name} reads no reference)")
         return
+    assert run.cache is not None
     if largest > noise(run.scorer.dtype):
         raise DpoError(
             f"step 0: {told}, but policy and reference are the same model, so the loss must be {must} "
             f"(off by {abs(values['loss'] - expected):.2g}, a response by {largest:.2g} nats a root of its tokens). "
-            f"The cached reference does not fit this model: remove {run.cache and run.cache.folder}"
+            f"The cached reference does not fit this model: remove {run.cache.folder}"
         )
     why = "as they must" if usual else f"so the loss must be {must}"
     reporter.fact("step 0", f"{told}  (policy and cached reference are equal on its {len(indices)} pairs, {why})")
@@ -272,7 +273,7 @@ class _Loop:
                 texts = {name: decode(read(getattr(pair, name))) for name in ("prompt", "chosen", "rejected")}
                 ids = {f"{name}_ids": getattr(pair, name).tolist() for name in texts}
                 about = {"row": pair.where, "to_blame": place in error.bad, "loss": loss}
-                about["ref_logps"] = self.trainer.reference[place].tolist()
+                about["ref_logps"] = self.trainer.reference[place].tolist() if run.cache else None
                 stream.write(to_json(about | texts | ids) + "\n")
         kept = f"Its pairs are in {file}" if file.exists() else f"Its pairs could not be written to {file}"
         everywhere = len(error.bad) == len(error.losses) > 1
