@@ -112,7 +112,7 @@ def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pa
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     wanted = ends if last in ends or last not in special else [*ends, last]
     if wanted != ends or config.eos_token_id is None:
-        config.eos_token_id = wanted[0] if len(wanted) == 1 else wanted
+        config.eos_token_id = wanted[0] if len(wanted) == 1 else wanted or None
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     return config
