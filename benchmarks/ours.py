@@ -16,9 +16,10 @@ from dpo_cli.metrics import Reporter
 from dpo_cli.outcome import scores_of
 from dpo_cli.pairs import Pairs
 from dpo_cli.prepare import fill_reference
+from dpo_cli.ranks import started
 from dpo_cli.run import lay_out_run
 from dpo_cli.step import StopSignal, learning_rate
-from dpo_cli.train import _accelerator, _make_trainer
+from dpo_cli.train import _make_trainer
 
 
 def make_options(flags: str, folder: Path, **given: Any) -> TrainOptions:
@@ -50,8 +51,8 @@ class Ours:
             warmup=0.0,
             **job["options"],
         )
-        self.accelerator = _accelerator()
-        self.run = lay_out_run(options, None, self.accelerator.device, 1, self.reporter)
+        with started() as self.accelerator:
+            self.run = lay_out_run(options, None, self.accelerator.device, self.reporter)
         self.order = [place for step in job["order"] for place in step]
         for planned, expected in zip(self.run.plan, job["order"], strict=True):
             assert sorted(i for indices in planned for i in indices) == sorted(expected), "the plan has another order"

@@ -112,8 +112,9 @@ def _displaced_chosen(scores: Scores, sections: Mapping[str, Any]) -> Finding | 
         "down pulls the other along, and the probability goes to other answers, of which no pair says anything."
     )
     advice = (
-        "Try a higher --beta, a lower --lr or fewer steps; pairs whose responses differ more; or a loss with an NLL "
-        "term on the chosen response. Read what the model answers now: the accuracy does not show this."
+        "Try a higher --beta, a lower --lr or fewer steps; pairs whose responses differ more; or a loss that holds "
+        "the chosen response up, --loss dpop or sigmoid=1,sft=0.2. Read what the model answers now: the accuracy does "
+        "not show this."
     )
     title = f"The chosen responses became less likely, by {-chosen:.1f} nats each"
     return _finding("displaced_chosen", title, text, advice, numbers)

@@ -37,6 +37,7 @@ from dpo_cli.prepare import (
     make_scorer,
     open_cache,
     read_pairs,
+    refuse_unread_terms,
     tell_long,
 )
 from dpo_cli.reference import ReferenceCache
@@ -86,6 +87,7 @@ def evaluated(
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
     judge = _Judge(options, source, began, tokenizer, pairs, reporter)
+    refuse_unread_terms(judge.objective, pairs)
     more: dict[str, Any] = {}
     compared: Compared | None = None
     if options.kl == "none":
@@ -108,7 +110,7 @@ def evaluated(
     if options.per_pair:
         write_per_pair(options.per_pair, pairs, scores)
     if options.report:
-        write_report(options.report, ReportInput(source.told, done, history, manifest, vars(options)))
+        write_report(options.report, ReportInput(source.told, done, history, manifest, vars(options), judge.objective))
         reporter.fact("report", str(options.report))
     return done, pairs
 

@@ -58,12 +58,12 @@ class HeldOut:
             self.discounted = self.reference
 
     def evaluate(
-        self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[], None]
+        self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
     ) -> dict[str, float] | None:
         """Score the pairs under the policy after ``step`` and write their line; None if it was stopped first.
 
-        If the policy is the best so far it is made to ``keep``, before the line is there: what ends the process in
-        between is made up for with the evaluation.
+        If the policy is the best so far it is made to ``keep``, which is given its metrics, before the line is there:
+        what ends the process in between is made up for with the evaluation.
         """
         run, watch = self.run, Watch(self.reporter, "held out", stopped)
         scorer = dataclasses.replace(scorer)  # whatever it comes down to, training keeps its budget
@@ -83,7 +83,7 @@ class HeldOut:
         scores = scores_of(run.held_out, policy, self.reference, objective, compared, read, history)
         found, known = values(scores), evaluations(history)
         if (metric := run.options.keep_best) and best_step(known | {step: found}, metric) == step:
-            keep()
+            keep(found)
         if step not in known and ranks.rank() == 0:
             append_metrics(self.metrics, step, found, "eval_")
         self.last = step, scores, compared
@@ -97,13 +97,14 @@ class HeldOut:
 
         What goes wrong there is told, and ends no training.
         """
-        run = self.run
+        run, objective = self.run, self.run.options.objective
         try:
             history, manifest = read_metrics(self.metrics), read_manifest(run.folder)
             done = self._evaluation(history, samples)
-            about = ReportInput(run.folder.name, done, history, manifest, dataclasses.asdict(run.options))
+            options = dataclasses.asdict(run.options)
+            about = ReportInput(run.folder.name, done, history, manifest, options, objective)
             write_report(run.folder / "report.html", about)
-            write_curves(run.folder / "curves.png", history)
+            write_curves(run.folder / "curves.png", history, objective)
         except Exception as error:  # of the libraries that draw, too
             self.reporter.warn(f"the report of {run.folder} is not up to date: {error}")
 

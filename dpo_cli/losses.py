@@ -498,6 +498,9 @@ class Objective:
         return any(name in loss.reads for loss in self.losses)
 
 
+DPO = Objective()
+
+
 def listed() -> dict[str, Any]:
     """`dpo losses`: all that is told of each loss."""
     return {"losses": [_about(loss) for loss in LOSSES.values()]}

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dpo_cli import ranks
-from dpo_cli.batch import Step, cut_step, moved
+from dpo_cli.batch import MicroBatch, Step, cut_step, moved
 from dpo_cli.config import TrainOptions
 from dpo_cli.errors import DpoError
 from dpo_cli.logps import Said, Scorer, out_of_memory
@@ -27,6 +27,7 @@ from dpo_cli.losses import Objective, Preferences
 from dpo_cli.metrics import SUMS, mean_reward, pair_sums, summarize
 from dpo_cli.optimizer import SPLIT, SmallAdamW
 from dpo_cli.pairs import Pair, loss_tokens
+from dpo_cli.routing import auxiliary_loss, routed
 from dpo_cli.sharding import own, whole
 
 
@@ -86,9 +87,12 @@ class Trainer:
     costs: Sequence[int]  # tokens of each pair in a forward
     reference: Tensor  # (pairs, 2) nats, on the host
     options: TrainOptions
+    experts: int = 0  # that a token goes to, where the balance of a mixture is part of the loss
+    counts: Tensor | None = None  # ``Routed.counts`` of the step that is taken; None: its one forward has them
     discounted: Tensor | None = None  # the same as LD-DPO reads it; None: as it is
     mean_rewards: list[float] = dataclasses.field(default_factory=list)  # of the steps that were taken
-    tokens: float = math.nan  # mean length of the chosen responses of the step that is taken
+    tokens: float = math.nan  # of the step that is taken: mean length of its chosen responses
+    shift: float = 0.0  # and mean reward of those before it, where the loss reads it
     surrogate: dict[int, Tensor] | None = None  # by pair: its loss, and the slopes of the step's loss; see ``_couple``
 
     @cached_property
@@ -118,8 +122,10 @@ class Trainer:
             mine = self._cut(micro_batches)
             assert not updating or len(mine) == 1, "weights would be updated with part of a gradient"
             idle = min((i for indices in micro_batches for i in indices), key=self.costs.__getitem__)
-            too_large, coupled = self._couple(mine, idle, micro_batches) if self.objective.couples else ((), True)
-            if coupled:
+            too_large, fits = self._couple(mine, idle, micro_batches) if self.objective.couples else ((), True)
+            if fits and self.experts:
+                too_large, fits = self._routed(mine, idle)
+            if fits:
                 sums, losses, too_large = self._gradient(mine, idle, pairs_in_step, stop, updating)
             if updating and too_large:
                 raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
@@ -129,10 +135,8 @@ class Trainer:
         if stopped and not updating:  # else the step is done
             self.optimizer.zero_grad()
             return None
-        if not self.scorer.sharded:  # whose gradients are added up where they arise
-            ranks.add_gradients([p for p in self.scorer.model.parameters() if p.requires_grad])
-        *totals, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # the one read-back
-        if not math.isfinite(totals[0] + grad_norm):
+        *totals, aux_loss, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # read once
+        if not math.isfinite(totals[0] + aux_loss + grad_norm):
             self.optimizer.zero_grad()
             places = [i for indices in mine for i in indices]
             found = zip(places, [loss for part in losses for loss in part.tolist()], strict=True)
@@ -140,7 +144,7 @@ class Trainer:
         if not updating:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        values = summarize(totals)
+        values = summarize(totals) | ({"aux_loss": aux_loss} if self.experts else {})
         self.mean_rewards.append(mean_reward(values))
         return values | {"grad_norm": grad_norm, "learning_rate": lr}
 
@@ -165,10 +169,12 @@ class Trainer:
         return cast(SmallAdamW, unwrapped(self.optimizer))
 
     def _norm(self) -> Tensor:
-        """Norm of the step's gradient, which is clipped now or was used up: (1,)."""
+        """Norm of the step's gradient over all ranks, which is added up and clipped now or was used up: (1,)."""
         if self.in_backward:
             return self.in_backward.grad_norm[None]
         most = self.options.max_grad_norm or math.inf
+        if not self.scorer.sharded:  # whose gradients are added up where they arise
+            ranks.add_gradients([p for p in self.scorer.model.parameters() if p.requires_grad])
         parameters = [p for p in self.scorer.model.parameters() if p.grad is not None]
         if self.options.memory in SPLIT:  # of bfloat16 gradients torch gives it in bfloat16
             norms = [torch.linalg.vector_norm(cast(Tensor, p.grad), dtype=torch.float32) for p in parameters]
@@ -186,6 +192,32 @@ class Trainer:
             micro_batches = cut_step(indices, self.costs, self.scorer.layout, self.scorer.max_tokens, world)
         return micro_batches[rank::world]
 
+    @torch.no_grad()
+    def _routed(self, mine: Step, idle: int) -> tuple[tuple[int, ...], bool]:
+        """Count how often each expert is chosen in the whole step, where its one forward does not tell that itself.
+
+        Returns: the micro-batch that did not fit the device's memory, else (), and whether all did on every rank.
+        """
+        self.counts = None
+        if len(mine) == ranks.world() == 1:
+            return (), True
+
+        def count(_: Sequence[int], batch: MicroBatch) -> Tensor:
+            return routed(self.scorer.router_logits(batch), batch, self.experts).counts
+
+        counts: list[Tensor] = []
+        too_large: tuple[int, ...] = ()
+        for indices in mine:
+            found = self.scorer.attempt(self.pairs, indices or (idle,), count)
+            if found is None:
+                too_large = indices or (idle,)
+                break
+            counts.append(found[0] if indices else 0 * found[0])
+        if ranks.most([bool(too_large)])[0]:
+            return too_large, False
+        self.counts = cast(Tensor, self.accelerator.reduce(torch.stack(counts).sum(0)))
+        return (), True
+
     def _gradient(
         self,
         mine: Step,
@@ -199,9 +231,10 @@ class Trainer:
         Where the step has fewer pairs than ranks and the model is sharded, the pair ``idle`` is run for nothing.
         The weights are updated as it comes where it is taken inside ``updating``.
 
-        Returns: the metrics' sums, the losses (P,) of each micro-batch, and the one that did not fit, else ().
+        Returns: the metrics' sums and the auxiliary loss behind them, the losses (P,) of each micro-batch, and the one
+        that did not fit, else ().
         """
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.accelerator.device)
         losses: list[Tensor] = []
         for indices in mine:
             if not indices:
@@ -220,8 +253,9 @@ class Trainer:
     def _backward(
         self, indices: tuple[int, ...], pairs_in_step: int, updating: AbstractContextManager[None] | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """Losses (P,) and metrics' sums of one micro-batch, its gradient added; None when memory ran out."""
+        """Add the gradient of a micro-batch; its losses (P,) and sums as in ``_gradient``, None when memory ran out."""
         done: list[tuple[Tensor, Tensor]] = []
+        aux_loss = torch.zeros(1, dtype=torch.float64, device=self.accelerator.device)
 
         def loss(places: slice, said: Said) -> Tensor:
             losses, sums = self._measure(indices[places], said)
@@ -229,17 +263,27 @@ class Trainer:
             part: Tensor = losses.sum() / pairs_in_step
             return part
 
+        def routing(router_logits: Sequence[Tensor]) -> Tensor:
+            part = routed(router_logits, batch, self.experts)
+            balance = auxiliary_loss(part, part.counts if self.counts is None else self.counts)
+            aux_loss.add_(balance.detach())
+            weighted: Tensor = balance * self.options.router_aux_loss_coef
+            return weighted
+
         try:
-            self.scorer.backward(self.scorer.batch([self.pairs[i] for i in indices]), loss, updating)
+            batch = self.scorer.batch([self.pairs[i] for i in indices])
+            self.scorer.backward(batch, loss, updating, routing if self.experts else None)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             return None  # what the passes hold is free only when this frame is gone
         losses, sums = zip(*done, strict=True)
-        return torch.cat(losses), torch.stack(sums).sum(0)
+        return torch.cat(losses), torch.cat([torch.stack(sums).sum(0), aux_loss])
 
     def _begin(self, indices: Sequence[int]) -> None:
-        """Look at all pairs of a step."""
+        """Settle what a pair's loss reads of its step and of those before it."""
+        means = self.mean_rewards if self.objective.reads("shift") else []
+        self.shift = sum(means) / len(means) if means else 0.0
         self.tokens = sum(loss_tokens(self.pairs[i].chosen) for i in indices) / len(indices)
         self.surrogate = None
 
@@ -316,7 +360,6 @@ class Trainer:
     ) -> Preferences:
         """What the loss reads of some pairs: (2P,) each, chosen first, and WPO's weights (P,)."""
         margins, weights = self._terms(indices)
-        means = self.mean_rewards
         return Preferences(
             logps=logps,
             ref_logps=self._reference(indices, self.discounted),
@@ -325,7 +368,7 @@ class Trainer:
             tokens=self.tokens,
             margins=margins,
             weights=weights * likelihoods,
-            shift=sum(means) / len(means) if means else 0.0,
+            shift=self.shift,
         )
 
     def _measure(self, indices: Sequence[int], said: Said) -> tuple[Tensor, Tensor]:

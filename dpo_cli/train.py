@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dpo_cli import ranks
 from dpo_cli.attention import attention
+from dpo_cli.card import model_card
 from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.config import TrainOptions
 from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
@@ -29,7 +30,8 @@ from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics,
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
-from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
+from dpo_cli.push import check_login, push
+from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, trained_with
 from dpo_cli.samples import generate, text
 from dpo_cli.sharding import let_go
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
@@ -51,11 +53,14 @@ def train(
         Interrupted: a signal came; a checkpoint was written.
     """
     folders: list[Path] = [resume] if resume else []  # the run's, once it is there
-    with ranks.started(lambda: _what_is_saved(folders)) as accelerator, ExitStack() as holding:
+    with ranks.started(lambda: _what_is_saved(folders, options)) as accelerator, ExitStack() as holding:
         if resume and not dry_run:
             _on_first(lambda: holding.enter_context(held(resume / LOCK)))
         if resume:
             trained_with(resume)  # first of all: what follows goes by its options
+        if options.push_to_hub and not dry_run:
+            hub = options.push_to_hub
+            _on_first(lambda: check_login(hub))
         set_seed(options.seed)
         _tell_devices(command, reporter)
         run = lay_out_run(options, resume, accelerator.device, reporter, dry_run)
@@ -80,15 +85,17 @@ def train(
         done = _restore(run, trainer, reporter) if resume else 0
         try:
             _Loop(run, trainer, held_out, stop, reporter).go_on_from(done)
-            _export(run, trainer, "model")
+            _export(run, trainer, "model", len(run.plan))
             ranks.wait()
         except NotWrittenError as error:
-            raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_go_on(run.folder)}") from error
+            raise NotWrittenError(
+                f"{error}. What was saved before is whole. {_how_to_go_on(run.folder, run.options)}"
+            ) from error
         if stop.requested:
             reporter.warn("the signal came when all was trained: the run is complete")
         result = ranks.lead(lambda: _summary(run, first_answers))
         ranks.lead(lambda: held_out.write_report(result["answers"]))
-        return result
+        return result | ranks.lead(lambda: _pushed(run, reporter))
 
 
 def _where_it_runs(run: Run, action: Callable[[], T]) -> T:
@@ -143,6 +150,7 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
         reference=reference,
         options=run.options,
         discounted=discounted,
+        experts=run.experts,
     )
     return trainer, scored[len(used) :]
 
@@ -184,11 +192,12 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     if not objective.reference:
         reporter.fact("step 0", f"{told}  ({objective.name} reads no reference)")
         return
+    assert run.cache is not None
     if largest > noise(run.scorer.dtype):
         raise DpoError(
             f"step 0: {told}, but policy and reference are the same model, so the loss must be {must} "
             f"(off by {abs(values['loss'] - expected):.2g}, a response by {largest:.2g} nats a root of its tokens). "
-            f"The cached reference does not fit this model: remove {run.cache and run.cache.folder}"
+            f"The cached reference does not fit this model: remove {run.cache.folder}"
         )
     why = "as they must" if usual else f"so the loss must be {must}"
     reporter.fact("step 0", f"{told}  (policy and cached reference are equal on its {len(indices)} pairs, {why})")
@@ -247,7 +256,7 @@ class _Loop:
     def _evaluate(self, step: int) -> bool:
         """Evaluate the held-out pairs, tell it, and keep the model if it is the best; False if a signal came first."""
         run, trainer, stop = self.run, self.trainer, self.stop
-        keep = partial(_export, run, trainer, "best")
+        keep = partial(_export, run, trainer, "best", step)
         agree = ranks.most if trainer.scorer.sharded else list
         found = self.held_out.evaluate(step, trainer.scorer, lambda: any(agree([stop.requested])), keep)
         if found is None:
@@ -267,7 +276,7 @@ class _Loop:
     def _interrupted(self, step: int, rng: dict[str, Tensor]) -> Interrupted:
         self._save(step, rng)
         told = f"interrupted after step {step} of {len(self.run.plan)}; a checkpoint was written"
-        return Interrupted(f"{told}. {_how_to_go_on(self.run.folder)}")
+        return Interrupted(f"{told}. {_how_to_go_on(self.run.folder, self.run.options)}")
 
     def _not_finite(self, step: int, error: NotFiniteError) -> DpoError:
         """Write the step's pairs to a file, and say what happened and why it may have.
@@ -286,7 +295,7 @@ class _Loop:
                 texts = {name: decode(read(getattr(pair, name))) for name in ("prompt", "chosen", "rejected")}
                 ids = {f"{name}_ids": getattr(pair, name).tolist() for name in texts}
                 about = {"row": pair.where, "to_blame": place in error.bad, "loss": loss}
-                about["ref_logps"] = self.trainer.reference[place].tolist()
+                about["ref_logps"] = self.trainer.reference[place].tolist() if run.cache else None
                 stream.write(to_json(about | texts | ids) + "\n")
         kept = f"Its pairs are in {file}" if file.exists() else f"Its pairs could not be written to {file}"
         everywhere = len(error.bad) == len(error.losses) > 1
@@ -298,19 +307,34 @@ class _Loop:
         )
 
 
-def _export(run: Run, trainer: Trainer, name: str) -> None:
-    """Write the policy as it is now to a folder of the run."""
+def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str, float] | None = None) -> None:
+    """Write the policy as it is after ``step`` to a folder of the run; ``after`` are its metrics if not yet written."""
+    known = evaluations(read_metrics(run.folder / "metrics.jsonl"))
+    card = model_card(run, known.get(0, {}), after or known.get(step, {}))
     whole, own = rejoined(run.model, unwrapped(trainer.optimizer)), attention(run.model, run.own_attention)
     with whole, own:
-        export_model(run.folder / name, run.model, run.tokenizer, model_card(run))
+        export_model(run.folder / name, run.model, run.tokenizer, card)
 
 
-def _what_is_saved(folders: Sequence[Path]) -> str:
-    return f"what was saved is whole. {_how_to_go_on(folders[0])}" if folders else "nothing was trained yet"
+def _pushed(run: Run, reporter: Reporter) -> dict[str, Any]:
+    """Push the model if that was asked for; what goes wrong is among what is returned, for the run is complete."""
+    if not (name := run.options.push_to_hub):
+        return {}
+    try:
+        done = push(run.folder, name)
+    except DpoError as error:
+        return {"push_error": f"the run is complete in {run.folder}, but {error}"}
+    reporter.fact("pushed", f"{done['url']} ({'private' if done['private'] else 'public'})")
+    return {"pushed": done["url"]}
 
 
-def _how_to_go_on(folder: Path) -> str:
-    return f"Go on with: dpo train --resume {shlex.quote(str(folder))}"
+def _what_is_saved(folders: Sequence[Path], options: TrainOptions) -> str:
+    return f"what was saved is whole. {_how_to_go_on(folders[0], options)}" if folders else "nothing was trained yet"
+
+
+def _how_to_go_on(folder: Path, options: TrainOptions) -> str:
+    again = f" --push-to-hub {options.push_to_hub}" if options.push_to_hub else ""
+    return f"Go on with: dpo train --resume {shlex.quote(str(folder))}{again}"
 
 
 def _due(every: int, step: int) -> bool:
