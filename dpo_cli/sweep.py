@@ -64,12 +64,12 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
 def as_text(result: Mapping[str, Any]) -> str:
     """What a person reads: a line a run."""
     rewarded = "reward" in result
-    lines = [f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}{'margin':>9}{'accuracy':>10}{'loss':>9}"]
+    lines = [f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}{'margin':>9}{'accuracy':>10}{'loss':>13}"]
     lines[0] += f"{'reward':>9}  run" if rewarded else "  run"
     for point in result["points"]:
         line = f"{point['beta']:>7g}{_figures(point['kl']):>10}  {between(point['intervals']['kl'], _figures):<22}"
         accuracy = percent(point["rewards/accuracies"])
-        line += f"{number(point['rewards/margins']):>9}{accuracy:>10}{number(point['loss']):>9}"
+        line += f"{number(point['rewards/margins']):>9}{accuracy:>10}{number(point['loss']):>13}"
         line += f"{number(point['reward']):>9}" if rewarded else ""
         lines.append(f"{line}  {point['run']}")
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
