@@ -54,6 +54,16 @@ def _are_betas(text: str) -> bool:
     return all(map(positive[0], found)) and len({f"{beta:g}" for beta in found}) == len(found)
 
 
+precision: Check = (
+    one_of("auto", "float32", "bfloat16")[0],
+    "must be one of: auto, float32, bfloat16 (float16 overflows in training; models that are stored in it can be used)",
+)
+repository: Check = (
+    lambda v: bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", v, re.ASCII)),
+    "must be ORG/NAME, for example my-name/my-model",
+)
+
+
 def _is_divergence(text: str) -> bool:
     try:
         return bool(divergence(text))
@@ -146,7 +156,7 @@ class Options(DataOptions):
     max_tokens: int | None = option(
         None, "Tokens in one packed forward: the memory knob.", at_least_16, shown="from free memory"
     )
-    dtype: str | None = option(None, "Compute precision.", one_of("auto", "float32", "bfloat16"), shown="auto")
+    dtype: str | None = option(None, "Compute precision.", precision, shown="auto")
     cache_dir: Path = option(CACHE_DIR, "Where reference log-probs and tokenized pairs are kept.")
     compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
 
@@ -199,6 +209,11 @@ class TrainOptions(Options):
         None, "Options that a loss has of its own, as in simpo_gamma=1; dpo losses names them.", shown="the papers'"
     )
     label_smoothing: float = option(0.0, "Share of labels taken to be flipped (conservative DPO).", below_half)
+    router_aux_loss_coef: float = option(
+        0.0,
+        "Weight of the load-balancing loss of a mixture of experts, which is reported as aux_loss beside the loss.",
+        not_negative,
+    )
     f_divergence: str = option(
         "reverse_kl",
         f"What holds the policy to the reference: {', '.join(DIVERGENCES)} (=0.5, its alpha).",
@@ -230,6 +245,12 @@ class TrainOptions(Options):
     save_every: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
     keep: int = option(2, "Checkpoints kept.", positive)
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
+    push_to_hub: str | None = option(
+        None,
+        "ORG/NAME: upload the trained model to the Hugging Face hub, into a private repository.",
+        repository,
+        shown="nothing is uploaded",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,6 +314,8 @@ class SweepOptions(SampleOptions, TrainOptions):
             raise UsageError("--eval-data is missing: a sweep compares its runs on held-out rows")
         if self.eval_fraction:
             raise UsageError("--eval-fraction: a sweep compares its runs on --eval-data; leave it out")
+        if self.push_to_hub:
+            raise UsageError(f"--push-to-hub {self.push_to_hub}: a sweep trains several models; dpo push uploads one")
         if not self.objective.reads("beta"):
             raise UsageError(f"--loss {self.loss}: reads no beta, so there is nothing to compare")
         if self.reward and not self.samples:
@@ -320,7 +343,9 @@ class CheckOptions(DataOptions):
 
 
 # Options that do not change what is trained: a resumed run may have others than it began with.
-OPERATIONAL = frozenset({"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl"})
+OPERATIONAL = frozenset(
+    {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "push_to_hub"}
+)
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
 SETTLED = frozenset(
     {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}
@@ -386,7 +411,8 @@ def to_yaml(options: DataOptions) -> str:
     """All options as a YAML file that ``resolve`` reads back, but for what each run is to be told anew."""
     import yaml
 
-    told = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("output", "trust_remote_code")}
+    anew = ("output", "trust_remote_code", "push_to_hub")
+    told = {k: v for k, v in dataclasses.asdict(options).items() if k not in anew}
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in told.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 

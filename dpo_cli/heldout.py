@@ -51,12 +51,12 @@ class HeldOut:
             self.discounted = run.cache.discounted(run.held_out, run.options.ld_alpha)
 
     def evaluate(
-        self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[], None]
+        self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
     ) -> dict[str, float] | None:
         """Score the pairs under the policy after ``step`` and write their line; None if it was stopped first.
 
-        If the policy is the best so far it is made to ``keep``, before the line is there: what ends the process in
-        between is made up for with the evaluation.
+        If the policy is the best so far it is made to ``keep``, which is given its metrics, before the line is there:
+        what ends the process in between is made up for with the evaluation.
         """
         run, watch = self.run, Watch(self.reporter, "held out", stopped)
         scorer = dataclasses.replace(scorer)  # whatever it comes down to, training keeps its budget
@@ -75,7 +75,7 @@ class HeldOut:
         scores = scores_of(run.held_out, policy, self.reference, objective, compared, read, history)
         found, known = values(scores), self._evaluations()
         if (metric := run.options.keep_best) and best_step(known | {step: found}, metric) == step:
-            keep()
+            keep(found)
         if step not in known:
             append_metrics(self.metrics, step, found, "eval_")
         self.last = step, scores, compared

@@ -162,12 +162,15 @@ class Scorer:
         batch: MicroBatch,
         loss: Callable[[slice, Said], Tensor],
         last: AbstractContextManager[Any] | None = None,
+        routing: Callable[[Sequence[Tensor]], Tensor] | None = None,
     ) -> None:
         """Add the gradient of a loss that is a sum over pairs.
 
         ``loss`` is called with the places of some pairs in the batch and what is said of them, and gives their part of
         it.
         The last backward pass, through which all of the body's gradients come, runs inside ``last``.
+        ``routing`` is called with the routers' logits of every layer and gives a further part; only where the head runs
+        apart.
         """
         last = last or nullcontext()
         if not self.apart:
@@ -175,7 +178,8 @@ class Scorer:
             with last:
                 loss(slice(None), said).backward()
             return
-        hidden = hidden_states(self.model, batch, self.dtype)
+        states = body_states(self.model, batch, self.dtype, **({"output_router_logits": True} if routing else {}))
+        hidden = predicting(states, batch)
         gradients: list[Tensor] = []
         for pairs, tokens in head_pieces(self.model, batch):
             leaf = hidden.detach()[tokens].requires_grad_()
@@ -185,8 +189,16 @@ class Scorer:
             assert leaf.grad is not None
             gradients.append(leaf.grad)
             del said  # and with it the logits, before the next ones come
+        more = [routing(states.router_logits)] if routing else []
+        del states
         with last:
-            hidden.backward(torch.cat(gradients))
+            torch.autograd.backward([hidden, *more], [torch.cat(gradients), *(None for _ in more)])
+
+    def router_logits(self, batch: MicroBatch) -> Sequence[Tensor]:
+        """What the routers of each layer of a mixture of experts say in one forward: (B * T, experts) a layer."""
+        states = body_states(self.model, batch, self.dtype, output_router_logits=True)
+        logits: Sequence[Tensor] = states.router_logits
+        return logits
 
     def said(self, batch: MicroBatch) -> Said:
         """What the model says of one forward's pairs, with no more logits at a time than ``backward`` has."""
@@ -367,9 +379,19 @@ def head_pieces(model: nn.Module, batch: MicroBatch) -> Iterator[tuple[slice, sl
 
 def hidden_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
     """What the head reads to predict the response tokens: (N, H)."""
+    return predicting(body_states(model, batch, dtype), batch)
+
+
+def body_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, **more: Any) -> Any:
+    """What the body gives of a forward, as transformers names it; ``more`` asks it for more than hidden states."""
     body: nn.Module = model.base_model  # type: ignore[assignment]
     with precision(batch.input_ids.device, dtype):
-        hidden: Tensor = body(use_cache=False, **_inputs(batch)).last_hidden_state  # (B, T, H)
+        return body(use_cache=False, **_inputs(batch), **more)
+
+
+def predicting(states: Any, batch: MicroBatch) -> Tensor:
+    """The hidden states that predict a response token that carries loss: (N, H)."""
+    hidden: Tensor = states.last_hidden_state  # (B, T, H)
     return hidden.flatten(0, 1)[batch.predictors]
 
 

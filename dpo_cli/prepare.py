@@ -165,8 +165,12 @@ def make_scorer(
     known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if pairs.largest_id() >= known:
         raise UsageError(
-            f"the tokenizer gives the token {pairs.largest_id()} and the model knows {known}: they do not fit"
+            f"the tokenizer gives the token {pairs.largest_id()} and the model knows {known}: they do not fit. Take "
+            "the model's own tokenizer; if tokens were added to it, give the model as many with transformers' "
+            "resize_token_embeddings, train them, and start from that"
         )
+    if hasattr(model.config, "vision_config") or hasattr(model.config, "audio_config"):
+        reporter.warn("the model reads more than text: here it is trained on text alone, and its other parts stay")
     model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or MOST_TOKENS[device.type]
     longest = max(row_costs(pairs, "padded")) // 2  # there both responses have their prompt

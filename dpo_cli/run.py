@@ -24,7 +24,7 @@ from dpo_cli.batch import Step, plan_run, row_costs
 from dpo_cli.config import DataOptions, TrainOptions, resolve, to_yaml
 from dpo_cli.data import BadRow, Reading
 from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
-from dpo_cli.errors import DpoError, UsageError, printable
+from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import fingerprint
 from dpo_cli.logps import Scorer
 from dpo_cli.memory import Fit, fit, process_bytes, usable_bytes
@@ -33,6 +33,7 @@ from dpo_cli.model import (
     ModelSource,
     compile_layers,
     dtype_name,
+    experts_a_token,
 )
 from dpo_cli.optimizer import BYTES, SPLIT
 from dpo_cli.pairs import Pairs
@@ -50,6 +51,7 @@ from dpo_cli.prepare import (
     tell_long,
 )
 from dpo_cli.reference import ReferenceCache
+from dpo_cli.samples import generation_config
 
 LOCK = "run.lock"
 
@@ -74,6 +76,7 @@ class Run:
     cache: ReferenceCache | None  # None: the loss reads no reference
     fitted: Fit
     low: dict[str, Tensor] | None  # the lower halves of the weights, where the memory mode splits them
+    experts: int  # that a token goes to, where the balance of a mixture is part of the loss; else 0
 
     def used(self) -> list[int]:
         """Places of the pairs that the plan trains on."""
@@ -122,7 +125,10 @@ def lay_out_run(
     process = process_bytes(device)
     model, weights = load_weights(source, options, remember=not dry_run)
     own_attention = model.config._attn_implementation
+    experts = experts_a_token(model, pairs[0]) if options.router_aux_loss_coef else 0
     scorer = make_scorer(model, pairs + held_out, options, device, reporter, options.memory)
+    if experts and not scorer.apart:
+        raise UsageError("--router-aux-loss-coef: the model's head cannot run apart from its body; leave it out")
     weights, low = halved_if_split(model, weights, options.memory)
     fitted = fit(scorer, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
     if low is None and fitted.memory in SPLIT:  # auto found it; the halves keep less
@@ -168,12 +174,14 @@ def lay_out_run(
         open_cache(options, start, source, scorer, reporter) if options.objective.reference else None,
         fitted,
         low,
+        experts,
     )
     if fitted.memory == "in-backward" and any(len(step) > 1 for step in plan):
         raise UsageError(
             "--memory in-backward: a weight is updated as soon as its gradient is there, so each step must be one "
             "forward: a lower --batch-size, or a higher --max-tokens"
         )
+    model.generation_config = generation_config(model, tokenizer, pairs)  # of the policy, and so of what is exported
     _tell_plan(run, reporter)
     return run
 
@@ -373,26 +381,3 @@ def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -
     if any(began[key] != manifest[key] for key in ("versions", "device")):
         reporter.warn("the libraries or the device are others than when the run began: the last bits may differ")
     return began
-
-
-def model_card(run: Run) -> str:
-    """The model card: a README.md with the metadata that the hub reads."""
-    o = run.options
-    loss, steps = o.objective.name, len(run.plan)
-    base, name = (" ".join(printable(text).split()) for text in (run.source.base, run.folder.name))
-    return f"""---
-base_model: {json.dumps(base, ensure_ascii=False)}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [dpo]
----
-
-# {name}
-
-{base}, fine-tuned on {len(run.pairs):,} preference pairs with Direct Preference Optimization
-([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by dpo-cli {version("dpo-cli")}.
-
-| loss | beta | learning rate | schedule | steps | pairs a step | label smoothing | precision |
-|---|---|---|---|---|---|---|---|
-| {loss} | {o.beta} | {o.lr} | {o.schedule} | {steps} | {o.batch_size} | {o.label_smoothing} | {o.dtype} |
-"""

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dpo_cli.batch import Step, cut_step, moved
+from dpo_cli.batch import MicroBatch, Step, cut_step, moved
 from dpo_cli.config import TrainOptions
 from dpo_cli.errors import DpoError
 from dpo_cli.logps import Said, Scorer, out_of_memory
@@ -26,6 +26,7 @@ from dpo_cli.losses import Objective, Preferences
 from dpo_cli.metrics import SUMS, mean_reward, pair_sums, summarize
 from dpo_cli.optimizer import SPLIT, SmallAdamW
 from dpo_cli.pairs import Pair, loss_tokens
+from dpo_cli.routing import auxiliary_loss, routed
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -84,6 +85,8 @@ class Trainer:
     costs: Sequence[int]  # tokens of each pair in a forward
     reference: Tensor  # (pairs, 2) nats, on the host
     options: TrainOptions
+    experts: int = 0  # that a token goes to, where the balance of a mixture is part of the loss
+    counts: Tensor | None = None  # ``Routed.counts`` of the step that is taken; None: its one forward has them
     discounted: Tensor | None = None  # the same as LD-DPO reads it; None: as it is
     mean_rewards: list[float] = dataclasses.field(default_factory=list)  # of the steps that were taken
     tokens: float = math.nan  # of the step that is taken: mean length of its chosen responses
@@ -117,6 +120,8 @@ class Trainer:
             mine = self._cut(micro_batches)
             assert not updating or len(mine) == 1, "weights would be updated with part of a gradient"
             too_large = self._couple(mine, micro_batches) if self.objective.couples else ()
+            if not too_large and self.experts:
+                too_large = self._routed(mine)
             if not too_large:
                 sums, losses, too_large = self._gradient(mine, pairs_in_step, stop, updating)
             if updating and too_large:
@@ -128,15 +133,15 @@ class Trainer:
         if stop.requested and not updating:  # else the step is done
             self.optimizer.zero_grad()
             return None
-        *totals, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # the one read-back
-        if not math.isfinite(totals[0] + grad_norm):
+        *totals, aux_loss, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # read once
+        if not math.isfinite(totals[0] + aux_loss + grad_norm):
             self.optimizer.zero_grad()
             places = [i for indices in mine for i in indices]
             raise self._not_finite(dict(zip(places, torch.cat(losses).tolist(), strict=True)))
         if not updating:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        values = summarize(totals)
+        values = summarize(totals) | ({"aux_loss": aux_loss} if self.experts else {})
         self.mean_rewards.append(mean_reward(values))
         return values | {"grad_norm": grad_norm, "learning_rate": lr}
 
@@ -169,6 +174,28 @@ class Trainer:
             micro_batches = cut_step(indices, self.costs, self.scorer.layout, self.scorer.max_tokens, world)
         return micro_batches[rank::world]
 
+    @torch.no_grad()
+    def _routed(self, mine: Step) -> tuple[int, ...]:
+        """Count how often each expert is chosen in the whole step, where its one forward does not tell that itself.
+
+        Returns: the micro-batch that did not fit the device's memory, else ().
+        """
+        self.counts = None
+        if len(mine) == self.accelerator.num_processes == 1:
+            return ()
+
+        def count(_: Sequence[int], batch: MicroBatch) -> Tensor:
+            return routed(self.scorer.router_logits(batch), batch, self.experts).counts
+
+        counts: list[Tensor] = []
+        for indices in mine:
+            found = self.scorer.attempt(self.pairs, indices, count)
+            if found is None:
+                return indices
+            counts += found
+        self.counts = cast(Tensor, self.accelerator.reduce(torch.stack(counts).sum(0)))
+        return ()
+
     def _gradient(
         self, mine: Step, pairs_in_step: int, stop: StopSignal, updating: AbstractContextManager[None] | None
     ) -> tuple[Tensor, list[Tensor], tuple[int, ...]]:
@@ -176,9 +203,10 @@ class Trainer:
 
         The weights are updated as it comes where it is taken inside ``updating``.
 
-        Returns: the metrics' sums, the losses (P,) of each micro-batch, and the one that did not fit, else ().
+        Returns: the metrics' sums and the auxiliary loss behind them, the losses (P,) of each micro-batch, and the one
+        that did not fit, else ().
         """
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.accelerator.device)
         losses: list[Tensor] = []
         for number, indices in enumerate(mine, 1):
             with nullcontext() if number == len(mine) else self.accelerator.no_sync(self.scorer.model):
@@ -194,8 +222,9 @@ class Trainer:
     def _backward(
         self, indices: tuple[int, ...], pairs_in_step: int, updating: AbstractContextManager[None] | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """Losses (P,) and metrics' sums of one micro-batch, its gradient added; None when memory ran out."""
+        """Add the gradient of a micro-batch; its losses (P,) and sums as in ``_gradient``, None when memory ran out."""
         done: list[tuple[Tensor, Tensor]] = []
+        aux_loss = torch.zeros(1, dtype=torch.float64, device=self.accelerator.device)
 
         def loss(places: slice, said: Said) -> Tensor:
             losses, sums = self._measure(indices[places], said)
@@ -203,14 +232,22 @@ class Trainer:
             part: Tensor = losses.sum() * self.accelerator.num_processes / pairs_in_step
             return part
 
+        def routing(router_logits: Sequence[Tensor]) -> Tensor:
+            part = routed(router_logits, batch, self.experts)
+            balance = auxiliary_loss(part, part.counts if self.counts is None else self.counts)
+            aux_loss.add_(balance.detach())
+            weighted: Tensor = balance * self.options.router_aux_loss_coef * self.accelerator.num_processes
+            return weighted
+
         try:
-            self.scorer.backward(self.scorer.batch([self.pairs[i] for i in indices]), loss, updating)
+            batch = self.scorer.batch([self.pairs[i] for i in indices])
+            self.scorer.backward(batch, loss, updating, routing if self.experts else None)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             return None  # what the passes hold is free only when this frame is gone
         losses, sums = zip(*done, strict=True)
-        return torch.cat(losses), torch.stack(sums).sum(0)
+        return torch.cat(losses), torch.cat([torch.stack(sums).sum(0), aux_loss])
 
     def _begin(self, indices: Sequence[int]) -> None:
         """Settle what a pair's loss reads of its step and of those before it."""

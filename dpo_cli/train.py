@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from dpo_cli.attention import attention
+from dpo_cli.card import model_card
 from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.config import TrainOptions
 from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
@@ -29,7 +30,8 @@ from dpo_cli.model import default_device
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
-from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
+from dpo_cli.push import check_login, push
+from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, trained_with
 from dpo_cli.samples import generate, text
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
 from dpo_cli.tokens import reasons
@@ -52,6 +54,8 @@ def train(
             holding.enter_context(held(resume / LOCK))
         if resume:
             trained_with(resume)  # first of all: what follows goes by its options
+        if options.push_to_hub and not dry_run:
+            check_login(options.push_to_hub)
         set_seed(options.seed)
         accelerator = _accelerator()
         run = lay_out_run(options, resume, accelerator.device, accelerator.num_processes, reporter, dry_run)
@@ -74,14 +78,14 @@ def train(
         done = _restore(run, trainer, reporter) if resume else 0
         try:
             _Loop(run, trainer, held_out, stop, reporter).go_on_from(done)
-            _export(run, trainer, "model")
+            _export(run, trainer, "model", len(run.plan))
         except NotWrittenError as error:
             raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_go_on(run)}") from error
         if stop.requested:
             reporter.warn("the signal came when all was trained: the run is complete")
         result = _summary(run, first_answers)
         held_out.write_report(result["answers"])
-        return result
+        return result | _pushed(run, reporter)
 
 
 def _reference(run: Run, reporter: Reporter) -> Tensor:
@@ -126,6 +130,7 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
         reference=reference,
         options=run.options,
         discounted=discounted,
+        experts=run.experts,
     )
     return trainer, scored[len(used) :]
 
@@ -230,7 +235,7 @@ class _Loop:
     def _evaluate(self, step: int) -> bool:
         """Evaluate the held-out pairs, tell it, and keep the model if it is the best; False if a signal came first."""
         run, trainer, stop = self.run, self.trainer, self.stop
-        keep = partial(_export, run, trainer, "best")
+        keep = partial(_export, run, trainer, "best", step)
         found = self.held_out.evaluate(step, trainer.scorer, lambda: stop.requested, keep)
         if found is None:
             return False
@@ -280,15 +285,30 @@ class _Loop:
         )
 
 
-def _export(run: Run, trainer: Trainer, name: str) -> None:
-    """Write the policy as it is now to a folder of the run."""
+def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str, float] | None = None) -> None:
+    """Write the policy as it is after ``step`` to a folder of the run; ``after`` are its metrics if not yet written."""
+    known = evaluations(read_metrics(run.folder / "metrics.jsonl"))
+    card = model_card(run, known.get(0, {}), after or known.get(step, {}))
     whole, own = rejoined(run.model, unwrapped(trainer.optimizer)), attention(run.model, run.own_attention)
     with whole, own:
-        export_model(run.folder / name, run.model, run.tokenizer, model_card(run))
+        export_model(run.folder / name, run.model, run.tokenizer, card)
+
+
+def _pushed(run: Run, reporter: Reporter) -> dict[str, Any]:
+    """Push the model if that was asked for; what goes wrong is among what is returned, for the run is complete."""
+    if not (name := run.options.push_to_hub):
+        return {}
+    try:
+        done = push(run.folder, name)
+    except DpoError as error:
+        return {"push_error": f"the run is complete in {run.folder}, but {error}"}
+    reporter.fact("pushed", f"{done['url']} ({'private' if done['private'] else 'public'})")
+    return {"pushed": done["url"]}
 
 
 def _how_to_go_on(run: Run) -> str:
-    return f"Go on with: dpo train --resume {shlex.quote(str(run.folder))}"
+    again = f" --push-to-hub {run.options.push_to_hub}" if run.options.push_to_hub else ""
+    return f"Go on with: dpo train --resume {shlex.quote(str(run.folder))}{again}"
 
 
 def _due(every: int, step: int) -> bool:

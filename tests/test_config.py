@@ -243,6 +243,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "eval_fraction": SHARE,
     "beta": REAL_POSITIVE,
     "label_smoothing": ([0.0, 0.1, 0.499], [-0.1, 0.5, 0.6, math.nan]),
+    "router_aux_loss_coef": ([0.0, 0.001], [-0.1, math.inf, math.nan]),
+    "push_to_hub": (["me/model-1.5", "my-org/m"], ["model", "/m", "a/b/c", "../m", ".m/n", "a/m n"]),
     "f_divergence": (
         ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "alpha_divergence=0.3"],
         ["KL", "", "js_divergence=1", "alpha_divergence=", "alpha_divergence=x", "alpha_divergence=nan"],
@@ -347,13 +349,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_to_yaml_writes_resolve_reads_back(written: Path, options: TrainOptions) -> None:
     """But for the output folder, so that it can run again, and for trust, which a file is not to ask for."""
     written.write_text(to_yaml(options), encoding="utf-8")
-    assert resolve(TrainOptions, {}, written) == dataclasses.replace(options, output=None, trust_remote_code=False)
+    assert resolve(TrainOptions, {}, written) == dataclasses.replace(
+        options, output=None, trust_remote_code=False, push_to_hub=None
+    )
 
 
 def test_to_yaml_names_every_other_option() -> None:
     lines = to_yaml(TrainOptions(**DATA, output=Path("runs/a"))).splitlines()
     named = {line.partition(":")[0] for line in lines if not line.startswith("-")}
-    assert named == {f.name for f in fields(TrainOptions)} - {"output", "trust_remote_code"}
+    assert named == {f.name for f in fields(TrainOptions)} - {"output", "trust_remote_code", "push_to_hub"}
 
 
 # ---- going on with a run ----------------------------------------------------------------------------------------
@@ -387,6 +391,7 @@ OTHER: dict[str, Any] = {
     "loss": "discopop",
     "loss_options": "discopop_tau=0.1",
     "label_smoothing": 0.1,
+    "router_aux_loss_coef": 0.01,
     "f_divergence": "js_divergence",
     "ld_alpha": 0.5,
     "wpo": True,
@@ -409,6 +414,7 @@ OTHER: dict[str, Any] = {
     "save_every": 9,
     "keep": 9,
     "show_answers": 9,
+    "push_to_hub": "me/model",
 }
 
 
@@ -453,7 +459,7 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
 
     Were the metric of the best model among them, best/ would hold the best by another one, or lack what is over.
     """
-    names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl"}
+    names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "push_to_hub"}
     assert names == OPERATIONAL
 
 
