@@ -135,7 +135,8 @@ class Scorer:
             gradients.append(leaf.grad)
             del logps  # and with it the logits, before the next ones come
         with last:
-            hidden.backward(torch.cat(gradients))
+            if hidden.requires_grad:  # else nothing of the body is trained
+                hidden.backward(torch.cat(gradients))
 
     def costs(self, pairs: Sequence[Pair]) -> list[int]:
         """Tokens that each pair takes up in a forward."""

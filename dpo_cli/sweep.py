@@ -23,7 +23,7 @@ from dpo_cli.metrics import Reporter
 from dpo_cli.numerals import NONE, between, is_number, number, tick
 from dpo_cli.plots import write_png, write_svg
 from dpo_cli.reward import Reward, load_reward
-from dpo_cli.run import read_manifest, trained_with
+from dpo_cli.run import read_manifest, start_of, trained_with
 from dpo_cli.summary import percent
 from dpo_cli.train import train
 
@@ -129,8 +129,9 @@ def _check_same_start(run: Path, first: Path) -> None:
         UsageError: it is one.
     """
     mine, others = read_manifest(run), read_manifest(first)
-    checks = {"the data": ("data", "sha256"), "the start model": ("reference", "fingerprint")}
-    if changed := [what for what, (part, key) in checks.items() if mine[part][key] != others[part][key]]:
+    checks = {"the data": lambda m: m["data"]["sha256"], "the start model": lambda m: start_of(m)["fingerprint"]}
+    checks["the reference"] = lambda m: m["reference"]["fingerprint"]
+    if changed := [what for what, of in checks.items() if of(mine) != of(others)]:
         raise UsageError(f"{run}: {' and '.join(changed)} changed since {first.name} began; name another --output")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shlex
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from dpo_cli.adapters import save_adapter
 from dpo_cli.attention import attention
 from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.config import TrainOptions
@@ -26,7 +28,7 @@ from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import noise
 from dpo_cli.losses import sigmoid_loss
 from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics, truncate_metrics
-from dpo_cli.model import default_device
+from dpo_cli.model import default_device, load_model
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
@@ -61,7 +63,11 @@ def train(
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
         manifest = make_manifest(run, command, accelerator.num_processes)
         began = check_same_run(run.folder, manifest, reporter) if resume else manifest
-        scored = fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
+        if run.reference:
+            scored = run.reference.logps
+            assert scored is not None
+        else:
+            scored = fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
         manifest["reference"]["values"] = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
         if began["reference"]["values"] != manifest["reference"]["values"]:
             reporter.warn("the reference was computed anew since the run began: the last bits may differ")
@@ -139,7 +145,7 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     """Before the first step the policy is the reference: the margin is 0, for every pair of the step.
 
     The loss is ln 2 then, or what the pairs' weights and margins make of it. So this also checks what the cache has of
-    these pairs.
+    these pairs. Of a reference that is another model it is only told where the policy starts.
 
     Raises:
         DpoError: a response's log-probs differ by more than arithmetic explains.
@@ -153,6 +159,10 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     usual = bool((terms == (1, 0)).all())
     must = "ln 2 = 0.693147" if usual else f"{expected:.6f} by the weights and margins of its pairs"
     told = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
+    if run.reference and run.reference.fingerprint != run.start:
+        apart = f"policy and reference are two models, up to {largest:.3g} nats a root of a response's tokens apart"
+        reporter.fact("step 0", f"{told}  ({apart})")
+        return
     if largest > noise(run.scorer.dtype):
         raise DpoError(
             f"step 0: {told}, but policy and reference are the same model, so the loss must be {must} "
@@ -266,7 +276,16 @@ class _Loop:
 
 
 def _export(run: Run, trainer: Trainer, name: str) -> None:
-    """Write the policy as it is now to a folder of the run."""
+    """Write the policy as it is now to a folder of the run: an adapter alone, unless it is to be merged.
+
+    It is merged into a base that is loaded anew: to take it out of its own again would change that by rounding.
+    """
+    if run.options.export == "merged":
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(run.model, Path(folder))
+            source = dataclasses.replace(run.source, adapter=Path(folder), attached=False, checkpoint=None)
+            export_model(run.folder / name, load_model(source), run.tokenizer, model_card(run))
+        return
     whole, own = rejoined(run.model, unwrapped(trainer.optimizer)), attention(run.model, run.own_attention)
     with whole, own:
         export_model(run.folder / name, run.model, run.tokenizer, model_card(run))
