@@ -109,7 +109,7 @@ def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
     A base in bfloat16 stays that. ``seed`` draws what of the start is random, whatever was drawn before.
 
     Raises:
-        ValueError: peft has no adapter for a module of its kind.
+        UsageError: a module that is to have an adapter is of no kind that can have one.
     """
     from peft import inject_adapter_in_model
     from peft.utils import ModulesToSaveWrapper
@@ -119,7 +119,10 @@ def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
         model.float()  # what is computed of the base's weights, as DoRA's magnitudes are, in float32
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:  # peft's words for a module of another kind
+            raise UsageError(f"--lora-targets: {str(error).splitlines()[0]}") from error
     for p in trained(model):
         p.data = p.detach().float()
     if dtype == torch.bfloat16 and not is_quantized(model):
@@ -172,13 +175,15 @@ def settings(config: Any) -> dict[str, Any]:
     return {"lora_rank": config.r, "lora_kind": kind, "lora_alpha": config.lora_alpha, **lists}
 
 
-def attach_saved(model: PreTrainedModel, folder: Path) -> None:
-    """Put an adapter into a model, in place, with the weights it was saved with.
+def attach_saved(model: PreTrainedModel, folder: Path, base: str) -> None:
+    """Put an adapter into a model, in place, with the weights it was saved with; ``base`` finds the model again.
 
     Raises:
         ValueError, DpoError: it is not of this model, or of a kind that is not trained here.
     """
-    attach(model, read_config(folder))
+    config = read_config(folder)
+    config.base_model_name_or_path = base
+    attach(model, config)
     put_adapter(model, folder)
 
 

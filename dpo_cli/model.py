@@ -58,8 +58,9 @@ class ModelSource:
         """What finds the model again from any folder, without adapter or checkpoint: a hub id or an absolute path."""
         if not self.gguf:
             return self.path
-        packaged = self.gguf == DEFAULT_GGUF and self.base == DEFAULT_MODEL
-        return PACKAGED if packaged else str(Path(self.path, self.gguf).absolute())
+        packaged = _packaged()
+        own = packaged is not None and (self.path, self.gguf) == (packaged.path, packaged.gguf)
+        return PACKAGED if own else str(Path(self.path, self.gguf).absolute())
 
     def arguments(self) -> dict[str, Any]:
         """What transformers' ``from_pretrained`` wants to find it."""
@@ -256,7 +257,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError("it is an adapter on the hub; download it and name its folder")
         if source.adapter and source.attached:
-            adapters.attach_saved(model, source.adapter)
+            adapters.attach_saved(model, source.adapter, source.name)
         elif source.adapter:
             model = adapters.merged(model, source.adapter)
         if source.checkpoint and source.checkpoint != source.adapter:

@@ -398,7 +398,8 @@ def _kept_of_adapter(run: Run) -> str:
 
 def _told_adapter(options: TrainOptions) -> str:
     whole = f"; whole: {options.modules_to_save}" if options.modules_to_save else ""
-    targets = options.lora_targets or "the modules that it has"
+    ends = {name.rpartition(".")[2] for name in (options.lora_targets or "modules that it chose").split(",")}
+    targets = ", ".join(sorted(ends))
     return f"{options.lora_kind} of rank {options.lora_rank}, alpha {options.lora_alpha}, on {targets}{whole}"
 
 
