@@ -102,7 +102,7 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        _fail("interrupted; reference log-probs scored so far are kept, so the same command goes on from there", 130)
+        _fail("interrupted; what the cache has of reference log-probs is kept: the same command goes on with it", 130)
 
 
 def _fail(message: str, code: int, debug: bool = False) -> None:

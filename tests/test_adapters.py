@@ -445,7 +445,7 @@ def test_the_default_learning_rate_of_an_adapter() -> None:
 def test_memory_is_counted_by_what_is_trained() -> None:
     counted = StepBytes(
         parameters=10, frozen=1000, largest=4, fixed=0, per_token=1, per_token_recomputed=1, per_logits=0, process=0
-    )  # noqa: E501
+    )
     assert counted.peak("full", False, (0, 0), None) == 1000 + 10 * 12 + max(4 * 4 * 2, 10 * 4 + 4 * 4)
     assert counted.peak("8bit", False, (0, 0), None) == 1000 + 10 * 6 + max(4 * 4 * 2, 10 * 4 + 4 * 4)
 
