@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup check test test-browser torture demo bench
+.PHONY: setup check test test-browser torture demo bench docs
 
 setup: .venv/done
 
@@ -31,3 +31,6 @@ demo: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench
+
+docs: setup
+	$(BIN)/python -m tests.test_losses_docs

@@ -33,6 +33,7 @@ from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.data import Reading
 from dpo_cli.drift import Watch
 from dpo_cli.logps import Scorer
+from dpo_cli.losses import Objective
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import compute_dtype, default_device, find_model, load_model, load_tokenizer
 from dpo_cli.outcome import evaluation, scores_of
@@ -114,7 +115,7 @@ def memory(count: int) -> str:
         forwards = peak_mib() - before
         policy_logps = drift.score(policy, pairs, WATCH)
         assert policy_logps is not None
-        scores = scores_of(pairs, policy_logps, compared.logps, 0.1, 0.0, compared)
+        scores = scores_of(pairs, policy_logps, compared.logps, Objective(), compared)
         evaluation(scores, compared, pairs, tokenizer, [])
         files = compared.tokens.row_bytes * int(compared.tokens.ends[-1]) / 2**20
     return (

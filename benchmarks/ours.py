@@ -94,12 +94,12 @@ class Ours:
     def eval(self, blocks: list[int]) -> Message:
         """Score the held-out pairs once a block."""
         trainer, losses, options = self._ready(), [], self.run.options
-        held_out, beta, smoothing = self.run.held_out, options.beta, options.label_smoothing
+        held_out = self.run.held_out
         for _ in blocks:
             self.meter.begin()
             policy = drift.score(trainer.scorer, held_out, Watch(self.reporter, "held out"))
             assert policy is not None
-            scores = scores_of(held_out, policy, self.held_out_reference, beta, smoothing, None)
+            scores = scores_of(held_out, policy, self.held_out_reference, options.objective, None)
             losses.append(float(scores.losses.mean()))
             self.meter.end()
         return {"losses": losses}

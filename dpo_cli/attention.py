@@ -26,7 +26,7 @@ PREFIX_SHARED = "dpo_prefix_shared"
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.11
 
 # Keyword arguments with which a layer asks for attention of another kind than this one computes.
-_FOREIGN = ("softcap", "s_aux", "position_bias")
+_FOREIGN = ("softcap", "position_bias")
 
 
 class UnsupportedAttentionError(ValueError):
@@ -43,16 +43,20 @@ def prefix_shared_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each pair, the prompt shared by both responses.
 
-    Shapes: ``query`` (1, A, T, D), ``key`` and ``value`` (1, G, T, D) -> (1, T, A, D).
-    Source: the signature is transformers' attention interface; packing with shared prefixes after arXiv 2410.20305.
+    ``s_aux`` are attention sinks: a logit a head that joins every softmax and has no value.
+
+    Shapes: ``query`` (1, A, T, D), ``key`` and ``value`` (1, G, T, D), ``s_aux`` (A,) -> (1, T, A, D).
+    Source: the signature is transformers' attention interface; packing with shared prefixes after arXiv 2410.20305;
+        sinks as in gpt-oss (arXiv 2508.10925).
 
     Raises:
-        UnsupportedAttentionError: soft-capping, attention sinks, a position bias, or a forward without segments.
+        UnsupportedAttentionError: soft-capping, a position bias, or a forward without segments.
     """
     foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
     if foreign or segments is None:
@@ -62,7 +66,7 @@ def prefix_shared_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout and s_aux is None:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     # Split, not sliced: the backward pass of a slice fills a whole row with zeros, one for every segment.
     lengths = [n for prompt, chosen, rejected in segments.spans for n in (prompt + chosen, rejected)]
@@ -71,9 +75,10 @@ def prefix_shared_attention(
     for place, (prompt, _, _) in enumerate(segments.spans):
         first, second = 2 * place, 2 * place + 1
         k, v = (_after_prompt(x[first], prompt, x[second]) for x in (keys, values))
-        parts.append(_causal(queries[first], keys[first], values[first], segments, scaling, dropout, sliding_window))
-        parts.append(_causal(queries[second], k, v, segments, scaling, dropout, sliding_window))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+        how = (segments, scaling, dropout, s_aux, sliding_window)
+        parts.append(_causal(queries[first], keys[first], values[first], *how))
+        parts.append(_causal(queries[second], k, v, *how))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _after_prompt(first: Tensor, prompt: int, rejected: Tensor) -> Tensor:
@@ -88,22 +93,28 @@ def _causal(
     segments: Segments,
     scaling: float | None,
     dropout: float,
+    sinks: Tensor | None,
     window: int | None,
 ) -> Tensor:
     """Attend from a sequence's last queries to all its keys: (1, A, q, D), (1, G, k, D) -> (1, A, q, D)."""
-    mask, gqa = _mask(query, key, window, segments), query.shape[1] != key.shape[1]
+    mask, gqa = _mask(query, key, window, segments, causal=sinks is None), query.shape[1] != key.shape[1]
+    if sinks is not None:  # one more key, of zeros, whose score is what is added to it; its value is zero too
+        assert mask is not None
+        column = sinks.to(query.dtype)[None, :, None, None].expand(1, -1, query.shape[2], 1)
+        mask = torch.cat([mask[None, None].expand(1, query.shape[1], -1, -1), column], dim=3)  # (1, A, q, k + 1)
+        key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa
     )
 
 
-def _mask(query: Tensor, key: Tensor, window: int | None, segments: Segments) -> Tensor | None:
+def _mask(query: Tensor, key: Tensor, window: int | None, segments: Segments, causal: bool) -> Tensor | None:
     """What to add to the scores (q, k) of a sequence's last queries, so that each sees no key behind itself.
 
-    None where plain causality says the same. Made once a batch, for every layer.
+    None where plain causality says the same and may be said by ``causal``. Made once a batch, for every layer.
     """
     q, k = query.shape[2], key.shape[2]
-    if q == k and (window is None or window >= k):
+    if causal and q == k and (window is None or window >= k):
         return None
     name = (q, k, window, query.dtype)
     if name not in segments.masks:

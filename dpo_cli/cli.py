@@ -23,6 +23,7 @@ from dpo_cli.config import (
     PrecomputeOptions,
     SweepOptions,
     TrainOptions,
+    repository,
     resolve,
     resolve_resumed,
 )
@@ -149,7 +150,35 @@ def train(
     from dpo_cli.train import train as run
 
     result = run(options, resume, sys.argv, reporter, dry_run)
+    error = result.pop("push_error", None)
     _show(result, json_, _train_summary)
+    if error:
+        raise DpoError(error)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its model/ or best/.")],
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="If it is made now, let everybody read it.")] = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a trained model to the Hugging Face hub."""
+
+    def action() -> None:
+        valid, must = repository
+        if not valid(name):
+            raise UsageError(f"{name}: {must}")
+        _reporter()
+        from dpo_cli.push import check_login, model_folder
+        from dpo_cli.push import push as upload
+
+        model_folder(run)
+        check_login(name)
+        _show(upload(run, name, public), json_, _plain)
+
+    _guarded(action, debug)
 
 
 @app.command("precompute-ref")
@@ -236,6 +265,14 @@ def check(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
     _show(result, json_, as_text)
     if options.strict and result["problems"]:
         raise typer.Exit(3)
+
+
+@app.command()
+def losses(json_: Json = False, debug: Debug = False) -> None:
+    """List what --loss knows: formulas, when to use which, papers."""
+    from dpo_cli.losses import as_text, listed
+
+    _guarded(lambda: _show(listed(), json_, as_text), debug)
 
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look after cached reference log-probs and pairs.")
@@ -371,7 +408,7 @@ def _train_summary(result: dict[str, Any]) -> str:
         lines.append(f"{'held out, ' + str(result['held_out']) + ' pairs':<24}{'before':>12}{'after':>12}")
         for name in ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"):
             lines.append(f"  {name:<22}{before.get(name, float('nan')):>12.4f}{after[name]:>12.4f}")
-    shown = ("pairs", "steps", "run", "model", "report", "reference_misses")
+    shown = ("pairs", "steps", "run", "model", "report", "pushed", "reference_misses")
     lines += [f"{name:<11} {result[name]}" for name in shown if name in result]
     return "\n".join(lines)
 

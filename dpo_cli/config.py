@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from dpo_cli.errors import UsageError
+from dpo_cli.losses import DIVERGENCES, LOSSES, Objective, divergence, objective_of
 
 CACHE_DIR = Path("~/.cache/dpo")
 FORMATS = (
@@ -31,6 +32,7 @@ not_negative: Check = (lambda v: math.isfinite(v) and v >= 0, "must be 0 or grea
 share: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
 below_half: Check = (lambda v: 0 <= v < 0.5, "must be at least 0 and less than 0.5")
 seedlike: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and less than 2^32")
+share_or_all: Check = (lambda v: 0 <= v <= 1, "must be at least 0 and at most 1")
 at_least_16: Check = (lambda v: v >= 16, "must be at least 16 tokens")
 
 
@@ -52,6 +54,27 @@ def _are_betas(text: str) -> bool:
     return all(map(positive[0], found)) and len({f"{beta:g}" for beta in found}) == len(found)
 
 
+precision: Check = (
+    one_of("auto", "float32", "bfloat16")[0],
+    "must be one of: auto, float32, bfloat16 (float16 overflows in training; models that are stored in it can be used)",
+)
+repository: Check = (
+    lambda v: bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", v, re.ASCII)),
+    "must be ORG/NAME, for example my-name/my-model",
+)
+
+
+def _is_divergence(text: str) -> bool:
+    try:
+        return bool(divergence(text))
+    except ValueError:
+        return False
+
+
+divergences: Check = (
+    _is_divergence,
+    f"must be one of: {', '.join(DIVERGENCES)}, the last also with =ALPHA",
+)
 betas: Check = (_are_betas, "must be different numbers greater than 0, with commas between")
 module_names: Check = (
     lambda v: all(re.fullmatch(r"[\w-]+(\.[\w-]+)*", name) for name in v.split(",")),
@@ -144,7 +167,7 @@ class Options(DataOptions):
     max_tokens: int | None = option(
         None, "Tokens in one packed forward: the memory knob.", at_least_16, shown="from free memory"
     )
-    dtype: str | None = option(None, "Compute precision.", one_of("auto", "float32", "bfloat16"), shown="auto")
+    dtype: str | None = option(None, "Compute precision.", precision, shown="auto")
     cache_dir: Path = option(CACHE_DIR, "Where reference log-probs and tokenized pairs are kept.")
     compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
 
@@ -188,7 +211,29 @@ class TrainOptions(Options):
     eval_fraction: float = option(0.0, "Share of --data held out when there is no --eval-data.", share)
     output: Path | None = option(None, "Run folder; must not exist yet.", shown="runs/<date>-<time>")
     beta: float = option(0.1, "Strength of the pull towards the reference.", positive)
+    loss: str = option(
+        "sigmoid",
+        f"What is minimised; dpo losses says which when: {', '.join(LOSSES)}. Several are added up by weight, as in "
+        "sigmoid=1,sft=0.2.",
+    )
+    loss_options: str | None = option(
+        None, "Options that a loss has of its own, as in simpo_gamma=1; dpo losses names them.", shown="the papers'"
+    )
     label_smoothing: float = option(0.0, "Share of labels taken to be flipped (conservative DPO).", below_half)
+    router_aux_loss_coef: float = option(
+        0.0,
+        "Weight of the load-balancing loss of a mixture of experts, which is reported as aux_loss beside the loss.",
+        not_negative,
+    )
+    f_divergence: str = option(
+        "reverse_kl",
+        f"What holds the policy to the reference: {', '.join(DIVERGENCES)} (=0.5, its alpha).",
+        divergences,
+    )
+    ld_alpha: float | None = option(
+        None, "LD-DPO: weight of the tokens beyond the length of the shorter response.", share_or_all, shown="all count"
+    )
+    wpo: bool = option(False, "WPO: weight pairs by how likely the policy itself finds their responses.")
     epochs: int = option(1, "Passes over the pairs.", positive)
     max_steps: int | None = option(None, "Stop after this many optimizer steps.", positive, shown="all of the epochs")
     batch_size: int = option(16, "Pairs per optimizer step, over all devices.", positive)
@@ -246,11 +291,20 @@ class TrainOptions(Options):
     save_every: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
     keep: int = option(2, "Checkpoints kept.", positive)
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
+    push_to_hub: str | None = option(
+        None,
+        "ORG/NAME: upload the trained model to the Hugging Face hub, into a private repository.",
+        repository,
+        shown="nothing is uploaded",
+    )
 
     def __post_init__(self) -> None:
         if self.lr is None:
             object.__setattr__(self, "lr", 1e-5 if self.lora_rank else 1e-6)
         super().__post_init__()
+        objective = self.objective  # refused where its options do not fit together
+        if self.ref is not None and not objective.reference:
+            raise UsageError(f"--ref {self.ref}: --loss {self.loss} reads no reference; leave it out")
         if self.lora_rank is None:
             _refuse_without_adapter(self)
         elif self.memory not in ("auto", "full", "8bit"):
@@ -267,6 +321,12 @@ class TrainOptions(Options):
             raise UsageError(
                 "--lora-kind dora: its norms would be computed in bfloat16 over --quantize; use lora or rslora"
             )
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        names = ("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo")
+        return objective_of(self.loss, self.loss_options, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +381,10 @@ class SweepOptions(SampleOptions, TrainOptions):
             raise UsageError("--eval-data is missing: a sweep compares its runs on held-out rows")
         if self.eval_fraction:
             raise UsageError("--eval-fraction: a sweep compares its runs on --eval-data; leave it out")
+        if self.push_to_hub:
+            raise UsageError(f"--push-to-hub {self.push_to_hub}: a sweep trains several models; dpo push uploads one")
+        if not self.objective.reads("beta"):
+            raise UsageError(f"--loss {self.loss}: reads no beta, so there is nothing to compare")
         if self.reward and not self.samples:
             raise UsageError(f"--reward {self.reward}: it judges sampled answers; add --samples, for example 4")
 
@@ -355,12 +419,16 @@ def _refuse_without_adapter(options: TrainOptions) -> None:
 # Options that do not change what is trained: a resumed run may have others than it began with.
 OPERATIONAL = frozenset(
     {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
+    | {"push_to_hub"}
 )
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
 SETTLED = frozenset(
     {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}
     | {"lora_kind", "lora_alpha", "lora_targets", "modules_to_save"}
 )
+
+# Options that a file may also have as a mapping.
+BY_NAME = frozenset({"loss", "loss_options"})
 
 T = TypeVar("T", bound=DataOptions)
 
@@ -419,7 +487,8 @@ def to_yaml(options: DataOptions) -> str:
     """All options as a YAML file that ``resolve`` reads back, but for what each run is to be told anew."""
     import yaml
 
-    told = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("output", "trust_remote_code")}
+    anew = ("output", "trust_remote_code", "push_to_hub")
+    told = {k: v for k, v in dataclasses.asdict(options).items() if k not in anew}
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in told.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
@@ -456,6 +525,8 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
         values[name] = None
         try:
             value = loader.construct_object(value_node, deep=True)
+            if name in BY_NAME and isinstance(value, dict):
+                value = ",".join(f"{key}={number}" for key, number in value.items())
             values[name] = _convert(value, types[name])
         except (TypeError, ValueError, OverflowError, yaml.YAMLError):
             problems.append(f"{where}: option '{key}' cannot be {_BRIEF.repr(value)}")

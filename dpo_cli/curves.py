@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo_cli.losses import DPO, Objective
 from dpo_cli.numerals import is_number, number, percent, share_tick, tick
 from dpo_cli.plots import Colours, Column, Plot, limits, quieten, write_png
 from dpo_cli.scores import SIDES
@@ -44,10 +46,8 @@ CURVES = (
         "loss",
         "Loss",
         "",
-        "Dashed: ln 2, the reference's own, but for weights and margins of the pairs. Held-out loss that turns up "
-        "while training goes on down means over-optimised: take an earlier checkpoint.",
+        "Held-out loss that turns up while training goes on down means over-optimised: take an earlier checkpoint.",
         {"loss": "ink"},
-        math.log(2),
     ),
     Curve(
         "margin",
@@ -110,10 +110,13 @@ class Line:
     held: Points
 
 
-def curves(history: History) -> list[Plot]:
+def curves(history: History, objective: Objective = DPO) -> list[Plot]:
     """A plot of each quantity that the history has: training lines, and held-out ones (``eval_`` names) over them."""
     found = []
     for curve in CURVES:
+        if curve.name == "loss" and objective.plain:
+            dashed = f"Dashed: ln 2, the reference's own, but for weights and margins of the pairs. {curve.caption}"
+            curve = dataclasses.replace(curve, level=math.log(2), caption=dashed)
         named = curve.names.items()
         lines = [Line(role, points(history, name), points(history, f"eval_{name}")) for name, role in named]
         if any(len(steps) for line in lines for steps, _ in (line.train, line.held)):
@@ -122,13 +125,13 @@ def curves(history: History) -> list[Plot]:
     return found
 
 
-def write_curves(file: Path, history: History) -> None:
+def write_curves(file: Path, history: History, objective: Objective = DPO) -> None:
     """Write all curves as one PNG.
 
     Raises:
         NotWrittenError: the disk is full or the folder is closed.
     """
-    write_png(file, curves(history))
+    write_png(file, curves(history, objective))
 
 
 def points(history: History, name: str) -> Points:

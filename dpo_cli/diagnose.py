@@ -72,6 +72,7 @@ def _finding(
 def _not_finite(scores: Scores) -> Finding | None:
     """Log-probs that are no numbers, of which nothing can be said, however few they are."""
     policy, reference = (~np.isfinite(table).all(1) for table in (scores.logps, scores.ref_logps))
+    reference &= scores.objective.reference  # else it may be that none was scored
     places = np.flatnonzero(policy | reference)
     if not len(places):
         return None
@@ -88,16 +89,16 @@ def _not_finite(scores: Scores) -> Finding | None:
 
 
 def _displaced_chosen(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
-    """The chosen responses lost probability along with the rejected ones.
+    """The chosen responses lost probability along with the rejected ones, as far as rewards are of log-ratios.
 
     Source: Razin et al., arXiv 2410.08847; Pal et al., arXiv 2402.13228.
     """
     ends = [sections["intervals"][f"rewards/{side}"] for side in SIDES]
     chosen, rejected = scores.logratios.mean(0)
-    if any(end is None or end[1] >= 0 for end in ends) or chosen > -FALL:
+    if not scores.objective.reference or any(end is None or end[1] >= 0 for end in ends) or chosen > -FALL:
         return None
     share, margin = float((scores.logratios[:, 0] < 0).mean()), chosen - rejected
-    low, high = (end / scores.beta for end in ends[0])
+    low, high = (end / scores.objective.beta for end in ends[0])
     numbers = {"chosen": chosen, "chosen_low": low, "chosen_high": high, "rejected": rejected, "fell": share}
     text = (
         f"The log-prob of the chosen responses fell by {-chosen:.1f} nats a response on average (95 % interval "
@@ -111,8 +112,9 @@ def _displaced_chosen(scores: Scores, sections: Mapping[str, Any]) -> Finding | 
         "down pulls the other along, and the probability goes to other answers, of which no pair says anything."
     )
     advice = (
-        "Try a higher --beta, a lower --lr or fewer steps; pairs whose responses differ more; or a loss with an NLL "
-        "term on the chosen response. Read what the model answers now: the accuracy does not show this."
+        "Try a higher --beta, a lower --lr or fewer steps; pairs whose responses differ more; or a loss that holds "
+        "the chosen response up, --loss dpop or sigmoid=1,sft=0.2. Read what the model answers now: the accuracy does "
+        "not show this."
     )
     title = f"The chosen responses became less likely, by {-chosen:.1f} nats each"
     return _finding("displaced_chosen", title, text, advice, numbers)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,10 +23,11 @@ from dpo_cli.drift import Compared, Recorded, Watch
 from dpo_cli.errors import UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint, same_weights
 from dpo_cli.logps import Scorer
+from dpo_cli.losses import Objective
 from dpo_cli.margins import compared as compare_scores
 from dpo_cli.metrics import Reporter, best_step, evaluations, read_metrics
 from dpo_cli.model import ModelSource, compile_layers, default_device, dtype_name, load_model, release
-from dpo_cli.outcome import evaluation, scores_of
+from dpo_cli.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.pairs import Ids, Pairs
 from dpo_cli.prepare import (
     choose_model,
@@ -34,6 +37,7 @@ from dpo_cli.prepare import (
     make_scorer,
     open_cache,
     read_pairs,
+    refuse_unread_terms,
     tell_long,
     weights_mode,
 )
@@ -41,7 +45,7 @@ from dpo_cli.reference import ReferenceCache
 from dpo_cli.report import ReportInput, write_report
 from dpo_cli.run import read_manifest, reading_as_trained, trained_with
 from dpo_cli.samples import Response, as_pairs, by_prompt, generate, sequence_kl, side_by_side
-from dpo_cli.scores import Evaluation
+from dpo_cli.scores import Evaluation, LossInput
 from dpo_cli.show import write_per_pair
 from dpo_cli.tokens import reasons
 
@@ -85,6 +89,7 @@ def evaluated(
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
     judge = _Judge(options, source, began, tokenizer, pairs, reporter)
+    refuse_unread_terms(judge.objective, pairs)
     more: dict[str, Any] = {}
     compared: Compared | None = None
     if options.kl == "none":
@@ -92,10 +97,10 @@ def evaluated(
     else:
         policy, reference, compared, more = judge.distributions()
     assert options.beta is not None
-    scores = scores_of(pairs, policy, reference, options.beta, began.label_smoothing if began else 0.0, compared)
     history = read_metrics(source.run / "metrics.jsonl") if source.run else []
     step = _step(source, began, history)
     so_far = [line for line in history if step is None or line["step"] <= step]
+    scores = scores_of(pairs, policy, reference, judge.objective, compared, judge.loss_input, so_far)
     manifest = read_manifest(source.run) if source.run else None
     same = manifest is not None and began is not None and options.beta == began.beta
     its_own = same and manifest is not None and manifest["held_out"]["sha256"] == pairs.digest()
@@ -107,7 +112,7 @@ def evaluated(
     if options.per_pair:
         write_per_pair(options.per_pair, pairs, scores)
     if options.report:
-        write_report(options.report, ReportInput(source.told, done, history, manifest, vars(options)))
+        write_report(options.report, ReportInput(source.told, done, history, manifest, vars(options), judge.objective))
         reporter.fact("report", str(options.report))
     return done, pairs
 
@@ -177,6 +182,13 @@ class _Judge:
     pairs: Pairs
     reporter: Reporter
     told: str = ""  # where the reference is from
+    loss_input: LossInput | None = None  # known when the policy was scored
+
+    @property
+    def objective(self) -> Objective:
+        """What the policy was trained with, at the beta that is asked for."""
+        objective = self.began.objective if self.began else Objective()
+        return dataclasses.replace(objective, beta=cast(float, self.options.beta))
 
     @property
     def itself(self) -> bool:
@@ -188,10 +200,17 @@ class _Judge:
         policy = self._load(self.source, named=self.itself)
         logps = drift.score(policy.scorer, self.pairs, self._watch("evaluate"))
         assert logps is not None
+        read = policy_read(policy.scorer, self.pairs, self.objective)
+        if not self.objective.reference and self.options.ref is None:
+            self.told = f"none: --loss {self.objective.name} reads none"
+            self.loss_input = loss_input(read, logps)
+            return logps, torch.full_like(logps, math.nan)
         cache, reference = self._kept(policy.scorer), policy
         if cache is None:
             reference, cache = self._reference(policy)
-        return logps, fill_reference(cache, self.pairs, reference.scorer, self.reporter).logps
+        known = fill_reference(cache, self.pairs, reference.scorer, self.reporter).logps
+        self.loss_input = loss_input(read, self._discounted(cache, known, reference.scorer))
+        return logps, known
 
     def distributions(self) -> tuple[Tensor, Tensor, Compared, dict[str, Any]]:
         """The same with their whole distributions, for which both models run; and what samples tell, if there are any.
@@ -202,14 +221,23 @@ class _Judge:
         recorded = drift.record(policy.scorer, self.pairs, folder, self._watch("policy"))
         drawn = self._draw(policy) if self.options.samples else None
         assert recorded is not None
+        read = policy_read(policy.scorer, self.pairs, self.objective)
         kept = self._kept(policy.scorer)
         reference, cache = self._reference(policy, kept is not None)
         about: dict[str, Any] = {"policy_runs": False, "same": self.itself}
         compared = drift.compare(reference.scorer, recorded, self.pairs, folder, self._watch("reference"), **about)
         assert compared is not None
         known = recorded.logps if self.itself else (kept or cache).lookup(self.pairs)
+        self.loss_input = loss_input(read, self._discounted(kept or cache, known, reference.scorer))
         told = self._of_samples(drawn, reference, about) if drawn else {}
         return recorded.logps, compared.logps if known.isnan().any() else known, compared, told
+
+    def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: Scorer) -> Tensor:
+        """Log-probs under the reference (P, 2) as LD-DPO reads them: of the cache, where it has all of them."""
+        alpha = self.objective.ld_alpha
+        if alpha is None:
+            return logps
+        return scorer.read(self.pairs, alpha).discounted if logps.isnan().any() else cache.discounted(self.pairs, alpha)
 
     def _watch(self, what: str) -> Watch:
         return Watch(self.reporter, what)

@@ -6,9 +6,11 @@ Legend: P pairs.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo_cli import drift
@@ -16,7 +18,7 @@ from dpo_cli.curves import write_curves
 from dpo_cli.drift import Compared, Recorded, Watch
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter, append_metrics, best_step, evaluations, read_metrics
-from dpo_cli.outcome import evaluation, scores_of
+from dpo_cli.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.report import ReportInput, write_report
 from dpo_cli.run import Run, read_manifest
 from dpo_cli.scores import Evaluation, Scores, values
@@ -26,7 +28,8 @@ class HeldOut:
     """The held-out pairs of a run, with what the reference says of them.
 
     To be made while the model is the reference, whose states are recorded for the exact KL of every evaluation; of a
-    reference that is another model they were recorded when it scored. ``reference`` is its logps (P, 2) in nats.
+    reference that is another model they were recorded when it scored. ``reference`` is its logps (P, 2) in nats; where
+    the loss reads none, they are known if the exact KL is asked for.
 
     Raises:
         NotWrittenError: the disk has no room for what is recorded.
@@ -44,14 +47,19 @@ class HeldOut:
             reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             watch = Watch(reporter, "reference")
             self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)
+        if not run.options.objective.reference:
+            self.reference = self.recorded.logps if self.recorded else torch.full((len(run.held_out), 2), math.nan)
+        self.discounted = self.reference  # as LD-DPO reads it
+        if run.options.ld_alpha is not None and run.cache:
+            self.discounted = run.cache.discounted(run.held_out, run.options.ld_alpha)
 
     def evaluate(
-        self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[], None]
+        self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
     ) -> dict[str, float] | None:
         """Score the pairs under the policy after ``step`` and write their line; None if it was stopped first.
 
-        If the policy is the best so far it is made to ``keep``, before the line is there: what ends the process in
-        between is made up for with the evaluation.
+        If the policy is the best so far it is made to ``keep``, which is given its metrics, before the line is there:
+        what ends the process in between is made up for with the evaluation.
         """
         run, watch = self.run, Watch(self.reporter, "held out", stopped)
         scorer = dataclasses.replace(scorer)  # whatever it comes down to, training keeps its budget
@@ -65,11 +73,12 @@ class HeldOut:
             policy = drift.score(scorer, run.held_out, watch)
         if policy is None:
             return None
-        beta, smoothing = run.options.beta, run.options.label_smoothing
-        scores = scores_of(run.held_out, policy, self.reference, beta, smoothing, compared)
+        objective, history = run.options.objective, read_metrics(self.metrics)
+        read = loss_input(policy_read(scorer, run.held_out, objective), self.discounted)
+        scores = scores_of(run.held_out, policy, self.reference, objective, compared, read, history)
         found, known = values(scores), self._evaluations()
         if (metric := run.options.keep_best) and best_step(known | {step: found}, metric) == step:
-            keep()
+            keep(found)
         if step not in known:
             append_metrics(self.metrics, step, found, "eval_")
         self.last = step, scores, compared
@@ -83,13 +92,14 @@ class HeldOut:
 
         What goes wrong there is told, and ends no training.
         """
-        run = self.run
+        run, objective = self.run, self.run.options.objective
         try:
             history, manifest = read_metrics(self.metrics), read_manifest(run.folder)
             done = self._evaluation(history, samples)
-            about = ReportInput(run.folder.name, done, history, manifest, dataclasses.asdict(run.options))
+            options = dataclasses.asdict(run.options)
+            about = ReportInput(run.folder.name, done, history, manifest, options, objective)
             write_report(run.folder / "report.html", about)
-            write_curves(run.folder / "curves.png", history)
+            write_curves(run.folder / "curves.png", history, objective)
         except Exception as error:  # of the libraries that draw, too
             self.reporter.warn(f"the report of {run.folder} is not up to date: {error}")
 

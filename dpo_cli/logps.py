@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -67,12 +68,60 @@ class Head:
         return Head(deepcopy(self.module).to(device), self.config, self.dtype)
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a model says of the response tokens of p pairs that carry loss.
+
+    Shapes: ``token_logps`` (n,), ``lengths`` (2p,) in the batch's order; ``collisions`` (n,) is log sum over the
+    vocabulary of p^2, where it is asked for.
+    Units: nats.
+    """
+
+    token_logps: Tensor
+    lengths: Tensor
+    collisions: Tensor | None = None
+
+    @cached_property
+    def logps(self) -> Tensor:
+        """Log-prob of each response: (2p,), chosen first."""
+        return response_logps(self.token_logps, self.lengths)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of each response that carry loss: (2p,), chosen first."""
+        return self.lengths.view(-1, 2).T.reshape(-1)
+
+    def discounted(self, alpha: float | None) -> Tensor:
+        """The same where tokens beyond the length of the pair's shorter response count ``alpha`` times: (2p,).
+
+        Source: LD-DPO, arXiv 2409.06411.
+        """
+        if alpha is None:
+            return self.logps
+        shared = self.lengths.view(-1, 2).min(1).values.repeat_interleave(2)  # (2p,)
+        starts = (self.lengths.cumsum(0) - self.lengths).repeat_interleave(self.lengths)  # (n,)
+        place = torch.arange(len(starts), device=starts.device) - starts
+        beyond = place >= shared.repeat_interleave(self.lengths)
+        return response_logps(self.token_logps * torch.where(beyond, alpha, 1.0), self.lengths)
+
+    def likelihoods(self) -> Tensor | float:
+        """Weight of each pair by how likely the policy itself finds both of its responses: (p,), detached; else 1.
+
+        Source: WPO, equation 2 of arXiv 2406.11827, with its alignment by the sampled distribution.
+        """
+        if self.collisions is None:
+            return 1.0
+        aligned = response_logps(self.token_logps.detach() - self.collisions, self.lengths) / self.tokens
+        chosen, rejected = aligned.exp().chunk(2)
+        return chosen * rejected
+
+
 @dataclass
 class Scorer:
     """A model and the one way its forwards run, so that policy and reference go the same path.
 
     ``max_tokens`` shrinks when the device runs out of memory. ``apart``: body and head are run one after the other
-    here; else by the model's own forward, over all pairs at once.
+    here; else by the model's own forward, over all pairs at once. ``wpo``: WPO's weights of pairs are wanted too.
 
     Units: ``max_tokens`` in tokens a forward.
     """
@@ -84,6 +133,7 @@ class Scorer:
     device: torch.device
     apart: bool = True
     warn: Callable[[str], None] = lambda text: None
+    wpo: bool = False
 
     def batch(self, pairs: Sequence[Pair]) -> MicroBatch:
         """The tensors of one forward, on the device."""
@@ -110,33 +160,78 @@ class Scorer:
     def backward(
         self,
         batch: MicroBatch,
-        loss: Callable[[slice, Tensor], Tensor],
+        loss: Callable[[slice, Said], Tensor],
         last: AbstractContextManager[Any] | None = None,
+        routing: Callable[[Sequence[Tensor]], Tensor] | None = None,
     ) -> None:
         """Add the gradient of a loss that is a sum over pairs.
 
-        ``loss`` is called with the places of some pairs in the batch and their logps (2p,), and gives their part of it.
+        ``loss`` is called with the places of some pairs in the batch and what is said of them, and gives their part of
+        it.
         The last backward pass, through which all of the body's gradients come, runs inside ``last``.
+        ``routing`` is called with the routers' logits of every layer and gives a further part; only where the head runs
+        apart.
         """
         last = last or nullcontext()
         if not self.apart:
-            logps = token_logps(self.model, batch, self.dtype)
+            said = self._said(own_logits(self.model, batch, self.dtype), batch.targets, batch.lengths)
             with last:
-                loss(slice(None), response_logps(logps, batch.lengths)).backward()
+                loss(slice(None), said).backward()
             return
-        hidden = hidden_states(self.model, batch, self.dtype)
+        states = body_states(self.model, batch, self.dtype, **({"output_router_logits": True} if routing else {}))
+        hidden = predicting(states, batch)
         gradients: list[Tensor] = []
         for pairs, tokens in head_pieces(self.model, batch):
             leaf = hidden.detach()[tokens].requires_grad_()
-            logps = target_logps(head_of(self.model, self.dtype).logits(leaf), batch.targets[tokens])
             lengths = batch.lengths[2 * pairs.start : 2 * pairs.stop]
-            loss(pairs, response_logps(logps, lengths)).backward()
+            said = self._said(head_of(self.model, self.dtype).logits(leaf), batch.targets[tokens], lengths)
+            loss(pairs, said).backward()
             assert leaf.grad is not None
             gradients.append(leaf.grad)
-            del logps  # and with it the logits, before the next ones come
+            del said  # and with it the logits, before the next ones come
+        more = [routing(states.router_logits)] if routing else []
+        del states
         with last:
             if hidden.requires_grad:  # else nothing of the body is trained
-                hidden.backward(torch.cat(gradients))
+                torch.autograd.backward([hidden, *more], [torch.cat(gradients), *(None for _ in more)])
+
+    def router_logits(self, batch: MicroBatch) -> Sequence[Tensor]:
+        """What the routers of each layer of a mixture of experts say in one forward: (B * T, experts) a layer."""
+        states = body_states(self.model, batch, self.dtype, output_router_logits=True)
+        logits: Sequence[Tensor] = states.router_logits
+        return logits
+
+    def said(self, batch: MicroBatch) -> Said:
+        """What the model says of one forward's pairs, with no more logits at a time than ``backward`` has."""
+        if not self.apart:
+            return self._said(own_logits(self.model, batch, self.dtype), batch.targets, batch.lengths)
+        hidden, head = hidden_states(self.model, batch, self.dtype), head_of(self.model, self.dtype)
+        pieces = [tokens for _, tokens in head_pieces(self.model, batch)]
+        parts = [self._said(head.logits(hidden[t]), batch.targets[t], batch.lengths) for t in pieces]
+        collisions = [part.collisions for part in parts if part.collisions is not None]
+        return Said(
+            torch.cat([part.token_logps for part in parts]),
+            batch.lengths,
+            torch.cat(collisions) if collisions else None,
+        )
+
+    def _said(self, logits: Tensor, targets: Tensor, lengths: Tensor) -> Said:
+        return Said(target_logps(logits, targets), lengths, collision_logps(logits.detach()) if self.wpo else None)
+
+    def read(self, pairs: Sequence[Pair], ld_alpha: float | None) -> Read:
+        """What a loss reads of all pairs.
+
+        Raises:
+            DpoError: one pair alone does not fit the device's memory.
+        """
+        found = Read(torch.empty(len(pairs), 2), torch.empty(len(pairs), 2), torch.ones(len(pairs)))
+        for places, said in self.forwards(pairs, lambda _, batch: self.said(batch)):
+            there = list(places)
+            found.logps[there] = said.logps.view(2, -1).T.cpu()
+            found.discounted[there] = said.discounted(ld_alpha).view(2, -1).T.cpu()
+            if isinstance(weights := said.likelihoods(), Tensor):
+                found.likelihoods[there] = weights.cpu()
+        return found
 
     def costs(self, pairs: Sequence[Pair]) -> list[int]:
         """Tokens that each pair takes up in a forward."""
@@ -176,7 +271,7 @@ class Scorer:
         for start in range(0, len(by_length), WINDOW):
             waiting = pack(by_length[start : start + WINDOW], costs, self.layout, self.max_tokens)
             while waiting:
-                done = self._forward(pairs, waiting[0], compute)
+                done = self.attempt(pairs, waiting[0], compute)
                 if done is not None:
                     yield waiting.pop(0), done[0]
                 else:
@@ -184,7 +279,7 @@ class Scorer:
                     left = [i for indices in waiting for i in indices]
                     waiting = pack(left, costs, self.layout, self.max_tokens)
 
-    def _forward(
+    def attempt(
         self, pairs: Sequence[Pair], places: Sequence[int], compute: Callable[[Sequence[int], MicroBatch], Result]
     ) -> tuple[Result] | None:
         """What is computed of one forward; None when memory ran out."""
@@ -213,6 +308,18 @@ class Scorer:
         self.warn(f"out of memory at {taken:,} tokens a forward; going on with --max-tokens {self.max_tokens}")
 
 
+@dataclass(frozen=True)
+class Read:
+    """What a loss reads of P pairs under one model, on the host; see ``Said``.
+
+    Shapes: ``logps`` and ``discounted`` (P, 2), chosen and rejected; ``likelihoods`` (P,).
+    """
+
+    logps: Tensor
+    discounted: Tensor
+    likelihoods: Tensor
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether the device's memory ran out: torch's own error, or that of a library below it."""
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
@@ -237,6 +344,11 @@ def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, apart: 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target: (N, V), (N,) -> (N,) nats."""
     return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def collision_logps(logits: Tensor) -> Tensor:
+    """Log of the probability that two draws from each distribution are the same: (N, V) -> (N,) nats, few at a time."""
+    return torch.cat([(2 * some).logsumexp(-1) - 2 * some.logsumexp(-1) for some in logits.split(64)])
 
 
 def own_logits(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
@@ -268,9 +380,19 @@ def head_pieces(model: nn.Module, batch: MicroBatch) -> Iterator[tuple[slice, sl
 
 def hidden_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
     """What the head reads to predict the response tokens: (N, H)."""
+    return predicting(body_states(model, batch, dtype), batch)
+
+
+def body_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, **more: Any) -> Any:
+    """What the body gives of a forward, as transformers names it; ``more`` asks it for more than hidden states."""
     body: nn.Module = model.base_model  # type: ignore[assignment]
     with precision(batch.input_ids.device, dtype):
-        hidden: Tensor = body(use_cache=False, **_inputs(batch)).last_hidden_state  # (B, T, H)
+        return body(use_cache=False, **_inputs(batch), **more)
+
+
+def predicting(states: Any, batch: MicroBatch) -> Tensor:
+    """The hidden states that predict a response token that carries loss: (N, H)."""
+    hidden: Tensor = states.last_hidden_state  # (B, T, H)
     return hidden.flatten(0, 1)[batch.predictors]
 
 

@@ -65,7 +65,7 @@ def compared(a: Scores, b: Scores, seed: int = 0) -> dict[str, Any]:
     """
     if a.where != b.where:
         raise UsageError("two models are compared on the same pairs, in the same order; these are not")
-    (means_a, values_a), (means_b, values_b) = ((_comparable(s, a.beta != b.beta)) for s in (a, b))
+    (means_a, values_a), (means_b, values_b) = ((_comparable(s, a.objective.beta != b.objective.beta)) for s in (a, b))
     names = [name for name in means_a if name in means_b]
     sides = [ratios(*_columns(found, names)) for found in (means_a, means_b)]
     ends = bootstrap(lambda counts: np.asarray(sides[1](counts) - sides[0](counts)), len(a.where), seed, a.groups)
@@ -139,7 +139,8 @@ def beyond_arithmetic(nats: Table) -> Table:
 
 
 def _margin_d(scores: Scores) -> Statistic:
-    return standardised_mean(beyond_arithmetic(gap_of(scores.logratios)))  # free of beta
+    gap = gap_of(scores.gains)
+    return standardised_mean(np.where(np.abs(gap) <= scores.tie, 0.0, gap))  # free of beta
 
 
 def _rank_change(scores: Scores) -> Statistic:

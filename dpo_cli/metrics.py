@@ -29,19 +29,22 @@ from dpo_cli.scores import TIE
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "wins", "ties", "logps/chosen", "logps/rejected", "pairs")
 
 
-def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float, lengths: Tensor | None = None) -> Tensor:
     """Sums over P pairs of everything that is reported, so that a step needs one reduce and one read-back.
 
-    Weights and margins of the pairs are in the losses alone.
+    Weights and margins of the pairs are in the losses alone. With ``lengths`` (2P,) rewards are a token's.
 
     Shapes: ``losses`` (P,), ``logps`` and ``ref_logps`` (2P,), chosen first -> (8,), float64, named by ``SUMS``.
     Units: nats.
     """
     logratios = (logps - ref_logps).double()
+    tie: Tensor | float = TIE
+    if lengths is not None:
+        logratios, tie = logratios / lengths, TIE / lengths.view(2, -1).min(0).values
     chosen, rejected = logratios.chunk(2)
     h = chosen - rejected  # (P,)
     logps_chosen, logps_rejected = logps.double().chunk(2)
-    columns = [losses.double(), beta * chosen, beta * rejected, h > TIE, h.abs() <= TIE, logps_chosen, logps_rejected]
+    columns = [losses.double(), beta * chosen, beta * rejected, h > tie, h.abs() <= tie, logps_chosen, logps_rejected]
     sums = [column.sum() for column in columns]
     return torch.stack([*(s.double() for s in sums), torch.full_like(sums[0], len(losses))]).detach()
 
@@ -60,6 +63,16 @@ def summarize(sums: list[float]) -> dict[str, float]:
         "logps/chosen": mean["logps/chosen"],
         "logps/rejected": mean["logps/rejected"],
     }
+
+
+def mean_reward(values: Mapping[str, float]) -> float:
+    """Mean reward of a step over both sides."""
+    return (values["rewards/chosen"] + values["rewards/rejected"]) / 2
+
+
+def step_rewards(history: Sequence[Mapping[str, Any]]) -> list[float]:
+    """``mean_reward`` of every step that is among the lines."""
+    return [mean_reward(line) for line in history if "rewards/chosen" in line]
 
 
 def append_metrics(file: Path, step: int, values: dict[str, float], prefix: str = "") -> None:

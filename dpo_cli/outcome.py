@@ -5,7 +5,8 @@ Legend: P pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,44 @@ from torch import Tensor
 
 from dpo_cli.diagnose import findings
 from dpo_cli.drift import Compared
+from dpo_cli.logps import Read, Scorer
+from dpo_cli.losses import Objective
 from dpo_cli.margins import sections
+from dpo_cli.metrics import step_rewards
 from dpo_cli.pairs import Pairs
-from dpo_cli.scores import Evaluation, Scores, values
+from dpo_cli.scores import Evaluation, LossInput, Scores, values
 from dpo_cli.show import drift_tokens, shown_pairs
 
 
+def policy_read(scorer: Scorer, pairs: Pairs, objective: Objective) -> Read | None:
+    """What the objective reads of the policy's tokens, by one more pass over the pairs; None where it reads nothing."""
+    if not objective.by_tokens:
+        return None
+    return dataclasses.replace(scorer, wpo=objective.wpo).read(pairs, objective.ld_alpha)
+
+
+def loss_input(read: Read | None, reference: Tensor) -> LossInput | None:
+    """That, with the reference as the loss reads it, (P, 2); None where log-probs are all that it reads."""
+    if read is None:
+        return None
+    tables = (read.discounted, reference, read.likelihoods)
+    return LossInput(*(table.double().numpy() for table in tables))
+
+
 def scores_of(
-    pairs: Pairs, policy: Tensor, reference: Tensor, beta: float, label_smoothing: float, compared: Compared | None
+    pairs: Pairs,
+    policy: Tensor,
+    reference: Tensor,
+    objective: Objective,
+    compared: Compared | None,
+    loss_input: LossInput | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> Scores:
-    """The numbers of an evaluation; ``policy`` and ``reference`` are logps (P, 2) in nats."""
+    """The numbers of an evaluation; ``policy`` and ``reference`` are logps (P, 2) in nats.
+
+    ``history`` has the lines of the run's metrics up to this policy, if it is of one.
+    """
+    means = step_rewards(history)
     prompts: dict[bytes, int] = {}
     return Scores(
         where=[pair.where for pair in pairs],
@@ -30,10 +59,11 @@ def scores_of(
         logps=policy.double().numpy(),
         ref_logps=reference.double().numpy(),
         terms=pairs.terms.astype(float),
-        beta=beta,
-        label_smoothing=label_smoothing,
+        objective=objective,
         distributions=compared.distributions if compared else None,
         groups=np.array([prompts.setdefault(pair.prompt.tobytes(), len(prompts)) for pair in pairs]),
+        loss_input=loss_input,
+        shift=sum(means) / len(means) if means else 0.0,
     )
 
 

@@ -24,6 +24,7 @@ from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
 from dpo_cli.logps import Scorer, noise
+from dpo_cli.losses import LOSSES, Objective
 from dpo_cli.memory import MOST_TOKENS, fit, process_bytes
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import (
@@ -166,8 +167,12 @@ def make_scorer(
     known = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     if pairs.largest_id() >= known:
         raise UsageError(
-            f"the tokenizer gives the token {pairs.largest_id()} and the model knows {known}: they do not fit"
+            f"the tokenizer gives the token {pairs.largest_id()} and the model knows {known}: they do not fit. Take "
+            "the model's own tokenizer; if tokens were added to it, give the model as many with transformers' "
+            "resize_token_embeddings, train them, and start from that"
         )
+    if hasattr(model.config, "vision_config") or hasattr(model.config, "audio_config"):
+        reporter.warn("the model reads more than text: here it is trained on text alone, and its other parts stay")
     if not is_quantized(model):  # which is there already
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or MOST_TOKENS[device.type]
@@ -316,6 +321,20 @@ def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Sc
             f"{', '.join(bad[:5])}. Something changed them: remove {cache.folder}, and they are computed anew"
         )
     return largest
+
+
+def refuse_unread_terms(objective: Objective, pairs: Pairs) -> None:
+    """Refuse rows whose weights or margins the objective cannot take up.
+
+    Raises:
+        UsageError: there are such rows.
+    """
+    weights, margins = pairs.terms.T
+    if (margins != 0).any() and not objective.reads("margins"):
+        able = ", ".join(name for name, loss in LOSSES.items() if "margins" in loss.reads)
+        raise UsageError(f"--loss {objective.name} has no place for the rows' margins; leave them out, or take {able}")
+    if (weights != 1).any() and objective.couples:
+        raise UsageError(f"--loss {objective.name} sorts the responses of a step, so that rows cannot have weights")
 
 
 def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:

@@ -102,6 +102,13 @@ def _sources(typed: str, option: str) -> list[Source]:
     return [_split(hub_split(dataset, config, split, name), name, dataset)]
 
 
+def hub_id(typed: str) -> str | None:
+    """The data set of the hub that an option names; None of what lies on this disk or comes from stdin."""
+    match = _HUB.fullmatch(typed)
+    local = [typed, typed.rpartition(":")[0]]
+    return match[1] if match and not _is_known(match[1]) and not any(n and _found(n)[0] for n in local) else None
+
+
 def _found(typed: str) -> tuple[Path | None, str]:
     """The file or folder of that name; where there is none, why."""
     try:

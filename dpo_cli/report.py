@@ -23,6 +23,7 @@ from markupsafe import Markup
 from dpo_cli.charts import charts
 from dpo_cli.curves import curves
 from dpo_cli.disk import whole_file
+from dpo_cli.losses import DPO, Objective
 from dpo_cli.numerals import NONE, between, fold, is_number, nats, number, percent, tick
 from dpo_cli.plots import Plot, svg
 from dpo_cli.scores import Evaluation, ShownPair, Token
@@ -47,6 +48,7 @@ class ReportInput:
     history: Sequence[Mapping[str, Any]] = ()
     manifest: Mapping[str, Any] | None = None
     options: Mapping[str, Any] | None = None
+    objective: Objective = DPO
 
 
 def write_report(file: Path, about: ReportInput) -> None:
@@ -64,9 +66,9 @@ def page(about: ReportInput) -> str:
     evaluation = about.evaluation
     result: Mapping[str, Any] = evaluation.result if evaluation else {}
     sections = {
-        "headline": ("Headline", list(_headline(result))),
+        "headline": ("Headline", list(_headline(result, about.objective))),
         "findings": ("Findings", result.get("findings")),
-        "training": ("Training", [_drawn(plot) for plot in curves(about.history)]),
+        "training": ("Training", [_drawn(plot) for plot in curves(about.history, about.objective)]),
         "preference": ("Preference", [_drawn(plot) for plot in charts(evaluation)] if evaluation else []),
         "pairs": ("Pairs, token by token", [_pair(pair) for pair in evaluation.shown] if evaluation else []),
         "drift": ("Drift", (result.get("drift") or {}).get("top")),
@@ -127,7 +129,7 @@ class Headline(NamedTuple):
     meaning: str
 
 
-def _headline(result: Mapping[str, Any]) -> Iterator[Headline]:
+def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[Headline]:
     def figures(names: Mapping[str, str], show: Show = number, before: str = "") -> list[Figure]:
         found = []
         for name, of in names.items():
@@ -138,12 +140,16 @@ def _headline(result: Mapping[str, Any]) -> Iterator[Headline]:
         return found
 
     sides = ("chosen", "rejected")
+    meaning = {"loss": f"Of --loss {objective.name}, as the policy was trained."} if not objective.plain else {}
+    if not objective.reference:
+        meaning["rewards"] = f"Beta times the log-prob{' a token' * objective.averaged}: the loss reads no reference."
+    meaning = _MEANING | meaning
     items = [
         Headline("Accuracy", figures({"rewards/accuracies": ""}, percent), _MEANING["accuracy"]),
         Headline("Margin", figures({"rewards/margins": ""}, _signed), _MEANING["margin"]),
         *_effect(result.get("effect") or {}),
-        Headline("Loss", figures({"loss": ""}), _MEANING["loss"]),
-        Headline("Rewards", figures({f"rewards/{side}": side for side in sides}, _signed), _MEANING["rewards"]),
+        Headline("Loss", figures({"loss": ""}), meaning["loss"]),
+        Headline("Rewards", figures({f"rewards/{side}": side for side in sides}, _signed), meaning["rewards"]),
         Headline("KL a token", figures({f"kl/{side}": side for side in sides}), _MEANING["kl"]),
         Headline("Perplexity", figures({f"perplexity/{s}": s for s in sides}, before="ref_"), _MEANING["perplexity"]),
     ]

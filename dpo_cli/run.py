@@ -27,7 +27,7 @@ from dpo_cli.config import DataOptions, TrainOptions, resolve, to_yaml
 from dpo_cli.data import BadRow, Reading
 from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
 from dpo_cli.drift import Recorded, Watch
-from dpo_cli.errors import DpoError, UsageError, printable
+from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import fingerprint
 from dpo_cli.logps import Scorer
 from dpo_cli.memory import Fit, fit, process_bytes, usable_bytes
@@ -36,6 +36,7 @@ from dpo_cli.model import (
     ModelSource,
     compile_layers,
     dtype_name,
+    experts_a_token,
     load_tokenizer,
     release,
 )
@@ -53,10 +54,12 @@ from dpo_cli.prepare import (
     open_cache,
     read_pairs,
     reading_of,
+    refuse_unread_terms,
     tell_long,
     weights_mode,
 )
 from dpo_cli.reference import ReferenceCache
+from dpo_cli.samples import generation_config
 
 LOCK = "run.lock"
 
@@ -96,9 +99,10 @@ class Run:
     plan: list[Step]
     start: str  # fingerprint of the start policy
     reference: Reference | None  # where it is not the start policy
-    cache: ReferenceCache  # of the reference
+    cache: ReferenceCache | None  # of the reference; None: the loss reads none
     fitted: Fit
     low: dict[str, Tensor] | None  # the lower halves of the weights, where the memory mode splits them
+    experts: int  # that a token goes to, where the balance of a mixture is part of the loss; else 0
 
     def used(self) -> list[int]:
         """Places of the pairs that the plan trains on."""
@@ -145,18 +149,21 @@ def lay_out_run(
     elif options.eval_fraction:
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
         reporter.fact("held out", f"{len(held_out):,} of the pairs")
+    refuse_unread_terms(options.objective, pairs + held_out)
 
     process = process_bytes(device)
     reference = _reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref else None
     model, weights = load_weights(source, options, remember=not dry_run)
     own_attention = model.config._attn_implementation
+    experts = experts_a_token(model, pairs[0]) if options.router_aux_loss_coef else 0
     mode = weights_mode(options.memory, bool(options.lora_rank), options.dtype, device)
     scorer = make_scorer(model, pairs + held_out, options, device, reporter, mode)
+    if experts and not scorer.apart:
+        raise UsageError("--router-aux-loss-coef: the model's head cannot run apart from its body; leave it out")
     weights, low = halved_if_split(model, weights, mode)
     if options.lora_rank:
         low = None  # what is halved is never trained
-        if not is_adapted(model):
-            attach(model, _new_adapter(model, options, source.name), options.seed)
+        _attach(model, options, source.name)
     fitted = fit(scorer, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
     if low is None and fitted.memory in SPLIT:  # auto found it; the halves keep less
         weights, low = halved_if_split(model, weights, fitted.memory)
@@ -184,11 +191,8 @@ def lay_out_run(
         seed=options.seed,
     )
     start = fingerprint(model, weights, scorer.layout, scorer.dtype)
-    if reference and reference.recorded and reference.vocabulary != _vocabulary(model):
-        raise UsageError(
-            f"--ref {options.ref}: its head knows {reference.vocabulary:,} tokens and the policy's "
-            f"{_vocabulary(model):,}, so there is no exact KL: add --kl none"
-        )
+    _check_same_heads(options.ref, reference, model)
+    own_cache = open_cache(options, start, source, scorer, reporter) if options.objective.reference else None
     run = Run(
         folder,
         options,
@@ -204,15 +208,17 @@ def lay_out_run(
         plan,
         start,
         reference,
-        reference.cache if reference else open_cache(options, start, source, scorer, reporter),
+        reference.cache if reference else own_cache,
         fitted,
         low,
+        experts,
     )
     if fitted.memory == "in-backward" and any(len(step) > 1 for step in plan):
         raise UsageError(
             "--memory in-backward: a weight is updated as soon as its gradient is there, so each step must be one "
             "forward: a lower --batch-size, or a higher --max-tokens"
         )
+    model.generation_config = generation_config(model, tokenizer, pairs)  # of the policy, and so of what is exported
     _tell_plan(run, reporter)
     return run
 
@@ -249,11 +255,15 @@ def _with_adapter(source: ModelSource, options: TrainOptions, device: torch.devi
     return source, dataclasses.replace(options, **own)
 
 
-def _new_adapter(model: PreTrainedModel, options: TrainOptions, base: str) -> Any:
+def _attach(model: PreTrainedModel, options: TrainOptions, base: str) -> None:
+    """Put a new adapter into the model, unless the one to go on with is there."""
+    if is_adapted(model):
+        return
     rank, kind, alpha, targets = options.lora_rank, options.lora_kind, options.lora_alpha, options.lora_targets
     assert rank and kind and alpha and targets
     whole = options.modules_to_save
-    return make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
+    config = make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
+    attach(model, config, options.seed)
 
 
 def _reference(
@@ -300,6 +310,15 @@ def _reference(
     vocabulary = _vocabulary(model)
     release(model)
     return Reference(source, name, scorer.layout, cache, logps, recorded, vocabulary)
+
+
+def _check_same_heads(name: str | None, reference: Reference | None, model: PreTrainedModel) -> None:
+    """Refuse an exact KL between heads that know so many tokens each."""
+    if reference and reference.recorded and reference.vocabulary != _vocabulary(model):
+        raise UsageError(
+            f"--ref {name}: its head knows {reference.vocabulary:,} tokens and the policy's {_vocabulary(model):,}, so "
+            "there is no exact KL: add --kl none"
+        )
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
@@ -353,6 +372,8 @@ def _free_name(folder: Path) -> Path:
 
 def _tell_plan(run: Run, reporter: Reporter) -> None:
     options, scorer = run.options, run.scorer
+    if not options.objective.reference:
+        reporter.fact("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
     parameters, trained = run.model.num_parameters(), run.fitted.step_bytes.parameters
     threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
     kept = _kept_of_adapter(run) if options.lora_rank else _KEPT[run.fitted.memory]
@@ -542,25 +563,3 @@ def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -
     if any(began[key] != manifest[key] for key in ("versions", "device")):
         reporter.warn("the libraries or the device are others than when the run began: the last bits may differ")
     return began
-
-
-def model_card(run: Run) -> str:
-    """The model card: a README.md with the metadata that the hub reads."""
-    o = run.options
-    base, name = (" ".join(printable(text).split()) for text in (run.source.base, run.folder.name))
-    return f"""---
-base_model: {json.dumps(base, ensure_ascii=False)}
-library_name: {"transformers" if o.lora_rank is None or o.export == "merged" else "peft"}
-pipeline_tag: text-generation
-tags: [dpo]
----
-
-# {name}
-
-{base}, fine-tuned on {len(run.pairs):,} preference pairs with Direct Preference Optimization
-([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by dpo-cli {version("dpo-cli")}.
-
-| beta | learning rate | schedule | steps | pairs a step | label smoothing | precision |
-|---|---|---|---|---|---|---|
-| {o.beta} | {o.lr} | {o.schedule} | {len(run.plan)} | {o.batch_size} | {o.label_smoothing} | {o.dtype} |
-"""

@@ -6,8 +6,10 @@ Legend: P pairs, K samples a prompt.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +21,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from dpo_cli.attention import attention
 from dpo_cli.errors import DpoError
 from dpo_cli.logps import out_of_memory, precision
-from dpo_cli.pairs import Ids, Pair, Pairs
+from dpo_cli.pairs import Ids, Pair, Pairs, read
 from dpo_cli.scores import Table
 from dpo_cli.stats import student
+
+ENDS_OF = 256  # pairs whose last token is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,40 @@ def generate(
             for row, response in zip(batch, answered, strict=True):
                 found[row.place].append(response)  # a prompt's copies stay in order
     return found
+
+
+def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pair]) -> GenerationConfig:
+    """The model's own, with the token that ends the chosen responses among those that end an answer, and with padding.
+
+    A model whose config names the end of a text alone would go on behind the end of its turn. That token is the
+    commonest last one of the first pairs' chosen responses, of which some may be cut, if it is a special token.
+    """
+    config = _valid(deepcopy(model.generation_config) if model.generation_config else GenerationConfig())
+    lasts = Counter(int(read(pair.chosen[-1:])[0]) for pair in pairs[:ENDS_OF])
+    (last, _), ends = lasts.most_common(1)[0], _eos_ids(model, tokenizer)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+    wanted = ends if last in ends or last not in special else [*ends, last]
+    if wanted != ends or config.eos_token_id is None:
+        config.eos_token_id = wanted
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return config
+
+
+def _valid(config: GenerationConfig) -> GenerationConfig:
+    """The config as transformers agrees to save it, which some models of the hub were not when it was less strict.
+
+    Most have a temperature and do not say that it is to be sampled. Of others, such as those whose temperature is 0,
+    nothing is kept but the token ids.
+    """
+    for change in ({}, {"do_sample": True}) if config.temperature != 0 else ():
+        config.update(**change)
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            continue
+        return config
+    return GenerationConfig(bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:

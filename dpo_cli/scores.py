@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_cli.losses import sigmoid_loss
+from dpo_cli.losses import Objective, Preferences
 
 Table = npt.NDArray[np.float64]
 Groups = npt.NDArray[np.int64]
@@ -43,11 +43,21 @@ class Distributions:
 
 
 @dataclass(frozen=True)
+class LossInput:
+    """What some losses read beyond the log-probs: those that LD-DPO discounts, (P, 2), and WPO's weights, (P,)."""
+
+    logps: Table
+    ref_logps: Table
+    likelihoods: Table
+
+
+@dataclass(frozen=True)
 class Scores:
     """Log-probs of P pairs under policy and reference, and what goes into their loss.
 
     Shapes: ``tokens`` (those that carry loss), ``logps``, ``ref_logps``, ``terms`` (weight and margin): (P, 2).
-    ``groups`` is the number of each pair's prompt, (P,); where it is None, each pair stands on its own.
+    ``groups`` is the number of each pair's prompt, (P,); where it is None, each pair stands on its own. ``ref_logps``
+    are NaN where the objective reads no reference and none was scored. ``shift``: the mean reward of earlier steps.
     Units: nats. ``distributions`` is None where they were not asked for.
     """
 
@@ -56,10 +66,11 @@ class Scores:
     logps: Table
     ref_logps: Table
     terms: Table
-    beta: float
-    label_smoothing: float = 0.0
+    objective: Objective = field(default_factory=Objective)
     distributions: Distributions | None = None
     groups: Groups | None = None
+    loss_input: LossInput | None = None
+    shift: float = 0.0
 
     @property
     def logratios(self) -> Table:
@@ -67,9 +78,15 @@ class Scores:
         return self.logps - self.ref_logps
 
     @property
+    def gains(self) -> Table:
+        """What beta makes rewards of: log-ratios; without a reference log-probs, for some losses a token's. (P, 2)."""
+        gains = self.logratios if self.objective.reference else self.logps
+        return gains / self.tokens if self.objective.averaged else gains
+
+    @property
     def rewards(self) -> Table:
-        """Implicit rewards, beta times the log-ratios: (P, 2)."""
-        return self.beta * self.logratios
+        """Implicit rewards, beta times the gains: (P, 2)."""
+        return self.objective.beta * self.gains
 
     @property
     def margins(self) -> Table:
@@ -77,22 +94,32 @@ class Scores:
         return self.rewards[:, 0] - self.rewards[:, 1]
 
     @property
+    def tie(self) -> Table | float:
+        """What two gains of a pair may differ by from arithmetic alone."""
+        return TIE / self.tokens.min(1) if self.objective.averaged else TIE
+
+    @property
     def wins(self) -> Table:
         """1 where the chosen response has the higher reward, 1/2 in a tie, else 0: (P,)."""
-        return wins_of(gap_of(self.logratios))
+        return wins_of(gap_of(self.gains), self.tie)
 
     @property
     def ties(self) -> Table:
-        """1 where the two log-ratios are equal but for arithmetic: (P,)."""
-        gap = gap_of(self.logratios)
-        return np.where(np.isnan(gap), np.nan, np.abs(gap) <= TIE)
+        """1 where the two gains are equal but for arithmetic: (P,)."""
+        gap = gap_of(self.gains)
+        return np.where(np.isnan(gap), np.nan, np.abs(gap) <= self.tie)
 
     @property
     def losses(self) -> Table:
-        """The DPO loss of each pair: (P,)."""
-        logps, ref_logps = (torch.from_numpy(table.T.reshape(-1)) for table in (self.logps, self.ref_logps))
+        """The loss of each pair, as of a step with all of them: (P,)."""
+        read = self.loss_input or LossInput(self.logps, self.ref_logps, np.ones(len(self.where)))
+        tables = (read.logps, read.ref_logps, self.tokens, self.logps)
+        logps, ref_logps, lengths, whole = (torch.from_numpy(table.T.reshape(-1)) for table in tables)
         weights, margins = torch.from_numpy(self.terms.T)
-        losses: Table = sigmoid_loss(logps, ref_logps, self.beta, self.label_smoothing, margins, weights).numpy()
+        weights = weights * torch.from_numpy(read.likelihoods)
+        tokens = float(self.tokens[:, 0].mean())
+        pairs = Preferences(logps, ref_logps, lengths, whole, tokens, margins, weights, self.shift)
+        losses: Table = self.objective(pairs).numpy()
         return losses
 
 
@@ -101,9 +128,9 @@ def gap_of(table: Table) -> Table:
     return table[:, 0] - table[:, 1]
 
 
-def wins_of(gap: Table) -> Table:
+def wins_of(gap: Table, tie: Table | float = TIE) -> Table:
     """1 where a gap in nats is above 0, 1/2 where it is only arithmetic, else 0; NaN where it is no number."""
-    return np.where(np.isnan(gap), np.nan, (gap > TIE) + 0.5 * (np.abs(gap) <= TIE))
+    return np.where(np.isnan(gap), np.nan, (gap > tie) + 0.5 * (np.abs(gap) <= tie))
 
 
 def means(scores: Scores) -> dict[str, tuple[Table, Table]]:

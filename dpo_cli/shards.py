@@ -121,6 +121,14 @@ def read_folder(folder: Path, warn: Callable[[str], None]) -> dict[bytes, float]
     return values
 
 
+def responses(folder: Path) -> Iterator[tuple[bytes, Tensor]]:
+    """Key and token log-probs (N,) of every response in shards that can be read; of equal keys the last counts."""
+    for shard in _each(folder):
+        with suppress(OSError, DamagedError, ForeignError):  # ``read_folder`` told
+            keys, _, token_logps, lengths = read_shard(shard)
+            yield from zip(keys, token_logps.split(lengths.tolist()), strict=True)
+
+
 def _each(folder: Path) -> Iterator[Path]:
     """Every shard, also those that other processes add while it goes on."""
     seen: set[Path] = set()

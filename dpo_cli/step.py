@@ -10,6 +10,7 @@ import math
 import signal
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from types import FrameType, TracebackType
 from typing import Any, cast
 
@@ -17,14 +18,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dpo_cli.batch import Step, cut_step, moved
+from dpo_cli.batch import MicroBatch, Step, cut_step, moved
 from dpo_cli.config import TrainOptions
 from dpo_cli.errors import DpoError
-from dpo_cli.logps import Scorer, out_of_memory
-from dpo_cli.losses import sigmoid_loss
-from dpo_cli.metrics import SUMS, pair_sums, summarize
+from dpo_cli.logps import Said, Scorer, out_of_memory
+from dpo_cli.losses import Objective, Preferences
+from dpo_cli.metrics import SUMS, mean_reward, pair_sums, summarize
 from dpo_cli.optimizer import SPLIT, SmallAdamW
 from dpo_cli.pairs import Pair, loss_tokens
+from dpo_cli.routing import auxiliary_loss, routed
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -83,6 +85,18 @@ class Trainer:
     costs: Sequence[int]  # tokens of each pair in a forward
     reference: Tensor  # (pairs, 2) nats, on the host
     options: TrainOptions
+    experts: int = 0  # that a token goes to, where the balance of a mixture is part of the loss
+    counts: Tensor | None = None  # ``Routed.counts`` of the step that is taken; None: its one forward has them
+    discounted: Tensor | None = None  # the same as LD-DPO reads it; None: as it is
+    mean_rewards: list[float] = dataclasses.field(default_factory=list)  # of the steps that were taken
+    tokens: float = math.nan  # of the step that is taken: mean length of its chosen responses
+    shift: float = 0.0  # and mean reward of those before it, where the loss reads it
+    surrogate: dict[int, Tensor] | None = None  # by pair: its loss, and the slopes of the step's loss; see ``_couple``
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return self.options.objective
 
     def step(self, micro_batches: Step, lr: float, stop: StopSignal) -> dict[str, float] | None:
         """One optimizer step over all its pairs; None if a signal came first and nothing was changed.
@@ -100,11 +114,16 @@ class Trainer:
             group["lr"] = lr
         self.scorer.model.train()
         pairs_in_step = sum(len(indices) for indices in micro_batches)
+        self._begin([i for indices in micro_batches for i in indices])
         updating = self.in_backward.updating(lr) if self.in_backward else None
         while True:
             mine = self._cut(micro_batches)
             assert not updating or len(mine) == 1, "weights would be updated with part of a gradient"
-            sums, losses, too_large = self._gradient(mine, pairs_in_step, stop, updating)
+            too_large = self._couple(mine, micro_batches) if self.objective.couples else ()
+            if not too_large and self.experts:
+                too_large = self._routed(mine)
+            if not too_large:
+                sums, losses, too_large = self._gradient(mine, pairs_in_step, stop, updating)
             if updating and too_large:
                 raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
             if stop.requested or not too_large:
@@ -114,15 +133,17 @@ class Trainer:
         if stop.requested and not updating:  # else the step is done
             self.optimizer.zero_grad()
             return None
-        *totals, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # the one read-back
-        if not math.isfinite(totals[0] + grad_norm):
+        *totals, aux_loss, grad_norm = torch.cat([self.accelerator.reduce(sums), self._norm()]).tolist()  # read once
+        if not math.isfinite(totals[0] + aux_loss + grad_norm):
             self.optimizer.zero_grad()
             places = [i for indices in mine for i in indices]
             raise self._not_finite(dict(zip(places, torch.cat(losses).tolist(), strict=True)))
         if not updating:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return summarize(totals) | {"grad_norm": grad_norm, "learning_rate": lr}
+        values = summarize(totals) | ({"aux_loss": aux_loss} if self.experts else {})
+        self.mean_rewards.append(mean_reward(values))
+        return values | {"grad_norm": grad_norm, "learning_rate": lr}
 
     @property
     def in_backward(self) -> SmallAdamW | None:
@@ -153,6 +174,28 @@ class Trainer:
             micro_batches = cut_step(indices, self.costs, self.scorer.layout, self.scorer.max_tokens, world)
         return micro_batches[rank::world]
 
+    @torch.no_grad()
+    def _routed(self, mine: Step) -> tuple[int, ...]:
+        """Count how often each expert is chosen in the whole step, where its one forward does not tell that itself.
+
+        Returns: the micro-batch that did not fit the device's memory, else ().
+        """
+        self.counts = None
+        if len(mine) == self.accelerator.num_processes == 1:
+            return ()
+
+        def count(_: Sequence[int], batch: MicroBatch) -> Tensor:
+            return routed(self.scorer.router_logits(batch), batch, self.experts).counts
+
+        counts: list[Tensor] = []
+        for indices in mine:
+            found = self.scorer.attempt(self.pairs, indices, count)
+            if found is None:
+                return indices
+            counts += found
+        self.counts = cast(Tensor, self.accelerator.reduce(torch.stack(counts).sum(0)))
+        return ()
+
     def _gradient(
         self, mine: Step, pairs_in_step: int, stop: StopSignal, updating: AbstractContextManager[None] | None
     ) -> tuple[Tensor, list[Tensor], tuple[int, ...]]:
@@ -160,9 +203,10 @@ class Trainer:
 
         The weights are updated as it comes where it is taken inside ``updating``.
 
-        Returns: the metrics' sums, the losses (P,) of each micro-batch, and the one that did not fit, else ().
+        Returns: the metrics' sums and the auxiliary loss behind them, the losses (P,) of each micro-batch, and the one
+        that did not fit, else ().
         """
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.accelerator.device)
         losses: list[Tensor] = []
         for number, indices in enumerate(mine, 1):
             with nullcontext() if number == len(mine) else self.accelerator.no_sync(self.scorer.model):
@@ -178,56 +222,130 @@ class Trainer:
     def _backward(
         self, indices: tuple[int, ...], pairs_in_step: int, updating: AbstractContextManager[None] | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """Losses (P,) and metrics' sums of one micro-batch, its gradient added; None when memory ran out."""
+        """Add the gradient of a micro-batch; its losses (P,) and sums as in ``_gradient``, None when memory ran out."""
         done: list[tuple[Tensor, Tensor]] = []
+        aux_loss = torch.zeros(1, dtype=torch.float64, device=self.accelerator.device)
 
-        def loss(places: slice, logps: Tensor) -> Tensor:
-            losses, sums = self._measure(indices[places], logps)
+        def loss(places: slice, said: Said) -> Tensor:
+            losses, sums = self._measure(indices[places], said)
             done.append((losses.detach(), sums))
             part: Tensor = losses.sum() * self.accelerator.num_processes / pairs_in_step
             return part
 
+        def routing(router_logits: Sequence[Tensor]) -> Tensor:
+            part = routed(router_logits, batch, self.experts)
+            balance = auxiliary_loss(part, part.counts if self.counts is None else self.counts)
+            aux_loss.add_(balance.detach())
+            weighted: Tensor = balance * self.options.router_aux_loss_coef * self.accelerator.num_processes
+            return weighted
+
         try:
-            self.scorer.backward(self.scorer.batch([self.pairs[i] for i in indices]), loss, updating)
+            batch = self.scorer.batch([self.pairs[i] for i in indices])
+            self.scorer.backward(batch, loss, updating, routing if self.experts else None)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             return None  # what the passes hold is free only when this frame is gone
         losses, sums = zip(*done, strict=True)
-        return torch.cat(losses), torch.stack(sums).sum(0)
+        return torch.cat(losses), torch.cat([torch.stack(sums).sum(0), aux_loss])
+
+    def _begin(self, indices: Sequence[int]) -> None:
+        """Settle what a pair's loss reads of its step and of those before it."""
+        means = self.mean_rewards if self.objective.reads("shift") else []
+        self.shift = sum(means) / len(means) if means else 0.0
+        self.tokens = sum(loss_tokens(self.pairs[i].chosen) for i in indices) / len(indices)
+        self.surrogate = None
+
+    def _couple(self, mine: Step, micro_batches: Step) -> tuple[int, ...]:
+        """Take the derivative of a loss that couples the pairs of a step, by the log-probs of all of them.
+
+        The backward passes over micro-batches then go by the linear loss that has these slopes. Returns the micro-batch
+        that did not fit the device's memory, else ().
+        """
+        rows = {place: row for row, place in enumerate(sorted(i for indices in micro_batches for i in indices))}
+        table = torch.zeros(4, len(rows), device=self.scorer.device)  # logps and those not discounted, both sides each
+        for indices in mine:
+            with torch.no_grad():
+                said = self.scorer.attempt(self.pairs, indices, lambda _, batch: self.scorer.said(batch))
+            if said is None:
+                return indices
+            columns = torch.cat([said[0].discounted(self.options.ld_alpha), said[0].logps])
+            table[:, [rows[i] for i in indices]] = columns.view(4, -1)
+        table = cast(Tensor, self.accelerator.reduce(table))  # the other ranks' pairs
+        logps, whole = leaves = [half.reshape(-1).requires_grad_() for half in table.view(2, 2, -1)]
+        losses = self.objective(self._preferences(list(rows), logps, whole, self._lengths(list(rows))))
+        slopes = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+        known = torch.cat([losses.detach()[None], *(each.view(2, -1) for each in slopes)])  # (5, P)
+        self.surrogate = dict(zip(rows, known.unbind(1), strict=True))
+        return ()
 
     @torch.no_grad()
-    def compare(self, indices: Sequence[int]) -> tuple[dict[str, float], float]:
-        """Metrics of pairs without training on them, and how far policy and reference lie apart at most.
+    def compare(self, indices: Sequence[int]) -> tuple[dict[str, float], float, float]:
+        """Metrics of pairs without training on them; how far policy and reference lie apart at most; the loss if not.
 
-        Units: the difference is the largest of any response, in nats per square root of its tokens that carry loss.
+        Units: the difference is the largest of any response, in nats per square root of its tokens that carry loss;
+        without a reference it is 0.
         """
-        pairs = [self.pairs[i] for i in indices]
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.accelerator.device)
-        largest = 0.0
-        for places, logps, _ in dataclasses.replace(self.scorer).score(pairs):
-            there = [indices[place] for place in places]
-            sums += self._measure(there, logps)[1]
-            sides = ("chosen", "rejected")
-            lengths = torch.tensor([loss_tokens(getattr(pairs[place], side)) for side in sides for place in places])
-            off = (logps - self._reference(there)).abs().cpu() / lengths.sqrt()
-            largest = max(largest, float(off.nan_to_num(math.inf, math.inf).max()))
-        return summarize(sums.tolist()), largest
+        self._begin(indices)
+        read = dataclasses.replace(self.scorer).read([self.pairs[i] for i in indices], self.options.ld_alpha)
+        lengths = self._lengths(indices)
+        logps, discounted = (moved(t.T.reshape(-1), self.scorer.device) for t in (read.logps, read.discounted))
+        likelihoods = moved(read.likelihoods, self.scorer.device) if self.scorer.wpo else 1.0
+        losses = self.objective(self._preferences(indices, discounted, logps, lengths, likelihoods))
+        values = summarize(self._sums(losses, logps, indices, lengths).tolist())
+        if not self.objective.reference:
+            return values, 0.0, values["loss"]
+        ref_logps, ref_discounted = self._reference(indices), self._reference(indices, self.discounted)
+        equal = self.objective(self._preferences(indices, ref_discounted, ref_logps, lengths, likelihoods))
+        off = (logps - ref_logps).abs() / lengths.sqrt()
+        return values, float(off.nan_to_num(math.inf, math.inf).max()), float(equal.double().mean())
 
-    def _reference(self, indices: Sequence[int]) -> Tensor:
-        """Log-probs under the reference: (2P,) nats, chosen first, on the device."""
-        return moved(self.reference[list(indices)].T.reshape(-1), self.scorer.device)
+    def _reference(self, indices: Sequence[int], table: Tensor | None = None) -> Tensor:
+        """Log-probs under the reference, or others in a ``table`` like it: (2P,) nats, chosen first, on the device."""
+        table = self.reference if table is None else table
+        return moved(table[list(indices)].T.reshape(-1), self.scorer.device)
+
+    def _lengths(self, indices: Sequence[int]) -> Tensor:
+        """Tokens of each response that carry loss: (2P,), chosen first, on the device."""
+        pairs = [self.pairs[i] for i in indices]
+        lengths = [loss_tokens(p.chosen) for p in pairs] + [loss_tokens(p.rejected) for p in pairs]
+        return moved(torch.tensor(lengths), self.scorer.device)
 
     def _terms(self, indices: Sequence[int]) -> Tensor:
         """Margins and weights in the loss: (2, P), on the device."""
         pairs = [self.pairs[i] for i in indices]
         return moved(torch.tensor([[p.margin for p in pairs], [p.weight for p in pairs]]), self.scorer.device)
 
-    def _measure(self, indices: Sequence[int], logps: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (P,) of some pairs with their graph, and the sums of their metrics; ``logps`` (2P,)."""
-        ref_logps, beta = self._reference(indices), self.options.beta
-        losses = sigmoid_loss(logps, ref_logps, beta, self.options.label_smoothing, *self._terms(indices))
-        return losses, pair_sums(losses, logps, ref_logps, beta)
+    def _preferences(
+        self, indices: Sequence[int], logps: Tensor, whole: Tensor, lengths: Tensor, likelihoods: Tensor | float = 1.0
+    ) -> Preferences:
+        """What the loss reads of some pairs: (2P,) each, chosen first, and WPO's weights (P,)."""
+        margins, weights = self._terms(indices)
+        return Preferences(
+            logps=logps,
+            ref_logps=self._reference(indices, self.discounted),
+            lengths=lengths,
+            whole=whole,
+            tokens=self.tokens,
+            margins=margins,
+            weights=weights * likelihoods,
+            shift=self.shift,
+        )
+
+    def _measure(self, indices: Sequence[int], said: Said) -> tuple[Tensor, Tensor]:
+        """Losses (P,) of some pairs with their graph, and the sums of their metrics."""
+        logps, discounted = said.logps, said.discounted(self.options.ld_alpha)
+        if self.surrogate is None:
+            losses = self.objective(self._preferences(indices, discounted, logps, said.tokens, said.likelihoods()))
+        else:
+            known, *slopes = torch.stack([self.surrogate[i] for i in indices], 1)  # (P,) each
+            both = torch.cat([discounted, logps]).view(4, -1)
+            losses = known + ((both - both.detach()) * torch.stack(slopes)).sum(0)
+        return losses, self._sums(losses, logps, indices, said.tokens)
+
+    def _sums(self, losses: Tensor, logps: Tensor, indices: Sequence[int], lengths: Tensor) -> Tensor:
+        averaged = lengths if self.objective.averaged else None
+        return pair_sums(losses, logps, self._reference(indices), self.options.beta, averaged)
 
     def _not_finite(self, losses: dict[int, float]) -> NotFiniteError:
         """Find the pairs to blame: those whose loss is not finite, else those whose gradient is not when alone."""

@@ -7,7 +7,7 @@ import hashlib
 import shlex
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -20,19 +20,20 @@ from torch import Tensor
 
 from dpo_cli.adapters import save_adapter
 from dpo_cli.attention import attention
+from dpo_cli.card import model_card
 from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.config import TrainOptions
 from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
 from dpo_cli.errors import DpoError, Interrupted, NotWrittenError, UsageError
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import noise
-from dpo_cli.losses import sigmoid_loss
-from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics, truncate_metrics
+from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.model import default_device, load_model
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
-from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, model_card, trained_with
+from dpo_cli.push import check_login, push
+from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, trained_with
 from dpo_cli.samples import generate, text
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
 from dpo_cli.tokens import reasons
@@ -55,19 +56,17 @@ def train(
             holding.enter_context(held(resume / LOCK))
         if resume:
             trained_with(resume)  # first of all: what follows goes by its options
+        if options.push_to_hub and not dry_run:
+            check_login(options.push_to_hub)
         set_seed(options.seed)
         accelerator = _accelerator()
         run = lay_out_run(options, resume, accelerator.device, accelerator.num_processes, reporter, dry_run)
         if dry_run:
-            _, missing = tell_cached(run.cache, run.scored(), reporter)
+            missing = tell_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
         manifest = make_manifest(run, command, accelerator.num_processes)
         began = check_same_run(run.folder, manifest, reporter) if resume else manifest
-        if run.reference:
-            scored = run.reference.logps
-            assert scored is not None
-        else:
-            scored = fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
+        scored = _reference(run, reporter)
         manifest["reference"]["values"] = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
         if began["reference"]["values"] != manifest["reference"]["values"]:
             reporter.warn("the reference was computed anew since the run began: the last bits may differ")
@@ -81,14 +80,24 @@ def train(
         done = _restore(run, trainer, reporter) if resume else 0
         try:
             _Loop(run, trainer, held_out, stop, reporter).go_on_from(done)
-            _export(run, trainer, "model")
+            _export(run, trainer, "model", len(run.plan))
         except NotWrittenError as error:
             raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_go_on(run)}") from error
         if stop.requested:
             reporter.warn("the signal came when all was trained: the run is complete")
         result = _summary(run, first_answers)
         held_out.write_report(result["answers"])
-        return result
+        return result | _pushed(run, reporter)
+
+
+def _reference(run: Run, reporter: Reporter) -> Tensor:
+    """Log-probs of ``run.scored()`` under the reference: (P, 2) nats; 0 where the loss reads none."""
+    if run.cache is None:
+        return torch.zeros(len(run.scored()), 2)
+    if run.reference:
+        assert run.reference.logps is not None  # else this is a dry run
+        return run.reference.logps
+    return fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
 
 
 def _accelerator() -> Accelerator:
@@ -102,9 +111,13 @@ def _accelerator() -> Accelerator:
 
 def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[Trainer, Tensor]:
     """What a step needs, and the reference of the held-out pairs (P, 2); ``scored`` is that of ``run.scored()``."""
-    used = run.used()
+    used, ld_alpha = run.used(), run.options.ld_alpha
     reference = torch.full((len(run.pairs), 2), torch.nan)  # pairs that no step reads stay NaN
     reference[used] = scored[: len(used)]
+    discounted = None
+    if ld_alpha is not None and run.cache:
+        discounted = reference.clone()
+        discounted[used] = run.cache.discounted(run.pairs.select(used), ld_alpha)
     if run.options.gradient_checkpointing:
         # transformers 5.23 renamed it, and 5.17 has only the old name
         new = getattr(run.model, "activation_checkpointing_enable", None)
@@ -115,12 +128,14 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
     max_tokens = run.options.max_tokens or run.scorer.max_tokens  # as planned, whatever scoring came down to
     trainer = Trainer(
         accelerator=accelerator,
-        scorer=dataclasses.replace(run.scorer, model=prepared, max_tokens=max_tokens),
+        scorer=dataclasses.replace(run.scorer, model=prepared, max_tokens=max_tokens, wpo=run.options.wpo),
         optimizer=optimizer,
         pairs=run.pairs,
         costs=run.costs,
         reference=reference,
         options=run.options,
+        discounted=discounted,
+        experts=run.experts,
     )
     return trainer, scored[len(used) :]
 
@@ -138,6 +153,7 @@ def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
         trainer.scorer.max_tokens = restore_checkpoint(checkpoint, run.model, trainer.optimizer)
         reporter.fact("resume", f"after step {done} of {len(run.plan)}, from {checkpoint}")
     truncate_metrics(run.folder / "metrics.jsonl", done)
+    trainer.mean_rewards = step_rewards(read_metrics(run.folder / "metrics.jsonl"))
     return done
 
 
@@ -151,14 +167,17 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
         DpoError: a response's log-probs differ by more than arithmetic explains.
     """
     indices = [i for micro_batch in run.plan[0] for i in micro_batch]
-    values, largest = trainer.compare(indices)
-    terms = run.pairs.terms[indices]
-    weights, margins = torch.tensor(terms).T
-    equal = torch.zeros(2 * len(indices))
-    expected = float(sigmoid_loss(equal, equal, run.options.beta, run.options.label_smoothing, margins, weights).mean())
-    usual = bool((terms == (1, 0)).all())
-    must = "ln 2 = 0.693147" if usual else f"{expected:.6f} by the weights and margins of its pairs"
+    values, largest, expected = trainer.compare(indices)
+    objective = trainer.objective
+    like_others = bool((run.pairs.terms[indices] == (1, 0)).all())
+    usual = objective.plain and like_others
+    by = f"for --loss {objective.name}" if like_others else "by the weights and margins of its pairs"
+    must = "ln 2 = 0.693147" if usual else f"{expected:.6f} {by}"
     told = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
+    if not objective.reference:
+        reporter.fact("step 0", f"{told}  ({objective.name} reads no reference)")
+        return
+    assert run.cache is not None
     if run.reference and run.reference.fingerprint != run.start:
         apart = f"policy and reference are two models, up to {largest:.3g} nats a root of a response's tokens apart"
         reporter.fact("step 0", f"{told}  ({apart})")
@@ -225,7 +244,7 @@ class _Loop:
     def _evaluate(self, step: int) -> bool:
         """Evaluate the held-out pairs, tell it, and keep the model if it is the best; False if a signal came first."""
         run, trainer, stop = self.run, self.trainer, self.stop
-        keep = partial(_export, run, trainer, "best")
+        keep = partial(_export, run, trainer, "best", step)
         found = self.held_out.evaluate(step, trainer.scorer, lambda: stop.requested, keep)
         if found is None:
             return False
@@ -263,7 +282,7 @@ class _Loop:
                 texts = {name: decode(read(getattr(pair, name))) for name in ("prompt", "chosen", "rejected")}
                 ids = {f"{name}_ids": getattr(pair, name).tolist() for name in texts}
                 about = {"row": pair.where, "to_blame": place in error.bad, "loss": loss}
-                about["ref_logps"] = self.trainer.reference[place].tolist()
+                about["ref_logps"] = self.trainer.reference[place].tolist() if run.cache else None
                 stream.write(to_json(about | texts | ids) + "\n")
         kept = f"Its pairs are in {file}" if file.exists() else f"Its pairs could not be written to {file}"
         everywhere = len(error.bad) == len(error.losses) > 1
@@ -275,24 +294,43 @@ class _Loop:
         )
 
 
-def _export(run: Run, trainer: Trainer, name: str) -> None:
-    """Write the policy as it is now to a folder of the run: an adapter alone, unless it is to be merged.
+def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str, float] | None = None) -> None:
+    """Write the policy as it is after ``step`` to a folder of the run; ``after`` are its metrics if not yet written.
 
-    It is merged into a base that is loaded anew: to take it out of its own again would change that by rounding.
+    Of an adapter that is the adapter alone, unless it is to be merged: into a base that is loaded anew, for to take it
+    out of its own again would change that by rounding.
     """
+    known = evaluations(read_metrics(run.folder / "metrics.jsonl"))
+    card = model_card(run, known.get(0, {}), after or known.get(step, {}))
     if run.options.export == "merged":
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(run.model, Path(folder))
-            source = dataclasses.replace(run.source, adapter=Path(folder), attached=False, checkpoint=None)
-            export_model(run.folder / name, load_model(source), run.tokenizer, model_card(run))
+            whole_model = load_model(
+                dataclasses.replace(run.source, adapter=Path(folder), attached=False, checkpoint=None)
+            )
+        whole_model.generation_config = run.model.generation_config
+        export_model(run.folder / name, whole_model, run.tokenizer, card)
         return
     whole, own = rejoined(run.model, unwrapped(trainer.optimizer)), attention(run.model, run.own_attention)
     with whole, own:
-        export_model(run.folder / name, run.model, run.tokenizer, model_card(run))
+        export_model(run.folder / name, run.model, run.tokenizer, card)
+
+
+def _pushed(run: Run, reporter: Reporter) -> dict[str, Any]:
+    """Push the model if that was asked for; what goes wrong is among what is returned, for the run is complete."""
+    if not (name := run.options.push_to_hub):
+        return {}
+    try:
+        done = push(run.folder, name)
+    except DpoError as error:
+        return {"push_error": f"the run is complete in {run.folder}, but {error}"}
+    reporter.fact("pushed", f"{done['url']} ({'private' if done['private'] else 'public'})")
+    return {"pushed": done["url"]}
 
 
 def _how_to_go_on(run: Run) -> str:
-    return f"Go on with: dpo train --resume {shlex.quote(str(run.folder))}"
+    again = f" --push-to-hub {run.options.push_to_hub}" if run.options.push_to_hub else ""
+    return f"Go on with: dpo train --resume {shlex.quote(str(run.folder))}{again}"
 
 
 def _due(every: int, step: int) -> bool:

@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from dpo_cli.losses import Objective, Preferences
 from dpo_cli.pairs import Pair
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,19 @@ def make_model(family: str = "llama", seed: int = 0, scale: float = 6.0, **confi
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.2)
     return model
+
+
+def sigmoid_loss(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    margins: torch.Tensor | float = 0.0,
+    weights: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """The DPO loss of each pair as a run has it: (2P,), (2P,) -> (P,)."""
+    pairs = Preferences(logps, ref_logps, torch.ones(len(logps)), logps, 1.0, margins, weights)
+    return Objective(beta=beta, label_smoothing=label_smoothing)(pairs)
 
 
 def bar_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:

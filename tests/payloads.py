@@ -79,7 +79,7 @@ def report_of(text: str, plots: bool = False) -> ReportInput:
     scores = like.scores
     if not plots:
         nothing = scores.logps * float("nan")
-        scores = Scores(scores.where, scores.tokens, nothing, nothing, scores.terms, scores.beta)
+        scores = Scores(scores.where, scores.tokens, nothing, nothing, scores.terms, scores.objective)
     result = {name: value for name, value in like.result.items() if plots or name not in ("buckets", "calibration")}
     result |= {"model": text, "reference": text, "refused": {text: 2}, text: 1.5, "text": {text: 1.5}}
     words = dict.fromkeys(("kind", "title", "text", "advice"), text)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_cli.losses import Objective
 from dpo_cli.scores import Distributions, Evaluation, Scores, ShownPair, Token, means, values
 from tests.conftest import SAMPLE
 
@@ -58,7 +59,7 @@ def make_scores(pairs: int = 300, seed: int = 0) -> Scores:
     )
     where = [f"heldout.jsonl:{i + 1}" for i in range(pairs)]
     terms = np.stack([np.ones(pairs), np.zeros(pairs)], 1)
-    return Scores(where, tokens, logps, ref_logps, terms, 0.1, 0.0, exact)
+    return Scores(where, tokens, logps, ref_logps, terms, Objective(), exact)
 
 
 def make_result(scores: Scores) -> dict[str, Any]:
@@ -68,7 +69,11 @@ def make_result(scores: Scores) -> dict[str, Any]:
         "refused": {"empty response": 2},
         "pairs": len(scores.where),
     }
-    found |= {"model": "runs/first/model", "reference": "HuggingFaceTB/SmolLM2-135M-Instruct", "beta": scores.beta}
+    found |= {
+        "model": "runs/first/model",
+        "reference": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "beta": scores.objective.beta,
+    }
     found |= values(scores)
     spread = {name: 1.96 * float(np.std(top / below)) / len(top) ** 0.5 for name, (top, below) in means(scores).items()}
     found["intervals"] = {name: [found[name] - by, found[name] + by] for name, by in spread.items()}

@@ -243,6 +243,13 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "eval_fraction": SHARE,
     "beta": REAL_POSITIVE,
     "label_smoothing": ([0.0, 0.1, 0.499], [-0.1, 0.5, 0.6, math.nan]),
+    "router_aux_loss_coef": ([0.0, 0.001], [-0.1, math.inf, math.nan]),
+    "push_to_hub": (["me/model-1.5", "my-org/m"], ["model", "/m", "a/b/c", "../m", ".m/n", "a/m n"]),
+    "f_divergence": (
+        ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "alpha_divergence=0.3"],
+        ["KL", "", "js_divergence=1", "alpha_divergence=", "alpha_divergence=x", "alpha_divergence=nan"],
+    ),
+    "ld_alpha": ([0.0, 0.5, 1.0], [-0.1, 1.1, math.nan]),
     "epochs": POSITIVE,
     "max_steps": POSITIVE,
     "batch_size": POSITIVE,
@@ -353,19 +360,25 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_to_yaml_writes_resolve_reads_back(written: Path, options: TrainOptions) -> None:
     """But for the output folder, so that it can run again, and for trust, which a file is not to ask for."""
     written.write_text(to_yaml(options), encoding="utf-8")
-    assert resolve(TrainOptions, {}, written) == dataclasses.replace(options, output=None, trust_remote_code=False)
+    assert resolve(TrainOptions, {}, written) == dataclasses.replace(
+        options, output=None, trust_remote_code=False, push_to_hub=None
+    )
 
 
 def test_to_yaml_names_every_other_option() -> None:
     lines = to_yaml(TrainOptions(**DATA, output=Path("runs/a"))).splitlines()
     named = {line.partition(":")[0] for line in lines if not line.startswith("-")}
-    assert named == {f.name for f in fields(TrainOptions)} - {"output", "trust_remote_code"}
+    assert named == {f.name for f in fields(TrainOptions)} - {"output", "trust_remote_code", "push_to_hub"}
 
 
 # ---- going on with a run ----------------------------------------------------------------------------------------
 
 BEGAN = TrainOptions(
-    data=[str(Path("pairs.jsonl").absolute())], cache_dir=Path("cache").absolute(), beta=0.2, memory="full"
+    data=[str(Path("pairs.jsonl").absolute())],
+    cache_dir=Path("cache").absolute(),
+    beta=0.2,
+    memory="full",
+    loss="sigmoid=1,discopop=1",
 )
 # option: another value than it began with
 OTHER: dict[str, Any] = {
@@ -386,7 +399,13 @@ OTHER: dict[str, Any] = {
     "eval_fraction": 0.5,
     "output": Path("other").absolute(),
     "beta": 0.3,
+    "loss": "discopop",
+    "loss_options": "discopop_tau=0.1",
     "label_smoothing": 0.1,
+    "router_aux_loss_coef": 0.01,
+    "f_divergence": "js_divergence",
+    "ld_alpha": 0.5,
+    "wpo": True,
     "epochs": 9,
     "max_steps": 9,
     "batch_size": 9,
@@ -414,6 +433,7 @@ OTHER: dict[str, Any] = {
     "modules_to_save": "norm",
     "quantize": "4bit",
     "export": "merged",
+    "push_to_hub": "me/model",
 }
 
 
@@ -461,6 +481,7 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
     Were the metric of the best model among them, best/ would hold the best by another one, or lack what is over.
     """
     names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
+    names |= {"push_to_hub"}
     assert names == OPERATIONAL
 
 

@@ -19,6 +19,7 @@ from dpo_cli.batch import Layout
 from dpo_cli.drift import COLUMNS, FOLD, TOP, Compared, TokenFile, Watch, compare, divergences, record, score
 from dpo_cli.errors import NotWrittenError, UsageError
 from dpo_cli.logps import Scorer
+from dpo_cli.losses import Objective
 from dpo_cli.metrics import Reporter
 from dpo_cli.outcome import scores_of
 from dpo_cli.pairs import Pair, Pairs, carries_loss, read
@@ -50,7 +51,7 @@ def compared(policy: Scorer, reference: Scorer, pairs: Pairs, folder: Path, poli
 def scores_between(policy: Scorer, reference: Scorer, pairs: Pairs, folder: Path) -> Scores:
     both = score(policy, pairs, WATCH), score(reference, pairs, WATCH)
     assert both[0] is not None and both[1] is not None
-    return scores_of(pairs, *both, 0.1, 0.0, compared(policy, reference, pairs, folder, False))
+    return scores_of(pairs, *both, Objective(), compared(policy, reference, pairs, folder, False))
 
 
 # ---- everything enumerated --------------------------------------------------------------------------------------

@@ -17,12 +17,11 @@ import dpo_cli.logps
 import dpo_cli.model
 from dpo_cli.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
 from dpo_cli.batch import Layout, MicroBatch, lay_out, padded
-from dpo_cli.errors import DpoError
-from dpo_cli.logps import Scorer, response_logps, token_logps
-from dpo_cli.losses import sigmoid_loss
-from dpo_cli.model import choose_layout
+from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.logps import Said, Scorer, response_logps, token_logps
+from dpo_cli.model import _disable_dropout, choose_layout
 from dpo_cli.pairs import Pair
-from tests.conftest import make_model
+from tests.conftest import make_model, sigmoid_loss
 
 WINDOW = 7  # shorter than every prompt + response but the shortest
 ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
@@ -47,7 +46,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": WINDOW},
     "glm4": {},
     "exaone4": ALTERNATING,
+    "gpt_oss": ALTERNATING | MOE,
 }
+ONE_DOCUMENT = {"opt", "gpt_oss"}  # their own attention takes a packed row for one
 # Families whose attention has a part of its own, the layout they get, and what is said about the others.
 SPECIAL: dict[str, tuple[dict[str, Any], Layout, list[str]]] = {
     "gemma2": (
@@ -55,7 +56,6 @@ SPECIAL: dict[str, tuple[dict[str, Any], Layout, list[str]]] = {
         "packed",
         ["shared: its attention takes softcap"],
     ),
-    "gpt_oss": (ALTERNATING | MOE, "padded", ["shared: its attention takes s_aux", "packed: off by"]),
     "bloom": ({"n_layer": 2, "n_head": 4}, "padded", ["shared: off by", "packed: off by"]),
     "mamba": ({"state_size": 8, "scale": 3.0}, "padded", ["shared: off by", "packed: off by"]),
 }
@@ -66,7 +66,14 @@ CPU = torch.device("cpu")
 
 def make(family: str) -> PreTrainedModel:
     config = SPECIAL[family][0] if family in SPECIAL else FAMILIES[family]
-    return make_model(family, vocab_size=64, max_position_embeddings=128, **config)
+    return small(family, **config)
+
+
+def small(family: str, **config: Any) -> PreTrainedModel:
+    """As ``load_model`` gives it: without dropout."""
+    model = make_model(family, **{"vocab_size": 64, "max_position_embeddings": 128, **config})
+    _disable_dropout(model)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,8 @@ def score(model: PreTrainedModel, pairs: list[Pair], layout: Layout | None) -> S
     ref_logps = torch.linspace(-40, -20, 2 * len(pairs)).view(2, -1)  # chosen, rejected
     found = torch.zeros(2, len(pairs))
 
-    def loss(places: slice, logps: Tensor) -> Tensor:
+    def loss(places: slice, said: Said) -> Tensor:
+        logps = said.logps
         found[:, places] = logps.detach().view(2, -1)
         return sigmoid_loss(logps, ref_logps[:, places].reshape(-1), beta=0.02).sum()
 
@@ -105,7 +113,7 @@ def score(model: PreTrainedModel, pairs: list[Pair], layout: Layout | None) -> S
             Scorer(model, layout, torch.float32, 256, CPU).backward(whole, loss)
     else:
         tokens = torch.cat([token_logps(model, part, torch.float32) for part in alone(pairs)])
-        loss(slice(None), response_logps(tokens, whole.lengths)).backward()
+        loss(slice(None), Said(tokens, whole.lengths)).backward()
     logps = found.view(-1)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return logps.detach(), gradients
@@ -135,7 +143,7 @@ def test_equal_to_single_sequences(family: str, pairs: list[Pair], monkeypatch: 
     model = make(family)
     wanted = score(model, pairs, None)
     assert difference(model, pairs, None, wanted[0]) > 0.1  # nats: stock attention is wrong here, and it shows
-    layouts: list[Layout] = ["shared", "padded"] if family == "opt" else ["shared", "packed", "padded"]
+    layouts: list[Layout] = ["shared", "padded"] if family in ONE_DOCUMENT else ["shared", "packed", "padded"]
     for layout in layouts:
         check_equal(score(model, pairs, layout), wanted)
     layout, apart, told = choose_layout(model, pairs, 256, CPU, torch.float32)
@@ -195,7 +203,7 @@ def test_attention_by_its_definition(groups: int, window: int | None, pairs: lis
     torch.testing.assert_close(got, dense_attention(query, key, value, LENGTHS, window), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("foreign", ["softcap", "s_aux", "position_bias"])
+@pytest.mark.parametrize("foreign", ["softcap", "position_bias"])
 def test_attention_refuses_what_it_does_not_compute(foreign: str, pairs: list[Pair]) -> None:
     x = torch.ones(1, 1, sum(map(sum, LENGTHS)), 8)
     segments = lay_out(pairs, "shared").segments
@@ -259,15 +267,50 @@ def test_falls_back_to_padded_batches(pairs: list[Pair], monkeypatch: pytest.Mon
 
 
 def test_refuses_a_model_whose_rows_mix(pairs: list[Pair]) -> None:
-    """A model that looks at the whole batch, as batch normalisation does, has no log-prob of one response."""
+    """A head that looks at all the tokens it has met before, of whatever row, has no log-prob of one response."""
     model = make("llama")
-    model.get_output_embeddings().register_forward_hook(lambda module, inputs, out: out - out.mean((0, 1)))
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, out: out - out.cumsum(-2) / 8)
     with pytest.raises(DpoError, match=r"shared: off by .*; packed: off by .*; padded: off by"):
         choose_layout(model, pairs, 256, CPU, torch.float32)
 
 
+LONG_PROMPTS = [(40, 9, 5), (45, 7, 11)]
+FADING = {
+    "mamba": {"state_size": 8, "scale": 3.0},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "scale": 3.0},
+}
+
+
+@pytest.mark.parametrize("family", FADING)
+def test_what_a_state_keeps_of_the_sequence_before_is_seen_behind_long_prompts(family: str) -> None:
+    """It fades over a prompt, and would pass for noise behind one."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        Pair(f"row {i}", *(rng.integers(3, 64, n).astype(np.int32) for n in lengths))
+        for i, lengths in enumerate(LONG_PROMPTS)
+    ]
+    model = small(family, **FADING[family])
+    layout, _, told = choose_layout(model, pairs, 512, CPU, torch.float32)
+    assert layout == "padded" and "packed: off by" in told
+    check_equal(score(model, pairs, layout), score(model, pairs, None))
+
+
+def test_refuses_a_model_that_reads_ahead(pairs: list[Pair]) -> None:
+    with pytest.raises(UsageError, match="no causal language model: a token's log-prob changes by"):
+        choose_layout(small("bert"), pairs, 256, CPU, torch.float32)
+
+
+def test_refuses_a_model_that_draws_its_experts_in_training(pairs: list[Pair]) -> None:
+    with pytest.raises(UsageError, match="in training the model's log-probs are others"):
+        choose_layout(small("phimoe", num_local_experts=8, scale=3.0), pairs, 256, CPU, torch.float32)
+
+
 def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probes are the longest pair within max_tokens and the shortest, so that a window is seen and memory lasts."""
+    """The longest pair within max_tokens and the shortest, so that a window is seen and memory lasts.
+
+    The last is the shortest again, with one token of its prompt.
+    """
     tried: list[Any] = []
 
     def spy(probes: list[Pair], layout: Layout) -> MicroBatch:
@@ -278,4 +321,5 @@ def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPa
     for max_tokens, places in ((256, [2, 1]), (47, [0, 1]), (16, [1])):
         tried.clear()
         choose_layout(make("llama"), pairs, max_tokens, CPU, torch.float32)
-        assert [[pair.where for pair in probes] for probes in tried] == [[f"row {i}" for i in places]]
+        assert [[pair.where for pair in probes] for probes in tried] == [[f"row {i}" for i in [*places, places[-1]]]]
+        assert len(tried[0][-1].prompt) == 1

@@ -17,10 +17,9 @@ from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, lay_out, padded, plan_run, row_costs
 from dpo_cli.config import TrainOptions
 from dpo_cli.logps import Scorer, response_logps, token_logps
-from dpo_cli.losses import sigmoid_loss
 from dpo_cli.pairs import Pair
 from dpo_cli.step import StopSignal, Trainer
-from tests.conftest import make_model, random_pairs
+from tests.conftest import make_model, random_pairs, sigmoid_loss
 
 LAYOUTS: list[Layout] = ["shared", "packed", "padded"]
 CPU = torch.device("cpu")

@@ -1,12 +1,16 @@
-"""The losses at margins worked by hand, and their gradients."""
+"""The losses worked by hand, their gradients, and what an objective makes of them."""
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dpo_cli.losses import sigmoid_loss
+from dpo_cli.errors import UsageError
+from dpo_cli.losses import DIVERGENCES, LOSSES, Loss, Objective, Preferences, divergence, objective_of
+from tests.conftest import sigmoid_loss
 
 BETA = 0.5
 # Three pairs whose margins beta * h are 0, 1 and 2: h is 0, 2 and 4 nats, gained on both sides.
@@ -126,3 +130,177 @@ def test_finite_at_huge_margins(smoothing: float, dtype: torch.dtype) -> None:
     assert losses.tolist() == pytest.approx([1000 * smoothing, 1000 * (1 - smoothing)], rel=1e-2)
     assert leaf.grad is not None and leaf.grad.isfinite().all()
     assert leaf.grad[1].item() == pytest.approx(-BETA * (1 - smoothing), rel=1e-2)  # a lost pair pulls with all of beta
+
+
+# ---- all losses -------------------------------------------------------------------------------------------------
+
+# One pair: r_w = 2, r_l = -2 nats; 4 and 2 tokens, so 1/2 and -1 a token; log-probs a token -2 and -3.
+ONE = Preferences(
+    logps=torch.tensor([-8.0, -6.0]).double(),
+    ref_logps=torch.tensor([-10.0, -4.0]).double(),
+    lengths=torch.tensor([4, 2]),
+    whole=torch.tensor([-8.0, -6.0]).double(),
+    tokens=4.0,
+    margins=torch.tensor([0.5]).double(),
+    shift=0.5,
+)
+# At beta = 1/2, of which beta r_w = 1, beta r_l = -1, beta h = 2; where the margin of 1/2 is read, beta h - m = 3/2.
+# log sigma(x) = -log(1 + e^-x): of 1.5 it is -0.201413, of -2.5 -2.578890, of 1 -0.313262, of -1 -1.313262.
+BY_HAND: dict[str, tuple[dict[str, Any], float]] = {
+    "sigmoid": ({}, 0.201413),
+    "robust": ({"label_smoothing": 0.1}, (0.9 * 0.201413 - 0.1 * 2.578890) / 0.8),
+    "sigmoid_norm": ({}, 0.386871),  # log(1 + e^-0.75)
+    "hinge": ({"beta": 0.25}, 0.5),  # 1 + 0.5 - 1
+    "ipo": ({}, 0.25),  # (1.5 - 1)^2
+    "dpop": ({}, 0.201413),  # the chosen response did not become rarer
+    "exo_pair": ({"label_smoothing": 0.1}, 0.001943),  # 0.880797 log(0.880797/0.9) + 0.119203 log(0.119203/0.1)
+    "nca_pair": ({}, 0.313262 + (1.313262 + 0.313262) / 2),
+    "bco_pair": ({}, 2 * 0.313262),
+    "bco": ({}, 0.474077 + 0.201413),  # -log sigma(1 - 0.5) - log sigma(0.5 + 1)
+    "sppo_hard": ({}, 2.0),  # (2 - 1)^2 + (-2 + 1)^2
+    "apo_zero": ({}, 2 * 0.268941),
+    "apo_down": ({}, 0.731059 + 0.119203),
+    "discopop": ({"options": {"discopop_tau": 1.0}}, 0.119203 * 0.126928 + 0.880797 * 0.135335),
+    "aot": ({}, 0.126928),  # -log sigma(2)
+    "aot_unpaired": ({}, 0.126928),
+    "sft": ({}, 2.0),  # 8/4
+    "simpo": ({}, 0.974077),  # -log sigma(0.5 (-2 + 3) - 0.5 - 0.5)
+    "orpo": ({}, 2.0 + 0.5 * 0.288751),  # log odds -1.854587 and -2.948932
+    "cpo": ({}, 2.0 + 1.701413),  # -log sigma(0.5 (-8 + 6) - 0.5)
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_by_hand(name: str) -> None:
+    options, wanted = BY_HAND[name]
+    assert Objective({name: 1.0}, **{"beta": 0.5} | options)(ONE).tolist() == pytest.approx([wanted], abs=2e-6)
+
+
+def pairs_of(count: int, seed: int = 0) -> Preferences:
+    """Random pairs with margins and weights."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(size: int, scale: float) -> Tensor:
+        return scale * torch.randn(size, generator=random, dtype=torch.float64)
+
+    lengths = torch.randint(1, 30, (2 * count,), generator=random)
+    logps = -lengths * (0.5 + torch.rand(2 * count, generator=random, dtype=torch.float64))
+    terms = {"margins": draw(count, 0.3), "weights": 1 + draw(count, 0.1).abs()}
+    return Preferences(logps, logps + draw(2 * count, 3.0), lengths, logps - 1, 11.0, shift=0.3, **terms)
+
+
+@pytest.mark.parametrize("f_divergence", [*DIVERGENCES, "alpha_divergence=1.5"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_gradient_is_that_of_its_value(name: str, f_divergence: str) -> None:
+    """By finite differences in double precision, through all that a loss reads of the policy."""
+    if f_divergence != "reverse_kl" and "f_divergence" not in LOSSES[name].reads:
+        return
+    eps = 0.1 if "label_smoothing" in LOSSES[name].reads else 0.0
+    objective, p = objective_of(name, beta=0.4, label_smoothing=eps, f_divergence=f_divergence), pairs_of(5)
+
+    def compute(logps: Tensor, whole: Tensor) -> Tensor:
+        return objective(dataclasses.replace(p, logps=logps, whole=whole))
+
+    leaves = (p.logps.clone().requires_grad_(), p.whole.clone().requires_grad_())
+    assert torch.autograd.gradcheck(compute, leaves, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if not loss.couples])
+def test_a_pairs_loss_is_its_own_times_its_weight(name: str) -> None:
+    eps = 0.1 if name == "exo_pair" else 0.0
+    objective, p = objective_of(name, label_smoothing=eps), pairs_of(4)
+    one = [dataclasses.replace(p, weights=1.0, margins=p.margins[i : i + 1], **of(p, i)) for i in range(4)]
+    alone = torch.cat([objective(each) for each in one])
+    torch.testing.assert_close(objective(p), p.weights * alone)
+
+
+def of(p: Preferences, pair: int) -> dict[str, Tensor]:
+    return {name: getattr(p, name)[pair::4] for name in ("logps", "ref_logps", "lengths", "whole")}
+
+
+def test_dpop_holds_the_chosen_response_up_by_hand() -> None:
+    """r_w = -1, r_l = -9: 0.5 (8 - 50) = -21, whatever the rejected one lost."""
+    p = dataclasses.replace(ONE, logps=torch.tensor([-11.0, -13.0]).double(), margins=0.0)
+    assert Objective({"dpop": 1.0}, beta=0.5)(p).tolist() == pytest.approx([21.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_sorted_losses_by_hand(name: str) -> None:
+    """Gaps 3, 1, 2 against the reference's 0, 5, 4 are 1, 2, 3 against 0, 4, 5; unpaired, 8, 4, 6 against 1, -1, 2."""
+    logps, ref_logps = torch.tensor([3.0, 1.0, 2.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 5.0, 4.0, 0.0, 0.0, 0.0])
+    wanted = [3 - 5, 1 - 0, 2 - 4]  # to the pair whose gap is the k-th
+    if name == "aot_unpaired":
+        logps, ref_logps = torch.tensor([8.0, 4.0, 6.0, 1.0, -1.0, 2.0]), torch.zeros(6)
+        wanted = [8 - 2, 4 + 1, 6 - 1]
+    p = Preferences(logps, ref_logps, torch.ones(6), logps, 1.0)
+    losses = Objective({name: 1.0}, beta=1.0)(p).tolist()
+    assert losses == pytest.approx([math.log1p(math.exp(-d)) for d in wanted], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_finite_far_from_the_reference(name: str) -> None:
+    eps = 0.1 if "label_smoothing" in LOSSES[name].reads else 0.0
+    for far in (1000.0, -1000.0):
+        logps = (torch.tensor([-1001.0, -1001.0]) + torch.tensor([far, -far])).clamp(max=0).requires_grad_()
+        p = Preferences(logps, torch.full((2,), -1001.0), torch.ones(2), logps, 1.0)
+        loss = objective_of(name, label_smoothing=eps)(p).sum()
+        (gradient,) = torch.autograd.grad(loss, logps)
+        assert gradient.isfinite().all() and (loss.isfinite() or name == "discopop")  # e^200 is no float32
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("forward_kl", 1 - 1 / 2), ("js_divergence", math.log(4 / 3)), ("alpha_divergence", 2 - math.sqrt(2)),
+     ("alpha_divergence=3", 1.5), ("alpha_divergence=1", math.log(2)), ("reverse_kl", math.log(2))],
+)  # fmt: skip
+def test_f_divergences_by_hand(name: str, wanted: float) -> None:
+    """Of a response that is twice as likely: (2^-1/2 - 1) / (-1/2) = 2 - 2^1/2 and (2^2 - 1) / 2."""
+    assert divergence(name)(torch.tensor([2.0]).log()).tolist() == pytest.approx([wanted], abs=1e-6)
+
+
+def test_a_combination_is_the_weighted_sum() -> None:
+    p = pairs_of(6)
+    parts = [Objective({name: 1.0})(p) for name in ("sigmoid", "ipo", "sft")]
+    torch.testing.assert_close(
+        objective_of("sigmoid=2, ipo=0.5,sft=1e-1")(p), 2 * parts[0] + 0.5 * parts[1] + 0.1 * parts[2]
+    )
+    assert objective_of("sigmoid,sft=0.2").name == "sigmoid=1,sft=0.2"
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"loss": "apo-zero"}, "--loss apo-zero: no loss is called 'apo-zero'; did you mean apo_zero?"),
+        ({"loss": "xyz"}, "--loss xyz: no loss is called 'xyz'; there are sigmoid, "),
+        ({"loss": ""}, "no loss is called ''"),
+        ({"loss": "sigmoid,sft=x"}, "'x' is no number"),
+        ({"loss": "sigmoid,sft=0"}, "a weight must be greater than 0"),
+        ({"loss": "sigmoid,sft=inf"}, "'inf' is no number"),
+        ({"loss": "sft=1,sft=2"}, "sft is there twice"),
+        ({"loss": "hinge", "label_smoothing": 0.1}, "--label-smoothing 0.1: --loss hinge does not read it; "),
+        ({"loss": "exo_pair"}, "--loss exo_pair: needs --label-smoothing above 0"),
+        ({"loss": "sigmoid,apo_zero", "f_divergence": "forward_kl"}, "--loss apo_zero has no other than reverse_kl"),
+        ({"loss": "simpo", "f_divergence": "forward_kl"}, "--f-divergence forward_kl: is about the ratio"),
+        ({"loss": "cpo", "ld_alpha": 0.0}, "--ld-alpha 0.0: is about the ratio to the reference"),
+        ({"loss": "aot,sft=0.1", "wpo": True}, "--wpo: --loss aot=1,sft=0.1 sorts the responses"),
+        ({"loss_options": "simpo_gamma=1"}, "--loss-options simpo_gamma: --loss sigmoid does not read it; it has none"),
+        ({"loss": "simpo", "loss_options": "gamma=1"}, "does not read it; it has simpo_gamma"),
+        ({"loss": "simpo", "loss_options": "beta=1"}, "--loss-options beta: --loss simpo does not read it"),
+        ({"loss": "simpo", "loss_options": "simpo_gamma"}, "'' is no number"),
+        ({"loss": "simpo", "loss_options": "simpo_gamma=1,simpo_gamma=2"}, "simpo_gamma is there twice"),
+        ({"loss": "discopop", "loss_options": "discopop_tau=-1"}, "discopop_tau must be 0 or greater"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        objective_of(**options)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=lambda loss: loss.name)
+def test_every_loss_says_what_it_is(loss: Loss) -> None:
+    assert loss.use.endswith(".") and loss.formula and ("arXiv" in loss.paper or "http" in loss.paper)
+    assert all(isinstance(default, float) for default in loss.options.values())

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 
 from dpo_cli.disk import to_json
 from dpo_cli.errors import UsageError
+from dpo_cli.losses import Objective
 from dpo_cli.margins import compared, sections
 from dpo_cli.scores import Distributions, Scores, means, values
 
@@ -27,7 +28,7 @@ def make_scores(logratios: Any, tokens: Any = None, ref_logps: Any = None, beta:
     ref_logps = np.full(logratios.shape, -20.0) if ref_logps is None else np.asarray(ref_logps, float)
     terms = np.tile([1.0, 0.0], (len(logratios), 1))
     where = [f"rows.jsonl:{line + 1}" for line in range(len(logratios))]
-    return Scores(where, tokens, ref_logps + logratios, ref_logps, terms, beta, **more)
+    return Scores(where, tokens, ref_logps + logratios, ref_logps, terms, Objective(beta=beta), **more)
 
 
 def with_margins(*margins: float, **more: Any) -> Scores:
@@ -266,7 +267,7 @@ def test_differences_are_paired() -> None:
 
 def test_models_of_different_betas_are_compared_in_log_ratios_too() -> None:
     a = random_scores(50)
-    told = compared(a, dataclasses.replace(a, beta=1.0))
+    told = compared(a, dataclasses.replace(a, objective=Objective(beta=1.0)))
     assert told["differences"]["rewards/margins"]["difference"] > 0.1
     assert told["differences"]["logratios/margins"]["interval"] == [0, 0]
     assert told["pairs_b_better"]["share"] == 0.5

@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from dpo_cli.batch import lay_out
 from dpo_cli.checkpoint import export_model, restore_checkpoint, save_checkpoint
 from dpo_cli.logps import response_logps, token_logps
-from dpo_cli.losses import sigmoid_loss
 from dpo_cli.optimizer import BYTES, SPLIT, SmallAdamW, decode, encode, halve, join, make_optimizer, rejoined, split
-from tests.conftest import make_model, random_pairs
+from tests.conftest import make_model, random_pairs, sigmoid_loss
 
 SMALL = ["8bit", "split", "in-backward"]
 BATCH = lay_out(random_pairs(6, seed=3), "padded")

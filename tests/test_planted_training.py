@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from dpo_cli.batch import MicroBatch, lay_out
 from dpo_cli.diagnose import findings, suspects
-from dpo_cli.logps import Scorer, hidden_states
-from dpo_cli.losses import sigmoid_loss
+from dpo_cli.logps import Said, Scorer, hidden_states
+from dpo_cli.losses import Objective
 from dpo_cli.margins import sections
 from dpo_cli.pairs import Pair, loss_tokens
 from dpo_cli.scores import Distributions, Scores
-from tests.conftest import make_model
+from tests.conftest import make_model, sigmoid_loss
 
 CPU = torch.device("cpu")
 EOS, FIRST, WORDS = 2, 4, 64  # ids below FIRST are special
@@ -50,7 +50,7 @@ def pretrain(model: PreTrainedModel, pairs: Sequence[Pair], steps: int, lr: floa
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr, weight_decay=0), np.random.default_rng(0)
     for _ in range(steps):
         batch = lay_out([pairs[i] for i in rng.choice(len(pairs), 32)], "padded")
-        scorer(model).backward(batch, lambda _, logps: -logps.chunk(2)[0].sum() / 32)
+        scorer(model).backward(batch, lambda _, said: -said.logps.chunk(2)[0].sum() / 32)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -74,7 +74,7 @@ class Trained:
         logps, ref_logps = (table(model, pairs).double().numpy() for model in (self.policy, self.reference))
         tokens = np.array([[loss_tokens(pair.chosen), loss_tokens(pair.rejected)] for pair in pairs], float)
         terms, exact = np.tile([1.0, 0.0], (len(pairs), 1)), distributions(self.policy, self.reference, pairs)
-        return Scores([p.where for p in pairs], tokens, logps, ref_logps, terms, self.beta, 0.0, exact)
+        return Scores([p.where for p in pairs], tokens, logps, ref_logps, terms, Objective(beta=self.beta), exact)
 
     def found(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         scores = self.scores(pairs)
@@ -109,7 +109,8 @@ def train(
             places = rng.choice(len(pairs), 16, replace=len(pairs) < 16)
             margins: list[Tensor] = []
 
-            def loss(some: slice, logps: Tensor, places: Any = places, margins: list[Tensor] = margins) -> Tensor:
+            def loss(some: slice, said: Said, places: Any = places, margins: list[Tensor] = margins) -> Tensor:
+                logps = said.logps
                 reference = ref_logps[places[some]].T.reshape(-1)
                 margins.append(beta * (logps - reference).detach().view(2, -1).diff(dim=0).neg()[0])
                 return sigmoid_loss(logps, reference, beta).sum() / 16

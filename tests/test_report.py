@@ -20,6 +20,7 @@ from PIL import Image
 from dpo_cli import curves, numerals
 from dpo_cli.charts import charts
 from dpo_cli.errors import NotWrittenError
+from dpo_cli.losses import objective_of
 from dpo_cli.plots import svg
 from dpo_cli.report import MOST_TOKENS, ReportInput, page, shade, shown, write_report
 from dpo_cli.scores import Evaluation, Scores, ShownPair, Token, values
@@ -355,3 +356,10 @@ def test_a_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotWrittenError, match=re.escape(str(tmp_path / "file" / "report.html"))):
         write_report(tmp_path / "file" / "report.html", ReportInput("run"))
+
+
+def test_of_another_loss_nothing_is_said_of_ln_2() -> None:
+    about = ReportInput("run", make_evaluation(), make_history(60))
+    assert "ln 2" in page(about)
+    told = page(dataclasses.replace(about, objective=objective_of("simpo")))
+    assert "ln 2" not in told and "Of --loss simpo" in told and "Beta times the log-prob a token" in told

@@ -19,6 +19,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 # Each module imports only from the layers before its own; modules of one layer know nothing of each other.
 LAYERS = [
     {"errors", "numerals"},
+    {"losses"},
     {"config", "kinds", "stats"},
     {"tables", "hub", "reward"},
     {"records", "scripts"},
@@ -28,14 +29,15 @@ LAYERS = [
     {"chat"},
     {"tokens", "findings"},
     {"batch", "near"},
-    {"attention", "losses", "optimizer", "crossrow"},
+    {"attention", "optimizer", "crossrow", "routing"},
     {"logps", "scores", "adapters"},
     {"model", "disk", "memory", "samples"},
     {"metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
     {"reference", "checkpoint", "step", "drift", "diagnose", "curves", "charts", "frontier"},
     {"prepare", "cache", "report", "show", "summary"},
     {"run", "survey", "outcome"},
-    {"evaluate", "explain", "check", "heldout", "merge"},
+    {"evaluate", "explain", "check", "heldout", "card", "merge"},
+    {"push"},
     {"train"},
     {"sweep"},
     {"cli"},
@@ -212,6 +214,7 @@ def loaded(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[s
         ["precompute-ref", "--help"],
         ["sweep", "--help"],
         ["check", "--help"],
+        ["losses", "--help"],
         ["cache", "list", "--help"],
     ],
 )

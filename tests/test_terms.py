@@ -30,6 +30,7 @@ from dpo_cli.cli import app
 from dpo_cli.config import TrainOptions
 from dpo_cli.errors import DpoError
 from dpo_cli.logps import Scorer, token_logps
+from dpo_cli.losses import Objective
 from dpo_cli.memory import at_head, count_bytes
 from dpo_cli.outcome import scores_of
 from dpo_cli.pairs import Ids, Pair, Pairs, read
@@ -239,7 +240,7 @@ def test_the_comparison_of_step_0_is_by_tokens_with_loss(model: PreTrainedModel,
     with torch.no_grad():
         trainer.reference = torch.stack([plain(model, *each).sum() for each in responses(PAIRS)]).view(-1, 2)
     trainer.reference[-1, 1] += 1  # MIDDLE's rejected, where 2 of 4 carry loss
-    values, largest = trainer.compare(range(len(PAIRS)))
+    values, largest, _ = trainer.compare(range(len(PAIRS)))
     assert largest == pytest.approx(1 / math.sqrt(2), rel=1e-4)
     weights, margins = torch.tensor([[pair.weight, pair.margin] for pair in PAIRS[:-1]]).double().T
     off = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[MIDDLE.weight, MIDDLE.margin]])
@@ -252,7 +253,10 @@ def test_evaluate_by_the_formula() -> None:
     policy, reference = torch.randn(2, 50, 2, generator=torch.Generator().manual_seed(0)) * 20 - 60
     plain = Pairs(random_pairs(50))
     weighted = Pairs(replace(pair, weight=w, margin=m) for pair, (w, m) in zip(plain, terms_of(50), strict=True))
-    found, without = (values(scores_of(pairs, policy, reference, BETA, SMOOTHING, None)) for pairs in (weighted, plain))
+    found, without = (
+        values(scores_of(pairs, policy, reference, Objective(beta=BETA, label_smoothing=SMOOTHING), None))
+        for pairs in (weighted, plain)
+    )
     losses, _ = formula(policy.double(), reference.double(), torch.tensor(terms_of(50)).double())
     assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
     assert without["loss"] != found["loss"] and without | {"loss": 0} == found | {"loss": 0}

@@ -1,0 +1,230 @@
+"""A tiny model of each kind goes through ``dpo train``: step 0 at ln 2, three steps, and a folder that generates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from dpo_cli.cli import app
+from tests.conftest import SAMPLE, TINY, make_model, write_rows
+
+ALTERNATING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+HEADS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+BALANCED = ("--router-aux-loss-coef", 0.01)
+SHARED, PACKED, PADDED = "each prompt computed once for both responses", "packed rows, the prompt", "padded batches"
+# Name: family, its config, the layout it gets, further options.
+KINDS: dict[str, tuple[str, dict[str, Any], str, tuple[Any, ...]]] = {
+    "mixture of experts": ("mixtral", MOE, SHARED, BALANCED),
+    "many small experts": ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 1}, SHARED, BALANCED),
+    "experts, all layers": ("olmoe", EXPERTS, SHARED, BALANCED),
+    "latent attention": (
+        "deepseek_v3",
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+        | {"first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8}
+        | {"qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
+        SHARED,
+        (),
+    ),
+    "tied head": ("llama", {"tie_word_embeddings": True}, SHARED, ()),
+    "untied head": ("llama", {"tie_word_embeddings": False}, SHARED, ()),
+    "soft-capped": (
+        "gemma2",
+        ALTERNATING | {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "final_logit_softcapping": 10.0},
+        PACKED,
+        (),
+    ),
+    "scaled head": ("cohere", {"logit_scale": 0.5}, SHARED, ()),
+    "divided head": ("granite", {"logits_scaling": 2.0}, SHARED, ()),
+    "sliding window": ("mistral", {"sliding_window": 7}, SHARED, ()),
+    "windows in turn": ("gemma3_text", ALTERNATING, SHARED, ()),
+    "attention sinks": ("gpt_oss", ALTERNATING | MOE, SHARED, BALANCED),
+    "position biases": ("bloom", {"n_layer": 2, "n_head": 4}, PADDED, ()),
+    "attention of its own": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, PACKED, ()),
+    "state space": ("mamba", {"state_size": 8, "scale": 3.0}, PADDED, ()),
+    "state space and attention in turn": (
+        "jamba",
+        {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}
+        | {"expert_layer_offset": 1, "mamba_d_state": 8, "scale": 3.0},
+        PADDED,
+        (),
+    ),
+    "state space beside attention": ("falcon_h1", HEADS | {"mamba_d_ssm": 64, "scale": 3.0}, PADDED, ()),
+    "linear attention": (
+        "qwen3_next",
+        EXPERTS
+        | {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 32}
+        | {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+        | {"linear_value_head_dim": 8, "scale": 3.0},
+        PADDED,
+        (),
+    ),
+    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"], "scale": 3.0}, PADDED, ()),
+    "images too, text alone": (
+        "gemma3",
+        {"text_config": TINY | ALTERNATING, "vision_config": VISION | {"image_size": 28, "patch_size": 14}}
+        | {"mm_tokens_per_image": 4},
+        SHARED,
+        (),
+    ),
+    "more embeddings than tokens": ("llama", {"vocab_size": 448}, SHARED, ()),
+}
+Train = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = (SAMPLE / "train-strings.jsonl").read_text().splitlines()[:12]
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", [json.loads(line) for line in lines])
+
+
+@pytest.fixture
+def train(rows: Path, tmp_path: Path) -> Train:
+    def run(model: Path, *more: Any) -> Any:
+        common = ("--model", model, "--data", rows, "--cache-dir", tmp_path / "cache", "--output", tmp_path / "run")
+        steps = ("--max-steps", 3, "--batch-size", 4, "--lr", 1e-4, "--max-length", 400)
+        return CliRunner().invoke(app, ["train", *map(str, (*common, *steps, *more))])
+
+    return run
+
+
+def check_exported(folder: Path, before: Path) -> None:
+    """The trained model generates, and is another than it was."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "Hello."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] > ids["input_ids"].shape[1]
+    old = AutoModelForCausalLM.from_pretrained(before, dtype=torch.float32).state_dict()
+    new = model.state_dict()
+    assert old.keys() == new.keys() and any(not torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of the models' own code
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_exports_and_generates(
+    kind: str, train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    family, config, layout, more = KINDS[kind]
+    made = make_model(family, **config)
+    made.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = train(tmp_path / "model", *more)
+    assert result.exit_code == 0, result.output
+    assert layout in result.stderr
+    assert "step 0      loss 0.693147  margin 0.000000" in result.stderr.replace("-0.000000", "0.000000")
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 3 and all(("aux_loss" in line) == bool(more) for line in metrics)
+    assert metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    check_exported(tmp_path / "run" / "model", tmp_path / "model")
+
+
+def write_gguf(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A tiny llama as a GGUF file, its tokenizer and template inside; matrices in blocks of 8 bits."""
+    model, writer = make_model(hidden_size=64, num_hidden_layers=1), gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(2048)
+    writer.add_block_count(1)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_key_length(8)
+    writer.add_value_length(8)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(384)
+    saved = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids, special = tokenizer.get_vocab(), {token["id"] for token in saved["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(sorted(ids, key=lambda token: ids[token]))
+    writer.add_token_types([3 if i in special else 1 for i in range(len(ids))])
+    writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    for name, tensor in model.state_dict().items():
+        array, kind = tensor.float().numpy(), gguf.GGMLQuantizationType.F32
+        if array.ndim == 2:
+            array, kind = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file(train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """It is dequantized, trained, and exported as any other model."""
+    write_gguf(tmp_path / "tiny.gguf", tokenizer)
+    result = train(tmp_path / "tiny.gguf")
+    assert result.exit_code == 0, result.output
+    assert "(GGUF, dequantized)" in result.stderr and "step 0      loss 0.693147" in result.stderr
+    folder = tmp_path / "run" / "model"
+    weights = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    answer = AutoModelForCausalLM.from_pretrained(folder).generate(torch.arange(5, 9)[None], max_new_tokens=2)
+    assert answer.shape[1] > 4
+
+
+def test_a_model_stored_in_float16(train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Its weights are read as float32, and trained and written so."""
+    make_model().half().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert load_file(tmp_path / "model" / "model.safetensors")["model.norm.weight"].dtype == torch.float16
+    result = train(tmp_path / "model")
+    assert result.exit_code == 0 and "weights and moments float32" in result.stderr
+    assert load_file(tmp_path / "run" / "model" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+    check_exported(tmp_path / "run" / "model", tmp_path / "model")
+
+
+def test_float16_is_no_precision_to_compute_in(tiny: Path, train: Train) -> None:
+    result = train(tiny, "--dtype", "float16")
+    assert result.exit_code == 2
+    assert "--dtype float16: must be one of: auto, float32, bfloat16 (float16 overflows" in result.stderr
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(
+    train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    make_model(vocab_size=300).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = train(tmp_path / "model")
+    assert result.exit_code == 2
+    assert "and the model knows 300: they do not fit" in result.stderr and "resize_token_embeddings" in result.stderr
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "t5": {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2},
+    "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    | {f"{part}_{what}": 32 for part in ("encoder", "decoder") for what in ("ffn_dim",)}
+    | {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+    "llava": {"text_config": {"model_type": "llama", **TINY}, "vision_config": VISION | {"image_size": 28}},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_is_no_causal_language_model_is_refused(
+    family: str, train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(family, **({"vocab_size": 384} if family != "llava" else {}), **OTHERS[family])
+    AutoModel.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = train(tmp_path / "model")
+    assert result.exit_code == 2, result.output
+    assert "no causal language model" in result.stderr
+    assert len(result.stderr) < 1500, "a list of all that transformers knows helps nobody"
