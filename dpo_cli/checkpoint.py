@@ -18,11 +18,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from dpo_cli import adapters
+from dpo_cli.adapters import is_adapted
 from dpo_cli.disk import sealed, sha256, unsealed, whole_folder
+from dpo_cli.errors import DpoError
 from dpo_cli.model import WEIGHTS, put_weights
 
 MANIFEST = "manifest.json"
 FILES = {WEIGHTS, "optimizer.safetensors", "rng.safetensors"}
+ADAPTER_FILES = FILES - {WEIGHTS} | {adapters.CONFIG, adapters.WEIGHTS}  # a folder that peft loads as well
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -44,6 +48,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after ``step`` optimizer steps, then drop all but the newest ``keep`` checkpoints.
 
+    Of a model with an adapter that is all that is written: its base does not change.
+
     ``max_tokens`` is the token budget that the run has come down to, which decides the last bits of later steps.
 
     Raises:
@@ -52,7 +58,10 @@ def save_checkpoint(
     folder = checkpoints / _name(step)
     if not folder.exists():
         with whole_folder(folder) as temporary:
-            save_file({name: p.detach() for name, p in model.named_parameters()}, temporary / WEIGHTS)
+            if is_adapted(model):
+                adapters.save_adapter(model, temporary)
+            else:
+                save_file({name: p.detach() for name, p in model.named_parameters()}, temporary / WEIGHTS)
             save_file(_moments(optimizer), temporary / "optimizer.safetensors")
             save_file(rng, temporary / "rng.safetensors")
             files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
@@ -93,7 +102,8 @@ def verified_step(folder: Path) -> int | None:
     try:
         manifest = _read_manifest(folder)
         files = manifest["files"]
-        whole = files.keys() == FILES and all(sha256(folder / name) == files[name]["sha256"] for name in FILES)
+        known = files.keys() in (FILES, ADAPTER_FILES)
+        whole = known and all(sha256(folder / name) == told["sha256"] for name, told in files.items())
         return manifest["step"] if whole and folder.name == _name(manifest["step"]) else None
     except PermissionError:  # says nothing about what is in the file
         raise
@@ -115,7 +125,9 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
     Raises:
         DpoError: the checkpoint is of another model.
     """
-    put_weights(model, folder)
+    if is_adapted(model) != (folder / adapters.WEIGHTS).is_file():
+        raise DpoError(f"{folder} is a checkpoint of another training: only one of the two has an adapter")
+    (adapters.put_adapter if is_adapted(model) else put_weights)(model, folder)
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         index, _, name = key.partition(".")
@@ -130,8 +142,14 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
 
 
 def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str) -> None:
-    """Write a folder that any Hugging Face tool loads: weights, config, tokenizer with template, model card."""
+    """Write a folder that any Hugging Face tool loads: weights, config, tokenizer with template, model card.
+
+    Of a model with an adapter the folder is that adapter's.
+    """
     with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        if is_adapted(model):
+            adapters.save_adapter(model, temporary)
+        else:
+            model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")

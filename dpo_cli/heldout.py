@@ -27,8 +27,9 @@ from dpo_cli.scores import Evaluation, Scores, values
 class HeldOut:
     """The held-out pairs of a run, with what the reference says of them.
 
-    To be made while the model is the reference, whose states are recorded for the exact KL of every evaluation.
-    ``reference`` is its logps (P, 2) in nats; where the loss reads none, they are known if the exact KL is asked for.
+    To be made while the model is the reference, whose states are recorded for the exact KL of every evaluation; of a
+    reference that is another model they were recorded when it scored. ``reference`` is its logps (P, 2) in nats; where
+    the loss reads none, they are known if the exact KL is asked for.
 
     Raises:
         NotWrittenError: the disk has no room for what is recorded.
@@ -39,7 +40,9 @@ class HeldOut:
         self.metrics = run.folder / "metrics.jsonl"
         self.last: tuple[int, Scores, Compared | None] | None = None  # of the last evaluation: its step and numbers
         self.recorded: Recorded | None = None
-        if run.held_out and run.options.kl == "exact":
+        if run.reference:
+            self.recorded = run.reference.recorded
+        elif run.held_out and run.options.kl == "exact":
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
             reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             watch = Watch(reporter, "reference")
@@ -62,7 +65,7 @@ class HeldOut:
         scorer = dataclasses.replace(scorer)  # whatever it comes down to, training keeps its budget
         compared = None
         if self.recorded:
-            same = step == 0  # the policy is the reference, whose states are there
+            same = step == 0 and run.reference is None  # the policy is the reference, whose states are there
             folder = run.options.cache_dir
             compared = drift.compare(scorer, self.recorded, run.held_out, folder, watch, policy_runs=True, same=same)
             policy = compared.logps if compared else None
@@ -107,6 +110,6 @@ class HeldOut:
         (step, scores, compared), run = self.last, self.run
         done = evaluation(scores, compared, run.held_out, run.tokenizer, history)
         about: dict[str, Any] = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta}
-        about["reference"] = run.source.told
+        about["reference"] = (run.reference.source if run.reference else run.source).told
         shown = {"samples": list(samples)} if samples else {}
         return dataclasses.replace(done, result=about | done.result | shown)
