@@ -42,14 +42,19 @@ def plan_run(
 
     Units: ``costs`` and ``max_tokens`` in tokens, see ``row_costs``.
     """
-    steps: list[Step] = []
+    steps = step_pairs(len(costs), batch_size=batch_size, epochs=epochs, max_steps=max_steps, seed=seed)
+    return [cut_step(indices, costs, layout, max_tokens, world) for indices in steps]
+
+
+def step_pairs(count: int, *, batch_size: int, epochs: int, max_steps: int | None, seed: int) -> list[list[int]]:
+    """Places of the pairs of every step, which neither the model nor the device decides."""
+    steps: list[list[int]] = []
     for epoch in range(epochs):
-        order = list(range(len(costs)))
+        order = list(range(count))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        for start in range(0, len(order), batch_size):
-            if len(steps) == max_steps:
-                return steps
-            steps.append(cut_step(order[start : start + batch_size], costs, layout, max_tokens, world))
+        steps += [order[start : start + batch_size] for start in range(0, count, batch_size)]
+        if max_steps is not None and len(steps) >= max_steps:
+            return steps[:max_steps]
     return steps
 
 

@@ -34,12 +34,29 @@ _RESULTS = {
 }
 
 
+_USE = f"""```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", "{SELF}")
+print(chat([dict(role="user", content="Hello.")], max_new_tokens=200)[0]["generated_text"][-1]["content"])
+```
+
+A server with vLLM (it has the interface of OpenAI's), and a GGUF file for llama.cpp:
+
+```sh
+vllm serve {SELF} --dtype bfloat16
+python convert_hf_to_gguf.py {SELF} --outfile model.gguf --outtype bf16
+```"""
+_USE_ADAPTER = """An adapter, to be loaded on its base with peft. `dpo merge --model FOLDER --output MERGED` makes one
+model of both, for servers and for llama.cpp."""
+
+
 def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """The card as a README.md with the metadata that the hub reads; of no local path, and of nobody's name.
 
     ``before`` and ``after`` are the metrics of the held-out pairs, empty where there are none.
     """
-    name = _line(run.folder.name)
+    name, adapter = _line(run.folder.name), bool(run.options.lora_rank) and run.options.export != "merged"
     base, known = hub_name(run.source), _card_of(run.source)
     results = {metric: after[metric] for metric in _RESULTS if math.isfinite(after.get(metric, math.nan))}
     about: dict[str, Any] = {key: known[key] for key in ("license", "license_name", "license_link") if key in known}
@@ -48,7 +65,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
     data = ModelCardData(
         base_model=base or known.get("base_model"),
         datasets=sorted({i for d in run.options.data if (i := hub_id(d))}) or None,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["dpo", "preference-optimization", "dpo-cli"],
         **about,
@@ -66,7 +83,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 # {name}
 
 {base or _line(run.source.base)}, fine-tuned on {len(run.pairs):,} preference pairs with Direct Preference Optimization
-([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by dpo-cli {version("dpo-cli")}. All its weights were trained.
+([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by dpo-cli {version("dpo-cli")}. {_trained(run)}
 
 | option | value |
 |---|---|
@@ -74,19 +91,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 {_outcome(run, results, before)}
 ## Use
 
-```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", "{SELF}")
-print(chat([dict(role="user", content="Hello.")], max_new_tokens=200)[0]["generated_text"][-1]["content"])
-```
-
-A server with vLLM (it has the interface of OpenAI's), and a GGUF file for llama.cpp:
-
-```sh
-vllm serve {SELF} --dtype bfloat16
-python convert_hf_to_gguf.py {SELF} --outfile model.gguf --outtype bf16
-```
+{_USE_ADAPTER if adapter else _USE}
 
 ## Limits
 
@@ -94,6 +99,16 @@ Preference training makes some answers likelier than others; it adds no knowledg
 not trained. Nothing but what stands above was measured: neither safety nor general ability. The terms of the base
 model and of the data hold for this model too.
 """
+
+
+def _trained(run: Run) -> str:
+    """Which of its weights were trained."""
+    options = run.options
+    if options.lora_rank is None:
+        return "All its weights were trained."
+    whole = f", and {_line(options.modules_to_save)} whole" if options.modules_to_save else ""
+    bits = f", over a base in {options.quantize}" if options.quantize else ""
+    return f"A {options.lora_kind} adapter of rank {options.lora_rank} was trained{whole}{bits}."
 
 
 def hub_name(source: ModelSource) -> str | None:

@@ -20,14 +20,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from dpo_cli import ranks
+from dpo_cli import adapters, ranks
+from dpo_cli.adapters import is_adapted
 from dpo_cli.disk import sealed, sha256, unsealed, whole_folder
+from dpo_cli.errors import DpoError
 from dpo_cli.model import WEIGHTS, put_weights
 from dpo_cli.sharding import gathered, is_sharded, let_go, shard_like, whole_weights
 
 MANIFEST = "manifest.json"
 KINDS = {torch.float32: "F32"}  # of what a sharded model trains with, as safetensors names it
 FILES = {WEIGHTS, "optimizer.safetensors", "rng.safetensors"}
+ADAPTER_FILES = FILES - {WEIGHTS} | {adapters.CONFIG, adapters.WEIGHTS}  # a folder that peft loads as well
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -49,6 +52,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after ``step`` optimizer steps, then drop all but the newest ``keep`` checkpoints.
 
+    Of a model with an adapter that is all that is written: its base does not change.
+
     ``max_tokens`` is the token budget that the run has come down to, which decides the last bits of later steps.
 
     The first rank writes, the same files whatever the ranks and their shards; of a sharded model all must take part.
@@ -65,7 +70,10 @@ def save_checkpoint(
             pass
     if ranks.rank() == 0 and not there:
         with whole_folder(folder) as temporary:
-            _save(weights, temporary / WEIGHTS)
+            if is_adapted(model):
+                adapters.save_adapter(model, temporary)
+            else:
+                _save(weights, temporary / WEIGHTS)
             _save(moments, temporary / "optimizer.safetensors")
             save_file(rng, temporary / "rng.safetensors")
             files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
@@ -124,7 +132,8 @@ def verified_step(folder: Path) -> int | None:
     try:
         manifest = _read_manifest(folder)
         files = manifest["files"]
-        whole = files.keys() == FILES and all(sha256(folder / name) == files[name]["sha256"] for name in FILES)
+        known = files.keys() in (FILES, ADAPTER_FILES)
+        whole = known and all(sha256(folder / name) == told["sha256"] for name, told in files.items())
         return manifest["step"] if whole and folder.name == _name(manifest["step"]) else None
     except PermissionError:  # says nothing about what is in the file
         raise
@@ -147,7 +156,9 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
         DpoError: the checkpoint is of another model.
     """
     let_go(model)
-    put_weights(model, folder)
+    if is_adapted(model) != (folder / adapters.WEIGHTS).is_file():
+        raise DpoError(f"{folder} is a checkpoint of another training: only one of the two has an adapter")
+    (adapters.put_adapter if is_adapted(model) else put_weights)(model, folder)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     with safe_open(folder / "optimizer.safetensors", framework="pt") as moments:
@@ -166,12 +177,16 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
 def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str) -> None:
     """Write a folder that any Hugging Face tool loads: weights, config, tokenizer with template, model card.
 
-    The first rank writes; of a sharded model all must take part, and the first one's host has room for its weights.
+    Of a model with an adapter the folder is that adapter's. The first rank writes; of a sharded model all must take
+    part, and the first one's host has room for its weights.
     """
     weights = whole_weights(model) if is_sharded(model) else None
     if ranks.rank() > 0:
         return
     with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=weights)
+        if is_adapted(model):
+            adapters.save_adapter(model, temporary)
+        else:
+            model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -233,6 +233,27 @@ def sweep(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
 
 
 @app.command()
+def merge(
+    model: Annotated[str, typer.Option(help="Run, checkpoint or folder of an adapter.")],
+    output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the base model's repository brings.")
+    ] = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter and its base as one model, in float32."""
+
+    def action() -> None:
+        reporter = _reporter()
+        from dpo_cli.merge import merge as run
+
+        _show(run(model, output, trust_remote_code, reporter), json_, _plain)
+
+    _guarded(action, debug)
+
+
+@app.command()
 @with_options(ExplainOptions)
 def explain(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
     """Show one row as it would be trained: every token, and which carry loss."""

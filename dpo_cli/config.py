@@ -76,6 +76,10 @@ divergences: Check = (
     f"must be one of: {', '.join(DIVERGENCES)}, the last also with =ALPHA",
 )
 betas: Check = (_are_betas, "must be different numbers greater than 0, with commas between")
+module_names: Check = (
+    lambda v: all(re.fullmatch(r"[\w-]+(\.[\w-]+)*", name) for name in v.split(",")),
+    "must be names of modules, with commas between, for example q_proj,v_proj",
+)
 import_path: Check = (
     lambda v: bool(re.fullmatch(r"\w+(\.\w+)*:\w+", v)),
     "must be MODULE:FUNCTION, for example my_rewards:helpful",
@@ -104,6 +108,13 @@ def shard_option() -> Any:
     """How ranks keep the model: an option of what trains, and of what scores for a training to come."""
     return option(
         False, "Of several processes: each keeps a share of weights, gradients and moments (FSDP2), not all of them."
+    )
+
+
+def quantize_option() -> Any:
+    """How an adapter's base is stored: an option of what trains, and of what scores for a training to come."""
+    return option(
+        None, "Store the adapter's base in so few bits (QLoRA, by bitsandbytes): CUDA only.", one_of("4bit", "8bit")
     )
 
 
@@ -233,11 +244,46 @@ class TrainOptions(Options):
     epochs: int = option(1, "Passes over the pairs.", positive)
     max_steps: int | None = option(None, "Stop after this many optimizer steps.", positive, shown="all of the epochs")
     batch_size: int = option(16, "Pairs per optimizer step, over all devices.", positive)
-    lr: float = option(1e-6, "Peak learning rate.", positive)
+    lr: float = option(None, "Peak learning rate.", positive, shown="1e-6, of an adapter 1e-5")
     schedule: str = option("linear", "Course of the learning rate.", one_of("linear", "cosine", "constant"))
     warmup: float = option(0.1, "Share of the steps in which the learning rate rises.", share)
     weight_decay: float = option(0.0, "AdamW's, on matrices only.", not_negative)
     max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", not_negative)
+    ref: str | None = option(
+        None, "Reference model: scored first, and never in memory beside the policy.", shown="--model"
+    )
+    lora_rank: int | None = option(
+        None,
+        "Train a LoRA adapter of this rank instead of all weights; of an adapter's folder in --model that adapter, if "
+        "it has this rank.",
+        positive,
+    )
+    lora_kind: str | None = option(
+        None,
+        "lora (arXiv 2106.09685), rslora (scaled by the root of the rank, 2312.03732) or dora (with a magnitude a row, "
+        "2402.09353).",
+        one_of("lora", "rslora", "dora"),
+        shown="lora",
+    )
+    lora_alpha: int | None = option(None, "The adapter's scale times its rank.", positive, shown="2 * rank, rslora 16")
+    lora_targets: str | None = option(
+        None,
+        "Modules that get an adapter, by the end of their names and with commas between; all-linear: all but the head.",
+        module_names,
+        shown="all-linear",
+    )
+    modules_to_save: str | None = option(
+        None,
+        "Modules trained whole beside the adapter, by the end of their names and with commas between.",
+        module_names,
+    )
+    quantize: str | None = quantize_option()
+    export: str | None = option(
+        None,
+        "What of a trained adapter goes to model/: the adapter, or the base with it merged.",
+        one_of("adapter", "merged"),
+        shown="adapter",
+    )
     memory: str = memory_option()
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     shard: bool = shard_option()
@@ -261,8 +307,33 @@ class TrainOptions(Options):
     )
 
     def __post_init__(self) -> None:
+        if self.lr is None:
+            object.__setattr__(self, "lr", 1e-5 if self.lora_rank else 1e-6)
         super().__post_init__()
-        _ = self.objective  # refused where its options do not fit together
+        objective = self.objective  # refused where its options do not fit together
+        if self.ref is not None and not objective.reference:
+            raise UsageError(f"--ref {self.ref}: --loss {self.loss} reads no reference; leave it out")
+        if self.shard and (self.lora_rank or self.ref):
+            raise UsageError(
+                "--shard: what it shares out is trained, and there is one model; an adapter and --ref go without it, "
+                "each process with the whole model"
+            )
+        if self.lora_rank is None:
+            _refuse_without_adapter(self)
+        elif self.memory not in ("auto", "full", "8bit"):
+            raise UsageError(
+                f"--memory {self.memory}: an adapter's weights are few and stay float32, its base is not trained and "
+                "takes 2 bytes a parameter on CUDA anyway; use full or 8bit"
+            )
+        elif self.quantize and self.export == "merged":
+            raise UsageError(
+                "--export merged: what --quantize stored cannot take up an adapter exactly; export the adapter, and "
+                "merge it into the unquantized base with dpo merge"
+            )
+        elif self.quantize and self.lora_kind == "dora":
+            raise UsageError(
+                "--lora-kind dora: its norms would be computed in bfloat16 over --quantize; use lora or rslora"
+            )
 
     @property
     def objective(self) -> Objective:
@@ -277,6 +348,7 @@ class PrecomputeOptions(Options):
 
     memory: str = memory_option()
     shard: bool = shard_option()
+    quantize: str | None = quantize_option()
     verify: int = option(0, "Recompute this many random cached pairs and show the largest difference.", not_negative)
 
 
@@ -351,13 +423,22 @@ class CheckOptions(DataOptions):
     strict: bool = option(False, "Exit with code 3 if there is a problem.")
 
 
+def _refuse_without_adapter(options: TrainOptions) -> None:
+    names = ("lora_kind", "lora_alpha", "lora_targets", "modules_to_save", "quantize", "export")
+    if given := [name for name in names if getattr(options, name) is not None]:
+        told = ", ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in given)
+        raise UsageError(f"{told}: no adapter is trained; add --lora-rank, for example 16, or leave it out")
+
+
 # Options that do not change what is trained: a resumed run may have others than it began with.
 OPERATIONAL = frozenset(
-    {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "push_to_hub", "shard"}
+    {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
+    | {"push_to_hub", "shard"}
 )
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
 SETTLED = frozenset(
     {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}
+    | {"lora_kind", "lora_alpha", "lora_targets", "modules_to_save"}
 )
 
 # Options that a file may also have as a mapping.

@@ -26,7 +26,7 @@ from dpo_cli.logps import Scorer
 from dpo_cli.losses import Objective
 from dpo_cli.margins import compared as compare_scores
 from dpo_cli.metrics import Reporter, best_step, evaluations, read_metrics
-from dpo_cli.model import ModelSource, compile_layers, default_device, dtype_name, load_model
+from dpo_cli.model import ModelSource, compile_layers, default_device, dtype_name, load_model, release
 from dpo_cli.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.pairs import Ids, Pairs
 from dpo_cli.prepare import (
@@ -39,6 +39,7 @@ from dpo_cli.prepare import (
     read_pairs,
     refuse_unread_terms,
     tell_long,
+    weights_mode,
 )
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.report import ReportInput, write_report
@@ -82,6 +83,7 @@ def evaluated(
     """Evaluate one model, show its result, and write the files that were asked for."""
     source = choose_model(name, options, reporter)
     began = trained_with(source.run) if source.run else None
+    source = _as_in_run(source, began)
     options = _as_trained(options, source, began)
     tokenizer = choose_tokenizer(source, options)
     found = read_pairs(options.data, options, tokenizer, reporter)
@@ -122,6 +124,13 @@ def _step(source: ModelSource, began: TrainOptions | None, history: Sequence[dic
     if began and began.keep_best and source.run and Path(source.path) == source.run / "best":
         return best_step(evaluations(history), began.keep_best)
     return None
+
+
+def _as_in_run(source: ModelSource, began: TrainOptions | None) -> ModelSource:
+    """A policy or start model as a run had it: with the adapter attached, its base quantized."""
+    if began is None or began.lora_rank is None:
+        return source
+    return dataclasses.replace(source, attached=source.adapter is not None, quantize=began.quantize)
 
 
 def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions | None) -> EvalOptions:
@@ -235,12 +244,14 @@ class _Judge:
 
     def _load(self, source: ModelSource, named: bool) -> _Loaded:
         """A model on the device; it is hashed only where it is to be ``named``."""
-        memory = self.began.memory if self.began else "full"
+        began, device = self.began, default_device()
+        frozen = began is not None and bool(began.lora_rank or (began.ref and source is not self.source))
+        memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
         memo = WeightsMemo(source, self.options.cache_dir)
         model = load_model(source)
         own_attention = model.config._attn_implementation
         weights = memo.hash(model) if named else ""
-        scorer = make_scorer(model, self.pairs, self.options, default_device(), self.reporter, memory)
+        scorer = make_scorer(model, self.pairs, self.options, device, self.reporter, memory)
         weights = halved_if_split(model, weights, memory)[0]
         tell_long(scorer, self.pairs, self.reporter)
         if self.options.compile:
@@ -272,13 +283,15 @@ class _Judge:
             self.told = "the model itself"
             self.reporter.fact("reference", "the model itself: it is no run, and there is no --ref")
             return policy, open_cache(self.options, policy.fingerprint, self.source, policy.scorer, self.reporter)
-        policy.scorer.model.to("meta")  # frees the policy's weights
+        release(policy.scorer.model)
         gc.collect()
         began = read_manifest(self.source.run)["reference"] if self.source.run and self.options.ref is None else None
         try:
             source = choose_model(
                 began["model"] if began else self.options.ref, self.options, self.reporter, "reference"
             )
+            if began and self.began and self.began.ref is None:
+                source = _as_in_run(source, self.began)
             loaded = self._load(source, named=True)
         except UsageError as error:
             other = ", or add --kl none: its log-probs are cached" if known else ""

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
+from dpo_cli.adapters import described, is_adapted, is_quantized
 from dpo_cli.batch import Layout
 from dpo_cli.disk import sha256, whole_file
 from dpo_cli.errors import DpoError
@@ -52,10 +53,17 @@ def same_weights(one: str, other: str) -> bool:
 
 
 def hash_weights(model: PreTrainedModel) -> str:
-    """Content hash of all parameters and saved buffers (hex), wherever and in how many files they lay."""
-    content = hashlib.sha256()
-    saved = model.state_dict().keys()  # a buffer that is not saved follows from the config
-    for name, tensor in [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]:
+    """Content hash of all parameters and saved buffers (hex), wherever and in how many files they lay.
+
+    Of an attached adapter that of what else decides what it computes, too.
+    """
+    content = hashlib.sha256(described(model).encode() if is_adapted(model) else b"")
+    saved = model.state_dict()  # a buffer that is not there follows from the config
+    tensors = [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]
+    if is_quantized(model):  # its scales are neither
+        names = {name for name, _ in tensors}
+        tensors += [item for item in saved.items() if item[0] not in names]
+    for name, tensor in tensors:
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
@@ -97,7 +105,8 @@ class WeightsMemo:
             return None
         seen = [(p, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for p, s in sorted(stats)]
         loaders = [version(name) for name in ("torch", "transformers", "peft", "gguf")]
-        return hashlib.sha256(json.dumps([seen, loaders]).encode()).hexdigest()
+        how = [self.source.quantize, "attached" if self.source.attached else None]
+        return hashlib.sha256(json.dumps([seen, loaders, *filter(None, how)]).encode()).hexdigest()
 
 
 def _files(source: ModelSource) -> list[Path]:

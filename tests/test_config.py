@@ -266,12 +266,22 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "keep": POSITIVE,
     "show_answers": NOT_NEGATIVE,
     "verify": NOT_NEGATIVE,
+    "lora_rank": POSITIVE,
+    "lora_alpha": POSITIVE,
+    "lora_kind": (["lora", "rslora", "dora"], ["LoRA", "", "qlora"]),
+    "lora_targets": (["all-linear", "q_proj", "q_proj,mlp.down_proj"], ["", "q_proj,", "q_proj v_proj", "q.*"]),
+    "modules_to_save": (["norm", "model.norm,lm_head"], ["", ",norm"]),
+    "quantize": (["4bit", "8bit"], ["4", "", "nf4"]),
+    "export": (["adapter", "merged"], ["both", ""]),
     "kl": (["exact", "none"], ["Exact", "", "sampled"]),
     "keep_best": (["loss", "rewards/margins", "rewards/accuracies"], ["accuracy", "", "rewards/chosen"]),
     "samples": NOT_NEGATIVE,
     "sample_prompts": POSITIVE,
     "sample_tokens": POSITIVE,
 }
+
+
+OF_AN_ADAPTER = {"lora_alpha", "lora_kind", "lora_targets", "modules_to_save", "quantize", "export"}
 
 
 def fields(kind: type[Options]) -> list[dataclasses.Field[Any]]:
@@ -292,8 +302,9 @@ def test_an_option_keeps_to_its_range(name: str, file: Path) -> None:
     for kind in KINDS:
         if name not in {f.name for f in fields(kind)}:
             continue
+        beside = {"lora_rank": 4} if kind is TrainOptions and name in OF_AN_ADAPTER else {}
         for value in taken:
-            assert getattr(resolve(kind, DATA | {name: value}), name) == value
+            assert getattr(resolve(kind, DATA | beside | {name: value}), name) == value
         for value in refused:
             with pytest.raises(UsageError) as caught:
                 resolve(kind, DATA | {name: value})
@@ -305,8 +316,8 @@ def test_defaults_are_in_their_ranges_and_have_a_help_text() -> None:
         resolve(kind, DATA)
         for f in fields(kind):
             assert f.metadata["help"].endswith((".", "…")) or "=…" in f.metadata["help"], f.name
-            off = f.name in ("eval_data", "per_pair", "report", "keep_best")  # unless it is asked for
-            assert f.default is not None or f.metadata["shown"] or off, f.name
+            off = {"eval_data", "per_pair", "report", "keep_best", "lora_rank", "modules_to_save", "quantize"}
+            assert f.default is not None or f.metadata["shown"] or f.name in off, f.name  # unless asked for
 
 
 # ---- the file that repeats the run ------------------------------------------------------------------------------
@@ -415,6 +426,14 @@ OTHER: dict[str, Any] = {
     "save_every": 9,
     "keep": 9,
     "show_answers": 9,
+    "ref": "other",
+    "lora_rank": 9,
+    "lora_kind": "rslora",
+    "lora_alpha": 9,
+    "lora_targets": "q_proj",
+    "modules_to_save": "norm",
+    "quantize": "4bit",
+    "export": "merged",
     "push_to_hub": "me/model",
 }
 
@@ -445,6 +464,8 @@ def test_every_option_is_tried_below() -> None:
 
 @pytest.mark.parametrize("option", OTHER)
 def test_what_changes_the_training_cannot_be_changed(option: str, run: Path) -> None:
+    if option in OF_AN_ADAPTER:
+        (run / "config.yaml").write_text(to_yaml(dataclasses.replace(BEGAN, lora_rank=4)), encoding="utf-8")
     if option in OPERATIONAL:
         assert getattr(resolve_resumed({option: OTHER[option]}, run), option) == OTHER[option]
         return
@@ -460,8 +481,8 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
 
     Were the metric of the best model among them, best/ would hold the best by another one, or lack what is over.
     """
-    names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "push_to_hub"}
-    names |= {"shard"}
+    names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
+    names |= {"push_to_hub", "shard"}
     assert names == OPERATIONAL
 
 

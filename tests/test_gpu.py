@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import dpo_cli.attention
 from dpo_cli.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.batch import Segments, lay_out
-from dpo_cli.config import TrainOptions
+from dpo_cli.config import EvalOptions, TrainOptions
 from dpo_cli.drift import Watch, compare, record
+from dpo_cli.evaluate import evaluated
 from dpo_cli.logps import Scorer, response_logps, token_logps
+from dpo_cli.merge import merge
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import choose_layout, compute_dtype, default_device
 from dpo_cli.pairs import Pair, Pairs
@@ -292,6 +294,41 @@ def test_the_estimate_is_near_the_peak(memory: str, tmp_path: Path, capsys: pyte
     train(options, None, ["test"], Reporter())
     estimate = float(re.findall(r"about ([\d.]+) GiB at most", capsys.readouterr().err)[0])
     assert estimate * 2**30 == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
+@pytest.mark.parametrize("quantize", [None, "4bit", "8bit"])
+def test_an_adapter_trains_on_a_coarse_base(
+    quantize: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It starts at ln 2, learns, resumes as it was, and is evaluated and merged as what it is."""
+    if quantize:
+        pytest.importorskip("bitsandbytes")
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    common: dict[str, Any] = {"cache_dir": tmp_path / "cache", "max_tokens": 4096}
+    held_out = [str(SAMPLE / "heldout.jsonl")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = TrainOptions(
+        model=str(tmp_path / "model"),
+        data=[str(SAMPLE / "train.jsonl")],
+        eval_data=held_out,
+        max_steps=6,
+        batch_size=16,
+        lr=1e-2,
+        lora_rank=4,
+        quantize=quantize,
+        output=tmp_path / "run",
+        **common,
+    )
+    result = train(options, None, ["test"], Reporter())
+    told = capsys.readouterr().err
+    assert f"frozen base {quantize or 'bfloat16'}, adapter float32" in told
+    assert result["before"]["loss"] == pytest.approx(math.log(2), abs=1e-2) and result["after"]["loss"] < 0.6
+    assert (tmp_path / "run" / "checkpoints" / "step-000006" / "adapter_model.safetensors").exists()
+    asked = EvalOptions(model=[str(tmp_path / "run")], data=held_out, **common)
+    found = evaluated(str(tmp_path / "run"), asked, Reporter(quiet=True))[0].result
+    assert found["rewards/margins"] == pytest.approx(result["after"]["rewards/margins"], rel=1e-3)
+    assert merge(str(tmp_path / "run"), tmp_path / "merged", False, Reporter(quiet=True))["parameters"] > 0
 
 
 # ---- evaluation -------------------------------------------------------------------------------------------------

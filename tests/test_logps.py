@@ -1,5 +1,6 @@
 """Log-probabilities of responses, scoring of many pairs, and the gradient of a step."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import dpo_cli.logps
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, lay_out, padded, plan_run, row_costs
 from dpo_cli.config import TrainOptions
-from dpo_cli.logps import Scorer, response_logps, token_logps
+from dpo_cli.logps import Said, Scorer, collision_logps, response_logps, token_logps
 from dpo_cli.pairs import Pair
 from dpo_cli.step import StopSignal, Trainer
 from tests.conftest import make_model, random_pairs, sigmoid_loss
@@ -67,6 +68,25 @@ def test_token_logps_by_hand(family: str, layout: Layout) -> None:
         got = token_logps(model, lay_out(pairs, layout), torch.float32)
     torch.testing.assert_close(got, torch.stack(wanted), atol=1e-5, rtol=0)
     assert got.std() > 0.1  # far from the uniform -log V, which any mistake would give too
+
+
+def test_tokens_beyond_the_shorter_response_count_less_by_hand() -> None:
+    """Two pairs, of 1 and 3 tokens and of 2 and 2: of the first rejected one the second and third token."""
+    said = Said(torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0]), torch.tensor([1, 3, 2, 2]))
+    assert said.logps.tolist() == [-1, -11, -9, -15] and said.tokens.tolist() == [1, 2, 3, 2]  # chosen first
+    assert said.discounted(0.5).tolist() == [-1, -11, -2 - 0.5 * 7, -15]
+    assert said.discounted(0.0).tolist() == [-1, -11, -2, -15]
+
+
+def test_weights_by_likelihood_by_hand() -> None:
+    """Of one pair: log p - log sum p^2 a token is -1 and -3, on average -2, and -4."""
+    said = Said(torch.tensor([-2.0, -5.0, -5.0]), torch.tensor([2, 1]), torch.tensor([-1.0, -2.0, -1.0]))
+    assert torch.as_tensor(said.likelihoods()).tolist() == pytest.approx([math.exp(-2) * math.exp(-4)])
+
+
+def test_collisions_are_of_two_draws() -> None:
+    logits = torch.randn(130, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(collision_logps(logits), logits.softmax(-1).square().sum(-1).log())
 
 
 def test_response_logps_are_sums_chosen_first() -> None:

@@ -225,7 +225,7 @@ def step(model: PreTrainedModel, max_tokens: int, apart: bool, **options: Any) -
     reference = torch.linspace(-90, -50, 80).view(-1, 2)
     optimizer = KeepGradients(model)
     engine, costs = Accelerator(cpu=True), scorer.costs(PAIRS)
-    trainer = Trainer(engine, scorer, optimizer, PAIRS, costs, reference, made, reference + 1)
+    trainer = Trainer(engine, scorer, optimizer, PAIRS, costs, reference, made, discounted=reference + 1)
     values = trainer.step(plan, 1e-3, StopSignal())
     assert values is not None and (len(plan) == 1) == (max_tokens == 4096)
     return optimizer.gradients, values

@@ -85,7 +85,7 @@ class Limits:
                 hook = weight.register_hook(lambda grad: (hook.remove(), self._fail(tokens)))  # type: ignore[union-attr, operator]
             backward(scorer, batch, *rest)
 
-        for name in ("token_logps", "states"):
+        for name in ("token_logps", "said", "states"):
             patch.setattr(Scorer, name, limited(getattr(Scorer, name)))
         patch.setattr(Scorer, "backward", limited_backward)
 

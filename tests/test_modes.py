@@ -171,7 +171,7 @@ def test_an_evaluation_that_lacks_memory_leaves_training_as_it_is(
     runs: dict[str, Path], dpo: Dpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on with less a forward; a training step that was one forward still is."""
-    original, failed = Scorer._forward, []
+    original, failed = Scorer.attempt, []
 
     def lacking(self: Scorer, pairs: Any, places: Any, compute: Any) -> Any:
         if len(places) > 40:  # held-out ones: a step has 4
@@ -179,7 +179,7 @@ def test_an_evaluation_that_lacks_memory_leaves_training_as_it_is(
             return None
         return original(self, pairs, places, compute)
 
-    monkeypatch.setattr(Scorer, "_forward", lacking)
+    monkeypatch.setattr(Scorer, "attempt", lacking)
     options = ("--memory", "in-backward", "--dtype", "bfloat16", "--eval-data", SAMPLE / "heldout-strings.jsonl")
     result = dpo("train", *COMMON, *options, "--eval-every", 1, "--max-tokens", 16384, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output

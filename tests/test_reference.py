@@ -31,7 +31,7 @@ from dpo_cli.cli import app
 from dpo_cli.fingerprint import fingerprint, hash_weights
 from dpo_cli.logps import Scorer
 from dpo_cli.model import find_model, load_model
-from dpo_cli.pairs import Pair
+from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.reference import ReferenceCache, fill, missing_places, pair_keys, response_key
 from dpo_cli.shards import KEY_BYTES
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
@@ -67,7 +67,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return run
 
-    for name in ("token_logps", "states", "backward"):
+    for name in ("token_logps", "said", "states", "backward"):
         monkeypatch.setattr(Scorer, name, counting(getattr(Scorer, name)))
     return pairs
 
@@ -260,6 +260,23 @@ def test_stored_numbers_are_the_models(tmp_path: Path, scorer: Scorer) -> None:
         tensors = load_file(shard)
         parts = tensors["token_logps"].split(tensors["lengths"].tolist())
         torch.testing.assert_close(torch.stack([p.sum() for p in parts]), tensors["logps"], rtol=0, atol=NOISE)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_log_probs_as_ld_dpo_reads_them(tmp_path: Path, scorer: Scorer, alpha: float) -> None:
+    """Of the cache as of the model; a response that is in two pairs is cut by the other one of each."""
+    pairs = random_pairs(12)
+    pairs.append(Pair("row 12", pairs[0].prompt, pairs[0].chosen, pairs[0].chosen[:1]))
+    cache = open_cache(tmp_path)
+    whole = fill(cache, pairs, scorer).logps
+    found = cache.discounted(Pairs(pairs), alpha)
+    torch.testing.assert_close(found, scorer.read(pairs, alpha).discounted, rtol=1e-6, atol=1e-5)
+    one = torch.tensor([len(pair.chosen) == len(pair.rejected) for pair in pairs])
+    torch.testing.assert_close(found[one | (alpha == 1)], whole[one | (alpha == 1)])
+    if alpha < 1:
+        longer = torch.tensor([len(pair.chosen) > len(pair.rejected) for pair in pairs])
+        assert (found[longer, 0] > whole[longer, 0]).all() and longer[12]
+        assert found[0, 0] != found[12, 0]
 
 
 # ---- whose numbers they are -------------------------------------------------------------------------------------

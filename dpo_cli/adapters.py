@@ -1,0 +1,257 @@
+"""LoRA adapters by peft: attached to a model's own modules, saved, put back, merged.
+
+They go into the model itself and no wrapper goes around it, so that body and head are where they are without one. The
+adapter's weights are float32 and trained; those of the base are frozen.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.optimizer import split
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+PREFIX = "base_model.model."  # what peft puts before the names of a model's modules
+# Ways to begin an adapter that leave its base as it is; others take something out of it.
+HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether an adapter is attached, so that nothing but that is trained."""
+    return hasattr(model, "peft_config")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether its matrices are packed, so that it can neither be moved nor cast."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def make_config(
+    model: PreTrainedModel, *, rank: int, kind: str, alpha: int, targets: str, to_save: str | None, base: str
+) -> Any:
+    """The ``peft.LoraConfig`` of a new adapter for this model, which ``base`` names to whoever loads it again.
+
+    The layer's output is W x + s B A x, with s = alpha / rank, or alpha / sqrt(rank) of rslora.
+
+    Raises:
+        UsageError: a name is of no module.
+    """
+    from peft import LoraConfig  # peft takes a second to import
+
+    whole = _full_names(model, "--modules-to-save", to_save) if to_save else None
+    if targets != "all-linear":
+        named = _full_names(model, "--lora-targets", targets)
+        _refuse_tied(model, "--lora-targets", named)
+    if whole:
+        _refuse_tied(model, "--modules-to-save", [name for name in whole if not _is_embedding(model, name)])
+    tied = bool(whole) and model.config.get_text_config().tie_word_embeddings
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        use_rslora=kind == "rslora",
+        use_dora=kind == "dora",
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        modules_to_save=whole,
+        ensure_weight_tying=tied and any(_is_embedding(model, name) for name in whole or ()),
+    )
+
+
+def _is_embedding(model: PreTrainedModel, name: str) -> bool:
+    return model.get_submodule(name) is model.get_input_embeddings()
+
+
+def _full_names(model: PreTrainedModel, option: str, names: str) -> list[str]:
+    """All modules whose name ends so.
+
+    Raises:
+        UsageError: none does.
+    """
+    found = []
+    for name in names.split(","):
+        those = [full for full, _ in model.named_modules() if full == name or full.endswith(f".{name}")]
+        if not those:
+            linear = {
+                full.rpartition(".")[2] for full, module in model.named_modules() if isinstance(module, nn.Linear)
+            }
+            raise UsageError(
+                f"{option} {names}: no module's name ends with {name}; linear ones are {', '.join(sorted(linear))}"
+            )
+        found += those
+    return found
+
+
+def _refuse_tied(model: PreTrainedModel, option: str, names: list[str]) -> None:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    shared = [name for name in names if any(model.get_submodule(name) is end for end in ends)]
+    if shared and model.config.get_text_config().tie_word_embeddings:
+        raise UsageError(
+            f"{option}: the weights of {shared[0]} are embedding and head at once, and one would be trained without "
+            "the other; to train both as one, name the embedding in --modules-to-save"
+        )
+
+
+def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
+    """Put an adapter into a model, in place: its start, with which the model computes what it did before.
+
+    A base in bfloat16 stays that. ``seed`` draws what of the start is random, whatever was drawn before.
+
+    Raises:
+        UsageError: a module that is to have an adapter is of no kind that can have one.
+    """
+    from peft import inject_adapter_in_model
+    from peft.utils import ModulesToSaveWrapper
+
+    dtype = model.dtype
+    if dtype != torch.float32 and not is_quantized(model):
+        model.float()  # what is computed of the base's weights, as DoRA's magnitudes are, in float32
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:  # peft's words for a module of another kind
+            raise UsageError(f"--lora-targets: {str(error).splitlines()[0]}") from error
+    for p in trained(model):
+        p.data = p.detach().float()
+    if dtype == torch.bfloat16 and not is_quantized(model):
+        coarsen(model)
+    if dtype == torch.bfloat16:
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper):  # as its frozen original, whatever the weights' precision
+                module.register_forward_hook(lambda _, given, result: result.to(torch.bfloat16))
+
+
+def trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that are trained."""
+    return (p for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def coarsen(model: nn.Module) -> None:
+    """Leave the frozen weights of an adapter's base the bfloat16 halves that ``optimizer.halve`` would."""
+    for p in model.parameters():
+        if not p.requires_grad and p.dtype == torch.float32:
+            p.data = split(p.detach().contiguous())[0]
+
+
+# ---- on disk ----------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> Any:
+    """The ``peft.LoraConfig`` of an adapter whose training can go on.
+
+    Raises:
+        ValueError: it is of another kind, or cannot be read.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    if json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type") != "LORA":
+        raise ValueError("it is no LoRA adapter, and others are not trained here")
+    config = PeftConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    if config.init_lora_weights not in HARMLESS:
+        raise ValueError(f"it began as {config.init_lora_weights}, which changes its base; merge it with dpo merge")
+    config.lora_dropout, config.inference_mode = 0.0, False
+    return config
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """A ``peft.LoraConfig`` as options; targets that are no list of names are None."""
+    names = {"lora_targets": config.target_modules, "modules_to_save": config.modules_to_save}
+    lists = {o: ",".join(sorted(of)) if isinstance(of, (list, set)) else None for o, of in names.items()}
+    kind = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+    return {"lora_rank": config.r, "lora_kind": kind, "lora_alpha": config.lora_alpha, **lists}
+
+
+def attach_saved(model: PreTrainedModel, folder: Path, base: str) -> None:
+    """Put an adapter into a model, in place, with the weights it was saved with; ``base`` finds the model again.
+
+    Raises:
+        ValueError, DpoError: it is not of this model, or of a kind that is not trained here.
+    """
+    config = read_config(folder)
+    config.base_model_name_or_path = base
+    attach(model, config)
+    put_adapter(model, folder)
+
+
+def put_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Give an attached adapter the weights of a folder.
+
+    Raises:
+        DpoError: they are of another adapter.
+    """
+    from peft import set_peft_model_state_dict
+
+    saved, own = load_file(folder / WEIGHTS), adapter_weights(model)
+    if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in own.items()}:
+        odd = sorted(saved.keys() ^ own.keys()) or [n for n in saved if saved[n].shape != own[n].shape]
+        raise DpoError(f"{folder} is an adapter of another model or of other modules: {odd[0]}")
+    set_peft_model_state_dict(model, {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()})
+
+
+def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is trained of a model, under the names that it has in an adapter's file."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {PREFIX + name: tensor.detach().contiguous() for name, tensor in found.items()}
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write the adapter, its weights and its configuration, as peft does."""
+    (folder / CONFIG).write_text(json.dumps(_plain(model) | {"inference_mode": True}, indent=2) + "\n")
+    weights, seen = adapter_weights(model), set[int]()
+    for name, tensor in weights.items():
+        weights[name] = tensor.clone() if tensor.data_ptr() in seen else tensor  # tied ones are there twice, as of peft
+        seen.add(tensor.data_ptr())
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def described(model: PreTrainedModel) -> str:
+    """All of an adapter's configuration that decides what it computes."""
+    told = {name: value for name, value in _plain(model).items() if name not in ("base_model_name_or_path", "revision")}
+    return json.dumps(told | {"peft_version": None}, sort_keys=True)
+
+
+def _plain(model: PreTrainedModel) -> dict[str, Any]:
+    """The adapter's configuration as JSON has it: the same each time."""
+    values = cast(Any, model).peft_config["default"].to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(values.items())}
+
+
+@torch.no_grad()
+def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with an adapter's weights added to its own.
+
+    Raises:
+        ValueError, Warning: the adapter is not of this model, or cannot be merged without changing what it computes.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
+        adapted = PeftModel.from_pretrained(model, adapter)
+    if not hasattr(adapted, "merge_and_unload"):
+        raise ValueError("adapters of its kind cannot be merged; merge it by hand, or train one with LoRA")
+    ids = torch.arange(16)[None] % model.config.get_text_config().vocab_size
+    expected = adapted(input_ids=ids).logits
+    whole: PreTrainedModel = adapted.merge_and_unload()
+    whole.eval().requires_grad_(True)  # peft froze what is trained now
+    off = float((whole(input_ids=ids).logits - expected).abs().max())
+    if not off <= 1e-3 * float(expected.abs().max()):
+        raise ValueError(f"merged into its base it computes something else (logits are off by {off:.2g})")
+    return whole
