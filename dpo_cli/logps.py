@@ -101,9 +101,10 @@ class Said:
         if alpha is None:
             return self.logps
         shared = self.lengths.view(-1, 2).min(1).values.repeat_interleave(2)  # (2p,)
-        starts = (self.lengths.cumsum(0) - self.lengths).repeat_interleave(self.lengths)  # (n,)
-        place = torch.arange(len(starts), device=starts.device) - starts
-        beyond = place >= shared.repeat_interleave(self.lengths)
+        ends = (self.lengths.cumsum(0) - self.lengths + shared).repeat_interleave(  # (n,), where they end in a response
+            self.lengths, output_size=len(self.token_logps)
+        )
+        beyond = torch.arange(len(ends), device=ends.device) >= ends
         return response_logps(self.token_logps * torch.where(beyond, alpha, 1.0), self.lengths)
 
     def likelihoods(self) -> Tensor | float:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dpo_cli import drift
 from dpo_cli.batch import MicroBatch
 from dpo_cli.cli import app
-from dpo_cli.logps import Scorer
+from dpo_cli.logps import Said, Scorer
 from dpo_cli.metrics import append_metrics
 from dpo_cli.step import Trainer
 from tests.conftest import SAMPLE, write_rows
@@ -101,15 +101,15 @@ def gradient_of_one(trainer: Trainer, places: list[int]) -> list[int]:
     culprit, original = places[1], trainer.scorer.backward
     rejected = torch.from_numpy(trainer.pairs[culprit].rejected).long()
 
-    def spoilt(batch: MicroBatch, loss: Callable[[slice, Tensor], Tensor], last: Any = None) -> None:
+    def spoilt(batch: MicroBatch, loss: Callable[[slice, Said], Tensor], *others: Any) -> None:
         targets = batch.targets.split(batch.lengths.tolist())[1::2]
 
-        def spoilt_loss(pairs: slice, logps: Tensor) -> Tensor:
-            guilty = [False] * (len(logps) // 2) + [torch.equal(ids, rejected) for ids in targets[pairs]]
-            logps.register_hook(lambda grad: torch.where(torch.tensor(guilty), math.nan, grad))
-            return loss(pairs, logps)
+        def spoilt_loss(pairs: slice, said: Said) -> Tensor:
+            guilty = [False] * (len(said.logps) // 2) + [torch.equal(ids, rejected) for ids in targets[pairs]]
+            said.logps.register_hook(lambda grad: torch.where(torch.tensor(guilty), math.nan, grad))
+            return loss(pairs, said)
 
-        original(batch, spoilt_loss, last)
+        original(batch, spoilt_loss, *others)
 
     trainer.scorer.backward = spoilt  # type: ignore[method-assign]
     return [culprit]
