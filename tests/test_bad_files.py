@@ -57,7 +57,7 @@ FILES: dict[str, tuple[str, bytes | None, list[str]]] = {
     "a key twice": ("pairs.jsonl", LINE.replace("}", ', "chosen": "x"}').encode(), []),
     "not a number": ("pairs.jsonl", LINE.replace("}", ', "weight": NaN}').encode(), []),
     "gzip that is none": ("pairs.jsonl.gz", LINE.encode(), []),
-    "gzip that was cut off": ("pairs.jsonl.gz", gzip.compress(LINE.encode() * 99)[:-9], []),
+    "gzip that was cut off": ("pairs.jsonl.gz", gzip.compress(LINE.encode() * 99, mtime=0)[:-9], []),
     "CSV with a column twice": ("pairs.csv", b"prompt,chosen,chosen\na,b,c\n", []),
     "CSV with more cells than names": ("pairs.csv", b"prompt,chosen,rejected\na,b,c,d\n", []),
     "CSV with a quote that is not closed": ("pairs.csv", b'prompt,chosen,rejected\n"a,b,c\n', []),

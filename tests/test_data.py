@@ -117,7 +117,7 @@ PLACES = {"jsonl": "1 2", "json": "2 3", "csv": "2 3", "parquet": "row 1,row 2"}
 def packed(content: bytes, name: str) -> bytes:
     """The content as a file of that name holds it."""
     if name.endswith(".gz"):
-        return gzip.compress(content, 1)
+        return gzip.compress(content, 1, mtime=0)
     return pa.compress(content, codec="zstd", asbytes=True) if name.endswith(".zst") else content
 
 
@@ -770,14 +770,14 @@ ZST = packed(LINE * 2000, ".zst")
         ("rows.json", b"[ ]", "has no rows"),
         ("rows.csv", b"", "has no rows"),
         ("rows.csv", HEADER.encode(), "has no rows"),
-        ("rows.jsonl.gz", gzip.compress(b""), "has no rows"),
+        ("rows.jsonl.gz", gzip.compress(b"", mtime=0), "has no rows"),
         ("rows.json", LINE, "must be one array of rows; for one object a line, name it .jsonl"),
         ("rows.json", b'["\xff"]', r"not UTF-8 \(byte 3\)"),
         ("rows.txt", LINE, r"unknown kind of file; use .jsonl, .json, .parquet, .csv, each also .gz or .zst"),
         ("rows", LINE, "unknown kind of file"),
-        ("rows.gz", gzip.compress(LINE), "unknown kind of file"),
+        ("rows.gz", gzip.compress(LINE, mtime=0), "unknown kind of file"),
         ("rows.jsonl.gz", LINE, "cannot be read .*[Nn]ot a gzipped file"),
-        ("rows.jsonl.gz", gzip.compress(LINE)[:-9], "cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(LINE, mtime=0)[:-9], "cannot be read"),
         ("rows.jsonl.gz", GARBLED, "cannot be read"),
         ("rows.zst", ZST, "unknown kind of file"),
         ("rows.jsonl.gz.zst", ZST, "unknown kind of file"),
