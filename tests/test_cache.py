@@ -138,8 +138,8 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     original = Scorer.score
 
-    def telling(self: Scorer, pairs: Any) -> Iterator[Any]:
-        for result in original(self, pairs):
+    def telling(self: Scorer, pairs: Any, *share: Any) -> Iterator[Any]:
+        for result in original(self, pairs, *share):
             found.extend(pairs[i].where for i in result[0])
             yield result
 
