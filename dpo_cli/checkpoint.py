@@ -25,7 +25,7 @@ from dpo_cli.adapters import is_adapted
 from dpo_cli.disk import sealed, sha256, unsealed, whole_folder
 from dpo_cli.errors import DpoError
 from dpo_cli.model import WEIGHTS, put_weights
-from dpo_cli.sharding import gathered, is_sharded, let_go, shard_like, whole_weights
+from dpo_cli.sharding import gathered, is_sharded, let_go, shard_like, whole, whole_weights
 
 MANIFEST = "manifest.json"
 KINDS = {torch.float32: "F32"}  # of what a sharded model trains with, as safetensors names it
@@ -66,8 +66,8 @@ def save_checkpoint(
     weights, moments = {name: p.detach() for name, p in model.named_parameters()}, _moments(optimizer)
     there = ranks.lead(folder.exists)
     if not there and ranks.rank() > 0 and is_sharded(model):
-        for _ in (*gathered(weights), *gathered(moments)):
-            pass
+        for tensor in (*weights.values(), *moments.values()):
+            whole(tensor.detach())  # for the first rank to write
     if ranks.rank() == 0 and not there:
         with whole_folder(folder) as temporary:
             if is_adapted(model):

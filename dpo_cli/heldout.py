@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ from dpo_cli.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.report import ReportInput, write_report
 from dpo_cli.run import Run, read_manifest
 from dpo_cli.scores import Evaluation, Scores, values
+
+T = TypeVar("T")
+
+
+def _alone(action: Callable[[], T]) -> T:
+    return action()
 
 
 class HeldOut:
@@ -82,10 +88,11 @@ class HeldOut:
         if policy is None:
             return None
         objective = run.options.objective
-        history = ranks.lead(self._history) if scorer.sharded else self._history()
+        agreed = ranks.lead if scorer.sharded else _alone
+        history = agreed(self._history)
         read = loss_input(policy_read(scorer, run.held_out, objective), self.discounted)
         scores = scores_of(run.held_out, policy, self.reference, objective, compared, read, history)
-        found, known = values(scores), evaluations(history)
+        found, known = agreed(lambda: values(scores)), evaluations(history)
         if (metric := run.options.keep_best) and best_step(known | {step: found}, metric) == step:
             keep(found)
         if step not in known and ranks.rank() == 0:

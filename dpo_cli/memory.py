@@ -163,8 +163,9 @@ class Fit:
             cost = [costs[i] for i in indices]
             return sum(cost) if scorer.layout != "padded" else len(cost) * max(cost, default=0)
 
-        first = max((step[0] for step in steps), key=size)
-        later = max((indices for step in steps for indices in step[1:]), key=size, default=None)
+        world = ranks.world()  # each takes one of so many micro-batches, and then another one
+        first = max((indices for step in steps for indices in step[:world]), key=size)
+        later = max((indices for step in steps for indices in step[world:]), key=size, default=None)
         found = [(size(each), at_head(scorer, [pairs[i] for i in each])) for each in (first, later) if each]
         return self.step_bytes.peak(self.memory, self.recompute, found[0], found[1] if later else None)
 

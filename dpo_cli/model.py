@@ -252,7 +252,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     if source.gguf:  # packed blocks could be neither trained nor saved
         extra = {"quantization_config": GgufConfig(dequantize=True)}
     if source.quantize:
-        extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": 0}}
+        extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": torch.cuda.current_device()}}
     dtype = torch.bfloat16 if source.quantize else torch.float32
     try:
         # The half of it that makes text would be loaded alone, and say that it is none.
@@ -388,7 +388,7 @@ def experts_a_token(model: PreTrainedModel, pair: Pair) -> int:
     Raises:
         UsageError: the model is no mixture of experts, or its own loss of a pair is another than ours.
     """
-    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
+    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]).to(model.device)
     asked = {"output_router_logits": True, "use_cache": False, "attention_mask": batch.attention_mask}
     try:
         experts = int(model.config.get_text_config().num_experts_per_tok)

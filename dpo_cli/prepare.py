@@ -302,6 +302,7 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
 
 
 def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Reporter) -> dict[str, Any]:
+    ranks.check_same_command(options)
     source = choose_model(options.model, options, reporter)
     check_quantize(options, source, device)
     source = dataclasses.replace(source, quantize=options.quantize)

@@ -82,7 +82,7 @@ def started(how_to_go_on: Callable[[], str] = lambda: "") -> Iterator[Accelerato
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # or accelerate decides, with a warning
         if not dist.is_initialized():
             dist.init_process_group("gloo" if cpu else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no")
     accelerator.gradient_accumulation_steps = 1
     try:
         yield accelerator
@@ -90,7 +90,8 @@ def started(how_to_go_on: Callable[[], str] = lambda: "") -> Iterator[Accelerato
     except RuntimeError as error:
         if world() == 1 or not _is_of_a_peer(error):
             raise
-        told = f"another process of this run ended before its time, and so must all; {how_to_go_on()}"
+        seen = str(error).splitlines()[0][:200]
+        told = f"another process of this run ended before its time, and so must all; {how_to_go_on()}\n({seen})"
         raise PeerLostError(told) from error
     if dist.is_initialized():  # not before the process ends: its launcher's store would not let it begin anew
         atexit.unregister(dist.destroy_process_group)
@@ -135,7 +136,7 @@ def ahead(action: Callable[[], T]) -> T:
 def in_turn(action: Callable[[], T]) -> T:
     """Do the same on all ranks, of those on one host one after the other: what it takes for a while, it takes once."""
     found: list[T] = []
-    for turn in range(on_this_host()):
+    for turn in range(most([on_this_host()])[0]):
         if turn == int(os.environ.get("LOCAL_RANK", rank())) % on_this_host():
             found.append(action())
         wait()
@@ -189,6 +190,16 @@ def check_same(**values: str) -> None:
         )
 
 
+def check_same_command(options: Any, *more: str) -> None:
+    """Refuse to begin where ranks were started with other options, which decide what they do together.
+
+    Raises:
+        UsageError: naming the ranks.
+    """
+    given = {name: value for name, value in vars(options).items() if name not in ("cache_dir", "log_every")}
+    check_same(the_options=str((given, *more)))
+
+
 # ---- gradients --------------------------------------------------------------------------------------------------
 
 
@@ -227,19 +238,31 @@ def said_once(message: str, code: int, cut_off: bool) -> tuple[str, int]:
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends all ranks when it sees that one has ended
     mine = int(os.environ.get("RANK", "0"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    error, told, alone = (f"dpo/{attempt}/{name}" for name in ("error", "told", "alone"))
+    store = None
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=10))  # type: ignore[attr-defined]
         if mine == 0:
             if cut_off:
                 with suppress(dist.DistError):
-                    store.wait(["dpo/error"], datetime.timedelta(seconds=2))
-                    message, code = json.loads(store.get("dpo/error"))
-            store.set("dpo/told", "")
-            return message, code
+                    store.wait([error], datetime.timedelta(seconds=2))
+                    message, code = json.loads(store.get(error))
+            store.set(told, "")
+            return "" if store.check([alone]) else message, code
         if not cut_off:
-            store.set("dpo/error", json.dumps([f"rank {mine}: {message}", code]))
-        store.wait(["dpo/told"], datetime.timedelta(seconds=10))
+            store.set(error, json.dumps([f"rank {mine}: {message}", code]))
+        with suppress(dist.DistError):
+            store.wait([told], datetime.timedelta(seconds=2))
+            return "", code
+        if dist.is_initialized():  # the first rank waits for this one, and would for ever
+            atexit.unregister(dist.destroy_process_group)
+            dist.destroy_process_group()
+        store.wait([told], datetime.timedelta(seconds=10))
         return "", code
     except (KeyError, RuntimeError):  # no store, or nobody there who has spoken
+        if store:
+            with suppress(RuntimeError):
+                store.set(alone, "")
         return message if mine == 0 else f"rank {mine}: {message}", code

@@ -38,6 +38,8 @@ def shard(model: Any, device: torch.device) -> None:
         sharded = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)  # a step's gradient is the sum of all ranks', not their mean
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+        if hasattr(sharded, "set_reduce_scatter_unused_params"):  # not yet in torch 2.11
+            sharded.set_reduce_scatter_unused_params(True)  # an expert may get no token on one rank
     setattr(model, BODY, lambda **inputs: model.base_model(**inputs))
     register_fsdp_forward_method(model, BODY)
 

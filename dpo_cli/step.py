@@ -128,7 +128,8 @@ class Trainer:
             if fits:
                 sums, losses, too_large = self._gradient(mine, idle, pairs_in_step, stop, updating)
             if updating and too_large:
-                raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
+                told = "updates weights in its backward pass: it is half done"
+                raise DpoError(f"memory ran out in a step that {told if fits else 'must be one forward'}")
             stopped, shrunk = self._agree(stop, too_large)
             if stopped or not shrunk:
                 break
@@ -302,7 +303,7 @@ class Trainer:
             with torch.no_grad():
                 said = self.scorer.attempt(self.pairs, indices or (idle,), lambda _, batch: self.scorer.said(batch))
             if said is None:
-                too_large = indices
+                too_large = indices or (idle,)
                 break
             if not indices:
                 continue

@@ -57,6 +57,7 @@ def train(
     """
     folders: list[Path] = [resume] if resume else []  # the run's, once it is there
     with ranks.started(lambda: _what_is_saved(folders, options)) as accelerator, ExitStack() as holding:
+        ranks.check_same_command(options, str(resume), str(dry_run))
         if resume and not dry_run:
             _on_first(lambda: holding.enter_context(held(resume / LOCK)))
         if resume:
@@ -108,7 +109,11 @@ def _where_it_runs(run: Run, action: Callable[[], T]) -> T:
 
 def _on_first(action: Callable[[], object]) -> None:
     """Let the first rank do something whose value the others have no use for."""
-    ranks.lead(lambda: action() and None)
+
+    def done() -> None:
+        action()
+
+    ranks.lead(done)
 
 
 def _tell_devices(command: Sequence[str], reporter: Reporter) -> None:
@@ -323,11 +328,11 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
     Of an adapter that is the adapter alone, unless it is to be merged: into a base that is loaded anew, for to take it
     out of its own again would change that by rounding.
     """
+    if ranks.rank() > 0 and not run.scorer.sharded:
+        return
     known = evaluations(read_metrics(run.folder / "metrics.jsonl"))
     card = model_card(run, known.get(0, {}), after or known.get(step, {}))
     if run.options.export == "merged":
-        if ranks.rank() > 0:
-            return
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(run.model, Path(folder))
             whole_model = load_model(

@@ -18,6 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dpo_cli.cli import app
+from dpo_cli.errors import DpoError
 from dpo_cli.logps import Scorer
 from dpo_cli.step import Trainer
 
@@ -53,7 +54,22 @@ def a_loss_is_nan() -> Iterator[None]:
         yield
 
 
-PREPARED: dict[str, Callable[[], Any]] = {"oom": memory_runs_out, "nan": a_loss_is_nan}
+@contextmanager
+def one_fails() -> Iterator[None]:
+    """On the last rank alone, in its second step."""
+    real, seen = Trainer.step, []
+
+    def step(self: Trainer, *arguments: Any) -> Any:
+        seen.append(1)
+        if RANK == "1" and len(seen) == 2:
+            raise DpoError("the disk of this host is gone")
+        return real(self, *arguments)
+
+    with patch.object(Trainer, "step", step):
+        yield
+
+
+PREPARED: dict[str, Callable[[], Any]] = {"oom": memory_runs_out, "nan": a_loss_is_nan, "alone": one_fails}
 
 
 def main() -> None:

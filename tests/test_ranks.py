@@ -46,7 +46,10 @@ def on_ranks(folder: Path, ranks: int, cases: dict[str, Sequence[str]]) -> dict[
     out = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
     ends = {case: [folder / f"{case}.{rank}.json" for rank in range(ranks)] for case in cases}
-    return {case: [json.loads(file.read_text()) for file in files] for case, files in ends.items()}
+    found = {case: [json.loads(file.read_text()) for file in files] for case, files in ends.items()}
+    failed = {case for case, ends in found.items() if any(end["exit_code"] for end in ends)}
+    assert failed <= {"nan", "usage", "alone"}, [found[case] for case in failed]
+    return found
 
 
 def alone(*words: str) -> str:
@@ -91,7 +94,8 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, di
     two |= {"nan": words("nan"), "usage": words("usage", "--memory", "in-backward", "--max-grad-norm", "0")}
     two |= {"adapter": words("adapter", *adapter), "ref": words("ref", *ref)}
     two |= {"coupled": words("coupled", *COUPLED), "coupled-shards": words("coupled-shards", *COUPLED, "--shard")}
-    ends = on_ranks(folder, 2, {case: two[case] for case in sorted(two, key=["nan", "usage"].count)})
+    two["alone"] = words("alone")
+    ends = on_ranks(folder, 2, {case: two[case] for case in sorted(two, key=("nan", "usage", "alone").count)})
     alone("train", "--resume", str(first_half(folder / "two-shards", folder / "from-2-to-1")))
     four = {"four": words("four", "--keep-best", "loss"), "four-shards": words("four-shards", "--shard")}
     four |= {"scored-4": scored("scored-4"), "scored-shards": [*scored("scored-shards"), "--shard"]}
@@ -103,18 +107,8 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-RUNS = [
-    "adapter",
-    "coupled",
-    "coupled-shards",
-    "two",
-    "four",
-    "two-shards",
-    "four-shards",
-    "from-2-to-1",
-    "from-2-to-4",
-    "oom",
-]
+RUNS = ["two", "four", "two-shards", "four-shards", "from-2-to-1", "from-2-to-4", "oom"]
+RUNS += ["adapter", "ref", "coupled", "coupled-shards"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -187,6 +181,13 @@ def test_a_loss_that_is_nan_on_one_rank_ends_all_with_one_message(done: tuple[Pa
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) in (5, PAIRS % 5)  # the whole step's, from both ranks
     assert [row["row"] for row in rows if row["to_blame"]] == [f"{folder / 'train.jsonl'}:{POISONED + 1}"]
+
+
+def test_what_ends_one_rank_ends_all_and_is_said_once(done: tuple[Path, Any]) -> None:
+    first, second = done[1]["alone"]
+    assert (first["exit_code"], second["exit_code"]) == (1, 1)
+    told = [line for end in (first, second) for line in end["stderr"].splitlines() if line.startswith("error")]
+    assert told == ["error: rank 1: the disk of this host is gone"]
 
 
 def test_what_cannot_be_used_is_said_once(done: tuple[Path, Any]) -> None:
