@@ -121,7 +121,8 @@ def _step(source: ModelSource, began: TrainOptions | None, history: Sequence[dic
     """The step after which a run had this model; None of its last one."""
     if source.checkpoint:
         return int(source.checkpoint.name.removeprefix("step-"))
-    if began and began.keep_best and source.run and Path(source.path) == source.run / "best":
+    exported = source.adapter or Path(source.path)
+    if began and began.keep_best and source.run and exported == source.run / "best":
         return best_step(evaluations(history), began.keep_best)
     return None
 
