@@ -14,7 +14,7 @@ from scipy.stats import binom
 
 from dpo_cli.errors import UsageError
 from dpo_cli.numerals import nice
-from dpo_cli.scores import SIDES, TIE, Scores, Table, gap_of, means, perplexity, values, wins_of
+from dpo_cli.scores import SIDES, Scores, Table, gap_of, means, perplexity, values, wins_of
 from dpo_cli.stats import (
     Groups,
     Interval,
@@ -130,17 +130,16 @@ def _comparable(scores: Scores, in_logratios: bool) -> tuple[dict[str, tuple[Tab
     return found, known
 
 
-def beyond_arithmetic(nats: Table) -> Table:
-    """Differences of log-probs without those that are only arithmetic, whose order would say something."""
-    return np.where(np.abs(nats) <= TIE, 0.0, nats)
+def beyond_arithmetic(nats: Table, tie: Table | float) -> Table:
+    """Differences of log-probs without those up to ``tie``: they are only arithmetic, and their order would count."""
+    return np.where(np.abs(nats) <= tie, 0.0, nats)
 
 
 # ---- effect -----------------------------------------------------------------------------------------------------
 
 
 def _margin_d(scores: Scores) -> Statistic:
-    gap = gap_of(scores.gains)
-    return standardised_mean(np.where(np.abs(gap) <= scores.tie, 0.0, gap))  # free of beta
+    return standardised_mean(beyond_arithmetic(gap_of(scores.gains), scores.tie))  # free of beta
 
 
 def _rank_change(scores: Scores) -> Statistic:
@@ -254,11 +253,11 @@ def _mean_deviation(n: int, p: float) -> float:
 
 def _length_statistics(scores: Scores) -> dict[str, Statistic]:
     """Correlations with length; of responses, by resampling the pairs they belong to."""
-    logratios = beyond_arithmetic(scores.logratios)
-    pair = np.repeat(np.arange(len(logratios)), 2)
+    gains = beyond_arithmetic(scores.gains, np.reshape(scores.tie, (-1, 1)))
+    pair = np.repeat(np.arange(len(gains)), 2)
     return {
-        "reward_length": spearman(logratios.reshape(-1), scores.tokens.reshape(-1), pair),
-        "margin_length": spearman(beyond_arithmetic(gap_of(logratios)), gap_of(scores.tokens)),
+        "reward_length": spearman(gains.reshape(-1), scores.tokens.reshape(-1), pair),
+        "margin_length": spearman(beyond_arithmetic(gap_of(gains), scores.tie), gap_of(scores.tokens)),
     }
 
 

@@ -236,6 +236,16 @@ def test_length_by_hand() -> None:
     assert told["reward_length_correlation"] == pytest.approx(spearmanr(rewards, np.ravel(tokens)).statistic)
 
 
+def test_length_is_held_against_the_rewards_that_are_reported() -> None:
+    """Without a reference those are of log-probs a token, though there are log-ratios that go the other way."""
+    scores = random_scores(40)
+    scores = dataclasses.replace(scores, objective=Objective({"simpo": 1.0}), ref_logps=np.full((40, 2), np.nan))
+    told, a_token = sections(scores)["length"], scores.logps / scores.tokens
+    assert told["reward_length_correlation"] == pytest.approx(spearmanr(a_token.ravel(), scores.tokens.ravel())[0])
+    gaps = a_token[:, 0] - a_token[:, 1], scores.tokens[:, 0] - scores.tokens[:, 1]
+    assert told["margin_length_correlation"] == pytest.approx(spearmanr(*gaps)[0])
+
+
 def test_no_pair_where_the_chosen_response_is_shorter() -> None:
     told = sections(make_scores([[1, 0], [2, 0]], [[3, 1], [4, 1]]))["length"]
     assert told["accuracy_chosen_shorter_pairs"] == 0 and told["accuracy_chosen_shorter_interval"] is None
