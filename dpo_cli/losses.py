@@ -134,8 +134,8 @@ def reverse_kl(logratios: Tensor) -> Tensor:
 
 
 def forward_kl(logratios: Tensor) -> Tensor:
-    """1 - 1/u."""
-    return 1 - (-logratios).exp()
+    """1 - 1/u: the alpha-divergence of alpha = 0."""
+    return alpha_divergence(logratios, 0.0)
 
 
 def js_divergence(logratios: Tensor) -> Tensor:
