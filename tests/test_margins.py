@@ -17,6 +17,7 @@ from dpo_cli.errors import UsageError
 from dpo_cli.losses import Objective
 from dpo_cli.margins import compared, sections
 from dpo_cli.scores import Distributions, Scores, means, values
+from dpo_cli.summary import as_text
 
 SURE = math.log(0.78 / 0.22)  # sigma of it is 0.78
 
@@ -281,6 +282,27 @@ def test_models_of_different_betas_are_compared_in_log_ratios_too() -> None:
     assert told["differences"]["rewards/margins"]["difference"] > 0.1
     assert told["differences"]["logratios/margins"]["interval"] == [0, 0]
     assert told["pairs_b_better"]["share"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        (Objective(label_smoothing=0.1), {"loss": "--loss sigmoid, with other options"}),
+        (Objective({"ipo": 1.0}), {"loss": "a's is of --loss sigmoid, b's of --loss ipo"}),
+        (Objective({"simpo": 1.0}), {"loss": "simpo", "rewards": "a's are of log-ratios, b's of log-probs a token"}),
+    ],
+)
+def test_what_other_objectives_measure_otherwise_is_not_compared(objective: Objective, told: dict[str, str]) -> None:
+    a = random_scores(20, beta=0.1)
+    result = compared(a, dataclasses.replace(a, objective=objective))
+    assert result["not_compared"].keys() == told.keys()
+    assert all(words in result["not_compared"][name] for name, words in told.items())
+    kept = result["differences"]
+    assert "loss" not in kept and "kl/chosen" in kept
+    assert ("rewards/margins" in kept) == ("rewards" not in told) == ("logratios/margins" not in kept)
+    about = {"model": "m", "reference": "r", "beta": 0.1}
+    text = as_text({"a": about, "b": about, "pairs": 20, "same_tokens": True} | result)
+    assert all(f"{name} not compared" in text and words in text for name, words in told.items())
 
 
 def test_what_only_one_has_is_not_compared() -> None:
