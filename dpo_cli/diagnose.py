@@ -202,7 +202,7 @@ def suspects(scores: Scores) -> tuple[list[int], Table]:
     Shapes: the second is (P,).
     Units: robust standard deviations from the median.
     """
-    margins = beyond_arithmetic(gap_of(scores.logratios))
+    margins = beyond_arithmetic(gap_of(scores.gains), scores.tie)
     away = margins - np.median(margins)
     spread = NORMAL_MAD * float(np.median(np.abs(away)))
     if not spread:
@@ -223,12 +223,14 @@ def _label_noise(scores: Scores) -> Finding | None:
     share = len(places) / len(scores.where)
     if len(places) < FLIPS or share < FLIPPED:
         return None
-    margins = gap_of(scores.logratios)
+    margins, unit, digits = gap_of(scores.gains), "nats", 1
+    if scores.objective.averaged:
+        unit, digits = "nats a token", 2
     text = (
         f"In {len(places):,} of {len(scores.where):,} pairs ({share:.1%}) the reference finds the rejected response "
         f"likelier per token, and the policy's margin is more than {OUTLIER:g} robust standard deviations below its "
-        f"median: {margins[places].mean():.1f} nats on average, where half of all pairs have {np.median(margins):.1f} "
-        "or more."
+        f"median: {margins[places].mean():.{digits}f} {unit} on average, where half of all pairs have "
+        f"{np.median(margins):.{digits}f} or more."
     )
     advice = "Read these rows: were the two responses exchanged? Mend or drop them, or train with --label-smoothing."
     title = f"{len(places):,} pairs look as if their labels were flipped"

@@ -100,7 +100,8 @@ def evaluated(
     history = read_metrics(source.run / "metrics.jsonl") if source.run else []
     step = _step(source, began, history)
     so_far = [line for line in history if step is None or line["step"] <= step]
-    scores = scores_of(pairs, policy, reference, judge.objective, compared, judge.loss_input, so_far)
+    at = began.beta if began else None
+    scores = scores_of(pairs, policy, reference, judge.objective, compared, judge.loss_input, so_far, at)
     manifest = read_manifest(source.run) if source.run else None
     same = manifest is not None and began is not None and options.beta == began.beta
     its_own = same and manifest is not None and manifest["held_out"]["sha256"] == pairs.digest()
@@ -121,7 +122,8 @@ def _step(source: ModelSource, began: TrainOptions | None, history: Sequence[dic
     """The step after which a run had this model; None of its last one."""
     if source.checkpoint:
         return int(source.checkpoint.name.removeprefix("step-"))
-    if began and began.keep_best and source.run and Path(source.path) == source.run / "best":
+    exported = source.adapter or Path(source.path)
+    if began and began.keep_best and source.run and exported == source.run / "best":
         return best_step(evaluations(history), began.keep_best)
     return None
 

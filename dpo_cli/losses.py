@@ -115,13 +115,18 @@ def _log_sigmoid(x: Tensor) -> Tensor:
 
 
 def _smoothed(gained: Tensor, margins: Tensor | float, eps: float) -> Tensor:
-    """The logistic loss of what was gained beyond the margins.
+    """The logistic loss of what was gained beyond the margins, at labels of which a share eps is flipped.
 
-    A flipped label says that the rejected response is better, by the same margin: so to exchange the two responses is
-    to exchange eps and 1 - eps, and a label that says nothing (eps = 1/2) pulls to no side.
+    To exchange the two responses is to exchange eps and 1 - eps, and a label that says nothing (eps = 1/2) pulls to no
+    side.
     """
-    right, flipped = _log_sigmoid(gained - margins), _log_sigmoid(-gained - margins)
+    right, flipped = _of_labels(gained, margins)
     return -(1 - eps) * right - eps * flipped
+
+
+def _of_labels(gained: Tensor, margins: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Log-likelihoods of a right label and of a flipped one: the rejected response is better, by the same margin."""
+    return _log_sigmoid(gained - margins), _log_sigmoid(-gained - margins)
 
 
 # ---- f-divergences ----------------------------------------------------------------------------------------------
@@ -134,8 +139,8 @@ def reverse_kl(logratios: Tensor) -> Tensor:
 
 
 def forward_kl(logratios: Tensor) -> Tensor:
-    """1 - 1/u."""
-    return 1 - (-logratios).exp()
+    """1 - 1/u: the alpha-divergence of alpha = 0."""
+    return alpha_divergence(logratios, 0.0)
 
 
 def js_divergence(logratios: Tensor) -> Tensor:
@@ -156,7 +161,7 @@ def divergence(text: str) -> Divergence:
     """What ``--f-divergence`` names.
 
     Raises:
-        ValueError: nothing.
+        ValueError: it names none.
     """
     name, given, alpha = text.partition("=")
     if name not in DIVERGENCES or (given and name != "alpha_divergence") or (given and not math.isfinite(float(alpha))):
@@ -192,8 +197,7 @@ def robust(
     Source: arXiv 2403.00409
     """
     chosen, rejected = p.logratios(f_divergence)
-    gained = beta * (chosen - rejected)
-    right, flipped = _log_sigmoid(gained - margins), _log_sigmoid(-gained - margins)
+    right, flipped = _of_labels(beta * (chosen - rejected), margins)
     return ((label_smoothing - 1) * right + label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
@@ -340,8 +344,6 @@ def discopop(p: Preferences, beta: float, f_divergence: Divergence = reverse_kl,
 
     Source: equation 5 of arXiv 2406.08414
     """
-    if not discopop_tau:
-        raise UsageError("--loss-options discopop_tau=0: it divides; take a small one")
     chosen, rejected = p.logratios(f_divergence)
     gained = beta * (chosen - rejected)
     # s exp(-x) with both under one exponential: where exp(-x) is infinite, s is 0
@@ -497,6 +499,11 @@ class Objective:
         """Whether a loss of it has this parameter."""
         return any(name in loss.reads for loss in self.losses)
 
+    def ignored_by(self, name: str) -> str | None:
+        """The first loss of it that does not read this parameter; sft beside others, which compares nothing, is exempt."""
+        compare = [loss for loss in self.losses if loss.name != "sft"] or self.losses
+        return next((loss.name for loss in compare if name not in loss.reads), None)
+
 
 DPO = Objective()
 
@@ -539,7 +546,7 @@ def objective_of(
     """The objective that the options of these names ask for.
 
     Raises:
-        UsageError: a loss or an option of one is not known, or one is given that none of the losses reads.
+        UsageError: a loss or an option of one is not known, or one is given that would be ignored.
     """
     made = Objective(_terms(loss), beta, label_smoothing, f_divergence, ld_alpha, wpo, _numbers(loss_options))
     own = {name for each in made.losses for name in each.options}
@@ -548,19 +555,21 @@ def objective_of(
         raise UsageError(f"--loss-options {name}: --loss {made.name} does not read it; {others}")
     if wrong := [name for name, value in made.options.items() if value < 0]:
         raise UsageError(f"--loss-options {loss_options}: {wrong[0]} must be 0 or greater")
-    if label_smoothing and not made.reads("label_smoothing"):
-        told = f"--loss {made.name} does not read it; {_that('label_smoothing')}"
-        raise UsageError(f"--label-smoothing {label_smoothing}: {told}")
+    if made.options.get("discopop_tau") == 0:
+        raise UsageError(f"--loss-options {loss_options}: discopop_tau divides, so 0 is none; take a small one")
     for each in made.losses:
         if each.reads.get("label_smoothing") is inspect.Parameter.empty and not label_smoothing:
             raise UsageError(f"--loss {each.name}: needs --label-smoothing above 0, for example 0.001")
-        if f_divergence != "reverse_kl" and each.reference and "f_divergence" not in each.reads:
-            told = f"--loss {each.name} has no other than reverse_kl; {_that('f_divergence')}"
-            raise UsageError(f"--f-divergence {f_divergence}: {told}")
     about = {f"--f-divergence {f_divergence}": f_divergence != "reverse_kl"}
     about[f"--ld-alpha {ld_alpha}"] = ld_alpha is not None
     if not made.reference and (given := [option for option, is_given in about.items() if is_given]):
         raise UsageError(f"{given[0]}: is about the ratio to the reference, and --loss {made.name} reads none")
+    if label_smoothing and (ignoring := made.ignored_by("label_smoothing")):
+        told = f"--loss {ignoring} does not read it; {_that('label_smoothing')}"
+        raise UsageError(f"--label-smoothing {label_smoothing}: {told}")
+    if f_divergence != "reverse_kl" and (ignoring := made.ignored_by("f_divergence")):
+        told = f"--loss {ignoring} has no other than reverse_kl; {_that('f_divergence')}"
+        raise UsageError(f"--f-divergence {f_divergence}: {told}")
     if wpo and made.couples:
         raise UsageError(f"--wpo: --loss {made.name} sorts the responses of a step, so that no pair is left to weight")
     return made

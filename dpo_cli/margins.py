@@ -5,6 +5,7 @@ Legend: B resamples, P pairs, K numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,9 @@ import numpy as np
 from scipy.stats import binom
 
 from dpo_cli.errors import UsageError
+from dpo_cli.losses import Objective
 from dpo_cli.numerals import nice
-from dpo_cli.scores import SIDES, TIE, Scores, Table, gap_of, means, perplexity, values, wins_of
+from dpo_cli.scores import SIDES, Scores, Table, gap_of, means, perplexity, values, wins_of
 from dpo_cli.stats import (
     Groups,
     Interval,
@@ -58,15 +60,18 @@ def compared(a: Scores, b: Scores, seed: int = 0) -> dict[str, Any]:
     """What changes from a to b on the same pairs: paired differences b - a, and the share of pairs that b does better.
 
     The better one has the larger margin in log-ratios, whatever its beta; where the betas differ, the rewards' margins
-    are not in one unit, and those in log-ratios stand beside them.
+    are not in one unit, and those in log-ratios stand beside them. What other objectives measure otherwise is left out,
+    and ``not_compared`` says why.
 
     Raises:
         UsageError: they are not the same pairs.
     """
     if a.where != b.where:
         raise UsageError("two models are compared on the same pairs, in the same order; these are not")
-    (means_a, values_a), (means_b, values_b) = ((_comparable(s, a.objective.beta != b.objective.beta)) for s in (a, b))
-    names = [name for name in means_a if name in means_b]
+    apart = _not_compared(a.objective, b.objective)
+    in_logratios = a.objective.beta != b.objective.beta or "rewards" in apart
+    (means_a, values_a), (means_b, values_b) = (_comparable(s, in_logratios) for s in (a, b))
+    names = [name for name in means_a if name in means_b and name.partition("/")[0] not in apart]
     sides = [ratios(*_columns(found, names)) for found in (means_a, means_b)]
     ends = bootstrap(lambda counts: np.asarray(sides[1](counts) - sides[0](counts)), len(a.where), seed, a.groups)
     differences = {
@@ -76,7 +81,22 @@ def compared(a: Scores, b: Scores, seed: int = 0) -> dict[str, Any]:
     }
     better = wins_of(gap_of(b.logratios) - gap_of(a.logratios))
     told = {"share": float(better.mean()), "interval": share(better, a.groups)}
-    return {"differences": differences, "pairs_b_better": told}
+    return {"differences": differences, "not_compared": apart, "pairs_b_better": told}
+
+
+def _not_compared(a: Objective, b: Objective) -> dict[str, str]:
+    """What two objectives have no common unit for, ``loss`` or ``rewards``, and why."""
+    found = {}
+    if a != dataclasses.replace(b, beta=a.beta):
+        more = "" if a.name != b.name else ", with other options"
+        found["loss"] = f"a's is of --loss {a.name}, b's of --loss {b.name}{more}: they have no unit in common"
+    if (a.reference, a.averaged) != (b.reference, b.averaged):
+        found["rewards"] = f"a's are of {_gained(a)}, b's of {_gained(b)}: they have no unit in common"
+    return found
+
+
+def _gained(objective: Objective) -> str:
+    return f"{'log-ratios' if objective.reference else 'log-probs'}{' a token' * objective.averaged}"
 
 
 # ---- intervals --------------------------------------------------------------------------------------------------
@@ -130,17 +150,16 @@ def _comparable(scores: Scores, in_logratios: bool) -> tuple[dict[str, tuple[Tab
     return found, known
 
 
-def beyond_arithmetic(nats: Table) -> Table:
-    """Differences of log-probs without those that are only arithmetic, whose order would say something."""
-    return np.where(np.abs(nats) <= TIE, 0.0, nats)
+def beyond_arithmetic(nats: Table, tie: Table | float) -> Table:
+    """Differences of log-probs without those up to ``tie``: they are only arithmetic, and their order would count."""
+    return np.where(np.abs(nats) <= tie, 0.0, nats)
 
 
 # ---- effect -----------------------------------------------------------------------------------------------------
 
 
 def _margin_d(scores: Scores) -> Statistic:
-    gap = gap_of(scores.gains)
-    return standardised_mean(np.where(np.abs(gap) <= scores.tie, 0.0, gap))  # free of beta
+    return standardised_mean(beyond_arithmetic(gap_of(scores.gains), scores.tie))  # free of beta
 
 
 def _rank_change(scores: Scores) -> Statistic:
@@ -254,11 +273,11 @@ def _mean_deviation(n: int, p: float) -> float:
 
 def _length_statistics(scores: Scores) -> dict[str, Statistic]:
     """Correlations with length; of responses, by resampling the pairs they belong to."""
-    logratios = beyond_arithmetic(scores.logratios)
-    pair = np.repeat(np.arange(len(logratios)), 2)
+    gains = beyond_arithmetic(scores.gains, np.reshape(scores.tie, (-1, 1)))
+    pair = np.repeat(np.arange(len(gains)), 2)
     return {
-        "reward_length": spearman(logratios.reshape(-1), scores.tokens.reshape(-1), pair),
-        "margin_length": spearman(beyond_arithmetic(gap_of(logratios)), gap_of(scores.tokens)),
+        "reward_length": spearman(gains.reshape(-1), scores.tokens.reshape(-1), pair),
+        "margin_length": spearman(beyond_arithmetic(gap_of(gains), scores.tie), gap_of(scores.tokens)),
     }
 
 

@@ -46,10 +46,12 @@ def scores_of(
     compared: Compared | None,
     loss_input: LossInput | None = None,
     history: Sequence[Mapping[str, Any]] = (),
+    beta: float | None = None,
 ) -> Scores:
     """The numbers of an evaluation; ``policy`` and ``reference`` are logps (P, 2) in nats.
 
-    ``history`` has the lines of the run's metrics up to this policy, if it is of one.
+    ``history`` has the lines of the run's metrics up to this policy, if it is of one, and ``beta`` is what its rewards
+    were measured by; None: the objective's.
     """
     means = step_rewards(history)
     prompts: dict[bytes, int] = {}
@@ -63,7 +65,7 @@ def scores_of(
         distributions=compared.distributions if compared else None,
         groups=np.array([prompts.setdefault(pair.prompt.tobytes(), len(prompts)) for pair in pairs]),
         loss_input=loss_input,
-        shift=sum(means) / len(means) if means else 0.0,
+        shift=sum(means) / len(means) * objective.beta / (beta or objective.beta) if means else 0.0,
     )
 
 

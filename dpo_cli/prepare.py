@@ -370,9 +370,9 @@ def refuse_unread_terms(objective: Objective, pairs: Pairs) -> None:
         UsageError: there are such rows.
     """
     weights, margins = pairs.terms.T
-    if (margins != 0).any() and not objective.reads("margins"):
+    if (margins != 0).any() and (ignoring := objective.ignored_by("margins")):
         able = ", ".join(name for name, loss in LOSSES.items() if "margins" in loss.reads)
-        raise UsageError(f"--loss {objective.name} has no place for the rows' margins; leave them out, or take {able}")
+        raise UsageError(f"--loss {ignoring} has no place for the rows' margins; leave them out, or take {able}")
     if (weights != 1).any() and objective.couples:
         raise UsageError(f"--loss {objective.name} sorts the responses of a step, so that rows cannot have weights")
 

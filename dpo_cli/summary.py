@@ -141,6 +141,8 @@ def _comparison(result: Result) -> Iterator[str]:
     better = result["pairs_b_better"]
     share = f"{percent(better['share'])} of the pairs ({between(better['interval'], percent)})"
     yield f"{'larger log-ratio margin':<34}in b in {share}"
+    for name, why in result["not_compared"].items():
+        yield f"{f'{name} not compared':<34}{why}"
     yield ""
     yield f"{'':<34}{'a':>10}{'b':>10}{'b - a':>10}  95 % interval of the paired difference"
     for name, found in result["differences"].items():

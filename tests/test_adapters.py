@@ -25,7 +25,7 @@ from dpo_cli.config import PrecomputeOptions, TrainOptions
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import token_logps
 from dpo_cli.memory import StepBytes
-from dpo_cli.metrics import Reporter
+from dpo_cli.metrics import Reporter, best_step, evaluations, read_metrics
 from dpo_cli.model import find_model
 from dpo_cli.optimizer import halve
 from dpo_cli.pairs import Pair
@@ -304,6 +304,16 @@ def test_merged_export_and_the_best_model(place: Place) -> None:
     assert place.evaluated(run / "best")["loss"] <= result["after"]["loss"] + 1e-6
     plain = plain_logps(AutoModelForCausalLM.from_pretrained(run / "model"), place.held_out())
     torch.testing.assert_close(plain, place.per_pair(run)[:, :2], **CLOSE)
+
+
+def test_the_best_adapter_is_judged_by_the_steps_before_it(place: Place) -> None:
+    """BCO's shift is the mean reward up to the best step, which is not the last one here."""
+    place.train("bco", "--lora-rank", 4, "--loss", "bco", "--keep-best", "loss", "--lr", 1)
+    run = place.folder / "bco"
+    history = evaluations(read_metrics(run / "metrics.jsonl"))
+    best = best_step(history, "loss")
+    assert 0 < best < max(history)
+    assert place.evaluated(run / "best")["loss"] == pytest.approx(history[best]["loss"], rel=1e-6)
 
 
 def test_a_sweep_trains_and_evaluates_adapters(place: Place) -> None:

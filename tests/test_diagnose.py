@@ -11,6 +11,7 @@ import pytest
 
 from dpo_cli.diagnose import ENOUGH, ROWS, findings, suspects
 from dpo_cli.disk import to_json
+from dpo_cli.losses import Objective
 from dpo_cli.margins import sections
 from dpo_cli.scores import Distributions, Scores
 from tests.test_margins import make_scores
@@ -214,6 +215,23 @@ def test_flipped_labels_are_found_however_long_was_trained(seed: int, scale: flo
     assert (np.diff(far[places]) >= 0).all()  # strongest first
     assert finding["rows"] == [scores.where[place] for place in places][:ROWS]
     assert finding["numbers"]["share"] == len(places) / PAIRS
+
+
+def test_flipped_labels_are_found_by_the_margins_of_any_loss() -> None:
+    """Without a reference in the loss the policy's log-probs a token are its witness, not their log-ratios."""
+    scores, flips = flipped(0)
+    a_token = scores.logratios * [0.5, 0.5] - 3
+    scores = dataclasses.replace(scores, objective=Objective({"simpo": 1.0}), logps=a_token * scores.tokens)
+    places, far = suspects(scores)
+    assert flips[places].sum() >= 0.8 * flips.sum() and flips[places].all()
+    gap = a_token[:, 0] - a_token[:, 1]
+    assert far[places[0]] == pytest.approx((gap - np.median(gap))[places[0]] / _spread(gap))
+    (finding,) = [each for each in found(scores) if each["kind"] == "label_noise"]
+    assert f"median: {gap[places].mean():.2f} nats a token on average" in finding["text"]
+
+
+def _spread(gap: Any) -> float:
+    return 1.4826 * float(np.median(np.abs(gap - np.median(gap))))
 
 
 def test_at_most_twenty_rows_are_named() -> None:

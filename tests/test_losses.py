@@ -258,6 +258,20 @@ def test_f_divergences_by_hand(name: str, wanted: float) -> None:
     assert divergence(name)(torch.tensor([2.0]).log()).tolist() == pytest.approx([wanted], abs=1e-6)
 
 
+@pytest.mark.parametrize("name", [*DIVERGENCES, "alpha_divergence=0"])
+def test_f_divergences_of_responses_that_became_very_rare_are_finite(name: str) -> None:
+    """e^100 is no float32, of which the difference of two would be no number."""
+    logps = torch.full((2,), -200.0, requires_grad=True)
+    loss = objective_of(f_divergence=name)(Preferences(logps, logps.detach() + 100, torch.ones(2), logps, 1.0)).sum()
+    (gradient,) = torch.autograd.grad(loss, logps)
+    assert float(loss.detach()) == pytest.approx(math.log(2)) and gradient.isfinite().all()
+
+
+def test_what_sft_does_not_read_is_no_obstacle() -> None:
+    made = objective_of("sigmoid,sft", label_smoothing=0.1, f_divergence="js_divergence")
+    assert made.ignored_by("margins") is None and objective_of("sigmoid,ipo").ignored_by("margins") == "ipo"
+
+
 def test_a_combination_is_the_weighted_sum() -> None:
     p = pairs_of(6)
     parts = [Objective({name: 1.0})(p) for name in ("sigmoid", "ipo", "sft")]
@@ -281,6 +295,10 @@ def test_a_combination_is_the_weighted_sum() -> None:
         ({"loss": "sigmoid,sft=inf"}, "'inf' is no number"),
         ({"loss": "sft=1,sft=2"}, "sft is there twice"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "--label-smoothing 0.1: --loss hinge does not read it; "),
+        ({"loss": "sigmoid,hinge,sft", "label_smoothing": 0.1}, "--label-smoothing 0.1: --loss hinge does not read"),
+        ({"loss": "sft", "label_smoothing": 0.1}, "--label-smoothing 0.1: --loss sft does not read it; "),
+        ({"loss": "sigmoid,simpo", "f_divergence": "forward_kl"}, "--loss simpo has no other than reverse_kl"),
+        ({"loss": "discopop", "loss_options": "discopop_tau=0"}, "discopop_tau divides, so 0 is none"),
         ({"loss": "exo_pair"}, "--loss exo_pair: needs --label-smoothing above 0"),
         ({"loss": "sigmoid,apo_zero", "f_divergence": "forward_kl"}, "--loss apo_zero has no other than reverse_kl"),
         ({"loss": "simpo", "f_divergence": "forward_kl"}, "--f-divergence forward_kl: is about the ratio"),

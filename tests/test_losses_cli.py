@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -163,6 +164,20 @@ def test_the_shift_is_the_mean_reward_of_earlier_steps(
     assert abs(shift) > 0.01
 
 
+def test_at_another_beta_the_shift_is_another(place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the mean of rewards, which are as many times larger."""
+    dpo(place, tiny, monkeypatch, "train", "--output", "bco-beta", "--loss", "bco", "--batch-size", 2, "--beta", 0.1)
+    steps = [(line["rewards/chosen"] + line["rewards/rejected"]) / 2 for line in lines(place / "bco-beta")]
+    shift = 0.5 / 0.1 * sum(steps) / len(steps)
+    arguments = ("--model", "bco-beta", "--data", "held-out.jsonl", "--beta", 0.5, "--per-pair", "bco.jsonl")
+    out = dpo(place, tiny, monkeypatch, "eval", *arguments)
+    assert out.exit_code == 0, out.output
+    pairs = [json.loads(line) for line in (place / "bco.jsonl").read_text().splitlines()]
+    logits = [s * (p[f"rewards/{side}"] - shift) for p in pairs for s, side in ((1, "chosen"), (-1, "rejected"))]
+    wanted = sum(math.log1p(math.exp(-each)) for each in logits) / len(pairs)
+    assert json.loads(out.stdout)["loss"] == pytest.approx(wanted, rel=1e-6) and abs(shift) > 0.05
+
+
 def test_a_sweep_is_over_the_beta_of_any_loss(place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("sweep", "--eval-data", "held-out.jsonl", "--beta", "0.1,1", "--output", "swept", "--max-steps", 1)
     out = dpo(place, tiny, monkeypatch, *arguments, "--loss", "apo_zero=1,sft=0.1")
@@ -180,6 +195,7 @@ def test_a_sweep_is_over_the_beta_of_any_loss(place: Path, tiny: Path, monkeypat
     ("loss", "column", "told"),
     [
         ("ipo", "margin", "--loss ipo has no place for the rows' margins; leave them out, or take sigmoid, robust"),
+        ("sigmoid=1,ipo=1,sft=1", "margin", "--loss ipo has no place for the rows' margins"),
         ("aot=1,sft=1", "weight", "sorts the responses of a step, so that rows cannot have weights"),
     ],
 )

@@ -17,6 +17,7 @@ from dpo_cli.errors import UsageError
 from dpo_cli.losses import Objective
 from dpo_cli.margins import compared, sections
 from dpo_cli.scores import Distributions, Scores, means, values
+from dpo_cli.summary import as_text
 
 SURE = math.log(0.78 / 0.22)  # sigma of it is 0.78
 
@@ -236,6 +237,16 @@ def test_length_by_hand() -> None:
     assert told["reward_length_correlation"] == pytest.approx(spearmanr(rewards, np.ravel(tokens)).statistic)
 
 
+def test_length_is_held_against_the_rewards_that_are_reported() -> None:
+    """Without a reference those are of log-probs a token, though there are log-ratios that go the other way."""
+    scores = random_scores(40)
+    scores = dataclasses.replace(scores, objective=Objective({"simpo": 1.0}), ref_logps=np.full((40, 2), np.nan))
+    told, a_token = sections(scores)["length"], scores.logps / scores.tokens
+    assert told["reward_length_correlation"] == pytest.approx(spearmanr(a_token.ravel(), scores.tokens.ravel())[0])
+    gaps = a_token[:, 0] - a_token[:, 1], scores.tokens[:, 0] - scores.tokens[:, 1]
+    assert told["margin_length_correlation"] == pytest.approx(spearmanr(*gaps)[0])
+
+
 def test_no_pair_where_the_chosen_response_is_shorter() -> None:
     told = sections(make_scores([[1, 0], [2, 0]], [[3, 1], [4, 1]]))["length"]
     assert told["accuracy_chosen_shorter_pairs"] == 0 and told["accuracy_chosen_shorter_interval"] is None
@@ -271,6 +282,27 @@ def test_models_of_different_betas_are_compared_in_log_ratios_too() -> None:
     assert told["differences"]["rewards/margins"]["difference"] > 0.1
     assert told["differences"]["logratios/margins"]["interval"] == [0, 0]
     assert told["pairs_b_better"]["share"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        (Objective(label_smoothing=0.1), {"loss": "--loss sigmoid, with other options"}),
+        (Objective({"ipo": 1.0}), {"loss": "a's is of --loss sigmoid, b's of --loss ipo"}),
+        (Objective({"simpo": 1.0}), {"loss": "simpo", "rewards": "a's are of log-ratios, b's of log-probs a token"}),
+    ],
+)
+def test_what_other_objectives_measure_otherwise_is_not_compared(objective: Objective, told: dict[str, str]) -> None:
+    a = random_scores(20, beta=0.1)
+    result = compared(a, dataclasses.replace(a, objective=objective))
+    assert result["not_compared"].keys() == told.keys()
+    assert all(words in result["not_compared"][name] for name, words in told.items())
+    kept = result["differences"]
+    assert "loss" not in kept and "kl/chosen" in kept
+    assert ("rewards/margins" in kept) == ("rewards" not in told) == ("logratios/margins" not in kept)
+    about = {"model": "m", "reference": "r", "beta": 0.1}
+    text = as_text({"a": about, "b": about, "pairs": 20, "same_tokens": True} | result)
+    assert all(f"{name} not compared" in text and words in text for name, words in told.items())
 
 
 def test_what_only_one_has_is_not_compared() -> None:
