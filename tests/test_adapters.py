@@ -313,6 +313,15 @@ def test_a_sweep_trains_and_evaluates_adapters(place: Place) -> None:
     assert (place.folder / "sweep" / "beta-1" / "model" / "adapter_config.json").exists()
 
 
+def test_the_head_alone_can_be_trained(place: Place, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Then a forward keeps nothing of the body, by which its memory is counted."""
+    untied = place.folder / "untied"
+    make_model().save_pretrained(untied)
+    tokenizer.save_pretrained(untied)
+    result, told = place.train("head", "--lora-rank", 4, "--lora-targets", "lm_head", model=untied)
+    assert "step 0      loss 0.693147" in told and result["after"]["loss"] < 0.69
+
+
 # ---- the reference ----------------------------------------------------------------------------------------------
 
 
