@@ -33,7 +33,7 @@ from dpo_cli.model import load_model
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
-from dpo_cli.push import check_login, push
+from dpo_cli.push import check_base, check_login, push
 from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, trained_with
 from dpo_cli.samples import generate, text
 from dpo_cli.sharding import let_go
@@ -67,6 +67,8 @@ def train(
         set_seed(options.seed)
         _tell_devices(command, reporter)
         run = lay_out_run(options, resume, accelerator.device, reporter, dry_run)
+        if options.push_to_hub and options.lora_rank and options.export != "merged":
+            check_base(run.source.name)
         if dry_run:
             missing = tell_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}

@@ -19,7 +19,7 @@ import dpo_cli.push
 import dpo_cli.train
 from dpo_cli.card import SELF, hub_name
 from dpo_cli.cli import app
-from dpo_cli.model import DEFAULT_MODEL, ModelSource, find_model
+from dpo_cli.model import DEFAULT_MODEL, PACKAGED, ModelSource, find_model
 from dpo_cli.records import hub_id
 from dpo_cli.samples import generation_config
 from tests.conftest import SAMPLE, make_model, random_pairs
@@ -244,6 +244,26 @@ def test_push_says_what_it_cannot_push(hub: FakeHub, tmp_path: Path, train: Trai
     assert not hub.calls
     public = CliRunner().invoke(app, ["push", str(tmp_path / "first" / "model"), "me/model", "--public"])
     assert public.exit_code == 0 and hub.private is False
+
+
+def test_an_adapter_goes_to_the_hub_if_its_base_is_there(hub: FakeHub, train: Train, tmp_path: Path) -> None:
+    """Of a local base its configuration has the path, which nobody else could load."""
+    told = "push a model of both: dpo merge, or dpo train --export merged"
+    refused = train("--lora-rank", 2, "--push-to-hub", "me/model")
+    assert refused.exit_code == 2 and told in refused.stderr and not (tmp_path / "first").exists()
+    assert train("--lora-rank", 2).exit_code == 0
+    file = tmp_path / "first" / "model" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for base in (config["base_model_name_or_path"], str(tmp_path / "gone"), PACKAGED, "org/base"):
+        hub.calls.clear()
+        file.write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        result = CliRunner().invoke(app, ["push", str(tmp_path / "first"), "me/model"])
+        if base == "org/base":
+            assert result.exit_code == 0, result.output
+            assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == base
+        else:
+            assert result.exit_code == 2 and told in result.stderr and not hub.calls
+    assert not any(str(tmp_path).encode() in content for content in hub.files.values())
 
 
 def test_a_sweep_pushes_nothing(tmp_path: Path) -> None:
