@@ -254,7 +254,7 @@ def test_neither_checkpoints_nor_the_model_hold_the_base(place: Place) -> None:
     run = place.folder / "lora"
     assert {f.name for f in (run / "model").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
     }
     assert json.loads((run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         place.model
