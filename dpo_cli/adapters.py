@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.optimizer import split
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 PREFIX = "base_model.model."  # what peft puts before the names of a model's modules
+ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, Conv1D)  # the last one is linear
 # Ways to begin an adapter that leave its base as it is; others take something out of it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -44,13 +46,13 @@ def make_config(
     The layer's output is W x + s B A x, with s = alpha / rank, or alpha / sqrt(rank) of rslora.
 
     Raises:
-        UsageError: a name is of no module.
+        UsageError: a name is of no module, or a target of one of another kind.
     """
     from peft import LoraConfig  # peft takes a second to import
 
     whole = _full_names(model, "--modules-to-save", to_save) if to_save else None
     if targets != "all-linear":
-        named = _full_names(model, "--lora-targets", targets)
+        named = _full_names(model, "--lora-targets", targets, ADAPTABLE)
         _refuse_tied(model, "--lora-targets", named)
     if whole:
         _refuse_tied(model, "--modules-to-save", [name for name in whole if not _is_embedding(model, name)])
@@ -73,22 +75,22 @@ def _is_embedding(model: PreTrainedModel, name: str) -> bool:
     return model.get_submodule(name) is model.get_input_embeddings()
 
 
-def _full_names(model: PreTrainedModel, option: str, names: str) -> list[str]:
+def _full_names(
+    model: PreTrainedModel, option: str, names: str, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
+) -> list[str]:
     """All modules whose name ends so.
 
     Raises:
-        UsageError: none does.
+        UsageError: none does, or one that does is of none of these kinds.
     """
     found = []
     for name in names.split(","):
-        those = [full for full, _ in model.named_modules() if full == name or full.endswith(f".{name}")]
-        if not those:
-            linear = {
-                full.rpartition(".")[2] for full, module in model.named_modules() if isinstance(module, nn.Linear)
-            }
-            raise UsageError(
-                f"{option} {names}: no module's name ends with {name}; linear ones are {', '.join(sorted(linear))}"
-            )
+        those = {full: m for full, m in model.named_modules() if full == name or full.endswith(f".{name}")}
+        other = [type(module).__name__ for module in those.values() if not isinstance(module, kinds)]
+        if not those or other:
+            why = f"{name} is a {other[0]}, which takes no adapter" if other else f"no module's name ends with {name}"
+            linear = {full.rpartition(".")[2] for full, m in model.named_modules() if isinstance(m, nn.Linear)}
+            raise UsageError(f"{option} {names}: {why}; linear ones are {', '.join(sorted(linear))}")
         found += those
     return found
 
