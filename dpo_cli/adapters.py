@@ -23,7 +23,7 @@ from dpo_cli.optimizer import split
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 PREFIX = "base_model.model."  # what peft puts before the names of a model's modules
-ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, Conv1D)  # the last one is linear
+LINEAR = (nn.Linear, Conv1D)  # GPT-2's are of transformers' own kind
 # Ways to begin an adapter that leave its base as it is; others take something out of it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -52,7 +52,7 @@ def make_config(
 
     whole = _full_names(model, "--modules-to-save", to_save) if to_save else None
     if targets != "all-linear":
-        named = _full_names(model, "--lora-targets", targets, ADAPTABLE)
+        named = _full_names(model, "--lora-targets", targets, (*LINEAR, nn.Embedding, nn.Conv1d))
         _refuse_tied(model, "--lora-targets", named)
     if whole:
         _refuse_tied(model, "--modules-to-save", [name for name in whole if not _is_embedding(model, name)])
@@ -89,7 +89,7 @@ def _full_names(
         other = [type(module).__name__ for module in those.values() if not isinstance(module, kinds)]
         if not those or other:
             why = f"{name} is a {other[0]}, which takes no adapter" if other else f"no module's name ends with {name}"
-            linear = {full.rpartition(".")[2] for full, m in model.named_modules() if isinstance(m, nn.Linear)}
+            linear = {full.rpartition(".")[2] for full, m in model.named_modules() if isinstance(m, LINEAR)}
             raise UsageError(f"{option} {names}: {why}; linear ones are {', '.join(sorted(linear))}")
         found += those
     return found

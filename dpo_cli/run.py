@@ -132,7 +132,7 @@ def lay_out_run(
     if options.memory == "offload" and device.type == "cpu":
         raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
     source = choose_model(options.model, options, reporter)
-    source, options = _with_adapter(source, options, device)
+    source, options = _with_adapter(source, options, device, reporter)
     tokenizer = choose_tokenizer(source, options)
     reading = reading_of(options)
     options = dataclasses.replace(
@@ -248,7 +248,9 @@ def _check_ranks(options: TrainOptions, pairs: Pairs, held_out: Pairs, start: st
     ranks.check_same(**data, the_model=start, the_options=str(told))
 
 
-def _with_adapter(source: ModelSource, options: TrainOptions, device: torch.device) -> tuple[ModelSource, TrainOptions]:
+def _with_adapter(
+    source: ModelSource, options: TrainOptions, device: torch.device, reporter: Reporter
+) -> tuple[ModelSource, TrainOptions]:
     """The source and options of an adapter's training, if there is to be one: those of the adapter that it starts from.
 
     Raises:
@@ -277,6 +279,9 @@ def _with_adapter(source: ModelSource, options: TrainOptions, device: torch.devi
             f"--model {options.model}: an adapter goes on as it is: {told}; leave that out, or train all weights of "
             "the merged model without --lora-rank"
         )
+    if source.run and (bits := trained_with(source.run).quantize) != options.quantize:
+        before, now = (f"in {each}" if each else "unquantized" for each in (bits, options.quantize))
+        reporter.warn(f"the adapter was trained on its base {before} and goes on over that {now}: not the same policy")
     return source, dataclasses.replace(options, **own)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from typer.testing import CliRunner
 
 from dpo_cli import model as models
+from dpo_cli import run as runs
 from dpo_cli.adapters import adapter_weights, attach, attach_saved, make_config, merged, save_adapter, trained
 from dpo_cli.batch import padded
 from dpo_cli.cli import app
@@ -30,6 +32,7 @@ from dpo_cli.model import find_model
 from dpo_cli.optimizer import halve
 from dpo_cli.pairs import Pair
 from dpo_cli.prepare import read_pairs
+from dpo_cli.run import trained_with
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
 IDS = torch.arange(3, 40)[None]
@@ -377,6 +380,17 @@ def test_it_goes_on_from_a_checkpoint_too(place: Place) -> None:
 def test_an_adapter_that_goes_on_cannot_be_changed(more: tuple[Any, ...], told: str, place: Place) -> None:
     message = place.refused(*more, model=place.folder / "lora")
     assert "an adapter goes on as it is" in message and told in message
+
+
+def test_it_is_told_where_it_goes_on_over_another_base(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a quantized run, in full precision, is another policy."""
+    start = place.folder / "lora"
+    told = "was trained on its base in 4bit and goes on over that unquantized"
+    arguments = (*place.options("never", start), "--lora-rank", 4, "--dry-run")
+    assert told not in place.done("train", *arguments)[1]
+    quantized = dataclasses.replace(trained_with(start), quantize="4bit")
+    monkeypatch.setattr(runs, "trained_with", lambda _: quantized)
+    assert told in place.done("train", *arguments)[1]
 
 
 def test_without_a_rank_an_adapter_is_merged_and_all_is_trained(place: Place) -> None:
