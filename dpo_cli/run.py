@@ -165,6 +165,8 @@ def lay_out_run(
     if options.lora_rank:
         low = None  # what is halved is never trained
         _attach(model, options, source.name)
+        if experts:
+            _check_routers_train(scorer, pairs)
     fitted = fit(scorer, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
     if low is None and fitted.memory in SPLIT:  # auto found it; the halves keep less
         weights, low = halved_if_split(model, weights, fitted.memory)
@@ -294,6 +296,21 @@ def _attach(model: PreTrainedModel, options: TrainOptions, base: str) -> None:
     whole = options.modules_to_save
     config = make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
     attach(model, config, options.seed)
+
+
+def _check_routers_train(scorer: Scorer, pairs: Pairs) -> None:
+    """Refuse to balance routers that nothing trained reaches.
+
+    Raises:
+        UsageError: no router is, or stands behind, a module that is trained.
+    """
+    costs = scorer.costs(pairs)
+    shortest = pairs[costs.index(min(costs))]
+    if not any(logits.requires_grad for logits in scorer.router_logits(scorer.batch([shortest]))):
+        raise UsageError(
+            "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; leave it "
+            "out, or take other --lora-targets"
+        )
 
 
 def _reference(
