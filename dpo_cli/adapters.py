@@ -26,6 +26,8 @@ PREFIX = "base_model.model."  # what peft puts before the names of a model's mod
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's are of transformers' own kind
 # Ways to begin an adapter that leave its base as it is; others take something out of it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
+# What its configuration holds beside what it computes.
+NOT_COMPUTED = ("base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode", "init_lora_weights")
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -223,9 +225,15 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def described(model: PreTrainedModel) -> str:
-    """All of an adapter's configuration that decides what it computes."""
-    told = {name: value for name, value in _plain(model).items() if name not in ("base_model_name_or_path", "revision")}
-    return json.dumps(told | {"peft_version": None}, sort_keys=True)
+    """All of an adapter's configuration that decides what it computes beside its weights.
+
+    What is as peft has it by default is left out, so that a later peft's new fields change nothing.
+    """
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict() | {"r": None, "lora_alpha": None}  # which are always told
+    told = {name: value for name, value in _plain(model).items() if name not in NOT_COMPUTED and value != usual[name]}
+    return json.dumps(told, sort_keys=True)
 
 
 def _plain(model: PreTrainedModel) -> dict[str, Any]:

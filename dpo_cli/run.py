@@ -516,7 +516,7 @@ def _refuse_if_held(folder: Path) -> None:
 
 def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
     """What it takes to tell, later, where a run's numbers come from."""
-    packages = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors")
+    packages = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "peft")
     return {
         "command": shlex.join(command),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -616,6 +616,7 @@ def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -
         raise UsageError(
             f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"
         )
-    if any(began[key] != manifest[key] for key in ("versions", "device")):
+    known = manifest["versions"] | began["versions"]  # a run of before names fewer
+    if (known, began["device"]) != (manifest["versions"], manifest["device"]):
         reporter.warn("the libraries or the device are others than when the run began: the last bits may differ")
     return began

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -20,7 +20,16 @@ from typer.testing import CliRunner
 
 from dpo_cli import model as models
 from dpo_cli import run as runs
-from dpo_cli.adapters import adapter_weights, attach, attach_saved, make_config, merged, save_adapter, trained
+from dpo_cli.adapters import (
+    adapter_weights,
+    attach,
+    attach_saved,
+    described,
+    make_config,
+    merged,
+    save_adapter,
+    trained,
+)
 from dpo_cli.batch import padded
 from dpo_cli.cli import app
 from dpo_cli.config import PrecomputeOptions, TrainOptions
@@ -406,6 +415,24 @@ def test_what_scales_an_adapter_is_part_of_its_name(place: Place, tmp_path: Path
     file.write_text(file.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
     _, told = place.train("scaled", "--lora-rank", 4, model=other)
     assert "reference   0 of 18 pairs cached: 18 to score" in told
+
+
+def test_a_later_peft_changes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version, a new field as it is by default, and where the adapter began decide nothing; its scale does."""
+
+    def told(**change: Any) -> str:
+        model: Any = make_model()
+        attach(model, make_config(model, rank=8, kind="lora", alpha=8, targets="q_proj", to_save=None, base="base"))
+        for name, value in change.items():
+            setattr(model.peft_config["default"], name, value)
+        return described(model)
+
+    before, changed = told(), {told(lora_alpha=9), told(use_rslora=True), told(alpha_pattern={"q_proj": 2})}
+    assert len(changed) == 3 and before not in changed
+    assert told(peft_version="9.9", base_model_name_or_path="/else", init_lora_weights=False) == before
+    to_dict = LoraConfig.to_dict
+    monkeypatch.setattr(LoraConfig, "to_dict", lambda config: to_dict(config) | {"a_later_field": None})
+    assert told() == before
 
 
 # ---- refused ----------------------------------------------------------------------------------------------------
