@@ -33,6 +33,7 @@ from dpo_cli.adapters import (
 from dpo_cli.batch import padded
 from dpo_cli.cli import app
 from dpo_cli.config import PrecomputeOptions, TrainOptions
+from dpo_cli.errors import UsageError
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import token_logps
 from dpo_cli.memory import StepBytes
@@ -40,7 +41,7 @@ from dpo_cli.metrics import Reporter
 from dpo_cli.model import find_model
 from dpo_cli.optimizer import halve
 from dpo_cli.pairs import Pair
-from dpo_cli.prepare import read_pairs
+from dpo_cli.prepare import check_quantize, read_pairs
 from dpo_cli.run import trained_with
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
@@ -464,6 +465,17 @@ def test_what_makes_no_sense_is_refused(more: tuple[Any, ...], told: str, place:
 def test_the_reference_of_a_quantized_base_needs_cuda_too(place: Place) -> None:
     more = ("--model", place.model, "--data", place.folder / "rows.jsonl", "--quantize", "8bit")
     assert "on CUDA devices" in place.refused(*more, command="precompute-ref")
+
+
+def test_what_is_packed_already_is_not_quantized(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = shutil.copytree(place.model, place.folder / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    options = TrainOptions(data=["x"], lora_rank=4, quantize="4bit")
+    check_quantize(options, find_model(str(place.model)), torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"is packed already \(gptq\); name the model that it was made from"):
+        check_quantize(options, find_model(str(packed)), torch.device("cuda"))
 
 
 def test_an_adapter_needs_a_base_that_others_can_load(place: Place) -> None:
