@@ -153,7 +153,7 @@ def lay_out_run(
 
     process = process_bytes(device)
     options = _shards_of(options, resume, reporter)
-    reference = _reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref else None
+    reference = _scored_reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref else None
     model, weights = load_spread(source, options, device, remember=not dry_run)
     own_attention = model.config._attn_implementation
     experts = experts_a_token(model, pairs[0]) if options.router_aux_loss_coef else 0
@@ -313,7 +313,7 @@ def _check_routers_train(scorer: Scorer, pairs: Pairs) -> None:
         )
 
 
-def _reference(
+def _scored_reference(
     options: TrainOptions,
     tokenizer: Any,
     pairs: Pairs,

@@ -74,7 +74,7 @@ def train(
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
         manifest = make_manifest(run, command)
         began = ranks.lead(lambda: check_same_run(run.folder, manifest, reporter)) if resume else manifest
-        scored = _reference(run, reporter)
+        scored = _reference_logps(run, reporter)
         manifest["reference"]["values"] = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
         if began["reference"]["values"] != manifest["reference"]["values"]:
             reporter.warn("the reference was computed anew since the run began: the last bits may differ")
@@ -120,7 +120,7 @@ def _tell_devices(command: Sequence[str], reporter: Reporter) -> None:
         reporter.fact("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
 
 
-def _reference(run: Run, reporter: Reporter) -> Tensor:
+def _reference_logps(run: Run, reporter: Reporter) -> Tensor:
     """Log-probs of ``run.scored()`` under the reference: (P, 2) nats; 0 where the loss reads none."""
     if run.cache is None:
         return torch.zeros(len(run.scored()), 2)
