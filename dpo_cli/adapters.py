@@ -16,14 +16,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.optimizer import split
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 PREFIX = "base_model.model."  # what peft puts before the names of a model's modules
+LINEAR = (nn.Linear, Conv1D)  # GPT-2's are of transformers' own kind
 # Ways to begin an adapter that leave its base as it is; others take something out of it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
+# What its configuration holds beside what it computes.
+NOT_COMPUTED = ("base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode", "init_lora_weights")
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -44,13 +48,13 @@ def make_config(
     The layer's output is W x + s B A x, with s = alpha / rank, or alpha / sqrt(rank) of rslora.
 
     Raises:
-        UsageError: a name is of no module.
+        UsageError: a name is of no module, or a target of one of another kind.
     """
     from peft import LoraConfig  # peft takes a second to import
 
     whole = _full_names(model, "--modules-to-save", to_save) if to_save else None
     if targets != "all-linear":
-        named = _full_names(model, "--lora-targets", targets)
+        named = _full_names(model, "--lora-targets", targets, (*LINEAR, nn.Embedding, nn.Conv1d))
         _refuse_tied(model, "--lora-targets", named)
     if whole:
         _refuse_tied(model, "--modules-to-save", [name for name in whole if not _is_embedding(model, name)])
@@ -73,22 +77,22 @@ def _is_embedding(model: PreTrainedModel, name: str) -> bool:
     return model.get_submodule(name) is model.get_input_embeddings()
 
 
-def _full_names(model: PreTrainedModel, option: str, names: str) -> list[str]:
+def _full_names(
+    model: PreTrainedModel, option: str, names: str, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
+) -> list[str]:
     """All modules whose name ends so.
 
     Raises:
-        UsageError: none does.
+        UsageError: none does, or one that does is of none of these kinds.
     """
     found = []
     for name in names.split(","):
-        those = [full for full, _ in model.named_modules() if full == name or full.endswith(f".{name}")]
-        if not those:
-            linear = {
-                full.rpartition(".")[2] for full, module in model.named_modules() if isinstance(module, nn.Linear)
-            }
-            raise UsageError(
-                f"{option} {names}: no module's name ends with {name}; linear ones are {', '.join(sorted(linear))}"
-            )
+        those = {full: m for full, m in model.named_modules() if full == name or full.endswith(f".{name}")}
+        other = [type(module).__name__ for module in those.values() if not isinstance(module, kinds)]
+        if not those or other:
+            why = f"{name} is a {other[0]}, which takes no adapter" if other else f"no module's name ends with {name}"
+            linear = {full.rpartition(".")[2] for full, m in model.named_modules() if isinstance(m, LINEAR)}
+            raise UsageError(f"{option} {names}: {why}; linear ones are {', '.join(sorted(linear))}")
         found += those
     return found
 
@@ -221,9 +225,15 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def described(model: PreTrainedModel) -> str:
-    """All of an adapter's configuration that decides what it computes."""
-    told = {name: value for name, value in _plain(model).items() if name not in ("base_model_name_or_path", "revision")}
-    return json.dumps(told | {"peft_version": None}, sort_keys=True)
+    """All of an adapter's configuration that decides what it computes beside its weights.
+
+    What is as peft has it by default is left out, so that a later peft's new fields change nothing.
+    """
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict() | {"r": None, "lora_alpha": None}  # which are always told
+    told = {name: value for name, value in _plain(model).items() if name not in NOT_COMPUTED and value != usual[name]}
+    return json.dumps(told, sort_keys=True)
 
 
 def _plain(model: PreTrainedModel) -> dict[str, Any]:

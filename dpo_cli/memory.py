@@ -86,7 +86,7 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
     tokens, more = row_costs([long, short], scorer.layout)
     one, two = _kept(scorer, [long]), _kept(scorer, [long, short])
     slack = FRAGMENTED if scorer.device.type == "cpu" else 1.0
-    per_token = slack * (two - one) / more
+    per_token = max(slack * (two - one) / more, 1.0)  # nothing is kept of the body where the head alone is trained
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     layers: int = config.num_hidden_layers
     kept_of_layers = layers * config.hidden_size * next(model.parameters()).element_size()  # what each begins with

@@ -7,12 +7,13 @@ import hashlib
 import importlib.util
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from dpo_cli import ranks
 from dpo_cli.adapters import coarsen, is_adapted, is_quantized
@@ -260,6 +261,10 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
         raise UsageError(f"{asked}: computes in bfloat16; leave out --dtype float32")
     if source.gguf:
         raise UsageError(f"{asked}: {source.told} is a GGUF file; name the model's folder or its name on the hub")
+    with suppress(OSError, ValueError):  # which is told where the model is loaded
+        if packed := getattr(AutoConfig.from_pretrained(**source.arguments()), "quantization_config", None):
+            kind = dict(packed).get("quant_method", "its own way")
+            raise UsageError(f"{asked}: {source.path} is packed already ({kind}); name the model that it was made from")
 
 
 def tell_long(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter) -> None:

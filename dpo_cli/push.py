@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from dpo_cli.card import SELF
+from dpo_cli import adapters
+from dpo_cli.card import SELF, hub_name
 from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.model import find_model
 
 CARD = "README.md"
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of what an export consists of
@@ -40,12 +43,33 @@ def model_folder(folder: Path) -> Path:
     """The model of a run, or the folder itself, as its model/ or best/.
 
     Raises:
-        UsageError: there is no trained model there.
+        UsageError: there is no trained model there, or an adapter that nobody else could load.
     """
     model = folder / "model" if (folder / "manifest.json").is_file() else folder
     if not all((model / name).is_file() for name in (CARD, "tokenizer_config.json")):
         raise UsageError(f"{folder}: no trained model there; name a run that is complete, or its model/ or best/")
+    if (model / adapters.CONFIG).is_file():
+        check_base(json.loads((model / adapters.CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
     return model
+
+
+def check_base(name: str) -> None:
+    """Refuse to push an adapter on a base that is not on the hub under that name: nobody else could load it.
+
+    So it is of the default model's packaged copy too, whose weights are not quite those of the hub.
+
+    Raises:
+        UsageError: the base is a local one.
+    """
+    try:
+        on_hub = hub_name(find_model(name)) == name
+    except UsageError:  # it is not even here any more
+        on_hub = False
+    if not on_hub:
+        raise UsageError(
+            f"the adapter's base is not on the hub ({name}), so nobody else could load it; push a model of both: "
+            "dpo merge, or dpo train --export merged"
+        )
 
 
 def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:

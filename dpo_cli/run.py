@@ -132,7 +132,7 @@ def lay_out_run(
     if options.memory == "offload" and device.type == "cpu":
         raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
     source = choose_model(options.model, options, reporter)
-    source, options = _with_adapter(source, options, device)
+    source, options = _with_adapter(source, options, device, reporter)
     tokenizer = choose_tokenizer(source, options)
     reading = reading_of(options)
     options = dataclasses.replace(
@@ -153,7 +153,7 @@ def lay_out_run(
 
     process = process_bytes(device)
     options = _shards_of(options, resume, reporter)
-    reference = _reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref else None
+    reference = _scored_reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref else None
     model, weights = load_spread(source, options, device, remember=not dry_run)
     own_attention = model.config._attn_implementation
     experts = experts_a_token(model, pairs[0]) if options.router_aux_loss_coef else 0
@@ -165,6 +165,8 @@ def lay_out_run(
     if options.lora_rank:
         low = None  # what is halved is never trained
         _attach(model, options, source.name)
+        if experts:
+            _check_routers_train(scorer, pairs)
     fitted = fit(scorer, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
     if low is None and fitted.memory in SPLIT:  # auto found it; the halves keep less
         weights, low = halved_if_split(model, weights, fitted.memory)
@@ -248,7 +250,9 @@ def _check_ranks(options: TrainOptions, pairs: Pairs, held_out: Pairs, start: st
     ranks.check_same(**data, the_model=start, the_options=str(told))
 
 
-def _with_adapter(source: ModelSource, options: TrainOptions, device: torch.device) -> tuple[ModelSource, TrainOptions]:
+def _with_adapter(
+    source: ModelSource, options: TrainOptions, device: torch.device, reporter: Reporter
+) -> tuple[ModelSource, TrainOptions]:
     """The source and options of an adapter's training, if there is to be one: those of the adapter that it starts from.
 
     Raises:
@@ -277,6 +281,9 @@ def _with_adapter(source: ModelSource, options: TrainOptions, device: torch.devi
             f"--model {options.model}: an adapter goes on as it is: {told}; leave that out, or train all weights of "
             "the merged model without --lora-rank"
         )
+    if source.run and (bits := trained_with(source.run).quantize) != options.quantize:
+        before, now = (f"in {each}" if each else "unquantized" for each in (bits, options.quantize))
+        reporter.warn(f"the adapter was trained on its base {before} and goes on over that {now}: not the same policy")
     return source, dataclasses.replace(options, **own)
 
 
@@ -291,7 +298,22 @@ def _attach(model: PreTrainedModel, options: TrainOptions, base: str) -> None:
     attach(model, config, options.seed)
 
 
-def _reference(
+def _check_routers_train(scorer: Scorer, pairs: Pairs) -> None:
+    """Refuse to balance routers that nothing trained reaches.
+
+    Raises:
+        UsageError: no router is, or stands behind, a module that is trained.
+    """
+    costs = scorer.costs(pairs)
+    shortest = pairs[costs.index(min(costs))]
+    if not any(logits.requires_grad for logits in scorer.router_logits(scorer.batch([shortest]))):
+        raise UsageError(
+            "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; leave it "
+            "out, or take other --lora-targets"
+        )
+
+
+def _scored_reference(
     options: TrainOptions,
     tokenizer: Any,
     pairs: Pairs,
@@ -494,7 +516,7 @@ def _refuse_if_held(folder: Path) -> None:
 
 def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
     """What it takes to tell, later, where a run's numbers come from."""
-    packages = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors")
+    packages = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "peft")
     return {
         "command": shlex.join(command),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -594,6 +616,7 @@ def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -
         raise UsageError(
             f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"
         )
-    if any(began[key] != manifest[key] for key in ("versions", "device")):
+    known = manifest["versions"] | began["versions"]  # a run of before names fewer
+    if (known, began["device"]) != (manifest["versions"], manifest["device"]):
         reporter.warn("the libraries or the device are others than when the run began: the last bits may differ")
     return began

@@ -33,7 +33,7 @@ from dpo_cli.model import load_model
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
-from dpo_cli.push import check_login, push
+from dpo_cli.push import check_base, check_login, push
 from dpo_cli.run import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, trained_with
 from dpo_cli.samples import generate, text
 from dpo_cli.sharding import let_go
@@ -68,12 +68,14 @@ def train(
         set_seed(options.seed)
         _tell_devices(command, reporter)
         run = lay_out_run(options, resume, accelerator.device, reporter, dry_run)
+        if options.push_to_hub and options.lora_rank and options.export != "merged":
+            check_base(run.source.name)
         if dry_run:
             missing = tell_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
         manifest = make_manifest(run, command)
         began = ranks.lead(lambda: check_same_run(run.folder, manifest, reporter)) if resume else manifest
-        scored = _reference(run, reporter)
+        scored = _reference_logps(run, reporter)
         manifest["reference"]["values"] = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
         if began["reference"]["values"] != manifest["reference"]["values"]:
             reporter.warn("the reference was computed anew since the run began: the last bits may differ")
@@ -123,7 +125,7 @@ def _tell_devices(command: Sequence[str], reporter: Reporter) -> None:
         reporter.fact("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
 
 
-def _reference(run: Run, reporter: Reporter) -> Tensor:
+def _reference_logps(run: Run, reporter: Reporter) -> Tensor:
     """Log-probs of ``run.scored()`` under the reference: (P, 2) nats; 0 where the loss reads none."""
     if run.cache is None:
         return torch.zeros(len(run.scored()), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -11,17 +12,28 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from dpo_cli import model as models
-from dpo_cli.adapters import adapter_weights, attach, attach_saved, make_config, merged, save_adapter, trained
+from dpo_cli import run as runs
+from dpo_cli.adapters import (
+    adapter_weights,
+    attach,
+    attach_saved,
+    described,
+    make_config,
+    merged,
+    save_adapter,
+    trained,
+)
 from dpo_cli.batch import padded
 from dpo_cli.cli import app
 from dpo_cli.config import PrecomputeOptions, TrainOptions
+from dpo_cli.errors import UsageError
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import token_logps
 from dpo_cli.memory import StepBytes
@@ -29,7 +41,8 @@ from dpo_cli.metrics import Reporter, best_step, evaluations, read_metrics
 from dpo_cli.model import find_model
 from dpo_cli.optimizer import halve
 from dpo_cli.pairs import Pair
-from dpo_cli.prepare import read_pairs
+from dpo_cli.prepare import check_quantize, read_pairs
+from dpo_cli.run import trained_with
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
 IDS = torch.arange(3, 40)[None]
@@ -254,7 +267,7 @@ def test_neither_checkpoints_nor_the_model_hold_the_base(place: Place) -> None:
     run = place.folder / "lora"
     assert {f.name for f in (run / "model").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
     }
     assert json.loads((run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         place.model
@@ -323,6 +336,15 @@ def test_a_sweep_trains_and_evaluates_adapters(place: Place) -> None:
     assert (place.folder / "sweep" / "beta-1" / "model" / "adapter_config.json").exists()
 
 
+def test_the_head_alone_can_be_trained(place: Place, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Then a forward keeps nothing of the body, by which its memory is counted."""
+    untied = place.folder / "untied"
+    make_model().save_pretrained(untied)
+    tokenizer.save_pretrained(untied)
+    result, told = place.train("head", "--lora-rank", 4, "--lora-targets", "lm_head", model=untied)
+    assert "step 0      loss 0.693147" in told and result["after"]["loss"] < 0.69
+
+
 # ---- the reference ----------------------------------------------------------------------------------------------
 
 
@@ -380,6 +402,17 @@ def test_an_adapter_that_goes_on_cannot_be_changed(more: tuple[Any, ...], told: 
     assert "an adapter goes on as it is" in message and told in message
 
 
+def test_it_is_told_where_it_goes_on_over_another_base(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a quantized run, in full precision, is another policy."""
+    start = place.folder / "lora"
+    told = "was trained on its base in 4bit and goes on over that unquantized"
+    arguments = (*place.options("never", start), "--lora-rank", 4, "--dry-run")
+    assert told not in place.done("train", *arguments)[1]
+    quantized = dataclasses.replace(trained_with(start), quantize="4bit")
+    monkeypatch.setattr(runs, "trained_with", lambda _: quantized)
+    assert told in place.done("train", *arguments)[1]
+
+
 def test_without_a_rank_an_adapter_is_merged_and_all_is_trained(place: Place) -> None:
     _, told = place.train("merged-first", model=place.folder / "lora")
     assert ", all trained" in told and "step 0      loss 0.693147" in told
@@ -395,6 +428,24 @@ def test_what_scales_an_adapter_is_part_of_its_name(place: Place, tmp_path: Path
     assert "reference   0 of 18 pairs cached: 18 to score" in told
 
 
+def test_a_later_peft_changes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version, a new field as it is by default, and where the adapter began decide nothing; its scale does."""
+
+    def told(**change: Any) -> str:
+        model: Any = make_model()
+        attach(model, make_config(model, rank=8, kind="lora", alpha=8, targets="q_proj", to_save=None, base="base"))
+        for name, value in change.items():
+            setattr(model.peft_config["default"], name, value)
+        return described(model)
+
+    before, changed = told(), {told(lora_alpha=9), told(use_rslora=True), told(alpha_pattern={"q_proj": 2})}
+    assert len(changed) == 3 and before not in changed
+    assert told(peft_version="9.9", base_model_name_or_path="/else", init_lora_weights=False) == before
+    to_dict = LoraConfig.to_dict
+    monkeypatch.setattr(LoraConfig, "to_dict", lambda config: to_dict(config) | {"a_later_field": None})
+    assert told() == before
+
+
 # ---- refused ----------------------------------------------------------------------------------------------------
 
 
@@ -408,7 +459,8 @@ def test_what_scales_an_adapter_is_part_of_its_name(place: Place, tmp_path: Path
         (("--lora-rank", 4, "--quantize", "8bit", "--export", "merged"), "dpo merge"),
         (("--lora-rank", 4, "--quantize", "4bit", "--lora-kind", "dora"), "use lora or rslora"),
         (("--lora-rank", 4, "--lora-targets", "q_prj"), "no module's name ends with q_prj; linear ones are"),
-        (("--lora-rank", 4, "--lora-targets", "q_proj,input_layernorm"), "--lora-targets: Target module LlamaRMSNorm"),
+        (("--lora-rank", 4, "--lora-targets", "q_proj,input_layernorm"), "input_layernorm is a LlamaRMSNorm"),
+        (("--lora-rank", 4, "--lora-targets", "mlp"), "mlp is a LlamaMLP, which takes no adapter; linear ones are down"),
         (("--lora-rank", 4, "--lora-targets", "q_proj,lm_head"), "embedding and head at once"),
         (("--lora-rank", 4, "--modules-to-save", "lm_head"), "name the embedding in --modules-to-save"),
         (("--lora-rank", 4, "--modules-to-save", "nrm"), "no module's name ends with nrm"),
@@ -423,6 +475,17 @@ def test_what_makes_no_sense_is_refused(more: tuple[Any, ...], told: str, place:
 def test_the_reference_of_a_quantized_base_needs_cuda_too(place: Place) -> None:
     more = ("--model", place.model, "--data", place.folder / "rows.jsonl", "--quantize", "8bit")
     assert "on CUDA devices" in place.refused(*more, command="precompute-ref")
+
+
+def test_what_is_packed_already_is_not_quantized(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = shutil.copytree(place.model, place.folder / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    options = TrainOptions(data=["x"], lora_rank=4, quantize="4bit")
+    check_quantize(options, find_model(str(place.model)), torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"is packed already \(gptq\); name the model that it was made from"):
+        check_quantize(options, find_model(str(packed)), torch.device("cuda"))
 
 
 def test_an_adapter_needs_a_base_that_others_can_load(place: Place) -> None:

@@ -19,7 +19,7 @@ import dpo_cli.push
 import dpo_cli.train
 from dpo_cli.card import SELF, hub_name
 from dpo_cli.cli import app
-from dpo_cli.model import DEFAULT_MODEL, ModelSource, find_model
+from dpo_cli.model import DEFAULT_MODEL, PACKAGED, ModelSource, find_model, load_model
 from dpo_cli.records import hub_id
 from dpo_cli.samples import generation_config
 from tests.conftest import SAMPLE, make_model, random_pairs
@@ -104,12 +104,17 @@ def test_names_on_the_hub_and_others(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # ---- generation -------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_ends_with_its_turn(train: Train, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The end of turn ends an answer, though the base's config names the end of a text alone."""
+def make_text_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model whose answers end with the text alone."""
     model = make_model(eos_token_id=0)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 0, None
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_chat_ends_with_its_turn(train: Train, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The end of turn ends an answer, though the base's config names the end of a text alone."""
+    make_text_model(tmp_path / "base", tokenizer)
     assert train("--data", SAMPLE / "train.jsonl", model=tmp_path / "base").exit_code == 0
     config = GenerationConfig.from_pretrained(tmp_path / "first" / "model")
     assert config.eos_token_id == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
@@ -117,6 +122,20 @@ def test_a_chat_ends_with_its_turn(train: Train, tmp_path: Path, tokenizer: PreT
     chat = pipeline("text-generation", str(tmp_path / "first" / "model"), device="cpu")
     answer = chat([{"role": "user", "content": "Hello."}], max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert [message["role"] for message in answer] == ["user", "assistant"]
+
+
+def test_an_adapter_brings_the_end_of_turn_along(
+    train: Train, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """To whoever evaluates it, goes on with it, or merges it."""
+    make_text_model(tmp_path / "base", tokenizer)
+    done = train("--data", SAMPLE / "train.jsonl", "--lora-rank", 2, model=tmp_path / "base")
+    assert done.exit_code == 0, done.output
+    ends = [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert load_model(find_model(str(tmp_path / "first"))).generation_config.eos_token_id == ends
+    merged = ("merge", "--model", tmp_path / "first", "--output", tmp_path / "merged")
+    assert CliRunner().invoke(app, [*map(str, merged)]).exit_code == 0
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == ends
 
 
 @pytest.mark.filterwarnings("ignore:.*generation:UserWarning")
@@ -244,6 +263,26 @@ def test_push_says_what_it_cannot_push(hub: FakeHub, tmp_path: Path, train: Trai
     assert not hub.calls
     public = CliRunner().invoke(app, ["push", str(tmp_path / "first" / "model"), "me/model", "--public"])
     assert public.exit_code == 0 and hub.private is False
+
+
+def test_an_adapter_goes_to_the_hub_if_its_base_is_there(hub: FakeHub, train: Train, tmp_path: Path) -> None:
+    """Of a local base its configuration has the path, which nobody else could load."""
+    told = "push a model of both: dpo merge, or dpo train --export merged"
+    refused = train("--lora-rank", 2, "--push-to-hub", "me/model")
+    assert refused.exit_code == 2 and told in refused.stderr and not (tmp_path / "first").exists()
+    assert train("--lora-rank", 2).exit_code == 0
+    file = tmp_path / "first" / "model" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for base in (config["base_model_name_or_path"], str(tmp_path / "gone"), PACKAGED, "org/base"):
+        hub.calls.clear()
+        file.write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        result = CliRunner().invoke(app, ["push", str(tmp_path / "first"), "me/model"])
+        if base == "org/base":
+            assert result.exit_code == 0, result.output
+            assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == base
+        else:
+            assert result.exit_code == 2 and told in result.stderr and not hub.calls
+    assert not any(str(tmp_path).encode() in content for content in hub.files.values())
 
 
 def test_a_sweep_pushes_nothing(tmp_path: Path) -> None:

@@ -131,3 +131,22 @@ def test_a_model_without_experts_is_refused(tiny: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train", *map(str, arguments), "--cache-dir", str(tmp_path)])
     assert result.exit_code == 2
     assert "--router-aux-loss-coef: LlamaForCausalLM is no mixture of experts" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("targets", "reached"),
+    [
+        (("--lora-targets", "lm_head"), False),
+        (("--lora-targets", "lm_head", "--modules-to-save", "model.norm"), False),
+        (("--lora-targets", "layers.1.self_attn.o_proj"), True),
+    ],
+)
+def test_routers_that_nothing_trained_reaches_are_refused(
+    targets: tuple[str, ...], reached: bool, folder: Path, tmp_path: Path
+) -> None:
+    data = ("--model", folder, "--data", SAMPLE / "train-strings.jsonl", "--cache-dir", tmp_path)
+    adapter = ("--router-aux-loss-coef", 1, "--lora-rank", 2, *targets, "--output", tmp_path / "run")
+    steps = ("--max-steps", 1, "--batch-size", 2)
+    result = CliRunner().invoke(app, ["train", *map(str, (*data, *adapter, *steps))])
+    assert result.exit_code == (0 if reached else 2), result.output
+    assert ("nothing that is trained reaches a router" in result.stderr) is not reached
