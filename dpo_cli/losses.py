@@ -500,7 +500,7 @@ class Objective:
         return any(name in loss.reads for loss in self.losses)
 
     def ignored_by(self, name: str) -> str | None:
-        """The first loss of it that does not read this parameter; sft beside others, which compares nothing, is exempt."""
+        """The first loss of it that does not read this parameter; sft, which compares nothing, counts only alone."""
         compare = [loss for loss in self.losses if loss.name != "sft"] or self.losses
         return next((loss.name for loss in compare if name not in loss.reads), None)
 

@@ -76,6 +76,24 @@ class NotFiniteError(DpoError):
         self.losses, self.bad = losses, bad
 
 
+@dataclasses.dataclass(frozen=True)
+class Surrogate:
+    """The loss of a step that couples its pairs, as the linear one of the same value and slopes: see ``_couple``.
+
+    Shapes: ``losses`` (pairs,); ``slopes`` (4, pairs), those by log-probs and by ones not discounted, both sides each.
+    """
+
+    columns: dict[int, int]  # by pair
+    losses: Tensor
+    slopes: Tensor
+
+    def __call__(self, indices: Sequence[int], logps: Tensor, whole: Tensor) -> Tensor:
+        """Losses of some pairs by their log-probs and those not discounted: (2P,), (2P,) -> (P,)."""
+        columns = moved(torch.tensor([self.columns[i] for i in indices]), logps.device)
+        both = torch.cat([logps, whole]).view(4, -1)
+        return self.losses[columns] + ((both - both.detach()) * self.slopes[:, columns]).sum(0)
+
+
 @dataclasses.dataclass
 class Trainer:
     """What one optimizer step needs."""
@@ -93,7 +111,7 @@ class Trainer:
     mean_rewards: list[float] = dataclasses.field(default_factory=list)  # of the steps that were taken
     tokens: float = math.nan  # of the step that is taken: mean length of its chosen responses
     shift: float = 0.0  # and mean reward of those before it, where the loss reads it
-    surrogate: dict[int, Tensor] | None = None  # by pair: its loss, and the slopes of the step's loss; see ``_couple``
+    surrogate: Surrogate | None = None  # of the step that is taken, where its loss couples the pairs
 
     @cached_property
     def objective(self) -> Objective:
@@ -315,8 +333,7 @@ class Trainer:
         logps, whole = leaves = [half.reshape(-1).requires_grad_() for half in table.view(2, 2, -1)]
         losses = self.objective(self._preferences(list(rows), logps, whole, self._lengths(list(rows))))
         slopes = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
-        known = torch.cat([losses.detach()[None], *(each.view(2, -1) for each in slopes)])  # (5, P)
-        self.surrogate = dict(zip(rows, known.unbind(1), strict=True))
+        self.surrogate = Surrogate(rows, losses.detach(), torch.cat([each.view(2, -1) for each in slopes]))
         return (), True
 
     @torch.no_grad()
@@ -378,9 +395,7 @@ class Trainer:
         if self.surrogate is None:
             losses = self.objective(self._preferences(indices, discounted, logps, said.tokens, said.likelihoods()))
         else:
-            known, *slopes = torch.stack([self.surrogate[i] for i in indices], 1)  # (P,) each
-            both = torch.cat([discounted, logps]).view(4, -1)
-            losses = known + ((both - both.detach()) * torch.stack(slopes)).sum(0)
+            losses = self.surrogate(indices, discounted, logps)
         return losses, self._sums(losses, logps, indices, said.tokens)
 
     def _sums(self, losses: Tensor, logps: Tensor, indices: Sequence[int], lengths: Tensor) -> Tensor:
