@@ -27,7 +27,14 @@ LINEAR = (nn.Linear, Conv1D)  # GPT-2's are of transformers' own kind
 # Ways to begin an adapter that leave its base as it is; others take something out of it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 # What its configuration holds beside what it computes.
-NOT_COMPUTED = ("base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode", "init_lora_weights")
+NOT_COMPUTED = (
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "task_type",
+    "inference_mode",
+    "init_lora_weights",
+)
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -186,7 +186,9 @@ def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str
     with whole_folder(folder) as temporary:
         if is_adapted(model):
             adapters.save_adapter(model, temporary)
-            cast(GenerationConfig, model.generation_config).save_pretrained(temporary)  # its answers end as they do here
+            cast(GenerationConfig, model.generation_config).save_pretrained(
+                temporary
+            )  # its answers end as they do here
         else:
             model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
