@@ -92,7 +92,7 @@ def _full_names(
     Raises:
         UsageError: none does, or one that does is of none of these kinds.
     """
-    found = []
+    found: list[str] = []
     for name in names.split(","):
         those = {full: m for full, m in model.named_modules() if full == name or full.endswith(f".{name}")}
         other = [type(module).__name__ for module in those.values() if not isinstance(module, kinds)]
