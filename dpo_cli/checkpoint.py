@@ -186,9 +186,7 @@ def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str
     with whole_folder(folder) as temporary:
         if is_adapted(model):
             adapters.save_adapter(model, temporary)
-            model.generation_config.save_pretrained(
-                temporary
-            )  # its answers end as they do here
+            model.generation_config.save_pretrained(temporary)  # its answers end as they do here
         else:
             model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
