@@ -27,7 +27,14 @@ LINEAR = (nn.Linear, Conv1D)  # GPT-2's are of transformers' own kind
 # Ways to begin an adapter that leave its base as it is; others take something out of it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 # What its configuration holds beside what it computes.
-NOT_COMPUTED = ("base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode", "init_lora_weights")
+NOT_COMPUTED = (
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "task_type",
+    "inference_mode",
+    "init_lora_weights",
+)
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -85,7 +92,7 @@ def _full_names(
     Raises:
         UsageError: none does, or one that does is of none of these kinds.
     """
-    found = []
+    found: list[str] = []
     for name in names.split(","):
         those = {full: m for full, m in model.named_modules() if full == name or full.endswith(f".{name}")}
         other = [type(module).__name__ for module in those.values() if not isinstance(module, kinds)]

@@ -13,7 +13,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 from dpo_cli.errors import printable
-from dpo_cli.model import DEFAULT_MODEL, ModelSource
+from dpo_cli.losses import Objective
+from dpo_cli.model import DEFAULT_MODEL, ModelSource, find_model
 from dpo_cli.records import hub_id
 from dpo_cli.run import Run
 
@@ -59,7 +60,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
     name, adapter = _line(run.folder.name), bool(run.options.lora_rank) and run.options.export != "merged"
     base, known = hub_name(run.source), _card_of(run.source)
     results = {metric: after[metric] for metric in _RESULTS if math.isfinite(after.get(metric, math.nan))}
-    about: dict[str, Any] = {key: known[key] for key in ("license", "license_name", "license_link") if key in known}
+    about: dict[str, Any] = _license(known)
     if results:
         about |= {"model_name": name, "eval_results": _results(run, results)}
     data = ModelCardData(
@@ -67,7 +68,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
         datasets=sorted({i for d in run.options.data if (i := hub_id(d))}) or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["dpo", "preference-optimization", "dpo-cli"],
+        tags=_tags(run.options.objective),
         **about,
     )
     told = (
@@ -82,8 +83,8 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 
 # {name}
 
-{base or _line(run.source.base)}, fine-tuned on {len(run.pairs):,} preference pairs with Direct Preference Optimization
-([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by dpo-cli {version("dpo-cli")}. {_trained(run)}
+{base or _line(run.source.base)}, fine-tuned on {len(run.pairs):,} preference pairs with
+{_method(run.options.objective)} by dpo-cli {version("dpo-cli")}. {_trained(run)}
 
 | option | value |
 |---|---|
@@ -99,6 +100,50 @@ Preference training makes some answers likelier than others; it adds no knowledg
 not trained. Nothing but what stands above was measured: neither safety nor general ability. The terms of the base
 model and of the data hold for this model too.
 """
+
+
+def merged_card(source: ModelSource, name: str, objective: Objective | None) -> str:
+    """The card of an adapter's model merged into its base, with what the adapter's own card says of that base.
+
+    ``objective`` is what the adapter was trained by, where that is known.
+    """
+    known: dict[str, str] = {}
+    with suppress(Exception):  # there is none, or whatever stands in it
+        known = _metadata(Path(source.adapter or source.path, "README.md"))
+    base = Path(source.name).name if Path(source.name).is_absolute() else source.name
+    data = ModelCardData(
+        base_model=known.get("base_model") or hub_name(find_model(source.name)),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=_tags(objective),
+        **_license(known),
+    )
+    trained = f", trained with {_method(objective)}" if objective else ""
+    return f"""---
+{data.to_yaml()}
+---
+
+# {_line(name)}
+
+The adapter {_line(source.base)}{trained},
+merged into its base {_line(base)} by dpo-cli {version("dpo-cli")}.
+
+## Use
+
+{_USE}
+"""
+
+
+def _tags(objective: Objective | None) -> list[str]:
+    return [*(["dpo"] if objective is None or objective.reference else []), "preference-optimization", "dpo-cli"]
+
+
+def _method(objective: Objective) -> str:
+    """What trained it, in words: a loss that reads no reference is no DPO."""
+    if not objective.reference:
+        return f"preference optimization without a reference (loss {objective.name})"
+    loss = "" if objective.name == "sigmoid" else f", loss {objective.name}"
+    return f"Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)){loss}"
 
 
 def _trained(run: Run) -> str:
@@ -120,10 +165,18 @@ def _card_of(source: ModelSource) -> dict[str, Any]:
     """The metadata of the base model's own card; empty where that cannot be had."""
     with suppress(Exception):  # of the hub, or of whatever stands in the file
         local, name = Path(source.path, "README.md"), hub_name(source)
-        file = local if local.is_file() or not name else hf_hub_download(name, "README.md", etag_timeout=5)
-        found = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
-        return {key: value for key, value in found.items() if isinstance(value, str) and _NAME.fullmatch(value)}
+        return _metadata(local if local.is_file() or not name else hf_hub_download(name, "README.md", etag_timeout=5))
     return {}
+
+
+def _metadata(card: str | Path) -> dict[str, str]:
+    """What is a plain name in the metadata of a card."""
+    found = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    return {key: value for key, value in found.items() if isinstance(value, str) and _NAME.fullmatch(value)}
+
+
+def _license(known: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: known[key] for key in ("license", "license_name", "license_link") if key in known}
 
 
 _NAME = re.compile(r"[\w][\w.:/+-]*", re.ASCII)

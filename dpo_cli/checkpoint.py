@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dpo_cli import adapters, ranks
 from dpo_cli.adapters import is_adapted
@@ -186,7 +186,7 @@ def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str
     with whole_folder(folder) as temporary:
         if is_adapted(model):
             adapters.save_adapter(model, temporary)
-            cast(GenerationConfig, model.generation_config).save_pretrained(temporary)  # its answers end as they do here
+            model.generation_config.save_pretrained(temporary)  # its answers end as they do here
         else:
             model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)

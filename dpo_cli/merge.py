@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.card import merged_card
 from dpo_cli.checkpoint import export_model, verified_step
-from dpo_cli.errors import UsageError, printable
+from dpo_cli.errors import UsageError
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import find_model, load_model, load_tokenizer
 from dpo_cli.run import trained_with
@@ -27,27 +27,13 @@ def merge(name: str, output: Path, trust: bool, reporter: Reporter) -> dict[str,
     if output.exists():
         raise UsageError(f"--output {output}: exists already; name another folder")
     reporter.fact("model", source.told)
-    if source.run and (bits := trained_with(source.run).quantize):
+    trained = trained_with(source.run) if source.run else None
+    if trained and trained.quantize:
         reporter.warn(
-            f"the adapter was trained on its base in {bits} and goes into that in float32: not quite the same"
+            f"the adapter was trained on its base in {trained.quantize} and goes into that in float32: "
+            "not quite the same"
         )
     model = load_model(source)
-    export_model(output, model, load_tokenizer(source), _card(source.base, output.name, source.name))
+    card = merged_card(source, output.name, trained.objective if trained else None)
+    export_model(output, model, load_tokenizer(source), card)
     return {"model": str(output), "parameters": model.num_parameters()}
-
-
-def _card(adapter: str, name: str, base: str) -> str:
-    """The model card; a base that is a local folder goes by the folder's name."""
-    base = Path(base).name if Path(base).is_absolute() else base
-    adapter, name, base = (" ".join(printable(text).split()) for text in (adapter, name, base))
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [dpo]
----
-
-# {name}
-
-The adapter {adapter}, trained with Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)),
-merged into its base {base} by dpo-cli {version("dpo-cli")}.
-"""

@@ -153,7 +153,9 @@ def lay_out_run(
 
     process = process_bytes(device)
     options = _shards_of(options, resume, reporter)
-    reference = _scored_reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref else None
+    reference = (
+        _scored_reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref else None
+    )
     model, weights = load_spread(source, options, device, remember=not dry_run)
     own_attention = model.config._attn_implementation
     experts = experts_a_token(model, pairs[0]) if options.router_aux_loss_coef else 0
@@ -308,8 +310,8 @@ def _check_routers_train(scorer: Scorer, pairs: Pairs) -> None:
     shortest = pairs[costs.index(min(costs))]
     if not any(logits.requires_grad for logits in scorer.router_logits(scorer.batch([shortest]))):
         raise UsageError(
-            "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; leave it "
-            "out, or take other --lora-targets"
+            "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; "
+            "leave it out, or take other --lora-targets"
         )
 
 

@@ -259,6 +259,7 @@ def test_what_is_exported_is_what_was_trained(place: Place) -> None:
     assert AutoTokenizer.from_pretrained(merged_model).chat_template
     card = (merged_model / "README.md").read_text()
     assert "merged into its base model by" in card and str(place.folder) not in card
+    assert "library_name: transformers" in card and "Direct Preference Optimization" in card and "vllm serve" in card
     assert "exists already" in place.refused("--model", run, "--output", merged_model, command="merge")
     assert "no adapter is there" in place.refused("--model", merged_model, "--output", "x", command="merge")
 
@@ -460,7 +461,10 @@ def test_a_later_peft_changes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--lora-rank", 4, "--quantize", "4bit", "--lora-kind", "dora"), "use lora or rslora"),
         (("--lora-rank", 4, "--lora-targets", "q_prj"), "no module's name ends with q_prj; linear ones are"),
         (("--lora-rank", 4, "--lora-targets", "q_proj,input_layernorm"), "input_layernorm is a LlamaRMSNorm"),
-        (("--lora-rank", 4, "--lora-targets", "mlp"), "mlp is a LlamaMLP, which takes no adapter; linear ones are down"),
+        (
+            ("--lora-rank", 4, "--lora-targets", "mlp"),
+            "mlp is a LlamaMLP, which takes no adapter; linear ones are down",
+        ),
         (("--lora-rank", 4, "--lora-targets", "q_proj,lm_head"), "embedding and head at once"),
         (("--lora-rank", 4, "--modules-to-save", "lm_head"), "name the embedding in --modules-to-save"),
         (("--lora-rank", 4, "--modules-to-save", "nrm"), "no module's name ends with nrm"),

@@ -72,6 +72,21 @@ def test_the_card_names_what_is_on_the_hub(
     assert "model-index" not in data  # nothing was held out
 
 
+def test_the_card_of_a_merged_model_keeps_base_and_licence(train: Train, tiny: Path, tmp_path: Path) -> None:
+    """And neither card calls a loss without a reference DPO."""
+    base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "README.md").write_text("---\nbase_model: org/first\nlicense: apache-2.0\n---\n# Base\n")
+    assert train("--lora-rank", 2, "--loss", "simpo", model=base).exit_code == 0
+    merged = ("merge", "--model", tmp_path / "first", "--output", tmp_path / "merged")
+    assert CliRunner().invoke(app, [*map(str, merged)]).exit_code == 0
+    for folder, library in ((tmp_path / "merged", "transformers"), (tmp_path / "first" / "model", "peft")):
+        card = ModelCard.load(folder / "README.md")
+        data = card.data.to_dict()
+        assert [data[k] for k in ("base_model", "license", "library_name")] == ["org/first", "apache-2.0", library]
+        assert "loss simpo" in card.text and "Direct Preference" not in card.text and "dpo" not in data["tags"]
+        assert str(tmp_path) not in card.content
+
+
 @pytest.mark.parametrize("card", ["no metadata", "---\n{\n---\n", "---\nlicense: [a]\nbase_model: ../x\n---\n", "\xff"])
 def test_a_strange_card_of_the_base_is_let_be(card: str, train: Train, tiny: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny, tmp_path / "base")
