@@ -110,7 +110,7 @@ class Seen:
             return found
 
         patch.setattr("dpo_cli.train.fill_reference", filled)
-        patch.setattr("dpo_cli.run.load_weights", loaded)
+        patch.setattr("dpo_cli.prepare.load_weights", loaded)
 
 
 @pytest.fixture
