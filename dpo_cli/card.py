@@ -164,8 +164,9 @@ def hub_name(source: ModelSource) -> str | None:
 def _card_of(source: ModelSource) -> dict[str, Any]:
     """The metadata of the base model's own card; empty where that cannot be had."""
     with suppress(Exception):  # of the hub, or of whatever stands in the file
-        local, name = Path(source.path, "README.md"), hub_name(source)
-        return _metadata(local if local.is_file() or not name else hf_hub_download(name, "README.md", etag_timeout=5))
+        if source.path == source.base:  # from the hub; no other is asked for there
+            return _metadata(hf_hub_download(source.base, "README.md", etag_timeout=5))
+        return _metadata(Path(source.path, "README.md"))
     return {}
 
 
