@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from types import FrameType, TracebackType
@@ -224,18 +224,30 @@ class Trainer:
         def count(_: Sequence[int], batch: MicroBatch) -> Tensor:
             return routed(self.scorer.router_logits(batch), batch, self.experts).counts
 
-        counts: list[Tensor] = []
+        found, too_large, fits = self._ahead(mine, idle, count)
+        if fits:
+            counts = [each if indices else 0 * each for indices, each in zip(mine, found, strict=True)]
+            self.counts = cast(Tensor, self.accelerator.reduce(torch.stack(counts).sum(0)))
+        return too_large, fits
+
+    @torch.no_grad()
+    def _ahead(
+        self, mine: Step, idle: int, compute: Callable[[Sequence[int], MicroBatch], Tensor]
+    ) -> tuple[list[Tensor], tuple[int, ...], bool]:
+        """Run over the micro-batches of a step before the passes that take its gradient; ``idle`` for an empty one.
+
+        Returns: what is computed of each, the one that did not fit the device's memory, else (), and whether all did on
+        every rank.
+        """
+        found: list[Tensor] = []
         too_large: tuple[int, ...] = ()
         for indices in mine:
-            found = self.scorer.attempt(self.pairs, indices or (idle,), count)
-            if found is None:
+            done = self.scorer.attempt(self.pairs, indices or (idle,), compute)
+            if done is None:
                 too_large = indices or (idle,)
                 break
-            counts.append(found[0] if indices else 0 * found[0])
-        if ranks.most([bool(too_large)])[0]:
-            return too_large, False
-        self.counts = cast(Tensor, self.accelerator.reduce(torch.stack(counts).sum(0)))
-        return (), True
+            found.append(done[0])
+        return found, too_large, not ranks.most([bool(too_large)])[0]
 
     def _gradient(
         self,
@@ -313,25 +325,21 @@ class Trainer:
         that did not fit the device's memory, else (), and whether all did on every rank.
         """
         rows = {place: row for row, place in enumerate(sorted(i for indices in micro_batches for i in indices))}
-        table = torch.zeros(4, len(rows), device=self.scorer.device)  # logps and those not discounted, both sides each
-        too_large: tuple[int, ...] = ()
-        for indices in mine:
-            if not indices and not self.scorer.sharded:
-                continue
-            with torch.no_grad():
-                said = self.scorer.attempt(self.pairs, indices or (idle,), lambda _, batch: self.scorer.said(batch))
-            if said is None:
-                too_large = indices or (idle,)
-                break
-            if not indices:
-                continue
-            columns = torch.cat([said[0].discounted(self.options.ld_alpha), said[0].logps])
-            table[:, [rows[i] for i in indices]] = columns.view(4, -1)
-        if ranks.most([bool(too_large)])[0]:
+
+        def both(_: Sequence[int], batch: MicroBatch) -> Tensor:
+            said = self.scorer.said(batch)
+            return torch.cat([said.discounted(self.options.ld_alpha), said.logps]).view(4, -1)
+
+        found, too_large, fits = self._ahead(mine, idle, both)
+        if not fits:
             return too_large, False
+        table = torch.zeros(4, len(rows), device=self.scorer.device)  # logps and those not discounted, both sides each
+        for indices, columns in zip(mine, found, strict=True):
+            if indices:
+                table[:, [rows[i] for i in indices]] = columns
         table = cast(Tensor, self.accelerator.reduce(table))  # the other ranks' pairs
-        logps, whole = leaves = [half.reshape(-1).requires_grad_() for half in table.view(2, 2, -1)]
-        losses = self.objective(self._preferences(list(rows), logps, whole, self._lengths(list(rows))))
+        discounted, logps = leaves = [half.reshape(-1).requires_grad_() for half in table.view(2, 2, -1)]
+        losses = self.objective(self._preferences(list(rows), discounted, logps, self._lengths(list(rows))))
         slopes = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
         self.surrogate = Surrogate(rows, losses.detach(), torch.cat([each.view(2, -1) for each in slopes]))
         return (), True
