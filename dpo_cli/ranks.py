@@ -87,10 +87,12 @@ def started(how_to_go_on: Callable[[], str] = lambda: "") -> Iterator[Accelerato
     try:
         yield accelerator
         wait()
-    except RuntimeError as error:
-        if world() == 1 or not _is_of_a_peer(error):
+    except (RuntimeError, KeyboardInterrupt) as error:
+        lost = _of_a_peer(error)  # the launcher's signal, which follows, may have come on top of it
+        if world() == 1 or lost is None:
             raise
-        seen = str(error).splitlines()[0][:200]
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        seen = str(lost).splitlines()[0][:200]
         told = f"another process of this run ended before its time, and so must all; {how_to_go_on()}\n({seen})"
         raise PeerLostError(told) from error
     if dist.is_initialized():  # not before the process ends: its launcher's store would not let it begin anew
@@ -225,9 +227,13 @@ class PeerLostError(DpoError):
     cut_off = True
 
 
-def _is_of_a_peer(error: RuntimeError) -> bool:
-    """Whether it is what a collective raises when another rank is gone: gloo's have no class of their own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+def _of_a_peer(error: BaseException | None) -> BaseException | None:
+    """The error of a collective that another rank is gone from, where it led to this one: gloo's have no class."""
+    if error is None or isinstance(error, dist.DistError):
+        return error
+    if isinstance(error, RuntimeError) and ("gloo" in str(error) or "Connection closed by peer" in str(error)):
+        return error
+    return _of_a_peer(error.__context__)
 
 
 def said_once(message: str, code: int, cut_off: bool) -> tuple[str, int]:

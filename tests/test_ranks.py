@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from benchmarks import hosts, scale
+from dpo_cli import ranks
 from dpo_cli.cli import app
 from dpo_cli.shards import read_folder
 from tests.conftest import LONG, ROOT, SAMPLE, cli_environment, make_model
@@ -181,6 +182,15 @@ def test_a_loss_that_is_nan_on_one_rank_ends_all_with_one_message(done: tuple[Pa
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) in (5, PAIRS % 5)  # the whole step's, from both ranks
     assert [row["row"] for row in rows if row["to_blame"]] == [f"{folder / 'train.jsonl'}:{POISONED + 1}"]
+
+
+def test_a_signal_on_top_of_a_lost_peer_hides_it_not() -> None:
+    """The launcher ends the others when it sees that one has ended, maybe while they are about to say so."""
+    lost = RuntimeError("[pair.cc] Connection closed by peer [127.0.0.1]:9")
+    interrupted, alone = KeyboardInterrupt(), KeyboardInterrupt()
+    interrupted.__context__ = lost
+    assert ranks._of_a_peer(interrupted) is lost
+    assert ranks._of_a_peer(alone) is None
 
 
 def test_what_ends_one_rank_ends_all_and_is_said_once(done: tuple[Path, Any]) -> None:
