@@ -1,8 +1,8 @@
 """What an evaluation costs beside one scoring pass of a model: seconds in turns, and memory by number of pairs.
 
-    python benchmarks/evaluation.py                      # the default model, 24 sample pairs
-    python benchmarks/evaluation.py --pairs 60 --repeats 5 --model MODEL
-    python benchmarks/evaluation.py --memory 500 2000 8000
+    python -m benchmarks.evaluation                      # the default model, 24 sample pairs
+    python -m benchmarks.evaluation --pairs 60 --repeats 5 --model MODEL
+    python -m benchmarks.evaluation --memory 500 2000 8000
 
 Time: policy and reference are the same model, weights slightly moved. A pass is what ``dpo precompute-ref`` does to
 each pair; the evaluation without distributions is a pass of the policy; the exact one records one model and compares
