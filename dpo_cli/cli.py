@@ -438,4 +438,9 @@ def _train_summary(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point of the ``dpo`` command."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if ranks := sys.modules.get("dpo_cli.ranks"):
+            ranks.leave(int(end.code or 0))
+        raise
