@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -145,7 +145,6 @@ class Reporter:
             force_terminal=sys.stderr.isatty(),  # FORCE_COLOR makes no terminal of a file: bars have no place there
         )
         self.live = self.console.is_interactive and not self.quiet and not log_json
-        self.running: list[Progress] = []
         self.name = ""  # of the last fact
 
     def fact(self, name: str, text: str, values: Mapping[str, float] | None = None) -> None:
@@ -163,7 +162,7 @@ class Reporter:
         if self.quiet and event["event"] != "warning":
             return
         if self.log_json:
-            self.console.print(to_json(event), markup=False)
+            self.console.print(Text(to_json(event)))
             return
         text = printable(head + text)
         if self.console.is_terminal:
@@ -179,21 +178,15 @@ class Reporter:
     ) -> Iterator[Progress]:
         """Show how far ``total`` units are done: by a bar, or a line every ``every`` units and after so many seconds.
 
-        A named ``unit`` is shown with its rate. One job that runs within another takes none of the other's time.
+        A named ``unit`` is shown with its rate.
         """
         progress = Progress(self, what, total, done, every, unit)
-        bar = Live(progress, console=self.console, transient=True, redirect_stdout=sys.stdout.isatty())
-        began = time.monotonic()
-        self.running.append(progress)
-        try:
-            with bar if self.live else nullcontext():
-                if self.live:
-                    self.console.show_cursor()  # a process that is killed could not
-                yield progress
-        finally:
-            self.running.remove(progress)
-            for outer in self.running:
-                outer.began += time.monotonic() - began
+        if not self.live:
+            yield progress
+            return
+        with Live(progress, console=self.console, transient=True, redirect_stdout=sys.stdout.isatty()):
+            self.console.show_cursor()  # a process that is killed could not
+            yield progress
 
 
 WORDS = {
@@ -202,18 +195,13 @@ WORDS = {
     "rewards/accuracies": "accuracy {:.3f}",
     "tokens_per_second": "{:,.0f} tok/s",
 }
-PATIENCE = 30  # seconds after which a line comes whatever was counted
-LEFT_OUT = (
-    "rewards/accuracies",
-    "rewards/margins",
-    "tokens_per_second",
-    "loss",
-)  # in this order where there is no room
+# What a bar goes without where there is no room, the first of them first.
+SPARED = ("rewards/accuracies", "rewards/margins", "tokens_per_second", "loss")
 
 
-def brief(values: Mapping[str, float], left_out: Sequence[str] = ()) -> str:
+def brief(values: Mapping[str, float], spared: Sequence[str] = ()) -> str:
     """The metrics that are shown while they come in."""
-    shown = (name for name in WORDS if name in values and name not in left_out)
+    shown = (name for name in WORDS if name in values and name not in spared)
     return "  ".join(WORDS[name].format(values[name]) for name in shown)
 
 
@@ -229,39 +217,43 @@ class Progress:
 
     def __init__(self, reporter: Reporter, what: str, total: int, done: int, every: int | None, unit: str) -> None:
         self.reporter, self.what, self.total, self.every, self.unit = reporter, what, total, every, unit
-        self.done = self.first = done
+        self.patience = 30 if every else 10  # seconds without a line
+        self.done, self.told = done, time.monotonic()
         self.values: Mapping[str, float] = {}
         self.eta: float | None = None  # seconds
-        self.began = self.told = time.monotonic()
+        self.began: tuple[float, int] | None = None  # when the clock began, and what was done by then
 
     def advance(self, units: int, values: Mapping[str, float] | None = None) -> None:
-        """Count units as done, with metrics to show beside them."""
+        """Count units as done, with metrics to show beside them. The first ones start the clock: they warm up."""
         self.done += units
-        now = time.monotonic()
-        pace = max(self.done - self.first, 1) / max(now - self.began, 1e-9)
-        self.eta = (self.total - self.done) / pace
-        self.values = {"tokens_per_second": pace} if self.unit == "tok" else values or {}
-        due = self.every and self.done % self.every == 0
-        silent = now - self.told >= (PATIENCE if self.every else 10)
-        if self.reporter.live or not (due or silent or self.done == self.total):
+        self.values, now = values or {}, time.monotonic()
+        if self.began:
+            pace = (self.done - self.began[1]) / max(now - self.began[0], 1e-9)
+            self.eta = (self.total - self.done) / pace
+            if self.unit == "tok":
+                self.values = {"tokens_per_second": pace}
+        else:
+            self.began, self.eta = (now, self.done), None if self.done < self.total else 0.0
+        counted = self.done == self.total or (self.every and self.done % self.every == 0)
+        if self.reporter.live or not (counted or now - self.told >= self.patience):
             return
         self.told = now
-        counted = {"what": self.what, "done": self.done, "total": self.total, "unit": self.unit or None}
-        event = {"event": "progress"} | counted | {"eta_seconds": self.eta} | dict(self.values)
+        event = {"event": "progress", "what": self.what, "done": self.done, "total": self.total}
+        event |= {"unit": self.unit or None, "eta_seconds": self.eta, **self.values}
         self.reporter.tell(event, f"{self._count()}  {self._told()}")
 
     def _count(self) -> str:
         return f"{self.what} {self.done:,}/{self.total:,} {self.unit}".rstrip()
 
-    def _told(self, left_out: Sequence[str] = ()) -> str:
+    def _told(self, spared: Sequence[str] = ()) -> str:
         eta = "eta -:--" if self.eta is None else f"eta {clock(self.eta)}"
-        return "  ".join(filter(None, (brief(self.values, left_out), eta)))
+        return "  ".join(filter(None, (brief(self.values, spared), eta)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The bar: a line, with room behind it for the ``^C`` of an interrupt. A narrow one leaves metrics out."""
         count, widest = self._count(), options.max_width - 3
-        for some in range(len(LEFT_OUT) + 1):
-            told = self._told(LEFT_OUT[:some])
+        for fewer in range(len(SPARED) + 1):
+            told = self._told(SPARED[:fewer])
             width = min(widest - len(f"{count}  {told}"), 40)
             if width >= 4:
                 break
