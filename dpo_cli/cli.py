@@ -207,9 +207,8 @@ def push(
     """Upload a trained model to the Hugging Face hub."""
 
     def action() -> None:
-        valid, must = repository
-        if not valid(name):
-            raise UsageError(f"{name}: {must}")
+        if not repository.holds(name):
+            raise UsageError(f"{name}: {repository.must}")
         _reporter()
         from dpo_cli.push import check_login, model_folder
         from dpo_cli.push import push as upload
