@@ -33,7 +33,6 @@ from dpo_cli.errors import DpoError, UsageError, printable
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -102,7 +101,13 @@ def _typer_option(field: dataclasses.Field[Any]) -> Any:
         if default not in (None, "required") and default is not False
         else field.metadata["help"]
     )
-    return typer.Option(f"--{name}", help=shown, show_default=False)
+    choices = field.metadata["choices"]
+
+    def offered(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    # a shell offers files where nothing else is offered
+    return typer.Option(f"--{name}", help=shown, show_default=False, autocompletion=offered if choices else None)
 
 
 def _guarded(action: Callable[[], None], debug: bool, log_json: bool = False) -> None:
@@ -167,6 +172,26 @@ def root(
     ] = False,
 ) -> None:
     """Train language models on preference pairs with DPO: no reward model, no critic, no resident reference."""
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.yaml"),
+    data: Annotated[list[str] | None, typer.Option(help="What --data of dpo train names. Repeatable.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a file of all options for dpo train --config, with comments."""
+
+    def action() -> None:
+        from dpo_cli.starter import write_config
+
+        write_config(file, data or (), force)
+        then = f"{file} is written. {'Now' if data else 'Fill in data: there, then'}: dpo train --config {file}"
+        _show({"config": str(file)}, json_, lambda _: then)
+
+    _guarded(action, debug)
 
 
 @app.command()
@@ -459,4 +484,6 @@ def _train_summary(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point of the ``dpo`` command."""
+    if "_DPO_COMPLETE" in os.environ:  # typer would break help at the terminal's width, and a shell offer each line
+        os.environ["TERMINAL_WIDTH"] = "10000"
     app()

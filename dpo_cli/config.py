@@ -539,6 +539,7 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
     if not isinstance(node, yaml.MappingNode):
         raise UsageError(f"--config {file}: must be a mapping of option names to values")
     types = get_type_hints(kind)
+    left_open = {f.name for f in dataclasses.fields(kind) if f.default in (None, MISSING)}
     values: dict[str, Any] = {}
     problems = []
     for key_node, value_node in node.value:
@@ -556,7 +557,7 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
             value = loader.construct_object(value_node, deep=True)
             if name in BY_NAME and isinstance(value, dict):
                 value = ",".join(f"{key}={number}" for key, number in value.items())
-            values[name] = _convert(value, types[name])
+            values[name] = None if value is None and name in left_open else _convert(value, types[name])
         except (TypeError, ValueError, OverflowError, yaml.YAMLError):
             problems.append(f"{where}: option '{key}' cannot be {_BRIEF.repr(value)}")
     return {name: value for name, value in values.items() if value is not None}, problems
@@ -569,8 +570,6 @@ def _convert(value: Any, type_: Any) -> Any:
         TypeError, ValueError, OverflowError: it is none.
     """
     kinds = get_args(type_) or (type_,)
-    if value is None and type(None) in kinds:
-        return None
     kind = list if type_ == list[str] else next(kind for kind in kinds if kind is not type(None))
     if kind is str and isinstance(value, list):
         value = _joined(value)
