@@ -143,7 +143,8 @@ def _fail(message: str, code: int, debug: bool, log_json: bool, cut_off: bool = 
     if message and log_json:
         print(to_json({"event": "error", "text": message, "exit_code": code}), file=sys.stderr, flush=True)
     elif message:
-        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+        over = "\r" if sys.stderr.isatty() else ""  # over the ^C that a terminal shows of an interrupt
+        print(f"{over}error: {printable(message)}", file=sys.stderr, flush=True)
     raise typer.Exit(code)
 
 

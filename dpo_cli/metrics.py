@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import fill
@@ -174,13 +174,19 @@ class Reporter:
 
     @contextmanager
     def progress(
-        self, what: str, total: int, done: int = 0, every: int | None = None, unit: str = ""
+        self,
+        what: str,
+        total: int,
+        done: int = 0,
+        every: int | None = None,
+        unit: str = "",
+        stopping: Callable[[], bool] = lambda: False,
     ) -> Iterator[Progress]:
         """Show how far ``total`` units are done: by a bar, or a line every ``every`` units and after so many seconds.
 
-        A named ``unit`` is shown with its rate.
+        A ``unit`` named tok is shown with its rate. The bar says so once the job is ``stopping`` for a signal.
         """
-        progress = Progress(self, what, total, done, every, unit)
+        progress = Progress(self, what, total, done, every, unit, stopping)
         if not self.live:
             yield progress
             return
@@ -215,10 +221,21 @@ def clock(seconds: float) -> str:
 class Progress:
     """One running job; see ``Reporter.progress``."""
 
-    def __init__(self, reporter: Reporter, what: str, total: int, done: int, every: int | None, unit: str) -> None:
-        self.reporter, self.what, self.total, self.every, self.unit = reporter, what, total, every, unit
+    def __init__(
+        self,
+        reporter: Reporter,
+        what: str,
+        total: int,
+        done: int,
+        every: int | None,
+        unit: str,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.reporter, self.what, self.total, self.every = reporter, what, total, every
+        self.unit, self.stopping = unit, stopping
         self.patience = 30 if every else 10  # seconds without a line
-        self.done, self.told = done, time.monotonic()
+        self.done = done
+        self.started = self.told = time.monotonic()
         self.values: Mapping[str, float] = {}
         self.eta: float | None = None  # seconds
         self.began: tuple[float, int] | None = None  # when the clock began, and what was done by then
@@ -246,17 +263,21 @@ class Progress:
         return f"{self.what} {self.done:,}/{self.total:,} {self.unit}".rstrip()
 
     def _told(self, spared: Sequence[str] = ()) -> str:
-        eta = "eta -:--" if self.eta is None else f"eta {clock(self.eta)}"
-        return "  ".join(filter(None, (brief(self.values, spared), eta)))
+        elapsed = time.monotonic() - self.started
+        when = f"{clock(elapsed)} elapsed" if self.eta is None else f"eta {clock(self.eta)}"
+        return "  ".join(filter(None, (brief(self.values, spared), when)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The bar: a line, with room behind it for the ``^C`` of an interrupt. A narrow one leaves metrics out."""
         count, widest = self._count(), options.max_width - 3
+        if self.stopping():
+            yield Text(f"{count}  stopping after this forward; once more to end at once", no_wrap=True, overflow="crop")
+            return
         for fewer in range(len(SPARED) + 1):
             told = self._told(SPARED[:fewer])
             width = min(widest - len(f"{count}  {told}"), 40)
-            if width >= 4:
+            if width >= (3 if fewer else 10):
                 break
         line = Table.grid()
-        line.add_row(f"{count} ", ProgressBar(self.total, self.done, max(width, 0)), f" {told}")
+        line.add_row(f"{count} ", ProgressBar(self.total, self.done, max(width, 1)), f" {told}")
         yield line

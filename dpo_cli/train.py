@@ -241,7 +241,9 @@ class _Loop:
         """
         run, options, total = self.run, self.run.options, len(self.run.plan)
         evaluated = ranks.lead(lambda: set(evaluations(read_metrics(run.folder / "metrics.jsonl"))))
-        with self.reporter.progress("train", total, done, options.log_every) as progress:
+        with self.reporter.progress(
+            "train", total, done, options.log_every, stopping=lambda: self.stop.requested
+        ) as progress:
             for step in range(done, total + 1):
                 if step > done:
                     rng = rng_state(run.scorer.device)
