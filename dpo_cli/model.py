@@ -30,7 +30,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from dpo_cli import adapters
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, lay_out, padded, probes
-from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.errors import DpoError, UsageError, name_beside
 from dpo_cli.logps import body_states, token_logps
 from dpo_cli.pairs import Pair, loss_tokens
 from dpo_cli.routing import auxiliary_loss, routed
@@ -97,12 +97,12 @@ def _find(name: str | None) -> ModelSource:
         return packaged
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UsageError(f"--model {name}: no such file")
+            raise UsageError(f"--model {name}: no such file{name_beside(path)}")
         return ModelSource(str(path.parent), path.stem, f"{path} (GGUF, dequantized)", gguf=path.name)
     if path.is_dir():
         return _local_model(name, path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UsageError(f"--model {name}: no such folder")
+        raise UsageError(f"--model {name}: no such folder{name_beside(path)}")
     return ModelSource(name, name, f"{name} from the Hugging Face hub")
 
 
@@ -215,7 +215,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # whatever a folder from elsewhere makes the library raise
-        raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}") from error
+        near = name_beside(Path(source.path))
+        raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded{near}\n{_reason(error)}") from error
     if source.gguf and not source.tokenizer:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer

@@ -33,7 +33,7 @@ LAYERS = [
     {"logps", "scores", "adapters"},
     {"sharding"},
     {"model", "disk", "memory", "samples"},
-    {"metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
+    {"starter", "metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
     {"reference", "checkpoint", "step", "drift", "diagnose", "curves", "charts", "frontier"},
     {"prepare", "cache", "report", "show", "summary"},
     {"run", "survey", "outcome"},
