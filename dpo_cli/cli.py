@@ -163,7 +163,7 @@ def train(
         flags["output"] = None
     options = resolve_resumed(flags, resume) if resume else resolve(TrainOptions, flags, config)
     reporter = _reporter(several=True)
-    from dpo_cli.train import train as run
+    from dpo_cli.training import train as run
 
     result = run(options, resume, sys.argv, reporter, dry_run)
     error = result.pop("push_error", None)
@@ -214,7 +214,7 @@ def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
     """Show what a model learned, and how far it is from its reference."""
     options = resolve(EvalOptions, flags, config)
     reporter = _reporter()
-    from dpo_cli.evaluate import run_eval
+    from dpo_cli.evaluation import run_eval
     from dpo_cli.summary import as_text
 
     run_eval(options, reporter, lambda result: _show(result, json_, as_text))

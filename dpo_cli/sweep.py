@@ -17,7 +17,7 @@ import torch
 from dpo_cli.config import OPERATIONAL, EvalOptions, SweepOptions, TrainOptions, differences, settled_as
 from dpo_cli.disk import to_json, write_json
 from dpo_cli.errors import Interrupted, UsageError
-from dpo_cli.evaluate import evaluated
+from dpo_cli.evaluation import evaluated
 from dpo_cli.frontier import frontier
 from dpo_cli.metrics import Reporter
 from dpo_cli.numerals import NONE, between, is_number, number, tick
@@ -25,7 +25,7 @@ from dpo_cli.plots import write_png, write_svg
 from dpo_cli.reward import Reward, load_reward
 from dpo_cli.run import read_manifest, start_of, trained_with
 from dpo_cli.summary import percent
-from dpo_cli.train import train
+from dpo_cli.training import train
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
 RESULT = "sweep.json"
