@@ -25,7 +25,7 @@ from dpo_cli.config import (
     TrainOptions,
     repository,
     resolve,
-    resolve_resumed,
+    resolve_training,
 )
 from dpo_cli.errors import DpoError, UsageError, printable
 
@@ -157,11 +157,7 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train a model on chosen/rejected pairs."""
-    if resume and config:
-        raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
-    if resume and flags["output"] == resume:
-        flags["output"] = None
-    options = resolve_resumed(flags, resume) if resume else resolve(TrainOptions, flags, config)
+    options = resolve_training(flags, resume, config)
     reporter = _reporter(several=True)
     from dpo_cli.training import train as run
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -463,6 +464,48 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: Path | None = None) -
     return kind(**values)
 
 
+def from_keywords(kind: type[DataOptions], given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
+    """Values that Python code gives, as flags for ``resolve``; what is None stays open.
+
+    A path may be a ``Path``. ``others`` are the words beside the options that may have been meant.
+
+    Raises:
+        UsageError: naming every word that is no option, and every value that an option cannot have.
+    """
+    types = get_type_hints(kind)
+    flags, problems = {}, []
+    for name, value in given.items():
+        if name not in types:
+            problems.append(_unknown(name, [*types, *others]))
+        elif value is not None:
+            try:
+                several = isinstance(value, (list, tuple))
+                plain = [_path_name(each) for each in value] if several else _path_name(value)
+                flags[name] = _convert(_by_name(name, plain), types[name])
+            except (TypeError, ValueError, OverflowError):
+                problems.append(f"option '{name}' cannot be {_BRIEF.repr(value)}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return flags
+
+
+def _path_name(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def resolve_training(flags: Mapping[str, Any], resume: Path | None, file: Path | None = None) -> TrainOptions:
+    """The options of a new run, or of one to go on with, whose own folder ``--output`` may name again.
+
+    Raises:
+        UsageError: they cannot be used.
+    """
+    if not resume:
+        return resolve(TrainOptions, flags, file)
+    if file:
+        raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
+    return resolve_resumed({**flags, "output": None} if flags.get("output") == resume else flags, resume)
+
+
 def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
     """The options that a run began with; flags may change only what does not change the training.
 
@@ -529,8 +572,7 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
         key, where = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
         name = key.replace("-", "_")
         if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
-            problems.append(f"{where}: unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            problems.append(f"{where}: {_unknown(key, types)}")
             continue
         if name in values:
             problems.append(f"{where}: option '{key}' is given twice")
@@ -539,12 +581,23 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
         values[name] = None
         try:
             value = loader.construct_object(value_node, deep=True)
-            if name in BY_NAME and isinstance(value, dict):
-                value = ",".join(f"{key}={number}" for key, number in value.items())
-            values[name] = _convert(value, types[name])
+            values[name] = _convert(_by_name(name, value), types[name])
         except (TypeError, ValueError, OverflowError, yaml.YAMLError):
             problems.append(f"{where}: option '{key}' cannot be {_BRIEF.repr(value)}")
     return {name: value for name, value in values.items() if value is not None}, problems
+
+
+def _unknown(key: str, names: Iterable[str]) -> str:
+    """That there is no such option, with the nearest one."""
+    near = difflib.get_close_matches(key.replace("-", "_"), names, n=1)
+    return f"unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def _by_name(name: str, value: Any) -> Any:
+    """What a flag has of an option that may also be given as a mapping."""
+    if name in BY_NAME and isinstance(value, dict):
+        return ",".join(f"{key}={number}" for key, number in value.items())
+    return value
 
 
 def _convert(value: Any, type_: Any) -> Any:

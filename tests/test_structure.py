@@ -41,6 +41,7 @@ LAYERS = [
     {"push", "merge"},
     {"training"},
     {"sweep"},
+    {"api"},
     {"cli"},
     {"__main__"},
 ]
@@ -85,8 +86,9 @@ def test_imports_point_downwards(module: str) -> None:
     assert not above, f"{module} imports {above}, which are not below it"
 
 
-def test_the_package_itself_imports_nothing_of_its_own() -> None:
-    assert set(imported(tree("__init__"))) == {"os"}
+def test_the_package_itself_offers_its_functions_and_their_errors() -> None:
+    assert own_imports(tree("__init__")) == {"api", "errors"}
+    assert packages(tree("__init__")) == {"os", "dpo_cli"}
 
 
 def test_imports_are_seen_wherever_they_stand() -> None:
