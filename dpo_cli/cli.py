@@ -26,7 +26,7 @@ from dpo_cli.config import (
     TrainOptions,
     repository,
     resolve,
-    resolve_resumed,
+    resolve_training,
 )
 from dpo_cli.disk import to_json
 from dpo_cli.errors import DpoError, UsageError, printable
@@ -207,13 +207,9 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train a model on chosen/rejected pairs."""
-    if resume and config:
-        raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
-    if resume and flags["output"] == resume:
-        flags["output"] = None
-    options = resolve_resumed(flags, resume) if resume else resolve(TrainOptions, flags, config)
+    options = resolve_training(flags, resume, config)
     reporter = _reporter(voice, several=True)
-    from dpo_cli.train import train as run
+    from dpo_cli.training import train as run
 
     result = run(options, resume, sys.argv, reporter, dry_run)
     error = result.pop("push_error", None)
@@ -263,7 +259,7 @@ def eval_(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, jso
     """Show what a model learned, and how far it is from its reference."""
     options = resolve(EvalOptions, flags, config)
     reporter = _reporter(voice)
-    from dpo_cli.evaluate import run_eval
+    from dpo_cli.evaluation import run_eval
     from dpo_cli.summary import as_text
 
     run_eval(options, reporter, lambda result: _show(result, json_, as_text))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
@@ -479,6 +480,48 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: Path | None = None) -
     return kind(**values)
 
 
+def from_keywords(kind: type[DataOptions], given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
+    """Values that Python code gives, as flags for ``resolve``; what is None stays open.
+
+    A path may be a ``Path``. ``others`` are the words beside the options that may have been meant.
+
+    Raises:
+        UsageError: naming every word that is no option, and every value that an option cannot have.
+    """
+    types = get_type_hints(kind)
+    flags, problems = {}, []
+    for name, value in given.items():
+        if name not in types:
+            problems.append(f"unknown option '{name}'{did_you_mean(name, [*types, *others])}")
+        elif value is not None:
+            try:
+                several = isinstance(value, (list, tuple))
+                plain = [_path_name(each) for each in value] if several else _path_name(value)
+                flags[name] = _convert(_by_name(name, plain), types[name])
+            except (TypeError, ValueError, OverflowError):
+                problems.append(f"option '{name}' cannot be {_BRIEF.repr(value)}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return flags
+
+
+def _path_name(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def resolve_training(flags: Mapping[str, Any], resume: Path | None, file: Path | None = None) -> TrainOptions:
+    """The options of a new run, or of one to go on with, whose own folder ``--output`` may name again.
+
+    Raises:
+        UsageError: they cannot be used.
+    """
+    if not resume:
+        return resolve(TrainOptions, flags, file)
+    if file:
+        raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
+    return resolve_resumed({**flags, "output": None} if flags.get("output") == resume else flags, resume)
+
+
 def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
     """The options that a run began with; flags may change only what does not change the training.
 
@@ -555,12 +598,17 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
         values[name] = None
         try:
             value = loader.construct_object(value_node, deep=True)
-            if name in BY_NAME and isinstance(value, dict):
-                value = ",".join(f"{key}={number}" for key, number in value.items())
-            values[name] = None if value is None and name in left_open else _convert(value, types[name])
+            values[name] = None if value is None and name in left_open else _convert(_by_name(name, value), types[name])
         except (TypeError, ValueError, OverflowError, yaml.YAMLError):
             problems.append(f"{where}: option '{key}' cannot be {_BRIEF.repr(value)}")
     return {name: value for name, value in values.items() if value is not None}, problems
+
+
+def _by_name(name: str, value: Any) -> Any:
+    """What a flag has of an option that may also be given as a mapping."""
+    if name in BY_NAME and isinstance(value, dict):
+        return ",".join(f"{key}={number}" for key, number in value.items())
+    return value
 
 
 def _convert(value: Any, type_: Any) -> Any:

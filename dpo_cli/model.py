@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -326,6 +327,13 @@ def release(model: nn.Module) -> None:
     """Give back the memory of a model's weights, whoever still holds it."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.new_empty(0)
+
+
+def free_memory() -> None:
+    """Give back what models and optimizers took that nobody holds any more; they are parts of cycles."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _disable_dropout(model: nn.Module) -> None:
