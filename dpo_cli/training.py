@@ -39,6 +39,7 @@ from dpo_cli.samples import generate, text
 from dpo_cli.sharding import let_go
 from dpo_cli.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
 from dpo_cli.tokens import reasons
+from dpo_cli.trackers import Trackers, check_installed
 
 T = TypeVar("T")
 
@@ -65,6 +66,7 @@ def train(
         if options.push_to_hub and not dry_run:
             hub = options.push_to_hub
             _on_first(lambda: check_login(hub))
+        _on_first(lambda: check_installed(options))
         set_seed(options.seed)
         _tell_devices(command, reporter)
         run = lay_out_run(options, resume, accelerator.device, reporter, dry_run)
@@ -89,8 +91,9 @@ def train(
             _on_first(lambda: holding.enter_context(begin(run, manifest)))
             folders.append(run.folder)
         done = _restore(run, trainer, reporter) if resume else 0
+        trackers = holding.enter_context(Trackers(run.folder, run.options, reporter))
         try:
-            _Loop(run, trainer, held_out, stop, reporter).go_on_from(done)
+            _Loop(run, trainer, held_out, trackers, stop, reporter).go_on_from(done)
             _export(run, trainer, "model", len(run.plan))
             ranks.wait()
         except NotWrittenError as error:
@@ -227,6 +230,7 @@ class _Loop:
     run: Run
     trainer: Trainer
     held_out: HeldOut
+    trackers: Trackers
     stop: StopSignal
     reporter: Reporter
 
@@ -256,6 +260,7 @@ class _Loop:
                 known = step in evaluated and step < total  # the last one is in the report
                 if due and not known and not _where_it_runs(run, partial(self._evaluate, step)):
                     raise self._interrupted(step, rng_state(run.scorer.device))
+                self.trackers.follow()
 
     def _step(self, step: int) -> dict[str, float] | None:
         """Take one step, write its line and return its metrics; None if a signal came first."""

@@ -34,7 +34,7 @@ LAYERS = [
     {"sharding"},
     {"model", "disk", "memory", "samples"},
     {"starter", "metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
-    {"reference", "checkpoint", "step", "drift", "diagnose", "curves", "charts", "frontier"},
+    {"reference", "checkpoint", "step", "trackers", "drift", "diagnose", "curves", "charts", "frontier"},
     {"prepare", "cache", "report", "show", "summary"},
     {"run", "survey", "outcome"},
     {"evaluation", "explain", "check", "heldout", "card"},
@@ -103,7 +103,7 @@ def test_imports_are_seen_wherever_they_stand() -> None:
 
 def test_accelerate_is_named_by_the_loop_alone() -> None:
     users = {module for module in MODULES if "accelerate" in packages(tree(module))}
-    assert users == {"ranks", "training", "step"}
+    assert users == {"ranks", "training", "step", "trackers"}
 
 
 def test_pure_layers_know_torch_only() -> None:
