@@ -122,15 +122,16 @@ class Trackers:
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
         """Go on without a tracker that fails, and keep what it prints away from the result on stdout."""
-        try:
-            with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr):
+            try:
                 yield
-        except Exception as error:  # of its library, its server, its disk
-            self.live.pop(name, None)
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            self.reporter.warn(
-                f"--tracker {name}: {reason}; the run goes on without it, and --resume tells it the rest"
-            )
+            except Exception as error:  # of its library, its server, its disk
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                told = f"--tracker {name}: {reason}; the run goes on without it, and --resume tells it the rest"
+                self.reporter.warn(told)
+                if tracker := self.live.pop(name, None):
+                    with suppress(Exception):  # it may be the same again
+                        _finish(tracker)
 
 
 def _make(name: str, folder: Path, own: str, new: bool) -> tuple[GeneralTracker, str]:

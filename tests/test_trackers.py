@@ -1,7 +1,9 @@
 """Experiment trackers get what metrics.jsonl gets, once and in order, and none of them ends a run."""
 
 import json
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,14 @@ def tell(live: Trackers, *steps: int) -> None:
         live.follow()
 
 
+def tell_and_die(folder: Path, names: str, *steps: int) -> None:
+    """The same in a process that is killed after them."""
+    live = start(folder, names)
+    tell(live, *steps)
+    assert live.lines
+    live.lines.close()
+
+
 def test_each_line_is_told_once_and_in_order(made: list[Listener], tmp_path: Path) -> None:
     """Held-out lines too; what is no finite number is left out."""
     with start(tmp_path, "trackio") as live:
@@ -177,10 +187,10 @@ def test_each_line_is_told_once_and_in_order(made: list[Listener], tmp_path: Pat
 
 def test_a_resumed_run_goes_on_with_the_trackers_own_run(made: list[Listener], tmp_path: Path) -> None:
     """Killed after step 3 and taken back to step 1: steps 2 and 3 come again, and are not told again."""
-    tell(start(tmp_path, "trackio"), 1, 2, 3)
-    for _ in range(2):  # the second start is killed before it is as far as the first was
+    tell_and_die(tmp_path, "trackio", 1, 2, 3)
+    for _ in range(2):  # these are killed before they are as far as the first was
         truncate_metrics(tmp_path / "metrics.jsonl", 1)
-        tell(start(tmp_path, "trackio"), 2)
+        tell_and_die(tmp_path, "trackio", 2)
     truncate_metrics(tmp_path / "metrics.jsonl", 1)
     with start(tmp_path, "trackio") as live:
         tell(live, 2, 3, 4)
@@ -248,9 +258,8 @@ def test_a_damaged_state_ends_no_run(damaged: str, made: list[Listener], tmp_pat
 
 def killed_and_resumed(folder: Path, name: str) -> str:
     """A run that is taken back from step 3 to step 1 and goes on to step 4; returns the tracker's own run."""
-    first = start(folder, name)
-    tell(first, 1, 2, 3)
-    first.__exit__(None, None, None)
+    with start(folder, name) as live:
+        tell(live, 1, 2, 3)
     truncate_metrics(folder / "metrics.jsonl", 1)
     with start(folder, name) as live:
         tell(live, 2, 3, 4)
@@ -283,11 +292,12 @@ def test_mlflow_keeps_one_run_below_the_folder(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.filterwarnings("ignore")
 def test_trackio_keeps_one_run_in_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio")
+    pytest.importorskip("trackio")
     own = killed_and_resumed(tmp_path / "run", "trackio")
-    (run,) = trackio.Api().runs("dpo")
-    assert run.name == f"run-{own}"
-    assert [(row["step"], row["value"]) for row in run.metric("loss")] == [(step, *v) for step, v in LOSSES.items()]
+    with closing(sqlite3.connect(tmp_path / "trackio" / "dpo.db")) as store:
+        rows = store.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    assert {name for name, _, _ in rows} == {f"run-{own}"}
+    assert [(step, [json.loads(told)["loss"]]) for _, step, told in rows] == list(LOSSES.items())
 
 
 @pytest.mark.filterwarnings("ignore")
