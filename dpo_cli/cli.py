@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 import signal
 import sys
@@ -28,7 +29,6 @@ from dpo_cli.config import (
     resolve,
     resolve_training,
 )
-from dpo_cli.disk import to_json
 from dpo_cli.errors import DpoError, UsageError, printable
 
 app = typer.Typer(
@@ -141,7 +141,7 @@ def _fail(message: str, code: int, debug: bool, log_json: bool, cut_off: bool = 
 
         message, code = said_once(message, code, cut_off)
     if message and log_json:
-        print(to_json({"event": "error", "text": message, "exit_code": code}), file=sys.stderr, flush=True)
+        print(json.dumps({"event": "error", "text": message, "exit_code": code}), file=sys.stderr, flush=True)
     elif message:
         over = "\r" if sys.stderr.isatty() else ""  # over the ^C that a terminal shows of an interrupt
         print(f"{over}error: {printable(message)}", file=sys.stderr, flush=True)
@@ -443,6 +443,8 @@ def _reporter(voice: Voice = PLAIN, several: bool = False) -> Any:
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], str]) -> None:
+    from dpo_cli.disk import to_json
+
     if _speaks():
         print(to_json(result) if as_json else printable(table(result)))
 

@@ -306,7 +306,9 @@ class TrainOptions(Options):
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     shard: bool = shard_option()
     seed: int = option(0, "Seed of the order of the pairs.", seedlike)
-    log_every: int = option(10, "Steps between console lines where the output is no terminal.", positive)
+    log_every: int = option(
+        10, "Steps between lines on what is no terminal; 30 s without one bring one, too.", positive
+    )
     eval_every: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
     kl: str = kl_option()
     keep_best: str | None = option(

@@ -150,7 +150,7 @@ class Reporter:
     def fact(self, name: str, text: str, values: Mapping[str, float] | None = None) -> None:
         """One line under a name; an empty name goes on with the one before. A log has the ``values`` beside it."""
         self.name = name or self.name
-        event = {"event": "fact", "name": self.name, "text": text}
+        event: dict[str, Any] = {"event": "fact", "name": self.name, "text": text}
         self.tell(event | dict(values or {}), text, f"{name:<12}", "bold")
 
     def warn(self, text: str) -> None:
@@ -182,7 +182,7 @@ class Reporter:
         unit: str = "",
         stopping: Callable[[], bool] = lambda: False,
     ) -> Iterator[Progress]:
-        """Show how far ``total`` units are done: by a bar, or a line every ``every`` units and after so many seconds.
+        """Show how far ``total`` units are done: by a bar, or lines, every ``every`` units and 30 s, else every 10 s.
 
         A ``unit`` named tok is shown with its rate. The bar says so once the job is ``stopping`` for a signal.
         """
@@ -255,9 +255,9 @@ class Progress:
         if self.reporter.live or not (counted or now - self.told >= self.patience):
             return
         self.told = now
-        event = {"event": "progress", "what": self.what, "done": self.done, "total": self.total}
-        event |= {"unit": self.unit or None, "eta_seconds": self.eta, **self.values}
-        self.reporter.tell(event, f"{self._count()}  {self._told()}")
+        event: dict[str, Any] = {"event": "progress", "what": self.what, "done": self.done, "total": self.total}
+        more = {"unit": self.unit or None, "eta_seconds": self.eta}
+        self.reporter.tell(event | more | dict(self.values), f"{self._count()}  {self._told()}")
 
     def _count(self) -> str:
         return f"{self.what} {self.done:,}/{self.total:,} {self.unit}".rstrip()
