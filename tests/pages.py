@@ -4,6 +4,8 @@ A block of ``sh``, ``console`` or ``python`` is executed, unless one of these st
 
     <!-- not run: why -->
     <!-- run by tests/test_x.py: test_name -->
+
+``<!-- all blocks: not run: why -->`` in a page is of all its blocks that have no mark of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ FENCE = re.compile(
     r"^(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 ROW = re.compile(r"^\|.*`(dpo [^`]*)` \|$", re.MULTILINE)
+OF_PAGE = re.compile(r"^<!-- all blocks: ([^\n]*) -->$", re.MULTILINE)
 RUN_BY = re.compile(r"run by (tests/test_\w+\.py): (test_\w+)")
 
 
@@ -60,16 +63,24 @@ def read(page: str) -> str:
 def blocks(page: str) -> list[Block]:
     """Blocks of code, and each command that ends a row of a table as a block of its own, in their order."""
     text = read(page)
-    fences = FENCE.finditer(text)
-    found = [Block(page, f.start(), f["language"], f["mark"] or "", f["text"]) for f in fences]
+    of_page = OF_PAGE.search(text)
+    found = []
+    for fence in FENCE.finditer(text):
+        mark = fence["mark"] or (of_page[1] if of_page and fence["language"] in EXECUTED else "")
+        found.append(Block(page, fence.start(), fence["language"], mark, fence["text"]))
     found += [Block(page, row.start(), "sh", "", row[1]) for row in ROW.finditer(text)]
     return sorted(found, key=lambda block: block.offset)
 
 
 def commands(page: str) -> list[str]:
     """All ``dpo …`` lines that are executed."""
-    unmarked = [block for block in blocks(page) if block.language in SHELL and not block.mark]
-    return [line for block in unmarked for line in block.commands if line.startswith("dpo ")]
+    found = [line for block in executed(page) if block.language in SHELL for line in block.commands]
+    return [line for line in found if line.startswith("dpo ")]
+
+
+def executed(page: str) -> list[Block]:
+    """The blocks that have no mark."""
+    return [block for block in blocks(page) if block.language in EXECUTED and not block.mark]
 
 
 def spans(page: str) -> Iterator[str]:

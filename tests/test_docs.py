@@ -16,18 +16,34 @@ from typing import Any
 import pytest
 import typer
 from matplotlib.figure import Figure
+from rich.text import Text
 from typer.testing import CliRunner
 
+from benchmarks.pictures import IMAGES, draw, lines_of
 from dpo_cli import plots
 from dpo_cli.cli import app
 from tests.conftest import ROOT, SAMPLE
-from tests.pages import EXECUTED, RUN_BY, SHELL, SHOWN, Block, anchors, blocks, links, pages, spans
+from tests.pages import (
+    EXECUTED,
+    FENCE,
+    RUN_BY,
+    SHELL,
+    SHOWN,
+    Block,
+    anchors,
+    blocks,
+    executed,
+    links,
+    pages,
+    read,
+    spans,
+)
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the tiny model stands for it
 OWN_DATA = ("my-pairs.jsonl", "pairs.jsonl", "test.jsonl", "train.jsonl", "heldout.jsonl")  # that pages speak of
 ROWS = {"train": 32, "heldout": 20}
 HARMLESS = ("cat ", "cp ", "head ", "ls ", "mkdir ")  # that stand beside ours
-OF_OTHERS = {"--ours-options", "--grid", "--case", "--phases"}  # options of benchmarks, named alone
+OF_OTHERS = {"--ours-options", "--grid", "--case", "--phases", "--logdir"}  # options of benchmarks, named alone
 
 
 def _commands(group: Any, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -37,7 +53,7 @@ def _commands(group: Any, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
     return found
 
 
-COMMANDS = _commands(typer.main.get_command(app))
+COMMANDS = {(): typer.main.get_command(app)} | _commands(typer.main.get_command(app))
 OPTIONS = {
     names: {option for parameter in command.params for option in parameter.opts} | {"--help", "-h"}
     for names, command in COMMANDS.items()
@@ -78,23 +94,19 @@ def _run(command: str, tiny: Path) -> None:
         assert command.startswith(HARMLESS), "say why it is not run"
         subprocess.run(words, check=True, timeout=10, capture_output=True)
         return
-    (names,) = [names for names in COMMANDS if tuple(words[1 : 1 + len(names)]) == names]
-    known = OPTIONS[names]
-    if "--model" in known and names[0] != "cache" and not {"--model", "--resume", "--help"} & set(words):
+    names, _ = _command(words)
+    assert names, "no such command"
+    if "--model" in OPTIONS[names] and names[0] != "cache" and not {"--model", "--resume", "--help"} & set(words):
         words += ["--model", str(tiny)]
     (row,) = shlex.split(given) or [""]
     out = CliRunner().invoke(app, words[1:], input=row + "\n" if row else None)
     assert out.exit_code == 0, out.output
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in pages() if any(not b.mark for b in blocks(page) if b.language in EXECUTED)]
-)
+@pytest.mark.parametrize("page", [page for page in pages() if executed(page)])
 def test_a_page_runs_as_written(page: str, reader: Path, tiny: Path) -> None:
     known: dict[str, Any] = {}
-    for block in blocks(page):
-        if block.mark or block.language not in EXECUTED:
-            continue
+    for block in executed(page):
         try:
             if block.language == "python":
                 with warnings.catch_warnings():
@@ -108,14 +120,13 @@ def test_a_page_runs_as_written(page: str, reader: Path, tiny: Path) -> None:
 
 @pytest.mark.parametrize("page", pages())
 def test_every_block_is_run_or_says_why_not(page: str) -> None:
+    assert read(page).count("```") == 2 * len(FENCE.findall(read(page))), "a block that begins within a line"
     for block in blocks(page):
         assert block.language in (*EXECUTED, *SHOWN), f"{block.where}: say the block's language"
         assert not block.mark or block.language in EXECUTED, f"{block.where}: nobody would run it"
-        assert not block.mark or RUN_BY.fullmatch(block.mark) or re.fullmatch(r"not run: .{10,}", block.mark), (
-            block.where
-        )
-        if by := RUN_BY.fullmatch(block.mark):
-            assert by[2] in _functions(ROOT / by[1]), f"{block.where}: {by[0]}"
+        by, reason = RUN_BY.fullmatch(block.mark), re.fullmatch(r"not run: .{10,}", block.mark)
+        assert by or reason or not block.mark, f"{block.where}: {block.mark}"
+        assert not by or by[2] in _functions(ROOT / by[1]), f"{block.where}: there is no {by[2]}"
 
 
 def _functions(file: Path) -> set[str]:
@@ -127,18 +138,22 @@ def test_options_are_there(page: str) -> None:
     """Of the command they stand behind; alone, of any."""
     for span in spans(page):
         words = re.split(r"[\s=]+", span)
-        own = [i for i, word in enumerate(words) if word in ("dpo", "dpo_cli")]
-        other = re.match(r"--\w[\w-]*", span) is None
-        if not own and other:
+        names, given = _command(words)
+        if names is None and words[0] != "dpo" and not re.match(r"--\w", span):
             continue
-        rest = words[own[0] + 1 :] if own else words
-        names = next((names for names in COMMANDS if tuple(rest[: len(names)]) == names), None)
-        assert names or not own or not rest or rest[0] in ("cache", "--version", "--help"), (
-            f"{page}: {span}: no such command"
-        )
-        known = OPTIONS[names] if names else {"--version", "--help"}.union(OF_OTHERS, *OPTIONS.values())
-        unknown = {word for word in rest if re.fullmatch(r"--[\w-]+", word)} - known
+        known = OPTIONS[names] if names else OF_OTHERS.union(*OPTIONS.values())
+        unknown = {word for word in given if re.fullmatch(r"--\w[\w-]*", word)} - known
         assert not unknown, f"{page}: {span}: {unknown}"
+        assert names or words[0] != "dpo" or not given or given[0] in {"cache", *OPTIONS[()]}, f"{page}: {span}"
+
+
+def _command(words: list[str]) -> tuple[tuple[str, ...] | None, list[str]]:
+    """Names of the command of ours that is among the words, and what follows ``dpo``; without one None, and all."""
+    for place, word in enumerate(words):
+        rest = words[place + 1 :]
+        if word in ("dpo", "dpo_cli") and (found := [n for n in COMMANDS if n and tuple(rest[: len(n)]) == n]):
+            return found[0], rest
+    return None, words[1:] if words[0] == "dpo" else words
 
 
 @pytest.mark.parametrize("page", [*pages(), "CONTRIBUTING.md"])
@@ -157,8 +172,34 @@ def test_the_demo_runs(reader: Path, tiny: Path) -> None:
     assert "Findings" in report.read_text(encoding="utf-8")
 
 
-def test_a_block_is_read_with_its_mark() -> None:
-    """The reader of pages itself, on a page of which everything is known."""
+def test_a_block_is_read_without_prompts_and_comments() -> None:
     block = Block("README.md", 0, "console", "", "$ dpo check --data a.jsonl \\\n    --strict  # why\n# nothing\n")
     assert block.commands == ["dpo check --data a.jsonl --strict"]
-    assert RUN_BY.fullmatch("run by tests/test_docs.py: test_links_lead_somewhere")
+
+
+def test_what_is_not_ours_needs_a_mark(tiny: Path) -> None:
+    with pytest.raises(AssertionError, match="say why it is not run"):
+        _run("pip install .", tiny)
+
+
+def test_the_pictures_load_nothing_and_are_small() -> None:
+    drawn = (IMAGES / "terminal.svg").read_text(encoding="utf-8")
+    assert "held out" in drawn.replace("&#160;", " ") and not re.search(r"url\(.?http|@import|href=", drawn)
+    assert (IMAGES / "report.png").stat().st_size < 300_000
+
+
+def test_a_bar_that_was_wiped_out_is_in_the_picture(tmp_path: Path) -> None:
+    """As rich writes it: the bar is drawn over itself, and gone at the end."""
+    bars = "".join(f"\r\x1b[2Ktrain \x1b[32m━━━\x1b[0m {step}/2 loss 0.{step}" for step in (1, 2))
+    log = f"plan  2 steps\r\n\x1b[?25l{bars}\r\n\x1b[?25h\r\x1b[1A\x1b[2Kheld out  0.5\r\nrun   runs/a\r\n"
+    lines = lines_of(log)
+    assert [Text.from_ansi(line).plain for line in lines] == [
+        "plan  2 steps",
+        "train ━━━ 2/2 loss 0.2",
+        "held out  0.5",
+        "run   runs/a",
+        "",
+    ]
+    draw("dpo train", lines, tmp_path / "terminal.svg")
+    drawn = (tmp_path / "terminal.svg").read_text(encoding="utf-8").replace("&#160;", " ")
+    assert all(part in drawn for part in ("$ dpo train", "held out  0.5", "━━━"))

@@ -1,4 +1,4 @@
-"""Examples of rows, those of docs/data.md and the files of sample_data/formats, are read in the format they stand for."""
+"""Examples of rows, in docs/data.md and sample_data/formats, are read in the format that they stand for."""
 
 import os
 import re
