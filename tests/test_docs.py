@@ -43,7 +43,14 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the tiny model stands for it
 OWN_DATA = ("my-pairs.jsonl", "pairs.jsonl", "test.jsonl", "train.jsonl", "heldout.jsonl")  # that pages speak of
 ROWS = {"train": 32, "heldout": 20}
 HARMLESS = ("cat ", "cp ", "head ", "ls ", "mkdir ")  # that stand beside ours
-OF_OTHERS = {"--ours-options", "--grid", "--case", "--phases", "--logdir"}  # options of benchmarks, named alone
+OF_OTHERS = {
+    "--ours-options",
+    "--grid",
+    "--case",
+    "--phases",
+    "--logdir",
+    "--no-deps",
+}  # options of benchmarks, named alone
 
 
 def _commands(group: Any, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
