@@ -37,12 +37,7 @@ def test_the_loss_is_level_at_the_optimum(toy: Toy, beta: float, said: bool) -> 
 
 
 def test_training_finds_the_optimum(toy: Toy) -> None:
-    before = compare(toy, 0.5, log_probs(toy.reference).detach().double().numpy())
-    found = compare(toy, 0.5, train(toy, 0.5, toy.population(), steps=120))
+    before = compare(toy, 1.0, log_probs(toy.reference).detach().double().numpy())
+    found = compare(toy, 0.5, train(toy, 1.0, toy.population(), steps=200))
     assert before.total_variation > 0.3 and before.error > 1
     assert found.total_variation < 0.02 and found.correlation > 0.99 and found.error < 0.1
-
-
-def test_preferences_that_are_drawn_come_close(toy: Toy) -> None:
-    found = compare(toy, 1.0, train(toy, 1.0, toy.drawn(20_000, seed=0), steps=80))
-    assert found.total_variation < 0.1 and 0.9 < found.correlation < 1
