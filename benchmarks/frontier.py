@@ -16,21 +16,23 @@ FOLDER has frontier.json, frontier.md and frontier.png.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
+import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.frontier_report import draw, markdown, summary
@@ -56,12 +58,11 @@ from dpo_cli.step import StopSignal, Trainer, learning_rate
 
 ROOT = Path(__file__).parents[1]
 WATCH = Watch(Reporter(quiet=True), "frontier")
-SHARPNESS = 4.0  # nats of preference a nat of evidence a word: completions of one opening then differ by 1.5 or so
+SHARPNESS = 12.0  # of the reward: nats of preference a nat of evidence a word
 MAX_TOKENS = 2048
 BEST_OF = (2, 4, 8, 16)
-BETAS = (4.0, 3.0, 2.0, 1.5, 1.2, 1.0, 0.8)  # of the optimum that is drawn
+BETAS = (16.0, 12.0, 9.0, 6.0, 4.5, 3.6, 3.0, 2.4, 2.0)  # of the optimum that is drawn
 SIDES = ("chosen", "rejected")
-KEY = ("seed", "method", "setting", "step")  # of a measurement
 POOL_SEED = 10_000  # none of those that train
 
 
@@ -77,7 +78,7 @@ class Sizes:
     batch_size: int = 8
     checkpoints: tuple[int, ...] = (8, 24)  # steps after which a policy is measured
     rank: int = 16  # of the adapter that is trained
-    lr: float = 1e-3
+    lr: float = 5e-4
     held_out: int = 32  # prompts to measure on
     copies: int = 2  # answers of a policy to each
     pool: int = 24  # answers of the reference to each
@@ -96,8 +97,8 @@ class Method:
 
 def methods() -> list[Method]:
     """DPO over three of the paper's betas, and what it is compared with."""
-    first, *others = (Method("DPO", "sigmoid", f"beta {beta:g}", {"beta": beta}) for beta in (0.1, 1.0, 5.0))
-    return [first, Method("SFT on chosen", "sft", "", {}), Method("unlikelihood", "unlikelihood", "", {}), *others]
+    low, middle, high = (Method("DPO", "sigmoid", f"beta {beta:g}", {"beta": beta}) for beta in (0.1, 1.0, 5.0))
+    return [low, Method("SFT on chosen", "sft", "", {}), middle, Method("unlikelihood", "unlikelihood", "", {}), high]
 
 
 def unlikelihood(p: Preferences) -> Tensor:
@@ -186,13 +187,24 @@ def optimum(rewards: Table, betas: Sequence[float]) -> list[tuple[float, float]]
 # ---- a policy ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Preferences of a seed, their log-probs under the reference, and rewards of its completions of held-out openings.
+
+    Shapes: ``logps`` (P, 2) nats; ``rewards`` (prompts, K).
+    """
+
+    seed: int
+    pairs: Pairs
+    logps: Tensor
+    rewards: Table
+
+
 class Lab:
     """The model, its questions, and the reward; what trains and measures."""
 
-    def __init__(self, model: str | None, sizes: Sizes, accelerator: Accelerator, folder: Path) -> None:
-        source = find_model(model)
-        self.sizes, self.accelerator, self.folder = sizes, accelerator, folder
-        self.about = {"model": source.base, "sizes": asdict(sizes) | {"checkpoints": [*sizes.checkpoints]}}
+    def __init__(self, model: str | None, sizes: Sizes, folder: Path) -> None:
+        source, self.sizes, self.folder = find_model(model), sizes, folder
         self.tokenizer, loaded = load_tokenizer(source), load_model(source).to(default_device())
         self.own_attention = loaded.config._attn_implementation
         loaded.set_attn_implementation(PREFIX_SHARED)
@@ -201,7 +213,6 @@ class Lab:
         self.reward = Plainness(*([row[side][-1]["content"] for row in rows["train"]] for side in SIDES))
         self.openings = self._openings(rows["train"], sizes.prompts)
         self.held_out = self._openings(rows["heldout"], sizes.held_out)
-        self._scored: dict[int, tuple[Pairs, Tensor]] = {}
 
     def _openings(self, rows: Sequence[Mapping[str, Any]], count: int) -> list[Ids]:
         """The first tokens of answers of both kinds, the first so many that differ."""
@@ -240,21 +251,19 @@ class Lab:
                 pairs.append(Pair(pair.where, pair.prompt, chosen, rejected))
         return pairs
 
-    def scored(self, seed: int) -> tuple[Pairs, Tensor]:
-        """A seed's preferences and their log-probs under the reference: (P, 2) nats."""
-        if seed not in self._scored:
-            pairs = self.preferences(seed)
-            logps = drift.score(self.reference, pairs, WATCH)
-            assert logps is not None
-            self._scored[seed] = pairs, logps
-        return self._scored[seed]
+    def prepared(self, seed: int) -> Prepared:
+        """What all trainings of a seed share."""
+        pairs = self.preferences(seed)
+        logps = drift.score(self.reference, pairs, WATCH)
+        assert logps is not None
+        rewards = self.rewards(self.completions(self.reference, self.held_out, self.sizes.copies, seed))
+        return Prepared(seed, pairs, logps, rewards)
 
-    def train(self, method: Method, seed: int) -> Iterator[tuple[int, Scorer]]:
+    def train(self, method: Method, given: Prepared) -> Iterator[tuple[int, Scorer]]:
         """The policy after each of the steps at which it is measured."""
-        sizes, steps = self.sizes, self.sizes.checkpoints[-1]
-        pairs, reference = self.scored(seed)
-        given = {"lr": sizes.lr, "schedule": "constant", "batch_size": sizes.batch_size, "seed": seed}
-        options = TrainOptions(data=["completions"], loss=method.loss, **given, **method.options)
+        sizes, steps, seed, pairs = self.sizes, self.sizes.checkpoints[-1], given.seed, given.pairs
+        common = {"lr": sizes.lr, "schedule": "constant", "batch_size": sizes.batch_size, "seed": seed}
+        options = TrainOptions(data=["completions"], loss=method.loss, **common, **method.options)
         policy: Any = deepcopy(self.reference.model)
         adapter = {"rank": sizes.rank, "kind": "lora", "alpha": 2 * sizes.rank, "targets": "all-linear"}
         attach(policy, make_config(policy, **adapter, to_save=None, base=""), seed)
@@ -262,25 +271,30 @@ class Lab:
         costs = scorer.costs(pairs)
         how = {"batch_size": sizes.batch_size, "epochs": -(-steps * sizes.batch_size // len(pairs)), "seed": seed}
         plan = plan_run(costs, "shared", max_steps=steps, max_tokens=MAX_TOKENS, world=1, **how)
-        optimizer = self.accelerator.prepare_optimizer(make_optimizer(policy, 0.0))
-        trainer = Trainer(self.accelerator, scorer, optimizer, pairs, costs, reference, options)
-        for step, indices in enumerate(plan, 1):
-            trainer.step(indices, learning_rate(step, steps, options), StopSignal())
-            if step in sizes.checkpoints:
-                yield step, scorer
+        with started() as accelerator:
+            optimizer = accelerator.prepare_optimizer(make_optimizer(policy, 0.0))
+            trainer = Trainer(accelerator, scorer, optimizer, pairs, costs, given.logps, options)
+            for step, indices in enumerate(plan, 1):
+                trainer.step(indices, learning_rate(step, steps, options), StopSignal())
+                if step in sizes.checkpoints:
+                    yield step, scorer
 
-    def measure(self, policy: Scorer, seed: int) -> dict[str, Any]:
-        """Reward of a policy's answers to the held-out questions and their KL from the reference, with intervals."""
-        sizes = self.sizes
-        responses = self.completions(policy, self.held_out, sizes.copies, seed)
-        rewards, pairs = self.rewards(responses), as_pairs(self.held_out, responses)
+    def measure(self, policy: Scorer, given: Prepared) -> dict[str, Any]:
+        """KL of a policy from the reference by its completions of the held-out openings, and what reward they gain.
+
+        They are held against the reference's own, drawn with the same noise.
+        """
+        copies = self.sizes.copies
+        responses = self.completions(policy, self.held_out, copies, given.seed)
+        gains = self.rewards(responses) - given.rewards
+        pairs = as_pairs(self.held_out, responses)
         recorded = drift.record(policy, pairs, self.folder, WATCH)
         assert recorded is not None
         compared = drift.compare(self.reference, recorded, pairs, self.folder, WATCH, policy_runs=False)
         assert compared is not None
         tables = recorded.logps.numpy(), compared.logps.numpy(), compared.distributions.kl
-        kl = sequence_kl(*(by_prompt(table.astype(float), sizes.copies) for table in tables))
-        found = {"reward": float(rewards.mean()), "reward_interval": student(rewards.mean(1))}
+        kl = sequence_kl(*(by_prompt(table.astype(float), copies) for table in tables))
+        found = {"gain": float(gains.mean()), "gain_interval": student(gains.mean(1))}
         found |= {"kl": kl["token_kl"], "kl_interval": kl["token_kl_interval"], "logratio": kl["logratio"]}
         return found | {"texts": [text(self.tokenizer, mine[0].ids) for mine in responses[:4]]}
 
@@ -291,44 +305,84 @@ def read_rows(file: Path) -> list[Any]:
 
 # ---- all of it --------------------------------------------------------------------------------------------------
 
+LAB: list[Lab] = []  # of this process
 
-def measured(file: Path, lab: Lab) -> Iterator[dict[str, Any]]:
-    """Every line of the file: those that are there, and then those that are made."""
-    there = read_rows(file) if file.exists() else []
-    yield from there
 
-    def kept(line: dict[str, Any]) -> dict[str, Any]:
+def begin(model: str | None, sizes: Sizes, folder: Path, jobs: int) -> None:
+    """Make a process one that the functions below can run in."""
+    if jobs > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    preference_loss(reference=False)(unlikelihood)
+    LAB[:] = [Lab(model, sizes, folder)]
+
+
+def reference_rewards(_: int) -> list[list[float]]:
+    """Rewards of many completions of each held-out opening by the reference: (prompts, K)."""
+    (lab,) = LAB
+    rewards: list[list[float]] = lab.rewards(
+        lab.completions(lab.reference, lab.held_out, lab.sizes.pool, POOL_SEED)
+    ).tolist()
+    return rewards
+
+
+def prepared(seed: int) -> Prepared:
+    """``Lab.prepared`` in this process."""
+    return LAB[0].prepared(seed)
+
+
+def measured(method: Method, given: Prepared) -> list[dict[str, Any]]:
+    """Train, and measure at every checkpoint."""
+    (lab,), began = LAB, time.monotonic()
+    about = {"seed": given.seed, "method": method.name, "setting": method.setting}
+    found = [about | {"step": step} | lab.measure(policy, given) for step, policy in lab.train(method, given)]
+    return [each | {"seconds": round(time.monotonic() - began)} for each in found]
+
+
+@contextmanager
+def workers(jobs: int, *arguments: Any) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A ``map`` over so many processes that are ready to measure; this one, if it is one."""
+    if jobs == 1:
+        begin(*arguments, jobs)
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin, (*arguments, jobs)) as pool:
+        yield pool.map
+
+
+def run(model: str | None, sizes: Sizes, folder: Path, jobs: int) -> list[dict[str, Any]]:
+    """Every line of points.jsonl: those that are there, and then those that are made."""
+    file = folder / "points.jsonl"
+    lines = read_rows(file) if file.exists() else []
+    about = {"model": find_model(model).base, "sizes": asdict(sizes) | {"checkpoints": [*sizes.checkpoints]}}
+
+    def keep(line: dict[str, Any]) -> None:
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         print(json.dumps({key: value for key, value in line.items() if key not in ("rewards", "texts")}), flush=True)
-        return line
+        lines.append(line)
 
-    if not there:
-        yield kept({"about": lab.about})
-    elif there[0]["about"] != lab.about:
-        raise UsageError(f"--output {file.parent}: holds measurements of {there[0]['about']}; name another folder")
-    if not any("rewards" in line for line in there):
-        completions = lab.completions(lab.reference, lab.held_out, lab.sizes.pool, POOL_SEED)
-        yield kept({"rewards": lab.rewards(completions).tolist()})
-    known = {tuple(line[name] for name in KEY) for line in there if "method" in line}
-    for method, seed in itertools.product(methods(), range(lab.sizes.seeds)):
-        keys = {step: (seed, method.name, method.setting, step) for step in lab.sizes.checkpoints}
-        if known.issuperset(keys.values()):
-            continue
-        began = time.monotonic()
-        for step, policy in lab.train(method, seed):
-            if keys[step] not in known:
-                found = dict(zip(KEY, keys[step], strict=True)) | lab.measure(policy, seed)
-                yield kept(found | {"seconds": round(time.monotonic() - began)})
-                began = time.monotonic()
+    if not lines:
+        keep({"about": about})
+    elif lines[0]["about"] != about:
+        raise UsageError(f"--output {folder}: holds measurements of {lines[0]['about']}; name another folder")
+    known = {(line["method"], line["setting"], line["seed"]) for line in lines if "method" in line}
+    todo = [(m, seed) for m in methods() for seed in range(sizes.seeds) if (m.name, m.setting, seed) not in known]
+    with workers(jobs, model, sizes, folder) as over:
+        if not any("rewards" in line for line in lines):
+            keep({"rewards": next(over(reference_rewards, [0]))})
+        ready = {given.seed: given for given in over(prepared, sorted({seed for _, seed in todo}))}
+        for found in over(measured, [method for method, _ in todo], [ready[seed] for _, seed in todo]):
+            for line in found:
+                keep(line)
+    return lines
 
 
 def result_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """All that is told: gains over the reference's mean on the same openings."""
+    """All that is told; gains are over the reference's mean."""
     (about,) = (line["about"] for line in lines if "about" in line)
     (rewards,) = (np.array(line["rewards"]) for line in lines if "rewards" in line)
     own = float(rewards.mean())
-    points = [dict(line) | {"gain": line["reward"] - own} for line in lines if "method" in line]
+    points = [line for line in lines if "method" in line]
     n_of = [n for n in BEST_OF if n <= rewards.shape[1]]
     best = [{"n": n, "kl": best_of_kl(n), "gain": float(best_of(rewards, n).mean()) - own} for n in n_of]
     ideal = [{"kl": kl, "gain": reward - own} for kl, reward in optimum(rewards, BETAS)]
@@ -341,17 +395,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", help="as of `dpo train`; default: its default")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: as many as processors")
     for name, value in asdict(Sizes()).items():
         several = isinstance(value, tuple)
         kind = type(value[0]) if several else type(value)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, nargs="+" if several else None)
     given = vars(parser.parse_args(words))
-    folder, model = given.pop("output"), given.pop("model")
+    folder, model, jobs = (given.pop(name) for name in ("output", "model", "jobs"))
     sizes = Sizes(**given | {"checkpoints": tuple(given["checkpoints"])})
     folder.mkdir(parents=True, exist_ok=True)
-    preference_loss(reference=False)(unlikelihood)
-    with started() as accelerator:
-        result = result_of(list(measured(folder / "points.jsonl", Lab(model, sizes, accelerator, folder))))
+    result = result_of(run(model, sizes, folder, jobs))
     write_json(folder / "frontier.json", result)
     (folder / "frontier.md").write_text(markdown(result), encoding="utf-8")
     draw(folder / "frontier.png", result)

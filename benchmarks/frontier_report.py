@@ -114,8 +114,8 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
         curve, colour = at(points, name, levels), COLOURS.get(name, muted)
         axes.plot(levels, curve.mean(0), color=colour, lw=1.8, label=name)
         axes.plot(*_columns(mine), "o", color=colour, ms=3.5, alpha=0.6)
-        if (band := np.array([student(column) or (np.nan, np.nan) for column in curve.T])).size:
-            axes.fill_between(levels, *band.T, color=colour, alpha=0.12, lw=0)
+        band = np.array([student(column) or (np.nan, np.nan) for column in curve.T])
+        axes.fill_between(levels, *band.T, color=colour, alpha=0.12, lw=0)
     with rc_context({"font.size": 10}), whole_file(file) as temporary:
         quieten(axes, ON_PAPER, "")
         axes.set_xlabel("KL from the reference, nats a completion", color=muted)

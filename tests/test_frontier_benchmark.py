@@ -19,8 +19,37 @@ from dpo_cli import losses
 from dpo_cli.errors import UsageError
 from dpo_cli.losses import Preferences
 
-SMALL = ["--seeds", "2", "--tokens", "4", "--prompts", "6", "--pairs", "2", "--batch-size", "4", "--rank", "2"]
-SMALL += ["--checkpoints", "1", "3", "--held-out", "3", "--copies", "2", "--pool", "4", "--dtype", "float32"]
+SMALL = [
+    "--jobs",
+    "1",
+    "--seeds",
+    "2",
+    "--tokens",
+    "4",
+    "--prompts",
+    "6",
+    "--pairs",
+    "2",
+    "--batch-size",
+    "4",
+    "--rank",
+    "2",
+]
+SMALL += [
+    "--lr",
+    "0.1",
+    "--checkpoints",
+    "1",
+    "3",
+    "--held-out",
+    "3",
+    "--copies",
+    "2",
+    "--pool",
+    "4",
+    "--dtype",
+    "float32",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -101,12 +130,12 @@ def test_all_of_it_and_going_on_from_an_interruption(tiny: Path, tmp_path: Path)
 
     lines = (tmp_path / "whole" / "points.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "points.jsonl").write_text("".join(lines[:5]))  # in the middle of a training
+    (tmp_path / "broken" / "points.jsonl").write_text("".join(lines[:6]))  # after two trainings
     again = run(tmp_path / "broken", tiny)
     assert [plain(point) for point in again["points"]] == [plain(point) for point in whole["points"]]
 
     with pytest.raises(UsageError, match="name another folder"):
-        run(tmp_path / "whole", tiny, "--lr", "1e-5")
+        run(tmp_path / "whole", tiny, "--copies", "4")
 
 
 def plain(point: dict[str, Any]) -> dict[str, Any]:
