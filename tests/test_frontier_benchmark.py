@@ -19,37 +19,10 @@ from dpo_cli import losses
 from dpo_cli.errors import UsageError
 from dpo_cli.losses import Preferences
 
-SMALL = [
-    "--jobs",
-    "1",
-    "--seeds",
-    "2",
-    "--tokens",
-    "4",
-    "--prompts",
-    "6",
-    "--pairs",
-    "2",
-    "--batch-size",
-    "4",
-    "--rank",
-    "2",
-]
-SMALL += [
-    "--lr",
-    "0.1",
-    "--checkpoints",
-    "1",
-    "3",
-    "--held-out",
-    "3",
-    "--copies",
-    "2",
-    "--pool",
-    "4",
-    "--dtype",
-    "float32",
-]
+SMALL = """
+    --jobs 1 --seeds 2 --tokens 4 --prompts 6 --pairs 2 --batch-size 4 --rank 2 --lr 0.1 --checkpoints 1 3
+    --held-out 3 --copies 2 --pool 4 --dtype float32
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +85,7 @@ def test_a_curve_begins_at_the_reference_and_ends_at_its_last_point() -> None:
 
 
 def run(folder: Path, model: Path, *more: str) -> dict[str, Any]:
-    main(["--output", str(folder), "--model", str(model), *SMALL, *more])
+    main(["--output", str(folder), "--model", str(model), *SMALL.split(), *more])
     return json.loads((folder / "frontier.json").read_text())
 
 
