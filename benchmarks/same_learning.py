@@ -2,15 +2,15 @@
 
     python -m benchmarks.same_learning --data sample=sample_data/train.jsonl --data polite=polite.json
 
-Of each file the short pairs with prompts of their own are drawn; some are held out, the others are one epoch of training,
-whole and with LoRA, here and with TRL's DPOTrainer, from several seeds. Each side shuffles as its own seed makes it, so
-that seeds tell what the order alone changes. All else is equal: start weights, token ids (which is checked), float32,
-fused AdamW, schedule, clipping, beta, an adapter's start. One evaluator, that of `dpo eval`, judges what either side saved;
-what each told of itself stands beside it. The first seed is trained once more with TRL in the very order of `dpo train`,
-where nothing but arithmetic should be left between them.
+Of each file the shortest pairs with prompts of their own are taken. Some are held out; the others are one epoch of
+training, whole and with LoRA, here and with TRL's DPOTrainer, from several seeds. Each side shuffles as its own seed
+makes it, so that the seeds tell what the order alone changes. All else is equal: start weights, token ids (which is
+checked), float32, fused AdamW, schedule, clipping, beta, an adapter's start. One evaluator, that of `dpo eval`, judges
+what either side saved; of the first seed, what each side tells of itself stands beside it. That seed is trained once
+more with TRL in the very order of `dpo train`, where nothing but arithmetic should be left between them.
 
 Every training is a line of runs.jsonl in the folder --output; the same command goes on after the last one, and writes
-results.json, results.md and results.png. No verdict changes the exit code: a miss is told in all three.
+results.json, results.md and results.png. No verdict changes the exit code: a miss is told in all of them.
 """
 
 from __future__ import annotations
@@ -59,43 +59,43 @@ class Design:
 
     data: dict[str, str]
     model: str | None = None
-    steps: int = 10
-    batch_size: int = 8
-    held_out: int = 64
-    longest: int = 160  # tokens of a pair, its prompt counted once
+    steps: int = 6
+    batch_size: int = 4
+    held_out: int = 40
     seeds: int = 3
     beta: float = 0.1
 
     def runs(self) -> Iterator[tuple[str, str, int, str]]:
         """Data set, way, seed and side of every training; the sides take turns."""
-        for name, seed, way in product(self.data, range(self.seeds), WAYS):
-            for side in (OURS, TRL, IN_OUR_ORDER) if seed == 0 else (OURS, TRL):
-                yield name, way, seed, side
+        for seed, name, way, side in product(range(self.seeds), self.data, WAYS, (OURS, TRL)):
+            yield name, way, seed, side
+        for name, way in product(self.data, WAYS):
+            yield name, way, 0, IN_OUR_ORDER
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------
 
 
 def draw_rows(file: str, design: Design, tokenizer: Any) -> tuple[list[Record], list[Record]]:
-    """Rows to train on and rows to hold out, drawn from those that are short enough, no prompt twice.
+    """Rows to train on and rows to hold out: the shortest of a file, no prompt twice, cut by chance.
 
-    Each is given as the text that the model reads of it, which both sides take as it is: of messages TRL would train the
-    line's end after an answer, too.
+    Each is given as the text that the model reads of it, which both sides take as it is: of messages TRL would train
+    the line's end after an answer, too.
     """
-    encoder, found = Encoder(tokenizer, Reading()), dict[str, Record]()
+    encoder, found = Encoder(tokenizer, Reading()), dict[str, tuple[int, Record]]()
     for _, encoded in encoder.pairs(read_rows(find_sources([file]))):
-        if not isinstance(encoded, tuple):
-            continue  # a bad row
-        pair, notes = encoded
-        ids = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        if not notes and sum(map(len, ids.values())) <= design.longest:
-            texts = {name: tokenizer.decode(part).removesuffix(tokenizer.eos_token) for name, part in ids.items()}
-            found.setdefault(texts["prompt"], texts)
+        if not isinstance(encoded, tuple) or encoded[1]:
+            continue  # refused, or not as it was written
+        ids = {name: getattr(encoded[0], name) for name in ("prompt", "chosen", "rejected")}
+        texts = {name: tokenizer.decode(part).removesuffix(tokenizer.eos_token) for name, part in ids.items()}
+        found.setdefault(texts["prompt"], (sum(map(len, ids.values())), texts))
     training = design.steps * design.batch_size
-    if len(found) < training + design.held_out:
-        raise SystemExit(f"{file}: {len(found)} rows are short enough, and {training + design.held_out} are needed")
-    drawn = random.Random(0).sample(list(found.values()), training + design.held_out)
-    return drawn[:training], drawn[training:]
+    wanted = training + design.held_out
+    if len(found) < wanted:
+        raise SystemExit(f"{file}: {len(found)} rows with a prompt of their own can be used, and {wanted} are needed")
+    shortest = [texts for _, texts in sorted(found.values(), key=lambda each: each[0])[:wanted]]
+    random.Random(0).shuffle(shortest)
+    return shortest[:training], shortest[training:]
 
 
 def as_pairs(tokenizer: Any, records: Sequence[Record]) -> Pairs:
@@ -123,7 +123,8 @@ class Lab:
         write_records(self.folder / "held-out.jsonl", self.held_out)
 
     def take(self, way: str, seed: int, side: str) -> Line:
-        """Train, and judge the policy: the margins of the held-out pairs, and what the side told of itself."""
+        """Train, and judge the policy by its margins of the held-out pairs; the first seed tells of itself, too."""
+        tells = seed == 0 and side != IN_OUR_ORDER
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             policy = Path(folder) / "policy"
             options = TrainOptions(
@@ -131,7 +132,7 @@ class Lab:
                 **WAYS[way],
                 model=str(self.base),
                 data=[str(self.folder / "train.jsonl")],
-                eval_data=[str(self.folder / "held-out.jsonl")],
+                eval_data=[str(self.folder / "held-out.jsonl")] if tells else None,
                 output=Path(folder) / "run",
                 batch_size=self.design.batch_size,
                 warmup=0.0,
@@ -140,15 +141,15 @@ class Lab:
             )
             AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
             began = time.monotonic()
-            told = train_here(options, policy) if side == OURS else self._train_with_trl(options, side, policy)
+            told = train_here(options, policy) if side == OURS else self._train_with_trl(options, side, tells, policy)
             seconds = round(time.monotonic() - began, 1)
             return {"seconds": seconds, "told": told, "margins": self.judge(policy).tolist()}
 
-    def _train_with_trl(self, options: TrainOptions, side: str, policy: Path) -> Told:
+    def _train_with_trl(self, options: TrainOptions, side: str, tells: bool, policy: Path) -> Told:
         rows = self.rows
         if side == IN_OUR_ORDER:
             rows = [rows[place] for step in step_order(len(rows), options) for place in step]
-        return train_with_trl(options, rows, self.held_out, side != IN_OUR_ORDER, policy)
+        return train_with_trl(options, rows, self.held_out if tells else (), side != IN_OUR_ORDER, policy)
 
     def judge(self, policy: Path) -> Table:
         """Margins of the held-out pairs (P,), as `dpo eval` has them of any model's folder."""
@@ -166,13 +167,16 @@ def train_here(options: TrainOptions, policy: Path) -> Told:
     assert options.output
     told = train(options, None, ["benchmark"], Reporter(quiet=True))["after"]
     (options.output / "model").rename(policy)
-    return {"accuracy": told["rewards/accuracies"], "margin": told["rewards/margins"]}
+    return told and {"accuracy": told["rewards/accuracies"], "margin": told["rewards/margins"]}
 
 
 def train_with_trl(
     options: TrainOptions, rows: Sequence[Record], held_out: Sequence[Record], shuffle: bool, policy: Path
 ) -> Told:
-    """Train and evaluate with TRL's DPOTrainer, and save its policy; ``shuffle``: it draws the order of the rows."""
+    """Train with TRL's DPOTrainer, save its policy, and let it evaluate if there is anything held out.
+
+    ``shuffle``: it draws the order of the rows.
+    """
     config = trl_config(
         policy.with_name("trl"),
         len(rows) // options.batch_size,
@@ -188,14 +192,14 @@ def train_with_trl(
     if rank := options.lora_rank:
         adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(options.seed)  # an adapter's start is drawn
-    more = {"eval_dataset": datasets.Dataset.from_list(list(held_out)), "peft_config": adapter}
-    trainer = make_trainer(options.model, config, rows, with_reference=adapter is None, **more)
-    for given, made in ((rows, trainer.train_dataset), (held_out, trainer.eval_dataset)):
-        if as_pairs(trainer.processing_class, given).digest() != Pairs(pairs_of(made)).digest():
-            raise SystemExit("the two sides make other token ids of the same rows")
+    trainer = make_trainer(options.model, config, rows, with_reference=adapter is None, peft_config=adapter)
+    if as_pairs(trainer.processing_class, rows).digest() != Pairs(pairs_of(trainer.train_dataset)).digest():
+        raise SystemExit("the two sides make other token ids of the same rows")
     trainer.train()
     trainer.save_model(str(policy))
-    told = trainer.evaluate()
+    if not held_out:
+        return {}
+    told = trainer.evaluate(datasets.Dataset.from_list(list(held_out)))
     return {"accuracy": told["eval_rewards/accuracies"], "margin": told["eval_rewards/margins"]}
 
 
@@ -279,7 +283,7 @@ def told_apart(lines: Sequence[Line]) -> Told:
     for line in lines:
         margins = np.array(line["margins"])
         judged = {"accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
-        found = {name: max(most, abs(line["told"][name] - judged[name])) for name, most in found.items()}
+        found |= {name: max(found[name], abs(told - judged[name])) for name, told in line["told"].items()}
     return found
 
 
@@ -346,14 +350,14 @@ def run(design: Design, output: Path) -> Line:
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(line["data"], line["way"], line["seed"], line["side"]) for line in lines}
     base, source = output / "base", find_model(design.model)
-    if not base.exists():  # a folder loads in a second, the default's file in many
+    if not (base / "tokenizer_config.json").exists():  # a folder loads in a second, the default's file in many
         load_model(source).save_pretrained(base)
         load_tokenizer(source).save_pretrained(base)
     tokenizer = load_tokenizer(find_model(str(base)))
-    labs = {
-        name: Lab(design, base, output / name, *draw_rows(data, design, tokenizer))
-        for name, data in design.data.items()
-    }
+    labs = {}
+    for name, data in design.data.items():
+        rows, held_out = draw_rows(data, design, tokenizer)
+        labs[name] = Lab(design, base, output / name, rows, held_out)
     for name, way, seed, side in design.runs():
         if (name, way, seed, side) in done:
             continue
@@ -361,7 +365,8 @@ def run(design: Design, output: Path) -> Line:
         lines.append(line)
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
-        print(f"{name}, {way}, seed {seed}, {side}: {line['told']} in {line['seconds']} s", flush=True)
+        margin = np.mean(line["margins"])
+        print(f"{name}, {way}, seed {seed}, {side}: margin {margin:.3f} after {line['seconds']} s", flush=True)
     found = results(design, lines)
     (output / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (output / "results.md").write_text(table(found) + "\n", encoding="utf-8")
@@ -383,7 +388,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", required=True, metavar="NAME=FILE", help="repeatable")
     parser.add_argument("--output", type=Path, default=Path("same-learning"))
     parser.add_argument("--model", help="as of `dpo train`; default: its default")
-    for name in ("steps", "batch_size", "held_out", "longest", "seeds"):
+    for name in ("steps", "batch_size", "held_out", "seeds"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Design, name))
     given = vars(parser.parse_args())
     output, data = given.pop("output"), dict(each.split("=", 1) for each in given.pop("data"))
