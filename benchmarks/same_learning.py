@@ -319,22 +319,38 @@ def table(found: Line) -> str:
 
 
 def draw(file: Path, found: Line) -> None:
-    """Accuracy and margin of each data set: intervals, and in them the seeds."""
+    """Accuracy and margin of each data set: a bar is an interval, its line the mean, a dot a seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Picture
 
-    data = list(dict.fromkeys(cell["data"] for cell in found["cells"]))
-    picture = Picture(figsize=(3.2 * len(data), 5.4), layout="constrained")
+    data, names, ways = list(found["design"]["data"]), ["accuracy", "margin"], list(found["design"]["ways"])
+    picture = Picture(figsize=(3.1 * len(data), 5.6), layout="constrained")
     FigureCanvasAgg(picture)
-    grid = picture.subplots(2, len(data), squeeze=False)
+    grid = picture.subplots(len(names), len(data), squeeze=False, sharex=True)
     for cell in found["cells"]:
-        axes = grid[("accuracy", "margin").index(cell["figure"])][data.index(cell["data"])]
-        for side, shift in ((OURS, -0.14), (TRL, 0.14)):
-            figure, x = cell[side], list(WAYS).index(cell["way"]) + shift
-            axes.plot([x, x], [figure["low"], figure["high"]], color=COLOURS[side], lw=6, alpha=0.25)
-            axes.plot(x, figure["mean"], "_", color=COLOURS[side], ms=16, mew=2)
-            spread = x + 0.05 * np.linspace(-1, 1, len(figure["seeds"]))
-            axes.plot(spread, figure["seeds"], "o", color=COLOURS[side], ms=4)
+        axes = grid[names.index(cell["figure"])][data.index(cell["data"])]
+        for side, shift in ((OURS, -0.18), (TRL, 0.18)):
+            figure, x, colour = cell[side], ways.index(cell["way"]) + shift, COLOURS[side]
+            axes.bar(x, figure["high"] - figure["low"], 0.24, figure["low"], color=colour, alpha=0.2, lw=0)
+            axes.plot([x - 0.12, x + 0.12], [figure["mean"]] * 2, color=colour, lw=2)
+            places = x + np.linspace(-0.07, 0.07, len(figure["seeds"]))
+            axes.plot(places, figure["seeds"], "o", color=colour, ms=5, mec="white", mew=0.8, label=side)
+    for row, name in zip(grid, names, strict=True):
+        row[0].set_ylabel(f"held-out {name}")
+        for axes in row:
+            axes.axhline(0.5 if name == "accuracy" else 0, color="#6a665e", lw=0.8, dashes=(3, 3))  # untrained
+            axes.spines[:].set_visible(False)
+            axes.grid(axis="y", color="#e3dfd6", lw=0.8)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0)
+            axes.set_xticks(range(len(ways)), ways)
+            axes.set_xlim(-0.6, len(ways) - 0.4)
+            if name == "accuracy":
+                axes.set_ylim(None, 1.02)
+    for axes, name in zip(grid[0], data, strict=True):
+        axes.set_title(name, weight="bold", fontsize=10.5)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    picture.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2, frameon=False)
     picture.savefig(file, dpi=144, facecolor="white", metadata={"Software": None})
 
 
