@@ -21,8 +21,10 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ class Design:
     model: str | None = None
     steps: int = 6
     batch_size: int = 4
-    held_out: int = 40
+    held_out: int = 36
     seeds: int = 3
     beta: float = 0.1
 
@@ -357,8 +359,8 @@ def draw(file: Path, found: Line) -> None:
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-def run(design: Design, output: Path) -> Line:
-    """Take what trainings are not in the folder yet, and write what all of them tell."""
+def run(design: Design, output: Path, jobs: int = 1) -> Line:
+    """Take what trainings are not in the folder yet, ``jobs`` at a time, and write what all of them tell."""
     logging.disable_progress_bar()
     output.mkdir(parents=True, exist_ok=True)
     begin(design, output / "design.json")
@@ -374,20 +376,33 @@ def run(design: Design, output: Path) -> Line:
     for name, data in design.data.items():
         rows, held_out = draw_rows(data, design, tokenizer)
         labs[name] = Lab(design, base, output / name, rows, held_out)
-    for name, way, seed, side in design.runs():
-        if (name, way, seed, side) in done:
-            continue
-        line = {"data": name, "way": way, "seed": seed, "side": side} | labs[name].take(way, seed, side)
+    left = [each for each in design.runs() if each not in done]
+    for line in taken([(labs[each[0]], *each) for each in left], jobs):
         lines.append(line)
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
-        margin = np.mean(line["margins"])
-        print(f"{name}, {way}, seed {seed}, {side}: margin {margin:.3f} after {line['seconds']} s", flush=True)
+        name = ", ".join(str(line[about]) for about in ("data", "way", "seed", "side"))
+        print(f"{name}: margin {np.mean(line['margins']):.3f} after {line['seconds']} s", flush=True)
     found = results(design, lines)
     (output / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (output / "results.md").write_text(table(found) + "\n", encoding="utf-8")
     draw(output / "results.png", found)
     return found
+
+
+def taken(runs: Sequence[tuple[Lab, str, str, int, str]], jobs: int) -> Iterator[Line]:
+    """The lines of trainings in their order; several processes share the cores."""
+    if jobs == 1:
+        yield from map(take, runs)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as processes:
+        yield from processes.map(take, runs)
+
+
+def take(one: tuple[Lab, str, str, int, str]) -> Line:
+    lab, name, way, seed, side = one
+    return {"data": name, "way": way, "seed": seed, "side": side} | lab.take(way, seed, side)
 
 
 def begin(design: Design, file: Path) -> None:
@@ -406,9 +421,10 @@ def main() -> None:
     parser.add_argument("--model", help="as of `dpo train`; default: its default")
     for name in ("steps", "batch_size", "held_out", "seeds"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Design, name))
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     given = vars(parser.parse_args())
-    output, data = given.pop("output"), dict(each.split("=", 1) for each in given.pop("data"))
-    found = run(Design(data=data, **given), output)
+    jobs, output, data = given.pop("jobs"), given.pop("output"), dict(each.split("=", 1) for each in given.pop("data"))
+    found = run(Design(data=data, **given), output, jobs)
     print(table(found))
     print(f"{found['misses']} of {len(found['cells'])} figures lie outside of the other side's interval")
 
