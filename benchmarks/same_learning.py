@@ -61,9 +61,9 @@ class Design:
 
     data: dict[str, str]
     model: str | None = None
-    steps: int = 6
+    steps: int = 8
     batch_size: int = 4
-    held_out: int = 36
+    held_out: int = 32
     seeds: int = 3
     beta: float = 0.1
 
