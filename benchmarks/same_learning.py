@@ -257,9 +257,8 @@ def results(design: Design, lines: Sequence[Line]) -> Line:
     """All that the trainings tell: verdicts by cell, what the order leaves, what sides told of themselves."""
 
     def margins(name: str, way: str, side: str) -> Table:
-        return np.array(
-            [line["margins"] for line in lines if (line["data"], line["way"], line["side"]) == (name, way, side)]
-        )
+        of_it = {"data": name, "way": way, "side": side}
+        return np.array([line["margins"] for line in lines if of_it.items() <= line.items()])
 
     cells, same_order = [], []
     for name, way in product(design.data, WAYS):
@@ -414,16 +413,24 @@ def begin(design: Design, file: Path) -> None:
         raise SystemExit(f"{file.parent} has runs of another design; take another --output")
 
 
+def named(text: str) -> tuple[str, str]:
+    name, _, file = text.partition("=")
+    if not (name and file):
+        raise argparse.ArgumentTypeError(f"{text}: write it as NAME=FILE")
+    return name, file
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", action="append", required=True, metavar="NAME=FILE", help="repeatable")
-    parser.add_argument("--output", type=Path, default=Path("same-learning"))
+    told = "preference rows, and what they are called; repeatable"
+    parser.add_argument("--data", action="append", required=True, type=named, metavar="NAME=FILE", help=told)
+    parser.add_argument("--output", type=Path, default=Path("runs/same-learning"))
     parser.add_argument("--model", help="as of `dpo train`; default: its default")
     for name in ("steps", "batch_size", "held_out", "seeds"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Design, name))
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     given = vars(parser.parse_args())
-    jobs, output, data = given.pop("jobs"), given.pop("output"), dict(each.split("=", 1) for each in given.pop("data"))
+    jobs, output, data = given.pop("jobs"), given.pop("output"), dict(given.pop("data"))
     found = run(Design(data=data, **given), output, jobs)
     print(table(found))
     print(f"{found['misses']} of {len(found['cells'])} figures lie outside of the other side's interval")
