@@ -91,8 +91,8 @@ def test_every_training_is_judged_alike(output: Path) -> None:
             assert len(line["margins"]) == 8
             assert line["told"]["margin"] == pytest.approx(np.mean(line["margins"]), rel=0.02)  # heads sum differently
             assert line["told"]["margin"] > 0.005  # something was learned
-        assert again["margins"] == pytest.approx(ours["margins"], rel=1e-3)
-        assert trl["margins"] != pytest.approx(ours["margins"], rel=1e-2)  # by the order
+        assert again["margins"] == pytest.approx(ours["margins"], abs=3e-5)  # some last bits of log-probs, times beta
+        assert trl["margins"] != pytest.approx(ours["margins"], abs=3e-4)  # by the order
 
 
 def test_what_is_written(output: Path) -> None:
@@ -106,7 +106,8 @@ def test_what_is_written(output: Path) -> None:
 
 def test_a_miss_is_told(output: Path, tmp_path: Path) -> None:
     found: dict[str, Any] = json.loads((output / "results.json").read_text())
-    found["cells"][1]["within"] = False
+    for place, cell in enumerate(found["cells"]):
+        cell["within"] = place != 1
     assert table(found).count("**no**") == 1
     draw(tmp_path / "picture.png", found)
     assert (tmp_path / "picture.png").exists()
