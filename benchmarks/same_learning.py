@@ -32,8 +32,6 @@ import datasets
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from dpo_cli.evaluate import evaluated
-from dpo_cli.train import train
 from peft import LoraConfig
 from transformers.utils import logging
 
@@ -41,12 +39,14 @@ from benchmarks.cases import Record, step_order, write_records
 from benchmarks.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.config import EvalOptions, TrainOptions
 from dpo_cli.data import Reading, Row, read_rows
+from dpo_cli.evaluation import evaluated
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import find_model, load_model, load_tokenizer
 from dpo_cli.pairs import Pairs
 from dpo_cli.records import find_sources
 from dpo_cli.stats import Table, bootstrap, interval, ratios, share, student
 from dpo_cli.tokens import Encoder
+from dpo_cli.training import train
 
 WAYS: dict[str, dict[str, Any]] = {"full": {"lr": 2e-5}, "LoRA": {"lr": 3e-4, "lora_rank": 16}}
 OURS, TRL, IN_OUR_ORDER = "ours", "TRL", "TRL in our order"
