@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -118,6 +119,11 @@ def _guarded(action: Callable[[], None], debug: bool, log_json: bool = False) ->
         action()
     except DpoError as error:
         fail(str(error), error.exit_code, cut_off=error.cut_off)
+    except BrokenPipeError:  # who read what is told has gone, as head does
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise typer.Exit(1) from None
     except OSError as error:
         if debug:
             raise
@@ -446,7 +452,7 @@ def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]
     from dpo_cli.disk import to_json
 
     if _speaks():
-        print(to_json(result) if as_json else printable(table(result)))
+        print(to_json(result) if as_json else printable(table(result)), flush=True)
 
 
 def _plain(result: dict[str, Any]) -> str:
