@@ -68,20 +68,20 @@ POOL_SEED = 10_000  # none of those that train
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and measured; the defaults take about half an hour on two cores."""
+    """How much is trained and measured; the defaults take about half an hour on two cores, which ``--jobs`` uses."""
 
     seeds: int = 3
-    opening: int = 6  # tokens of a prompt
-    tokens: int = 16  # of a completion
-    prompts: int = 96  # to train on
-    pairs: int = 2  # a prompt
+    opening: int = 6  # tokens
+    tokens: int = 16  # of a completion, at most
+    prompts: int = 160  # openings to train on
+    pairs: int = 2  # an opening
     batch_size: int = 8
-    checkpoints: tuple[int, ...] = (8, 24)  # steps after which a policy is measured
+    checkpoints: tuple[int, ...] = (8, 20, 40)  # steps after which a policy is measured
     rank: int = 16  # of the adapter that is trained
     lr: float = 5e-4
-    held_out: int = 32  # prompts to measure on
-    copies: int = 2  # answers of a policy to each
-    pool: int = 24  # answers of the reference to each
+    held_out: int = 32  # openings to measure on
+    copies: int = 4  # completions of each by a policy
+    pool: int = 24  # completions of each by the reference
     dtype: str = "bfloat16"
 
 
@@ -201,7 +201,7 @@ class Prepared:
 
 
 class Lab:
-    """The model, its questions, and the reward; what trains and measures."""
+    """The model, the openings and the reward; what trains and measures."""
 
     def __init__(self, model: str | None, sizes: Sizes, folder: Path) -> None:
         source, self.sizes, self.folder = find_model(model), sizes, folder

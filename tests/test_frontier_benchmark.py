@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import frontier
 from benchmarks.frontier import Plainness, best_of, best_of_kl, first_is_preferred, main, optimum, unlikelihood
-from benchmarks.frontier_report import along
+from benchmarks.frontier_report import along, slopes
 from dpo_cli import losses
 from dpo_cli.errors import UsageError
 from dpo_cli.losses import Preferences
@@ -82,6 +82,12 @@ def test_a_curve_begins_at_the_reference_and_ends_at_its_last_point() -> None:
     points = [{"kl": 4.0, "gain": 1.0}, {"kl": 2.0, "gain": 2.0}]
     assert along(points, np.array([0.0, 1.0, 3.0])).tolist() == [0, 1, 1.5]
     assert np.isnan(along(points, np.array([5.0]))).all()
+
+
+def test_a_slope_is_the_gain_for_each_root_of_the_kl() -> None:
+    seeds = [(0, 3.0), (1, 2.0)]
+    points = [{"method": "DPO", "seed": n, "kl": kl, "gain": a * kl**0.5} for n, a in seeds for kl in (0.1, 0.4, 2.0)]
+    assert slopes(points, "DPO") == pytest.approx([3, 2])
 
 
 def run(folder: Path, model: Path, *more: str) -> dict[str, Any]:
