@@ -119,10 +119,10 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    best = [point for point in result["optimum"] if point["kl"] <= far]
-    axes.plot(*_columns([{"kl": 0.0, "gain": 0.0}, *best]), color=muted, lw=1, ls=":", label="optimum")
-    axes.plot(*_columns(result["best_of"]), "D--", color=COLOURS["best-of-N"], ms=4, lw=0.8, label="best-of-N")
-    for point in result["best_of"]:
+    ideal, best = ([point for point in result[name] if point["kl"] <= far] for name in ("optimum", "best_of"))
+    axes.plot(*_columns([{"kl": 0.0, "gain": 0.0}, *ideal]), color=muted, lw=1, ls=":", label="optimum")
+    axes.plot(*_columns(best), "D", color=COLOURS["best-of-N"], ms=4, label="best-of-N")
+    for point in best:
         axes.annotate(f"{point['n']}", (point["kl"], point["gain"]), (-4, 6), textcoords="offset points", size=8)
     for name in _names(points):
         mine = [point for point in points if point["method"] == name]
