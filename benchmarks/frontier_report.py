@@ -139,7 +139,7 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
         axes.set_ylabel("reward gained over the reference", color=muted)
         axes.set_xlim(0, far)
         axes.axhline(0, color=muted, lw=0.8)
-        axes.legend(frameon=False, loc="lower right", fontsize=9)
+        figure.legend(frameon=False, loc="outside upper center", ncols=5, fontsize=9)
         figure.savefig(temporary, format="png", dpi=144, metadata={"Software": None})
 
 
