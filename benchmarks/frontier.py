@@ -367,8 +367,11 @@ def run(model: str | None, sizes: Sizes, folder: Path, jobs: int) -> list[dict[s
         raise UsageError(f"--output {folder}: holds measurements of {lines[0]['about']}; name another folder")
     known = {(line["method"], line["setting"], line["seed"]) for line in lines if "method" in line}
     todo = [(m, seed) for m in methods() for seed in range(sizes.seeds) if (m.name, m.setting, seed) not in known]
+    pooled = any("rewards" in line for line in lines)
+    if pooled and not todo:
+        return lines
     with workers(jobs, model, sizes, folder) as over:
-        if not any("rewards" in line for line in lines):
+        if not pooled:
             keep({"rewards": next(over(reference_rewards, [0]))})
         ready = {given.seed: given for given in over(prepared, sorted({seed for _, seed in todo}))}
         for found in over(measured, [method for method, _ in todo], [ready[seed] for _, seed in todo]):
@@ -404,7 +407,10 @@ def main(words: Sequence[str] | None = None) -> None:
     folder, model, jobs = (given.pop(name) for name in ("output", "model", "jobs"))
     sizes = Sizes(**given | {"checkpoints": tuple(given["checkpoints"])})
     folder.mkdir(parents=True, exist_ok=True)
-    result = result_of(run(model, sizes, folder, jobs))
+    try:
+        result = result_of(run(model, sizes, folder, jobs))
+    except UsageError as error:
+        parser.error(str(error))
     write_json(folder / "frontier.json", result)
     (folder / "frontier.md").write_text(markdown(result), encoding="utf-8")
     draw(folder / "frontier.png", result)
