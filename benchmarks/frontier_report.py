@@ -17,7 +17,7 @@ from dpo_cli.scores import Table
 from dpo_cli.stats import student
 
 Point = Mapping[str, Any]
-LEVELS = (0.05, 0.1, 0.15, 0.25, 0.5, 0.7)  # nats, at which methods are compared
+LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # nats, at which methods are compared
 COLOURS = {"DPO": "#1c6bb0", "SFT on chosen": "#b4560a", "unlikelihood": "#7a4fa3", "best-of-N": "#23221f"}
 
 
