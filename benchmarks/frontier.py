@@ -68,20 +68,20 @@ POOL_SEED = 10_000  # none of those that train
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and measured; the defaults take about half an hour on two cores."""
+    """How much is trained and measured; the defaults take about half an hour on two cores, which ``--jobs`` uses."""
 
     seeds: int = 3
-    opening: int = 6  # tokens of a prompt
-    tokens: int = 16  # of a completion
-    prompts: int = 96  # to train on
-    pairs: int = 2  # a prompt
+    opening: int = 6  # tokens
+    tokens: int = 16  # of a completion, at most
+    prompts: int = 160  # openings to train on
+    pairs: int = 2  # an opening
     batch_size: int = 8
-    checkpoints: tuple[int, ...] = (8, 24)  # steps after which a policy is measured
+    checkpoints: tuple[int, ...] = (8, 20, 40)  # steps after which a policy is measured
     rank: int = 16  # of the adapter that is trained
     lr: float = 5e-4
-    held_out: int = 32  # prompts to measure on
-    copies: int = 2  # answers of a policy to each
-    pool: int = 24  # answers of the reference to each
+    held_out: int = 32  # openings to measure on
+    copies: int = 4  # completions of each by a policy
+    pool: int = 24  # completions of each by the reference
     dtype: str = "bfloat16"
 
 
@@ -201,7 +201,7 @@ class Prepared:
 
 
 class Lab:
-    """The model, its questions, and the reward; what trains and measures."""
+    """The model, the openings and the reward; what trains and measures."""
 
     def __init__(self, model: str | None, sizes: Sizes, folder: Path) -> None:
         source, self.sizes, self.folder = find_model(model), sizes, folder
@@ -367,8 +367,11 @@ def run(model: str | None, sizes: Sizes, folder: Path, jobs: int) -> list[dict[s
         raise UsageError(f"--output {folder}: holds measurements of {lines[0]['about']}; name another folder")
     known = {(line["method"], line["setting"], line["seed"]) for line in lines if "method" in line}
     todo = [(m, seed) for m in methods() for seed in range(sizes.seeds) if (m.name, m.setting, seed) not in known]
+    pooled = any("rewards" in line for line in lines)
+    if pooled and not todo:
+        return lines
     with workers(jobs, model, sizes, folder) as over:
-        if not any("rewards" in line for line in lines):
+        if not pooled:
             keep({"rewards": next(over(reference_rewards, [0]))})
         ready = {given.seed: given for given in over(prepared, sorted({seed for _, seed in todo}))}
         for found in over(measured, [method for method, _ in todo], [ready[seed] for _, seed in todo]):
@@ -404,7 +407,10 @@ def main(words: Sequence[str] | None = None) -> None:
     folder, model, jobs = (given.pop(name) for name in ("output", "model", "jobs"))
     sizes = Sizes(**given | {"checkpoints": tuple(given["checkpoints"])})
     folder.mkdir(parents=True, exist_ok=True)
-    result = result_of(run(model, sizes, folder, jobs))
+    try:
+        result = result_of(run(model, sizes, folder, jobs))
+    except UsageError as error:
+        parser.error(str(error))
     write_json(folder / "frontier.json", result)
     (folder / "frontier.md").write_text(markdown(result), encoding="utf-8")
     draw(folder / "frontier.png", result)

@@ -17,20 +17,36 @@ from dpo_cli.scores import Table
 from dpo_cli.stats import student
 
 Point = Mapping[str, Any]
-LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)  # nats, at which methods are compared
+LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # nats, at which methods are compared
 COLOURS = {"DPO": "#1c6bb0", "SFT on chosen": "#b4560a", "unlikelihood": "#7a4fa3", "best-of-N": "#23221f"}
 
 
 def summary(points: Sequence[Point], best_of: Sequence[Point], optimum: Sequence[Point]) -> dict[str, Any]:
-    """Gains over the reference at equal KL: of each method, of DPO over SFT, of best-of-N and of the optimum."""
+    """Gains over the reference at equal KL: of each method, of DPO over the others, of best-of-N and of the optimum.
+
+    Beside them each method's ``slope``, by all of its points.
+    """
     levels = np.array(LEVELS)
-    curves = {name: at(points, name, levels) for name in _names(points)}
-    found: dict[str, Any] = {name: [_mean(column) for column in curve.T] for name, curve in curves.items()}
-    for other in [name for name in curves if name != "DPO"]:
-        found[f"DPO - {other}"] = [_mean(column) for column in (curves["DPO"] - curves[other]).T]
+    columns = {name: np.column_stack([at(points, name, levels), slopes(points, name)]) for name in _names(points)}
+    others = [name for name in columns if name != "DPO"]
+    columns |= {f"DPO - {name}": columns["DPO"] - columns[name] for name in others}
+    *gains, slope = (
+        {name: _mean(table[:, place]) for name, table in columns.items()} for place in range(len(LEVELS) + 1)
+    )
+    found: dict[str, Any] = {name: [gain[name] for gain in gains] for name in columns}
     for name, curve in (("best-of-N", best_of), ("optimum", optimum)):
         found[name] = [_plain(gain) for gain in along(curve, levels)]
-    return {"kl": list(LEVELS), "gain": found}
+    return {"kl": list(LEVELS), "gain": found, "slope": slope}
+
+
+def slopes(points: Sequence[Point], name: str) -> Table:
+    """A method's gain for each root of its KL, by least squares over a seed's points: (S,).
+
+    Near the reference KL grows with the square of a step and the gain with the step itself.
+    """
+    mine = [point for point in points if point["method"] == name]
+    by_seed = [[point for point in mine if point["seed"] == seed] for seed in sorted({p["seed"] for p in mine})]
+    return np.array([sum(p["gain"] * p["kl"] ** 0.5 for p in some) / sum(p["kl"] for p in some) for some in by_seed])
 
 
 def at(points: Sequence[Point], name: str, levels: Table) -> Table:
@@ -64,11 +80,12 @@ def _mean(values: Table) -> dict[str, Any] | None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Two tables: gains at equal KL, and every training where it was measured."""
+    """Two tables: gains at equal KL, and where each training was measured, both as means over seeds."""
     told = result["summary"]
-    lines = ["| KL, nats | " + " | ".join(f"{kl:g}" for kl in told["kl"]) + " |"]
-    lines += ["|---|" + "---:|" * len(told["kl"])]
-    lines += [f"| {name} | " + " | ".join(map(_told, row)) + " |" for name, row in told["gain"].items()]
+    lines = ["| gain at a KL of | " + " | ".join(f"{kl:g}" for kl in told["kl"]) + " | by root of KL |"]
+    lines += ["|---|" + "---:|" * (len(told["kl"]) + 1)]
+    for name, row in told["gain"].items():
+        lines.append(f"| {name} | " + " | ".join(map(_told, [*row, told["slope"].get(name)])) + " |")
     lines += ["", "| method | step | KL, nats | gain |", "|---|---:|---:|---:|"]
     groups: dict[tuple[str, str, int], list[Point]] = {}
     for point in result["points"]:
@@ -102,10 +119,10 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    best = [point for point in result["optimum"] if point["kl"] <= far]
-    axes.plot(*_columns([{"kl": 0.0, "gain": 0.0}, *best]), color=muted, lw=1, ls=":", label="optimum")
-    axes.plot(*_columns(result["best_of"]), "D--", color=COLOURS["best-of-N"], ms=4, lw=0.8, label="best-of-N")
-    for point in result["best_of"]:
+    ideal, best = ([point for point in result[name] if point["kl"] <= far] for name in ("optimum", "best_of"))
+    axes.plot(*_columns([{"kl": 0.0, "gain": 0.0}, *ideal]), color=muted, lw=1, ls=":", label="optimum")
+    axes.plot(*_columns(best), "D", color=COLOURS["best-of-N"], ms=4, label="best-of-N")
+    for point in best:
         axes.annotate(f"{point['n']}", (point["kl"], point["gain"]), (-4, 6), textcoords="offset points", size=8)
     for name in _names(points):
         mine = [point for point in points if point["method"] == name]
@@ -122,7 +139,7 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
         axes.set_ylabel("reward gained over the reference", color=muted)
         axes.set_xlim(0, far)
         axes.axhline(0, color=muted, lw=0.8)
-        axes.legend(frameon=False, loc="lower right", fontsize=9)
+        figure.legend(frameon=False, loc="outside upper center", ncols=5, fontsize=9)
         figure.savefig(temporary, format="png", dpi=144, metadata={"Software": None})
 
 

@@ -14,9 +14,8 @@ import torch
 
 from benchmarks import frontier
 from benchmarks.frontier import Plainness, best_of, best_of_kl, first_is_preferred, main, optimum, unlikelihood
-from benchmarks.frontier_report import along
+from benchmarks.frontier_report import along, slopes
 from dpo_cli import losses
-from dpo_cli.errors import UsageError
 from dpo_cli.losses import Preferences
 
 SMALL = """
@@ -84,12 +83,20 @@ def test_a_curve_begins_at_the_reference_and_ends_at_its_last_point() -> None:
     assert np.isnan(along(points, np.array([5.0]))).all()
 
 
+def test_a_slope_is_the_gain_for_each_root_of_the_kl() -> None:
+    seeds = [(0, 3.0), (1, 2.0)]
+    points = [{"method": "DPO", "seed": n, "kl": kl, "gain": a * kl**0.5} for n, a in seeds for kl in (0.1, 0.4, 2.0)]
+    assert slopes(points, "DPO") == pytest.approx([3, 2])
+
+
 def run(folder: Path, model: Path, *more: str) -> dict[str, Any]:
     main(["--output", str(folder), "--model", str(model), *SMALL.split(), *more])
     return json.loads((folder / "frontier.json").read_text())
 
 
-def test_all_of_it_and_going_on_from_an_interruption(tiny: Path, tmp_path: Path) -> None:
+def test_all_of_it_and_going_on_from_an_interruption(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = run(tmp_path / "whole", tiny)
     assert len(whole["points"]) == 2 * 5 * 2
     assert {point["step"] for point in whole["points"]} == {1, 3}
@@ -107,8 +114,10 @@ def test_all_of_it_and_going_on_from_an_interruption(tiny: Path, tmp_path: Path)
     again = run(tmp_path / "broken", tiny)
     assert [plain(point) for point in again["points"]] == [plain(point) for point in whole["points"]]
 
-    with pytest.raises(UsageError, match="name another folder"):
+    assert run(tmp_path / "whole", tiny) == whole
+    with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "whole", tiny, "--copies", "4")
+    assert "name another folder" in capsys.readouterr().err
 
 
 def plain(point: dict[str, Any]) -> dict[str, Any]:
