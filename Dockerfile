@@ -1,7 +1,7 @@
 # dpo on CUDA. torch brings its CUDA libraries, so the host needs only a driver and NVIDIA's container toolkit.
 #
 #   docker build -t dpo .
-#   docker run --rm --gpus all -v dpo-cache:/home/dpo/.cache -v "$PWD:/work" dpo train --data pairs.jsonl
+#   docker run --rm --init --gpus all -v dpo-cache:/home/dpo/.cache -v "$PWD:/work" dpo train --data pairs.jsonl
 
 FROM python:3.11.13-slim-bookworm AS wheel
 WORKDIR /source

@@ -292,7 +292,7 @@ class Lab:
         assert recorded is not None
         compared = drift.compare(self.reference, recorded, pairs, self.folder, WATCH, policy_runs=False)
         assert compared is not None
-        tables = recorded.logps.numpy(), compared.logps.numpy(), compared.distributions.kl
+        tables = compared.logps.numpy(), compared.ref_logps.numpy(), compared.distributions.kl
         kl = sequence_kl(*(by_prompt(table.astype(float), copies) for table in tables))
         found = {"gain": float(gains.mean()), "gain_interval": student(gains.mean(1))}
         found |= {"kl": kl["token_kl"], "kl_interval": kl["token_kl_interval"], "logratio": kl["logratio"]}

@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,7 +84,9 @@ def train(
     with _reporter(progress) as reporter:
         from dpo_cli.training import train as run
 
-        result = run(found, folder, _as_command("train", flags | {"resume": folder}), reporter, dry_run)
+        result = run(
+            found, folder, _as_command("train", flags | {"resume": folder, "config": _path(config)}), reporter, dry_run
+        )
     if error := result.pop("push_error", None):
         raise DpoError(error)
     return result
@@ -105,8 +106,6 @@ def evaluate(
         DpoError: the evaluation failed.
     """
     found = resolve(EvalOptions, _flags(EvalOptions, data, options), _path(config))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("evaluate runs in one process: call it in a script that no launcher starts")
     shown: list[dict[str, Any]] = []
     with _reporter(progress) as reporter:
         from dpo_cli.evaluation import run_eval
@@ -138,10 +137,14 @@ def precompute(
 
 
 def _flags(kind: type[DataOptions], data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are given, as a command has them."""
-    given = {**options, "data": data}
+    """The options that are given, as a command has them; rows are written down once the other ones are right."""
+    given, words = {**options, "data": data}, ("config", "progress")
+    if kind is TrainOptions:
+        words += ("resume", "dry_run")
+    plain = {name: value for name, value in given.items() if name not in ("data", "eval_data")}
+    flags = from_keywords(kind, plain, words)
     named = {name: _names(given[name]) for name in ("data", "eval_data") if given.get(name) is not None}
-    return from_keywords(kind, given | named, ("resume", "config", "dry_run", "progress"))
+    return flags | from_keywords(kind, named)
 
 
 def _names(data: Data) -> list[Any]:
@@ -152,15 +155,17 @@ def _names(data: Data) -> list[Any]:
     """
     if isinstance(data, (str, os.PathLike)):
         return [data]
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise UsageError("data: must be what --data names, or a list of rows as dicts")
     items: list[Any] = list(data)
     if not items:
         raise UsageError("there are no rows")
     if not isinstance(items[0], Mapping):
         return items
-    from dpo_cli.disk import whole_file
+    from dpo_cli.disk import finite, whole_file
 
     try:
-        text = "".join(json.dumps(dict(row)) + "\n" for row in items)
+        text = "".join(json.dumps(finite(dict(row))) + "\n" for row in items)
     except (TypeError, ValueError) as error:
         raise UsageError(f"the rows cannot be written as JSON: {error}") from error
     file = ROWS / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
@@ -189,16 +194,21 @@ def _as_command(command: str, flags: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def _reporter(progress: bool) -> Iterator[Reporter]:
-    """A reporter, while transformers shows no progress of its own; the memory of models is given back behind it."""
+    """A reporter, while transformers shows no progress of its own; the memory of models is given back behind it.
+
+    Raises:
+        UsageError: a launcher started this process as one of several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("the functions run in one process; several run the command: torchrun … -m dpo_cli train …")
     from transformers.utils import logging
 
     from dpo_cli.metrics import Reporter
     from dpo_cli.model import free_memory
 
-    quiet = not progress or os.environ.get("RANK", "0") != "0"
-    reporter = Reporter(quiet=quiet)
-    if quiet:
-        reporter.warn = partial(warnings.warn, stacklevel=2)  # type: ignore[method-assign]
+    reporter = Reporter(quiet=not progress)
+    if not progress:  # without a registry, which would let the same text through once a session
+        reporter.warn = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)  # type: ignore[method-assign]
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -128,14 +128,15 @@ def _digest(content: dict[str, Any]) -> str:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """The value as JSON, with null for every number that JSON has no word for."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
+    return json.dumps(finite(value), indent=indent, allow_nan=False, default=str)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for every number that JSON has no word for."""
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: finite(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -33,7 +33,7 @@ def _alone(action: Callable[[], T]) -> T:
 class HeldOut:
     """The held-out pairs of a run, with what the reference says of them.
 
-    ``reference`` is its logps (P, 2) in nats; where the loss reads none, they are known if the exact KL is asked for.
+    ``reference`` is its logps (P, 2) in nats, NaN where the loss reads none; an exact KL has them beside the policy's.
     Of several ranks the first one evaluates while the others wait; those of a sharded model all run the same forwards,
     and the first one writes.
     """

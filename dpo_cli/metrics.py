@@ -128,6 +128,13 @@ def truncate_metrics(file: Path, step: int) -> None:
         temporary.write_text("".join(kept), encoding="utf-8")
 
 
+class _Console(Console):
+    """Falls silent when who read it has gone: a training goes on, and its result is still told on stdout."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Reporter:
     """Tells a person what happens, on stderr: with a bar on a terminal, in lines elsewhere.
 
@@ -137,12 +144,13 @@ class Reporter:
 
     def __init__(self, quiet: bool = False, log_json: bool = False, mute: bool = False) -> None:
         self.quiet, self.log_json = quiet or mute, log_json
-        self.console = Console(
+        self.console = _Console(
             file=sys.stderr,
             quiet=mute,
             highlight=False,
             soft_wrap=True,
             force_terminal=sys.stderr.isatty(),  # FORCE_COLOR makes no terminal of a file: bars have no place there
+            force_jupyter=False,  # there it is stderr as well
         )
         self.live = self.console.is_interactive and not self.quiet and not log_json
         self.name = ""  # of the last fact
@@ -242,7 +250,9 @@ class Progress:
 
     def advance(self, units: int, values: Mapping[str, float] | None = None) -> None:
         """Count units as done, with metrics to show beside them. The first ones start the clock: they warm up."""
-        self.done += units
+        if self.began and self.done == self.total:
+            return  # of several ranks one counts for all, and had a little more than its share
+        self.done = min(self.done + units, self.total)
         self.values, now = values or {}, time.monotonic()
         if self.began:
             pace = (self.done - self.began[1]) / max(now - self.began[0], 1e-9)

@@ -217,8 +217,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # whatever a folder from elsewhere makes the library raise
-        instead = f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else name_beside(Path(source.path))
-        raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}{instead}") from error
+        near = name_beside(Path(source.path))
+        told = f"--model {source.path}: its tokenizer cannot be loaded{near}\n{_reason(error)}"
+        raise UsageError(told + (f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else "")) from error
     if source.gguf and not source.tokenizer:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer

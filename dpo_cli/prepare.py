@@ -395,10 +395,11 @@ def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
     for place, pair in enumerate(pairs):
         prompts[pair.prompt.tobytes()].append(place)
     groups, out = list(prompts.values()), set[int]()
-    for place in random.Random(f"{seed}/held out").sample(range(len(groups)), min(count, len(groups))):
-        if len(out) + len(groups[place]) <= count:
-            out.update(groups[place])
-    out = out or set(min(groups, key=len))
+    drawn = random.Random(f"{seed}/held out").sample(groups, min(count, len(groups)))
+    for group in drawn:
+        if len(out) + len(group) <= count:
+            out.update(group)
+    out = out or set(min(drawn, key=len))
     if len(out) == len(pairs):
         together = "; pairs of one prompt stay together" if len(pairs) > 1 else ""
         raise UsageError(f"--eval-fraction {fraction}: leaves no pair of {len(pairs)} to train on{together}")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +157,32 @@ def test_a_file_gives_options_and_a_resumed_run_takes_none(rows: list[Any], opti
     Path("run.yaml").write_text("beta: 0.7\nmax_steps: 9\nloss: {sigmoid: 1, sft: 0.2}\n")
     done = train(rows, config="run.yaml", output="run", **options)
     written = Path("run/config.yaml").read_text()
-    assert done["steps"] == 3 and "beta: 0.7" in written and "sigmoid=1,sft=0.2" in written
+    command = json.loads(Path("run/manifest.json").read_text())["command"]
+    assert "--config" in command and done["steps"] == 3 and "beta: 0.7" in written and "sigmoid=1,sft=0.2" in written
     with pytest.raises(UsageError, match="leave out --config"):
         train(resume="run", config="run.yaml")
     with pytest.raises(UsageError, match="cannot change --beta"):
         train(resume="run", output="run", beta=0.2)
 
 
-def test_evaluate_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function", [train, evaluate, precompute])
+def test_the_functions_are_for_one_process(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="one process"):
-        evaluate("pairs.jsonl")
+    with pytest.raises(UsageError, match="run in one process"):
+        function("pairs.jsonl")
+
+
+def test_what_is_no_data_and_a_misspelled_option_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for data in (5, {"prompt": ["Why?"]}):
+        with pytest.raises(UsageError, match="must be what --data names"):
+            train(data)  # type: ignore[arg-type]
+    rows = [{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}]
+    with pytest.raises(UsageError, match=r"unknown option 'dryrun'; did you mean 'dry_run'\?"):
+        train(rows, dryrun=True)
+    with pytest.raises(UsageError, match=r"unknown option 'resume'$"):
+        evaluate(rows, resume="run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_upload_that_fails_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,6 @@ def test_the_loss_is_level_at_the_optimum(toy: Toy, beta: float, said: bool) -> 
 
 def test_training_finds_the_optimum(toy: Toy) -> None:
     before = compare(toy, 1.0, log_probs(toy.reference).detach().double().numpy())
-    found = compare(toy, 0.5, train(toy, 1.0, toy.population(), steps=200))
+    found = compare(toy, 1.0, train(toy, 1.0, toy.population(), steps=200))
     assert before.total_variation > 0.3 and before.error > 1
     assert found.total_variation < 0.02 and found.correlation > 0.99 and found.error < 0.1

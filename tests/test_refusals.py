@@ -306,6 +306,16 @@ def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
         assert process.stderr.read() == b"" and process.wait() == 1
 
 
+def test_without_a_reader_of_stderr_the_result_is_still_told(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dpo_cli", "check", "--model", str(tiny), "--data", str(rows), "--json"]
+    with subprocess.Popen(
+        command, env=cli_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stderr.close()
+        assert json.loads(process.stdout.read())["rows"] == 2 and process.wait() == 0
+
+
 # ---- going on without bad rows ----------------------------------------------------------------------------------
 
 
