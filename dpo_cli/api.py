@@ -138,9 +138,8 @@ def precompute(
 
 def _flags(kind: type[DataOptions], data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are given, as a command has them; rows are written down once the other ones are right."""
-    given, words = {**options, "data": data}, ("config", "progress")
-    if kind is TrainOptions:
-        words += ("resume", "dry_run")
+    given = {**options, "data": data}
+    words = ("config", "progress", *(("resume", "dry_run") if kind is TrainOptions else ()))
     plain = {name: value for name, value in given.items() if name not in ("data", "eval_data")}
     flags = from_keywords(kind, plain, words)
     named = {name: _names(given[name]) for name in ("data", "eval_data") if given.get(name) is not None}

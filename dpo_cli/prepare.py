@@ -399,7 +399,7 @@ def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
     for group in drawn:
         if len(out) + len(group) <= count:
             out.update(group)
-    out = out or set(min(drawn, key=len))
+    out = out or {*min(drawn, key=len)}
     if len(out) == len(pairs):
         together = "; pairs of one prompt stay together" if len(pairs) > 1 else ""
         raise UsageError(f"--eval-fraction {fraction}: leaves no pair of {len(pairs)} to train on{together}")
