@@ -105,9 +105,10 @@ class Trackers:
         tracker, where = _make(name, self.folder, own, new=known is None)
         self.live[name] = tracker
         tracker.start()
-        if known is None:
+        if known is None or name == "trackio":  # it replaces the options with those of each start
             tracker.store_init_configuration(hyperparameters(options))
-            own = tracker.tracker.info.run_id if name == "mlflow" else own
+        if known is None and name == "mlflow":
+            own = tracker.tracker.info.run_id
         self.known[name] = {"run": own, "told": told}
         self._note()
         self.reporter.fact("tracker", f"{name}: {where}")

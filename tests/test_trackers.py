@@ -187,12 +187,12 @@ def test_each_line_is_told_once_and_in_order(made: list[Listener], tmp_path: Pat
 
 def test_a_resumed_run_goes_on_with_the_trackers_own_run(made: list[Listener], tmp_path: Path) -> None:
     """Killed after step 3 and taken back to step 1: steps 2 and 3 come again, and are not told again."""
-    tell_and_die(tmp_path, "trackio", 1, 2, 3)
+    tell_and_die(tmp_path, "tensorboard", 1, 2, 3)
     for _ in range(2):  # these are killed before they are as far as the first was
         truncate_metrics(tmp_path / "metrics.jsonl", 1)
-        tell_and_die(tmp_path, "trackio", 2)
+        tell_and_die(tmp_path, "tensorboard", 2)
     truncate_metrics(tmp_path / "metrics.jsonl", 1)
-    with start(tmp_path, "trackio") as live:
+    with start(tmp_path, "tensorboard") as live:
         tell(live, 2, 3, 4)
     assert [[step for step, _ in each.told] for each in made] == [[1, 2, 3], [], [], [4]]
     assert len({each.own for each in made}) == 1 and [each.new for each in made] == [True, False, False, False]
