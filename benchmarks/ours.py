@@ -19,7 +19,7 @@ from dpo_cli.prepare import fill_reference
 from dpo_cli.ranks import started
 from dpo_cli.run import lay_out_run
 from dpo_cli.step import StopSignal, learning_rate
-from dpo_cli.train import _make_trainer
+from dpo_cli.training import _make_trainer
 
 
 def make_options(flags: str, folder: Path, **given: Any) -> TrainOptions:

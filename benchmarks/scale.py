@@ -1,15 +1,18 @@
 """What training takes of each GPU's memory, by the estimator of ``dpo train``; prints the table of docs/scale.md.
 
-``python -m benchmarks.scale``: a few seconds on a CPU. What a forward keeps a token is counted on small models of the
-same kind, and follows from their widths; the large ones are never made.
+``python -m benchmarks.scale``, with ``--cards`` the one of README.md: a few seconds on a CPU. What a forward keeps a
+token is counted on small models of the same kind, and follows from their widths; the large ones are never made.
 """
 
 import itertools
+import sys
+from functools import cache
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from dpo_cli.adapters import attach, make_config, trained
 from dpo_cli.logps import HEAD_BYTES, Scorer
 from dpo_cli.memory import FRAGMENTED, LOGIT_BYTES, USABLE, StepBytes, count_bytes
 from dpo_cli.pairs import Pair
@@ -19,6 +22,8 @@ GPU = 80e9  # bytes
 TOKENS = 4096  # of a forward
 MODES = ("full", "8bit", "split", "in-backward", "offload")
 RANKS = (2, 4, 8, 16, 64)
+CARDS = (12, 16, 24, 48, 80, 141)  # GB
+RANK = 16  # of adapters
 # Hidden size, layers, MLP, heads, key-value heads, vocabulary, tied head: as published for SmolLM2-135M, Llama 3.2 1B,
 # Llama 3.1 8B, Qwen 2.5 32B, Llama 3.1 70B.
 SHAPES = {
@@ -30,7 +35,9 @@ SHAPES = {
 }
 
 
-def make(hidden: int, layers: int, mlp: int, heads: int, groups: int, vocabulary: int, tied: bool) -> PreTrainedModel:
+def make(
+    hidden: int, layers: int, mlp: int, heads: int, groups: int, vocabulary: int, tied: bool, adapter: bool = False
+) -> PreTrainedModel:
     config = AutoConfig.for_model(
         "llama",
         hidden_size=hidden,
@@ -41,7 +48,12 @@ def make(hidden: int, layers: int, mlp: int, heads: int, groups: int, vocabulary
         vocab_size=vocabulary,
         tie_word_embeddings=tied,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    dtype = torch.bfloat16 if adapter else torch.float32
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    if adapter:
+        wanted = {"rank": RANK, "kind": "lora", "alpha": 2 * RANK, "targets": "all-linear", "to_save": None}
+        attach(model, make_config(model, **wanted, base=""))
+    return model
 
 
 def widths(config: LlamaConfig) -> list[float]:
@@ -50,12 +62,13 @@ def widths(config: LlamaConfig) -> list[float]:
     return [layers * config.hidden_size, layers * config.intermediate_size, layers * keys, layers, config.hidden_size]
 
 
-def bytes_by_width() -> np.ndarray:
+@cache
+def bytes_by_width(adapter: bool = False) -> np.ndarray:
     """Bytes a token for each of ``widths``, counted in bfloat16 on small models and solved for."""
     rows, counted = [], []
     for layers, hidden, mlp, groups in itertools.product((1, 3), (64, 128), (96, 256), (1, 2)):
         torch.manual_seed(0)
-        model = make(hidden, layers, mlp, hidden // 32, groups, 384, True)
+        model = make(hidden, layers, mlp, hidden // 32, groups, 384, True, adapter)
         scorer = Scorer(model, "packed", torch.bfloat16, TOKENS, torch.device("cpu"))
         ids = np.arange(3, 203, dtype=np.int32)
         pairs = [Pair("long", ids, ids, ids[:100]), Pair("short", ids[:50], ids[:60], ids[:40])]
@@ -66,10 +79,11 @@ def bytes_by_width() -> np.ndarray:
     return solved
 
 
-def step_bytes(model: PreTrainedModel, per_width: np.ndarray, shards: int = 1) -> StepBytes:
+def step_bytes(model: PreTrainedModel, shards: int = 1) -> StepBytes:
     """What ``dpo train`` would reckon with, on a GPU."""
-    config, sizes = model.config, [p.numel() for p in model.parameters()]
-    per_token = float(np.array(widths(config)) @ per_width)
+    config, sizes = model.config, [p.numel() for p in trained(model)]
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    per_token = float(np.array(widths(config)) @ bytes_by_width(frozen > 0))
     kept = config.num_hidden_layers * config.hidden_size * 4
     return StepBytes(
         parameters=sum(sizes),
@@ -81,25 +95,42 @@ def step_bytes(model: PreTrainedModel, per_width: np.ndarray, shards: int = 1) -
         process=0,
         shards=shards,
         gathered=gathered_parameters(model) if shards > 1 else 0,
+        frozen=frozen,
     )
+
+
+def peak(model: PreTrainedModel, mode: str, shards: int = 1) -> int:
+    """Bytes of each GPU, with activations recomputed."""
+    at_head = min(TOKENS // 2, HEAD_BYTES["cuda"] // (4 * model.config.vocab_size))
+    return step_bytes(model, shards).peak(mode, True, (TOKENS, at_head), (TOKENS, at_head))
 
 
 def table() -> list[str]:
     """The table's lines: GiB of each GPU with activations recomputed, in bold where it fits."""
-    per_width = bytes_by_width()
     heads = [*(f"`{mode}`" for mode in MODES), *(f"`--shard` over {ranks}" for ranks in RANKS)]
     lines = ["| model | parameters | " + " | ".join(heads) + " |", "|---|" + "---:|" * (1 + len(heads))]
     for name, shape in SHAPES.items():
         with torch.device("meta"):
             model = make(*shape)
-        at_head = min(TOKENS // 2, HEAD_BYTES["cuda"] // (4 * model.config.vocab_size))
-        largest = (TOKENS, at_head), (TOKENS, at_head)
-        peaks = [step_bytes(model, per_width).peak(mode, True, *largest) for mode in MODES]
-        peaks += [step_bytes(model, per_width, ranks).peak("full", True, *largest) for ranks in RANKS]
+        peaks = [peak(model, mode) for mode in MODES] + [peak(model, "full", ranks) for ranks in RANKS]
         cells = [f"**{peak / 2**30:,.0f}**" if peak <= USABLE * GPU else f"{peak / 2**30:,.0f}" for peak in peaks]
         lines.append(f"| {name} | {model.num_parameters() / 1e9:,.2f} · 10⁹ | " + " | ".join(cells) + " |")
     return lines
 
 
+def cards() -> list[str]:
+    """The table's lines: the first mode that fits each card, and the smallest card for an adapter."""
+    heads = [*(f"{card} GB" for card in CARDS), f"`--lora-rank {RANK}` from"]
+    lines = ["| model | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for name, shape in SHAPES.items():
+        with torch.device("meta"):
+            model, adapted = make(*shape), make(*shape, adapter=True)
+        peaks = {f"`{mode}`": peak(model, mode) for mode in MODES}
+        first = [next((mode for mode, most in peaks.items() if most <= USABLE * card * 1e9), "–") for card in CARDS]
+        first.append(next((f"{card} GB" for card in CARDS if peak(adapted, "full") <= USABLE * card * 1e9), "–"))
+        lines.append(f"| {name} | " + " | ".join(first) + " |")
+    return lines
+
+
 if __name__ == "__main__":
-    print("\n".join(table()))
+    print("\n".join(cards() if "--cards" in sys.argv else table()))

@@ -51,9 +51,12 @@ def trl_config(folder: Path, steps: int, batch_size: int, **changes: Any) -> DPO
 
 
 def make_trainer(
-    model: str | None, config: DPOConfig, records: Sequence[Record], with_reference: bool = False
+    model: str | None, config: DPOConfig, records: Sequence[Record], with_reference: bool = False, **more: Any
 ) -> DPOTrainer:
-    """TRL's trainer on the records in their order; ``with_reference`` keeps a second model as the reference."""
+    """TRL's trainer on the records in their order; ``with_reference`` keeps a second model as the reference.
+
+    ``more`` are its own arguments.
+    """
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     source = find_model(model)
@@ -63,6 +66,7 @@ def make_trainer(
         args=config,
         train_dataset=datasets.Dataset.from_list(list(records)),
         processing_class=load_tokenizer(source),
+        **more,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

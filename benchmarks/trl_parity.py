@@ -28,7 +28,7 @@ from dpo_cli.config import TrainOptions
 from dpo_cli.metrics import Reporter
 from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.reference import ReferenceCache
-from dpo_cli.train import train
+from dpo_cli.training import train
 
 
 @dataclass(frozen=True)

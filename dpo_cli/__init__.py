@@ -1,5 +1,10 @@
-"""A lightweight DPO trainer for the command line."""
+"""A lightweight DPO trainer for the command line, and for Python: see ``train``, ``evaluate`` and ``precompute``."""
 
 import os
+
+from dpo_cli.api import evaluate, precompute, train
+from dpo_cli.errors import DpoError, Interrupted, UsageError
+
+__all__ = ["DpoError", "Interrupted", "UsageError", "evaluate", "precompute", "train"]
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first tensor: large ones lie in huge pages

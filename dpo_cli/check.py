@@ -132,8 +132,8 @@ def _as_json(value: Any, where: str) -> Any:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The result in lines: problems, notes, lengths, budget, and a verdict at the end."""
-    lines: list[str] = []
+    """The result in lines: what the rows are, problems, notes, lengths, budget, and a verdict at the end."""
+    lines = [f"{count:,} {_s('row', count)}: {name}" for name, count in result["formats"].items()]
     for severity in ("problem", "note"):
         some = [finding for finding in result["findings"] if finding["severity"] == severity]
         if some:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
@@ -25,13 +28,12 @@ from dpo_cli.config import (
     TrainOptions,
     repository,
     resolve,
-    resolve_resumed,
+    resolve_training,
 )
 from dpo_cli.errors import DpoError, UsageError, printable
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -39,13 +41,26 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options; a flag wins.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Tell nothing but warnings, errors and the result.")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="On stderr, write a JSON object a line; event is its kind.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class Voice(NamedTuple):
+    """How a command tells what happens."""
+
+    quiet: bool = False
+    log_json: bool = False
+
+
+PLAIN = Voice()
 
 
 def with_options(kind: type[DataOptions]) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Give a command a flag for every field of ``kind``; the values given reach it as a dict named ``flags``.
 
-    A flag's own default is None, so that flags that were not given leave the file's value or the default.
+    A flag's own default is None, so that flags that were not given leave the file's value or the default. How it is to
+    speak reaches the command as ``voice``.
     """
     types = get_type_hints(kind)
     fields = dataclasses.fields(kind)
@@ -60,15 +75,20 @@ def with_options(kind: type[DataOptions]) -> Callable[[Callable[..., Any]], Call
     ]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+        parameters = inspect.signature(command, eval_str=True).parameters.values()
+        own = [p for p in parameters if p.name not in ("flags", "voice")]
 
         def wrapped(**given: Any) -> None:
             values = {f.name: given.pop(f.name) for f in fields}
-            _guarded(lambda: command(flags=values, **{k: v for k, v in given.items() if k != "debug"}), given["debug"])
+            voice, debug = Voice(given.pop("quiet"), given.pop("log_json")), given.pop("debug")
+            _guarded(lambda: command(flags=values, voice=voice, **given), debug, voice.log_json)
 
-        debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+        common = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+            for name, annotation in {"quiet": Quiet, "log_json": LogJson, "debug": Debug}.items()
+        ]
         wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-        wrapped.__signature__ = inspect.Signature([*flags, *own, debug])  # type: ignore[attr-defined]
+        wrapped.__signature__ = inspect.Signature([*flags, *own, *common])  # type: ignore[attr-defined]
         return wrapped
 
     return decorate
@@ -82,40 +102,55 @@ def _typer_option(field: dataclasses.Field[Any]) -> Any:
         if default not in (None, "required") and default is not False
         else field.metadata["help"]
     )
-    return typer.Option(f"--{name}", help=shown, show_default=False)
+    choices = field.metadata["choices"]
+
+    def offered(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    # a shell offers files where nothing else is offered
+    return typer.Option(f"--{name}", help=shown, show_default=False, autocompletion=offered if choices else None)
 
 
-def _guarded(action: Callable[[], None], debug: bool) -> None:
+def _guarded(action: Callable[[], None], debug: bool, log_json: bool = False) -> None:
     """Run a command; turn what a user can cause into one message and an exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    fail = partial(_fail, debug=debug, log_json=log_json)
     try:
         action()
     except DpoError as error:
-        _fail(str(error), error.exit_code, debug, error.cut_off)
+        fail(str(error), error.exit_code, cut_off=error.cut_off)
+    except BrokenPipeError:  # who read what is told has gone, as head does
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise typer.Exit(1) from None
     except OSError as error:
         if debug:
             raise
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except RuntimeError as error:
         if debug or type(error).__name__ != "OutOfMemoryError":
             raise
-        _fail(f"out of device memory; lower --max-tokens, or set --gradient-checkpointing\n{error}", 1)
+        fail(f"out of device memory; lower --max-tokens, or set --gradient-checkpointing\n{error}", 1)
     except KeyboardInterrupt:
         if debug:
             raise
         told = "interrupted; what the cache has of reference log-probs is kept: the same command goes on with it"
-        _fail(told, 130, cut_off=True)
+        fail(told, 130, cut_off=True)
 
 
-def _fail(message: str, code: int, debug: bool = False, cut_off: bool = False) -> None:
+def _fail(message: str, code: int, debug: bool, log_json: bool, cut_off: bool = False) -> None:
     if debug:
         print(printable(traceback.format_exc()), file=sys.stderr, end="")
     if _processes() > 1:
         from dpo_cli.ranks import said_once
 
         message, code = said_once(message, code, cut_off)
-    if message:
-        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+    if message and log_json:
+        print(json.dumps({"event": "error", "text": message, "exit_code": code}), file=sys.stderr, flush=True)
+    elif message:
+        over = "\r" if sys.stderr.isatty() else ""  # over the ^C that a terminal shows of an interrupt
+        print(f"{over}error: {printable(message)}", file=sys.stderr, flush=True)
     raise typer.Exit(code)
 
 
@@ -147,23 +182,40 @@ def root(
 
 
 @app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.yaml"),
+    data: Annotated[list[str] | None, typer.Option(help="What --data of dpo train names. Repeatable.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a file of all options for dpo train --config, with comments."""
+
+    def action() -> None:
+        from dpo_cli.starter import write_config
+
+        write_config(file, data or (), force)
+        then = f"{file} is written. {'Now' if data else 'Fill in data: there, then'}: dpo train --config {file}"
+        _show({"config": str(file)}, json_, lambda _: then)
+
+    _guarded(action, debug)
+
+
+@app.command()
 @with_options(TrainOptions)
 def train(
     *,
     flags: dict[str, Any],
+    voice: Voice,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before the first step.")] = False,
     config: ConfigFile = None,
     json_: Json = False,
 ) -> None:
     """Train a model on chosen/rejected pairs."""
-    if resume and config:
-        raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
-    if resume and flags["output"] == resume:
-        flags["output"] = None
-    options = resolve_resumed(flags, resume) if resume else resolve(TrainOptions, flags, config)
-    reporter = _reporter(several=True)
-    from dpo_cli.train import train as run
+    options = resolve_training(flags, resume, config)
+    reporter = _reporter(voice, several=True)
+    from dpo_cli.training import train as run
 
     result = run(options, resume, sys.argv, reporter, dry_run)
     error = result.pop("push_error", None)
@@ -183,9 +235,8 @@ def push(
     """Upload a trained model to the Hugging Face hub."""
 
     def action() -> None:
-        valid, must = repository
-        if not valid(name):
-            raise UsageError(f"{name}: {must}")
+        if not repository.holds(name):
+            raise UsageError(f"{name}: {repository.must}")
         _reporter()
         from dpo_cli.push import check_login, model_folder
         from dpo_cli.push import push as upload
@@ -199,10 +250,10 @@ def push(
 
 @app.command("precompute-ref")
 @with_options(PrecomputeOptions)
-def precompute_ref(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+def precompute_ref(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, json_: Json = False) -> None:
     """Fill the cache with the reference's log-probabilities."""
     options = resolve(PrecomputeOptions, flags, config)
-    reporter = _reporter(several=True)
+    reporter = _reporter(voice, several=True)
     from dpo_cli.prepare import precompute
 
     _show(precompute(options, reporter), json_, _plain)
@@ -210,11 +261,11 @@ def precompute_ref(*, flags: dict[str, Any], config: ConfigFile = None, json_: J
 
 @app.command("eval")
 @with_options(EvalOptions)
-def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+def eval_(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, json_: Json = False) -> None:
     """Show what a model learned, and how far it is from its reference."""
     options = resolve(EvalOptions, flags, config)
-    reporter = _reporter()
-    from dpo_cli.evaluate import run_eval
+    reporter = _reporter(voice)
+    from dpo_cli.evaluation import run_eval
     from dpo_cli.summary import as_text
 
     run_eval(options, reporter, lambda result: _show(result, json_, as_text))
@@ -222,10 +273,10 @@ def eval_(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = Fal
 
 @app.command()
 @with_options(SweepOptions)
-def sweep(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+def sweep(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, json_: Json = False) -> None:
     """Train with several betas and show what each reward costs in KL."""
     options = resolve(SweepOptions, flags, config)
-    reporter = _reporter()
+    reporter = _reporter(voice)
     from dpo_cli.sweep import as_text
     from dpo_cli.sweep import sweep as run
 
@@ -255,10 +306,10 @@ def merge(
 
 @app.command()
 @with_options(ExplainOptions)
-def explain(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+def explain(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, json_: Json = False) -> None:
     """Show one row as it would be trained: every token, and which carry loss."""
     options = resolve(ExplainOptions, flags, config)
-    reporter = _reporter()
+    reporter = _reporter(voice)
     from dpo_cli.explain import explain as run
     from dpo_cli.explain import show
 
@@ -271,10 +322,10 @@ def explain(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = F
 
 @app.command()
 @with_options(CheckOptions)
-def check(*, flags: dict[str, Any], config: ConfigFile = None, json_: Json = False) -> None:
+def check(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, json_: Json = False) -> None:
     """Say what is wrong with preference rows; computes nothing but tokens."""
     options = resolve(CheckOptions, flags, config)
-    reporter = _reporter()
+    reporter = _reporter(voice)
     from dpo_cli.check import as_text, run_check
 
     result = run_check(options, reporter)
@@ -374,7 +425,7 @@ def _references(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _reporter(several: bool = False) -> Any:
+def _reporter(voice: Voice = PLAIN, several: bool = False) -> Any:
     """A reporter, after the libraries below were told to be quiet; ``several`` processes may run the command together.
 
     Raises:
@@ -394,14 +445,14 @@ def _reporter(several: bool = False) -> Any:
     disable_progress_bar()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where it keeps its list of fonts
 
-    return Reporter(quiet=not _speaks())
+    return Reporter(*voice, mute=not _speaks())
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], str]) -> None:
     from dpo_cli.disk import to_json
 
     if _speaks():
-        print(to_json(result) if as_json else printable(table(result)))
+        print(to_json(result) if as_json else printable(table(result)), flush=True)
 
 
 def _plain(result: dict[str, Any]) -> str:
@@ -438,4 +489,11 @@ def _train_summary(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point of the ``dpo`` command."""
-    app()
+    if "_DPO_COMPLETE" in os.environ:  # typer would break help at the terminal's width, and a shell offer each line
+        os.environ["TERMINAL_WIDTH"] = "10000"
+    try:
+        app()
+    except SystemExit as end:
+        if ranks := sys.modules.get("dpo_cli.ranks"):
+            ranks.leave(int(end.code or 0))
+        raise

@@ -8,7 +8,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from dpo_cli.errors import RowError
+from dpo_cli.errors import RowError, did_you_mean
 from dpo_cli.records import shortened
 
 Message = dict[str, Any]
@@ -153,7 +153,8 @@ def _message(message: Any, named: str) -> Message:
     said = message["role"]
     role = ALIASES.get(said, said)
     if role not in ROLES:
-        raise RowError(f"{named}: unknown role '{shortened(said)}'; use one of {', '.join(ROLES)}")
+        near = did_you_mean(said, ROLES) or f"; use one of {', '.join(ROLES)}"
+        raise RowError(f"{named}: unknown role '{shortened(said)}'{near}")
     content: Any = message.get("content")
     if isinstance(content, list):
         content = _joined(content, named)

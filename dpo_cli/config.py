@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+import os
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
-from dpo_cli.errors import UsageError
+from dpo_cli.errors import UsageError, did_you_mean, name_beside
 from dpo_cli.losses import DIVERGENCES, LOSSES, Objective, divergence, objective_of
 
 CACHE_DIR = Path("~/.cache/dpo")
@@ -26,20 +26,28 @@ BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}  # what a bes
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 2
-Check = tuple[Callable[[Any], bool], str]
 
-positive: Check = (lambda v: math.isfinite(v) and v > 0, "must be greater than 0")
-not_negative: Check = (lambda v: math.isfinite(v) and v >= 0, "must be 0 or greater")
-share: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
-below_half: Check = (lambda v: 0 <= v < 0.5, "must be at least 0 and less than 0.5")
-seedlike: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and less than 2^32")
-share_or_all: Check = (lambda v: 0 <= v <= 1, "must be at least 0 and at most 1")
-at_least_16: Check = (lambda v: v >= 16, "must be at least 16 tokens")
+
+class Check(NamedTuple):
+    """What a value must be, and that in words; of some options one of these ``choices``."""
+
+    holds: Callable[[Any], bool]
+    must: str
+    choices: tuple[str, ...] = ()
+
+
+positive = Check(lambda v: math.isfinite(v) and v > 0, "must be greater than 0")
+not_negative = Check(lambda v: math.isfinite(v) and v >= 0, "must be 0 or greater")
+share = Check(lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
+below_half = Check(lambda v: 0 <= v < 0.5, "must be at least 0 and less than 0.5")
+seedlike = Check(lambda v: 0 <= v < 2**32, "must be at least 0 and less than 2^32")
+share_or_all = Check(lambda v: 0 <= v <= 1, "must be at least 0 and at most 1")
+at_least_16 = Check(lambda v: v >= 16, "must be at least 16 tokens")
 
 
 def one_of(*values: str) -> Check:
     """Check that a value is one of these words."""
-    return (lambda v: v in values, "must be one of: " + ", ".join(values))
+    return Check(lambda v: v in values, "must be one of: " + ", ".join(values), values)
 
 
 def numbers(text: str) -> list[float]:
@@ -52,14 +60,15 @@ def _are_betas(text: str) -> bool:
         found = numbers(text)
     except ValueError:
         return False
-    return all(map(positive[0], found)) and len({f"{beta:g}" for beta in found}) == len(found)
+    return all(map(positive.holds, found)) and len({f"{beta:g}" for beta in found}) == len(found)
 
 
-precision: Check = (
-    one_of("auto", "float32", "bfloat16")[0],
+precision = Check(
+    one_of("auto", "float32", "bfloat16").holds,
     "must be one of: auto, float32, bfloat16 (float16 overflows in training; models that are stored in it can be used)",
+    ("auto", "float32", "bfloat16"),
 )
-repository: Check = (
+repository = Check(
     lambda v: bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", v, re.ASCII)),
     "must be ORG/NAME, for example my-name/my-model",
 )
@@ -72,24 +81,30 @@ def _is_divergence(text: str) -> bool:
         return False
 
 
-divergences: Check = (
+divergences = Check(
     _is_divergence,
     f"must be one of: {', '.join(DIVERGENCES)}, the last also with =ALPHA",
+    tuple(DIVERGENCES),
 )
-betas: Check = (_are_betas, "must be different numbers greater than 0, with commas between")
-module_names: Check = (
+betas = Check(_are_betas, "must be different numbers greater than 0, with commas between")
+module_names = Check(
     lambda v: all(re.fullmatch(r"[\w-]+(\.[\w-]+)*", name) for name in v.split(",")),
     "must be names of modules, with commas between, for example q_proj,v_proj",
 )
-import_path: Check = (
+import_path = Check(
     lambda v: bool(re.fullmatch(r"\w+(\.\w+)*:\w+", v)),
     "must be MODULE:FUNCTION, for example my_rewards:helpful",
 )
 
 
-def option(default: Any, text: str, check: Check | None = None, shown: str | None = None) -> Any:
-    """A field of an options class. ``shown`` words a default that is decided at run time."""
-    metadata = {"help": text, "check": check, "shown": shown}
+def option(
+    default: Any, text: str, check: Check | None = None, shown: str | None = None, choices: Sequence[str] = ()
+) -> Any:
+    """A field of an options class. ``shown`` words a default that is decided at run time.
+
+    ``choices`` are words that a shell offers to complete a value; those of the check are by themselves.
+    """
+    metadata = {"help": text, "check": check, "shown": shown, "choices": choices or (check.choices if check else ())}
     return field(default=default, metadata=metadata)
 
 
@@ -206,8 +221,9 @@ def _out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[st
     problems = []
     for f in dataclasses.fields(kind):
         value, check = values.get(f.name), f.metadata["check"]
-        if check and value is not None and not check[0](value):
-            problems.append(f"--{f.name.replace('_', '-')} {value}: {check[1]}")
+        if check and value is not None and not check.holds(value):
+            near = did_you_mean(str(value), check.choices)
+            problems.append(f"--{f.name.replace('_', '-')} {value}: {check.must}{near}")
     return problems
 
 
@@ -223,6 +239,7 @@ class TrainOptions(Options):
         "sigmoid",
         f"What is minimised; dpo losses says which when: {', '.join(LOSSES)}. Several are added up by weight, as in "
         "sigmoid=1,sft=0.2.",
+        choices=tuple(LOSSES),
     )
     loss_options: str | None = option(
         None, "Options that a loss has of its own, as in simpo_gamma=1; dpo losses names them.", shown="the papers'"
@@ -289,7 +306,9 @@ class TrainOptions(Options):
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     shard: bool = shard_option()
     seed: int = option(0, "Seed of the order of the pairs.", seedlike)
-    log_every: int = option(10, "Steps between console lines where the output is no terminal.", positive)
+    log_every: int = option(
+        10, "Steps between lines on what is no terminal; 30 s without one bring one, too.", positive
+    )
     eval_every: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
     kl: str = kl_option()
     keep_best: str | None = option(
@@ -436,9 +455,7 @@ class CheckOptions(DataOptions):
 
 def _check_trackers(names: list[str]) -> None:
     if unknown := [name for name in names if name not in TRACKERS]:
-        near = difflib.get_close_matches(unknown[0].lower(), TRACKERS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        known = ", ".join(TRACKERS)
+        known, meant = ", ".join(TRACKERS), did_you_mean(unknown[0].lower(), TRACKERS)
         raise UsageError(f"--tracker {unknown[0]}: must be one or more of {known}, with commas between, or none{meant}")
 
 
@@ -482,6 +499,48 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: Path | None = None) -
     return kind(**values)
 
 
+def from_keywords(kind: type[DataOptions], given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
+    """Values that Python code gives, as flags for ``resolve``; what is None stays open.
+
+    A path may be a ``Path``. ``others`` are the words beside the options that may have been meant.
+
+    Raises:
+        UsageError: naming every word that is no option, and every value that an option cannot have.
+    """
+    types = get_type_hints(kind)
+    flags, problems = {}, []
+    for name, value in given.items():
+        if name not in types:
+            problems.append(f"unknown option '{name}'{did_you_mean(name, [*types, *others])}")
+        elif value is not None:
+            try:
+                several = isinstance(value, (list, tuple))
+                plain = [_path_name(each) for each in value] if several else _path_name(value)
+                flags[name] = _convert(_by_name(name, plain), types[name])
+            except (TypeError, ValueError, OverflowError):
+                problems.append(f"option '{name}' cannot be {_BRIEF.repr(value)}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return flags
+
+
+def _path_name(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def resolve_training(flags: Mapping[str, Any], resume: Path | None, file: Path | None = None) -> TrainOptions:
+    """The options of a new run, or of one to go on with, whose own folder ``--output`` may name again.
+
+    Raises:
+        UsageError: they cannot be used.
+    """
+    if not resume:
+        return resolve(TrainOptions, flags, file)
+    if file:
+        raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
+    return resolve_resumed({**flags, "output": None} if flags.get("output") == resume else flags, resume)
+
+
 def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
     """The options that a run began with; flags may change only what does not change the training.
 
@@ -491,7 +550,7 @@ def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
     file = folder / "config.yaml"
     for name in ("config.yaml", "manifest.json"):
         if not (folder / name).is_file():
-            raise UsageError(f"--resume {folder}: no run there ({name} is missing)")
+            raise UsageError(f"--resume {folder}: no run there ({name} is missing){name_beside(folder)}")
     began = resolve(TrainOptions, {}, file)
     if began.memory == "auto":  # the run is older than the option
         began, flags = dataclasses.replace(began, memory="full"), {**flags, "memory": flags.get("memory") or "full"}
@@ -534,7 +593,7 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
         loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
         node = loader.get_single_node()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {file}: cannot be read ({error})") from error
+        raise UsageError(f"--config {file}: cannot be read ({error}){name_beside(file)}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"--config {file}: not valid YAML\n{error}") from error
     if node is None:
@@ -542,14 +601,14 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
     if not isinstance(node, yaml.MappingNode):
         raise UsageError(f"--config {file}: must be a mapping of option names to values")
     types = get_type_hints(kind)
+    left_open = {f.name for f in dataclasses.fields(kind) if f.default in (None, MISSING)}
     values: dict[str, Any] = {}
     problems = []
     for key_node, value_node in node.value:
         key, where = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
         name = key.replace("-", "_")
         if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
-            problems.append(f"{where}: unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            problems.append(f"{where}: unknown option '{key}'{did_you_mean(name, types)}")
             continue
         if name in values:
             problems.append(f"{where}: option '{key}' is given twice")
@@ -558,12 +617,17 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
         values[name] = None
         try:
             value = loader.construct_object(value_node, deep=True)
-            if name in BY_NAME and isinstance(value, dict):
-                value = ",".join(f"{key}={number}" for key, number in value.items())
-            values[name] = _convert(value, types[name])
+            values[name] = None if value is None and name in left_open else _convert(_by_name(name, value), types[name])
         except (TypeError, ValueError, OverflowError, yaml.YAMLError):
             problems.append(f"{where}: option '{key}' cannot be {_BRIEF.repr(value)}")
     return {name: value for name, value in values.items() if value is not None}, problems
+
+
+def _by_name(name: str, value: Any) -> Any:
+    """What a flag has of an option that may also be given as a mapping."""
+    if name in BY_NAME and isinstance(value, dict):
+        return ",".join(f"{key}={number}" for key, number in value.items())
+    return value
 
 
 def _convert(value: Any, type_: Any) -> Any:
@@ -573,8 +637,6 @@ def _convert(value: Any, type_: Any) -> Any:
         TypeError, ValueError, OverflowError: it is none.
     """
     kinds = get_args(type_) or (type_,)
-    if value is None and type(None) in kinds:
-        return None
     kind = list if type_ == list[str] else next(kind for kind in kinds if kind is not type(None))
     if kind is str and isinstance(value, list):
         value = _joined(value)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cli.columns import Columns, Message, Text, answer_of, has_surrogate
-from dpo_cli.errors import RowError, UsageError
+from dpo_cli.errors import RowError, UsageError, did_you_mean
 from dpo_cli.records import Source, shortened
 
 Three = tuple[Text, Text, Text]  # prompt, chosen, rejected
@@ -95,8 +95,10 @@ def _parse_columns(columns: str | None) -> dict[str, str]:
     for part in filter(None, (columns or "").split(",")):
         ours, _, theirs = (piece.strip() for piece in part.partition("="))
         if ours not in COLUMNS or not theirs:
+            near = "" if ours in COLUMNS else did_you_mean(ours, COLUMNS)
             names_of = ", ".join(column for column in COLUMNS if column not in ("prompt", "chosen", "rejected"))
-            raise UsageError(f"--columns {columns}: write it as prompt=NAME,chosen=NAME,rejected=NAME; also {names_of}")
+            how = "write it as prompt=NAME,chosen=NAME,rejected=NAME; also"
+            raise UsageError(f"--columns {columns}: {how} {names_of}{near}")
         names[ours] = theirs
     return names
 
@@ -247,7 +249,8 @@ def _parse_row(record: Any, where: str, names: dict[str, str], format_: str | No
     row = Columns(record, names)
     format_ = format_ or _format_of(row)
     if missing := [column for column in names if column not in OTHERS and row.get(column) is None]:
-        raise RowError(f"{row.named(missing[0])} is missing")
+        near = did_you_mean(names[missing[0]], record)
+        raise RowError(f"{row.named(missing[0])} is missing{near}")
     if unread := [column for column in UNREAD if record.get(column)]:
         raise RowError(f"has the column '{unread[0]}', and only text is read")
     told, read = FORMATS[format_]

@@ -28,7 +28,7 @@ from torch import Tensor
 from dpo_cli.batch import MicroBatch
 from dpo_cli.disk import writing
 from dpo_cli.errors import NotWrittenError, UsageError
-from dpo_cli.logps import Head, Scorer, head_pieces, response_logps, target_logps
+from dpo_cli.logps import Head, Scorer, head_pieces
 from dpo_cli.metrics import Reporter
 from dpo_cli.pairs import Pairs
 from dpo_cli.scores import Distributions
@@ -115,11 +115,10 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One model's side of a comparison: what its head reads at every response token, the head, its logps (P, 2)."""
+    """One model's side of a comparison: what its head reads at every response token, and the head."""
 
     states: TokenFile
     head: Head
-    logps: Tensor
 
 
 @dataclass(frozen=True)
@@ -135,10 +134,12 @@ class Moved:
 class Compared:
     """Policy and reference at every response token of P pairs.
 
-    Shapes: ``logps`` (P, 2), float32, of the model that ran last; a row of ``tokens`` has ``COLUMNS``.
+    Shapes: ``logps`` and ``ref_logps`` (P, 2), float32; a row of ``tokens`` has ``COLUMNS``.
+    Units: nats.
     """
 
     logps: Tensor
+    ref_logps: Tensor
     distributions: Distributions
     tokens: TokenFile
     moved: list[Moved]
@@ -158,20 +159,12 @@ def record(scorer: Scorer, pairs: Pairs, folder: Path, watch: Watch) -> Recorded
     Raises:
         NotWrittenError: the disk has no room for it and for what ``compare`` will write.
     """
-    head, table = scorer.head, torch.full((len(pairs), 2), math.nan)
     kept: list[TokenFile] = []
-
-    def both(_: Sequence[int], batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        states = scorer.states(batch)
-        pieces = [target_logps(head.logits(states[t]), batch.targets[t]) for _, t in head_pieces(scorer.model, batch)]
-        return response_logps(torch.cat(pieces), batch.lengths), states
-
-    for places, (logps, states) in _watched(scorer, pairs, both, watch):
-        table[list(places)] = logps.view(2, -1).T.cpu()
+    for places, states in _watched(scorer, pairs, lambda _, batch: scorer.states(batch), watch):
         if not kept:
             kept.append(TokenFile(pairs, states.shape[1], states.dtype, folder, 4 * len(COLUMNS)))
         kept[0].write(places, states)
-    return None if watch.stopped() else Recorded(kept[0], head.copied(), table)
+    return None if watch.stopped() else Recorded(kept[0], scorer.head.copied())
 
 
 def compare(
@@ -218,9 +211,9 @@ def compare(
     if not off <= IDENTITY:
         watch.reporter.warn(f"KL(p||q) = H(p, q) - H(p) is off by {off:.2g} nats at some token: distrust the KL")
     table = {name: sums[..., c] for c, name in enumerate((*COLUMNS, "moved"))}
-    logps = table.pop("logp").float(), table.pop("ref_logp").float()
+    logps, ref_logps = table.pop("logp").float(), table.pop("ref_logp").float()
     distributions = Distributions(**{name: each.numpy() for name, each in table.items()}, identity_error=off)
-    return Compared(logps[0 if policy_runs else 1], distributions, tokens, moved)
+    return Compared(logps, ref_logps, distributions, tokens, moved)
 
 
 def _watched(

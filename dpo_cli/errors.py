@@ -1,4 +1,24 @@
-"""The exceptions whose message is written for the user, and text that is safe to show."""
+"""The exceptions whose message is written for the user; the nearest right word; text that is safe to show."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known: the nearest that is, or nothing where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def name_beside(path: Path) -> str:
+    """The same of a file or folder and what is beside it; nothing if it is there."""
+    try:
+        return "" if path.exists() else did_you_mean(path.name, (other.name for other in path.parent.iterdir()))
+    except (OSError, ValueError):  # no such folder either, or a name that cannot be
+        return ""
 
 
 def printable(text: str) -> str:

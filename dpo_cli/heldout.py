@@ -64,8 +64,7 @@ class HeldOut:
             watch = Watch(self.reporter, "reference")
             self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)
         if not run.options.objective.reference:
-            self.reference = self.recorded.logps if self.recorded else torch.full((len(run.held_out), 2), math.nan)
-            self.discounted = self.reference
+            self.reference = self.discounted = torch.full((len(run.held_out), 2), math.nan)
 
     def evaluate(
         self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
@@ -77,7 +76,7 @@ class HeldOut:
         """
         run, watch = self.run, Watch(self.reporter, "held out", stopped)
         scorer = dataclasses.replace(scorer)  # whatever it comes down to, training keeps its budget
-        compared = None
+        reference, compared = self.reference, None
         if self.recorded:
             same = step == 0 and run.reference is None  # the policy is the reference, whose states are there
             folder = run.options.cache_dir
@@ -88,10 +87,12 @@ class HeldOut:
         if policy is None:
             return None
         objective = run.options.objective
+        if compared and not objective.reference:
+            reference = compared.ref_logps
         agreed = ranks.lead if scorer.sharded else _alone
         history = agreed(self._history)
         read = loss_input(policy_read(scorer, run.held_out, objective), self.discounted)
-        scores = scores_of(run.held_out, policy, self.reference, objective, compared, read, history)
+        scores = scores_of(run.held_out, policy, reference, objective, compared, read, history)
         found, known = agreed(lambda: values(scores)), evaluations(history)
         if (metric := run.options.keep_best) and best_step(known | {step: found}, metric) == step:
             keep(found)

@@ -11,7 +11,6 @@ Legend: P pairs. Responses are ordered chosen first: ``logps[:P]`` chosen, ``log
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.errors import UsageError
+from dpo_cli.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -585,9 +584,8 @@ def _terms(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, given, weight = (word.strip() for word in part.partition("="))
         if name not in LOSSES:
-            near = difflib.get_close_matches(name.replace("-", "_"), LOSSES, n=1, cutoff=0.5)
-            told = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSSES)}"
-            raise UsageError(f"--loss {text}: no loss is called '{name}'; {told}")
+            near = did_you_mean(name.replace("-", "_"), LOSSES) or f"; there are {', '.join(LOSSES)}"
+            raise UsageError(f"--loss {text}: no loss is called '{name}'{near}")
         if name in terms:
             raise UsageError(f"--loss {text}: {name} is there twice; add up its weights")
         terms[name] = _number(f"--loss {text}", weight) if given else 1.0

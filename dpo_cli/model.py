@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -30,7 +31,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from dpo_cli import adapters
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, lay_out, padded, probes
-from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.errors import DpoError, UsageError, name_beside
 from dpo_cli.logps import body_states, token_logps
 from dpo_cli.pairs import Pair, loss_tokens
 from dpo_cli.routing import auxiliary_loss, routed
@@ -98,12 +99,12 @@ def _find(name: str | None) -> ModelSource:
         return packaged
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UsageError(f"--model {name}: no such file")
+            raise UsageError(f"--model {name}: no such file{name_beside(path)}")
         return ModelSource(str(path.parent), path.stem, f"{path} (GGUF, dequantized)", gguf=path.name)
     if path.is_dir():
         return _local_model(name, path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UsageError(f"--model {name}: no such folder")
+        raise UsageError(f"--model {name}: no such folder{name_beside(path)}")
     return ModelSource(name, name, f"{name} from the Hugging Face hub")
 
 
@@ -216,7 +217,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # whatever a folder from elsewhere makes the library raise
-        instead = f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else ""
+        instead = f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else name_beside(Path(source.path))
         raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}{instead}") from error
     if source.gguf and not source.tokenizer:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
@@ -327,6 +328,13 @@ def release(model: nn.Module) -> None:
     """Give back the memory of a model's weights, whoever still holds it."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.new_empty(0)
+
+
+def free_memory() -> None:
+    """Give back what models and optimizers took that nobody holds any more; they are parts of cycles."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _disable_dropout(model: nn.Module) -> None:

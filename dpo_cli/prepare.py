@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, cast
@@ -383,9 +384,22 @@ def refuse_unread_terms(objective: Objective, pairs: Pairs) -> None:
 
 
 def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Split off a share of the pairs, at least one, by a seeded choice: (training, held out)."""
-    count = max(1, round(len(pairs) * fraction))
-    if count >= len(pairs):
-        raise UsageError(f"--eval-fraction {fraction}: leaves no pair of {len(pairs)} to train on")
-    out = set(random.Random(f"{seed}/held out").sample(range(len(pairs)), count))
+    """Split off a share of the pairs, at least one, by a seeded choice: (training, held out).
+
+    Pairs of one prompt stay together, or what is learned of a prompt would be asked again.
+
+    Raises:
+        UsageError: nothing would be left to train on.
+    """
+    count, prompts = max(1, round(len(pairs) * fraction)), defaultdict(list)
+    for place, pair in enumerate(pairs):
+        prompts[pair.prompt.tobytes()].append(place)
+    groups, out = list(prompts.values()), set[int]()
+    for place in random.Random(f"{seed}/held out").sample(range(len(groups)), min(count, len(groups))):
+        if len(out) + len(groups[place]) <= count:
+            out.update(groups[place])
+    out = out or set(min(groups, key=len))
+    if len(out) == len(pairs):
+        together = "; pairs of one prompt stay together" if len(pairs) > 1 else ""
+        raise UsageError(f"--eval-fraction {fraction}: leaves no pair of {len(pairs)} to train on{together}")
     return pairs.select([i for i in range(len(pairs)) if i not in out]), pairs.select(sorted(out))

@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -98,6 +99,20 @@ def started(how_to_go_on: Callable[[], str] = lambda: "") -> Iterator[Accelerato
     if dist.is_initialized():  # not before the process ends: its launcher's store would not let it begin anew
         atexit.unregister(dist.destroy_process_group)
         atexit.register(dist.destroy_process_group)
+
+
+def leave(code: int) -> None:
+    """End a process that a launcher started, here and now.
+
+    A thread of gloo may still hold a tensor that this process has let go of, and needs the interpreter to free it; were
+    that being closed meanwhile, the thread's end would be the process's ("terminate called without an active
+    exception").
+    """
+    if launched():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 # ---- agreement --------------------------------------------------------------------------------------------------

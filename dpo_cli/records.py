@@ -20,7 +20,7 @@ from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from dpo_cli.errors import RowError, UsageError, printable
+from dpo_cli.errors import RowError, UsageError, name_beside, printable
 from dpo_cli.hub import Split, hub_split, is_saved, saved_split
 from dpo_cli.tables import table_records
 
@@ -97,7 +97,7 @@ def _sources(typed: str, option: str) -> list[Source]:
         return [_split(saved_split(folder, split, name), name, str(folder))]
     match = _HUB.fullmatch(typed)
     if folder or not match or _is_known(match[1]):
-        raise UsageError(f"{name}: no such file ({why})")
+        raise UsageError(f"{name}: no such file ({why}){name_beside(Path(typed))}")
     dataset, config, split = match.groups()
     return [_split(hub_split(dataset, config, split, name), name, dataset)]
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.errors import DpoError, UsageError, did_you_mean
 from dpo_cli.numerals import is_number
 from dpo_cli.stats import Interval, bootstrap, interval, ratios
 
@@ -78,5 +78,6 @@ def load_reward(name: str) -> Reward:
         raise UsageError(f"--reward {name}: {module} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(judge := getattr(found, function, None)):
         where = getattr(found, "__file__", None) or "which is part of Python"
-        raise UsageError(f"--reward {name}: {module} ({where}) has no function {function}")
+        near = did_you_mean(function, vars(found))
+        raise UsageError(f"--reward {name}: {module} ({where}) has no function {function}{near}")
     return Reward(name, judge)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -48,12 +50,17 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM as a flag that the loop reads between micro-batches; a second signal ends at once."""
+    """SIGINT and SIGTERM as a flag that the loop reads between micro-batches; a second signal ends at once.
+
+    It ends the process, or in an interactive session, whose variables outlive a run, what runs there. In a thread
+    beside the main one signals are not this one's.
+    """
 
     requested = False
 
     def __enter__(self) -> StopSignal:
-        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self._receive) for number in mine}
         return self
 
     def __exit__(
@@ -65,7 +72,7 @@ class StopSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         for each in self.before:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.default_int_handler if hasattr(sys, "ps1") else signal.SIG_DFL)
 
 
 class NotFiniteError(DpoError):

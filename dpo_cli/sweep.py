@@ -6,26 +6,24 @@ Each training is an ordinary run in a folder of its own, by ``train`` itself, an
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpo_cli.config import OPERATIONAL, EvalOptions, SweepOptions, TrainOptions, differences, settled_as
 from dpo_cli.disk import to_json, write_json
 from dpo_cli.errors import Interrupted, UsageError
-from dpo_cli.evaluate import evaluated
+from dpo_cli.evaluation import evaluated
 from dpo_cli.frontier import frontier
 from dpo_cli.metrics import Reporter
+from dpo_cli.model import free_memory
 from dpo_cli.numerals import NONE, between, is_number, number, tick
 from dpo_cli.plots import write_png, write_svg
 from dpo_cli.reward import Reward, load_reward
 from dpo_cli.run import read_manifest, start_of, trained_with
 from dpo_cli.summary import percent
-from dpo_cli.train import train
+from dpo_cli.training import train
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
 RESULT = "sweep.json"
@@ -148,7 +146,7 @@ def _train(run: Path, options: TrainOptions, command: Sequence[str], reporter: R
     except Interrupted as error:
         raise Interrupted(f"{run.name}: {error}, or with the whole sweep by the same command again") from error
     finally:
-        _free()
+        free_memory()
 
 
 def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str, Any]:
@@ -162,15 +160,8 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str,
     done, pairs = evaluated(str(run), EvalOptions(**common | asked), reporter)
     if pairs.digest() != read_manifest(run)["held_out"]["sha256"]:
         raise UsageError(f"{run}: the held-out data changed since it began; name another --output")
-    _free()
+    free_memory()
     return dict(done.result)
-
-
-def _free() -> None:
-    """Give back what a model and its optimizer took, which are parts of cycles."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 # ---- the frontier -----------------------------------------------------------------------------------------------

@@ -35,13 +35,13 @@ import safetensors.torch
 import dpo_cli.logps
 import dpo_cli.reference
 import dpo_cli.shards
-import dpo_cli.train
+import dpo_cli.training
 from tests.test_reference import PROCESSES
 from tests.test_resume import Command, Place
 
 # What the children need, loaded once: a command begins in a few milliseconds.
 PROCESSES.set_forkserver_preload(
-    ["dpo_cli.cli", "dpo_cli.train", "tests.faults", "transformers.models.llama.modeling_llama"]
+    ["dpo_cli.cli", "dpo_cli.training", "tests.faults", "transformers.models.llama.modeling_llama"]
 )
 
 # ---- watched, and killed ----------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class _Watched:
 
         dpo_cli.logps.Scorer.score = told  # type: ignore[method-assign]
         if self.watch.steps:
-            step = dpo_cli.train.Trainer.step
+            step = dpo_cli.training.Trainer.step
 
             def measured(*args: Any, **kwargs: Any) -> Any:
                 values = step(*args, **kwargs)
@@ -144,7 +144,7 @@ class _Watched:
                 self._tell(0, "descriptors", count=len(list(Path("/proc/self/fd").iterdir())))
                 return values
 
-            dpo_cli.train.Trainer.step = measured  # type: ignore[method-assign]
+            dpo_cli.training.Trainer.step = measured  # type: ignore[method-assign]
 
     def _tell(
         self, number: int, call: str, path: str = "", source: str = "", count: int = 0, after: bool = False

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from dpo_cli import ranks
 from dpo_cli.cli import app
 from dpo_cli.errors import DpoError
 from dpo_cli.logps import Scorer
@@ -86,3 +87,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    ranks.leave(0)

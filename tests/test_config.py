@@ -435,6 +435,7 @@ OTHER: dict[str, Any] = {
     "quantize": "4bit",
     "export": "merged",
     "push_to_hub": "me/model",
+    "tracker": "tensorboard",
 }
 
 
@@ -482,7 +483,7 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
     Were the metric of the best model among them, best/ would hold the best by another one, or lack what is over.
     """
     names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
-    names |= {"push_to_hub", "shard"}
+    names |= {"push_to_hub", "shard", "tracker"}
     assert names == OPERATIONAL
 
 

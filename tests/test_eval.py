@@ -254,7 +254,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         paths.append(source.path)
         return load_model(source)
 
-    monkeypatch.setattr("dpo_cli.evaluate.load_model", load)
+    monkeypatch.setattr("dpo_cli.evaluation.load_model", load)
     monkeypatch.setattr("dpo_cli.prepare.load_model", load)
     return paths
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import dpo_cli.heldout
-import dpo_cli.train
+import dpo_cli.training
 from dpo_cli import drift
 from dpo_cli.cli import app
 from dpo_cli.errors import NotWrittenError
@@ -324,11 +324,11 @@ def test_a_resumed_run_has_the_same_best_model(
     """It ended in a step; or with its best model kept and no line of it; or in the middle of keeping it."""
     run, best = tmp_path / "run", best_of(runs["loss"], "loss")
     if what == "step":
-        fail_at(monkeypatch, dpo_cli.train.Trainer, "step", 4, KeyboardInterrupt())
+        fail_at(monkeypatch, dpo_cli.training.Trainer, "step", 4, KeyboardInterrupt())
     elif what == "line":
         fail_at(monkeypatch, dpo_cli.heldout, "append_metrics", best + 1, KeyboardInterrupt())
     else:
-        fail_at(monkeypatch, dpo_cli.train, "export_model", 2, NotWrittenError("best/ cannot be written: No space"))
+        fail_at(monkeypatch, dpo_cli.training, "export_model", 2, NotWrittenError("best/ cannot be written: No space"))
     stopped = place.train(run, "--keep-best", "loss")
     assert stopped.exit_code == (1 if what == "model" else 130), stopped.output
     if what == "model":

@@ -24,7 +24,7 @@ from dpo_cli.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.batch import Segments, lay_out
 from dpo_cli.config import EvalOptions, TrainOptions
 from dpo_cli.drift import Watch, compare, record
-from dpo_cli.evaluate import evaluated
+from dpo_cli.evaluation import evaluated
 from dpo_cli.logps import Scorer, response_logps, token_logps
 from dpo_cli.merge import merge
 from dpo_cli.metrics import Reporter
@@ -32,7 +32,7 @@ from dpo_cli.model import choose_layout, compute_dtype, default_device
 from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.samples import generate
 from dpo_cli.step import Trainer
-from dpo_cli.train import train
+from dpo_cli.training import train
 from tests.conftest import SAMPLE, cli_environment, make_model, make_tokenizer
 from tests.test_families import dense_attention
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from typer.testing import CliRunner
 
 import dpo_cli.push
-import dpo_cli.train
+import dpo_cli.training
 from dpo_cli.card import SELF, hub_name
 from dpo_cli.cli import app
 from dpo_cli.model import DEFAULT_MODEL, PACKAGED, ModelSource, find_model, load_model

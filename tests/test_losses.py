@@ -287,7 +287,7 @@ def test_a_combination_is_the_weighted_sum() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"loss": "apo-zero"}, "--loss apo-zero: no loss is called 'apo-zero'; did you mean apo_zero?"),
+        ({"loss": "apo-zero"}, "--loss apo-zero: no loss is called 'apo-zero'; did you mean 'apo_zero'?"),
         ({"loss": "xyz"}, "--loss xyz: no loss is called 'xyz'; there are sigmoid, "),
         ({"loss": ""}, "no loss is called ''"),
         ({"loss": "sigmoid,sft=x"}, "'x' is no number"),

@@ -147,7 +147,7 @@ def test_a_resumed_run_keeps_the_smaller_forwards(
     start: Train, whole: Path, limits: Limits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that its weights are equal to the bit to those of the run that was not interrupted."""
-    import dpo_cli.train
+    import dpo_cli.training
 
     limits.tokens = 500
     assert start(tmp_path / "through").exit_code == 0
@@ -157,9 +157,9 @@ def test_a_resumed_run_keeps_the_smaller_forwards(
             raise KeyboardInterrupt
         original(file, step, *rest)
 
-    original = dpo_cli.train.append_metrics
+    original = dpo_cli.training.append_metrics
     with monkeypatch.context() as patch:
-        patch.setattr(dpo_cli.train, "append_metrics", killed)
+        patch.setattr(dpo_cli.training, "append_metrics", killed)
         assert start(tmp_path / "run").exit_code == 130
     limits.failed.clear()
     result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli import app
 from dpo_cli.logps import Scorer
-from dpo_cli.train import Trainer
+from dpo_cli.training import Trainer
 from tests.conftest import SAMPLE, write_rows
 
 ROWS, STEPS = 16, 4

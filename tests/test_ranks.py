@@ -44,7 +44,7 @@ def on_ranks(folder: Path, ranks: int, cases: dict[str, Sequence[str]]) -> dict[
     for case, words in cases.items():
         (folder / f"{case}.json").write_text(json.dumps(words))
     command = launch(folder, ranks, "tests.ranks_worker", str(folder), *cases)
-    out = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=120)
+    out = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     ends = {case: [folder / f"{case}.{rank}.json" for rank in range(ranks)] for case in cases}
     found = {case: [json.loads(file.read_text()) for file in files] for case, files in ends.items()}

@@ -39,7 +39,7 @@ from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 # Processes of their own that need not load the libraries again.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["dpo_cli.cli", "dpo_cli.train", "tests.conftest", "transformers.models.llama.modeling_llama"]
+    ["dpo_cli.cli", "dpo_cli.training", "tests.conftest", "transformers.models.llama.modeling_llama"]
 )
 CPU = torch.device("cpu")
 NOISE = 1e-3  # nats

@@ -6,6 +6,7 @@ command's entry point here, where torch is there already.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -22,7 +23,10 @@ from transformers import AutoTokenizer
 
 from dpo_cli.cli import main
 from dpo_cli.config import TrainOptions, to_yaml
-from tests.conftest import Cli, cli_environment, make_model, write_rows
+from dpo_cli.errors import UsageError
+from dpo_cli.pairs import Pairs
+from dpo_cli.prepare import hold_out
+from tests.conftest import Cli, cli_environment, make_model, random_pairs, write_rows
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
 # name: (a line of a file, the reason that is told)
@@ -279,6 +283,27 @@ def test_holding_out_every_pair_is_refused(here: Cli, tiny: Path, tmp_path: Path
     given = ("--model", tiny, "--data", "rows.jsonl", "--eval-fraction", 0.5)
     [message] = error_lines(refusal(here, tmp_path, "train", *given))
     assert message == "--eval-fraction 0.5: leaves no pair of 1 to train on"
+
+
+def test_pairs_of_one_prompt_are_held_out_together() -> None:
+    pairs = [dataclasses.replace(pair, prompt=pair.prompt % 7) for pair in random_pairs(100, longest=2)]
+    training, held_out = hold_out(Pairs(pairs), 0.2, seed=1)
+    asked, asked_again = ({pair.prompt.tobytes() for pair in side} for side in (training, held_out))
+    assert not asked & asked_again and 10 <= len(held_out) <= 20
+    assert sorted(pair.where for side in (training, held_out) for pair in side) == sorted(pair.where for pair in pairs)
+    one = Pairs([dataclasses.replace(pair, prompt=pairs[0].prompt) for pair in pairs])
+    with pytest.raises(UsageError, match="leaves no pair of 100 to train on; pairs of one prompt stay together"):
+        hold_out(one, 0.2, seed=1)
+
+
+def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dpo_cli", "losses"]
+    with subprocess.Popen(
+        command, env=cli_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
 
 
 # ---- going on without bad rows ----------------------------------------------------------------------------------

@@ -33,14 +33,15 @@ LAYERS = [
     {"logps", "scores", "adapters"},
     {"sharding"},
     {"model", "disk", "memory", "samples"},
-    {"metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
+    {"starter", "metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
     {"reference", "checkpoint", "step", "trackers", "drift", "diagnose", "curves", "charts", "frontier"},
     {"prepare", "cache", "report", "show", "summary"},
     {"run", "survey", "outcome"},
-    {"evaluate", "explain", "check", "heldout", "card"},
+    {"evaluation", "explain", "check", "heldout", "card"},
     {"push", "merge"},
-    {"train"},
+    {"training"},
     {"sweep"},
+    {"api"},
     {"cli"},
     {"__main__"},
 ]
@@ -85,21 +86,24 @@ def test_imports_point_downwards(module: str) -> None:
     assert not above, f"{module} imports {above}, which are not below it"
 
 
-def test_the_package_itself_imports_nothing_of_its_own() -> None:
-    assert set(imported(tree("__init__"))) == {"os"}
+def test_the_package_itself_offers_its_functions_and_their_errors() -> None:
+    assert own_imports(tree("__init__")) == {"api", "errors"}
+    assert packages(tree("__init__")) == {"os", "dpo_cli"}
 
 
 def test_imports_are_seen_wherever_they_stand() -> None:
     """The tests here would hold nothing if this went blind."""
-    source = "import dpo_cli.train\ndef f():\n    from dpo_cli.model import load_model\n    from dpo_cli import batch\n"
-    assert own_imports(ast.parse(source)) == {"train", "model", "batch"}
-    assert own_imports(tree("cli")) >= {"config", "errors", "train", "evaluate", "prepare"}
+    source = (
+        "import dpo_cli.training\ndef f():\n    from dpo_cli.model import load_model\n    from dpo_cli import data\n"
+    )
+    assert own_imports(ast.parse(source)) == {"training", "model", "data"}
+    assert own_imports(tree("cli")) >= {"config", "errors", "training", "evaluation", "prepare"}
     assert packages(ast.parse("def f():\n    import accelerate.utils as u")) == {"accelerate"}
 
 
 def test_accelerate_is_named_by_the_loop_alone() -> None:
     users = {module for module in MODULES if "accelerate" in packages(tree(module))}
-    assert users == {"ranks", "train", "step", "trackers"}
+    assert users == {"ranks", "training", "step", "trackers"}
 
 
 def test_pure_layers_know_torch_only() -> None:

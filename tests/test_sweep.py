@@ -27,7 +27,7 @@ from dpo_cli.plots import svg, write_svg
 from dpo_cli.reward import Reward, load_reward
 from dpo_cli.step import StopSignal, Trainer
 from dpo_cli.sweep import as_text
-from dpo_cli.train import train
+from dpo_cli.training import train
 from tests.conftest import SAMPLE, make_model, write_rows
 from tests.test_eval import dpo, invoke
 
@@ -109,7 +109,7 @@ class Seen:
             self.models.append(weakref.ref(found[0]))
             return found
 
-        patch.setattr("dpo_cli.train.fill_reference", filled)
+        patch.setattr("dpo_cli.training.fill_reference", filled)
         patch.setattr("dpo_cli.prepare.load_weights", loaded)
 
 

@@ -82,7 +82,7 @@ def test_tensorboard_has_every_number_of_the_metrics(dpo: Cli, command: tuple[An
     ("tracker", "told"),
     [
         ("tensorbord", "--tracker tensorbord: must be one or more of tensorboard, wandb, mlflow, trackio, with commas "
-         "between, or none; did you mean tensorboard?"),
+         "between, or none; did you mean 'tensorboard'?"),
         ("mlflow,W&B", "--tracker W&B: must be"),
         ("none,mlflow", "--tracker none: must be"),
         ("", "--tracker : must be"),

@@ -229,10 +229,10 @@ class _Judge:
         about: dict[str, Any] = {"policy_runs": False, "same": self.itself}
         compared = drift.compare(reference.scorer, recorded, self.pairs, folder, self._watch("reference"), **about)
         assert compared is not None
-        known = recorded.logps if self.itself else (kept or cache).lookup(self.pairs)
+        known = compared.ref_logps if self.itself else (kept or cache).lookup(self.pairs)
         self.loss_input = loss_input(read, self._discounted(kept or cache, known, reference.scorer))
         told = self._of_samples(drawn, reference, about) if drawn else {}
-        return recorded.logps, compared.logps if known.isnan().any() else known, compared, told
+        return compared.logps, compared.ref_logps if known.isnan().any() else known, compared, told
 
     def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: Scorer) -> Tensor:
         """Log-probs under the reference (P, 2) as LD-DPO reads them: of the cache, where it has all of them."""
@@ -336,7 +336,7 @@ class _Judge:
         folder, watch = self.options.cache_dir, self._watch("samples")
         compared = drift.compare(reference.scorer, drawn.recorded, drawn.pairs, folder, watch, **about)
         assert compared is not None
-        tables = drawn.recorded.logps.numpy(), compared.logps.numpy(), compared.distributions.kl
+        tables = compared.logps.numpy(), compared.ref_logps.numpy(), compared.distributions.kl
         found = sequence_kl(*(by_prompt(table.astype(float), self.options.samples) for table in tables))
         ended = [response.ended for each in drawn.sampled for response in each]
         found |= {"max_new_tokens": self.options.sample_tokens, "ended": sum(ended) / len(ended)}

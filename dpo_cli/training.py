@@ -28,7 +28,7 @@ from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
 from dpo_cli.errors import DpoError, Interrupted, NotWrittenError
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import noise
-from dpo_cli.metrics import Reporter, append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
+from dpo_cli.metrics import Reporter, append_metrics, brief, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.model import load_model
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
@@ -245,13 +245,15 @@ class _Loop:
         """
         run, options, total = self.run, self.run.options, len(self.run.plan)
         evaluated = ranks.lead(lambda: set(evaluations(read_metrics(run.folder / "metrics.jsonl"))))
-        with self.reporter.progress("train", total, done, options.log_every) as progress:
+        with self.reporter.progress(
+            "train", total, done, options.log_every, stopping=lambda: self.stop.requested
+        ) as progress:
             for step in range(done, total + 1):
                 if step > done:
                     rng = rng_state(run.scorer.device)
-                    if ranks.most([self.stop.requested])[0] or (told := self._step(step)) is None:
+                    if ranks.most([self.stop.requested])[0] or (values := self._step(step)) is None:
                         raise self._interrupted(step - 1, rng)
-                    progress.advance(1, told)
+                    progress.advance(1, values)
                     if step == total or _due(options.save_every, step):
                         self._save(step, rng_state(run.scorer.device))
                 due = run.held_out and (step in (0, total) or _due(options.eval_every, step))
@@ -260,8 +262,8 @@ class _Loop:
                     raise self._interrupted(step, rng_state(run.scorer.device))
                 self.trackers.follow()
 
-    def _step(self, step: int) -> str | None:
-        """Take one step, write its line and word it; None if a signal came first."""
+    def _step(self, step: int) -> dict[str, float] | None:
+        """Take one step, write its line and return its metrics; None if a signal came first."""
         run, indices = self.run, self.run.plan[step - 1]
         began = time.monotonic()
         try:
@@ -273,7 +275,7 @@ class _Loop:
         if ranks.rank() == 0:
             append_metrics(run.folder / "metrics.jsonl", step, values)
         tokens = sum(run.costs[i] for micro_batch in indices for i in micro_batch)
-        return f"{_brief(values)}  {tokens / (time.monotonic() - began):,.0f} tok/s"
+        return values | {"tokens_per_second": tokens / (time.monotonic() - began)}
 
     def _evaluate(self, step: int) -> bool:
         """Evaluate the held-out pairs, tell it, and keep the model if it is the best; False if a signal came first."""
@@ -283,7 +285,7 @@ class _Loop:
         found = self.held_out.evaluate(step, trainer.scorer, lambda: any(agree([stop.requested])), keep)
         if found is None:
             return False
-        self.reporter.fact("held out", f"step {step}: {_brief(found)}")
+        self.reporter.fact("held out", f"step {step}: {brief(found)}", {"step": step} | found)
         if step < len(run.plan) and ranks.rank() == 0:  # the last one's is written when the run is complete
             self.held_out.write_report()
         return True
@@ -409,7 +411,3 @@ def _answers(run: Run) -> list[str]:
         run.model, run.tokenizer, prompts, run.own_attention, ANSWER_TOKENS, sampled=False, room=room, dtype=dtype
     )
     return [text(run.tokenizer, response.ids) for (response,) in found]
-
-
-def _brief(values: dict[str, float]) -> str:
-    return "loss {loss:.4f}  margin {rewards/margins:.4f}  accuracy {rewards/accuracies:.3f}".format(**values)
