@@ -71,23 +71,25 @@ class Trackers:
         metrics = folder / "metrics.jsonl"
         if self.live:
             metrics.touch()
-        self.lines = metrics.open(encoding="utf-8") if self.live else None
+        self.lines = metrics.open("rb") if self.live else None
         self.seen = 0
 
     def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.follow()
-        for name, tracker in list(self.live.items()):
-            with self._guarded(name):
-                _finish(tracker)
-        if self.lines:
-            self.lines.close()
+        try:
+            self.follow()
+        finally:
+            for name, tracker in list(self.live.items()):
+                with self._guarded(name):
+                    _finish(tracker)
+            if self.lines:
+                self.lines.close()
 
     def follow(self) -> None:
         """Tell every tracker the lines that it does not have yet."""
-        for line in self.lines or ():
+        for line in self._whole_lines():
             self.seen += 1
             row = json.loads(line)
             step = row.pop("step")
@@ -99,9 +101,16 @@ class Trackers:
                         self.known[name]["told"] = self.seen
             self._note()
 
+    def _whole_lines(self) -> Iterator[bytes]:
+        """The lines that were not read yet, up to one that is cut short: a full disk leaves half of it."""
+        if self.lines:
+            while (line := self.lines.readline()).endswith(b"\n"):
+                yield line
+            self.lines.seek(-len(line), os.SEEK_CUR)
+
     def _start(self, name: str, options: TrainOptions) -> None:
         known = self.known.get(name)
-        own, told = (str(known["run"]), int(known["told"])) if known else (secrets.token_hex(4), 0)
+        own, told = (known["run"], known["told"]) if known else (secrets.token_hex(4), 0)
         tracker, where = _make(name, self.folder, own, new=known is None)
         self.live[name] = tracker
         tracker.start()
@@ -176,8 +185,13 @@ def _finish(tracker: GeneralTracker) -> None:
 
 
 def _read(state: Path) -> dict[str, Any]:
-    """What is known of the trackers' runs; nothing, where the file is missing or damaged."""
+    """What is known of the trackers' runs; nothing, where the file or its part is missing or damaged."""
     with suppress(OSError, ValueError):
         found = json.loads(state.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        entries = found.items() if isinstance(found, dict) else ()
+        return {name: entry for name, entry in entries if _is_whole(entry)}
     return {}
+
+
+def _is_whole(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("run"), str) and isinstance(entry.get("told"), int)

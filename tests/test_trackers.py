@@ -12,7 +12,7 @@ from accelerate.tracking import GeneralTracker
 
 from dpo_cli import trackers
 from dpo_cli.config import TrainOptions
-from dpo_cli.errors import UsageError
+from dpo_cli.errors import NotWrittenError, UsageError
 from dpo_cli.metrics import Reporter, append_metrics, read_metrics, truncate_metrics
 from dpo_cli.trackers import Trackers, check_installed, hyperparameters
 from tests.conftest import Cli
@@ -250,7 +250,28 @@ def test_a_damaged_state_ends_no_run(damaged: str, made: list[Listener], tmp_pat
     (tmp_path / "trackers.json").write_text(damaged)
     with start(tmp_path, "trackio") as live:
         tell(live, 1)
-    assert (tmp_path / "metrics.jsonl").exists()
+    assert made[0].told == [(1, {"loss": 1.0})] and made[0].new
+
+
+def test_half_a_line_is_told_when_it_is_whole(made: list[Listener], tmp_path: Path) -> None:
+    with start(tmp_path, "trackio") as live:
+        tell(live, 1)
+        for part in ('{"step": 2, ', '"loss": ', "0.5}\n"):
+            with (tmp_path / "metrics.jsonl").open("a") as stream:
+                stream.write(part)
+            live.follow()
+        tell(live, 3)
+    assert made[0].told == [(1, {"loss": 1.0}), (2, {"loss": 0.5}), (3, {"loss": 1 / 3})]
+
+
+def test_half_a_line_hides_no_error(made: list[Listener], tmp_path: Path) -> None:
+    """A full disk leaves it, and ends the run."""
+    with pytest.raises(NotWrittenError), start(tmp_path, "trackio") as live:
+        tell(live, 1)
+        with (tmp_path / "metrics.jsonl").open("a") as stream:
+            stream.write('{"step": 2, "lo')
+        raise NotWrittenError("no space left")
+    assert made[0].finished and live.lines and live.lines.closed
 
 
 # ---- the real ones, on this machine -----------------------------------------------------------------------------
