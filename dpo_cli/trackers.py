@@ -24,7 +24,7 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 from dpo_cli import ranks
 from dpo_cli.config import OPERATIONAL, TrainOptions
 from dpo_cli.disk import to_json
-from dpo_cli.errors import UsageError
+from dpo_cli.errors import Interrupted, UsageError
 from dpo_cli.metrics import Reporter
 
 PROJECT = "dpo"
@@ -71,23 +71,25 @@ class Trackers:
         metrics = folder / "metrics.jsonl"
         if self.live:
             metrics.touch()
-        self.lines = metrics.open(encoding="utf-8") if self.live else None
+        self.lines = metrics.open("rb") if self.live else None
         self.seen = 0
 
     def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.follow()
-        for name, tracker in list(self.live.items()):
-            with self._guarded(name):
-                _finish(tracker)
-        if self.lines:
-            self.lines.close()
+        try:
+            self.follow()
+        finally:
+            for name, tracker in list(self.live.items()):
+                with self._guarded(name):
+                    _finish(tracker, kind)
+            if self.lines:
+                self.lines.close()
 
     def follow(self) -> None:
         """Tell every tracker the lines that it does not have yet."""
-        for line in self.lines or ():
+        for line in self._whole_lines():
             self.seen += 1
             row = json.loads(line)
             step = row.pop("step")
@@ -95,19 +97,29 @@ class Trackers:
             for name, tracker in list(self.live.items()):
                 if self.known[name]["told"] < self.seen:
                     with self._guarded(name):
-                        tracker.log(values, step=step)
+                        _log(tracker, values, step)
                         self.known[name]["told"] = self.seen
             self._note()
 
+    def _whole_lines(self) -> Iterator[bytes]:
+        """The lines that were not read yet, up to one that is cut short: a full disk leaves half of it."""
+        if self.lines:
+            while (line := self.lines.readline()).endswith(b"\n"):
+                yield line
+            self.lines.seek(-len(line), os.SEEK_CUR)
+
     def _start(self, name: str, options: TrainOptions) -> None:
         known = self.known.get(name)
-        own, told = (str(known["run"]), int(known["told"])) if known else (secrets.token_hex(4), 0)
+        own, told = (known["run"], known["told"]) if known else (secrets.token_hex(4), 0)
         tracker, where = _make(name, self.folder, own, new=known is None)
-        self.live[name] = tracker
         tracker.start()
-        if known is None:
+        self.live[name] = tracker  # not before: to end what did not start may end a run of the user's
+        if isinstance(tracker, WandBTracker):
+            tracker.tracker.define_metric("*", step_metric="step")
+        if known is None or name == "trackio":  # it replaces the options with those of each start
             tracker.store_init_configuration(hyperparameters(options))
-            own = tracker.tracker.info.run_id if name == "mlflow" else own
+        if known is None and name == "mlflow":
+            own = tracker.tracker.info.run_id
         self.known[name] = {"run": own, "told": told}
         self._note()
         self.reporter.fact("tracker", f"{name}: {where}")
@@ -127,11 +139,13 @@ class Trackers:
                 yield
             except Exception as error:  # of its library, its server, its disk
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                if uri := os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/"):  # it may hold a password
+                    reason = reason.replace(uri, "MLFLOW_TRACKING_URI")
                 told = f"--tracker {name}: {reason}; the run goes on without it, and --resume tells it the rest"
                 self.reporter.warn(told)
                 if tracker := self.live.pop(name, None):
                     with suppress(Exception):  # it may be the same again
-                        _finish(tracker)
+                        _finish(tracker, type(error))
 
 
 def _make(name: str, folder: Path, own: str, new: bool) -> tuple[GeneralTracker, str]:
@@ -152,31 +166,73 @@ def _make(name: str, folder: Path, own: str, new: bool) -> tuple[GeneralTracker,
 
 def _make_mlflow(folder: Path, own: str | None) -> tuple[GeneralTracker, str]:
     """MLflow on the server that its environment names, else in a data base below the run's folder."""
-    import mlflow
-
-    experiment, artifacts = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT), None
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        store = folder.absolute() / "mlflow"
-        store.mkdir(exist_ok=True)
-        mlflow.set_tracking_uri(f"sqlite:///{store / 'mlflow.db'}")
-        artifacts = (store / "artifacts").as_uri()
-    tracker = MLflowTracker(experiment, logging_dir=artifacts, run_id=own, run_name=folder.name)
-    uri = shlex.quote(mlflow.get_tracking_uri())
-    return tracker, f"mlflow ui --backend-store-uri {uri}" if artifacts else f"experiment {experiment} at {uri}"
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        server = MLflowTracker(experiment, run_id=own, run_name=folder.name)
+        return server, f"experiment {experiment} at MLFLOW_TRACKING_URI"
+    store = folder.absolute() / "mlflow"
+    store.mkdir(exist_ok=True)
+    local = _LocalMLflow(experiment, (store / "artifacts").as_uri(), own, run_name=folder.name)
+    local.uri = f"sqlite:///{store / 'mlflow.db'}"
+    return local, f"mlflow ui --backend-store-uri {shlex.quote(local.uri)}"
 
 
-def _finish(tracker: GeneralTracker) -> None:
+class _LocalMLflow(MLflowTracker):
+    """MLflow in the data base ``uri``, which stands in the environment while this runs, and must not outlast it.
+
+    The next run of the process would take it for a server that the user named.
+    """
+
+    uri = ""
+
+    def start(self) -> None:
+        import mlflow
+
+        mlflow.set_tracking_uri(self.uri)
+        try:
+            super().start()
+        except BaseException:
+            mlflow.set_tracking_uri(None)
+            raise
+
+
+def _log(tracker: GeneralTracker, values: dict[str, Any], step: int) -> None:
+    """Tell one line; to W&B its step too is a value, as its own count takes no step that is lower than its last."""
+    if isinstance(tracker, WandBTracker):
+        tracker.log(values | {"step": step})
+    else:
+        tracker.log(values, step=step)
+
+
+def _finish(tracker: GeneralTracker, kind: type[BaseException] | None) -> None:
+    """End the tracker's run; W&B and MLflow keep whether it failed, MLflow also whether someone stopped it."""
     if isinstance(tracker, TrackioTracker):
         import trackio
 
         trackio.finish()  # accelerate's leaves the run open, and the end of the process tells of that on stdout
+    elif isinstance(tracker, WandBTracker):
+        tracker.tracker.finish(exit_code=0 if kind is None else 1)
+    elif isinstance(tracker, MLflowTracker):
+        import mlflow
+
+        stopped = kind and issubclass(kind, (Interrupted, KeyboardInterrupt))
+        try:
+            mlflow.end_run("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
+        finally:
+            if isinstance(tracker, _LocalMLflow):
+                mlflow.set_tracking_uri(None)
     else:
         tracker.finish()
 
 
 def _read(state: Path) -> dict[str, Any]:
-    """What is known of the trackers' runs; nothing, where the file is missing or damaged."""
+    """What is known of the trackers' runs; nothing, where the file or its part is missing or damaged."""
     with suppress(OSError, ValueError):
         found = json.loads(state.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        entries = found.items() if isinstance(found, dict) else ()
+        return {name: entry for name, entry in entries if _is_whole(entry)}
     return {}
+
+
+def _is_whole(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("run"), str) and isinstance(entry.get("told"), int)

@@ -1,18 +1,21 @@
 """Experiment trackers get what metrics.jsonl gets, once and in order, and none of them ends a run."""
 
 import json
+import os
 import sqlite3
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 from accelerate.tracking import GeneralTracker
 
 from dpo_cli import trackers
 from dpo_cli.config import TrainOptions
-from dpo_cli.errors import UsageError
+from dpo_cli.errors import Interrupted, NotWrittenError, UsageError
 from dpo_cli.metrics import Reporter, append_metrics, read_metrics, truncate_metrics
 from dpo_cli.trackers import Trackers, check_installed, hyperparameters
 from tests.conftest import Cli
@@ -187,12 +190,12 @@ def test_each_line_is_told_once_and_in_order(made: list[Listener], tmp_path: Pat
 
 def test_a_resumed_run_goes_on_with_the_trackers_own_run(made: list[Listener], tmp_path: Path) -> None:
     """Killed after step 3 and taken back to step 1: steps 2 and 3 come again, and are not told again."""
-    tell_and_die(tmp_path, "trackio", 1, 2, 3)
+    tell_and_die(tmp_path, "tensorboard", 1, 2, 3)
     for _ in range(2):  # these are killed before they are as far as the first was
         truncate_metrics(tmp_path / "metrics.jsonl", 1)
-        tell_and_die(tmp_path, "trackio", 2)
+        tell_and_die(tmp_path, "tensorboard", 2)
     truncate_metrics(tmp_path / "metrics.jsonl", 1)
-    with start(tmp_path, "trackio") as live:
+    with start(tmp_path, "tensorboard") as live:
         tell(live, 2, 3, 4)
     assert [[step for step, _ in each.told] for each in made] == [[1, 2, 3], [], [], [4]]
     assert len({each.own for each in made}) == 1 and [each.new for each in made] == [True, False, False, False]
@@ -250,7 +253,130 @@ def test_a_damaged_state_ends_no_run(damaged: str, made: list[Listener], tmp_pat
     (tmp_path / "trackers.json").write_text(damaged)
     with start(tmp_path, "trackio") as live:
         tell(live, 1)
-    assert (tmp_path / "metrics.jsonl").exists()
+    assert made[0].told == [(1, {"loss": 1.0})] and made[0].new
+
+
+def test_half_a_line_is_told_when_it_is_whole(made: list[Listener], tmp_path: Path) -> None:
+    with start(tmp_path, "trackio") as live:
+        tell(live, 1)
+        for part in ('{"step": 2, ', '"loss": ', "0.5}\n"):
+            with (tmp_path / "metrics.jsonl").open("a") as stream:
+                stream.write(part)
+            live.follow()
+        tell(live, 3)
+    assert made[0].told == [(1, {"loss": 1.0}), (2, {"loss": 0.5}), (3, {"loss": 1 / 3})]
+
+
+def test_half_a_line_hides_no_error(made: list[Listener], tmp_path: Path) -> None:
+    """A full disk leaves it, and ends the run."""
+    with pytest.raises(NotWrittenError), start(tmp_path, "trackio") as live:
+        tell(live, 1)
+        with (tmp_path / "metrics.jsonl").open("a") as stream:
+            stream.write('{"step": 2, "lo')
+        raise NotWrittenError("no space left")
+    assert made[0].finished and live.lines and live.lines.closed
+
+
+@pytest.mark.parametrize(("method", "ended"), [("start", False), ("store_init_configuration", True)])
+def test_only_what_has_started_is_ended(
+    method: str, ended: bool, made: list[Listener], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of the user's in the same process is left alone."""
+
+    def fail(*_: Any) -> None:
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(Listener, method, fail)
+    with start(tmp_path, "trackio"):
+        pass
+    assert made[0].finished is ended
+
+
+class FakeMLflow:
+    """What is used of the package; the address is in the environment too, as in the real one."""
+
+    utils = SimpleNamespace(validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100))
+
+    def __init__(self) -> None:
+        self.fails = False
+        self.calls: list[tuple[str | None, str]] = []  # what was done, and with which address
+
+    def set_tracking_uri(self, uri: str | None) -> None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if uri is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = uri
+
+    def search_experiments(self, filter_string: str) -> list[Any]:
+        return [SimpleNamespace(experiment_id="0")]
+
+    def start_run(self, **_: Any) -> Any:
+        if self.fails:
+            raise ConnectionError(f"no answer from {os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/api")
+        self.calls.append((os.environ.get("MLFLOW_TRACKING_URI"), "start"))
+        return SimpleNamespace(info=SimpleNamespace(run_id="id"))
+
+    def log_params(self, values: dict[str, Any]) -> None:
+        pass
+
+    def end_run(self, status: str) -> None:
+        self.calls.append((os.environ.get("MLFLOW_TRACKING_URI"), status))
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> FakeMLflow:
+    fake = FakeMLflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)  # type: ignore[arg-type]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that it is as it was at the end
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    return fake
+
+
+def test_each_run_of_a_process_has_its_own_mlflow(mlflow: FakeMLflow, tmp_path: Path) -> None:
+    """The address of one is gone when it ends, or does not start."""
+    ends: list[type[BaseException] | None] = [None, Interrupted, NotWrittenError, KeyboardInterrupt]
+    for place, end in enumerate(ends):
+        with suppress(Interrupted, NotWrittenError, KeyboardInterrupt), start(tmp_path / str(place), "mlflow"):
+            if end:
+                raise end
+        assert "MLFLOW_TRACKING_URI" not in os.environ
+    uris = [f"sqlite:///{tmp_path / str(place) / 'mlflow' / 'mlflow.db'}" for place in range(4)]
+    assert mlflow.calls[::2] == [(uri, "start") for uri in uris]
+    assert mlflow.calls[1::2] == list(zip(uris, ["FINISHED", "KILLED", "FAILED", "KILLED"], strict=True))
+    mlflow.fails = True
+    with start(tmp_path / "4", "mlflow"):
+        assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert len(mlflow.calls) == 8
+
+
+def test_the_address_of_a_server_is_the_users(
+    mlflow: FakeMLflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may hold a password: it is not told, and stays as it is."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host/")
+    for mlflow.fails in (False, True):
+        with start(tmp_path, "mlflow"):
+            pass
+    err = capsys.readouterr().err
+    assert "mlflow: experiment dpo at MLFLOW_TRACKING_URI\n" in err and "secret" not in err
+    assert "mlflow: no answer from MLFLOW_TRACKING_URI/api; the run goes on" in err
+    assert mlflow.calls == [("https://me:secret@host/", "start"), ("https://me:secret@host/", "FINISHED")]
+    assert not (tmp_path / "mlflow").exists()
+
+
+def test_wandb_draws_over_the_steps_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own count would leave out what a resumed run tells of steps before its last; a failed run is told as one."""
+    run = MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", MagicMock(init=lambda **_: run))
+    with pytest.raises(NotWrittenError), start(tmp_path, "wandb") as live:
+        tell(live, 1, 2)
+        raise NotWrittenError("no space left")
+    run.define_metric.assert_called_once_with("*", step_metric="step")
+    assert run.log.call_args_list == [
+        call({"loss": 1.0, "step": 1}, step=None),
+        call({"loss": 0.5, "step": 2}, step=None),
+    ]
+    run.finish.assert_called_once_with(exit_code=1)
 
 
 # ---- the real ones, on this machine -----------------------------------------------------------------------------
