@@ -942,7 +942,7 @@ def check_row(row: Row | BadRow) -> None:
             content.encode()
     if not isinstance(row.prompt, str):
         assert row.prompt[-1]["role"] in ("user", "tool")
-        assert {m["role"] for m in [*row.chosen, *row.rejected]} <= {"assistant", "tool"}  # type: ignore[index]
+        assert {m["role"] for m in [*row.chosen, *row.rejected]} <= {"assistant", "tool", "user"}  # type: ignore[index]
         assert row.chosen[-1]["role"] == row.rejected[-1]["role"] == "assistant"  # type: ignore[index]
 
 

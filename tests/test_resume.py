@@ -79,7 +79,7 @@ def _main(arguments: list[str], folder: Path, told: Path, pause: float, strike: 
     from dpo_cli.cli import main
     from dpo_cli.training import Trainer
 
-    plots._figure = lambda *_: Figure((1, 1))  # drawn with nothing in it: most of such a run's time went there
+    plots._figure = lambda *_, **__: Figure((1, 1))  # drawn with nothing in it: most of such a run's time went there
     if pause:
         step = Trainer.step
         Trainer.step = lambda *args: (time.sleep(pause), step(*args))[1]  # type: ignore[method-assign]
@@ -353,15 +353,15 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
     ("phase", "call", "number"),
     [
         ("drift:_moved", 1, signal.SIGTERM),  # in the evaluation before the first step
-        ("train:Trainer.step", 1, signal.SIGINT),
-        ("train:Trainer._backward", 13, signal.SIGTERM),  # between the micro-batches of a step
-        ("train:Trainer._backward", 13, signal.SIGINT),
-        ("train:append_metrics", 6, signal.SIGTERM),
+        ("training:Trainer.step", 1, signal.SIGINT),
+        ("training:Trainer._backward", 13, signal.SIGTERM),  # between the micro-batches of a step
+        ("training:Trainer._backward", 13, signal.SIGINT),
+        ("training:append_metrics", 6, signal.SIGTERM),
         ("drift:_moved", 5, signal.SIGINT),  # in an evaluation on the way
         ("heldout:append_metrics", 3, signal.SIGTERM),
         ("heldout:write_report", 2, signal.SIGINT),
-        ("train:save_checkpoint", 3, signal.SIGTERM),
-        ("train:export_model", 1, signal.SIGINT),
+        ("training:save_checkpoint", 3, signal.SIGTERM),
+        ("training:export_model", 1, signal.SIGINT),
     ],
 )
 def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, number: signal.Signals) -> None:
@@ -369,7 +369,7 @@ def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, 
     name = f"my {phase.partition(':')[2]} {call} {number.name}"
     run = place.folder / name
     code, told = place.train(name, strike=Strike(f"dpo_cli.{phase}", call, (number,)))
-    if phase != "train:export_model" or code:  # the work is done there: it may as well come to its end
+    if phase != "training:export_model" or code:  # the work is done there: it may as well come to its end
         assert code == 130, told
         found = newest_checkpoint(run / "checkpoints", pytest.fail)
         assert found and found[1] == max(newest_step(run), 0)
