@@ -177,7 +177,7 @@ def _make_mlflow(folder: Path, own: str | None) -> tuple[GeneralTracker, str]:
     return local, f"mlflow ui --backend-store-uri {shlex.quote(local.uri)}"
 
 
-class _LocalMLflow(MLflowTracker):
+class _LocalMLflow(MLflowTracker):  # type: ignore[misc]
     """MLflow in the data base ``uri``, which stands in the environment while this runs, and must not outlast it.
 
     The next run of the process would take it for a server that the user named.
