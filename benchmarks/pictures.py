@@ -52,7 +52,7 @@ def record(command: str) -> str:
 
     if status := pty.spawn([sys.executable, "-m", "dpo_cli", *shlex.split(command)[1:]], read):
         raise SystemExit(f"{command}: ended with status {status}")
-    return log.decode()
+    return log.decode().replace(str(Path.home()), "~")
 
 
 def lines_of(log: str) -> list[str]:
