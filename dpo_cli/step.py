@@ -53,7 +53,8 @@ class StopSignal:
     """SIGINT and SIGTERM as a flag that the loop reads between micro-batches; a second signal ends at once.
 
     It ends the process, or in an interactive session, whose variables outlive a run, what runs there. In a thread
-    beside the main one signals are not this one's.
+    beside the main one signals are not this one's. Once an error ends one of several processes, SIGTERM is not heard:
+    the launcher sends it when another one has ended, and it would hide what is to be said of that.
     """
 
     requested = False
@@ -67,7 +68,8 @@ class StopSignal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            deaf = error and number == signal.SIGTERM and ranks.launched()
+            signal.signal(number, signal.SIG_IGN if deaf else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
