@@ -98,8 +98,9 @@ def test_all_of_it_and_going_on_from_an_interruption(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = run(tmp_path / "whole", tiny)
-    assert len(whole["points"]) == 2 * 5 * 2
-    assert {point["step"] for point in whole["points"]} == {1, 3}
+    assert len(whole["points"]) == 2 * 6 * 2
+    assert {point["step"] for point in whole["points"] if "long" not in point["setting"]} == {1, 3}
+    assert {point["step"] for point in whole["points"] if "long" in point["setting"]} == {4, 12}
     for point in whole["points"]:
         assert point["kl"] > 0 and math.isfinite(point["gain"])
         first, last = point["kl_interval"]
