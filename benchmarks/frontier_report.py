@@ -127,7 +127,7 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
     for name in _names(points):
         mine = [point for point in points if point["method"] == name]
         ends = [max(p["kl"] for p in mine if p["seed"] == seed) for seed in {p["seed"] for p in mine}]
-        levels = np.linspace(0, min(ends), 80)
+        levels = np.linspace(0, min(ends) ** 0.5, 80) ** 2
         curve, colour = at(points, name, levels), COLOURS.get(name, muted)
         axes.plot(levels, curve.mean(0), color=colour, lw=1.8, label=name)
         axes.plot(*_columns(mine), "o", color=colour, ms=3.5, alpha=0.6)
@@ -135,7 +135,9 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
         axes.fill_between(levels, *band.T, color=colour, alpha=0.12, lw=0)
     with rc_context({"font.size": 10}), whole_file(file) as temporary:
         quieten(axes, ON_PAPER, "")
-        axes.set_xlabel("KL from the reference, nats a completion", color=muted)
+        axes.set_xlabel("KL from the reference, nats a completion (the scale is of its root)", color=muted)
+        axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+        axes.set_xticks(ticks := [0.0, *(kl for kl in (*LEVELS, 8.0, 16.0) if kl <= far)], [f"{kl:g}" for kl in ticks])
         axes.set_ylabel("reward gained over the reference", color=muted)
         axes.set_xlim(0, far)
         axes.axhline(0, color=muted, lw=0.8)
