@@ -370,12 +370,12 @@ def test_hostile_text_takes_no_time(tokenizer: Any, piece: str) -> None:
     text = piece * (2_000_000 // len(piece))
     row = Row("", "", "Why?", f"x{text}", f"x{text}y")
     texts = texts_of(row)
-    began = time.monotonic()
+    began = time.process_time()
     plain = Texts(*map(normalized, texts))
     list(RowFindings(tokenizer).of(row, texts, plain))
     near.is_near(plain, plain._replace(prompt="Who?"))
     near.band_keys([plain])
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 # ---- between rows -----------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,14 +44,20 @@ class Clock:
         monkeypatch.setattr("dpo_cli.metrics.time.monotonic", lambda: self.now)
 
 
+def until_closed(end: int) -> str:
+    """All that comes to one end of a pseudo-terminal until nobody has the other end any more."""
+    parts = []
+    with suppress(OSError):
+        while part := os.read(end, 2**16):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
 def received(end: int) -> str:
-    """All that has come to one end of a pseudo-terminal so far, or until the other end is closed."""
+    """All that has come to one end of a pseudo-terminal so far."""
     parts = []
     while select.select([end], [], [], 0.05)[0]:
-        try:
-            parts.append(os.read(end, 2**16))
-        except OSError:  # nobody has the other end any more
-            break
+        parts.append(os.read(end, 2**16))
     return b"".join(parts).decode()
 
 
@@ -99,6 +107,7 @@ def train(reporter: Reporter) -> None:
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_bar_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
     shown = lines(on_terminal(width, monkeypatch, train))
     assert all(len(line) < width for line in shown)  # with room for ^C
     last = shown[-1]
@@ -108,6 +117,7 @@ def test_the_bar_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_narrow_terminal_is_told_less_and_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
     shown = lines(on_terminal(40, monkeypatch, train))
     assert all(len(line) < 40 for line in shown if "warning" not in line)
     assert "loss 0.1170" in shown[-1] and "eta 0:00" in shown[-1] and "margin" not in shown[-1]
@@ -120,7 +130,7 @@ def test_a_line_beside_the_bar_is_whole(monkeypatch: pytest.MonkeyPatch) -> None
         with reporter.progress("train", 24) as outer, reporter.progress("held out", 8) as inner:
             inner.advance(4)
             outer.advance(1, VALUES)
-            time.sleep(0.4)  # until they are drawn again
+            time.sleep(2)  # they are drawn every quarter of a second
             reporter.warn("the disk is nearly full")
             print("from elsewhere", file=sys.stderr)
 
@@ -286,8 +296,10 @@ def test_the_command_on_a_real_terminal(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dpo_cli", "precompute-ref", *options(tiny, tmp_path), "--json"]
     process = subprocess.Popen(command, env=environment, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs)
     os.close(theirs)
-    result = json.loads(process.communicate(timeout=100)[0])
-    shown = lines(received(ours))
+    with ThreadPoolExecutor() as pool:  # a terminal holds little that nobody has read, and then its writer waits
+        reading = pool.submit(until_closed, ours)
+        result = json.loads(process.communicate(timeout=100)[0])
+        shown = lines(reading.result())
     os.close(ours)
     assert process.returncode == 0 and result["misses"] == 88
     assert any(line.startswith("reference 0/") and "━━" in line for line in shown)

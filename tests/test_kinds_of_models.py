@@ -128,7 +128,6 @@ def test_trains_exports_and_generates(
     # tiny models with large weights: a response's log-prob of some 700 nats has steps of 6e-5, which beta takes to 6e-6
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=3e-6)
     assert len(metrics) == 3 and all(("aux_loss" in line) == bool(more) for line in metrics)
-    assert metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
     check_exported(tmp_path / "run" / "model", tmp_path / "model")
 
 

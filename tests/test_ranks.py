@@ -23,6 +23,8 @@ from dpo_cli.shards import read_folder
 from tests.conftest import LONG, ROOT, SAMPLE, cli_environment, make_model
 from tests.ranks_worker import POISONED
 
+pytestmark = pytest.mark.timeout(1500)  # `done` takes five minutes where two of it are made at once
+
 PAIRS, STEPS = 13, 6  # with 5 pairs a step: an epoch's last step has fewer pairs than four ranks
 TRAIN = ["--batch-size", "5", "--epochs", "2", "--lr", "1e-3", "--save-every", "3", "--eval-every", "3"]
 TRAIN += ["--max-tokens", "600", "--max-length", "300", "--memory", "full"]
@@ -44,7 +46,7 @@ def on_ranks(folder: Path, ranks: int, cases: dict[str, Sequence[str]]) -> dict[
     for case, words in cases.items():
         (folder / f"{case}.json").write_text(json.dumps(words))
     command = launch(folder, ranks, "tests.ranks_worker", str(folder), *cases)
-    out = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=300)
+    out = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=600)
     assert out.returncode == 0, out.stderr
     ends = {case: [folder / f"{case}.{rank}.json" for rank in range(ranks)] for case in cases}
     found = {case: [json.loads(file.read_text()) for file in files] for case, files in ends.items()}
@@ -217,7 +219,7 @@ def started(folder: Path, tiny: Path, *more: str) -> tuple[subprocess.Popen[str]
     words = ["train", "--data", str(SAMPLE / "train.jsonl"), "--model", str(tiny), "--output", str(run), *TRAIN, *more]
     command = launch(folder, 2, "dpo_cli", *words, "--eval-every", "0", "--epochs", "100", "--save-every", "5")
     launcher = subprocess.Popen(command, env=environment(folder), stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not (run / "checkpoints" / "step-000010").exists():
         assert launcher.poll() is None and time.monotonic() < until, launcher.communicate()[1]
         time.sleep(0.1)
