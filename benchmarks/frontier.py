@@ -99,8 +99,8 @@ class Method:
 def methods() -> list[Method]:
     """DPO over three of the paper's betas, and what it is compared with.
 
-    What the chosen completions are drawn from is no farther from the reference than best-of-2, 0.19 nats, and SFT on
-    them stays there for an epoch; in four it goes on to fit the very completions, and to KLs that DPO reaches as well.
+    What SFT imitates, the chosen of two completions, is at most 0.19 nats from the reference, as best-of-2. Trained for
+    longer it fits the very completions, and comes to KLs that DPO reaches as well.
     """
     low, middle, high = (Method("DPO", "sigmoid", f"beta {beta:g}", {"beta": beta}) for beta in (0.1, 1.0, 5.0))
     sft, longer = Method("SFT on chosen", "sft", ""), Method("SFT on chosen", "sft", "four times as long", times=4)

@@ -40,9 +40,9 @@ def summary(points: Sequence[Point], best_of: Sequence[Point], optimum: Sequence
 
 
 def slopes(points: Sequence[Point], name: str) -> Table:
-    """A method's gain for each root of its KL, by least squares over a seed's points: (S,).
+    """A method's gain for each root of its KL, by least squares over all of a seed's points: (S,).
 
-    Near the reference KL grows with the square of a step and the gain with the step itself.
+    Near the reference KL grows with the square of a step and the gain with the step itself. Far points weigh most.
     """
     mine = [point for point in points if point["method"] == name]
     by_seed = [[point for point in mine if point["seed"] == seed] for seed in sorted({p["seed"] for p in mine})]
@@ -57,10 +57,10 @@ def at(points: Sequence[Point], name: str, levels: Table) -> Table:
 
 
 def along(points: Sequence[Point], levels: Table) -> Table:
-    """Gain at each level on the line from the reference through the points in order of their KL: (L,)."""
+    """Gain at each level, straight over the root of KL from the reference through the points in order of KL: (L,)."""
     found = sorted([(0.0, 0.0), *((point["kl"], point["gain"]) for point in points)])
     kls, gains = np.array(found).T
-    return np.interp(levels, kls, gains, right=np.nan)
+    return np.interp(np.sqrt(levels), np.sqrt(kls), gains, right=np.nan)
 
 
 def _names(points: Sequence[Point]) -> list[str]:
@@ -127,7 +127,7 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
     for name in _names(points):
         mine = [point for point in points if point["method"] == name]
         ends = [max(p["kl"] for p in mine if p["seed"] == seed) for seed in {p["seed"] for p in mine}]
-        levels = np.linspace(0, min(ends) ** 0.5, 80) ** 2
+        levels = np.minimum(np.linspace(0, min(ends) ** 0.5, 80) ** 2, min(ends))
         curve, colour = at(points, name, levels), COLOURS.get(name, muted)
         axes.plot(levels, curve.mean(0), color=colour, lw=1.8, label=name)
         axes.plot(*_columns(mine), "o", color=colour, ms=3.5, alpha=0.6)

@@ -68,7 +68,7 @@ class StopSignal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self.before.items():
-            deaf = error and number == signal.SIGTERM and ranks.launched()
+            deaf = error is not None and number == signal.SIGTERM and ranks.world() > 1
             signal.signal(number, signal.SIG_IGN if deaf else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

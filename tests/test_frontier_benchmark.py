@@ -78,9 +78,9 @@ def test_the_optimum_is_above_every_other_policy() -> None:
 
 
 def test_a_curve_begins_at_the_reference_and_ends_at_its_last_point() -> None:
-    points = [{"kl": 4.0, "gain": 1.0}, {"kl": 2.0, "gain": 2.0}]
-    assert along(points, np.array([0.0, 1.0, 3.0])).tolist() == [0, 1, 1.5]
-    assert np.isnan(along(points, np.array([5.0]))).all()
+    points = [{"kl": 16.0, "gain": 1.0}, {"kl": 4.0, "gain": 2.0}]
+    assert along(points, np.array([0.0, 1.0, 9.0, 16.0])).tolist() == [0, 1, 1.5, 1]
+    assert np.isnan(along(points, np.array([17.0]))).all()
 
 
 def test_a_slope_is_the_gain_for_each_root_of_the_kl() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from typer.testing import CliRunner
 from benchmarks import hosts, scale
 from dpo_cli import ranks
 from dpo_cli.cli import app
+from dpo_cli.errors import DpoError
 from dpo_cli.shards import read_folder
+from dpo_cli.step import StopSignal
 from tests.conftest import LONG, ROOT, SAMPLE, cli_environment, make_model
 from tests.ranks_worker import POISONED
 
@@ -215,6 +218,7 @@ def test_what_cannot_be_used_is_said_once(done: tuple[Path, Any]) -> None:
 
 def started(folder: Path, tiny: Path, *more: str) -> tuple[subprocess.Popen[str], Path]:
     """A long training on two ranks that has a checkpoint."""
+    folder.mkdir(exist_ok=True)
     run = folder / "run"
     words = ["train", "--data", str(SAMPLE / "train.jsonl"), "--model", str(tiny), "--output", str(run), *TRAIN, *more]
     command = launch(folder, 2, "dpo_cli", *words, "--eval-every", "0", "--epochs", "100", "--save-every", "5")
@@ -238,21 +242,40 @@ def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
 
 
 def test_a_rank_that_is_killed_ends_all(tiny: Path, tmp_path: Path) -> None:
-    launcher, run = started(tmp_path, tiny)
-    ranks = ranks_of(launcher)
-    os.kill(ranks[1], signal.SIGKILL)
-    _, told = launcher.communicate(timeout=60)
-    assert launcher.returncode == 1
-    ended = dict(re.findall(r"rank +: (\d) .*\n +exitcode +: (-?\d+)", told))
-    assert ended["1"] == "-9", told
-    if ended["0"] not in ("-6", "-9"):  # else the system or the launcher ended it as well, and nobody is left to speak
-        assert re.findall("error: .*", told) == [
-            "error: another process of this run ended before its time, and so must all; what was saved is whole. "
-            f"Go on with: dpo train --resume {run}"
-        ], told
+    for attempt in ("first", "second"):  # where the system ended the first rank as well, it could not speak: not twice
+        launcher, run = started(tmp_path / attempt, tiny)
+        ranks = ranks_of(launcher)
+        os.kill(ranks[1], signal.SIGKILL)
+        _, told = launcher.communicate(timeout=60)
+        ended = dict(re.findall(r"rank +: (\d) .*\n +exitcode +: (-?\d+)", told))
+        if int(ended["0"]) >= 0:
+            break
+    assert (launcher.returncode, ended) == (1, {"0": "1", "1": "-9"}), told
+    assert re.findall("error: .*", told) == [
+        "error: another process of this run ended before its time, and so must all; what was saved is whole. "
+        f"Go on with: dpo train --resume {run}"
+    ], told
     assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
     told = alone("train", "--resume", str(run), "--log-every", "1000000", "--dry-run")
     assert "plan " in told
+
+
+@pytest.mark.parametrize(("processes", "error"), [(2, DpoError("lost")), (2, None), (1, DpoError("bad"))])
+def test_the_launchers_signal_is_not_heard_when_an_error_has_ended_one_of_several(
+    processes: int, error: DpoError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(ranks, "world", lambda: processes)
+    try:
+        with suppress(DpoError), StopSignal():
+            assert all(signal.getsignal(number) != handler for number, handler in before.items())
+            if error:
+                raise error
+        deaf = {signal.SIGTERM: signal.SIG_IGN} if error and processes > 1 else {}
+        assert {number: signal.getsignal(number) for number in before} == before | deaf
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.torture

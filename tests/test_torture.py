@@ -882,8 +882,11 @@ def test_who_has_only_just_taken_a_folder_is_named(place: Place, trained: Undist
     second = start(place, watch, "train", "--resume", "named")
     while second.alive() and not any(p.call == "flock" for p in read_trace(watch.trace)):
         time.sleep(0.002)
-    code = second.end()
+    until = time.monotonic() + 10  # it may come to wait for the first
+    while second.alive() and time.monotonic() < until:
+        time.sleep(0.01)
     first.wake()
+    code = second.end()
     assert first.end() == 0, first.told
     assert code == 2 and f"in use by process {first.process.pid} " in second.told, second.told
 
