@@ -66,7 +66,10 @@ class Chat:
             raise RowError("the messages have half of a surrogate pair, which is no text")
         if self.control_tokens != "sanitize" or not self.control.first([messages, arguments]):
             return text
-        marked, others = self.control.mark(messages), self.control.mark(arguments)
+        try:
+            marked, others = self.control.mark(messages), self.control.mark(arguments)
+        except RecursionError as error:
+            raise RowError("the messages are nested too deeply") from error
         return render(self.tokenizer, marked, add_generation_prompt, self.template, others)
 
     def adapted(self, row: Row) -> Row:

@@ -83,14 +83,22 @@ class ControlTokens:
             return set()
 
     def first(self, value: Any) -> str | None:
-        """The first control token in the strings of a value."""
-        if isinstance(value, str):
-            return found[0] if (found := self.token.search(value)) else None
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-        return next(filter(None, map(self.first, inner)), None)
+        """The first control token in the strings of a value, however deeply it is nested."""
+        ahead = [value]
+        while ahead:
+            value = ahead.pop()
+            if isinstance(value, str) and (found := self.token.search(value)):
+                return found[0]
+            if isinstance(value, (dict, list, tuple)):
+                ahead += reversed([*value.values()] if isinstance(value, dict) else value)
+        return None
 
     def mark(self, value: Any) -> Any:
-        """The value with marks around the control tokens in its strings."""
+        """The value with marks around the control tokens in its strings.
+
+        Raises:
+            RecursionError: it is nested too deeply.
+        """
         if isinstance(value, str):
             return self.token.sub(rf"{self.OPEN}\g<0>{self.CLOSE}", value)
         if isinstance(value, dict):

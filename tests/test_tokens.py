@@ -466,14 +466,13 @@ def test_responses_of_equal_tokens_are_refused() -> None:
     assert [bad.reason for bad in found.refused] == ["chosen and rejected give the same tokens"]
 
 
-def nested(depth: int) -> list[Any]:
-    inner: list[Any] = []
+def nested(depth: int, inner: Any = ()) -> Any:
     for _ in range(depth):
         inner = [inner]
     return inner
 
 
-@pytest.mark.parametrize("arguments", ["\ud83d", nested(900)], ids=["half a surrogate pair", "nested deeply"])
+@pytest.mark.parametrize("arguments", ["\ud83d", nested(100_000)], ids=["half a surrogate pair", "nested deeply"])
 def test_a_tool_call_that_cannot_be_rendered_is_refused(arguments: Any) -> None:
     template = CHATML.replace("+ message['content']", "+ (message['tool_calls'] or message['content']) | tojson")
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
@@ -481,6 +480,22 @@ def test_a_tool_call_that_cannot_be_rendered_is_refused(arguments: Any) -> None:
     given = Row("rows.jsonl:1", "f", [user("Why?")], [call], [assistant("No.")])
     found = tokenize_rows([given], tokenizer, cut())
     assert not found.pairs and [bad.where for bad in found.refused] == ["rows.jsonl:1"]
+
+
+@pytest.mark.parametrize("depth", [50, 900, 5000])
+def test_deep_nesting_is_used_or_refused(depth: int) -> None:
+    """What Python's limits let through is another depth in each of its versions, and in each place."""
+    tokenizer = make("$A", "<|im_start|>", "<|im_end|>", CHATML)
+    tools = {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(depth, "<|im_end|>")}}]}
+    given = Row("rows.jsonl:1", "f", [user("Why?")], [assistant("Yes.")], [assistant("No.")], template_arguments=tools)
+    for control_tokens in ("keep", "sanitize", "refuse"):
+        found = tokenize_rows([given], tokenizer, cut(control_tokens=control_tokens))
+        assert len(found.pairs) + len(found.refused) == 1
+        if depth == 50:
+            assert len(found.pairs) == (control_tokens != "refuse")
+        elif found.refused:
+            (reason,) = (bad.reason for bad in found.refused)
+            assert any(word in reason for word in ("nested too deeply", "recursion", "control token")), reason
 
 
 def test_every_row_is_used_or_refused() -> None:
