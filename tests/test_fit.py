@@ -184,9 +184,8 @@ def test_the_estimate_is_near_the_peak(tmp_path: Path, options: tuple[str, ...])
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     command = ["--model", "model", "--data", "rows.jsonl", "--batch-size", "6", "--output", "run", *options]
     command += ["--cache-dir", "cache", "--max-tokens", "2048", "--save-every", "0"]
-    environment = cli_environment(tmp_path) | {"OMP_NUM_THREADS": "2"}
     program = [sys.executable, "-c", TELLS_ITS_PEAK, "train", *command]
-    out = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    out = subprocess.run(program, cwd=tmp_path, env=cli_environment(tmp_path), capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert "2 steps" in out.stderr
     estimate = float(re.findall(r"about ([\d.]+) GiB at most", out.stderr)[0])
