@@ -35,7 +35,8 @@ from benchmarks.meter import MEMORY, Message, Worker, WorkerDiedError
 from benchmarks.report import report
 from benchmarks.shapes import SHAPES, Arithmetic, measure_device, ready_model
 from dpo_cli.config import TrainOptions
-from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.locate import find_model
+from dpo_cli.model import load_tokenizer
 from dpo_cli.pairs import Pair
 from dpo_cli.reference import tokens_of
 

@@ -19,7 +19,8 @@ from dpo_cli.batch import plan_run
 from dpo_cli.config import TrainOptions
 from dpo_cli.data import BadRow, Row, read_rows
 from dpo_cli.errors import RowError
-from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.locate import find_model
+from dpo_cli.model import load_tokenizer
 from dpo_cli.pairs import Pair
 from dpo_cli.prepare import reading_of
 from dpo_cli.records import find_sources

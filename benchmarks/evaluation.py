@@ -32,10 +32,11 @@ from dpo_cli import drift
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.data import Reading
 from dpo_cli.drift import Watch
+from dpo_cli.locate import find_model
 from dpo_cli.logps import Scorer
 from dpo_cli.losses import Objective
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import compute_dtype, default_device, find_model, load_model, load_tokenizer
+from dpo_cli.model import compute_dtype, default_device, load_model, load_tokenizer
 from dpo_cli.outcome import evaluation, scores_of
 from dpo_cli.pairs import Pairs
 from dpo_cli.records import find_sources

@@ -44,10 +44,11 @@ from dpo_cli.config import TrainOptions
 from dpo_cli.disk import write_json
 from dpo_cli.drift import Watch
 from dpo_cli.errors import UsageError
+from dpo_cli.locate import find_model
 from dpo_cli.logps import Scorer
 from dpo_cli.losses import Preferences, preference_loss
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import default_device, find_model, load_model, load_tokenizer
+from dpo_cli.model import default_device, load_model, load_tokenizer
 from dpo_cli.optimizer import make_optimizer
 from dpo_cli.pairs import Ids, Pair, Pairs
 from dpo_cli.ranks import started

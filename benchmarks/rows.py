@@ -30,7 +30,8 @@ import torch
 
 from dpo_cli.batch import plan_run, row_costs
 from dpo_cli.data import Reading, read_rows
-from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.locate import find_model
+from dpo_cli.model import load_tokenizer
 from dpo_cli.pairs import Pairs
 from dpo_cli.records import find_sources
 from dpo_cli.reference import ReferenceCache, pair_keys

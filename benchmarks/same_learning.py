@@ -40,8 +40,9 @@ from benchmarks.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.config import EvalOptions, TrainOptions
 from dpo_cli.data import Reading, Row, read_rows
 from dpo_cli.evaluation import evaluated
+from dpo_cli.locate import find_model
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import find_model, load_model, load_tokenizer
+from dpo_cli.model import load_model, load_tokenizer
 from dpo_cli.pairs import Pairs
 from dpo_cli.records import find_sources
 from dpo_cli.stats import Table, bootstrap, interval, ratios, share, student

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_cli.model import find_model, load_model, load_tokenizer
+from dpo_cli.locate import find_model
+from dpo_cli.model import load_model, load_tokenizer
 from dpo_cli.pairs import Pair
 
 ROOT = Path(__file__).parents[1]

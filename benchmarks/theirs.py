@@ -17,7 +17,8 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.cases import Record
 from benchmarks.meter import Message, Meter, serve
-from dpo_cli.model import find_model, load_model, load_tokenizer
+from dpo_cli.locate import find_model
+from dpo_cli.model import load_model, load_tokenizer
 from dpo_cli.pairs import Pair, Pairs
 
 

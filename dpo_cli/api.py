@@ -81,7 +81,7 @@ def train(
     """
     flags, folder = _flags(TrainOptions, data, options), Path(resume) if resume is not None else None
     found = resolve_training(flags, folder, _path(config))
-    with _reporter(progress) as reporter:
+    with _reporter(progress, found) as reporter:
         from dpo_cli.training import train as run
 
         result = run(
@@ -107,7 +107,7 @@ def evaluate(
     """
     found = resolve(EvalOptions, _flags(EvalOptions, data, options), _path(config))
     shown: list[dict[str, Any]] = []
-    with _reporter(progress) as reporter:
+    with _reporter(progress, found) as reporter:
         from dpo_cli.evaluation import run_eval
 
         run_eval(found, reporter, shown.append)
@@ -127,7 +127,7 @@ def precompute(
         DpoError: with ``verify``, a cached log-prob is off by more than arithmetic explains.
     """
     found = resolve(PrecomputeOptions, _flags(PrecomputeOptions, data, options), _path(config))
-    with _reporter(progress) as reporter:
+    with _reporter(progress, found) as reporter:
         from dpo_cli.prepare import precompute as run
 
         return run(found, reporter)
@@ -192,14 +192,17 @@ def _as_command(command: str, flags: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _reporter(progress: bool) -> Iterator[Reporter]:
+def _reporter(progress: bool, options: DataOptions) -> Iterator[Reporter]:
     """A reporter, while transformers shows no progress of its own; the memory of models is given back behind it.
 
     Raises:
-        UsageError: a launcher started this process as one of several.
+        UsageError: a launcher started this process as one of several; or the options name what is not there.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("the functions run in one process; several run the command: torchrun … -m dpo_cli train …")
+    from dpo_cli.locate import check_hub, check_names
+
+    check_hub(*check_names(options))
     from transformers.utils import logging
 
     from dpo_cli.metrics import Reporter

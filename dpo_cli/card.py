@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 from dpo_cli.errors import printable
+from dpo_cli.locate import DEFAULT_MODEL, ModelSource, find_model
 from dpo_cli.losses import Objective
-from dpo_cli.model import DEFAULT_MODEL, ModelSource, find_model
 from dpo_cli.records import hub_id
 from dpo_cli.run import Run
 

@@ -24,7 +24,8 @@ from dpo_cli import adapters, ranks
 from dpo_cli.adapters import is_adapted
 from dpo_cli.disk import sealed, sha256, unsealed, whole_folder
 from dpo_cli.errors import DpoError
-from dpo_cli.model import WEIGHTS, put_weights
+from dpo_cli.locate import WEIGHTS
+from dpo_cli.model import put_weights
 from dpo_cli.sharding import gathered, is_sharded, let_go, shard_like, whole, whole_weights
 
 MANIFEST = "manifest.json"

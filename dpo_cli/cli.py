@@ -13,9 +13,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, TextIO, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 from dpo_cli.config import (
     CACHE_DIR,
@@ -26,13 +27,33 @@ from dpo_cli.config import (
     PrecomputeOptions,
     SweepOptions,
     TrainOptions,
+    meant_option,
     repository,
     resolve,
     resolve_training,
 )
-from dpo_cli.errors import DpoError, UsageError, printable
+from dpo_cli.errors import DpoError, UsageError, name_beside, printable
+
+
+class Commands(TyperGroup):
+    """The commands; an option that one of them has not is told in one line, with the one that was meant."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was typed, as typer does."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if type(error).__name__ != "NoSuchOption":  # click's, which typer may bring along
+                raise
+            about: Any = error
+            known = [word for each in about.ctx.command.params for word in each.opts]
+            word, *words = (each.lstrip("-").replace("-", "_") for each in (about.option_name, *known))
+            near = meant_option(word, words).replace("_", "-").replace("'", "'--", 1)
+            _fail(f"unknown option {about.option_name}{near}", 2, debug=False, log_json=False)
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -120,9 +141,7 @@ def _guarded(action: Callable[[], None], debug: bool, log_json: bool = False) ->
     except DpoError as error:
         fail(str(error), error.exit_code, cut_off=error.cut_off)
     except BrokenPipeError:  # who read what is told has gone, as head does
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _silence(sys.stdout, sys.stderr)
         raise typer.Exit(1) from None
     except OSError as error:
         if debug:
@@ -137,6 +156,12 @@ def _guarded(action: Callable[[], None], debug: bool, log_json: bool = False) ->
             raise
         told = "interrupted; what the cache has of reference log-probs is kept: the same command goes on with it"
         fail(told, 130, cut_off=True)
+
+
+def _silence(*streams: TextIO) -> None:
+    for stream in streams:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(message: str, code: int, debug: bool, log_json: bool, cut_off: bool = False) -> None:
@@ -214,7 +239,7 @@ def train(
 ) -> None:
     """Train a model on chosen/rejected pairs."""
     options = resolve_training(flags, resume, config)
-    reporter = _reporter(voice, several=True)
+    reporter = _reporter(voice, options, several=True)
     from dpo_cli.training import train as run
 
     result = run(options, resume, sys.argv, reporter, dry_run)
@@ -237,6 +262,8 @@ def push(
     def action() -> None:
         if not repository.holds(name):
             raise UsageError(f"{name}: {repository.must}")
+        if not run.is_dir():
+            raise UsageError(f"{run}: no such folder{name_beside(run)}")
         _reporter()
         from dpo_cli.push import check_login, model_folder
         from dpo_cli.push import push as upload
@@ -253,7 +280,7 @@ def push(
 def precompute_ref(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, json_: Json = False) -> None:
     """Fill the cache with the reference's log-probabilities."""
     options = resolve(PrecomputeOptions, flags, config)
-    reporter = _reporter(voice, several=True)
+    reporter = _reporter(voice, options, several=True)
     from dpo_cli.prepare import precompute
 
     _show(precompute(options, reporter), json_, _plain)
@@ -264,7 +291,7 @@ def precompute_ref(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = 
 def eval_(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, json_: Json = False) -> None:
     """Show what a model learned, and how far it is from its reference."""
     options = resolve(EvalOptions, flags, config)
-    reporter = _reporter(voice)
+    reporter = _reporter(voice, options)
     from dpo_cli.evaluation import run_eval
     from dpo_cli.summary import as_text
 
@@ -276,7 +303,7 @@ def eval_(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, jso
 def sweep(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, json_: Json = False) -> None:
     """Train with several betas and show what each reward costs in KL."""
     options = resolve(SweepOptions, flags, config)
-    reporter = _reporter(voice)
+    reporter = _reporter(voice, options)
     from dpo_cli.sweep import as_text
     from dpo_cli.sweep import sweep as run
 
@@ -296,6 +323,9 @@ def merge(
     """Write an adapter and its base as one model, in float32."""
 
     def action() -> None:
+        from dpo_cli.locate import find_model
+
+        find_model(model)
         reporter = _reporter()
         from dpo_cli.merge import merge as run
 
@@ -309,7 +339,7 @@ def merge(
 def explain(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, json_: Json = False) -> None:
     """Show one row as it would be trained: every token, and which carry loss."""
     options = resolve(ExplainOptions, flags, config)
-    reporter = _reporter(voice)
+    reporter = _reporter(voice, options)
     from dpo_cli.explain import explain as run
     from dpo_cli.explain import show
 
@@ -325,7 +355,7 @@ def explain(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, j
 def check(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, json_: Json = False) -> None:
     """Say what is wrong with preference rows; computes nothing but tokens."""
     options = resolve(CheckOptions, flags, config)
-    reporter = _reporter(voice)
+    reporter = _reporter(voice, options)
     from dpo_cli.check import as_text, run_check
 
     result = run_check(options, reporter)
@@ -425,14 +455,27 @@ def _references(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _reporter(voice: Voice = PLAIN, several: bool = False) -> Any:
-    """A reporter, after the libraries below were told to be quiet; ``several`` processes may run the command together.
+def _reporter(voice: Voice = PLAIN, options: DataOptions | None = None, several: bool = False) -> Any:
+    """A reporter, after the libraries below were made quiet; ``several`` processes may run the command together.
+
+    What the options name is checked first, without any library. To load those takes seconds, which is said at once.
 
     Raises:
-        UsageError: a launcher started several, and each would do the same.
+        UsageError: a launcher started several, and each would do the same; or as ``check_names`` and ``check_hub``.
     """
     if not several and _processes() > 1:
         raise UsageError("only dpo train and dpo precompute-ref run in several processes: start it without a launcher")
+    from dpo_cli.locate import check_hub, check_names
+
+    on_hub = check_names(options) if options else None
+    if _speaks() and not voice.quiet:
+        event = {"event": "loading", "text": "loading…"}
+        try:
+            print(json.dumps(event) if voice.log_json else event["text"], file=sys.stderr, flush=True)
+        except BrokenPipeError:  # the result has another reader
+            _silence(sys.stderr)
+    if on_hub:
+        check_hub(*on_hub)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, so that no fork warns that it is turned off

@@ -24,6 +24,12 @@ FORMATS = (
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}  # what a best model is kept by: lower or higher
 
+# What other trainers call options.
+ELSEWHERE = {"learning_rate": "lr", "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"}
+ELSEWHERE |= {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "output", "lora_r": "lora_rank"}
+ELSEWHERE |= {"lr_scheduler_type": "schedule", "warmup_ratio": "warmup", "max_seq_length": "max_length"}
+ELSEWHERE |= {"save_steps": "save_every", "eval_steps": "eval_every", "logging_steps": "log_every"}
+
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 2
 
@@ -483,6 +489,12 @@ BY_NAME = frozenset({"loss", "loss_options"})
 T = TypeVar("T", bound=DataOptions)
 
 
+def meant_option(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an option that there is not; what other trainers call it is known, too."""
+    names = set(known)
+    return did_you_mean(name, names, {theirs: ours for theirs, ours in ELSEWHERE.items() if ours in names})
+
+
 def resolve(kind: type[T], flags: Mapping[str, Any], file: Path | None = None) -> T:
     """Merge flags over the YAML file over the defaults, and check the result.
 
@@ -511,7 +523,7 @@ def from_keywords(kind: type[DataOptions], given: Mapping[str, Any], others: Ite
     flags, problems = {}, []
     for name, value in given.items():
         if name not in types:
-            problems.append(f"unknown option '{name}'{did_you_mean(name, [*types, *others])}")
+            problems.append(f"unknown option '{name}'{meant_option(name, [*types, *others])}")
         elif value is not None:
             try:
                 several = isinstance(value, (list, tuple))
@@ -608,7 +620,7 @@ def _from_yaml(kind: type[DataOptions], file: Path) -> tuple[dict[str, Any], lis
         key, where = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
         name = key.replace("-", "_")
         if name not in types:
-            problems.append(f"{where}: unknown option '{key}'{did_you_mean(name, types)}")
+            problems.append(f"{where}: unknown option '{key}'{meant_option(name, types)}")
             continue
         if name in values:
             problems.append(f"{where}: option '{key}' is given twice")

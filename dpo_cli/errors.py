@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about a word that is not known: the nearest that is, or nothing where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+def did_you_mean(word: str, known: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The end of a message about a word that is not known: the nearest that is, or nothing where none is near.
+
+    ``elsewhere``: words of others and the known ones that mean the same.
+    """
+    near = difflib.get_close_matches(word, [*known, *elsewhere], n=1)
+    return f"; did you mean '{elsewhere.get(near[0], near[0])}'?" if near else ""
 
 
 def name_beside(path: Path) -> str:

@@ -22,11 +22,12 @@ from dpo_cli.config import EvalOptions, TrainOptions
 from dpo_cli.drift import Compared, Recorded, Watch
 from dpo_cli.errors import UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint, same_weights
+from dpo_cli.locate import ModelSource
 from dpo_cli.logps import Scorer
 from dpo_cli.losses import Objective
 from dpo_cli.margins import compared as compare_scores
 from dpo_cli.metrics import Reporter, best_step, evaluations, read_metrics
-from dpo_cli.model import ModelSource, compile_layers, default_device, dtype_name, load_model, release
+from dpo_cli.model import compile_layers, default_device, dtype_name, load_model, release
 from dpo_cli.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.pairs import Ids, Pairs
 from dpo_cli.prepare import (

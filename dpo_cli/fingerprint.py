@@ -18,7 +18,8 @@ from dpo_cli.adapters import described, is_adapted, is_quantized
 from dpo_cli.batch import Layout
 from dpo_cli.disk import sha256, whole_file
 from dpo_cli.errors import DpoError
-from dpo_cli.model import ModelSource, compiled
+from dpo_cli.locate import ModelSource
+from dpo_cli.model import compiled
 
 # Raise it when log-probs are computed differently from before.
 SCORING_VERSION = 2

@@ -1,13 +1,59 @@
-"""Data sets that the library ``datasets`` loads: from the hub, from its cache of them, from a folder that it saved."""
+"""The Hugging Face hub: which names are its own, whether it can be reached; its data sets, and those of a folder."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import UsageError
+
+FILES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".yaml")
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # what turns the hub's libraries offline
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be meant as a path, so that it is never looked up on the hub."""
+    first, slash, _ = name.partition("/")
+    begins = name.startswith((".", "/", "~", "runs/")) or (slash and Path(first).is_dir())
+    return bool(begins) or name.endswith(FILES) or name.count("/") > 1
+
+
+def unreachable() -> str:
+    """Why the hub cannot be reached, in short; empty where it can.
+
+    The hub's libraries would try ten times, with pauses. They are turned offline instead, if they are not loaded yet:
+    then they use what they have.
+    """
+    from urllib.request import Request, urlopen
+
+    if off := [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]:
+        return f"{off[0]} is set"
+    asked = Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")  # noqa: S310
+    try:
+        urlopen(asked, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 10)).close()  # noqa: S310
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", error)
+        if hasattr(error, "code") or "SSL" in type(why).__name__:  # it answers, or the libraries know its certificate
+            return ""
+        if "huggingface_hub" not in sys.modules:
+            os.environ[OFFLINE[0]] = "1"
+        return str(getattr(why, "strerror", None) or why)
+    return ""
+
+
+def kept_of_hub(name: str, data: bool = False) -> bool:
+    """Whether the caches of the hub's libraries may have a model, or a data set, of that name."""
+    from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
+
+    if data:
+        sets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
+        if any(sets.glob(f"{name.partition('/')[0]}___*")):  # which writes the rest of the name in its own way
+            return True
+    return Path(HF_HUB_CACHE, f"{'datasets' if data else 'models'}--{name.replace('/', '--')}").is_dir()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from typing import Any
 from dpo_cli.card import merged_card
 from dpo_cli.checkpoint import export_model, verified_step
 from dpo_cli.errors import UsageError
+from dpo_cli.locate import find_model
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import find_model, load_model, load_tokenizer
+from dpo_cli.model import load_model, load_tokenizer
 from dpo_cli.run import trained_with
 
 

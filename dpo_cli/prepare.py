@@ -26,20 +26,12 @@ from dpo_cli.config import DataOptions, Options, PrecomputeOptions, TrainOptions
 from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
+from dpo_cli.locate import ModelSource, find_model
 from dpo_cli.logps import Scorer, noise
 from dpo_cli.losses import LOSSES, Objective
 from dpo_cli.memory import MOST_TOKENS, fit, process_bytes
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import (
-    ModelSource,
-    choose_layout,
-    compile_layers,
-    compute_dtype,
-    dtype_name,
-    find_model,
-    load_model,
-    load_tokenizer,
-)
+from dpo_cli.model import choose_layout, compile_layers, compute_dtype, dtype_name, load_model, load_tokenizer
 from dpo_cli.optimizer import SPLIT, halve
 from dpo_cli.pairs import Pair, Pairs, loss_tokens, read
 from dpo_cli.records import REST, find_sources

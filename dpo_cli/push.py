@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from dpo_cli import adapters
 from dpo_cli.card import SELF, hub_name
 from dpo_cli.errors import DpoError, UsageError
-from dpo_cli.model import find_model
+from dpo_cli.locate import find_model
 
 CARD = "README.md"
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of what an export consists of

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dpo_cli.errors import RowError, UsageError, name_beside, printable
-from dpo_cli.hub import Split, hub_split, is_saved, saved_split
+from dpo_cli.hub import Split, hub_split, is_path, is_saved, saved_split
 from dpo_cli.tables import table_records
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -73,40 +73,60 @@ def find_sources(data: list[str], option: str = "--data") -> list[Source]:
     Raises:
         UsageError: it is missing, of an unknown kind, or a data set that cannot be loaded.
     """
-    return [source for typed in data for source in _sources(typed, option)]
+    return [source for typed in data for source in _sources(typed, option)()]
+
+
+def check_sources(data: list[str], option: str = "--data") -> None:
+    """Refuse what cannot be, without loading a library or a data set.
+
+    Raises:
+        UsageError: it is missing, or of an unknown kind.
+    """
+    for typed in data:
+        _sources(typed, option)
 
 
 # ORG/NAME, ORG/NAME:SPLIT or ORG/NAME:CONFIG/SPLIT
 _HUB = re.compile(r"([a-z0-9][\w.-]*/[\w.-]+)(?::(?:([\w.-]+)/)?(\w+(?:\.\w+)*))?", re.ASCII | re.IGNORECASE)
 
 
-def _sources(typed: str, option: str) -> list[Source]:
+def _sources(typed: str, option: str) -> Callable[[], list[Source]]:
+    """What gives the sources that a name stands for; only data sets are left to be loaded by it.
+
+    Raises:
+        UsageError: there is no such thing.
+    """
     name = f"{option} {typed}"
     if typed == "-":
-        return [_stdin(name)]
+        stdin = _stdin(name)
+        return lambda: [stdin]
     path, why = _found(typed)
     if path and path.is_dir():
-        return [_split(saved_split(path, None, name), name, str(path))] if is_saved(path) else _folder(path, name)
+        if is_saved(path):
+            return lambda: [_split(saved_split(path, None, name), name, str(path))]
+        files = _folder(path, name)
+        return lambda: files
     if path:
         if not _is_known(path.name):
             raise UsageError(f"{name}: unknown kind of file; use {_KINDS}")
-        return [_file(path, name)]
+        return lambda: [_file(path, name)]
     before, _, split = typed.rpartition(":")
     folder = _found(before)[0] if before else None
     if folder and is_saved(folder):
-        return [_split(saved_split(folder, split, name), name, str(folder))]
+        return lambda: [_split(saved_split(folder, split, name), name, str(folder))]
     match = _HUB.fullmatch(typed)
-    if folder or not match or _is_known(match[1]):
+    if folder or not match or _is_known(match[1]) or is_path(match[1]):
         raise UsageError(f"{name}: no such file ({why}){name_beside(Path(typed))}")
     dataset, config, split = match.groups()
-    return [_split(hub_split(dataset, config, split, name), name, dataset)]
+    return lambda: [_split(hub_split(dataset, config, split, name), name, dataset)]
 
 
 def hub_id(typed: str) -> str | None:
     """The data set of the hub that an option names; None of what lies on this disk or comes from stdin."""
     match = _HUB.fullmatch(typed)
     local = [typed, typed.rpartition(":")[0]]
-    return match[1] if match and not _is_known(match[1]) and not any(n and _found(n)[0] for n in local) else None
+    here = not match or _is_known(match[1]) or is_path(match[1]) or any(n and _found(n)[0] for n in local)
+    return None if here or not match else match[1]
 
 
 def _found(typed: str) -> tuple[Path | None, str]:

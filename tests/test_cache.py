@@ -38,9 +38,10 @@ from dpo_cli.config import PrecomputeOptions
 from dpo_cli.disk import held, whole_file, whole_folder
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, hash_weights
+from dpo_cli.locate import find_model
 from dpo_cli.logps import Scorer, token_logps
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import find_model, load_model
+from dpo_cli.model import load_model
 from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.prepare import read_pairs
 from dpo_cli.reference import fill, pair_keys

@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.data import Reading, Row, read_rows
-from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.locate import find_model
+from dpo_cli.model import load_tokenizer
 from dpo_cli.pairs import Pair, read
 from dpo_cli.records import find_sources
 from dpo_cli.tokens import Encoder

@@ -19,7 +19,8 @@ import dpo_cli.push
 import dpo_cli.training
 from dpo_cli.card import SELF, hub_name
 from dpo_cli.cli import app
-from dpo_cli.model import DEFAULT_MODEL, PACKAGED, ModelSource, find_model, load_model
+from dpo_cli.locate import DEFAULT_MODEL, PACKAGED, ModelSource, find_model
+from dpo_cli.model import load_model
 from dpo_cli.records import hub_id
 from dpo_cli.samples import generation_config
 from tests.conftest import SAMPLE, make_model, random_pairs

@@ -174,7 +174,7 @@ def test_a_gguf_file(train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path:
     write_gguf(tmp_path / "tiny.gguf", tokenizer)
     result = train(tmp_path / "tiny.gguf")
     assert result.exit_code == 0, result.output
-    assert "(GGUF, dequantized)" in result.stderr and "step 0      loss 0.693147" in result.stderr
+    assert "tiny.gguf, GGUF copy, dequantised" in result.stderr and "step 0      loss 0.693147" in result.stderr
     folder = tmp_path / "run" / "model"
     weights = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}

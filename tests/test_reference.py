@@ -29,8 +29,9 @@ import dpo_cli.reference
 from dpo_cli.batch import MicroBatch
 from dpo_cli.cli import app
 from dpo_cli.fingerprint import fingerprint, hash_weights
+from dpo_cli.locate import find_model
 from dpo_cli.logps import Scorer
-from dpo_cli.model import find_model, load_model
+from dpo_cli.model import load_model
 from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.reference import ReferenceCache, fill, missing_places, pair_keys, response_key
 from dpo_cli.shards import KEY_BYTES

@@ -132,7 +132,7 @@ def test_an_unknown_option_in_the_file_is_refused_with_its_line_and_the_nearest(
 @pytest.mark.parametrize("command", ["train", "eval", "precompute-ref"])
 def test_an_unknown_option_on_the_command_line_is_refused(command: str, dpo: Cli, rows: Path, tmp_path: Path) -> None:
     told = refusal(dpo, tmp_path, command, "--data", rows, "--max-lenght", 64)
-    assert "No such option: --max-lenght" in told and "--max-length" in told
+    assert "unknown option --max-lenght; did you mean '--max-length'?" in told
 
 
 def test_a_word_for_a_number_is_refused(dpo: Cli, rows: Path, tmp_path: Path) -> None:
@@ -213,7 +213,8 @@ def test_a_file_without_rows_is_refused(
     stderr = refusal(here, tmp_path, "train", "--model", tiny, "--data", name)
     [message] = error_lines(stderr)
     assert message.startswith(told)
-    assert [line.split()[0] for line in stderr.splitlines()] == ["model", "error:"]
+    before = [] if name == "rows.txt" else ["loading…", "model"]
+    assert [line.split()[0] for line in stderr.splitlines()] == [*before, "error:"]
 
 
 def copy_of(tiny: Path, folder: Path) -> Path:

@@ -25,7 +25,7 @@ LAYERS = [
     {"records", "scripts"},
     {"columns"},
     {"data", "pairs"},
-    {"template"},
+    {"template", "locate"},
     {"chat"},
     {"tokens", "findings"},
     {"batch", "near"},
@@ -109,7 +109,7 @@ def test_accelerate_is_named_by_the_loop_alone() -> None:
 def test_pure_layers_know_torch_only() -> None:
     for module in ("losses", "logps", "batch"):
         assert not packages(tree(module)) & {"transformers", "accelerate", "typer", "rich"}
-    for module in ("errors", "config", "tables", "hub", "records", "data"):
+    for module in ("errors", "config", "tables", "hub", "records", "data", "locate"):
         assert not packages(tree(module)) & {"torch", "transformers", "accelerate", "numpy"}
 
 
@@ -128,7 +128,8 @@ CALLS = {
     "os.popen",
 }
 TRUE_ARGUMENTS = {"shell", "trust_remote_code", "allow_pickle"}
-ASKED_FOR = {"model": {"trust_remote_code"}}  # off unless --trust-remote-code; tests/test_security.py
+# Off unless --trust-remote-code; tests/test_security.py.
+ASKED_FOR = {"model": {"trust_remote_code"}, "locate": {"trust_remote_code"}}
 
 
 def forbidden(source: ast.Module) -> set[str]:
@@ -230,11 +231,36 @@ def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     assert not names & HEAVY
 
 
-@pytest.mark.parametrize("arguments", [["--beta", "0"], [], ["--resume", "."], ["--config", "none.yaml"]])
-def test_wrong_options_are_told_before_anything_heavy_is_loaded(arguments: list[str], tmp_path: Path) -> None:
-    out, names = loaded(tmp_path, "train", *arguments)
-    assert out.returncode == 2 and "error: " in out.stderr
+WRONG = [
+    "train --data rows.jsonl --beta 0",
+    "train",
+    "train --resume .",
+    "train --config none.yaml",
+    "train --data rows.jsonl --lerning-rate 1",
+    "train --data rows.jsonl --columns promt=x",
+    *(f"{command} --data rowz.jsonl" for command in ("train", "check", "eval", "precompute-ref", "explain")),
+    "sweep --data rowz.jsonl --eval-data rows.jsonl",
+    "train --data rows.jsonl --eval-data rowz.jsonl",
+    *(f"{command} --data rows.jsonl --model runs/mien" for command in ("train", "check", "eval", "explain")),
+    "eval --data rows.jsonl --model runs/mine --model runs/mien",
+    "train --data rows.jsonl --ref runs/mien",
+    "merge --model runs/mien --output merged",
+    "push runs/mien me/model",
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_what_is_wrong_is_told_in_one_line_before_anything_heavy_is_loaded(arguments: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "runs" / "mine" / name).touch()
+    out, names = loaded(tmp_path, *arguments.split())
+    said = [line for line in out.stderr.splitlines() if not line.startswith("import time:")]
+    assert out.returncode == 2 and [line.partition(": ")[0] for line in said] == ["error"]
     assert "dpo_cli" in names and not names & HEAVY
+    for wrong, right in (("rowz.", "rows.jsonl"), ("mien", "mine"), ("lerning", "--lr"), ("promt", "prompt")):
+        assert wrong not in arguments or f"did you mean '{right}'?" in said[0]
 
 
 def test_every_option_is_in_the_help(dpo: Cli) -> None:

@@ -416,7 +416,7 @@ def test_signal_at_any_time_is_obeyed_and_the_run_goes_on(place: Place, trained:
         options = [*place.options(name), "--cache-dir", cache]
         after = rng.uniform(0.1, 1.0) * trained.seconds
         command = start(place, watching(place, name, shard_seconds=-1.0), "train", *options, pause=0.02)
-        while command.alive() and not command.told:
+        while command.alive() and "model  " not in command.told:
             time.sleep(0.002)
         time.sleep(after)
         command.signal(which)
