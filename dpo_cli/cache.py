@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpo_cli import shards, tokenized
+from dpo_cli import converted, shards, tokenized
 from dpo_cli.disk import remove_leftovers
 from dpo_cli.metrics import Reporter
 from dpo_cli.reference import ABOUT
@@ -91,11 +92,12 @@ def _responses(shard: Path) -> int:
 
 def list_references(cache_dir: Path) -> dict[str, Any]:
     """`dpo cache list`."""
-    sizes = [stat.st_size for stat in tokenized.kept(cache_dir).values()]
+    sizes, copies = [stat.st_size for stat in tokenized.kept(cache_dir).values()], converted.kept(cache_dir)
     return {
         "cache_dir": str(cache_dir.expanduser()),
         "references": [kept.words() for kept in references(cache_dir)],
         "tokenized": {"files": len(sizes), "bytes": sum(sizes)},
+        "models": [{"copy": copy.folder.name, "model": copy.model, "bytes": copy.bytes} for copy in copies],
     }
 
 
@@ -148,33 +150,28 @@ def old_or_of(cache_dir: Path, days: float | None, model: str | None) -> list[Ke
     ]
 
 
-def unused(cache_dir: Path, days: float) -> dict[Path, int]:
-    """Files of tokenized pairs that were not used for so many days, and their bytes."""
-    files = tokenized.kept(cache_dir).items()
-    return {file: stat.st_size for file, stat in files if time.time() - stat.st_mtime > days * DAY}
+def unused(cache_dir: Path, days: float | None, model: str | None) -> dict[Path, int]:
+    """Tokenized pairs, which are of no one model, and copies of models, chosen in the same way; their bytes."""
+    before = math.inf if days is None else time.time() - days * DAY
+    files = tokenized.kept(cache_dir) if model is None else {}
+    copies = [each for each in converted.kept(cache_dir) if each.used < before and (model or "") in each.model]
+    pairs = {file: stat.st_size for file, stat in files.items() if stat.st_mtime < before}
+    return pairs | {each.folder: each.bytes for each in copies}
 
 
-def prune(chosen: list[Kept], files: dict[Path, int], reporter: Reporter) -> dict[str, Any]:
-    """`dpo cache prune`: remove references and tokenized pairs; they are made again when they are needed."""
-    for folder in {kept.folder.parent for kept in chosen} | {file.parent for file in files}:
+def prune(chosen: list[Kept], others: dict[Path, int], reporter: Reporter) -> dict[str, Any]:
+    """`dpo cache prune`: remove references, pairs and copies of models; they are made again when they are needed."""
+    sizes = {kept.folder: kept.bytes for kept in chosen} | others
+    for folder in {path.parent for path in sizes}:
         remove_leftovers(folder)  # also what a prune that was killed had renamed
-    removed, size = list[str](), 0
-    for kept in chosen:
-        aside = kept.folder.with_name(f".{kept.folder.name}.pruned.tmp")  # a writer may make the folder anew
+    removed = list[Path]()
+    for path in sizes:
+        aside = path.with_name(f".{path.name}.pruned.tmp")  # a writer may make the folder anew
         try:
-            kept.folder.rename(aside)
+            path.rename(aside) if path.is_dir() else path.unlink()
         except OSError as error:
-            reporter.warn(f"{kept.folder} cannot be removed ({error.strerror})")
+            reporter.warn(f"{path} cannot be removed ({error.strerror})")
             continue
-        removed.append(kept.folder.name)
-        size += kept.bytes
+        removed.append(path)
         shutil.rmtree(aside, ignore_errors=True)
-    for file, bytes_of_file in files.items():
-        try:
-            file.unlink()
-        except OSError as error:
-            reporter.warn(f"{file} cannot be removed ({error.strerror})")
-            continue
-        removed.append(file.name)
-        size += bytes_of_file
-    return {"removed": removed, "bytes": size}
+    return {"removed": [path.name for path in removed], "bytes": sum(sizes[path] for path in removed)}

@@ -83,7 +83,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 
 # {name}
 
-{base or _line(run.source.base)}, fine-tuned on {len(run.pairs):,} preference pairs with
+{_line(run.source.title)}, fine-tuned on {len(run.pairs):,} preference pairs with
 {_method(run.options.objective)} by dpo-cli {version("dpo-cli")}. {_trained(run)}
 
 | option | value |
@@ -126,7 +126,7 @@ def merged_card(source: ModelSource, name: str, objective: Objective | None) -> 
 # {_line(name)}
 
 The adapter {_line(source.base)}{trained},
-merged into its base {_line(base)} by dpo-cli {version("dpo-cli")}.
+merged into its base {_line(base)}{f", {source.stored}" if source.stored else ""} by dpo-cli {version("dpo-cli")}.
 
 ## Use
 

@@ -418,7 +418,7 @@ def cache_prune(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Remove references by age or model, pairs by age; asks first."""
+    """Remove references and copies by age or model, pairs by age; asks first."""
 
     def action() -> None:
         if model == "":
@@ -429,8 +429,10 @@ def cache_prune(
         from dpo_cli.cache import old_or_of, prune, unused
 
         chosen = old_or_of(cache_dir, older_than, model)
-        files = unused(cache_dir, older_than) if older_than is not None and model is None else {}
-        what = f"{len(chosen)} references" + (f" and the pairs of {len(files)} data files" if files else "")
+        files = unused(cache_dir, older_than, model)
+        copies = sum(file.is_dir() for file in files)
+        what = f"{len(chosen)} references" + (f", {copies} copies of models" if copies else "")
+        what += f" and the pairs of {len(files) - copies} data files" if len(files) > copies else ""
         if (chosen or files) and not yes:
             if not sys.stdin.isatty():
                 raise UsageError(f"{what} would be removed; nobody can be asked here: add --yes")
@@ -452,6 +454,9 @@ def _references(result: dict[str, Any]) -> str:
     if (pairs := result.get("tokenized", {})).get("files"):
         size = f"{pairs['bytes'] / 2**20:,.1f} MiB"
         lines.append(f"{'tokenized pairs':<34}{size:>10}  of {pairs['files']:,} data files")
+    for copy in result.get("models", []):
+        size, part = f"{copy['bytes'] / 2**20:,.1f} MiB", "copy of " + copy["copy"].partition("-")[2]
+        lines.append(f"{part:<34}{size:>10}{'':>21}  {copy['model']}")
     return "\n".join(lines)
 
 

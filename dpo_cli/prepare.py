@@ -22,7 +22,8 @@ from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
 from dpo_cli.chat import NO_TEMPLATE
 from dpo_cli.checkpoint import verified_step
-from dpo_cli.config import DataOptions, Options, PrecomputeOptions, TrainOptions
+from dpo_cli.config import CACHE_DIR, DataOptions, Options, PrecomputeOptions, TrainOptions
+from dpo_cli.converted import with_copy
 from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint
@@ -47,6 +48,9 @@ def choose_model(name: str | None, options: DataOptions, reporter: Reporter, wha
     if source.checkpoint and verified_step(source.checkpoint) is None:
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     reporter.fact(what, source.told)
+    if source.gguf:
+        cache_dir = getattr(options, "cache_dir", CACHE_DIR)
+        source = ranks.ahead(lambda: with_copy(source, cache_dir, isinstance(options, Options), reporter))
     if source.trust:
         reporter.warn(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")
     return source

@@ -526,7 +526,7 @@ def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
             "sha256": run.pairs.digest(),
         },
         "held_out": {"files": run.options.eval_data, "pairs": len(run.held_out), "sha256": run.held_out.digest()},
-        "start_model": run.source.base,
+        "start_model": run.source.title,
         "reference": {
             "model": _from_anywhere(run.options.ref or run.options.model),
             "fingerprint": run.reference.fingerprint if run.reference else run.start,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -109,6 +110,46 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         chat_template=CHATML,
     )
+
+
+def write_gguf(file: Path, tokenizer: PreTrainedTokenizerFast, split: str = "default", seed: int = 0) -> Path:
+    """A tiny llama as a GGUF file, its tokenizer and template inside; matrices in blocks of 8 bits."""
+    model, writer = make_model(seed=seed, hidden_size=64, num_hidden_layers=1), gguf.GGUFWriter(file, "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_context_length(2048)
+    writer.add_block_count(1)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_key_length(8)
+    writer.add_value_length(8)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(384)
+    saved = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids, special = tokenizer.get_vocab(), {token["id"] for token in saved["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(sorted(ids, key=lambda token: ids[token]))
+    writer.add_token_types([3 if i in special else 1 for i in range(len(ids))])
+    writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    for name, tensor in model.state_dict().items():
+        array, kind = tensor.float().numpy(), gguf.GGMLQuantizationType.F32
+        if array.ndim == 2:
+            array, kind = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 @pytest.fixture(scope="session")

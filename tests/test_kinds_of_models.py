@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from typer.testing import CliRunner
 
 from dpo_cli.cli import app
-from tests.conftest import SAMPLE, TINY, make_model, write_rows
+from tests.conftest import SAMPLE, TINY, make_model, write_gguf, write_rows
 
 ALTERNATING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -131,50 +130,12 @@ def test_trains_exports_and_generates(
     check_exported(tmp_path / "run" / "model", tmp_path / "model")
 
 
-def write_gguf(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A tiny llama as a GGUF file, its tokenizer and template inside; matrices in blocks of 8 bits."""
-    model, writer = make_model(hidden_size=64, num_hidden_layers=1), gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(2048)
-    writer.add_block_count(1)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(8)
-    writer.add_key_length(8)
-    writer.add_value_length(8)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(384)
-    saved = json.loads(tokenizer.backend_tokenizer.to_str())
-    ids, special = tokenizer.get_vocab(), {token["id"] for token in saved["added_tokens"]}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(sorted(ids, key=lambda token: ids[token]))
-    writer.add_token_types([3 if i in special else 1 for i in range(len(ids))])
-    writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
-    for name, tensor in model.state_dict().items():
-        array, kind = tensor.float().numpy(), gguf.GGMLQuantizationType.F32
-        if array.ndim == 2:
-            array, kind = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_a_gguf_file(train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """It is dequantized, trained, and exported as any other model."""
+    """It is dequantised, trained, and exported as any other model."""
     write_gguf(tmp_path / "tiny.gguf", tokenizer)
     result = train(tmp_path / "tiny.gguf")
     assert result.exit_code == 0, result.output
-    assert "tiny.gguf, GGUF copy, dequantised" in result.stderr and "step 0      loss 0.693147" in result.stderr
+    assert "tiny.gguf, 8-bit copy (Q8_0), dequantised" in result.stderr and "step 0      loss 0.693147" in result.stderr
     folder = tmp_path / "run" / "model"
     weights = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}

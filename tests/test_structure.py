@@ -34,7 +34,7 @@ LAYERS = [
     {"sharding"},
     {"model", "disk", "memory", "samples"},
     {"starter", "metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
-    {"reference", "checkpoint", "step", "trackers", "drift", "diagnose", "curves", "charts", "frontier"},
+    {"converted", "reference", "checkpoint", "step", "trackers", "drift", "diagnose", "curves", "charts", "frontier"},
     {"prepare", "cache", "report", "show", "summary"},
     {"run", "survey", "outcome"},
     {"evaluation", "explain", "check", "heldout", "card"},
