@@ -191,7 +191,7 @@ def test_an_upload_that_fails_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("dpo_cli.training.train", trained)
     with pytest.raises(DpoError, match="complete in run"):
-        train("pairs.jsonl")
+        train(SAMPLE / "train.jsonl")
 
 
 # ---- a process that goes on -------------------------------------------------------------------------------------

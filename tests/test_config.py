@@ -112,7 +112,7 @@ def test_a_value_in_the_file_gets_the_option_s_type(text: str, name: str, expect
     ("text", "told"),
     [
         ("bta: 1", "unknown option 'bta'; did you mean 'beta'?"),
-        ("learning-rat: 1", "unknown option 'learning-rat'"),
+        ("learning-rat: 1", "unknown option 'learning-rat'; did you mean 'lr'?"),
         ("max_len: 64", "unknown option 'max_len'; did you mean 'max_length'?"),
         ("batch-sise: 1", "unknown option 'batch-sise'; did you mean 'batch_size'?"),
         ("xyz: 1", "unknown option 'xyz'"),
