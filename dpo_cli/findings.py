@@ -83,6 +83,8 @@ class RowFindings:
             yield "near_identical", told
         elif told := few_edits(texts.chosen, texts.rejected):
             yield "few_edits", told
+        if len(thinking := [name for name in ("chosen", "rejected") if _has_thinking(getattr(row, name))]) == 1:
+            yield "thinking", f"only the {thinking[0]}: {shortened(texts.prompt)}"
         if told := script_mismatch(*texts):
             yield "script", f"{told}: {shortened(texts.prompt)}"
 
@@ -142,6 +144,20 @@ def _damage(text: str) -> re.Match[str] | None:
 # ---- markers and turns ------------------------------------------------------------------------------------------
 
 THINKING = {"<think>", "</think>"}  # of an answer
+
+
+def thinks(text: str) -> bool:
+    """Whether a response has thinking in it, which is more than a pair of tags; the prompt may have opened it."""
+    before, closed, _ = text.partition("</think>")
+    return ("<think>" in before or bool(closed)) and bool(before.rpartition("<think>")[2].strip())
+
+
+def _has_thinking(response: Text) -> bool:
+    if isinstance(response, str):
+        return thinks(response)
+    return any(turn.get("reasoning_content") or thinks(str(turn.get("content"))) for turn in response)
+
+
 _MARKERS = (
     *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "[INST]", "[/INST]"),
     *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>"),

@@ -124,6 +124,12 @@ KINDS = {
             "Use --control-tokens sanitize, unless they are meant.",
         ),
         _note(
+            "thinking",
+            "thinking on one side only",
+            "One response thinks before it answers, and the other does not.",
+            "Such pairs teach to think, or not to: give both responses their thinking, or neither.",
+        ),
+        _note(
             "empty_response",
             "responses without a word",
             "A response has neither a letter nor a digit.",

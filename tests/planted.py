@@ -156,6 +156,11 @@ def empty_response(record: Record, rng: random.Random) -> None:
     put(record, response(rng), rng.choice(["...", " - ", "?", "👍", "\n---\n"]))
 
 
+def thinking(record: Record, rng: random.Random) -> None:
+    name = response(rng)
+    put(record, name, f"<think>\nThe user asks something.\n</think>\n\n{get(record, name)}")
+
+
 def script(record: Record, rng: random.Random) -> None:
     put(record, response(rng), rng.choice(OTHER_SCRIPTS))
 
@@ -179,6 +184,7 @@ IN_ONE_ROW = {
     "refusal_chosen": refusal_chosen,
     "refusal_rejected": refusal_rejected,
     "empty_response": empty_response,
+    "thinking": thinking,
     "script": script,
     "refused": refused,
 }
