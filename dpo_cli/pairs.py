@@ -7,12 +7,14 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast, overload
+from itertools import pairwise
+from typing import Any, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int32]
+Hashes = npt.NDArray[np.int64]  # (P, 2): of each pair's prompt, and of the whole pair
 DIGEST_PAIRS = 4096  # hashed at a time
 
 
@@ -143,6 +145,15 @@ class Pairs(Sequence[Pair]):
             content.update(self.terms.data)
         return content.hexdigest()
 
+    def hashes(self) -> Hashes:
+        """Hashes of each pair's prompt and of the whole pair, by the token ids that the model reads: (P, 2)."""
+        ids, content = np.asarray(self._ids), bytearray()
+        for place in range(len(self)):
+            ends = pairwise(self._ends[3 * place : 3 * place + 4])
+            parts = [_hash(read(ids[start:end]).data) for start, end in ends]
+            content += parts[0] + _hash(b"".join(parts))
+        return np.frombuffer(bytes(content), np.int64).reshape(-1, 2)
+
     def __add__(self, other: Pairs) -> Pairs:
         if not other:
             return self
@@ -170,3 +181,23 @@ class Pairs(Sequence[Pair]):
         ids = np.asarray(self._ids[start:rejected])
         terms = self._terms[2 * place : 2 * place + 2]
         return Pair(where, ids[: prompt - start], ids[prompt - start : chosen - start], ids[chosen - start :], *terms)
+
+
+def _hash(content: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()
+
+
+def trained_on(pairs: Pairs, trained: Hashes, verb: str = "were") -> dict[str, Any]:
+    """How many of the pairs a run trained on, and how many prompts of the other ones; ``text`` says so, if any.
+
+    Shapes: ``trained`` are the ``Pairs.hashes`` of what the run trained on.
+    """
+    prompts, whole = (np.isin(mine, theirs) for mine, theirs in zip(pairs.hashes().T, trained.T, strict=True))
+    count, more = int(whole.sum()), int((prompts & ~whole).sum())
+    told = []
+    if count:
+        of = f"{count:,} of these {len(pairs):,} pairs {verb} trained on"
+        told.append(f"{of}: accuracy on them says nothing about new pairs")
+    if more:
+        told.append(f"the prompts of {more:,}{' more' * bool(count)} {verb} trained on with other responses")
+    return {"pairs": count, "prompts": more, "text": "; ".join(told)}
