@@ -517,7 +517,9 @@ def _number(value: Any) -> str:
 
 
 def _train_summary(result: dict[str, Any]) -> str:
-    lines = []
+    from dpo_cli.summary import known, verdict
+
+    lines = [*known(result)]
     for answer in result.get("answers", []):
         lines += [
             answer["prompt"].strip(),
@@ -532,7 +534,7 @@ def _train_summary(result: dict[str, Any]) -> str:
             lines.append(f"  {name:<22}{before.get(name, float('nan')):>12.4f}{after[name]:>12.4f}")
     shown = ("pairs", "steps", "run", "model", "report", "pushed", "reference_misses")
     lines += [f"{name:<11} {result[name]}" for name in shown if name in result]
-    return "\n".join(lines)
+    return "\n".join([*lines, *verdict(result)])
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """What can be wrong with a trained model, in words with numbers: each finding, what it rests on, and what to try.
 
-A finding is told where it is both sure, by an interval, and large enough to matter, by a named threshold; so a model
-that is its reference has none. All that is measured in rewards is told in nats, which no beta changes.
+A finding is large enough to matter, by a named threshold, and sure: by an interval, of which few pairs have none that
+is of use, or because it is a fact about these very pairs. All that is measured in rewards is told in nats, which no
+beta changes.
 
 Legend: P pairs.
 """
@@ -13,14 +14,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import binom
 
 from dpo_cli.margins import beyond_arithmetic
-from dpo_cli.scores import SIDES, Scores, Table, gap_of
+from dpo_cli.scores import SIDES, Distributions, Scores, Table, gap_of
 
 Finding = dict[str, Any]
 
-ENOUGH = 20  # pairs: of fewer nothing is told, an interval of theirs is as wide as what one would look for
+ENOUGH = 20  # pairs: an interval of fewer is as wide as what one would look for
+STILL = 0.1  # nats a pair: the odds of its responses changed by less than a tenth, and the loss by 0.005 at beta 0.1
+MEMORISED = 0.5  # of the first step's loss: half the training loss is gone, of which the held-out loss shows nothing
+ONE_SIDED = 0.2  # share of pairs: one in five teaches as much about thinking as about what the answers say
 FALL = math.log(2)  # nats a response: half as likely as before; less is true of many good models, and harmless
 CORRELATED = 0.3  # Spearman's: length explains about a tenth of the margins' order, Cohen's (1988) medium effect
 MOVED = {"chosen": 0.02, "rejected": 0.1}  # share of tokens: one in 50 where none need move; rejected ones are to fall
@@ -29,37 +34,83 @@ OUTLIER = 3.0  # robust standard deviations below the median: 1 of 740 normal va
 CHANCE = 0.01  # that the reference finds so many of these wrong too, were they like all others: long tails alone are
 FLIPPED, FLIPS = 0.01, 3  # share and number of such pairs: fewer change no training, and every data set has some
 RISE = 0.02  # nats of held-out loss: 3 % of ln 2; many pairs make less than that sure, but no less small
+HOLD_OUT = "--eval-fraction 0.1 holds out a tenth of the pairs"
 LINES = 10  # of the training whose mean margin is taken: single batches scatter
 ROWS = 20  # named in a finding
 NORMAL_MAD = 1.4826  # a normal distribution's standard deviation in median absolute deviations
 
 
-def findings(
+def verdict(
     scores: Scores,
     sections: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]] = (),
     *,
     held_out: bool = True,
-) -> list[Finding]:
-    """Everything that is wrong with the policy as far as these pairs and its training's metrics show it.
+    thinking: npt.NDArray[np.bool_] | None = None,
+    trained_on: int = 0,
+) -> dict[str, Any]:
+    """``findings``: all that is wrong with the policy as far as these pairs and its training show it; and ``judged``.
 
     ``sections`` are those of ``margins.sections``; ``history`` the lines of its ``metrics.jsonl`` up to this policy,
-    where it has any; ``held_out``: whether the pairs are those of that run's held-out losses, at its beta.
+    where it has any; ``held_out``: whether the pairs are those of that run's held-out losses, at its beta and
+    reference; ``thinking`` (P, 2): which responses have thinking; ``trained_on``: how many pairs it was trained on.
     """
-    broken = _not_finite(scores)
-    if len(scores.where) < ENOUGH:
-        return [broken] if broken else []
-    biased = _length_bias(sections)
-    found = (
-        broken,
-        _displaced_chosen(scores, sections),
-        biased,
-        _token_drift(scores, sections),
-        _kl_drift(scores, sections),
-        None if biased else _label_noise(scores),  # a policy that goes by length is no witness of labels
-        _over_optimised(sections, history) if held_out else None,  # its noise is that of these pairs' loss
-    )
-    return [finding for finding in found if finding is not None]
+    looked = {"not_finite": _not_finite(scores)}  # by kind; None where nothing was found
+    trained = [line for line in history if line.get("loss") is not None]
+    if thinking is not None:
+        looked["thinking"] = _thinking(scores, thinking)
+    if trained and not looked["not_finite"]:
+        looked["memorised"] = _memorised(scores, trained, history, held_out)
+        if scores.objective.reference:
+            looked["nothing_learned"] = _nothing_learned(scores, trained)
+    if len(scores.where) >= ENOUGH and sections["intervals"]["loss"] is not None:
+        looked |= _by_intervals(scores, sections)
+        if held_out and trained:
+            looked["over_optimised"] = over = _over_optimised(sections, history)
+            if over and looked.get(
+                "memorised"
+            ):  # one cause: the former, if the model was better than at its start once
+                del looked["memorised" if over["numbers"]["best_step"] else "over_optimised"]
+        explained = ("memorised", "nothing_learned", "length_bias", "over_optimised")
+        if trained and not any(looked.get(kind) for kind in explained):
+            looked["at_chance"] = _at_chance(sections, len(scores.where))
+    found = [finding for finding in looked.values() if finding]
+    passed = [kind for kind, finding in looked.items() if finding is None]
+    return {"findings": found, "judged": judged(len(scores.where), len(found), passed, trained_on)}
+
+
+def _by_intervals(scores: Scores, sections: Mapping[str, Any]) -> dict[str, Finding | None]:
+    """What enough pairs show of a policy, however it was trained."""
+    looked = {"length_bias": _length_bias(sections)}
+    if scores.objective.reference:
+        looked["displaced_chosen"] = _displaced_chosen(scores, sections)
+    if (exact := scores.distributions) is not None:
+        looked["token_drift"] = _token_drift(scores, exact, sections)
+        looked["kl_drift"] = _kl_drift(scores, exact, sections)
+    if looked["length_bias"] is None:  # a policy that goes by length is no witness of labels
+        looked["label_noise"] = _label_noise(scores)
+    return looked
+
+
+def judged(pairs: int, problems: int = 0, passed: Sequence[str] = (), trained_on: int = 0) -> dict[str, Any]:
+    """What can be said of a model after its checks on so many pairs, ``trained_on`` of which it was trained on.
+
+    ``enough``: whether the pairs that it was not trained on are ``needed`` many; ``passed``: the checks that found
+    nothing, by kind; ``text``: all of it in words.
+    """
+    new = pairs - trained_on
+    about = {"pairs": new, "needed": ENOUGH, "enough": new >= ENOUGH, "passed": list(passed)}
+    if not pairs:
+        text = "No pairs were held out: nothing shows whether the model learned the preference; " + HOLD_OUT
+    elif new < ENOUGH:
+        which = " that were not trained on" * bool(trained_on)
+        text = f"Only {new:,} pair{'s' * (new != 1)}{which}: too few to judge ({new:,}; {ENOUGH} needed)"
+    else:
+        found = f"{problems} problem{'s' * (problems > 1)} found" if problems else "No problems found"
+        of = f"{pairs:,} pairs{f', {trained_on:,} of which were trained on' * bool(trained_on)}"
+        names = ", ".join(kind.replace("_", " ") for kind in passed)
+        text = f"{found}: {len(passed)} check{'s' * (len(passed) != 1)} passed on {of} (looked for: {names})"
+    return about | {"text": text}
 
 
 def _finding(
@@ -88,6 +139,89 @@ def _not_finite(scores: Scores) -> Finding | None:
     return _finding("not_finite", title, text, advice, numbers, [scores.where[place] for place in places[:ROWS]])
 
 
+def _thinking(scores: Scores, thinking: npt.NDArray[np.bool_]) -> Finding | None:
+    """Many pairs in which one response thinks before it answers and the other does not, mostly the same one."""
+    alone, pairs = thinking & ~thinking[:, ::-1], len(scores.where)  # (P, 2)
+    column = int(alone.sum(0).argmax())
+    (side, other), count = SIDES[:: -1 if column else 1], int(alone[:, column].sum())
+    if count < ONE_SIDED * pairs:
+        return None
+    text = (
+        f"In {count:,} of {pairs:,} pairs the {side} response has thinking, in <think> tags, and the {other} one has "
+        f"none. What such pairs teach first is {'' if column == 0 else 'not '}to think, whatever the answers say."
+    )
+    advice = "Give both responses their thinking, or neither of them; dpo check names the rows."
+    rows = [scores.where[place] for place in np.flatnonzero(alone[:, column])[:ROWS]]
+    title = f"Only the {side} response thinks in {count / pairs:.0%} of the pairs"
+    return _finding("thinking", title, text, advice, {"pairs": count, "share": count / pairs}, rows)
+
+
+def _memorised(
+    scores: Scores, trained: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]], held_out: bool
+) -> Finding | None:
+    """The training loss is far below its start, and the loss of these pairs above theirs.
+
+    The start is what the run measured at step 0, of other pairs ln 2, where the loss begins there.
+    """
+    known = {line["step"]: line["eval_loss"] for line in history if held_out and line.get("eval_loss") is not None}
+    plain = scores.objective.plain and bool((scores.terms == (1, 0)).all())
+    start = known.get(0, math.log(2) if plain else math.inf)
+    losses = [line["loss"] for line in trained]
+    last, now = float(np.mean(losses[-LINES:])), float(scores.losses.mean())
+    if not (last < MEMORISED * losses[0] and now > start + RISE):
+        return None
+    text = (
+        f"The loss of the last training steps is {last:.4f}; on these {len(scores.where):,} pairs it is {now:.4f}, "
+        f"above the {start:.4f} of a model that was not trained. They are ranked right in {scores.wins.mean():.1%}. "
+        "The model learned its training pairs, and by its loss is worse on these than before."
+    )
+    advice = (
+        "Train for fewer steps, on more pairs or with a lower --lr; --eval-every with --keep-best loss keeps the best "
+        "model. If no pair was trained on twice, these pairs are of another kind than those trained on."
+    )
+    if (best := min(known, key=lambda step: known[step], default=0)) > 0:
+        advice = f"The loss of these pairs was lowest at step {best} ({known[best]:.4f}). " + advice
+    numbers = {"training_loss": last, "loss": now, "start_loss": start}
+    title = f"The training pairs were memorised: loss {last:.2g} on them and {now:.2f} on these"
+    return _finding("memorised", title, text, advice, numbers)
+
+
+def _nothing_learned(scores: Scores, trained: Sequence[Mapping[str, Any]]) -> Finding | None:
+    """No pair's margin is more than arithmetic, or next to nothing."""
+    margins = gap_of(scores.logratios)
+    moved, steps = float(np.abs(margins).mean()), trained[-1]["step"]
+    if not moved < STILL:
+        return None
+    rates = [rate for line in trained if (rate := line.get("learning_rate"))]
+    higher = f", such as --lr {10 * max(rates):.2g}," if rates and max(rates) <= 1e-4 else ""
+    text = (
+        f"After step {steps:,} the log-ratios of two responses differ by {moved:.2g} nats on average, where a "
+        f"model that learned shows 1 or more. The margin of {margins.mean():.2g} nats and the accuracy of "
+        f"{scores.wins.mean():.1%} are those of a model that has hardly moved."
+    )
+    advice = f"Train with a higher learning rate{higher} or for more steps."
+    title = f"Next to nothing was learned: the margins are {moved:.2g} nats on average"
+    return _finding("nothing_learned", title, text, advice, {"moved": moved, "margin": margins.mean(), "steps": steps})
+
+
+def _at_chance(sections: Mapping[str, Any], pairs: int) -> Finding | None:
+    """The model moved, and neither accuracy nor margin is surely above that of a coin."""
+    accuracy, margin = (sections["intervals"][f"rewards/{name}"] for name in ("accuracies", "margins"))
+    if accuracy is None or margin is None or accuracy[0] > 0.5 or margin[0] > 0:
+        return None
+    low, high = accuracy
+    text = (
+        f"The accuracy on these {pairs:,} pairs may be anything from {low:.1%} to {high:.1%} (95 % interval), and a "
+        "coin has 50 %; nor is the mean margin surely above 0. The model moved, and not towards this preference."
+    )
+    advice = (
+        "Look at the training accuracy: where it rises, the pairs are too few or too noisy to teach what carries over; "
+        "where it does not, raise --lr or train for more steps."
+    )
+    title = f"No better than chance: the accuracy is {low:.0%} to {high:.0%}"
+    return _finding("at_chance", title, text, advice, {"accuracy_low": low, "accuracy_high": high})
+
+
 def _displaced_chosen(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
     """The chosen responses lost probability along with the rejected ones, as far as rewards are of log-ratios.
 
@@ -95,7 +229,7 @@ def _displaced_chosen(scores: Scores, sections: Mapping[str, Any]) -> Finding | 
     """
     ends = [sections["intervals"][f"rewards/{side}"] for side in SIDES]
     chosen, rejected = scores.logratios.mean(0)
-    if not scores.objective.reference or any(end is None or end[1] >= 0 for end in ends) or chosen > -FALL:
+    if any(end is None or end[1] >= 0 for end in ends) or chosen > -FALL:
         return None
     share, margin = float((scores.logratios[:, 0] < 0).mean()), chosen - rejected
     low, high = (end / scores.objective.beta for end in ends[0])
@@ -149,10 +283,8 @@ def _length_bias(sections: Mapping[str, Any]) -> Finding | None:
     return _finding("length_bias", f"The model prefers the {kept} response, right or wrong", text, advice, numbers)
 
 
-def _token_drift(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
+def _token_drift(scores: Scores, exact: Distributions, sections: Mapping[str, Any]) -> Finding | None:
     """Many single tokens changed their probability more than 20-fold."""
-    if (exact := scores.distributions) is None:
-        return None
     ends = {side: sections["intervals"][f"moved_tokens/{side}"] for side in SIDES}
     if not any(end and end[0] > MOVED[side] for side, end in ends.items()):
         return None
@@ -173,10 +305,8 @@ def _token_drift(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
     return _finding("token_drift", title, text, advice, numbers)
 
 
-def _kl_drift(scores: Scores, sections: Mapping[str, Any]) -> Finding | None:
+def _kl_drift(scores: Scores, exact: Distributions, sections: Mapping[str, Any]) -> Finding | None:
     """The policy is far from the reference: KL(policy||reference) a token, at the positions of the data."""
-    if (exact := scores.distributions) is None:
-        return None
     ends = {side: sections["intervals"][f"kl/{side}"] for side in SIDES}
     if not any(end and end[0] > KL for end in ends.values()):
         return None

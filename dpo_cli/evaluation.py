@@ -29,7 +29,7 @@ from dpo_cli.margins import compared as compare_scores
 from dpo_cli.metrics import Reporter, best_step, evaluations, read_metrics
 from dpo_cli.model import compile_layers, default_device, dtype_name, load_model, release
 from dpo_cli.outcome import evaluation, loss_input, policy_read, scores_of
-from dpo_cli.pairs import Ids, Pairs
+from dpo_cli.pairs import Ids, Pairs, trained_on
 from dpo_cli.prepare import (
     choose_model,
     choose_tokenizer,
@@ -44,7 +44,7 @@ from dpo_cli.prepare import (
 )
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.report import ReportInput, write_report
-from dpo_cli.run import read_manifest, reading_as_trained, trained_with
+from dpo_cli.run import read_manifest, reading_as_trained, trained_hashes, trained_with
 from dpo_cli.samples import Response, as_pairs, by_prompt, generate, sequence_kl, side_by_side
 from dpo_cli.scores import Evaluation, LossInput
 from dpo_cli.show import write_per_pair
@@ -72,7 +72,7 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
         raise UsageError("the two models use other rows: what one truncates away the other reads; set --max-length")
     told: dict[str, Any] = {"pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
     for name, each in (("a", first.result), ("b", second.result)):
-        told[name] = {about: each[about] for about in ("model", "reference", "beta")}
+        told[name] = {about: each[about] for about in ("trained_on", "model", "reference", "beta") if about in each}
     if told["a"]["reference"] != told["b"]["reference"]:
         reporter.warn("the two models have other references: their rewards and KLs are measured from other points")
     show(told | compare_scores(first.scores, second.scores, options.seed))
@@ -104,10 +104,13 @@ def evaluated(
     at = began.beta if began else None
     scores = scores_of(pairs, policy, reference, judge.objective, compared, judge.loss_input, so_far, at)
     manifest = read_manifest(source.run) if source.run else None
-    same = manifest is not None and began is not None and options.beta == began.beta
+    same = manifest is not None and began is not None and options.beta == began.beta and options.ref is None
     its_own = same and manifest is not None and manifest["held_out"]["sha256"] == pairs.digest()
-    done = evaluation(scores, compared, pairs, tokenizer, so_far, options.seed, held_out=its_own)
-    about: dict[str, Any] = {"model": source.told, "reference": judge.told, "beta": options.beta}
+    trained = trained_hashes(source.run, manifest, reporter.warn) if source.run and manifest else None
+    known = trained_on(pairs, trained) if trained is not None else None
+    done = evaluation(scores, compared, pairs, tokenizer, so_far, options.seed, held_out=its_own, trained_on=known)
+    about: dict[str, Any] = {"trained_on": known} if known else {}
+    about |= {"model": source.told, "reference": judge.told, "beta": options.beta}
     about |= {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
     done = dataclasses.replace(done, result=about | done.result | more)
     show(dict(done.result))

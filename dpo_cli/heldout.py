@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpo_cli import drift, ranks
 from dpo_cli.curves import write_curves
+from dpo_cli.diagnose import judged
 from dpo_cli.drift import Compared, Recorded, Watch
 from dpo_cli.logps import Scorer
 from dpo_cli.metrics import Reporter, append_metrics, best_step, evaluations, read_metrics
@@ -104,28 +105,32 @@ class HeldOut:
     def _history(self) -> list[dict[str, Any]]:
         return read_metrics(self.metrics)
 
-    def write_report(self, samples: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Write the run's report and curves, as far as it has come.
+    def write_report(self, samples: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Write the run's report and curves, as far as it has come; return ``findings`` and what was ``judged``.
 
-        What goes wrong there is told, and ends no training.
+        What goes wrong there is reported, and ends no training.
         """
+        found: dict[str, Any] = {}
         run, objective = self.run, self.run.options.objective
         try:
             history, manifest = read_metrics(self.metrics), read_manifest(run.folder)
             done = self._evaluation(history, samples)
+            result = done.result if done else {"findings": [], "judged": judged(0)}
+            found = {name: result[name] for name in ("findings", "judged")}
             options = dataclasses.asdict(run.options)
             about = ReportInput(run.folder.name, done, history, manifest, options, objective)
             write_report(run.folder / "report.html", about)
             write_curves(run.folder / "curves.png", history, objective)
         except Exception as error:  # of the libraries that draw, too
             self.reporter.warn(f"the report of {run.folder} is not up to date: {error}")
+        return found
 
     def _evaluation(self, history: Sequence[dict[str, Any]], samples: Sequence[Mapping[str, Any]]) -> Evaluation | None:
         """All that the last evaluation tells, with the answers that are to be shown beside it."""
         if self.last is None:
             return None
         (step, scores, compared), run = self.last, self.run
-        done = evaluation(scores, compared, run.held_out, run.tokenizer, history)
+        done = evaluation(scores, compared, run.held_out, run.tokenizer, history, trained_on=run.trained_on)
         about: dict[str, Any] = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta}
         about["reference"] = (run.reference.source if run.reference else run.source).told
         shown = {"samples": list(samples)} if samples else {}

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dpo_cli.diagnose import findings
+from dpo_cli.diagnose import verdict
 from dpo_cli.drift import Compared
+from dpo_cli.findings import thinks
 from dpo_cli.logps import Read, Scorer
 from dpo_cli.losses import Objective
 from dpo_cli.margins import sections
 from dpo_cli.metrics import step_rewards
-from dpo_cli.pairs import Pairs
+from dpo_cli.pairs import Pairs, read
 from dpo_cli.scores import Evaluation, LossInput, Scores, values
 from dpo_cli.show import drift_tokens, shown_pairs
 
@@ -78,15 +79,21 @@ def evaluation(
     history: Sequence[dict[str, Any]],
     seed: int = 0,
     held_out: bool = True,
+    trained_on: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """All that the numbers tell: means with intervals, findings, tokens that moved, pairs to look at.
 
     ``history`` has the lines of the run's metrics up to this policy, if it is of one, and
-    ``held_out`` whether the pairs are that run's; ``seed`` is the intervals'.
+    ``held_out`` whether the pairs are that run's; ``seed`` is the intervals'. ``trained_on``: what of the pairs was.
     """
     told = sections(scores, seed)
     result: dict[str, Any] = values(scores) | told
-    result["findings"] = findings(scores, told, history, held_out=held_out)
+    decode = tokenizer.decode
+    thinking = np.array([[thinks(decode(read(ids))) for ids in (pair.chosen, pair.rejected)] for pair in pairs])
+    known = trained_on["pairs"] if trained_on else 0
+    result |= verdict(scores, told, history, held_out=held_out, thinking=thinking, trained_on=known)
+    if trained_on:
+        result["trained_on"] = trained_on
     if compared is None:
         return Evaluation(scores, result)
     result["drift"] = drift_tokens(compared, pairs, tokenizer)

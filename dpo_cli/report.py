@@ -77,13 +77,14 @@ def page(about: ReportInput) -> str:
         "manifest": ("Manifest", list(_flat(about.manifest or {}))),
         "options": ("Options", list(_flat(about.options or {}))),
     }
-    looked = "findings" in result  # that there is none is worth saying
     css, template = _style()
     return template.render(
         title=about.title,
         css=css,
         css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
-        sections={name: each for name, each in sections.items() if each[1] or (name == "findings" and looked)},
+        sections={
+            name: each for name, each in sections.items() if each[1] or (name == "findings" and "judged" in result)
+        },
         result=result,
         steps=len({line.get("step") for line in about.history if "loss" in line}),
         held_out=any("eval_loss" in line for line in about.history),

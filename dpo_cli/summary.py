@@ -32,10 +32,28 @@ def as_text(result: Result) -> str:
     """The result of `dpo eval` in full: numbers with their 95 % intervals, findings, tokens that moved."""
     if "differences" in result:
         return "\n".join(_comparison(result))
-    lines = [*_about(result), "", *_a_pair(result), "", *_a_token(result), "", *_sections(result)]
-    for part in (_sequence_kl(result), _moved(result), _findings(result)):
+    lines = [*known(result), *_about(result), "", *_a_pair(result), "", *_a_token(result), "", *_sections(result)]
+    for part in (_sequence_kl(result), _moved(result), [""], verdict(result)):
         lines += part
     return "\n".join(lines)
+
+
+def known(result: Result) -> Iterator[str]:
+    """What of the pairs was trained on, if any: it comes before every number."""
+    if told := result.get("trained_on", {}).get("text"):
+        yield f"warning: {told}"
+
+
+def verdict(result: Result) -> Iterator[str]:
+    """The findings, and on how many pairs was looked for which."""
+    for finding in result.get("findings", ()):
+        yield f"finding: {finding['title']}"
+        for text in (finding["text"], f"To try: {finding['advice']}"):
+            yield textwrap.indent(textwrap.fill(text, WIDTH), "  ")
+        if finding["rows"]:
+            yield textwrap.indent(textwrap.fill(f"Rows: {', '.join(finding['rows'])}", WIDTH), "  ")
+    if "judged" in result:
+        yield textwrap.fill(result["judged"]["text"], WIDTH)
 
 
 def _about(result: Result) -> Iterator[str]:
@@ -118,21 +136,10 @@ def _moved(result: Result) -> Iterator[str]:
         yield f"{number(round(token['fold'])):>20}  {text[:WIDTH]}  {token['row']} {token['response']}"
 
 
-def _findings(result: Result) -> Iterator[str]:
-    yield ""
-    if not result["findings"]:
-        yield "no finding: nothing of what is looked for is both sure and large"
-    for finding in result["findings"]:
-        yield f"finding: {finding['title']}"
-        for text in (finding["text"], f"To try: {finding['advice']}"):
-            yield textwrap.indent(textwrap.fill(text, WIDTH), "  ")
-        if finding["rows"]:
-            yield textwrap.indent(textwrap.fill(f"Rows: {', '.join(finding['rows'])}", WIDTH), "  ")
-
-
 def _comparison(result: Result) -> Iterator[str]:
     for name in "ab":
         about = result[name]
+        yield from known(about)
         yield f"{name:<34}{about['model']}, beta {about['beta']:g}, reference {about['reference']}"
     tokens = (
         "the same for both" if result["same_tokens"] else "read as other tokens: what is told a token is not comparable"

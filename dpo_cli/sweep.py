@@ -22,7 +22,7 @@ from dpo_cli.numerals import NONE, between, is_number, number, tick
 from dpo_cli.plots import write_png, write_svg
 from dpo_cli.reward import Reward, load_reward
 from dpo_cli.run import read_manifest, start_of, trained_with
-from dpo_cli.summary import percent
+from dpo_cli.summary import known, percent, verdict
 from dpo_cli.training import train
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
@@ -62,8 +62,8 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
 def as_text(result: Mapping[str, Any]) -> str:
     """What a person reads: a line a run."""
     rewarded = "reward" in result
-    lines = [f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}{'margin':>9}{'accuracy':>10}{'loss':>13}"]
-    lines[0] += f"{'reward':>9}  run" if rewarded else "  run"
+    lines = [*known(result), f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}{'margin':>9}{'accuracy':>10}{'loss':>13}"]
+    lines[-1] += f"{'reward':>9}  run" if rewarded else "  run"
     for point in result["points"]:
         line = f"{point['beta']:>7g}{_figures(point['kl']):>10}  {between(point['intervals']['kl'], _figures):<22}"
         accuracy = percent(point["rewards/accuracies"])
@@ -75,6 +75,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         own = f"{number(result['reference_reward'])} ({between(result['reference_reward_interval'])})"
         lines.append(f"{'reward':<12}{result['reward']}; the reference's own answers have {own}")
     lines.append(f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}")
+    for point in result["points"]:
+        lines += ["", f"beta {point['beta']:g}", *verdict(point)]
     return "\n".join(lines)
 
 
@@ -169,7 +171,7 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str,
 
 def _about(found: Mapping[str, Any], reward: Reward | None) -> dict[str, Any]:
     """What is true of all points: the reference is the same, and so are the prompts."""
-    about = {"reference": found["reference"], "pairs": found["pairs"]}
+    about = {name: found[name] for name in ("trained_on", "reference", "pairs") if name in found}
     if drawn := found.get("sequence_kl"):
         told = {name: drawn[name] for name in ("prompts", "samples", "max_new_tokens")}
         about["kl"] = {"of": "over responses that the policy draws", "unit": "nats a response"} | told
@@ -193,7 +195,7 @@ def _point(run: Path, found: Mapping[str, Any], reward: Reward | None) -> dict[s
     intervals |= {name: ends[name] for name in SHOWN}
     if reward:
         point["reward"], intervals["reward"] = reward.of(found["samples"], "policy_sampled")
-    return point | {"intervals": intervals}
+    return point | {"intervals": intervals, "findings": found["findings"], "judged": found["judged"]}
 
 
 def _write(folder: Path, result: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ def train(
         if stop.requested:
             reporter.warn("the signal came when all was trained: the run is complete")
         result = ranks.lead(lambda: _summary(run, first_answers))
-        ranks.lead(lambda: held_out.write_report(result["answers"]))
+        result |= ranks.lead(lambda: held_out.write_report(result["answers"]))
         return result | ranks.lead(lambda: _pushed(run, reporter))
 
 
@@ -385,6 +385,7 @@ def _summary(run: Run, first_answers: list[str]) -> dict[str, Any]:
     shown = zip(run.held_out, first_answers, _answers(run), strict=False)
     scores = evaluations(read_metrics(run.folder / "metrics.jsonl"))
     return {
+        "trained_on": run.trained_on,
         "run": str(run.folder),
         "model": str(run.folder / "model"),
         "report": str(run.folder / "report.html"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_cli.diagnose import judged
 from dpo_cli.losses import Objective
 from dpo_cli.scores import Distributions, Evaluation, Scores, ShownPair, Token, means, values
 from tests.conftest import SAMPLE
@@ -98,6 +99,7 @@ def make_result(scores: Scores) -> dict[str, Any]:
     found["length"] |= {"accuracy_prefer_longer": 0.55, "accuracy_prefer_longer_interval": [0.49, 0.61]}
     found["sequence_kl"] = {"prompts": 50, "samples": 8, "max_new_tokens": 128, "ended": 0.91, "logratio": 2.94}
     found["sequence_kl"] |= {"logratio_interval": [2.3, 3.6], "k3": 2.81, "k3_interval": [2.6, 3.05]}
+    found["judged"] = judged(len(scores.where), 2, ["not_finite"])
     return found | {"findings": make_findings(), "drift": make_drift(), "samples": make_samples()}
 
 

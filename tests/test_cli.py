@@ -22,7 +22,7 @@ def small_run(dpo: Cli, tiny: Path, tmp_path: Path):
 
 def test_train_writes_the_run_folder(small_run) -> None:
     run, result, told = small_run
-    files = {"config.yaml", "manifest.json", "metrics.jsonl", "report.html", "curves.png"}
+    files = {"config.yaml", "manifest.json", "metrics.jsonl", "report.html", "curves.png", "trained-pairs.safetensors"}
     assert {p.name for p in run.iterdir()} == files | {"checkpoints", "model"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]

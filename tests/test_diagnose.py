@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_cli.diagnose import ENOUGH, ROWS, findings, suspects
+from dpo_cli.diagnose import ENOUGH, ROWS, judged, suspects, verdict
 from dpo_cli.disk import to_json
 from dpo_cli.losses import Objective
 from dpo_cli.margins import sections
@@ -46,8 +46,8 @@ def with_logratios(scores: Scores, logratios: Any) -> Scores:
     return dataclasses.replace(scores, logps=scores.ref_logps + logratios)
 
 
-def found(scores: Scores, history: Any = ()) -> list[dict[str, Any]]:
-    told = findings(scores, sections(scores), history)
+def found(scores: Scores, history: Any = (), **more: Any) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = verdict(scores, sections(scores), history, **more)["findings"]
     for finding in told:
         assert finding.keys() == {"kind", "title", "text", "advice", "numbers", "rows"}
         assert finding["title"] and finding["text"].endswith(".") and finding["advice"].endswith(".")
@@ -55,8 +55,8 @@ def found(scores: Scores, history: Any = ()) -> list[dict[str, Any]]:
     return told
 
 
-def only(scores: Scores, history: Any = ()) -> dict[str, Any]:
-    (finding,) = found(scores, history)
+def only(scores: Scores, history: Any = (), **more: Any) -> dict[str, Any]:
+    (finding,) = found(scores, history, **more)
     return finding
 
 
@@ -77,10 +77,164 @@ def test_a_model_that_is_the_reference_has_no_finding() -> None:
     assert found(with_logratios(scores, 0.0)) == found(with_logratios(scores, noise)) == []
 
 
-def test_of_few_pairs_nothing_is_told() -> None:
+def test_few_pairs_have_no_finding_that_needs_an_interval() -> None:
     sunk = healthy(pairs=ENOUGH - 1, kl=9, moved_chosen=0.9)
     assert found(with_logratios(sunk, sunk.logratios - 50)) == []
-    assert findings(make_scores([[1, 0]]), sections(make_scores([[1, 0]]))) == []
+    assert found(make_scores([[1, 0]])) == []
+
+
+# ---- what was judged --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pairs", [1, 6, ENOUGH - 1])
+def test_too_few_pairs_are_no_clean_result(pairs: int) -> None:
+    scores = healthy(pairs=pairs)
+    told = verdict(scores, sections(scores), run([0.69, 0.6]))["judged"]
+    plural = "s" * (pairs > 1)
+    assert told["text"] == f"Only {pairs} pair{plural}: too few to judge ({pairs}; 20 needed)"
+    assert (told["pairs"], told["needed"], told["enough"]) == (pairs, 20, False)
+    assert told["passed"] == ["not_finite", "memorised", "nothing_learned"]
+
+
+def test_a_clean_result_names_what_was_looked_for_on_how_many_pairs() -> None:
+    scores = healthy()
+    told = verdict(scores, sections(scores))["judged"]
+    passed = ["not_finite", "length_bias", "displaced_chosen", "token_drift", "kl_drift", "label_noise"]
+    assert told == {"pairs": PAIRS, "needed": 20, "enough": True, "passed": passed, "text": told["text"]}
+    names = "not finite, length bias, displaced chosen, token drift, kl drift, label noise"
+    assert told["text"] == f"No problems found: 6 checks passed on 300 pairs (looked for: {names})"
+    less = dataclasses.replace(scores, distributions=None)
+    assert verdict(less, sections(less))["judged"]["passed"] == [name for name in passed if "drift" not in name]
+    more = verdict(scores, sections(scores), run([0.69, 0.5]), thinking=np.zeros((PAIRS, 2), bool))["judged"]["passed"]
+    assert set(more) == {*passed, "thinking", "memorised", "nothing_learned", "over_optimised", "at_chance"}
+
+
+def test_what_was_found_did_not_pass() -> None:
+    scores = healthy(kl=0.8)
+    told = verdict(scores, sections(scores))["judged"]
+    assert told["text"].startswith("1 problem found: 5 checks passed on 300 pairs (looked for: ")
+    assert told["enough"] and "kl_drift" not in told["passed"] and len(told["passed"]) == 5
+
+
+def test_of_pairs_of_one_prompt_no_check_that_needs_an_interval_has_passed() -> None:
+    scores = dataclasses.replace(healthy(), groups=np.zeros(PAIRS, int))
+    assert verdict(scores, sections(scores))["judged"]["passed"] == ["not_finite"]
+
+
+def test_pairs_that_were_trained_on_do_not_count() -> None:
+    told = judged(30, 0, ["not_finite"], trained_on=24)
+    assert told["text"] == "Only 6 pairs that were not trained on: too few to judge (6; 20 needed)"
+    assert not told["enough"] and told["pairs"] == 6
+    told = judged(50, 2, ["not_finite"], trained_on=24)
+    assert told["enough"] and told["text"].startswith("2 problems found: 1 check passed on 50 pairs, 24 of which were")
+    told = judged(0)
+    assert (
+        not told["enough"]
+        and told["text"].startswith("No pairs were held out: ")
+        and "--eval-fraction 0.1" in told["text"]
+    )
+
+
+# ---- was anything learned ---------------------------------------------------------------------------------------
+
+
+def trained_to(loss: float, start: float = 0.6931, lr: float = 1e-6) -> list[dict[str, Any]]:
+    """Thirty steps whose loss falls to a value at once, and the evaluation before the first."""
+    steps = [{"step": n, "loss": loss if n > 1 else start, "learning_rate": lr} for n in range(1, 31)]
+    return [{"step": 0, "eval_loss": start}, *steps]
+
+
+@pytest.mark.parametrize("pairs", [2, 6, PAIRS])
+def test_memorised_training_pairs(pairs: int) -> None:
+    scores = with_logratios(healthy(pairs=pairs, kl=0.0), np.tile([-10.0, 10.0], (pairs, 1)))
+    finding = only(scores, trained_to(0.0013))
+    assert finding["kind"] == "memorised" and "0.0013 on them and 2.1" in finding["title"]
+    numbers = {"training_loss": 0.0013, "loss": 2.1269, "start_loss": 0.6931}
+    assert finding["numbers"] == pytest.approx(numbers, abs=1e-3)
+    assert "ranked right in 0.0%" in finding["text"] and "--keep-best loss" in finding["advice"]
+    line = {"step": 12, "eval_loss": 0.61}
+    again = only(scores, [*trained_to(0.0013), line])
+    assert "lowest at step 12 (0.6100)" in again["advice"]
+
+
+@pytest.mark.parametrize(("best", "kind"), [(0.69, "memorised"), (0.5, "over_optimised")])
+def test_memorised_or_over_optimised(best: float, kind: str) -> None:
+    """Both are one cause: the latter where the held-out loss was once better than at the start."""
+    steps = [{"step": n, "loss": 0.69 * 0.9**n, "rewards/margins": 0.1 * n} for n in range(1, 31)]
+    held_out = [{"step": 0, "eval_loss": 0.69}, {"step": 10, "eval_loss": best}, {"step": 30, "eval_loss": 2.13}]
+    wrong = with_logratios(healthy(kl=0.0), np.tile([-10.0, 10.0], (PAIRS, 1)))
+    assert only(wrong, [*steps, *held_out])["kind"] == kind
+
+
+def test_what_is_not_memorised() -> None:
+    wrong = with_logratios(healthy(pairs=6), np.tile([-10.0, 10.0], (6, 1)))
+    assert found(wrong, trained_to(0.4)) == []  # the training loss is not far below
+    assert found(wrong) == []  # never trained
+    right = with_logratios(healthy(pairs=6), np.tile([1.0, -1.0], (6, 1)))
+    assert found(right, trained_to(0.0013)) == []  # the loss is below ln 2
+
+
+def test_memorised_is_measured_from_where_the_loss_begins() -> None:
+    """At ln 2 for pairs that the run did not hold out, if its loss begins there; else where its held-out loss began."""
+    wrong = with_logratios(healthy(pairs=6), np.tile([-10.0, 10.0], (6, 1)))
+    assert only(wrong, trained_to(0.0013)[1:], held_out=False)["numbers"]["start_loss"] == pytest.approx(np.log(2))
+    ipo = dataclasses.replace(wrong, objective=Objective({"ipo": 1.0}))
+    now = float(ipo.losses.mean())
+    assert found(ipo, trained_to(0.0013)[1:], held_out=False) == []
+    assert only(ipo, trained_to(0.0013, start=now - 1))["kind"] == "memorised"
+    assert found(ipo, trained_to(0.0013, start=now + 1)) == []
+
+
+@pytest.mark.parametrize("pairs", [3, PAIRS])
+@pytest.mark.parametrize("size", [0.0, 1e-4, 0.05])
+def test_nothing_learned(pairs: int, size: float) -> None:
+    scores = healthy(pairs=pairs)
+    scores = with_logratios(scores, size * np.random.default_rng(0).normal(0, 1, (pairs, 2)))
+    finding = only(scores, trained_to(0.6931))  # and not that it is no better than chance
+    assert finding["kind"] == "nothing_learned" and "--lr 1e-05" in finding["advice"]
+    assert finding["numbers"]["moved"] <= 2 * size and finding["numbers"]["steps"] == 30
+    assert found(scores) == []  # no training, of which to say so
+    moved = with_logratios(scores, np.tile([0.3, -0.3], (pairs, 1)))
+    assert found(moved, trained_to(0.68)) == []
+    assert "--lr" not in only(scores, trained_to(0.6931, lr=1e-3))["advice"]
+
+
+@pytest.mark.parametrize("shift", [0.0, -8.0])
+def test_no_better_than_chance(shift: float) -> None:
+    scores = healthy(shift=shift)
+    scores = with_logratios(scores, scores.logratios - scores.logratios.mean(0) + [shift / 2, -shift / 2])
+    finding = only(scores, trained_to(0.5))
+    low, high = finding["numbers"]["accuracy_low"], finding["numbers"]["accuracy_high"]
+    assert finding["kind"] == "at_chance" and low < 0.5 and (high < 0.5) == bool(shift)
+    assert f"{low:.0%} to {high:.0%}" in finding["title"]
+    assert found(scores) == []
+    few = with_logratios(healthy(pairs=ENOUGH - 1), np.tile([[1.0, -1.0], [-1.0, 1.0], [0, 0]], (7, 1))[: ENOUGH - 1])
+    assert found(few, trained_to(0.5)) == []
+
+
+def test_what_explains_chance_is_told_in_its_place() -> None:
+    scores = healthy()
+    by_length = with_logratios(scores, (scores.tokens - 110) / 10)
+    assert only(by_length, trained_to(0.5))["kind"] == "length_bias"
+
+
+# ---- thinking ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "word"), [(0, "chosen"), (1, "rejected")])
+@pytest.mark.parametrize("pairs", [5, PAIRS])
+def test_thinking_on_one_side_only(pairs: int, side: int, word: str) -> None:
+    scores, thinking = healthy(pairs=pairs), np.zeros((pairs, 2), bool)
+    thinking[: pairs * 2 // 5, side] = True
+    finding = only(scores, thinking=thinking)
+    assert finding["kind"] == "thinking" and finding["title"] == f"Only the {word} response thinks in 40% of the pairs"
+    assert finding["numbers"] == {"pairs": pairs * 2 // 5, "share": 0.4}
+    assert finding["rows"] == scores.where[: pairs * 2 // 5][:ROWS]
+    thinking[:, 1 - side] = thinking[:, side]
+    assert found(scores, thinking=thinking) == []  # on both sides
+    thinking[pairs // 10 :] = False
+    thinking[:, side] = False
+    assert found(scores, thinking=thinking) == []  # in a pair of ten
 
 
 # ---- numbers that are none --------------------------------------------------------------------------------------
@@ -273,7 +427,7 @@ def test_over_optimised() -> None:
 
 def test_other_pairs_say_nothing_of_the_held_out_loss() -> None:
     scores = healthy()
-    assert findings(scores, sections(scores), run([0.69, 0.6, 0.55, 0.6, 0.7, 0.8]), held_out=False) == []
+    assert found(scores, run([0.69, 0.6, 0.55, 0.6, 0.7, 0.8]), held_out=False) == []
 
 
 def test_held_out_loss_that_only_ever_rose() -> None:

@@ -27,8 +27,9 @@ MEANS = {"loss", "rewards/margins", "rewards/accuracies", "rewards/ties"}
 MEANS |= {f"{name}/{side}" for name in BY_RESPONSE for side in EITHER}
 EXACT = {f"{name}/{side}" for name in FROM_BOTH for side in EITHER}  # what needs both models
 EVALUATED = MEANS | EXACT
-ABOUT = {"model", "reference", "rows", "refused", "pairs", "beta"}
+ABOUT = {"trained_on", "model", "reference", "rows", "refused", "pairs", "beta"}
 SECTIONS = {"intervals", "rewards/margins_quantiles", "effect", "buckets", "calibration", "length", "findings"}
+SECTIONS |= {"judged"}
 SHOWN = EVALUATED | ABOUT | SECTIONS | {"drift"}
 PER_PAIR = [
     "row", "logps/chosen", "logps/rejected", "ref_logps/chosen", "ref_logps/rejected", "rewards/chosen",
@@ -113,7 +114,7 @@ def test_without_the_whole_distributions_all_else_is_the_same(trained: tuple[Pat
     assert {name: less[name] for name in MEANS} == pytest.approx({name: whole[name] for name in MEANS}, abs=1e-6)
     assert less["intervals"].keys() == MEANS
     assert list(per_pair(tmp_path / "pairs.jsonl")[0]) == [name for name in PER_PAIR if "kl" not in name]
-    for name in SECTIONS - {"intervals", "findings"}:
+    for name in SECTIONS - {"intervals", "findings", "judged"}:
         assert flat(less[name]) == pytest.approx(flat(whole[name]), abs=1e-6)
 
 

@@ -18,6 +18,7 @@ import dpo_cli.heldout
 import dpo_cli.training
 from dpo_cli import drift
 from dpo_cli.cli import app
+from dpo_cli.diagnose import judged
 from dpo_cli.errors import NotWrittenError
 from dpo_cli.metrics import best_step
 from tests.conftest import SAMPLE, make_model, write_rows
@@ -80,7 +81,7 @@ def runs(place: Place) -> dict[str, Path]:
         found[metric] = place.folder / metric.replace("/", "-")
         with pytest.MonkeyPatch.context() as patch:
             if metric != "loss":
-                patch.setattr(dpo_cli.heldout.HeldOut, "write_report", lambda *_: None)
+                patch.setattr(dpo_cli.heldout.HeldOut, "write_report", lambda *_: {})
             result = place.train(found[metric], "--keep-best", metric)
         assert result.exit_code == 0 and "warning" not in result.stderr, result.output
     return found
@@ -146,12 +147,12 @@ def test_findings_of_a_checkpoint_know_nothing_of_later_steps(
     known: list[list[int]] = []
     own: list[bool] = []
 
-    def findings(scores: Any, told: Any, history: list[dict[str, Any]], held_out: bool) -> list[Any]:
+    def verdict(scores: Any, told: Any, history: list[dict[str, Any]], held_out: bool, **_: Any) -> dict[str, Any]:
         known.append([line["step"] for line in history])
         own.append(held_out)
-        return []
+        return {"findings": [], "judged": judged(0)}
 
-    monkeypatch.setattr("dpo_cli.outcome.findings", findings)
+    monkeypatch.setattr("dpo_cli.outcome.verdict", verdict)
     run = runs["loss"]
     for model in (checkpoint(run, 4), run / "best", run):
         place.eval(model, "--kl", "none")
@@ -225,7 +226,7 @@ def test_two_models_are_compared_on_the_same_pairs(place: Place, runs: dict[str,
     result = place.eval(models[0], "--model", models[1])
     assert (result["pairs"], result["same_tokens"]) == (5, True)
     for name, alone in (("a", one), ("b", other)):
-        assert result[name] == {about: alone[about] for about in ("model", "reference", "beta")}
+        assert result[name] == {about: alone[about] for about in ("trained_on", "model", "reference", "beta")}
     for name, found in result["differences"].items():
         assert found["a"] == pytest.approx(one[name], abs=1e-9) and found["b"] == pytest.approx(other[name], abs=1e-9)
         assert found["difference"] == pytest.approx(other[name] - one[name], abs=1e-9)

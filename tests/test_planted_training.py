@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.batch import MicroBatch, lay_out
-from dpo_cli.diagnose import findings, suspects
+from dpo_cli.diagnose import suspects, verdict
 from dpo_cli.logps import Said, Scorer, hidden_states
 from dpo_cli.losses import Objective
 from dpo_cli.margins import sections
@@ -78,7 +78,8 @@ class Trained:
 
     def found(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         scores = self.scores(pairs)
-        return findings(scores, sections(scores), self.history)
+        found: list[dict[str, Any]] = verdict(scores, sections(scores), self.history)["findings"]
+        return found
 
 
 @torch.no_grad()
@@ -118,7 +119,9 @@ def train(
             scorer(policy).backward(lay_out([pairs[i] for i in places], "padded"), loss)
             optimizer.step()
             optimizer.zero_grad()
-            history.append({"step": step, "rewards/margins": float(torch.cat(margins).mean())})
+            found = torch.cat(margins)
+            means = {"loss": -torch.nn.functional.logsigmoid(found).mean(), "rewards/margins": found.mean()}
+            history.append({"step": step, "learning_rate": lr} | {name: float(mean) for name, mean in means.items()})
         if step % (steps // 10) == 0:
             held_out_loss = sigmoid_loss(table(policy, held_out).T.reshape(-1), ref_held_out, beta).mean()
             history.append({"step": step, "eval_loss": float(held_out_loss)})
@@ -233,6 +236,34 @@ def test_healthy_run_and_its_reference_have_no_finding() -> None:
     pretrain(model, styled(rng, 1000, 0.5)[0], 40, 3e-3)
     trained = train(model, data, unseen, 40, 3e-4, beta=0.5)
     assert trained.scores(unseen).wins.mean() > 0.7 and trained.found(unseen) == []
-    trained.policy = trained.reference
+    trained.policy, trained.history = trained.reference, []
     scores = trained.scores(unseen)
     assert not scores.margins.any() and trained.found(unseen) == []
+
+
+def test_memorised_pairs_of_labels_that_say_nothing() -> None:
+    """Also on few held-out pairs."""
+    rng = np.random.default_rng(1)
+    data, unseen = styled(rng, 24, 0.5)[0], styled(rng, 200, 0.5)[0]
+    trained = train(start(), data, unseen, 60, 1e-3, beta=0.1)
+    kinds = {finding["kind"] for finding in trained.found(unseen)}
+    assert "memorised" in kinds and not kinds & {"at_chance", "over_optimised", "nothing_learned"}
+    few = [unseen[place] for place in np.argsort(trained.scores(unseen).margins)[50:56]]
+    (finding,) = trained.found(few)
+    assert finding["kind"] == "memorised"
+    assert finding["numbers"]["training_loss"] < 0.1 and finding["numbers"]["loss"] > 0.72
+
+
+def test_labels_that_say_nothing_seen_once() -> None:
+    rng = np.random.default_rng(1)
+    data, unseen = styled(rng, 2000, 0.5)[0], styled(rng, 200, 0.5)[0]
+    (finding,) = train(start(), data, unseen, 30, 3e-4, beta=0.5).found(unseen)
+    assert finding["kind"] == "at_chance"
+
+
+@pytest.mark.parametrize("held_out", [6, 100])
+def test_a_learning_rate_too_low_to_learn(held_out: int) -> None:
+    rng = np.random.default_rng(0)
+    data, unseen = styled(rng, 100, 0.8)[0], styled(rng, held_out, 0.8)[0]
+    (finding,) = train(start(), data, unseen, 10, 1e-6, beta=0.1).found(unseen)
+    assert finding["kind"] == "nothing_learned" and "--lr 1e-05" in finding["advice"]

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dpo_cli import curves, numerals
 from dpo_cli.charts import charts
+from dpo_cli.diagnose import judged
 from dpo_cli.errors import NotWrittenError
 from dpo_cli.losses import objective_of
 from dpo_cli.plots import svg
@@ -151,7 +152,7 @@ def test_a_run_without_held_out_pairs_has_curves_and_its_origin() -> None:
     )
     assert found.sections() == ["training", "manifest", "options"]
     text = "".join(found.texts)
-    assert "60 training steps. No pairs were held out" in text
+    assert "60 training steps. No pairs were held out" in text and "--eval-fraction 0.1 holds out a tenth" in text
     assert "5×10⁻⁷" in text and "false" in text
 
 
@@ -166,12 +167,25 @@ def test_everything_has_its_section() -> None:
     assert len([tag for tag, _ in found.elements if tag == "svg"]) == len(curves.CURVES) + 5
 
 
-def test_no_finding_is_told_where_it_was_looked_for() -> None:
-    about = make_evaluation(20)
-    none = dataclasses.replace(about, result=about.result | {"findings": []})
-    never = dataclasses.replace(about, result={n: v for n, v in about.result.items() if n != "findings"})
-    assert "Nothing stood out." in page(ReportInput("run", none))
-    assert "Nothing stood out." not in page(ReportInput("run", never))
+@pytest.mark.parametrize("pairs", [6, 20])
+def test_the_page_says_what_was_judged_on_how_many_pairs(pairs: int) -> None:
+    about = make_evaluation(pairs)
+    told = judged(pairs, 0, ["not_finite", "length_bias"])
+    few = f"Only {pairs} pairs: too few to judge ({pairs}; 20 needed)."
+    clean = "No problems found: 2 checks passed on 20 pairs (looked for: not finite, length bias)."
+    none = dataclasses.replace(about, result=about.result | {"findings": [], "judged": told})
+    found = Parsed(page(ReportInput("run", none)))
+    assert "findings" in found.sections() and (few if pairs < 20 else clean) in found.texts
+    never = {name: value for name, value in about.result.items() if name not in ("findings", "judged")}
+    assert "findings" not in Parsed(page(ReportInput("run", dataclasses.replace(about, result=never)))).sections()
+
+
+def test_the_page_begins_with_what_was_trained_on() -> None:
+    about = make_evaluation(30)
+    told = {"pairs": 24, "prompts": 0, "text": "24 of these 30 pairs were trained on: <b>"}
+    about = dataclasses.replace(about, result=about.result | {"trained_on": told})
+    texts = Parsed(page(ReportInput("run", about))).texts
+    assert texts.index(told["text"] + ".") < texts.index("Findings")
 
 
 def test_headline_numbers_are_those_of_the_result() -> None:

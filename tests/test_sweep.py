@@ -58,7 +58,7 @@ def short(folder: Path, *more: Any, beta: str = "0.1,1") -> list[Any]:
 def _no_reports() -> Iterator[None]:
     """Reports of runs, which take most of the time, are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_cli.heldout.HeldOut.write_report", lambda *_: None)
+        patch.setattr("dpo_cli.heldout.HeldOut.write_report", lambda *_: {})
         yield
 
 
