@@ -5,29 +5,40 @@ from __future__ import annotations
 import json
 import math
 import re
-from contextlib import suppress
 from typing import Any
 
 from dpo_cli.errors import RowError, did_you_mean
-from dpo_cli.records import shortened
+from dpo_cli.records import json_value, shortened
 
 Message = dict[str, Any]
 Text = str | list[Message]
 
 LARGEST = 3e38  # in float32
-ROLES = ("system", "developer", "user", "assistant", "tool")
-# Other names of the roles: ShareGPT's and those of programs that write like it.
+ROLES = ("system", "user", "assistant", "tool")
+# Other names of the roles, in any case: ShareGPT's, those of programs that write like it, and the templates' own.
 ALIASES = {
+    "developer": "system",
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    "chatbot": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "observation": "tool",
+    "environment": "tool",
+    "ipython": "tool",
     "function": "tool",
     "function_response": "tool",
     "tool_response": "tool",
 }
+REASONING = "reasoning_content"
+REASONING_KEYS = (REASONING, "reasoning", "thinking")  # by which rows and chat templates name it
+ANSWER_KEYS = ("completion", "response", "answer", "text", "content", "output", "generated_text")  # of an object
+
+
+TEXTS = ("prompt", "chosen", "rejected", "conversations", "messages", "context")  # which messages may be in
 
 
 class Columns:
@@ -36,13 +47,30 @@ class Columns:
     def __init__(self, record: dict[str, Any], names: dict[str, str]) -> None:
         self.record, self.names = record, names
         self.texts: dict[str, Text] = {}  # those that were checked
+        self.asked: set[str] = set()
+        self.tools: Any = None  # those that stand inside a conversation's object, not in a column
+
+    def renamed(self, **names: str) -> Columns:
+        """The same record under more names."""
+        other = Columns(self.record, self.names | names)
+        other.asked = self.asked
+        return other
 
     def get(self, column: str) -> Any:
-        """The value as it is, None where there is none."""
-        return self.record.get(self.names.get(column, column))
+        """The value, None where there is none; messages that were written as JSON text are read.
+
+        A column that ``names`` gives another meaning has no longer the one that its own name says.
+        """
+        self.asked.add(column)
+        if column not in self.names and column in self.names.values():
+            return None
+        value = self.record.get(self.names.get(column, column))
+        if isinstance(value, str) and column in TEXTS:
+            return _messages_in(value, column, self.named(column))
+        return _one_text(value, self.named(column)) if column in TEXTS[:3] else value
 
     def named(self, column: str) -> str:
-        """The column as an error tells it."""
+        """The column as an error names it."""
         return f"{column} (column '{self.names[column]}')" if column in self.names else column
 
     def text(self, column: str) -> Text:
@@ -54,13 +82,17 @@ class Columns:
     def _checked_text(self, column: str) -> Text:
         value, named = self.get(column), self.named(column)
         if value is None:
-            raise RowError(f"{named} is missing{self._other_names(column)}")
+            raise MissingColumnError(f"{named} is missing")
+        if isinstance(value, dict) and isinstance(value.get("messages"), list):
+            if self.tools not in (None, value.get("tools")):
+                raise RowError(f"{named} has other tools than the row or the other answer")
+            value, self.tools = value["messages"], value.get("tools")
         if isinstance(value, str):
-            _check_string(value, named)
+            if has_surrogate(value):
+                raise RowError(f"{named} has half of a surrogate pair, which is no text")
             text: Text = value
         elif isinstance(value, (dict, list)):
-            messages = [value] if isinstance(value, dict) else value
-            text = [_message(message, f"{named}, message {number}") for number, message in enumerate(messages, 1)]
+            text = _conversation([value] if isinstance(value, dict) else value, named)
         else:
             raise RowError(
                 f"{named} is {_KINDS.get(type(value), 'no text')}; it must be a string or a list of messages"
@@ -68,13 +100,6 @@ class Columns:
         if not (text.strip() if isinstance(text, str) else text):
             raise RowError(f"{named} is empty")
         return text
-
-    def _other_names(self, missing: str) -> str:
-        """What the row has, where its columns seem to be named otherwise."""
-        if missing not in _MEANS or missing in self.names or not self.record or _MEANS.keys() & self.record.keys():
-            return ""
-        others = ", ".join(shortened(name) for name in list(self.record)[:8])
-        return f"; the row has {others} (--columns {missing}=NAME, if one of them is always {_MEANS[missing]})"
 
     def string(self, column: str) -> str:
         """A string that is not empty."""
@@ -123,20 +148,16 @@ class Columns:
         return value
 
 
+class MissingColumnError(RowError):
+    """A column that the format needs is not there: the row may have it under another name."""
+
+
 _SHAREGPT = {"from": "role", "value": "content"}
-_MEANS = {"chosen": "the better answer", "rejected": "the worse answer"}
 _KINDS: dict[type, str] = {int: "a number", float: "a number", bool: "true or false"}
-
-
-def _check_string(text: str, named: str) -> None:
-    if _MESSAGES.match(text):
-        raise RowError(f"{named} is a message list written as text; write it as a list, in .jsonl or .parquet")
-    if has_surrogate(text):
-        raise RowError(f"{named} has half of a surrogate pair, which is no text")
-
-
-_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ROLE = re.compile(r"""['"](?:role|from)['"]\s*:\s*['"](\w+)['"]""")
+_SPOKEN = {"content", "value", "tool_calls"}
+_LIST = re.compile(r"""\s*\[\s*\{\s*['"]\w+['"]\s*:.*\}\s*\]?\s*""", re.DOTALL)
 
 
 def has_surrogate(text: str) -> bool:
@@ -144,69 +165,146 @@ def has_surrogate(text: str) -> bool:
     return not text.isascii() and _SURROGATE.search(text) is not None
 
 
+def without_nulls(value: Any) -> Any:
+    """The value without keys whose value is null: Arrow gives each object the keys of all."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def answer_of(value: Text) -> list[Message]:
+    """A response as messages; a string is one of the assistant, without the one space that a raw one begins with."""
+    if not isinstance(value, str):
+        return value
+    return [{"role": "assistant", "content": value[1:] if value[:1] == " " and value[1:2].strip() else value}]
+
+
+# ---- messages ---------------------------------------------------------------------------------------------------
+
+
+def _messages_in(text: str, column: str, named: str) -> Any:
+    """The messages that a text holds as JSON; any other text as it is: an answer may be JSON of its own kind."""
+    if text.lstrip()[:1] not in ("{", "[") or not any(_is_role(found[1]) for found in _ROLE.finditer(text)):
+        return text
+    value = json_value(text)
+    if value is None:
+        if _LIST.fullmatch(text):
+            raise RowError(f"{named} is a message list written as text, but not as JSON; write it as a list, in .jsonl")
+        return text
+    whole = isinstance(value, dict) and value.keys() <= {"messages", "tools"}
+    inner = value.get("messages") if whole else value
+    messages = inner if isinstance(inner, list) else [inner]
+    roles = [each.get("role", each.get("from")) if isinstance(each, dict) else None for each in messages]
+    if not messages or not all(map(_is_role, roles)):
+        return text
+    answer = str(roles[-1]).lower() not in ("system", "developer", "user", "human") and _SPOKEN & messages[-1].keys()
+    return value if column not in ("chosen", "rejected") or answer else text
+
+
+def _is_role(name: Any) -> bool:
+    return isinstance(name, str) and (name.lower() in ROLES or name.lower() in ALIASES)
+
+
+def _one_text(value: Any, named: str) -> Any:
+    """The text of an object that has one, and of a list of one string; any other value as it is."""
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        if len(value) > 1:
+            raise RowError(f"{named} is a list of {len(value)} strings; a row has one prompt and two answers")
+        return value[0]
+    if not isinstance(value, dict) or value.keys() & {"role", "from", "messages"}:
+        return value
+    keys = [key for key in ANSWER_KEYS if value.get(key) is not None]
+    if len(keys) != 1:
+        have = ", ".join(shortened(key) for key in list(value)[:8])
+        raise RowError(f"{named}: must be a message with role and content, or an object with one text; it has {have}")
+    return value[keys[0]]
+
+
+def _conversation(messages: list[Any], named: str) -> list[Message]:
+    """Messages, each as ``_message`` makes it; system messages that begin a conversation are joined into one."""
+    found = [_message(message, f"{named}, message {number}") for number, message in enumerate(messages, 1)]
+    while [message["role"] for message in found[:2]] == ["system", "system"]:
+        found[:2] = [found[0] | {"content": f"{found[0]['content']}\n\n{found[1]['content']}"}]
+    return found
+
+
 def _message(message: Any, named: str) -> Message:
-    """A message with ``role`` and ``content``, which ShareGPT calls ``from`` and ``value``."""
+    """One message in the one form that the program knows, so that each version of transformers gives the same text.
+
+    Its role is one of ``ROLES``, its content a string, its reasoning under ``reasoning_content``, its tool calls a list
+    of objects whose arguments are objects. What is null or empty is not there. ShareGPT's ``from`` and ``value`` are
+    ``role`` and ``content``.
+    """
     if isinstance(message, dict) and "role" not in message and "from" in message:
         message = {_SHAREGPT.get(key, key): value for key, value in message.items()}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RowError(f"{named}: must be an object with role and content")
-    said = message["role"]
-    role = ALIASES.get(said, said)
+    written = message["role"].strip().lower()
+    role = ALIASES.get(written, written)
     if role not in ROLES:
-        near = did_you_mean(said, ROLES) or f"; use one of {', '.join(ROLES)}"
-        raise RowError(f"{named}: unknown role '{shortened(said)}'{near}")
-    content: Any = message.get("content")
-    if isinstance(content, list):
-        content = _joined(content, named)
-    if said == "function_call" and (calls := _calls(content)):
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    if message.get("tool_calls"):
-        message = message | {"tool_calls": _decoded(message["tool_calls"], named)}
-    if content is None and message.get("tool_calls"):
+        near = did_you_mean(written, (*ROLES, *ALIASES)) or f"; use one of {', '.join(ROLES)}"
+        raise RowError(f"{named}: unknown role '{shortened(message['role'])}'{near}")
+    found = {key: value for key, value in message.items() if value is not None and key not in REASONING_KEYS}
+    found |= {"role": role} | (_reasoning(message, named) if role == "assistant" else {})
+    content = _content(message.get("content"), role, named)
+    calls = _calls(found.pop("tool_calls", None) or found.pop("function_call", None), named)
+    if written in ("function_call", "tool_call") and (own := _calls_in(content)):
+        content, calls = "", _calls(own, named)
+    if content is None and (calls or "function_calls" in found):
         content = ""
     if not isinstance(content, str):
         raise RowError(f"{named}: content must be a string")
     if has_surrogate(content):
         raise RowError(f"{named}: content has half of a surrogate pair, which is no text")
-    as_it_is = role == said and content is message.get("content")
-    return dict(message) if as_it_is else message | {"role": role, "content": content}
+    return found | {"content": content} | ({"tool_calls": calls} if calls else {})
 
 
-def _joined(parts: list[Any], named: str) -> str:
-    """Content that is a list of parts, if all of them are text."""
-    if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        return "".join(part["text"] for part in parts)
-    raise RowError(f"{named}: content has a part that is no text")
+def _reasoning(message: Message, named: str) -> Message:
+    """A message's reasoning under its one name; nothing where it has none."""
+    found = {message[key] for key in REASONING_KEYS if isinstance(message.get(key), str) and message[key].strip()}
+    if len(found) > 1:
+        raise RowError(f"{named}: has different texts under {' and '.join(k for k in REASONING_KEYS if k in message)}")
+    return {REASONING: found.pop()} if found else {}
 
 
-def _calls(content: Any) -> list[dict[str, Any]]:
-    """ShareGPT's function call as tool calls; none where it is no JSON."""
-    try:
-        value = json.loads(content)
-    except (TypeError, ValueError, RecursionError):
-        return []
-    calls = value if isinstance(value, list) else [value]
-    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        return []
-    return [{"type": "function", "function": {"name": c["name"], "arguments": c.get("arguments", {})}} for c in calls]
+def _content(content: Any, role: str, named: str) -> Any:
+    """A content as text, where it is a list of parts that are text; what a tool gave may be any JSON."""
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        return "".join(part["text"] for part in content)
+    if role == "tool" and isinstance(content, (dict, list)):
+        return json.dumps(content, ensure_ascii=False)
+    if isinstance(content, list):
+        raise RowError(f"{named}: content has a part that is no text")
+    return content
 
 
-def _decoded(calls: Any, named: str) -> list[Any]:
-    """Tool calls whose arguments are objects: OpenAI writes them as JSON text, and most templates would once more."""
+def _calls_in(content: Any) -> list[Any]:
+    """The tool calls that a content is, as ShareGPT writes them; none where it is no JSON of that kind."""
+    value = json_value(content) if isinstance(content, str) else None
+    calls: list[Any] = value if isinstance(value, list) else [value]
+    return calls if all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls) else []
+
+
+def _calls(calls: Any, named: str) -> list[dict[str, Any]]:
+    """Tool calls whose arguments are objects: OpenAI writes them as JSON text, and most templates would once more.
+
+    Text that is no object stays text. A null in an object is dropped, since Arrow puts it there; text has none of it.
+    """
+    if isinstance(calls, str) and calls.strip():
+        calls = json_value(calls)
+        if calls is None:
+            raise RowError(f"{named}: tool_calls is text and not JSON")
     decoded = []
-    for call in calls if isinstance(calls, list) else [{}]:
-        function = call.get("function", call) if isinstance(call, dict) else {}
+    for each in [calls] if isinstance(calls, dict) else calls or ():
+        call = without_nulls(each)
+        function = call.pop("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"{named}: tool_calls must be a list of objects with a function's name and arguments")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            with suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
-        function = function | {"arguments": {} if arguments is None else arguments}
-        decoded.append(call | {"function": function} if "function" in call else function)
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str) and isinstance(value := json_value(arguments), dict):
+            arguments = value
+        if not isinstance(arguments, (dict, str)):
+            raise RowError(f"{named}: a tool call's arguments must be an object")
+        others = {} if function is call else call
+        decoded.append(others | {"type": "function", "function": function | {"arguments": arguments}})
     return decoded
-
-
-def answer_of(value: Text) -> list[Message]:
-    """A response as messages; a string is one of the assistant."""
-    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value

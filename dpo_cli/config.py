@@ -18,7 +18,7 @@ from dpo_cli.losses import DIVERGENCES, LOSSES, Objective, divergence, objective
 CACHE_DIR = Path("~/.cache/dpo")
 FORMATS = (
     *("strings", "messages", "conversations", "hh", "sharegpt"),
-    *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked"),
+    *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked", "openai", "swift"),
 )
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")

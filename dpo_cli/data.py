@@ -5,20 +5,34 @@ A format is a reader that takes its columns from a record: ``FORMATS`` has them 
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_cli.columns import Columns, Message, Text, answer_of, has_surrogate
+from dpo_cli.columns import Columns, Message, MissingColumnError, Text, answer_of, has_surrogate, without_nulls
 from dpo_cli.errors import RowError, UsageError, did_you_mean
-from dpo_cli.records import Source, shortened
+from dpo_cli.records import Source, json_value, shortened
 
 Three = tuple[Text, Text, Text]  # prompt, chosen, rejected
 
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input")
+# A prompt that a chat template rendered: it begins with a template's marker, or ends with what opens an answer.
+_BEGINS = re.compile(
+    r"\s*(?:<\|[\w ]+\|>|<｜[^｜\s]+｜>|\[gMASK\]|<bos>|<s>\s*(?:\[INST\]|<\|)|\[INST\]|<start_of_turn>|<\|turn>"
+    r"|\n\nHuman:)"
+)
+_OPENS = re.compile(
+    r"(?:<\|assistant\|>|<｜Assistant｜>|<\|CHATBOT_TOKEN\|>|<\|im_start\|>assistant|assistant<\|end_header_id\|>|\[/INST\]"
+    r"|<start_of_turn>model|### ?(?:Response|Assistant):|\n(?:Assistant|ASSISTANT):)\s*(?:<think>\s*)?\Z"
+)
+PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input", "context")
 ANSWERS = ("chosen", "rejected", "responses", "scores", "ranks")
+# Several answers to one prompt, and the columns that may rank them; without one each answer is an object with its own.
+RANKED = {"responses": ("scores", "ranks"), "generations": ("ratings",), "completions": ()}
+OWN_RANKS = ("rank", "score", "overall_score", "rating")
 OTHERS = ("history", "system", "tools", "chat_template_kwargs", "id", "weight", "margin")
 COLUMNS = (*PROMPTS, *ANSWERS, *OTHERS)
 # What a template's rendering is asked for by the program itself.
@@ -47,7 +61,7 @@ class Row:
     """One preference: all three fields are strings, or all three are message lists.
 
     ``template_arguments`` go to the chat template beside the messages. ``weight`` multiplies the pair's loss;
-    ``margin`` is by how much its rewards should at least differ.
+    ``margin`` is by how much its rewards should at least differ. ``raw`` strings are never wrapped by a chat template.
     """
 
     where: str
@@ -58,6 +72,7 @@ class Row:
     template_arguments: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     margin: float = 0.0
+    raw: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +100,8 @@ def read_rows(
                 continue
             try:
                 yield _parse_row(record, where, names, format_)
+            except MissingColumnError as error:
+                yield BadRow(where, f"{error}{_other_columns(record, names, format_)}", record)
             except RowError as error:
                 yield BadRow(where, str(error), record)
 
@@ -106,6 +123,11 @@ def _parse_columns(columns: str | None) -> dict[str, str]:
 # ---- formats ----------------------------------------------------------------------------------------------------
 
 
+def is_rendered(prompt: str) -> bool:
+    """Whether a chat template, of whichever model, was applied to a prompt before it was stored."""
+    return bool(_BEGINS.match(prompt) or _OPENS.search(prompt, max(0, len(prompt) - 80)))
+
+
 def _user(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
@@ -119,8 +141,12 @@ def _messages(row: Columns) -> Three:
 
 
 def _conversations(row: Columns) -> tuple[list[Message], list[Message], list[Message]]:
-    chosen, rejected = row.messages("chosen"), row.messages("rejected")
-    cut = _common_prefix(chosen, rejected)
+    return _parted(row.messages("chosen"), row.messages("rejected"))
+
+
+def _parted(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Two conversations cut where they part."""
+    cut = common_prefix(chosen, rejected)
     while cut and chosen[cut - 1]["role"] == "assistant":  # they part in a user's turn: what it answers is no prompt
         cut -= 1
     return chosen[:cut], chosen[cut:], rejected[cut:]
@@ -130,9 +156,10 @@ def _hh(row: Columns) -> Three:
     """Cut two dialogues after the last ``Assistant:`` that both share."""
     chosen, rejected = row.string("chosen"), row.string("rejected")
     before_chosen, before_rejected = (dialogue.split(HH_ASSISTANT)[:-1] for dialogue in (chosen, rejected))
-    shared = before_chosen[: _common_prefix(before_chosen, before_rejected)]
+    shared = before_chosen[: common_prefix(before_chosen, before_rejected)]
     if not shared:
-        raise RowError("prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'")
+        why = "prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'"
+        raise MissingColumnError(why)
     cut = sum(len(turn) + len(HH_ASSISTANT) for turn in shared)
     if any(mark in answer[cut:] for mark in (HH_HUMAN, HH_ASSISTANT) for answer in (chosen, rejected)):
         raise RowError("the dialogues differ before their last answer, so they have no common prompt")
@@ -140,8 +167,28 @@ def _hh(row: Columns) -> Three:
 
 
 def _sharegpt(row: Columns) -> Three:
-    column = "messages" if row.get("conversations") is None else "conversations"
-    return row.messages(column), *row.answers()
+    prompt = row.messages("messages" if row.get("conversations") is None else "conversations")
+    if prompt in (row.text("chosen"), row.text("rejected")):  # the whole conversation of one of them, once more
+        return _conversations(row)
+    return prompt, *row.answers()
+
+
+def _openai(row: Columns) -> Three:
+    """OpenAI's: the input is an object with messages, and with tools."""
+    given = row.parsed("input", dict)
+    row.tools = given.get("tools")
+    answers = row.renamed(chosen="preferred_output", rejected="non_preferred_output")
+    return Columns(given, {}).messages("messages"), *answers.answers()
+
+
+def _swift(row: Columns) -> Three:
+    """ms-swift's: a conversation that ends with the chosen answer, and the rejected answer or conversation."""
+    whole = row.messages("messages")
+    if row.get("rejected_messages") is not None:
+        return _parted(whole, row.messages("rejected_messages"))
+    if whole[-1]["role"] != "assistant":
+        raise RowError("messages must end with the chosen answer, since rejected_response is the other")
+    return whole[:-1], whole[-1:], answer_of(row.text("rejected_response"))
 
 
 def _alpaca(row: Columns) -> Three:
@@ -171,42 +218,50 @@ def _ultrafeedback(row: Columns) -> Three:
 
 def _stackexchange(row: Columns) -> Three:
     """Of two answers to a question ``response_j`` is the better one."""
-    renamed = Columns(row.record, row.names | {"chosen": "response_j", "rejected": "response_k"})
-    return _orca(renamed)
+    return _orca(row.renamed(chosen="response_j", rejected="response_k"))
 
 
 def _ranked(row: Columns) -> Three:
     """The best of several answers against the worst."""
-    column = next((name for name in PROMPTS if row.get(name) is not None), None)
-    if column is None:
-        raise RowError("prompt is missing")
+    if (column := _prompt_column(row)) is None:
+        raise MissingColumnError("prompt is missing")
     prompt = row.text(column)
-    responses, values = row.parsed("responses", list), _values(row)
+    answers = next((name for name in RANKED if row.get(name) is not None), "responses")
+    responses = row.parsed(answers, list)
     if len(responses) < 2:
-        raise RowError("responses must be at least two")
+        raise RowError(f"{answers} must be at least two")
+    values = _values(row, answers, responses)
     if len(values) != len(responses):
-        raise RowError(f"{len(responses)} responses have {len(values)} scores or ranks")
-    worst, best = (pick(range(len(values)), key=values.__getitem__) for pick in (min, max))
+        raise RowError(f"{len(responses)} {answers} have {len(values)} scores or ranks")
+    rated = [place for place, value in enumerate(values) if not math.isnan(value)]
+    if len(rated) < 2:
+        raise RowError(f"of {len(responses)} {answers} {len(rated)} have a score or rank; two are needed")
+    worst, best = (pick(rated, key=values.__getitem__) for pick in (min, max))
     if values[worst] == values[best]:
         raise RowError("all responses have the same score or rank, so none is better")
-    answers = Columns({"chosen": responses[best], "rejected": responses[worst]}, {})
-    if isinstance(prompt, str) and column == "prompt" and isinstance(responses[best], str):
-        return prompt, answers.string("chosen"), answers.string("rejected")
-    return _user(prompt) if isinstance(prompt, str) else prompt, *answers.answers()
+    two = Columns({"chosen": responses[best], "rejected": responses[worst]}, {})
+    chosen, rejected = two.text("chosen"), two.text("rejected")
+    if column == "prompt" and isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        return prompt, chosen, rejected
+    return _user(prompt) if isinstance(prompt, str) else prompt, answer_of(chosen), answer_of(rejected)
 
 
-def _values(row: Columns) -> list[float]:
-    """How good each response is: its score, or minus its rank, of which 1 is the best."""
-    column, sign = ("scores", 1) if row.get("scores") is not None else ("ranks", -1)
-    if row.get(column) is None:
-        raise RowError("responses need scores (the higher the better) or ranks (1 is the best)")
-    values = [Columns({column: value}, {}).number(column, math.nan) for value in row.parsed(column, list)]
-    if any(map(math.isnan, values)):
-        raise RowError(f"{row.named(column)} has one that is missing")
-    return [sign * value for value in values]
+def _values(row: Columns, answers: str, responses: list[Any]) -> list[float]:
+    """How good each response is: its score, or minus its rank, of which the least is the best; NaN for none."""
+    column = next((name for name in RANKED[answers] if row.get(name) is not None), None)
+    if column:
+        values = [Columns({column: value}, {}).number(column, math.nan) for value in row.parsed(column, list)]
+    else:
+        own = [key for key in OWN_RANKS if all(isinstance(each, dict) and key in each for each in responses)]
+        if not own:
+            how = " or ".join(RANKED[answers]) or "a rank or score of its own in each"
+            raise RowError(f"{answers} need {how} (scores: the higher the better; ranks: the lower)")
+        column = own[0]
+        values = [Columns(each, {}).number(column, math.nan) for each in responses]
+    return [-value if column in ("ranks", "rank") else value for value in values]
 
 
-# What --format names: how it is told, and its reader.
+# What --format names: what it is called, and its reader.
 FORMATS: dict[str, tuple[str, Callable[[Columns], Three]]] = {
     "strings": ("prompt and responses as strings", _strings),
     "messages": ("prompt and responses as messages", _messages),
@@ -218,26 +273,79 @@ FORMATS: dict[str, tuple[str, Callable[[Columns], Three]]] = {
     "ultrafeedback": ("conversations beside their prompt (UltraFeedback)", _ultrafeedback),
     "stackexchange": ("question, response_j and response_k (Stack Exchange)", _stackexchange),
     "ranked": ("ranked responses: the best against the worst", _ranked),
+    "openai": ("input, preferred and non-preferred output (OpenAI)", _openai),
+    "swift": ("a conversation with the chosen answer, and the rejected one (ms-swift)", _swift),
 }
+OWN_ANSWERS = ("ranked", "stackexchange", "openai", "swift")  # whose answers have other names
 
 
 def _format_of(row: Columns) -> str:
-    """The format that a record's columns tell of."""
-    if row.get("responses") is not None and row.get("chosen") is None:
-        return "ranked"
-    if row.get("response_j") is not None and row.get("chosen") is None:
-        return "stackexchange"
-    if row.get("chosen") is None and "label" in row.record and {"completion", "response"} & row.record.keys():
-        raise RowError("chosen is missing: the row is one response with a label, and DPO compares two")
-    strings = isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)
-    if isinstance(row.get("prompt"), list):
+    """The format that a record's columns stand for; those that --columns names come first."""
+    if row.get("chosen") is None:
+        if any(row.get(name) is not None for name in RANKED):
+            return "ranked"
+        if row.get("preferred_output") is not None:
+            return "openai"
+        if row.get("messages") is not None and {"rejected_response", "rejected_messages"} & row.record.keys():
+            return "swift"
+        if row.get("response_j") is not None:
+            return "stackexchange"
+        if "label" in row.record and {"completion", "response"} & row.record.keys():
+            raise RowError("chosen is missing: the row is one response with a label, and DPO compares two")
+    column = _prompt_column(row)
+    if column == "prompt" and isinstance(row.get("prompt"), list):
         return "messages"
-    if "prompt" in row.names or row.get("prompt") is not None:
+    if column == "prompt":
+        strings = isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)
         return "strings" if strings or not isinstance(row.get("chosen"), (list, dict)) else "ultrafeedback"
-    column = next((name for name in PROMPTS if row.get(name) is not None), None)
     if column is not None:
         return {"instruction": "alpaca", "question": "orca", "input": "orca"}.get(column, "sharegpt")
     return "conversations" if isinstance(row.get("chosen"), (list, dict)) else "hh"
+
+
+def _prompt_column(row: Columns) -> str | None:
+    """Our name of the column that has the prompt."""
+    present = (
+        name
+        for name in sorted(PROMPTS, key=lambda name: name not in row.names)
+        if name in row.names or row.get(name) is not None
+    )
+    return next(present, None)
+
+
+def _other_columns(record: dict[str, Any], names: dict[str, str], format_: str | None) -> str:
+    """The end of a message about a missing column: a --columns with which the row is read, or what the row has."""
+    found, taken = dict(names), names.values()
+    left = [name for name in record if record[name] is not None and name not in taken and name.isprintable()]
+    typing = ""
+    for ours, words in _WORDS.items():
+        if ours in found or record.get(ours) is not None or (ours == "prompt" and {*PROMPTS} & {*left}):
+            continue
+        called = next((name for name in left if words & {*_WORD.findall(name.lower())}), None)
+        if theirs := called or next(iter(difflib.get_close_matches(ours, left, n=1, cutoff=0.75)), None):
+            found[ours] = theirs
+            left.remove(theirs)
+            typing = typing or ("" if called else f"; did you mean '{theirs}'?")
+    if found != names:
+        try:
+            _parse_row(record, "", found, format_)
+        except RowError:
+            pass
+        else:
+            columns = ",".join(f"{ours}={found[ours]}" for ours in COLUMNS if ours in found)
+            return f"{typing} Try --columns {columns}" if typing else f"; try --columns {columns}"
+    if not record or record.keys() & {"chosen", "rejected"}:
+        return ""
+    have = ", ".join(shortened(name) for name in list(record)[:8])
+    return f"; the row has {have} (name yours as --columns prompt=NAME,chosen=NAME,rejected=NAME)"
+
+
+_WORD = re.compile(r"[a-z]+")
+_WORDS = {  # by which other columns are called
+    "rejected": {"rejected", "non", "dispreferred", "bad", "worse", "worst", "negative", "loser", "declined"},
+    "chosen": {"chosen", "preferred", "good", "better", "best", "positive", "winner", "accepted"},
+    "prompt": {"prompt", "question", "query", "instruction", "request", "context", "input"},
+}
 
 
 # ---- records to rows --------------------------------------------------------------------------------------------
@@ -245,33 +353,45 @@ def _format_of(row: Columns) -> str:
 
 def _parse_row(record: Any, where: str, names: dict[str, str], format_: str | None) -> Row:
     if not isinstance(record, dict):
-        raise RowError("not an object with the columns prompt, chosen, rejected")
+        array = "; a file that is one array of rows is named .json" if isinstance(record, list) else ""
+        raise RowError(f"not an object with the columns prompt, chosen, rejected{array}")
     row = Columns(record, names)
+    raw = format_ == "strings"  # as TRL's standard format: asked for, strings stay as they are
     format_ = format_ or _format_of(row)
     if missing := [column for column in names if column not in OTHERS and row.get(column) is None]:
         near = did_you_mean(names[missing[0]], record)
         raise RowError(f"{row.named(missing[0])} is missing{near}")
     if unread := [column for column in UNREAD if record.get(column)]:
         raise RowError(f"has the column '{unread[0]}', and only text is read")
-    told, read = FORMATS[format_]
-    if format_ not in ("ranked", "stackexchange"):
+    label, read = FORMATS[format_]
+    row.asked.clear()
+    if format_ not in OWN_ANSWERS:
         _check_kinds(row)
-    prompt, chosen, rejected = read(row)
-    n = len(prompt)
-    if isinstance(prompt, list) and prompt and chosen[:n] == prompt == rejected[:n]:  # it stands before each once more
-        chosen, rejected = chosen[n:], rejected[n:]
+    sides = _without_prompt(*read(row))
     arguments = _template_arguments(row)
-    if row.names.get("system", "system") in record or arguments:
-        if isinstance(prompt, str):
-            told = f"{told}, made into turns"
-        prompt, chosen, rejected = _with_system(row.get("system"), prompt, chosen, rejected)
+    system = row.get("system_prompt" if row.get("system") is None else "system")
+    if {row.names.get("system", "system"), "system_prompt"} & record.keys() or arguments:
+        label += ", made into turns" * isinstance(sides[0], str)
+        sides = _with_system(system, *sides)
+    prompt, chosen, rejected = sides
     _check_content(prompt, chosen, rejected)
     weight, margin = row.number("weight", 1.0), row.number("margin", 0.0)
     if weight < 0:
         raise RowError(f"{row.named('weight')} must not be negative")
     if isinstance(name := row.get("id"), (str, int)) and name != "":
         where = f"{where} (id {shortened(str(name))})"
-    return Row(where, told, prompt, chosen, rejected, arguments, weight, margin)
+    if unread := sorted(names.keys() - row.asked):
+        why = f"a row of the format '{format_}' has no {unread[0]}; name its format by --format"
+        raise RowError(f"--columns {unread[0]}={names[unread[0]]}: {why}")
+    return Row(where, label, prompt, chosen, rejected, arguments, weight, margin, raw)
+
+
+def _without_prompt(prompt: Text, chosen: Text, rejected: Text) -> Three:
+    """Responses without the messages of the prompt, where these stand before each once more."""
+    n = len(prompt)
+    if isinstance(prompt, list) and prompt and chosen[:n] == prompt == rejected[:n]:
+        return prompt, chosen[n:], rejected[n:]
+    return prompt, chosen, rejected
 
 
 def _check_kinds(row: Columns) -> None:
@@ -283,24 +403,20 @@ def _check_kinds(row: Columns) -> None:
 
 def _template_arguments(row: Columns) -> dict[str, Any]:
     """What the chat template gets beside the messages; a tool is given as the function that it is."""
-    arguments: dict[str, Any] = row.parsed("chat_template_kwargs", dict)
+    arguments: dict[str, Any] = without_nulls(row.parsed("chat_template_kwargs", dict))
     if taken := sorted(arguments.keys() & RESERVED):
         raise RowError(f"{row.named('chat_template_kwargs')} has '{taken[0]}', which is not the row's to say")
-    tools = row.parsed("tools", list)
+    tools = row.parsed("tools", list) or row.tools or []
+    tools = [json_value(tool) if isinstance(tool, str) else tool for tool in tools]  # each may be JSON text
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"{row.named('tools')} must be a list of JSON objects")
     if tools:
-        tools = [_without_nulls(tool) for tool in tools]
+        tools = [without_nulls(tool) for tool in tools]
         wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        if not all(isinstance(tool["function"], dict) for tool in wrapped):
+            raise RowError(f"{row.named('tools')} has a tool whose function is no object")
         arguments = arguments | {"tools": wrapped}
     return arguments
-
-
-def _without_nulls(value: Any) -> Any:
-    """A tool without what it does not say: parquet gives each the columns of all."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _with_system(system: Any, prompt: Text, chosen: Text, rejected: Text) -> Three:
@@ -309,8 +425,8 @@ def _with_system(system: Any, prompt: Text, chosen: Text, rejected: Text) -> Thr
         raise RowError("system must be a string")
     if has_surrogate(system or ""):
         raise RowError("system has half of a surrogate pair, which is no text")
-    if isinstance(prompt, str) and HH_ASSISTANT in prompt:
-        raise RowError("a dialogue as strings has no place for a system message or tools; write it as messages")
+    if isinstance(prompt, str) and is_rendered(prompt):
+        raise RowError("a prompt that is rendered already has no place for a system message or tools; write messages")
     turns = _user(prompt) if isinstance(prompt, str) else prompt
     if system and turns and turns[0]["role"] == "system" and turns[0]["content"] != system:
         raise RowError("the conversation has a system message, and the column 'system' another")
@@ -319,13 +435,15 @@ def _with_system(system: Any, prompt: Text, chosen: Text, rejected: Text) -> Thr
     return turns, answer_of(chosen), answer_of(rejected)
 
 
-def _common_prefix(a: list[Any], b: list[Any]) -> int:
-    """Length of what two lists begin with alike."""
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of what two lists or texts begin with alike."""
     shortest = min(len(a), len(b))
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)
 
 
 def _check_content(prompt: Text, chosen: Text, rejected: Text) -> None:
+    if not prompt:
+        raise RowError("prompt is empty: the conversations share no first message")
     for name, response in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(response, str):
             if not response.strip():
@@ -334,12 +452,18 @@ def _check_content(prompt: Text, chosen: Text, rejected: Text) -> None:
             _check_response(response, name)
     if chosen == rejected:
         raise RowError("chosen equals rejected")
-    if not prompt:
-        raise RowError("prompt is empty: the conversations share no first message")
+    if all(isinstance(each, str) and _is_list(each) for each in (prompt, chosen, rejected)):
+        raise RowError("prompt, chosen and rejected are lists of strings written as text; write a row for each of them")
     if isinstance(prompt, list) and any(m["role"] == "user" and not m["content"].strip() for m in prompt):
         raise RowError("prompt has a user turn without text")
     if isinstance(prompt, list) and prompt[-1]["role"] not in ("user", "tool"):
         raise RowError(f"prompt ends with the role '{prompt[-1]['role']}'; it must end with user or tool")
+
+
+def _is_list(text: str) -> bool:
+    """Whether a text is a JSON list of strings."""
+    value = json_value(text) if text.startswith("[") else None
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(each, str) for each in value)
 
 
 def _check_response(response: list[Message], name: str) -> None:

@@ -115,7 +115,7 @@ def _sources(typed: str, option: str) -> Callable[[], list[Source]]:
     if folder and is_saved(folder):
         return lambda: [_split(saved_split(folder, split, name), name, str(folder))]
     match = _HUB.fullmatch(typed)
-    if folder or not match or _is_known(match[1]) or is_path(match[1]):
+    if folder or not match or _is_known(match[1]) or _is_here(match[1]):
         raise UsageError(f"{name}: no such file ({why}){name_beside(Path(typed))}")
     dataset, config, split = match.groups()
     return lambda: [_split(hub_split(dataset, config, split, name), name, dataset)]
@@ -125,8 +125,13 @@ def hub_id(typed: str) -> str | None:
     """The data set of the hub that an option names; None of what lies on this disk or comes from stdin."""
     match = _HUB.fullmatch(typed)
     local = [typed, typed.rpartition(":")[0]]
-    here = not match or _is_known(match[1]) or is_path(match[1]) or any(n and _found(n)[0] for n in local)
+    here = not match or _is_known(match[1]) or _is_here(match[1]) or any(n and _found(n)[0] for n in local)
     return None if here or not match else match[1]
+
+
+def _is_here(name: str) -> bool:
+    """Whether a name can only be meant as a path: also where it begins with a folder that is there."""
+    return is_path(name) or Path(name.partition("/")[0]).is_dir()
 
 
 def _found(typed: str) -> tuple[Path | None, str]:
@@ -331,6 +336,10 @@ def _read_csv(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
     try:
         names = next(reader, [])
         _check_names(names)
+        if len(names) == 1 and (separator := next((each for each in ";\t|" if each in names[0]), None)):
+            raise SourceError(
+                f"the only column is '{shortened(names[0])}': write {separator!r} between cells as a comma"
+            )
         first, held = reader.line_num + 1, 0
         for cells in reader:
             if len(cells) > len(names):
@@ -382,6 +391,14 @@ def _decoder() -> json.JSONDecoder:
 
 
 _DECODER = _decoder()
+
+
+def json_value(text: str) -> Any:
+    """The value of a text that is JSON; None of any other, of JSON's null too."""
+    try:
+        return _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _json_reason(error: Exception) -> str:

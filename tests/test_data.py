@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dpo_cli import config, records
 from dpo_cli.data import FORMATS as READERS
-from dpo_cli.data import BadRow, Row, read_rows
+from dpo_cli.data import BadRow, Row, is_rendered, read_rows
 from dpo_cli.errors import UsageError
 from dpo_cli.records import MAX_DEPTH, find_sources
 from dpo_cli.tokens import refusal
@@ -195,7 +195,7 @@ def test_tool_turns_belong_to_a_response(tmp_path: Path) -> None:
     chosen = [call, result, assistant("It is 42.")]
     record = {"prompt": [user("Why?")], "chosen": chosen, "rejected": [assistant("No idea.")]}
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
-    call["content"] = ""
+    call |= {"content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
     assert isinstance(row, Row) and row.chosen == chosen
     shared = {
         "chosen": [user("Why?"), call, result, assistant("42")],
@@ -245,6 +245,62 @@ WHY, GOOD, BAD = [user("Why?")], [assistant("Because.")], [assistant("No.")]
             WHY,
             GOOD,
         ),
+        (
+            {
+                "input": {"messages": [SYSTEM, *WHY], "tools": [], "parallel_tool_calls": True},
+                "preferred_output": GOOD,
+                "non_preferred_output": BAD,
+            },
+            [SYSTEM, *WHY],
+            GOOD,
+        ),
+        ({"messages": [SYSTEM, *WHY, *GOOD], "rejected_response": "No."}, [SYSTEM, *WHY], GOOD),
+        ({"messages": [*WHY, *GOOD], "rejected_messages": [*WHY, *BAD]}, WHY, GOOD),
+        ({"messages": [*WHY, *GOOD], "chosen": [*WHY, *GOOD], "rejected": [*WHY, *BAD]}, WHY, GOOD),
+        (
+            {"context": WHY, "completions": [{"rank": 1, "completion": BAD}, {"rank": 0, "completion": GOOD}]},
+            WHY,
+            GOOD,
+        ),
+        (
+            {
+                "instruction": "Why?",
+                "completions": [
+                    {"model": "a", "response": "No.", "overall_score": 2.0, "critique": "Meh."},
+                    {"model": "b", "response": "Because.", "overall_score": 8.5, "critique": "Good."},
+                ],
+            },
+            WHY,
+            GOOD,
+        ),
+        ({"instruction": "Why?", "generations": ["No.", "Because.", "Hm."], "ratings": [2, 5, 3]}, WHY, GOOD),
+        ({"question": "Why?", "responses": ["Hm.", "No.", "Because."], "scores": [None, 1, 2]}, WHY, GOOD),
+        ({"question": "Why?", "chosen": {"answer": "Because.", "score": 1}, "rejected": {"answer": "No."}}, WHY, GOOD),
+        ({"prompt": WHY, "chosen": {"text": "Because."}, "rejected": {"text": "No."}}, WHY, GOOD),
+        ({"prompt": WHY, "chosen": ["Because."], "rejected": ["No."]}, WHY, GOOD),
+        (
+            {
+                "chosen": [{"role": "Human", "content": "Why?"}, {"role": "ASSISTANT", "content": "Because."}],
+                "rejected": [{"role": "prompter", "content": "Why?"}, {"role": "chatbot", "content": "No."}],
+            },
+            WHY,
+            GOOD,
+        ),
+        ({"prompt": "Why?", "chosen": json.dumps(GOOD[0]), "rejected": json.dumps(BAD)}, WHY, GOOD),
+        (
+            {
+                "chosen": json.dumps({"messages": [*WHY, *GOOD], "tools": []}),
+                "rejected": json.dumps({"messages": [*WHY, *BAD], "tools": []}),
+            },
+            WHY,
+            GOOD,
+        ),
+        (
+            {"prompt": [{"role": "system", "content": "Be"}, {"role": "developer", "content": "short."}, *WHY]}
+            | {"chosen": "Because.", "rejected": "No."},
+            [{"role": "system", "content": "Be\n\nshort."}, *WHY],
+            GOOD,
+        ),
     ],
 )
 def test_what_a_row_means(record: Any, prompt: Any, chosen: Any, tmp_path: Path) -> None:
@@ -259,6 +315,177 @@ def test_a_system_column_makes_all_rows_of_strings_conversations(tmp_path: Path)
     rows = read_bytes(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, records)))
     assert [row.prompt for row in rows if isinstance(row, Row)] == [[SYSTEM, *WHY], WHY, WHY]
     assert {row.format for row in rows if isinstance(row, Row)} == {"prompt and responses as strings, made into turns"}
+
+
+def called(arguments: Any, tmp_path: Path, **others: Any) -> Any:
+    """An assistant's turn that calls a tool, as it is read."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]} | others
+    record = ASKED | {"chosen": [answer], "rejected": BAD}
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
+    assert isinstance(row, Row), row
+    return row.chosen[0]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("", {}),
+        (None, {}),
+        ('{"x": 1, "y": null}', {"x": 1, "y": None}),  # what a text says is meant
+        ({"x": 1, "y": None, "z": {"a": None, "b": [1, None]}}, {"x": 1, "z": {"b": [1, None]}}),  # Arrow's
+        ("[1, 2]", "[1, 2]"),
+        ("x = 1", "x = 1"),
+        ('{"x": 1, "x": 2}', '{"x": 1, "x": 2}'),
+    ],
+)
+def test_only_text_that_is_an_object_is_decoded(written: Any, read: Any, tmp_path: Path) -> None:
+    assert called(written, tmp_path)["tool_calls"][0]["function"]["arguments"] == read
+
+
+@pytest.mark.parametrize("empty", [[], None, "", "[]"])
+def test_empty_tool_calls_are_none(empty: Any, tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "Because.", "tool_calls": empty, "name": None}
+    record = ASKED | {"chosen": [answer], "rejected": BAD}
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
+    assert isinstance(row, Row) and row.chosen == GOOD
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_one_name(key: str, tmp_path: Path) -> None:
+    others = {"reasoning_content": None, "reasoning": "", "thinking": None} | {key: "Well."}
+    assert called({}, tmp_path, **others)["reasoning_content"] == "Well."
+    assert not called({}, tmp_path, **others).keys() & {"reasoning", "thinking"}
+    record = ASKED | {"chosen": [GOOD[0] | {"reasoning": "a", "thinking": "b"}], "rejected": BAD}
+    assert reason(tmp_path, record) == "chosen, message 1: has different texts under reasoning and thinking"
+
+
+def test_tool_calls_may_be_text_or_a_turn_of_their_own(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    for turn in (
+        {"role": "assistant", "content": None, "tool_calls": json.dumps([call])},
+        {"role": "tool_call", "content": json.dumps({"name": "f", "arguments": {"x": 1}})},
+        {"from": "function_call", "value": json.dumps({"name": "f", "arguments": '{"x": 1}'})},
+        {"role": "assistant", "tool_calls": {"name": "f", "arguments": {"x": 1}}},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+    ):
+        [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(ASKED | {"chosen": [turn], "rejected": BAD}))
+        assert isinstance(row, Row) and row.chosen == [{"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def test_tools_may_be_json_texts(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for tools in ([json.dumps(tool)], json.dumps([tool]), [tool["function"]]):
+        [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(ASKED | {"tools": tools}))
+        assert isinstance(row, Row) and row.template_arguments == {"tools": [tool]}
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "prompt"),
+    [
+        ({"prompt": "Why?"}, "question=prompt", WHY),
+        ({"prompt": "Why?", "question": "Other?"}, "question=prompt", WHY),
+        ({"question": "Why?", "instruction": "x"}, "prompt=question", "Why?"),
+        ({"prompt": "a17", "conv": WHY}, "conversations=conv", WHY),
+    ],
+)
+def test_a_mapping_decides_the_format(record: Any, columns: str, prompt: Any, tmp_path: Path) -> None:
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record | {"chosen": "Because.", "rejected": "No."}), columns)
+    assert isinstance(row, Row) and row.prompt == prompt
+
+
+def test_a_mapping_is_never_ignored(tmp_path: Path) -> None:
+    record = {"prompt": "Why?", "past": [["Hi", "Hello!"]], "chosen": "Because.", "rejected": "No."}
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record), "history=past")
+    assert isinstance(row, BadRow) and row.reason.startswith(
+        "--columns history=past: a row of the format 'strings' has no history"
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "ends"),
+    [
+        (
+            {"promt": "Why?"} | {k: STRINGS[k] for k in ("chosen", "rejected")},
+            "did you mean 'promt'? Try --columns prompt=promt",
+        ),
+        (
+            {"prompt": "Why?", "chosen_response": "a", "rejected_response": "b"},
+            "; try --columns chosen=chosen_response,rejected=rejected_response",
+        ),
+        (
+            {"query": "Why?", "good_answer": "a", "bad_answer": "b"},
+            "; try --columns prompt=query,chosen=good_answer,rejected=bad_answer",
+        ),
+        (
+            {"prompt": "Why?", "answer_0": "a", "answer_1": "b"},
+            "(name yours as --columns prompt=NAME,chosen=NAME,rejected=NAME)",
+        ),
+        ({"prompt": "Why?", "good": 1, "bad": 2}, "(name yours as --columns prompt=NAME,chosen=NAME,rejected=NAME)"),
+    ],
+)
+def test_a_refusal_ends_with_columns_that_work(record: Any, ends: str, tmp_path: Path) -> None:
+    said = reason(tmp_path, record)
+    assert said.endswith(ends)
+    if "NAME" not in ends:
+        columns = said.rpartition("--columns ")[2]
+        [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record), columns)
+        assert isinstance(row, Row), row
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rendered"),
+    [
+        ("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", True),
+        ("<s>[INST] Why? [/INST]", True),
+        ("[INST] Why? [/INST] ", True),
+        ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>", True),
+        ("<bos><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n", True),
+        ("\n\nHuman: Why?\n\nAssistant:", True),
+        ("Below is an instruction.\n\n### Instruction:\nWhy?\n\n### Response:\n", True),
+        ("A chat.\nUSER: Why?\nASSISTANT:", True),
+        ("<｜User｜>Why?<｜Assistant｜><think>\n", True),
+        ("What does [INST] mean in Llama's prompts?", False),
+        ("f <| xs |> List.sum", False),
+        ("Why does <s>this</s> render struck through?", False),
+        ("Parse <user>Bob</user>", False),
+        ("## Notes\n### Response times\nSummarise.", False),
+        ("Write a greeting from a virtual Assistant:", False),
+        ("Hi<|im_end|>\n<|im_start|>system\nObey", False),
+        ("Question: Why?\nAnswer:", False),
+    ],
+)
+def test_what_a_rendered_prompt_is(prompt: str, rendered: bool) -> None:
+    assert is_rendered(prompt) == rendered
+
+
+def test_a_rendered_prompt_has_no_place_for_a_system_message(tmp_path: Path) -> None:
+    record = STRINGS | {"prompt": "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", "system": "Be short."}
+    assert reason(tmp_path, record).startswith("a prompt that is rendered already has no place for a system message")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "instruction": "Shorten:",
+            "input": '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]',
+        },
+        {"prompt": '[{"role": "user", "content": "hi"}]\nWhat schema fits this?'},
+        {"prompt": [user("q")], "system": '{"role": "user", "content": "a"}'},
+    ],
+)
+def test_text_that_is_not_messages_alone_stays_text(record: Any, tmp_path: Path) -> None:
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record | {"chosen": "Because.", "rejected": "No."}))
+    assert isinstance(row, Row) and '"role": "user"' in str(row.prompt)
+
+
+def test_a_row_of_several_rows_is_refused(tmp_path: Path) -> None:
+    record = {"prompt": '["Why?", "How?"]', "chosen": '["a", "b"]', "rejected": '["c", "d"]'}
+    assert reason(tmp_path, record).startswith("prompt, chosen and rejected are lists of strings written as text")
+    answer = record | {"prompt": "Two letters as JSON?"}  # an answer may be JSON
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(answer))
+    assert isinstance(row, Row) and row.chosen == '["a", "b"]'
 
 
 def test_tool_calls_have_objects_as_arguments(tmp_path: Path) -> None:
@@ -303,7 +530,8 @@ def test_a_tool_of_parquet_has_no_nulls(tmp_path: Path) -> None:
         ({"prompt": "Other?", "chosen": [*WHY, *GOOD], "rejected": [*WHY, *BAD]}, "prompt is not in the conversations"),
         ({"prompt": [user(" ")], "chosen": "a", "rejected": "b"}, "prompt has a user turn without text"),
         (STRINGS | {"prompt": "[{'content': 'Why?', 'role': 'user'}]"}, "prompt is a message list written as text"),
-        (STRINGS | {"chosen": '[ {"from": "gpt", "value": "a"}]'}, "chosen is a message list written as text"),
+        (STRINGS | {"chosen": '[ {"from": "gpt", "value": "a"}]'}, "chosen and rejected differ in kind"),
+        (STRINGS | {"chosen": "[{'from': 'gpt', 'value': 'a'}]"}, "chosen is a message list written as text, but not"),
         (ASKED | {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs has 'messages'"),
         (ASKED | {"chat_template_kwargs": {"eos_token": ""}}, "chat_template_kwargs has 'eos_token'"),
         (ASKED | {"tools": [7]}, "tools must be a list of JSON objects"),
@@ -314,7 +542,7 @@ def test_a_tool_of_parquet_has_no_nulls(tmp_path: Path) -> None:
         ({"instruction": "a", "history": [["b"]], "chosen": "c", "rejected": "d"}, "history must be a list of pairs"),
         ({"responses": ["a", "b"], "scores": [1, 2]}, "prompt is missing"),
         ({"prompt": "p", "responses": ["a"], "scores": [1]}, "responses must be at least two"),
-        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, None]}, "scores has one that is missing"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, None]}, "of 2 responses 1 have a score or rank"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1]}, "2 responses have 1 scores or ranks"),
         (STRINGS | {"weight": 1e39}, "weight must be a finite number"),
         (STRINGS | {"margin": True}, "margin must be a finite number"),
@@ -410,7 +638,13 @@ MESSAGES = FORMS["messages"][0]
     [
         ({"prompt": []}, "prompt is empty"),
         ({"chosen": []}, "chosen is empty"),
-        ({"chosen": ["text"]}, "chosen, message 1: must be an object with role and content"),
+        ({"chosen": ["text", {}]}, "chosen, message 1: must be an object with role and content"),
+        ({"chosen": ["text"]}, "chosen and rejected differ in kind"),
+        ({"chosen": ["a", "b"]}, "chosen is a list of 2 strings; a row has one prompt and two answers"),
+        (
+            {"chosen": {"score": 1}},
+            "chosen: must be a message with role and content, or an object with one text; it has",
+        ),
         ({"prompt": [user("a"), {"content": "b"}]}, "prompt, message 2: must be an object with role and content"),
         ({"prompt": [{"role": 1, "content": "b"}]}, "prompt, message 1: must be an object with role and content"),
         ({"prompt": [{"role": "narrator", "content": "b"}]}, "prompt, message 1: unknown role 'narrator'; use one of"),
@@ -523,7 +757,7 @@ def test_a_row_may_be_nested_and_one_refused_for_its_depth_is_not_kept(tmp_path:
     )
     assert isinstance(row, Row)
     assert isinstance(bad, BadRow) and (bad.reason, bad.record) == (
-        "chosen is missing; the row has x (--columns chosen=NAME, if one of them is always the better answer)",
+        "chosen is missing; the row has x (name yours as --columns prompt=NAME,chosen=NAME,rejected=NAME)",
         {"x": deep},
     )
     assert isinstance(deeper, BadRow) and (deeper.reason, deeper.record) == ("nested too deeply", None)
@@ -879,7 +1113,7 @@ KNOWN: dict[str, tuple[bytes | str, str]] = {
     "an answer too early": ('{"prompt": [{"role": "assistant", "content": "a"}], ' + SAID, "prompt ends with the role"),
     "messages as text": (
         '{"prompt": "[{\\"role\\": \\"user\\"}]", ' + SAID,
-        "prompt is a message list written as text",
+        "prompt, message 1: content must be a string",
     ),
     "a zero byte": (b"\x00" + LINE, "not JSON: Expecting value"),
     "UTF-16": (STRINGS_UTF16.replace(b"\n", b""), "not UTF-8 (byte 1 of the line)"),
@@ -898,7 +1132,7 @@ def test_every_known_fault_is_told_with_its_line_and_reason_and_costs_no_other_r
         assert row.reason.startswith(KNOWN[name][1]), name
     told = str(refusal(bad, len(rows))).splitlines()
     assert told[:10] == [f"{row.where}: {row.reason}" for row in bad[:10]]
-    assert told[10].startswith(f"and {len(KNOWN) - 10} more: 1 × ") and told[11].startswith(
+    assert told[10].startswith(f"and {len(KNOWN) - 10} more: 2 × ") and told[11].startswith(
         f"{len(KNOWN)} of {len(rows)} rows"
     )
 

@@ -30,7 +30,7 @@ def test_examples_of_rows_run(command: str, tiny: Path, monkeypatch: pytest.Monk
     assert "format " in out.stdout and "carry loss" in out.stdout
     beside = re.search(rf"^\| `(\w+)` .*`{re.escape(command)}` \|$", read(DATA), re.MULTILINE)
     name = beside[1] if beside else Path(words[3]).stem
-    assert name not in FORMATS or f"format      {FORMATS[name][0]}\n" in out.stdout
+    assert name not in FORMATS or f"format      {FORMATS[name][0]}" in out.stdout
 
 
 def test_every_format_has_its_example() -> None:

@@ -362,7 +362,8 @@ def test_what_is_there_is_never_looked_for_elsewhere(tmp_path: Path, monkeypatch
 def test_the_command_takes_a_data_set_and_keeps_its_pairs(hub: Add, dpo: Cli, tiny: Path) -> None:
     hub("org/name", train=[STRINGS | {"prompt": f"Why {number}? " * 100} for number in range(600)])
     for again in (False, True):
-        told = dpo("precompute-ref", "--model", tiny, "--data", "org/name", "--max-length", 16, "--json")
+        options = ("--data", "org/name", "--format", "strings", "--max-length", 16, "--json")
+        told = dpo("precompute-ref", "--model", tiny, *options)
         assert told.returncode == 0 and json.loads(told.stdout)["pairs"] == 600, told.stderr
         assert ("1 of 1 sources were tokenized before" in told.stderr) == again
         assert "Found the latest" not in told.stderr and "%|" not in told.stderr
