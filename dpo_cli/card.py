@@ -51,6 +51,10 @@ python convert_hf_to_gguf.py {SELF} --outfile model.gguf --outtype bf16
 _USE_ADAPTER = """An adapter, to be loaded on its base with peft. `dpo merge --model FOLDER --output MERGED` makes one
 model of both, for servers and for llama.cpp."""
 
+_RAW = """Its pairs were raw strings, without the chat template (`--format strings`): give it strings, not messages.
+
+"""
+
 
 def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """The card as a README.md with the metadata that the hub reads; of no local path, and of nobody's name.
@@ -92,7 +96,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 {_outcome(run, results, before)}
 ## Use
 
-{_USE_ADAPTER if adapter else _USE}
+{_RAW * (run.options.format == "strings")}{_USE_ADAPTER if adapter else _USE}
 
 ## Limits
 

@@ -32,9 +32,11 @@ def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
     row = _find(options)
     if isinstance(row, BadRow):
         return {"row": row.where, "refused": row.reason}
+    encoder = Encoder(tokenizer, reading)
+    row = encoder.chat.as_turns(row)
     about: dict[str, Any] = {"row": row.where, "format": row.format}
     try:
-        pair, notes = Encoder(tokenizer, reading).pair(row)
+        pair, notes = encoder.pair(row)
     except RowError as error:
         return about | {"refused": str(error)}
     about |= {"weight": pair.weight, "margin": pair.margin, "max_length": reading.max_length, "notes": sorted(notes)}

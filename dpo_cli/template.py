@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpo_cli.columns import Message
+from dpo_cli.columns import REASONING, REASONING_KEYS, Message
 from dpo_cli.errors import RowError
 from dpo_cli.records import shortened
 
 # For a model that has no template: dialogues as base models have read many.
 PLAIN = (
-    "{% for message in messages %}{% if message.role in ('system', 'developer') %}{{ message.content + '\\n\\n' }}"
+    "{% for message in messages %}{% if message.role == 'system' %}{{ message.content + '\\n\\n' }}"
     "{% elif message.role == 'assistant' %}{{ 'Assistant: ' + message.content + eos_token + '\\n\\n' }}"
     "{% else %}{{ message.role | capitalize + ': ' + message.content + '\\n\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
@@ -38,9 +38,10 @@ def render(
     """
     if not (template or tokenizer.chat_template):
         raise RowError("the model has no chat template")
+    named = [message if REASONING not in message else _with_every_name(message) for message in messages]
     try:
         text: str = tokenizer.apply_chat_template(
-            messages,
+            named,
             chat_template=template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -51,8 +52,13 @@ def render(
     return text
 
 
+def _with_every_name(message: Message) -> Message:
+    """A message whose reasoning has each name that a template may read, as transformers 5.23 does and 5.17 does not."""
+    return message | dict.fromkeys(REASONING_KEYS, message[REASONING])
+
+
 class ControlTokens:
-    """The tokens with which a chat template parts turns, where they stand in messages.
+    """The tokens with which a chat template parts turns, where they stand in messages; marks of thinking are none.
 
     ``mark`` puts marks around them, which stay there when the messages are rendered; ``encode`` reads what is marked as
     text. The ids are those of transformers' ``apply_chat_template(sanitize_control_tokens=True)``, which is too new to
@@ -67,9 +73,10 @@ class ControlTokens:
             frame = render(tokenizer, [{"role": "user", "content": "u"}], add_generation_prompt=True)
         except RowError:
             frame = ""
-        added = tokenizer.added_tokens_decoder.items()
-        self.ids = {t.content: i for i, t in added if t.content.strip() and (t.special or t.content in frame)}
-        self.line_end = self._ids("\n")
+        added = [(t, i) for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()]
+        self.special = tuple({*(t.content for t, _ in added if t.special), tokenizer.eos_token})  # one ends each answer
+        parting = [(t.content, i) for t, i in added if t.special or t.content in frame]
+        self.ids = {content: i for content, i in parting if "think" not in content.lower()}  # an answer's own words
         any_token = "|".join(map(re.escape, sorted(self.ids, key=len, reverse=True))) or "(?!)"
         self.token = re.compile(any_token)
         self.marked = re.compile(f"{self.OPEN}({any_token}){self.CLOSE}|[{self.OPEN}{self.CLOSE}]")
@@ -116,11 +123,17 @@ class ControlTokens:
             ids += as_text + self._ids_inside(behind, self._ids)
         return ids
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a rendered text that follows another, with which no token is shared."""
+        return self._ids_inside(text, self.encode)
+
     def _ids_inside(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
         """Ids of a text that does not begin there: SentencePiece puts a space before the first word."""
-        ids = encode("\n" + text)
-        n = len(self.line_end)
-        return ids[n:] if ids[:n] == self.line_end else encode(text)
+        for before in ("\n", ":"):  # the first that makes no token with the text's beginning
+            ids, own = encode(before + text), self._ids(before)
+            if ids[: len(own)] == own:
+                return ids[len(own) :]
+        return encode(text)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

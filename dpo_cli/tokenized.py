@@ -31,7 +31,7 @@ from dpo_cli.records import Source
 from dpo_cli.tokens import PairSet, only_asks_its_backend, tokenize_rows
 
 # Raise it when the same row and tokenizer give another pair, note or reason than before.
-TOKENIZING_VERSION = 2
+TOKENIZING_VERSION = 3
 FOLDER, SUFFIX = "pairs", ".safetensors"
 SMALL_BYTES = 2**19  # a source below this is tokenized in less than half a second: not worth a file
 

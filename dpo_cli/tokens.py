@@ -10,17 +10,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from dpo_cli.chat import Chat
-from dpo_cli.columns import Message
+from dpo_cli.chat import REASONING_UNSEEN, Chat, Conversation, Side
 from dpo_cli.data import BadRow, Reading, Row
 from dpo_cli.errors import RowError, UsageError
 from dpo_cli.pairs import Ids, Pair, Pairs
 
-_SIDES = ("chosen", "rejected")
+Text = tuple[str, bool]  # and whether the chat template wrote it, special tokens included
 BATCH_CHARACTERS, BATCH_ROWS = 2**20, 512  # what meets the tokenizer in one call: more brings no speed
 
 
@@ -43,7 +44,6 @@ class PairSet:
 PROMPT_CUT = "prompts shortened from the left"
 RESPONSE_CUT = "pairs with a response cut at its end"
 BOUNDARY_MOVED = "pairs whose boundary moved back (tokens merge across it)"
-TURNS_WITHOUT_LOSS = "pairs with turns behind the prompt that carry no loss (--train-turns)"
 
 
 def tokenize_rows(
@@ -87,15 +87,6 @@ def refusal(refused: list[BadRow], rows: int) -> UsageError:
     return UsageError("\n".join(lines))
 
 
-class Reads(NamedTuple):
-    """What the model is to read: a prompt, or a prompt and a response."""
-
-    text: str
-    templated: bool  # written by the chat template, which brings all special tokens
-    wants_eos: bool  # if it does not end with it
-
-
-Texts = tuple[Reads | RowError, ...]  # prompt, prompt + chosen, prompt + rejected; nothing for a bad row
 Part = Ids | RowError
 Encoded = tuple[Pair, set[str]]
 
@@ -109,7 +100,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, reading: Reading) -> None:
         self.tokenizer = tokenizer
-        self.max_length, self.train_turns = reading.max_length, reading.train_turns
+        self.max_length = reading.max_length
         if tokenizer.eos_token_id is None:
             raise UsageError("the model's tokenizer has no EOS token, so responses cannot end")
         if reading.control_tokens == "sanitize" and not tokenizer.is_fast:
@@ -118,16 +109,16 @@ class Encoder:
         probe = tokenizer("a")["input_ids"]  # also leaves the backend as a call needs it: nothing truncated or padded
         self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
         self.backend = tokenizer.backend_tokenizer if only_asks_its_backend(tokenizer) else None
-        self.chat = Chat(tokenizer, reading.control_tokens, self.adds_bos)
+        self.chat = Chat(tokenizer, reading.control_tokens, self.adds_bos, reading.train_turns)
 
     def pairs(self, rows: Iterable[Row | BadRow]) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
-        """Each row in order with what ``pair`` makes of it, or why it is bad. Encodes many at once."""
-        waiting: list[tuple[Row | BadRow, Texts]] = []
+        """Each row in order, as it is read, with what ``pair`` makes of it, or why it is bad. Encodes many at once."""
+        waiting: list[tuple[Row | BadRow, Conversation | RowError]] = []
         held = 0
         for row in rows:
-            texts = self._texts(row) if isinstance(row, Row) else ()
-            waiting.append((row, texts))
-            held += sum(len(text.text) if isinstance(text, Reads) else BATCH_CHARACTERS for text in texts)
+            waiting.append(self._read(row))
+            texts = waiting[-1][1]
+            held += len(texts.chosen.text) + len(texts.rejected.text) if isinstance(texts, Conversation) else 0
             if held >= BATCH_CHARACTERS or len(waiting) >= BATCH_ROWS:
                 yield from self._finish(waiting)
                 waiting, held = [], 0
@@ -137,29 +128,38 @@ class Encoder:
         """The row's token ids, truncated, and which of the notes apply to it.
 
         Raises:
-            RowError: the template refuses the row, it has control tokens that are to be refused, or truncation leaves
-                no difference between the responses.
+            RowError: as ``Chat.conversation``; or truncation leaves no difference between the responses.
         """
-        return self._pair(row, *self._encode([self._texts(row)])[0])
+        _, result = next(self._finish([self._read(row)]))
+        if isinstance(result, RowError):
+            raise result
+        return result
 
-    def _finish(self, rows: list[tuple[Row | BadRow, Texts]]) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
-        for (row, _), parts in zip(rows, self._encode([texts for _, texts in rows]), strict=True):
-            if isinstance(row, BadRow):
-                yield row, RowError(row.reason)
+    def _read(self, row: Row | BadRow) -> tuple[Row | BadRow, Conversation | RowError]:
+        if isinstance(row, BadRow):
+            return row, RowError(row.reason)
+        row = self.chat.as_turns(row)
+        try:
+            return row, self.chat.conversation(row)
+        except RowError as error:
+            return row, error
+
+    def _finish(
+        self, rows: list[tuple[Row | BadRow, Conversation | RowError]]
+    ) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
+        ids = self._encode([texts for _, texts in rows if isinstance(texts, Conversation)])
+        for row, texts in rows:
+            if isinstance(row, BadRow) or isinstance(texts, RowError):
+                yield row, cast(RowError, texts)
                 continue
             try:
-                yield row, self._pair(row, *parts)
+                yield row, self._pair(row, texts, ids)
             except RowError as error:
                 yield row, error
 
-    def _pair(self, row: Row, prompt: Part, chosen: Part, rejected: Part) -> Encoded:
-        prompt, chosen, rejected, moved = self._split(prompt, chosen, rejected)
-        notes = self.chat.notes(row)
-        if isinstance(row.chosen, list) and max(len(row.chosen), len(row.rejected)) > 1:
-            chosen, rejected = self._masked(self.chat.adapted(row), prompt, chosen, rejected)
-            notes.add(TURNS_WITHOUT_LOSS)
-        if moved:
-            notes.add(BOUNDARY_MOVED)
+    def _pair(self, row: Row, texts: Conversation, encoded: dict[Text, Part]) -> Encoded:
+        prompt, chosen, rejected, moved = self._split(texts, encoded)
+        notes = {*texts.notes, BOUNDARY_MOVED} if moved else {*texts.notes}
         longest = max(len(chosen), len(rejected))
         room = max(self.max_length - longest, self.max_length // 4)  # a prompt gives way, down to a quarter
         if len(prompt) > room:
@@ -169,106 +169,78 @@ class Encoder:
                 notes.add(PROMPT_CUT)
         room = self.max_length - len(prompt)
         if room < 1:
-            raise RowError(f"the prompt's last turn alone fills max_length {self.max_length}")
+            raise RowError(f"the prompt's last turn alone fills max_length {self.max_length} (--max-length)")
         if longest > room:
             chosen, rejected = chosen[:room], rejected[:room]
             notes.add(RESPONSE_CUT)
         if not all((response >= 0).any() for response in (chosen, rejected)):
             raise RowError(f"truncation to max_length {self.max_length} leaves no token that carries loss")
         if np.array_equal(chosen, rejected):
-            cut = f"truncation to max_length {self.max_length} removes the difference between chosen and rejected"
-            raise RowError(cut if RESPONSE_CUT in notes else "chosen and rejected give the same tokens")
+            raise RowError(self._no_difference(notes))
         return Pair(row.where, prompt, chosen, rejected, row.weight, row.margin), notes
 
-    def _split(self, prompt: Part, chosen: Part, rejected: Part) -> tuple[Ids, Ids, Ids, bool]:
-        """Untruncated ids: both responses with their prompt, cut where they leave the prompt's own tokens."""
-        prompt = _good(prompt)
+    def _no_difference(self, notes: set[str]) -> str:
+        if RESPONSE_CUT in notes:
+            return f"truncation to max_length {self.max_length} removes the difference between chosen and rejected"
+        why = ": the chat template leaves out the reasoning in which they differ" if REASONING_UNSEEN in notes else ""
+        return f"chosen and rejected give the same tokens{why}"
+
+    def _split(self, texts: Conversation, encoded: dict[Text, Part]) -> tuple[Ids, Ids, Ids, bool]:
+        """Untruncated ids: the prompt, both responses, with ``~id`` for what carries no loss, and if the cut moved.
+
+        It is where the responses leave the prompt's own tokens: behind its text, but for a token that spans the two.
+        """
+        prompt = _good(encoded[texts.prompt, texts.templated])
         if not len(prompt):
             raise RowError("the prompt gives no tokens")
-        chosen, rejected = _good(chosen), _good(rejected)
-        cut = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+        sides = [self._side(side, texts.templated, encoded) for side in (texts.chosen, texts.rejected)]
+        cut = min(_common_prefix(prompt, ids) for ids in sides)
         if cut == 0:
             raise RowError("prompt and response share no first token, so the response would be read without a prompt")
-        return chosen[:cut], chosen[cut:], rejected[cut:], cut < len(prompt)
+        responses = []
+        for side, ids in zip((texts.chosen, texts.rejected), sides, strict=True):
+            whole = side.spans == ((len(texts.prompt), len(side.text)),)
+            responses.append((ids if whole else np.where(self._loss(side, ids), ids, ~ids))[cut:])
+        return prompt[:cut], responses[0], responses[1], cut < len(prompt)
 
-    def _texts(self, row: Row) -> Texts:
-        """What the model is to read: the prompt, and each response behind it."""
-        row = self.chat.adapted(row)
-        return tuple(self._text(row, response) for response in (None, row.chosen, row.rejected))
+    def _side(self, side: Side, templated: bool, encoded: dict[Text, Part]) -> Ids:
+        """Ids of a prompt and its answer, which end with the template's ending or EOS."""
+        ids = _good(encoded[_first(side), templated])
+        if side.cuts:
+            ids = np.append(ids, self._pieces(side, len(side.text))[len(ids) :])
+        return ids if side.complete or self.eos in ids[-1:] else np.append(ids, np.int32(self.eos))
 
-    def _text(self, row: Row, response: Any) -> Reads | RowError:
-        prompt, arguments = row.prompt, row.template_arguments
-        if isinstance(prompt, str):
-            return Reads(prompt + (response or ""), templated=False, wants_eos=response is not None)
-        try:
-            if response is None:
-                return Reads(
-                    self.chat.render(prompt, arguments, add_generation_prompt=True), templated=True, wants_eos=False
-                )
-            text = self.chat.render(prompt + response, arguments)
-        except RowError as error:
-            return error
-        if self.chat.turn_end.strip() and text.rstrip().endswith(self.chat.turn_end.strip()):
-            return Reads(text.rstrip(), templated=True, wants_eos=False)  # what follows the turn's end is not trained
-        return Reads(text.removesuffix(self.chat.turn_end), templated=True, wants_eos=True)
+    def _pieces(self, side: Side, end: int) -> Ids:
+        """Ids of a side's text up to a place, no token of which spans a cut."""
+        cuts = [cut for cut in side.cuts if cut < end]
+        first, *others = (side.text[a:b] for a, b in pairwise([0, *cuts, end]))
+        control = self.chat.control
+        ids = control.encode(first) + [each for text in others for each in control.encode_inside(text)]
+        return np.asarray(ids, dtype=np.int32)
 
-    def _masked(self, row: Row, prompt: Ids, *responses: Ids) -> list[Ids]:
-        """The responses, with ``~id`` for tokens of turns that carry no loss."""
-        sides: list[Any] = [row.chosen, row.rejected]
-        if self.train_turns == "last":
-            if later := [name for name, turns in zip(_SIDES, sides, strict=True) if any(map(_is_user, turns))]:
-                raise RowError(
-                    f"{later[0]} has a 'user' turn; the two may differ in their last answer only "
-                    "(--train-turns all trains all answers that differ)"
-                )
-            if sides[0][-1] == sides[1][-1]:
-                raise RowError("chosen and rejected have the same last answer; they differ before (--train-turns all)")
-        masked = []
-        for name, turns, others, ids in zip(_SIDES, sides, sides[::-1], responses, strict=True):
-            answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
-            differ = [place for place in answers if [turns[place]] != others[place : place + 1]]
-            if not differ:
-                raise RowError(f"{name} has no answer that differs from the other's")
-            trained = answers[-1:] if self.train_turns == "last" else differ
-            masked.append(self._without_loss(row, turns, trained, prompt, ids))
-        return masked
+    def _loss(self, side: Side, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which tokens of a side carry loss, where these are not all behind the prompt."""
+        carries = np.zeros(len(ids), dtype=bool)
+        for begin, end in side.spans:
+            stop = len(ids) if end == len(side.text) else _common_prefix(self._pieces(side, end), ids)
+            carries[_common_prefix(self._pieces(side, begin), ids) : stop] = True
+        return carries
 
-    def _without_loss(self, row: Row, turns: list[Message], trained: list[int], prompt: Ids, response: Ids) -> Ids:
-        """A response of several turns, of which only some carry loss."""
-        whole = np.concatenate([prompt, response])
-        asked: Any = row.prompt
-        full = self.chat.render(asked + turns, row.template_arguments)
-        carries = np.zeros(len(whole), dtype=bool)
-        for place in trained:
-            before = asked + turns[:place]
-            if not all(self._stands_in(full, turns_so_far, row) for turns_so_far in (before, [*before, turns[place]])):
-                raise RowError(
-                    "the chat template writes a turn otherwise when others follow: they cannot be told apart"
-                )
-            texts = self._text(replace(row, prompt=before), None), self._text(row, turns[: place + 1])
-            start, end = (_common_prefix(_good(part), whole) for part in self._encode([texts])[0])
-            carries[start:end] = True
-        return np.where(carries[len(prompt) :], response, ~response)
-
-    def _stands_in(self, full: str, messages: list[Message], row: Row) -> bool:
-        """Whether a whole conversation begins with the text of some of its messages."""
-        text = self.chat.render(messages, row.template_arguments).rstrip()
-        return full.startswith(text.removesuffix(self.tokenizer.eos_token).rstrip())
-
-    def _encode(self, rows: Sequence[Texts]) -> list[tuple[Part, ...]]:
-        """Token ids of every text, an error as it is; each kind of text meets the tokenizer in one call."""
-        texts = dict.fromkeys(text for row in rows for text in row if isinstance(text, Reads))
-        ids: dict[Reads, Part] = {text: self._marked(text.text) for text in texts if self._is_marked(text)}
+    def _encode(self, conversations: Sequence[Conversation]) -> dict[Text, Part]:
+        """Token ids of every text, or why it has none; each kind of text meets the tokenizer in one call."""
+        texts = {
+            (text, each.templated): None
+            for each in conversations
+            for text in (each.prompt, _first(each.chosen), _first(each.rejected))
+        }
+        ids: dict[Text, Part] = {}
         for templated in (False, True):
-            some = [text for text in texts if text.templated == templated and text not in ids]
-            ids.update(zip(some, self._batch([text.text for text in some], templated), strict=True))
-        for text, part in ids.items():
-            if text.wants_eos and not isinstance(part, RowError) and self.eos not in part[-1:]:
-                ids[text] = np.append(part, np.int32(self.eos))
-        return [tuple(ids[text] if isinstance(text, Reads) else text for text in row) for row in rows]
-
-    def _is_marked(self, text: Reads) -> bool:
-        return text.templated and self.chat.control.marked.search(text.text) is not None
+            some = [text for text, kind in texts if kind == templated]
+            marked = {text for text in some if templated and self.chat.control.marked.search(text)}
+            ids |= {(text, templated): self._marked(text) for text in marked}
+            plain = [text for text in some if text not in marked]
+            ids |= {(text, templated): each for text, each in zip(plain, self._batch(plain, templated), strict=True)}
+        return ids
 
     def _marked(self, text: str) -> Part:
         try:
@@ -294,19 +266,20 @@ class Encoder:
             keep_bos = int(prompt[0]) == self.tokenizer.bos_token_id
             start = len(prompt) - room + keep_bos
             return np.concatenate([prompt[:keep_bos], prompt[start:]])
-        system = [m for m in row.prompt[:1] if m["role"] in ("system", "developer")]
+        system = [m for m in row.prompt[:1] if m["role"] == "system"]
         turns = row.prompt[len(system) :]
         starts = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
         for start in starts:
-            shorter = replace(row, prompt=system + turns[start:])
-            prompt = self._split(*self._encode([self._texts(shorter)])[0])[0]
+            texts = self.chat.conversation(replace(row, prompt=system + turns[start:]))
+            prompt = self._split(texts, self._encode([texts]))[0]
             if len(prompt) <= room:
                 break
         return prompt
 
 
-def _is_user(turn: Message) -> bool:
-    return bool(turn["role"] == "user")
+def _first(side: Side) -> str:
+    """A side's text up to the first place that no token may span."""
+    return side.text[: side.cuts[0]] if side.cuts else side.text
 
 
 def _common_prefix(a: Ids, b: Ids) -> int:

@@ -106,7 +106,7 @@ def make(family: str) -> Any:
 
 
 def pair_of(family: str, record: Any, folder: Path, **reading: Any) -> Pair:
-    [row] = read_rows(find_sources([str(write_rows(folder / "rows.jsonl", [record]))]))
+    [row] = read_rows(find_sources([str(write_rows(folder / "rows.jsonl", [record]))]), None, reading.get("format"))
     assert isinstance(row, Row), row
     return Encoder(make(family), Reading(**reading)).pair(row)[0]
 
@@ -174,11 +174,11 @@ GOLDEN = {
         "Because _ . <end_of_turn>",
         "No <end_of_turn>",
     ),
-    "phi": (  # an answer ends with <|end|>, a conversation with EOS
+    "phi": (  # an answer ends with <|end|>; the EOS that the template puts behind a conversation is none of its own
         "<|system|> ↵ Be _ short <|end|> ↵ <|user|> ↵ Hi <|end|> ↵ <|assistant|> ↵ Hello _ ! <|end|> ↵ "
         "<|user|> ↵ Why _ ? <|end|> ↵ <|assistant|> ↵",
-        "Because _ . <|end|> ↵ <|endoftext|>",
-        "No <|end|> ↵ <|endoftext|>",
+        "Because _ . <|end|>",
+        "No <|end|>",
     ),
     "smollm": (
         "<|im_start|> system ↵ Be _ short <|im_end|> ↵ <|im_start|> user ↵ Hi <|im_end|> ↵ "
@@ -205,7 +205,7 @@ def test_plain_strings_get_what_the_tokenizer_adds_and_one_eos(family: str, tmp_
     _, bos, eos, adds_bos, _ = FAMILIES[family]
     record = {"prompt": "Why ?", "chosen": " Because .", "rejected": " No"}
     start = f"{bos} " if adds_bos else ""
-    check(family, record, tmp_path, f"{start}Why _ ?", f"_ Because _ . {eos}", f"_ No {eos}")
+    check(family, record, tmp_path, f"{start}Why _ ?", f"_ Because _ . {eos}", f"_ No {eos}", format="strings")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -213,7 +213,7 @@ def test_a_bos_or_eos_that_the_text_brings_is_not_doubled(family: str, tmp_path:
     _, bos, eos, adds_bos, _ = FAMILIES[family]
     start = bos if adds_bos else ""
     record = {"prompt": f"{start}Why ?", "chosen": f" Because .{eos}", "rejected": f" No{eos}"}
-    check(family, record, tmp_path, f"{start} Why _ ?", f"_ Because _ . {eos}", f"_ No {eos}")
+    check(family, record, tmp_path, f"{start} Why _ ?", f"_ Because _ . {eos}", f"_ No {eos}", format="strings")
 
 
 # ---- formats ----------------------------------------------------------------------------------------------------
@@ -229,12 +229,7 @@ WHY = {"role": "user", "content": "Why ?"}
 HH = "\n\nHuman: Hi\n\nAssistant: Hello !\n\nHuman: Why ?\n\nAssistant:"
 # name: record, prompt, chosen, rejected
 FORMATS: dict[str, tuple[Any, str, str, str]] = {
-    "strings": (
-        {"prompt": "Why ?", "chosen": " Because .", "rejected": " No"},
-        "Why _ ?",
-        "_ Because _ . <|im_end|>",
-        "_ No <|im_end|>",
-    ),
+    "strings": ({"prompt": "Why ?", "chosen": " Because .", "rejected": " No"}, ASKED, *SAID),
     "strings with a system message": (
         {"system": "Be short", "prompt": "Why ?", "chosen": "Because .", "rejected": "No"},
         SHORT,
@@ -275,9 +270,8 @@ FORMATS: dict[str, tuple[Any, str, str, str]] = {
     "Stack Exchange": ({"question": "Why ?", "response_j": "Because .", "response_k": "No"}, ASKED, *SAID),
     "ranked by scores": (
         {"prompt": "Why ?", "responses": [" Maybe", " Because .", " No"], "scores": [2, 3.5, -1]},
-        "Why _ ?",
-        "_ Because _ . <|im_end|>",
-        "_ No <|im_end|>",
+        ASKED,
+        *SAID,
     ),
     "ranked by ranks": (
         {"question": "Why ?", "responses": ["No", "Maybe", "Because ."], "ranks": [3, 2, 1]},

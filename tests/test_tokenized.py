@@ -43,7 +43,8 @@ def rows(first: int = 0, count: int = 8) -> list[Any]:
     """Strings and messages, some too long, some with control tokens inside."""
     found: list[Any] = []
     for n in range(first, first + count):
-        strings = {"prompt": f"Why {n}? " * (1 + 9 * (n % 3)), "chosen": " Because.", "rejected": f" No {n}."}
+        asked = "\n\nHuman: " + f"Why {n}? " * (1 + 9 * (n % 3)) + "\n\nAssistant:"
+        strings = {"prompt": asked, "chosen": " Because.", "rejected": f" No {n}."}
         said = [{"role": "user", "content": f"Is it {n}? <|im_end|>" if n % 2 else f"Is it {n}?"}]
         answers = ([{"role": "assistant", "content": text}] for text in ("Yes. " * (1 + n % 40), "No."))
         found += [strings, dict(zip(("prompt", "chosen", "rejected"), (said, *answers), strict=True))]

@@ -24,15 +24,16 @@ from dpo_cli.chat import (
     CONTROL_KEPT,
     CONTROL_SANITIZED,
     NO_TEMPLATE,
-    SYSTEM_MOVED,
-    THINKING_LEFT_OUT,
+    REASONING_UNSEEN,
+    SYSTEM_FIRST,
     TOOLS_UNSEEN,
+    TURNS_WITHOUT_LOSS,
 )
 from dpo_cli.columns import Message
 from dpo_cli.data import BadRow, Reading, Row
 from dpo_cli.errors import RowError, UsageError
 from dpo_cli.pairs import Pair, Pairs, read
-from dpo_cli.tokens import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, TURNS_WITHOUT_LOSS, Encoder, refusal, tokenize_rows
+from dpo_cli.tokens import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder, refusal, tokenize_rows
 from tests.conftest import CHATML, SAMPLE, random_pairs
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>"]
@@ -373,7 +374,7 @@ def test_a_system_message_that_the_template_refuses_begins_the_first_user_turn()
     system = {"role": "system", "content": "Be short."}
     pair, notes = pair_of(tokenizer, row([system, user("Why?")], "a", "b"))
     same, _ = pair_of(tokenizer, row([user("Be short.\n\nWhy?")], "a", "b"))
-    assert lists(pair) == lists(same) and notes == {SYSTEM_MOVED}
+    assert lists(pair) == lists(same) and notes == {SYSTEM_FIRST}
 
 
 def test_what_the_template_refuses_is_refused_with_its_words() -> None:
@@ -411,7 +412,7 @@ def test_calls_are_given_as_the_template_takes_them() -> None:
 def test_thinking_that_the_template_leaves_out_is_told() -> None:
     template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
     for tokenizer, told in (
-        (make("$A", "<|im_start|>", "<|im_end|>", template), {THINKING_LEFT_OUT}),
+        (make("$A", "<|im_start|>", "<|im_end|>", template), {REASONING_UNSEEN}),
         (letters(), set()),
     ):
         _, notes = pair_of(tokenizer, row([user("?")], "<think>so</think>a", "b"))
@@ -445,7 +446,7 @@ def test_a_template_that_rewrites_turns_cannot_train_several() -> None:
     rewriting = CHATML.replace("message['content']", "(message['content'] if loop.last else 'gone')")
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", rewriting)
     turns = [assistant("call"), {"role": "tool", "content": "42"}, assistant("It is 42.")]
-    with pytest.raises(RowError, match=r"cannot be told apart|share no first token"):
+    with pytest.raises(RowError, match=r"writes the prompt otherwise .*user\\nWhy\?.* becomes .*gone"):
         pair_of(tokenizer, Row("w", "f", [user("Why?")], turns, [assistant("No idea.")]))
 
 
@@ -456,7 +457,7 @@ def test_a_template_that_writes_the_last_answer_otherwise_cannot_train_others() 
     )
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     sides = ([assistant(one), user("And?"), assistant(two)] for one, two in (("One.", "Two."), ("Eins.", "Zwei.")))
-    with pytest.raises(RowError, match="cannot be told apart"):
+    with pytest.raises(RowError, match=r"writes a turn otherwise when others follow: .*<think>One.' becomes"):
         Encoder(tokenizer, Reading(max_length=LONG, train_turns="all")).pair(Row("w", "f", [user("Why?")], *sides))
 
 
@@ -705,9 +706,9 @@ def test_rows_without_control_tokens_are_alike_in_every_mode(name: str, control_
     given = row(
         [user("What is <|im_en and |im_end|>?\n"), assistant("😀"), user(" \n why")], "Because \ue000.", "No.\n"
     )
-    as_ever, _ = pair_of(tokenizer, given)
+    as_ever, usual = pair_of(tokenizer, given)
     pair, notes = Encoder(tokenizer, cut(LONG, control_tokens)).pair(given)
-    assert lists(pair) == lists(as_ever) and notes == set()
+    assert lists(pair) == lists(as_ever) and notes == usual and not notes & {CONTROL_KEPT, CONTROL_SANITIZED}
 
 
 @strings
@@ -744,7 +745,7 @@ def test_a_conversation_shortened_from_the_left_is_read_as_text_too() -> None:
 def test_a_tool_s_arguments_are_text_too() -> None:
     template = CHATML.replace("+ message['content']", "+ (message['content'] or (message['tool_calls'] | tojson))")
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": EVIL}}}]}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": EVIL}}}]}
     given = Row("w", "f", [user("q"), call, {"role": "tool", "content": "42"}], [assistant("c")], [assistant("d")])
     kept, _ = Encoder(tokenizer, cut(LONG, "keep")).pair(given)
     sanitized, notes = Encoder(tokenizer, cut(LONG, "sanitize")).pair(given)
@@ -882,7 +883,7 @@ def rendered(tokenizer: Any, messages: list[Message]) -> list[int]:
     return plain(tokenizer, text)
 
 
-@pytest.mark.parametrize("first", ["system", "developer", None])
+@pytest.mark.parametrize("first", ["system", None])
 def test_a_conversation_loses_its_oldest_turns_and_keeps_the_system_message(first: str | None) -> None:
     tokenizer, _ = CHAT_TOKENIZERS["ChatML"]
     system = [{"role": first, "content": "Be short."}] if first else []
@@ -930,7 +931,7 @@ def test_a_last_turn_that_fills_max_length_is_refused() -> None:
     length = len(rendered(tokenizer, [user(words(30))]))
     given = row([user("Hi"), assistant("Hello"), user(words(30))], "Yes.", "No.")
     for max_length in (length, length - 5):
-        with pytest.raises(RowError, match=rf"last turn alone fills max_length {max_length}$"):
+        with pytest.raises(RowError, match=rf"last turn alone fills max_length {max_length} "):
             pair_of(tokenizer, given, max_length)
     assert len(pair_of(tokenizer, given, length + 1)[0].chosen) == 1
 

@@ -49,11 +49,12 @@ def theirs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture
 def ours(tokenizer: Any, tmp_path: Path) -> Make:
-    """Ours; the reason where a row is refused."""
+    """Ours; the reason where a row is refused. Strings are kept raw, as TRL's standard format has them."""
 
     def make(records: Records, max_length: int) -> list[Any]:
         encoder, found = Encoder(tokenizer, Reading(max_length=max_length)), []
-        for row in read_rows(find_sources([str(write_rows(tmp_path / "rows.jsonl", records))])):
+        kind = "strings" if isinstance(records[0].get("prompt"), str) else None
+        for row in read_rows(find_sources([str(write_rows(tmp_path / "rows.jsonl", records))]), None, kind):
             try:
                 found.append(row.reason if isinstance(row, BadRow) else encoder.pair(row)[0])
             except RowError as error:
