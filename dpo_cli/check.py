@@ -167,7 +167,8 @@ def _finding(finding: dict[str, Any]) -> list[str]:
     ]
     for example in finding["examples"]:
         other = f" (see {example['other']})" if "other" in example else ""
-        lines.append(f"{'':21}{example['where']}{other}: {example['text']}")
+        why = f" ({example['reason']})" if "reason" in example else ""
+        lines.append(f"{'':21}{example['where']}{other}: {example['text']}{why}")
     return [*lines, ""]
 
 

@@ -360,6 +360,8 @@ def check(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, jso
 
     result = run_check(options, reporter)
     _show(result, json_, as_text)
+    if not result["pairs"]:  # nothing that could be trained on
+        raise typer.Exit(2)
     if options.strict and result["problems"]:
         raise typer.Exit(3)
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from dpo_cli.columns import Text
+from dpo_cli.columns import REASONING, Text
 from dpo_cli.data import HH_HUMAN, Row
 from dpo_cli.records import shortened
 from dpo_cli.scripts import script_mismatch
@@ -26,7 +26,7 @@ class Texts(NamedTuple):
 
 
 def texts_of(row: Row) -> Texts:
-    """All that is said in each part of a row; of messages their contents and calls."""
+    """All that is said in each part of a row; of messages their reasoning, contents and calls."""
     return Texts(_text(row.prompt), _text(row.chosen), _text(row.rejected))
 
 
@@ -35,7 +35,7 @@ def _text(value: Text) -> str:
         return value
     parts = []
     for message in value:
-        parts.append(message.get("content") or "")
+        parts += [message[key] for key in (REASONING, "content") if message.get(key)]
         if message.get("tool_calls"):
             parts.append(json.dumps(message["tool_calls"], sort_keys=True, default=str))
     return "\n".join(parts)
@@ -60,7 +60,7 @@ class RowFindings:
     """Looks at one row after the other; ``tokenizer`` says which markers are its own."""
 
     def __init__(self, tokenizer: Any) -> None:
-        own = ControlTokens(tokenizer).of_turns() - THINKING | {tokenizer.eos_token}
+        own = ControlTokens(tokenizer).of_turns() | {tokenizer.eos_token}
         own = {token for token in own if len(token) > 2 and not token.isalnum()} | set(_MARKERS)
         self.markers = re.compile("|".join(map(re.escape, sorted(own, key=len, reverse=True))))
         self.begin = {token[0] for token in own}  # no marker without one of them
@@ -142,8 +142,6 @@ def _damage(text: str) -> re.Match[str] | None:
 
 
 # ---- markers and turns ------------------------------------------------------------------------------------------
-
-THINKING = {"<think>", "</think>"}  # of an answer
 
 
 def thinks(text: str) -> bool:

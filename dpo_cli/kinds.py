@@ -173,21 +173,39 @@ class Found:
         self.most = examples
         self.counts: Counter[tuple[str, str, str]] = Counter()  # of each data, kind and reason
         self.examples: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+        self.whole: dict[tuple[str, str, str], str] = {}  # the reason of all rows of a key, where they have one
 
     def add(
-        self, data: str, kind: str, where: str, text: str, reason: str = "", other: str = "", apart: bool = False
+        self,
+        data: str,
+        kind: str,
+        where: str,
+        text: str,
+        reason: str = "",
+        other: str = "",
+        apart: bool = False,
+        whole: str = "",
     ) -> None:
-        """Count a row, and keep it as an example if there are not enough yet; ``apart``: its reason is always told."""
+        """Count a row, and keep it as an example if there are not enough yet; ``apart``: its reason is always named.
+
+        ``whole`` is the reason with what differs from row to row; it is shown if all rows of the reason share it.
+        """
         if (data, kind, reason) not in self.counts and len(self.counts) > REASONS and not apart:
             reason = "other reasons" if reason else ""
-        self.counts[data, kind, reason] += 1
-        self.show(data, kind, where, text, other, reason)
+        key = data, kind, reason
+        self.counts[key] += 1
+        if self.whole.setdefault(key, whole) != whole:
+            self.whole[key] = ""
+        self.show(data, kind, where, text, other, reason, whole)
 
-    def show(self, data: str, kind: str, where: str, text: str, other: str = "", reason: str = "") -> None:
-        """Keep an example only; ``other`` is where the row stands that it is held against."""
+    def show(
+        self, data: str, kind: str, where: str, text: str, other: str = "", reason: str = "", whole: str = ""
+    ) -> None:
+        """Keep an example only; ``other`` is where the row stands that it is compared with."""
         some = self.examples.setdefault((data, kind, reason), [])
         if len(some) < self.most:
-            some.append({"where": where, "text": text} | ({"other": other} if other else {}))
+            more = {"other": other, "reason": whole if whole != reason else ""}
+            some.append({"where": where, "text": text} | {name: value for name, value in more.items() if value})
 
     def listed(self, rows: dict[str, int]) -> list[dict[str, Any]]:
         """Every finding as it is shown: problems first, then as in ``KINDS``; ``rows`` of each data."""
@@ -199,7 +217,9 @@ class Found:
         findings = []
         for key in sorted(self.counts, key=rank):
             data, kind, reason = key
-            about = KINDS[kind]
+            about, examples = KINDS[kind], self.examples.get(key, [])
+            if whole := self.whole.get(key):
+                reason, examples = whole, [{k: v for k, v in each.items() if k != "reason"} for each in examples]
             findings.append(
                 {
                     "kind": kind,
@@ -210,7 +230,7 @@ class Found:
                     "share": self.counts[key] / rows[data],
                     "what": about.what,
                     "todo": about.todo,
-                    "examples": self.examples.get(key, []),
+                    "examples": examples,
                 }
             )
         return findings

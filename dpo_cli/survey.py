@@ -90,11 +90,14 @@ class Survey:
     def _refuse(self, data: str, row: Row | BadRow, reason: str) -> None:
         record = row.record if isinstance(row, BadRow) else {"prompt": texts_of(row).prompt}
         text = " ".join(map(str, record.values())) if isinstance(record, dict) else str(record or "")
+        alike = reason
         if ends := reason.endswith(REST):
             self.unread.setdefault(data, f"{row.where}: {reason}")
         else:
-            reason = shortened(re.sub(r"'.*'|\b\d+\b", "…", reason), 200)  # without what differs from row to row
-        self.found.add(data, "refused", row.where, _excerpt(text), printable(reason), apart=ends)
+            alike = re.sub(r"'.*'|\b\d+\b", "…", reason)  # without what differs from row to row
+        self.found.add(
+            data, "refused", row.where, _excerpt(text), printable(alike), apart=ends, whole=printable(reason)
+        )
         self.table.add(NOTHING, None, BITS["refused"])
 
     def _look(self, data: str, row: Row, pair: Pair, notes: Iterable[str], findings: RowFindings) -> None:

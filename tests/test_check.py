@@ -144,7 +144,12 @@ def test_planted_leaks_are_found_and_nothing_else(tiny: Path, tmp_path: Path) ->
 def test_what_is_cut_is_noted(tiny: Path, tmp_path: Path) -> None:
     rows = [prompt("Why? " * 5, "a " * 60, "b " * 60), prompt("Long. " * 60, "yes it is", "no it is not")]
     found = places(
-        check(tiny, write_rows(tmp_path / "rows.jsonl", [*rows, prompt("Why?", "Because.", "No.")]), max_length=64)
+        check(
+            tiny,
+            write_rows(tmp_path / "rows.jsonl", [*rows, prompt("Why?", "Because.", "No.")]),
+            max_length=64,
+            format="strings",
+        )
     )
     assert found["response_cut"] == {0} and found["prompt_cut"] == {0, 1} and "refused" not in found
 
