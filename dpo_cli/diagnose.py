@@ -69,10 +69,13 @@ def verdict(
             looked["over_optimised"] = over = _over_optimised(sections, history)
             if over and looked.get(
                 "memorised"
-            ):  # one cause: the former, if the model was better than at its start once
+            ):  # one cause: the former, if the model was ever better than at its start
                 del looked["memorised" if over["numbers"]["best_step"] else "over_optimised"]
-        explained = ("memorised", "nothing_learned", "length_bias", "over_optimised")
-        if trained and not any(looked.get(kind) for kind in explained):
+        moved = float(np.abs(gap_of(scores.logratios)).mean()) >= STILL
+        if moved or not scores.objective.reference:  # else the policy is its reference, or as good as that
+            looked = {"worse_than_chance": _worse_than_chance(sections, len(scores.where))} | looked
+        explained = ("worse_than_chance", "memorised", "nothing_learned", "length_bias", "over_optimised")
+        if "worse_than_chance" in looked and not any(looked.get(kind) for kind in explained):
             looked["at_chance"] = _at_chance(sections, len(scores.where))
     found = [finding for finding in looked.values() if finding]
     passed = [kind for kind, finding in looked.items() if finding is None]
@@ -109,7 +112,7 @@ def judged(pairs: int, problems: int = 0, passed: Sequence[str] = (), trained_on
         found = f"{problems} problem{'s' * (problems > 1)} found" if problems else "No problems found"
         of = f"{pairs:,} pairs{f', {trained_on:,} of which were trained on' * bool(trained_on)}"
         names = ", ".join(kind.replace("_", " ") for kind in passed)
-        text = f"{found}: {len(passed)} check{'s' * (len(passed) != 1)} passed on {of} (looked for: {names})"
+        text = f"{found}: {len(passed)} check{'s' * (len(passed) != 1)} passed on {of} (not found: {names})"
     return about | {"text": text}
 
 
@@ -193,7 +196,7 @@ def _nothing_learned(scores: Scores, trained: Sequence[Mapping[str, Any]]) -> Fi
     if not moved < STILL:
         return None
     rates = [rate for line in trained if (rate := line.get("learning_rate"))]
-    higher = f", such as --lr {10 * max(rates):.2g}," if rates and max(rates) <= 1e-4 else ""
+    higher = ", such as --lr 2e-05," if rates and max(rates) <= 2e-6 else ""
     text = (
         f"After step {steps:,} the log-ratios of two responses differ by {moved:.2g} nats on average, where a "
         f"model that learned shows 1 or more. The margin of {margins.mean():.2g} nats and the accuracy of "
@@ -204,21 +207,33 @@ def _nothing_learned(scores: Scores, trained: Sequence[Mapping[str, Any]]) -> Fi
     return _finding("nothing_learned", title, text, advice, {"moved": moved, "margin": margins.mean(), "steps": steps})
 
 
+def _worse_than_chance(sections: Mapping[str, Any], pairs: int) -> Finding | None:
+    """The accuracy is surely below that of a coin."""
+    if (ends := sections["intervals"]["rewards/accuracies"]) is None or ends[1] >= 0.5:
+        return None
+    text = (
+        f"On these {pairs:,} pairs the accuracy is {ends[0]:.1%} to {ends[1]:.1%} (95 % interval), and a coin has 50 %."
+    )
+    advice = "Are chosen and rejected exchanged, in these pairs or in those of the training? dpo explain shows a row."
+    title = "The model prefers the rejected responses"
+    return _finding("worse_than_chance", title, text, advice, {"accuracy_low": ends[0], "accuracy_high": ends[1]})
+
+
 def _at_chance(sections: Mapping[str, Any], pairs: int) -> Finding | None:
-    """The model moved, and neither accuracy nor margin is surely above that of a coin."""
+    """Neither accuracy nor margin is surely above that of a coin."""
     accuracy, margin = (sections["intervals"][f"rewards/{name}"] for name in ("accuracies", "margins"))
     if accuracy is None or margin is None or accuracy[0] > 0.5 or margin[0] > 0:
         return None
     low, high = accuracy
     text = (
         f"The accuracy on these {pairs:,} pairs may be anything from {low:.1%} to {high:.1%} (95 % interval), and a "
-        "coin has 50 %; nor is the mean margin surely above 0. The model moved, and not towards this preference."
+        "coin has 50 %; nor is the mean margin surely above 0."
     )
     advice = (
-        "Look at the training accuracy: where it rises, the pairs are too few or too noisy to teach what carries over; "
-        "where it does not, raise --lr or train for more steps."
+        "Evaluate more pairs, which makes the interval narrower. Look at the training accuracy: where it rises, the "
+        "pairs are too few or too noisy to teach what carries over; where it does not, raise --lr or the steps."
     )
-    title = f"No better than chance: the accuracy is {low:.0%} to {high:.0%}"
+    title = f"The accuracy cannot be told from chance: {low:.0%} to {high:.0%}"
     return _finding("at_chance", title, text, advice, {"accuracy_low": low, "accuracy_high": high})
 
 

@@ -146,12 +146,12 @@ class Pairs(Sequence[Pair]):
         return content.hexdigest()
 
     def hashes(self) -> Hashes:
-        """Hashes of each pair's prompt and of the whole pair, by the token ids that the model reads: (P, 2)."""
+        """Hashes of each pair's prompt and of the pair, whichever side is chosen, by the ids that are read: (P, 2)."""
         ids, content = np.asarray(self._ids), bytearray()
         for place in range(len(self)):
             ends = pairwise(self._ends[3 * place : 3 * place + 4])
-            parts = [_hash(read(ids[start:end]).data) for start, end in ends]
-            content += parts[0] + _hash(b"".join(parts))
+            prompt, *sides = (_hash(read(ids[start:end]).data) for start, end in ends)
+            content += prompt + _hash(prompt + b"".join(sorted(sides)))
         return np.frombuffer(bytes(content), np.int64).reshape(-1, 2)
 
     def __add__(self, other: Pairs) -> Pairs:

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -115,8 +116,10 @@ class Run:
 
     @cached_property
     def trained(self) -> Hashes:
-        """``Pairs.hashes`` of the pairs that the plan trains on."""
-        return self.pairs.select(self.used()).hashes()
+        """``Pairs.hashes`` of the pairs that the plan trains on, and of those that a run trained on before it."""
+        own = self.pairs.select(self.used()).hashes()
+        earlier = trained_hashes(self.source.run, read_manifest(self.source.run)) if self.source.run else None
+        return own if earlier is None else np.concatenate([own, earlier])
 
     @cached_property
     def trained_on(self) -> dict[str, Any]:
@@ -610,7 +613,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder / 'manifest.json'} cannot be trusted: {error}") from error
 
 
-def trained_hashes(folder: Path, manifest: Mapping[str, Any], warn: Callable[[str], None]) -> Hashes | None:
+def trained_hashes(
+    folder: Path, manifest: Mapping[str, Any], warn: Callable[[str], None] = lambda _: None
+) -> Hashes | None:
     """Hashes of the pairs that a run trained on: (P, 2). None of a run that kept none, or with a warning if damaged."""
     if (expected := manifest["data"].get("trained")) is None:
         return None

@@ -46,8 +46,10 @@ def with_logratios(scores: Scores, logratios: Any) -> Scores:
     return dataclasses.replace(scores, logps=scores.ref_logps + logratios)
 
 
-def found(scores: Scores, history: Any = (), **more: Any) -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = verdict(scores, sections(scores), history, **more)["findings"]
+def found(scores: Scores, history: Any = (), chance: bool = False, **more: Any) -> list[dict[str, Any]]:
+    """Without what is said of a policy that is no better than ``chance``, unless it is asked for."""
+    every: list[dict[str, Any]] = verdict(scores, sections(scores), history, **more)["findings"]
+    told = [finding for finding in every if chance or not finding["kind"].endswith("_chance")]
     for finding in told:
         assert finding.keys() == {"kind", "title", "text", "advice", "numbers", "rows"}
         assert finding["title"] and finding["text"].endswith(".") and finding["advice"].endswith(".")
@@ -99,21 +101,24 @@ def test_too_few_pairs_are_no_clean_result(pairs: int) -> None:
 def test_a_clean_result_names_what_was_looked_for_on_how_many_pairs() -> None:
     scores = healthy()
     told = verdict(scores, sections(scores))["judged"]
-    passed = ["not_finite", "length_bias", "displaced_chosen", "token_drift", "kl_drift", "label_noise"]
+    passed = ["worse_than_chance", "not_finite", "length_bias", "displaced_chosen", "token_drift", "kl_drift"]
+    passed += ["label_noise", "at_chance"]
     assert told == {"pairs": PAIRS, "needed": 20, "enough": True, "passed": passed, "text": told["text"]}
-    names = "not finite, length bias, displaced chosen, token drift, kl drift, label noise"
-    assert told["text"] == f"No problems found: 6 checks passed on 300 pairs (looked for: {names})"
+    names = (
+        "worse than chance, not finite, length bias, displaced chosen, token drift, kl drift, label noise, at chance"
+    )
+    assert told["text"] == f"No problems found: 8 checks passed on 300 pairs (not found: {names})"
     less = dataclasses.replace(scores, distributions=None)
     assert verdict(less, sections(less))["judged"]["passed"] == [name for name in passed if "drift" not in name]
     more = verdict(scores, sections(scores), run([0.69, 0.5]), thinking=np.zeros((PAIRS, 2), bool))["judged"]["passed"]
-    assert set(more) == {*passed, "thinking", "memorised", "nothing_learned", "over_optimised", "at_chance"}
+    assert set(more) == {*passed, "thinking", "memorised", "nothing_learned", "over_optimised"}
 
 
 def test_what_was_found_did_not_pass() -> None:
     scores = healthy(kl=0.8)
     told = verdict(scores, sections(scores))["judged"]
-    assert told["text"].startswith("1 problem found: 5 checks passed on 300 pairs (looked for: ")
-    assert told["enough"] and "kl_drift" not in told["passed"] and len(told["passed"]) == 5
+    assert told["text"].startswith("1 problem found: 7 checks passed on 300 pairs (not found: ")
+    assert told["enough"] and "kl_drift" not in told["passed"] and len(told["passed"]) == 7
 
 
 def test_of_pairs_of_one_prompt_no_check_that_needs_an_interval_has_passed() -> None:
@@ -191,7 +196,7 @@ def test_nothing_learned(pairs: int, size: float) -> None:
     scores = healthy(pairs=pairs)
     scores = with_logratios(scores, size * np.random.default_rng(0).normal(0, 1, (pairs, 2)))
     finding = only(scores, trained_to(0.6931))  # and not that it is no better than chance
-    assert finding["kind"] == "nothing_learned" and "--lr 1e-05" in finding["advice"]
+    assert finding["kind"] == "nothing_learned" and "--lr 2e-05" in finding["advice"]
     assert finding["numbers"]["moved"] <= 2 * size and finding["numbers"]["steps"] == 30
     assert found(scores) == []  # no training, of which to say so
     moved = with_logratios(scores, np.tile([0.3, -0.3], (pairs, 1)))
@@ -203,11 +208,15 @@ def test_nothing_learned(pairs: int, size: float) -> None:
 def test_no_better_than_chance(shift: float) -> None:
     scores = healthy(shift=shift)
     scores = with_logratios(scores, scores.logratios - scores.logratios.mean(0) + [shift / 2, -shift / 2])
-    finding = only(scores, trained_to(0.5))
+    finding = only(scores, trained_to(0.5), chance=True)
     low, high = finding["numbers"]["accuracy_low"], finding["numbers"]["accuracy_high"]
-    assert finding["kind"] == "at_chance" and low < 0.5 and (high < 0.5) == bool(shift)
-    assert f"{low:.0%} to {high:.0%}" in finding["title"]
-    assert found(scores) == []
+    assert finding["kind"] == ("worse_than_chance" if shift else "at_chance") and low < 0.5
+    assert (high < 0.5) == bool(shift) and f"{low:.1%} to {high:.1%}" in finding["text"]
+    assert only(scores, chance=True)["kind"] == finding["kind"]  # of a model without a training, too
+    itself = with_logratios(scores, np.zeros((PAIRS, 2)))
+    assert found(itself, chance=True) == [] and not {"at_chance", "worse_than_chance"} & {
+        *verdict(itself, sections(itself))["judged"]["passed"]
+    }
     few = with_logratios(healthy(pairs=ENOUGH - 1), np.tile([[1.0, -1.0], [-1.0, 1.0], [0, 0]], (7, 1))[: ENOUGH - 1])
     assert found(few, trained_to(0.5)) == []
 

@@ -266,4 +266,4 @@ def test_a_learning_rate_too_low_to_learn(held_out: int) -> None:
     rng = np.random.default_rng(0)
     data, unseen = styled(rng, 100, 0.8)[0], styled(rng, held_out, 0.8)[0]
     (finding,) = train(start(), data, unseen, 10, 1e-6, beta=0.1).found(unseen)
-    assert finding["kind"] == "nothing_learned" and "--lr 1e-05" in finding["advice"]
+    assert finding["kind"] == "nothing_learned" and "--lr 2e-05" in finding["advice"]

@@ -172,7 +172,7 @@ def test_the_page_says_what_was_judged_on_how_many_pairs(pairs: int) -> None:
     about = make_evaluation(pairs)
     told = judged(pairs, 0, ["not_finite", "length_bias"])
     few = f"Only {pairs} pairs: too few to judge ({pairs}; 20 needed)."
-    clean = "No problems found: 2 checks passed on 20 pairs (looked for: not finite, length bias)."
+    clean = "No problems found: 2 checks passed on 20 pairs (not found: not finite, length bias)."
     none = dataclasses.replace(about, result=about.result | {"findings": [], "judged": told})
     found = Parsed(page(ReportInput("run", none)))
     assert "findings" in found.sections() and (few if pairs < 20 else clean) in found.texts

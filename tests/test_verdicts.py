@@ -128,15 +128,16 @@ def test_hashes_are_those_of_what_the_model_reads() -> None:
     joined = np.concatenate([first.prompt, first.chosen])
     moved = Pair("x", joined[: len(first.prompt) + 1], joined[len(first.prompt) + 1 :], first.rejected)
     same, turned, other = Pairs([masked, swapped, moved]).hashes()
-    assert (same == hashes[0]).all()
-    assert turned[0] == hashes[0, 0] and turned[1] != hashes[0, 1]  # the prompt alone
+    assert (same == hashes[0]).all() and (turned == hashes[0]).all()  # whichever side is chosen
     assert other[1] != hashes[0, 1]
     assert Pairs().hashes().shape == (0, 2)
 
 
 def test_what_was_trained_on_in_words() -> None:
     pairs = random_pairs(6)
-    other = [Pair("x", pair.prompt, pair.rejected, pair.chosen) for pair in pairs[:3]]
+    other = [
+        Pair("x", pair.prompt, pair.rejected, last.chosen) for pair, last in zip(pairs[:3], pairs[3:], strict=True)
+    ]
     trained, said = Pairs(pairs[:5]).hashes(), "accuracy on them says nothing about new pairs"
     both = trained_on(Pairs([*other, *pairs[3:]]), trained)
     text = f"2 of these 6 pairs were trained on: {said}; the prompts of 3 more were trained on with other responses"
