@@ -136,7 +136,7 @@ def make_case(name: str, args: argparse.Namespace, model: Path, folder: Path) ->
         "folder": str(folder),
         "train": str(write_records(folder / "train.jsonl", records[:rows])),
         "held_out": str(write_records(folder / "heldout.jsonl", records[rows:])),
-        "options": options,
+        "options": options | {"format": "strings"},
         "order": order,
         "trl_batch": batch_size,
         "sides": args.sides,

@@ -9,7 +9,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ def usable_rows(options: TrainOptions, count: int) -> list[tuple[Row, Pair]]:
     for row in read_rows(find_sources(options.data), options.columns):
         if isinstance(row, BadRow) or not isinstance(row.prompt, str):
             continue
+        row = replace(row, raw=True)
         try:
             pair, notes = encoder.pair(row)
         except RowError:

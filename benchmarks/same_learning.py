@@ -104,7 +104,7 @@ def draw_rows(file: str, design: Design, tokenizer: Any) -> tuple[list[Record], 
 def as_pairs(tokenizer: Any, records: Sequence[Record]) -> Pairs:
     """What this package makes of such rows."""
     encoder = Encoder(tokenizer, Reading())
-    return Pairs(encoder.pair(Row("", format="strings", **record))[0] for record in records)
+    return Pairs(encoder.pair(Row("", format="strings", raw=True, **record))[0] for record in records)
 
 
 # ---- trainings --------------------------------------------------------------------------------------------------
@@ -162,7 +162,8 @@ class Lab:
 
     def _common(self) -> dict[str, Any]:
         cache = self.folder / "cache"
-        return {"cache_dir": cache, "beta": self.design.beta, "dtype": "float32", "max_length": 1024, "kl": "none"}
+        exact = {"dtype": "float32", "max_length": 1024, "kl": "none", "format": "strings"}
+        return exact | {"cache_dir": cache, "beta": self.design.beta}
 
 
 def train_here(options: TrainOptions, policy: Path) -> Told:

@@ -100,7 +100,7 @@ def run_ours(
 ) -> tuple[Tensor, list[dict[str, float]], dict[str, Tensor]]:
     """Start log-probs of the pairs, a line a step and the final weights of `dpo train`."""
     file, cache = write_records(folder / "pairs.jsonl", records), folder / "cache"
-    changed = {"data": [str(file)], "columns": None, "output": folder / "run", "cache_dir": cache}
+    changed = {"data": [str(file)], "columns": None, "output": folder / "run", "cache_dir": cache, "format": "strings"}
     train(TrainOptions(**(asdict(options) | changed)), None, ["benchmark"], Reporter(quiet=True))
     reference = json.loads((folder / "run" / "manifest.json").read_text())["reference"]
     logps = ReferenceCache(cache, reference["fingerprint"], print).lookup(pairs)
