@@ -25,6 +25,7 @@ from dpo_cli.model import load_model, load_tokenizer, release
 # Raise it when the same GGUF file is written otherwise than before.
 CONVERSION_VERSION = 1
 FOLDER, MANIFEST = "models", "copy.json"
+LARGEST = 2**30  # bytes of a GGUF file whose weights are copied, which take up to eight times as much in float32
 
 
 def with_copy(source: ModelSource, cache_dir: Path, weights: bool, reporter: Reporter) -> ModelSource:
@@ -39,14 +40,15 @@ def with_copy(source: ModelSource, cache_dir: Path, weights: bool, reporter: Rep
     if not source.gguf:
         return source
     loaders = [version(name) for name in ("transformers", "tokenizers", "gguf")]
-    about = [CONVERSION_VERSION, loaders, sha256(Path(source.path, source.gguf))]
+    file = Path(source.path, source.gguf)
+    about = [CONVERSION_VERSION, loaders, sha256(file)]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
     folder = cache_dir.expanduser() / FOLDER
     plain = ModelSource(source.path, source.base, source.told, gguf=source.gguf, trust=source.trust)
     try:
         if not source.tokenizer:
             source = replace(source, converted=_copy(folder / f"{key}-tokenizer", plain, _write_tokenizer, reporter))
-        if weights:
+        if weights and file.stat().st_size <= LARGEST:
             source = replace(source, weights=_copy(folder / f"{key}-weights", plain, _write_model, reporter))
     except NotWrittenError as error:
         reporter.warn(f"{error}; the model is read from its GGUF file, which takes longer")
@@ -62,7 +64,7 @@ def _copy(folder: Path, source: ModelSource, write: Callable[[ModelSource, Path]
     if folder.exists():
         reporter.warn(f"{folder} is damaged; the GGUF file is converted again")
     else:
-        reporter.fact("", f"its GGUF file is converted once, which later starts are spared: {folder}")
+        reporter.fact("", f"converting its GGUF file once, so that later starts are quick: {folder}")
     try:
         with whole_folder(folder) as temporary:
             write(source, temporary)

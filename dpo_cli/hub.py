@@ -17,9 +17,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # what turns the hub's lib
 
 def is_path(name: str) -> bool:
     """Whether a name can only be meant as a path, so that it is never looked up on the hub."""
-    first, slash, _ = name.partition("/")
-    begins = name.startswith((".", "/", "~", "runs/")) or (slash and Path(first).is_dir())
-    return bool(begins) or name.endswith(FILES) or name.count("/") > 1
+    return name.startswith((".", "/", "~", "runs/")) or name.endswith(FILES) or name.count("/") > 1
 
 
 def unreachable() -> str:
@@ -28,6 +26,7 @@ def unreachable() -> str:
     The hub's libraries would try ten times, with pauses. They are turned offline instead, if they are not loaded yet:
     then they use what they have.
     """
+    from http.client import HTTPException
     from urllib.request import Request, urlopen
 
     if off := [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]:
@@ -35,7 +34,7 @@ def unreachable() -> str:
     asked = Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")  # noqa: S310
     try:
         urlopen(asked, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 10)).close()  # noqa: S310
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         why = getattr(error, "reason", error)
         if hasattr(error, "code") or "SSL" in type(why).__name__:  # it answers, or the libraries know its certificate
             return ""

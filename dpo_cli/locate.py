@@ -101,7 +101,7 @@ def _find(name: str | None) -> ModelSource:
         return ModelSource(str(path.parent), path.stem, f"{path}, {stored}", gguf=path.name, stored=stored)
     if path.is_dir():
         return _local_model(name, path.resolve())
-    if is_path(name) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+    if is_path(name) or _among_runs(path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise UsageError(f"--model {name}: no such folder{name_beside(path)}")
     return ModelSource(name, name, f"{name} from the Hugging Face hub")
 
@@ -200,6 +200,11 @@ def _checkpoint(name: str, folder: Path, run: Path) -> ModelSource:
     start = _find(began)
     told = f"{folder}, put into {start.told}"
     return replace(start, base=run.name, told=told, run=run, checkpoint=folder, adapter=adapter or start.adapter)
+
+
+def _among_runs(path: Path) -> bool:
+    """Whether a path that is not there lies in a folder of runs; an organisation's folder of models is none."""
+    return len(path.parts) == 2 and path.parent.is_dir() and any(map(_is_run, path.parent.iterdir()))
 
 
 def _is_run(folder: Path) -> bool:

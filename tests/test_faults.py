@@ -225,7 +225,9 @@ def test_held_out_numbers_that_are_not_finite_are_written_as_null(
         return found
 
     monkeypatch.setattr(drift, "compare", spoilt)
-    result = train("--eval-data", tmp_path / "rows.jsonl", "--keep-best", "loss", form)
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text((tmp_path / "rows.jsonl").read_text().replace("Assistant:", "Assistant: Well,"))
+    result = train("--eval-data", held_out, "--keep-best", "loss", form)
     assert result.exit_code == 0 and "warning" not in result.stderr, result.output
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "curves.png").is_file()
     lines = [strict(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

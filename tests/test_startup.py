@@ -53,7 +53,7 @@ def said(out: subprocess.CompletedProcess[str]) -> list[str]:
         ("org/model", False),
         ("org/model-1.5", False),
         ("runs/mien", True),
-        ("here/mien", True),
+        ("here/mien", False),
         ("./org/model", True),
         ("/org", True),
         ("~/org", True),

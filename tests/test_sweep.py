@@ -229,7 +229,7 @@ def test_an_interrupted_sweep_goes_on(place: Path, monkeypatch: pytest.MonkeyPat
         (["--lr", "0.5"], "beta-0.1 is there and was trained otherwise: --lr 0.5 (it began with 0.0003)"),
         (["--max-steps", "9"], "--max-steps 9 (it began with None)"),
         (["--max-length", "64"], "--max-length 64 (it began with 1024)"),
-        (["--eval-data", "other.jsonl"], "'other.jsonl'] (it began with"),
+        (["--eval-data", str(SAMPLE / "heldout.jsonl")], "heldout.jsonl'] (it began with"),
     ],
 )
 def test_runs_of_other_options_are_refused(swept: tuple[Path, Any, Any], more: list[str], told: str) -> None:
