@@ -166,7 +166,7 @@ def prune(chosen: list[Kept], others: dict[Path, int], reporter: Reporter) -> di
         remove_leftovers(folder)  # also what a prune that was killed had renamed
     removed = list[Path]()
     for path in sizes:
-        aside = path.with_name(f".{path.name}.pruned.tmp")  # a writer may make the folder anew
+        aside = path.with_name(f".{path.name}.pruned.tmp")  # a writer may make the folder again
         try:
             path.rename(aside) if path.is_dir() else path.unlink()
         except OSError as error:

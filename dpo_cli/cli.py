@@ -36,7 +36,7 @@ from dpo_cli.errors import DpoError, UsageError, name_beside, printable
 
 
 class Commands(TyperGroup):
-    """The commands; an option that one of them has not is told in one line, with the one that was meant."""
+    """The commands; an unknown option is refused in one line, with the one that was meant."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was typed, as typer does."""

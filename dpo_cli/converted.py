@@ -31,8 +31,8 @@ LARGEST = 2**30  # bytes of a GGUF file whose weights are copied, which take up 
 def with_copy(source: ModelSource, cache_dir: Path, weights: bool, reporter: Reporter) -> ModelSource:
     """The source of a GGUF model with its copy in the cache, which is made now if there is none; any other as it is.
 
-    Tokenizer and config are a copy of their own: what computes nothing has no use for the ``weights``. A copy that
-    cannot be written, or would not compute the same, is told and done without.
+    Tokenizer and config are a copy of their own: what computes nothing has no use for the ``weights``. Of a
+    copy that cannot be written, or would not compute the same, a warning is given, and the GGUF file is read.
 
     Raises:
         UsageError: the GGUF file cannot be loaded.
