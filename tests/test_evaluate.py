@@ -58,6 +58,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Place:
     place = Place(tmp_path_factory.mktemp("place"))
+    place.cache.mkdir()  # whichever test comes first
     make_model().save_pretrained(place.model)
     tokenizer.save_pretrained(place.model)
     rows = [json.loads(line) for line in (SAMPLE / "train-strings.jsonl").read_text().splitlines()]
