@@ -1,7 +1,7 @@
 """What can be wrong with a trained model, in words with numbers: each finding, what it rests on, and what to try.
 
 A finding is large enough to matter, by a named threshold, and sure: by an interval, of which few pairs have none that
-is of use, or because it is a fact about these very pairs. All that is measured in rewards is told in nats, which no
+is of use, or because it is a fact about these very pairs. All that is measured in rewards is reported in nats, which no
 beta changes.
 
 Legend: P pairs.
@@ -233,7 +233,7 @@ def _at_chance(sections: Mapping[str, Any], pairs: int) -> Finding | None:
         "Evaluate more pairs, which makes the interval narrower. Look at the training accuracy: where it rises, the "
         "pairs are too few or too noisy to teach what carries over; where it does not, raise --lr or the steps."
     )
-    title = f"The accuracy cannot be told from chance: {low:.0%} to {high:.0%}"
+    title = f"The accuracy cannot be distinguished from chance: {low:.0%} to {high:.0%}"
     return _finding("at_chance", title, text, advice, {"accuracy_low": low, "accuracy_high": high})
 
 
