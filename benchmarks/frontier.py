@@ -56,6 +56,7 @@ from dpo_cli.samples import Response, as_pairs, by_prompt, generate, sequence_kl
 from dpo_cli.scores import Table
 from dpo_cli.stats import student
 from dpo_cli.step import StopSignal, Trainer, learning_rate
+from dpo_cli.targets import choose_targets
 
 ROOT = Path(__file__).parents[1]
 WATCH = Watch(Reporter(quiet=True), "frontier")
@@ -274,7 +275,12 @@ class Lab:
         common = {"lr": sizes.lr, "schedule": "constant", "batch_size": sizes.batch_size, "seed": seed}
         options = TrainOptions(data=["completions"], loss=method.loss, **common, **method.options)
         policy: Any = deepcopy(self.reference.model)
-        adapter = {"rank": sizes.rank, "kind": "lora", "alpha": 2 * sizes.rank, "targets": "all-linear"}
+        adapter = {
+            "rank": sizes.rank,
+            "kind": "lora",
+            "alpha": 2 * sizes.rank,
+            "targets": choose_targets(policy, "all-linear"),
+        }
         attach(policy, make_config(policy, **adapter, to_save=None, base=""), seed)
         scorer = replace(self.reference, model=policy)
         costs = scorer.costs(pairs)

@@ -17,6 +17,7 @@ from dpo_cli.logps import HEAD_BYTES, Scorer
 from dpo_cli.memory import FRAGMENTED, LOGIT_BYTES, USABLE, StepBytes, count_bytes
 from dpo_cli.pairs import Pair
 from dpo_cli.sharding import gathered_parameters
+from dpo_cli.targets import choose_targets
 
 GPU = 80e9  # bytes
 TOKENS = 4096  # of a forward
@@ -51,7 +52,13 @@ def make(
     dtype = torch.bfloat16 if adapter else torch.float32
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     if adapter:
-        wanted = {"rank": RANK, "kind": "lora", "alpha": 2 * RANK, "targets": "all-linear", "to_save": None}
+        wanted = {
+            "rank": RANK,
+            "kind": "lora",
+            "alpha": 2 * RANK,
+            "targets": choose_targets(model, "all-linear"),
+            "to_save": None,
+        }
         attach(model, make_config(model, **wanted, base=""))
     return model
 

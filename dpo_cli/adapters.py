@@ -7,8 +7,10 @@ adapter's weights are float32 and trained; those of the base are frozen.
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.optimizer import split
+from dpo_cli.targets import Targets, counted, kind_of, pattern_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 PREFIX = "base_model.model."  # what peft puts before the names of a model's modules
-LINEAR = (nn.Linear, Conv1D)  # GPT-2's are of transformers' own kind
 # Ways to begin an adapter that leave its base as it is; others take something out of it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 # What its configuration holds beside what it computes.
@@ -48,24 +49,25 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def make_config(
-    model: PreTrainedModel, *, rank: int, kind: str, alpha: int, targets: str, to_save: str | None, base: str
+    model: PreTrainedModel, *, rank: int, kind: str, alpha: int, targets: Targets, to_save: str | None, base: str
 ) -> Any:
     """The ``peft.LoraConfig`` of a new adapter for this model, which ``base`` names to whoever loads it again.
 
     The layer's output is W x + s B A x, with s = alpha / rank, or alpha / sqrt(rank) of rslora.
 
     Raises:
-        UsageError: a name is of no module, or a target of one of another kind.
+        UsageError: a module to save does not exist, is adapted as well, or shares its weights with another one.
     """
     from peft import LoraConfig  # peft takes a second to import
 
-    whole = _full_names(model, "--modules-to-save", to_save) if to_save else None
-    if targets != "all-linear":
-        named = _full_names(model, "--lora-targets", targets, (*LINEAR, nn.Embedding, nn.Conv1d))
-        _refuse_tied(model, "--lora-targets", named)
-    if whole:
-        _refuse_tied(model, "--modules-to-save", [name for name in whole if not _is_embedding(model, name)])
-    tied = bool(whole) and model.config.get_text_config().tie_word_embeddings
+    whole = _modules_to_save(model, to_save, targets) if to_save else []
+    _refuse_tied(model, "--lora-targets", targets.modules)
+    _refuse_tied(model, "--modules-to-save", [n for n in whole if model.get_submodule(n) is not _embedding(model)])
+    if kind == "dora" and targets.parameters:
+        raise UsageError(
+            f"--lora-kind dora: peft does not decompose {kind_of(targets.parameters[0])}, which it adapts as a "
+            "parameter; take lora or rslora, or other --lora-targets"
+        )
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -74,40 +76,47 @@ def make_config(
         lora_dropout=0.0,
         use_rslora=kind == "rslora",
         use_dora=kind == "dora",
-        target_modules=targets if targets == "all-linear" else targets.split(","),
-        modules_to_save=whole,
-        ensure_weight_tying=tied and any(_is_embedding(model, name) for name in whole or ()),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        modules_to_save=whole or None,
+        ensure_weight_tying=is_tied(model) and any(model.get_submodule(name) is _embedding(model) for name in whole),
     )
 
 
-def _is_embedding(model: PreTrainedModel, name: str) -> bool:
-    return model.get_submodule(name) is model.get_input_embeddings()
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and head share one tensor, whatever the configuration says."""
+    head = model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(_embedding(model), "weight", head)
 
 
-def _full_names(
-    model: PreTrainedModel, option: str, names: str, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
-) -> list[str]:
-    """All modules whose name ends so.
+def _embedding(model: PreTrainedModel) -> nn.Module:
+    return model.get_input_embeddings()
 
-    Raises:
-        UsageError: none does, or one that does is of none of these kinds.
-    """
+
+def _modules_to_save(model: PreTrainedModel, names: str, targets: Targets) -> list[str]:
+    """All modules whose name ends so, for ``--modules-to-save``."""
     found: list[str] = []
     for name in names.split(","):
-        those = {full: m for full, m in model.named_modules() if full == name or full.endswith(f".{name}")}
-        other = [type(module).__name__ for module in those.values() if not isinstance(module, kinds)]
-        if not those or other:
-            why = f"{name} is a {other[0]}, which takes no adapter" if other else f"no module's name ends with {name}"
-            linear = {full.rpartition(".")[2] for full, m in model.named_modules() if isinstance(m, LINEAR)}
-            raise UsageError(f"{option} {names}: {why}; linear ones are {', '.join(sorted(linear))}")
-        found += those
+        ending = [full for full, _ in model.named_modules() if full == name or full.endswith(f".{name}")]
+        if not ending:
+            kinds = sorted({kind_of(full.rpartition(".")[0]) for full, _ in model.named_parameters()})
+            raise UsageError(
+                f"--modules-to-save {names}: no module's name ends with {name}; there are {', '.join(kinds)}"
+            )
+        found += [full for full in ending if full not in found]
+    inside = tuple(f"{name}." for name in found)
+    if both := [name for name in (*targets.modules, *targets.parameters) if f"{name}.".startswith(inside)]:
+        raise UsageError(
+            f"--modules-to-save {names}: {kind_of(both[0])} would be trained whole and have an adapter; name other "
+            "--lora-targets, or leave it out"
+        )
     return found
 
 
 def _refuse_tied(model: PreTrainedModel, option: str, names: list[str]) -> None:
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = (_embedding(model), model.get_output_embeddings())
     shared = [name for name in names if any(model.get_submodule(name) is end for end in ends)]
-    if shared and model.config.get_text_config().tie_word_embeddings:
+    if shared and is_tied(model):
         raise UsageError(
             f"{option}: the weights of {shared[0]} are embedding and head at once, and one would be trained without "
             "the other; to train both as one, name the embedding in --modules-to-save"
@@ -120,7 +129,7 @@ def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
     A base in bfloat16 stays that. ``seed`` draws what of the start is random, whatever was drawn before.
 
     Raises:
-        UsageError: a module that is to have an adapter is of no kind that can have one.
+        UsageError: peft cannot adapt a module or train it whole.
     """
     from peft import inject_adapter_in_model
     from peft.utils import ModulesToSaveWrapper
@@ -130,10 +139,12 @@ def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
         model.float()  # what is computed of the base's weights, as DoRA's magnitudes are, in float32
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        full_names = config.target_modules
         try:
             inject_adapter_in_model(config, model)
-        except ValueError as error:  # peft's words for a module of another kind
-            raise UsageError(f"--lora-targets: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # of whatever type peft raises
+            raise UsageError(f"--lora-targets: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        config.target_modules = full_names  # which peft shortens to ends
     for p in trained(model):
         p.data = p.detach().float()
     if dtype == torch.bfloat16 and not is_quantized(model):
@@ -142,6 +153,36 @@ def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):  # as its frozen original, whatever the weights' precision
                 module.register_forward_hook(lambda _, given, result: result.to(torch.bfloat16))
+
+
+def try_backward(model: PreTrainedModel, logps: Callable[[], Tensor]) -> list[str]:
+    """Take the gradient of ``logps()`` (N,) once; returns the kinds of trained weights that it does not reach.
+
+    Raises:
+        UsageError: forward or backward fails with an adapter.
+    """
+    try:
+        logps().sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
+        raise UsageError(f"--lora-targets: this model fails with an adapter: {str(error).splitlines()[0]}") from error
+    reached = {pattern_of(name) for name, p in model.named_parameters() if p.grad is not None}
+    unreached = {name for name, p in model.named_parameters() if p.requires_grad and pattern_of(name) not in reached}
+    model.zero_grad(set_to_none=True)
+    return sorted({kind_of(re.split(r"\.(?:base_layer|lora_|modules_to_save)", name)[0]) for name in unreached})
+
+
+def adapted(model: nn.Module) -> str:
+    """How many matrices of a model have an adapter, by kind, and what is trained whole beside them."""
+    kinds, whole = Counter[str](), Counter[str]()
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            parameter = getattr(module, "parameter_name", "weight")
+            kinds[kind_of(name.replace(".base_layer", "") + f".{parameter}" * (parameter != "weight"))] += 1
+        elif type(module).__name__ == "ModulesToSaveWrapper":
+            whole[kind_of(name)] += 1
+    return f"{kinds.total():,} matrices: {counted(kinds)}" + (f"; trained whole: {counted(whole)}" if whole else "")
 
 
 def trained(model: nn.Module) -> Iterator[nn.Parameter]:

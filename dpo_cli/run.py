@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli import drift, ranks
-from dpo_cli.adapters import attach, is_adapted, make_config, read_config, settings
+from dpo_cli.adapters import adapted, attach, is_adapted, make_config, read_config, settings, try_backward
 from dpo_cli.batch import Layout, Step, plan_run, row_costs, step_pairs
 from dpo_cli.config import OPERATIONAL, DataOptions, TrainOptions, resolve, to_yaml
 from dpo_cli.data import BadRow, Reading
@@ -62,6 +63,7 @@ from dpo_cli.prepare import (
 from dpo_cli.reference import ReferenceCache
 from dpo_cli.samples import generation_config
 from dpo_cli.step import learning_rate
+from dpo_cli.targets import choose_targets, counted
 
 LOCK = "run.lock"
 TRAINED = "trained-pairs.safetensors"  # hashes of the pairs that are trained on
@@ -183,7 +185,7 @@ def lay_out_run(
     weights, low = halved_if_split(model, weights, mode)
     if options.lora_rank:
         low = None  # what is halved is never trained
-        _attach(model, options, source.name)
+        _attach(model, options, source.name, scorer, pairs, reporter)
         if experts:
             _check_routers_train(scorer, pairs)
     fitted = fit(scorer, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
@@ -306,15 +308,38 @@ def _with_adapter(
     return source, dataclasses.replace(options, **own)
 
 
-def _attach(model: PreTrainedModel, options: TrainOptions, base: str) -> None:
-    """Put a new adapter into the model, unless the one to go on with is there."""
-    if is_adapted(model):
-        return
-    rank, kind, alpha, targets = options.lora_rank, options.lora_kind, options.lora_alpha, options.lora_targets
-    assert rank and kind and alpha and targets
-    whole = options.modules_to_save
-    config = make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
-    attach(model, config, options.seed)
+def _attach(
+    model: PreTrainedModel, options: TrainOptions, base: str, scorer: Scorer, pairs: Pairs, reporter: Reporter
+) -> None:
+    """Put a new adapter into the model unless one is there, report what it is on, and try a backward pass.
+
+    Raises:
+        UsageError: the options name nothing that can be adapted, or a part would not be trained.
+    """
+    costs = scorer.costs(pairs)  # a long pair reaches what compresses many tokens into one, too
+    longest = max((i for i in range(len(pairs)) if costs[i] <= scorer.max_tokens), key=costs.__getitem__, default=0)
+    batch = scorer.batch([pairs[longest]])
+    left, new = Counter[tuple[str, str]](), not is_adapted(model)
+    if new:
+        rank, kind, alpha, names = options.lora_rank, options.lora_kind, options.lora_alpha, options.lora_targets
+        assert rank and kind and alpha and names
+        targets = choose_targets(model, names, lambda: scorer.token_logps(batch))
+        whole = options.modules_to_save
+        config = make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
+        attach(model, config, options.seed)
+        left = targets.left
+    about = f"{options.lora_kind} of rank {options.lora_rank}, alpha {options.lora_alpha}"
+    reporter.fact("adapter", f"{about}, on {adapted(model)}")
+    for reason in dict.fromkeys(reason for reason, _ in left):
+        kinds = Counter({kind: count for (why, kind), count in left.items() if why == reason})
+        reporter.fact("", f"without an adapter, {reason}: {counted(kinds)}")
+    if unreached := try_backward(model, lambda: scorer.token_logps(batch)):
+        if new:
+            raise UsageError(
+                f"--lora-targets, --modules-to-save: no log-prob of text depends on {', '.join(unreached)}, so that it "
+                "would not be trained; leave it out"
+            )
+        reporter.fact("", f"no log-prob of text depends on these, and they stay as they are: {', '.join(unreached)}")
 
 
 def _check_routers_train(scorer: Scorer, pairs: Pairs) -> None:
@@ -454,8 +479,6 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}; {kept}")
     share = f"{trained:,} of them trained ({trained / parameters:.2%})" if options.lora_rank else "all trained"
     reporter.fact("parameters", f"{parameters:,}, {share}")
-    if options.lora_rank:
-        reporter.fact("adapter", _told_adapter(options))
     steps = [[i for indices in step for i in indices] for step in run.plan]
     tokens = sum(run.costs[i] for step in steps for i in step)
     padded_costs = row_costs(run.pairs, "padded")
@@ -505,13 +528,6 @@ def _kept_of_adapter(run: Run) -> str:
     coarse = "bfloat16" if run.model.dtype == torch.bfloat16 else "float32"
     base, moments = run.options.quantize or coarse, "8 bits" if run.fitted.memory == "8bit" else "float32"
     return f"frozen base {base}, adapter float32, its moments {moments}"
-
-
-def _told_adapter(options: TrainOptions) -> str:
-    whole = f"; whole: {options.modules_to_save}" if options.modules_to_save else ""
-    ends = {name.rpartition(".")[2] for name in (options.lora_targets or "modules that it chose").split(",")}
-    targets = ", ".join(sorted(ends))
-    return f"{options.lora_kind} of rank {options.lora_rank}, alpha {options.lora_alpha}, on {targets}{whole}"
 
 
 @contextmanager

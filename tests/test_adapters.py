@@ -43,6 +43,7 @@ from dpo_cli.optimizer import halve
 from dpo_cli.pairs import Pair
 from dpo_cli.prepare import check_quantize, read_pairs
 from dpo_cli.run import trained_with
+from dpo_cli.targets import choose_targets
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
 IDS = torch.arange(3, 40)[None]
@@ -157,6 +158,13 @@ def randomize(model: PreTrainedModel) -> None:
 # ---- attached, saved, merged ------------------------------------------------------------------------------------
 
 
+def lora_config(
+    model: PreTrainedModel, kind: str = "lora", targets: str = "q_proj", to_save: str | None = None, rank: int = 4
+) -> Any:
+    chosen = choose_targets(model, targets)
+    return make_config(model, rank=rank, kind=kind, alpha=6, targets=chosen, to_save=to_save, base="base")
+
+
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize(
     ("tied", "targets", "to_save"),
@@ -172,8 +180,8 @@ def test_an_adapter_starts_as_its_base_and_comes_back_as_it_was(
     kind: str, tied: bool, targets: str, to_save: str | None, tmp_path: Path
 ) -> None:
     base = make_model(tie_word_embeddings=tied)
-    before, config = base(input_ids=IDS).logits.detach(), {"rank": 4, "kind": kind, "alpha": 6, "targets": targets}
-    attach(base, make_config(base, **config, to_save=to_save, base="base"))
+    before = base(input_ids=IDS).logits.detach()
+    attach(base, lora_config(base, kind, targets, to_save))
     assert torch.equal(base(input_ids=IDS).logits, before)
     randomize(base)
     after = base(input_ids=IDS).logits.detach()
@@ -190,7 +198,7 @@ def test_an_adapter_starts_as_its_base_and_comes_back_as_it_was(
 @pytest.mark.parametrize(("kind", "scale"), [("lora", 6 / 4), ("rslora", 6 / 2), ("dora", 6 / 4)])
 def test_the_scale_is_that_of_the_papers(kind: str, scale: float) -> None:
     model = make_model()
-    attach(model, make_config(model, rank=4, kind=kind, alpha=6, targets="q_proj", to_save=None, base="base"))
+    attach(model, lora_config(model, kind))
     layer: Any = model.get_submodule("model.layers.0.self_attn.q_proj")
     x = torch.randn(3, 32)
     with torch.no_grad():
@@ -208,11 +216,11 @@ def test_the_scale_is_that_of_the_papers(kind: str, scale: float) -> None:
 )
 def test_a_base_in_bfloat16_takes_an_adapter_in_float32(kind: str, to_save: str | None) -> None:
     """As on CUDA: nothing changes at the start, not even the precision of what goes from layer to layer."""
-    model, config = make_model(), {"rank": 4, "kind": kind, "alpha": 6, "targets": "all-linear"}
+    model = make_model()
     halve(model)
     batch = padded([(pair.prompt, pair.chosen) for pair in random_pairs(2)])
     before = token_logps(model, batch, torch.bfloat16)
-    attach(model, make_config(model, **config, to_save=to_save, base="base"))
+    attach(model, lora_config(model, kind, "all-linear", to_save))
     assert {p.dtype for p in trained(model)} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert torch.equal(token_logps(model, batch, torch.bfloat16), before)
@@ -224,7 +232,7 @@ def test_its_start_depends_on_the_seed_alone() -> None:
     def start(seed: int) -> Tensor:
         model = make_model()
         torch.rand(seed + 1)
-        attach(model, make_config(model, rank=4, kind="lora", alpha=8, targets="q_proj", to_save=None, base=""), seed)
+        attach(model, lora_config(model), seed)
         return torch.cat([w.flatten() for w in adapter_weights(model).values()])
 
     assert torch.equal(start(0), start(0)) and not torch.equal(start(0), start(1))
@@ -235,7 +243,7 @@ def test_its_start_depends_on_the_seed_alone() -> None:
 
 def test_a_run_tells_what_it_trains_and_starts_at_ln_2(place: Place) -> None:
     told = place.told  # type: ignore[attr-defined]
-    assert "adapter     lora of rank 4, alpha 8, on all-linear" in told
+    assert "adapter     lora of rank 4, alpha 8, on 14 matrices: 2 each of mlp.down_proj, " in told
     assert "4,096 of them trained" in told and "frozen base float32, adapter float32" in told
     assert "step 0      loss 0.693147  margin 0.000000  (policy and cached reference are equal" in told
     before, after = (place.result[name] for name in ("before", "after"))  # type: ignore[attr-defined]
@@ -322,7 +330,7 @@ def test_merged_export_and_the_best_model(place: Place) -> None:
 
 def test_the_best_adapter_is_judged_by_the_steps_before_it(place: Place) -> None:
     """BCO's shift is the mean reward up to the best step, which is not the last one here."""
-    place.train("bco", "--lora-rank", 4, "--loss", "bco", "--keep-best", "loss", "--lr", 1)
+    place.train("bco", "--lora-rank", 4, "--loss", "bco", "--keep-best", "loss", "--lr", 0.3)
     run = place.folder / "bco"
     history = evaluations(read_metrics(run / "metrics.jsonl"))
     best = best_step(history, "loss")
@@ -434,7 +442,7 @@ def test_a_later_peft_changes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def told(**change: Any) -> str:
         model: Any = make_model()
-        attach(model, make_config(model, rank=8, kind="lora", alpha=8, targets="q_proj", to_save=None, base="base"))
+        attach(model, lora_config(model, rank=8))
         for name, value in change.items():
             setattr(model.peft_config["default"], name, value)
         return described(model)

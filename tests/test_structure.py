@@ -29,7 +29,7 @@ LAYERS = [
     {"chat"},
     {"tokens", "findings"},
     {"batch", "near"},
-    {"attention", "optimizer", "crossrow", "routing"},
+    {"attention", "optimizer", "crossrow", "routing", "targets"},
     {"logps", "scores", "adapters"},
     {"sharding"},
     {"model", "disk", "memory", "samples"},
