@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo_cli import adapters, ranks
+from dpo_cli import adapter_files, ranks
 from dpo_cli.adapters import is_adapted
 from dpo_cli.disk import sealed, sha256, unsealed, whole_folder
 from dpo_cli.errors import DpoError
@@ -31,7 +31,7 @@ from dpo_cli.sharding import gathered, is_sharded, let_go, shard_like, whole, wh
 MANIFEST = "manifest.json"
 KINDS = {torch.float32: "F32"}  # of what a sharded model trains with, as safetensors names it
 FILES = {WEIGHTS, "optimizer.safetensors", "rng.safetensors"}
-ADAPTER_FILES = FILES - {WEIGHTS} | {adapters.CONFIG, adapters.WEIGHTS}  # a folder that peft loads as well
+ADAPTER_FILES = FILES - {WEIGHTS} | {adapter_files.CONFIG, adapter_files.WEIGHTS}  # a folder that peft loads as well
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def save_checkpoint(
     if ranks.rank() == 0 and not there:
         with whole_folder(folder) as temporary:
             if is_adapted(model):
-                adapters.save_adapter(model, temporary)
+                adapter_files.save_adapter(model, temporary)
             else:
                 _save(weights, temporary / WEIGHTS)
             _save(moments, temporary / "optimizer.safetensors")
@@ -157,9 +157,9 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
         DpoError: the checkpoint is of another model.
     """
     let_go(model)
-    if is_adapted(model) != (folder / adapters.WEIGHTS).is_file():
+    if is_adapted(model) != (folder / adapter_files.WEIGHTS).is_file():
         raise DpoError(f"{folder} is a checkpoint of another training: only one of the two has an adapter")
-    (adapters.put_adapter if is_adapted(model) else put_weights)(model, folder)
+    (adapter_files.put_adapter if is_adapted(model) else put_weights)(model, folder)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     with safe_open(folder / "optimizer.safetensors", framework="pt") as moments:
@@ -186,7 +186,7 @@ def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str
         return
     with whole_folder(folder) as temporary:
         if is_adapted(model):
-            adapters.save_adapter(model, temporary)
+            adapter_files.save_adapter(model, temporary)
             model.generation_config.save_pretrained(temporary)  # its answers end as they do here
         else:
             model.save_pretrained(temporary, state_dict=weights)

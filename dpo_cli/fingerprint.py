@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
-from dpo_cli.adapters import described, is_adapted, is_quantized
+from dpo_cli.adapter_files import described
+from dpo_cli.adapters import is_adapted, is_quantized
 from dpo_cli.batch import Layout
 from dpo_cli.disk import sha256, whole_file
 from dpo_cli.errors import DpoError

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from dpo_cli import adapters
+from dpo_cli import adapter_files
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, lay_out, padded, probes
 from dpo_cli.errors import DpoError, UsageError
@@ -144,9 +144,9 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
 def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     """The model with the adapter or the weights that its source names beside it, and the adapter's ends of answers."""
     if source.adapter and source.attached:
-        adapters.attach_saved(model, source.adapter, source.name)
+        adapter_files.attach_saved(model, source.adapter, source.name)
     elif source.adapter:
-        model = adapters.merged(model, source.adapter)
+        model = adapter_files.merged(model, source.adapter)
     if source.adapter and (source.adapter / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.adapter)
     if source.checkpoint and source.checkpoint != source.adapter:

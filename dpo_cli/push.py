@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from dpo_cli import adapters
+from dpo_cli import adapter_files
 from dpo_cli.card import SELF, hub_name
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.locate import find_model
@@ -48,8 +48,8 @@ def model_folder(folder: Path) -> Path:
     model = folder / "model" if (folder / "manifest.json").is_file() else folder
     if not all((model / name).is_file() for name in (CARD, "tokenizer_config.json")):
         raise UsageError(f"{folder}: no trained model there; name a run that is complete, or its model/ or best/")
-    if (model / adapters.CONFIG).is_file():
-        check_base(json.loads((model / adapters.CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    if (model / adapter_files.CONFIG).is_file():
+        check_base(json.loads((model / adapter_files.CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
     return model
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli import drift, ranks
-from dpo_cli.adapters import adapted, attach, is_adapted, make_config, read_config, settings, try_backward
+from dpo_cli.adapter_files import read_config, settings
+from dpo_cli.adapters import adapted, attach, is_adapted, make_config, try_backward
 from dpo_cli.batch import Layout, Step, plan_run, row_costs, step_pairs
 from dpo_cli.config import OPERATIONAL, DataOptions, TrainOptions, resolve, to_yaml
 from dpo_cli.data import BadRow, Reading

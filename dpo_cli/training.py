@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from dpo_cli import ranks
-from dpo_cli.adapters import save_adapter
+from dpo_cli.adapter_files import save_adapter
 from dpo_cli.attention import attention
 from dpo_cli.card import model_card
 from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint

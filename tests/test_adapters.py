@@ -20,16 +20,8 @@ from typer.testing import CliRunner
 
 from dpo_cli import locate
 from dpo_cli import run as runs
-from dpo_cli.adapters import (
-    adapter_weights,
-    attach,
-    attach_saved,
-    described,
-    make_config,
-    merged,
-    save_adapter,
-    trained,
-)
+from dpo_cli.adapter_files import adapter_weights, attach_saved, described, merged, save_adapter
+from dpo_cli.adapters import attach, make_config, trained
 from dpo_cli.batch import padded
 from dpo_cli.cli import app
 from dpo_cli.config import PrecomputeOptions, TrainOptions

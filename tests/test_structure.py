@@ -31,7 +31,7 @@ LAYERS = [
     {"batch", "near"},
     {"attention", "optimizer", "crossrow", "routing", "targets"},
     {"logps", "scores", "adapters"},
-    {"sharding"},
+    {"sharding", "adapter_files"},
     {"model", "disk", "memory", "samples"},
     {"starter", "metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
     {"converted", "reference", "checkpoint", "step", "trackers", "drift", "diagnose", "curves", "charts", "frontier"},
