@@ -1,4 +1,4 @@
-"""A run's state on disk: save, find, restore, export.
+"""A run's state on disk: save, find, restore.
 
 A checkpoint is a folder of safetensors and a manifest with every file's size and hash; it is whole or absent. Nothing
 is pickled.
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dpo_cli import adapter_files, ranks
 from dpo_cli.adapters import is_adapted
@@ -26,7 +26,7 @@ from dpo_cli.disk import sealed, sha256, unsealed, whole_folder
 from dpo_cli.errors import DpoError
 from dpo_cli.locate import WEIGHTS
 from dpo_cli.model import put_weights
-from dpo_cli.sharding import gathered, is_sharded, let_go, shard_like, whole, whole_weights
+from dpo_cli.sharding import gathered, is_sharded, let_go, shard_like, whole
 
 MANIFEST = "manifest.json"
 KINDS = {torch.float32: "F32"}  # of what a sharded model trains with, as safetensors names it
@@ -173,70 +173,3 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
         torch.cuda.set_rng_state(rng["cuda"])
     max_tokens: int = _read_manifest(folder)["max_tokens"]
     return max_tokens
-
-
-def export_model(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str) -> None:
-    """Write a folder that any Hugging Face tool loads: weights, config, tokenizer with template, model card.
-
-    Of a model with an adapter the folder is that adapter's. The first rank writes; of a sharded model all must take
-    part, and the first one's host has room for its weights.
-    """
-    weights = whole_weights(model) if is_sharded(model) else None
-    if ranks.rank() > 0:
-        return
-    with whole_folder(folder) as temporary:
-        if is_adapted(model):
-            adapter_files.save_adapter(model, temporary)
-            model.generation_config.save_pretrained(temporary)  # its answers end as they do here
-        else:
-            model.save_pretrained(temporary, state_dict=weights)
-            _rewrite(temporary / "config.json", lambda written: _with_older_names(written, model.config))
-        tokenizer.save_pretrained(temporary)
-        _rewrite(temporary / "tokenizer_config.json", _older_tokenizer)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-
-
-# ---- what transformers 4, and with it vLLM, reads of an export --------------------------------------------------
-
-
-def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    written = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(change(written), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _with_older_names(written: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
-    """A configuration with the names of transformers 4 beside those of 5, which reads its own.
-
-    Version 4 knows no ``rope_parameters``: it would take its default base without a word. Checked against 4.57.6 on
-    the families of tests/test_exports.py, whose log-probs are the same there.
-    """
-    for key, inner in [*written.items()]:
-        if isinstance(inner, dict) and isinstance(getattr(config, key, None), PretrainedConfig):
-            written[key] = _with_older_names(inner, getattr(config, key))
-    aliases = {alias: written[name] for alias, name in config.attribute_map.items() if name in written}
-    ropes = written.get("rope_parameters") or {}
-    main = ropes.get("full_attention", ropes)  # of all layers, or of those with full attention
-    if "rope_theta" not in main:
-        return aliases | written
-    kind, theta, part = main.get("rope_type", "default"), main["rope_theta"], main.get("partial_rotary_factor")
-    scaling = {key: value for key, value in main.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    if kind == "longrope" and config.model_type.startswith("phi"):  # which takes these three and no other
-        scaling = {"type": kind, "short_factor": main["short_factor"], "long_factor": main["long_factor"]}
-    older = {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
-    if part is not None:
-        older["partial_rotary_factor"] = part
-    if config.model_type == "gpt_neox":
-        older |= {"rotary_emb_base": theta, "rotary_pct": part}
-    if "sliding_attention" in ropes:
-        older["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
-    return aliases | written | older
-
-
-def _older_tokenizer(written: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer's configuration with a class and keys that both versions know."""
-    if written.get("tokenizer_class") == "TokenizersBackend":
-        written["tokenizer_class"] = "PreTrainedTokenizerFast"
-        written.pop("backend", None)
-    if isinstance(written.get("extra_special_tokens"), list):  # in version 4 it is an object
-        written["additional_special_tokens"] = written.pop("extra_special_tokens")
-    return written

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.card import merged_card
-from dpo_cli.checkpoint import export_model, verified_step
+from dpo_cli.checkpoint import verified_step
 from dpo_cli.errors import UsageError
+from dpo_cli.export import export_model
 from dpo_cli.locate import find_model
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import load_model, load_tokenizer
@@ -36,5 +37,5 @@ def merge(name: str, output: Path, trust: bool, reporter: Reporter) -> dict[str,
         )
     model = load_model(source)
     card = merged_card(source, output.name, trained.objective if trained else None)
-    export_model(output, model, load_tokenizer(source), card)
+    export_model(output, model, load_tokenizer(source), card, source=source, warn=reporter.warn)
     return {"model": str(output), "parameters": model.num_parameters()}

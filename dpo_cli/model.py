@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     GgufConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_cli import adapter_files
@@ -122,6 +125,34 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     for tensor in (*model.parameters(), *model.buffers()) if not source.quantize else ():
         tensor.data = tensor.data.clone()  # it may lie in the file's own memory, which others can write to
     _disable_dropout(model)
+    model.eval()
+    return model
+
+
+def declared_class(config: PretrainedConfig) -> Any:
+    """The auto class of the architecture that a checkpoint declares: one that reads images or sound too, if it does."""
+    multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
+    return AutoModelForMultimodalLM if multimodal in (config.architectures or ()) else AutoModelForCausalLM
+
+
+def load_exported(folder: Path, trust: bool) -> PreTrainedModel:
+    """The model of a folder in the class that its config declares, with float32 weights.
+
+    Raises:
+        ValueError: the folder has not just the weights that the class asks for, or something else fails.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its config says that it is quantized")
+        arguments = {"dtype": torch.float32, "trust_remote_code": trust, "use_safetensors": True}
+        loaded: Any = declared_class(config).from_pretrained(folder, output_loading_info=True, **arguments)
+    except Exception as error:  # of whatever type the libraries raise
+        raise ValueError(_reason(error)) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, loaded[1][kind])):
+            raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}")
+    model: PreTrainedModel = loaded[0]
     model.eval()
     return model
 

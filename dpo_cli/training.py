@@ -17,15 +17,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dpo_cli import ranks
 from dpo_cli.adapter_files import save_adapter
 from dpo_cli.attention import attention
 from dpo_cli.card import model_card
-from dpo_cli.checkpoint import export_model, newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
+from dpo_cli.checkpoint import newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.config import TrainOptions
 from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
 from dpo_cli.errors import DpoError, Interrupted, NotWrittenError
+from dpo_cli.export import NotReadBackError, export_model
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import noise
 from dpo_cli.metrics import Reporter, append_metrics, brief, evaluations, read_metrics, step_rewards, truncate_metrics
@@ -282,7 +284,11 @@ class _Loop:
         run, trainer, stop = self.run, self.trainer, self.stop
         keep = partial(_export, run, trainer, "best", step)
         agree = ranks.most if trainer.scorer.sharded else list
-        found = self.held_out.evaluate(step, trainer.scorer, lambda: any(agree([stop.requested])), keep)
+        try:
+            found = self.held_out.evaluate(step, trainer.scorer, lambda: any(agree([stop.requested])), keep)
+        except NotReadBackError:
+            self._save(step, rng_state(run.scorer.device))
+            raise
         if found is None:
             return False
         self.reporter.fact("held out", f"step {step}: {brief(found)}", {"step": step} | found)
@@ -334,13 +340,27 @@ class _Loop:
 def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str, float] | None = None) -> None:
     """Write the policy as it is after ``step`` to a folder of the run; ``after`` are its metrics if not yet written.
 
-    Of an adapter that is the adapter alone, unless it is to be merged: into a base that is loaded anew, for to take it
+    Of an adapter that is the adapter alone, unless it is to be merged: into a base that is loaded again, for to take it
     out of its own again would change that by rounding.
+
+    Raises:
+        NotReadBackError: what was written is not what was trained.
     """
     if ranks.rank() > 0 and not run.scorer.sharded:
         return
     known = evaluations(read_metrics(run.folder / "metrics.jsonl"))
     card = model_card(run, known.get(0, {}), after or known.get(step, {}))
+    by_length = sorted(run.used(), key=run.costs.__getitem__)
+    pair = run.pairs[by_length[len(by_length) // 2]]
+
+    def export(model: PreTrainedModel) -> None:
+        apart = run.scorer.sharded and run.scorer.apart
+        about: dict[str, Any] = {"source": run.source, "pair": pair, "apart": apart, "warn": run.scorer.warn}
+        try:
+            export_model(run.folder / name, model, run.tokenizer, card, **about)
+        except NotReadBackError as error:
+            raise NotReadBackError(f"{error}. The trained weights are in {run.folder / 'checkpoints'}") from error
+
     if run.options.export == "merged":
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(run.model, Path(folder))
@@ -348,11 +368,11 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
                 dataclasses.replace(run.source, adapter=Path(folder), attached=False, checkpoint=None)
             )
         whole_model.generation_config = run.model.generation_config
-        export_model(run.folder / name, whole_model, run.tokenizer, card)
+        export(whole_model)
         return
     whole, own = rejoined(run.model, unwrapped(trainer.optimizer)), attention(run.model, run.own_attention)
     with whole, own:
-        export_model(run.folder / name, run.model, run.tokenizer, card)
+        export(run.model)
 
 
 def _pushed(run: Run, reporter: Reporter) -> dict[str, Any]:

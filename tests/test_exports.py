@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_cli.checkpoint import export_model
+from dpo_cli.export import export_model
+from dpo_cli.locate import ModelSource
 from tests.conftest import make_model, make_tokenizer
 
 BASE = {"rope_type": "default", "rope_theta": 1000000.0}
@@ -63,7 +64,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_configuration_has_the_names_of_both_versions(family: str, tmp_path: Path) -> None:
     config, older = FAMILIES[family]
     model = make_model(family, **config)
-    export_model(tmp_path / "model", model, make_tokenizer(), "card")
+    export_model(tmp_path / "model", model, make_tokenizer(), "card", source=ModelSource("start", "start", "start"))
     written = json.loads((tmp_path / "model" / "config.json").read_text())
     assert {key: written.get(key) for key in older} == older and "rope_parameters" in written
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -76,7 +77,7 @@ def test_a_configuration_has_the_names_of_both_versions(family: str, tmp_path: P
 def test_a_tokenizer_has_a_class_that_both_versions_know(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    export_model(tmp_path / "model", make_model(), tokenizer, "card")
+    export_model(tmp_path / "model", make_model(), tokenizer, "card", source=ModelSource("start", "start", "start"))
     written = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(written.get("extra_special_tokens"), list)

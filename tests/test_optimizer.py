@@ -17,7 +17,9 @@ from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.batch import lay_out
-from dpo_cli.checkpoint import export_model, restore_checkpoint, save_checkpoint
+from dpo_cli.checkpoint import restore_checkpoint, save_checkpoint
+from dpo_cli.export import export_model
+from dpo_cli.locate import ModelSource
 from dpo_cli.logps import response_logps, token_logps
 from dpo_cli.optimizer import BYTES, SPLIT, SmallAdamW, decode, encode, halve, join, make_optimizer, rejoined, split
 from tests.conftest import make_model, random_pairs, sigmoid_loss
@@ -380,7 +382,7 @@ def test_export_writes_the_exact_master(tmp_path: Path, tokenizer: PreTrainedTok
         take_step(model, optimizer, lambda: dpo_loss(model, reference), "split", lr=1e-5)
     expected = masters(model, optimizer)
     with rejoined(model, optimizer):
-        export_model(tmp_path / "model", model, tokenizer, "card")
+        export_model(tmp_path / "model", model, tokenizer, "card", source=ModelSource("start", "start", "start"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     assert loaded.config.dtype == torch.float32
     assert_same(dict(loaded.named_parameters()), expected)

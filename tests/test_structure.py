@@ -36,7 +36,7 @@ LAYERS = [
     {"starter", "metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
     {"converted", "reference", "checkpoint", "step", "trackers", "drift", "diagnose", "curves", "charts", "frontier"},
     {"prepare", "cache", "report", "show", "summary"},
-    {"run", "survey", "outcome"},
+    {"run", "survey", "outcome", "export"},
     {"evaluation", "explain", "check", "heldout", "card"},
     {"push", "merge"},
     {"training"},
