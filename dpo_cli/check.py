@@ -35,7 +35,7 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
         sources[EVAL] = find_sources(options.eval_data, "--eval-data")
     if options.fix:
         _check_new(options.fix)
-    model = choose_model(options.model, options, reporter)
+    model = choose_model(options.model, options, reporter, base=options.base_model)
     survey = Survey(sources, reading_as_trained(options, model), reporter, options.examples)
     survey.read(choose_tokenizer(model, options))
     if options.fix and TRAIN in survey.unread:

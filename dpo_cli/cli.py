@@ -314,6 +314,10 @@ def sweep(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, jso
 def merge(
     model: Annotated[str, typer.Option(help="Run, checkpoint or folder of an adapter.")],
     output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The adapter's base: what --model takes elsewhere. [default: what the adapter names]"),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the base model's repository brings.")
     ] = False,
@@ -325,11 +329,11 @@ def merge(
     def action() -> None:
         from dpo_cli.locate import find_model
 
-        find_model(model)
+        find_model(model, base=base_model)
         reporter = _reporter()
         from dpo_cli.merge import merge as run
 
-        _show(run(model, output, trust_remote_code, reporter), json_, _plain)
+        _show(run(model, base_model, output, trust_remote_code, reporter), json_, _plain)
 
     _guarded(action, debug)
 

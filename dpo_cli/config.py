@@ -153,7 +153,12 @@ def kl_option(more: str = "") -> Any:
 class DataOptions:
     """What every command needs: pairs, and the model whose tokenizer reads them."""
 
-    model: str | None = option(None, "Hub id, local folder, .gguf file or run folder.", shown="SmolLM2-135M-Instruct")
+    model: str | None = option(
+        None, "Hub id, local folder, .gguf file or run folder; or an adapter's folder.", shown="SmolLM2-135M-Instruct"
+    )
+    base_model: str | None = option(
+        None, "Base of the adapter that --model is: what --model takes but no adapter.", shown="what the adapter names"
+    )
     data: list[str] = option(
         MISSING,
         "Preference rows: .jsonl, .json, .parquet or .csv, also .gz or .zst; a folder of them; a folder or a hub id "
@@ -475,7 +480,7 @@ def _refuse_without_adapter(options: TrainOptions) -> None:
 # Options that do not change what is trained: a resumed run may have others than it began with.
 OPERATIONAL = frozenset(
     {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
-    | {"push_to_hub", "shard", "tracker"}
+    | {"base_model", "push_to_hub", "shard", "tracker"}
 )
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
 SETTLED = frozenset(

@@ -22,7 +22,7 @@ from dpo_cli.config import EvalOptions, TrainOptions
 from dpo_cli.drift import Compared, Recorded, Watch
 from dpo_cli.errors import UsageError
 from dpo_cli.fingerprint import WeightsMemo, fingerprint, same_weights
-from dpo_cli.locate import ModelSource
+from dpo_cli.locate import ModelSource, began_from
 from dpo_cli.logps import Scorer
 from dpo_cli.losses import Objective
 from dpo_cli.margins import compared as compare_scores
@@ -65,8 +65,10 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
     if len(names) == 1:
         evaluated(names[0], options, reporter, show)
         return
-    if options.per_pair or options.report or options.samples:
-        raise UsageError("--per-pair, --report and --samples are of one model: evaluate each on its own for them")
+    if options.per_pair or options.report or options.samples or options.base_model:
+        raise UsageError(
+            "--per-pair, --report, --samples and --base-model are of one model: evaluate each on its own for them"
+        )
     (first, pairs), (second, others) = (evaluated(name, options, reporter) for name in names)
     if first.scores.where != second.scores.where:
         raise UsageError("the two models use other rows: what one truncates away the other reads; set --max-length")
@@ -82,7 +84,7 @@ def evaluated(
     name: str | None, options: EvalOptions, reporter: Reporter, show: Show = lambda result: None
 ) -> tuple[Evaluation, Pairs]:
     """Evaluate one model, show its result, and write the files that were asked for."""
-    source = choose_model(name, options, reporter)
+    source = choose_model(name, options, reporter, base=options.base_model)
     began = trained_with(source.run) if source.run else None
     source = _as_in_run(source, began)
     options = _as_trained(options, source, began)
@@ -293,9 +295,8 @@ class _Judge:
         gc.collect()
         began = read_manifest(self.source.run)["reference"] if self.source.run and self.options.ref is None else None
         try:
-            source = choose_model(
-                began["model"] if began else self.options.ref, self.options, self.reporter, "reference"
-            )
+            name, base = began_from(began, self.options.base_model) if began else (self.options.ref, None)
+            source = choose_model(name, self.options, self.reporter, "reference", base)
             if began and self.began and self.began.ref is None:
                 source = _as_in_run(source, self.began)
             loaded = self._load(source, named=True)

@@ -27,7 +27,7 @@ def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
     Raises:
         UsageError: the model or the data cannot be read, or there is no such row.
     """
-    source = choose_model(options.model, options, reporter)
+    source = choose_model(options.model, options, reporter, base=options.base_model)
     tokenizer, reading = choose_tokenizer(source, options), reading_as_trained(options, source)
     row = _find(options)
     if isinstance(row, BadRow):

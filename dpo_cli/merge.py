@@ -12,16 +12,19 @@ from dpo_cli.export import export_model
 from dpo_cli.locate import find_model
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import load_model, load_tokenizer
+from dpo_cli.prepare import fit_adapter
 from dpo_cli.run import trained_with
 
 
-def merge(name: str, output: Path, trust: bool, reporter: Reporter) -> dict[str, Any]:
+def merge(name: str, base: str | None, output: Path, trust: bool, reporter: Reporter) -> dict[str, Any]:
     """`dpo merge`: write a model folder with an adapter's weights added to its base's, in float32.
+
+    ``base`` names the base, where it is not what the adapter names.
 
     Raises:
         UsageError: there is no adapter, it cannot be merged, or the folder is there already.
     """
-    source = find_model(name, trust)
+    source = find_model(name, trust, base)
     if source.adapter is None or source.checkpoint not in (None, source.adapter):
         raise UsageError(f"--model {name}: no adapter is there that could be merged")
     if source.checkpoint and verified_step(source.checkpoint) is None:
@@ -29,6 +32,7 @@ def merge(name: str, output: Path, trust: bool, reporter: Reporter) -> dict[str,
     if output.exists():
         raise UsageError(f"--output {output}: exists already; name another folder")
     reporter.fact("model", source.told)
+    source = fit_adapter(source, reporter)
     trained = trained_with(source.run) if source.run else None
     if trained and trained.quantize:
         reporter.warn(

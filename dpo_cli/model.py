@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -47,7 +47,8 @@ def _reason(error: Exception) -> str:
         )
     if "trust_remote_code" in str(error):
         return "it brings Python code that would have to be run; if you trust it, add --trust-remote-code"
-    return f"{type(error).__name__}: {error}"
+    kind = "" if isinstance(error, DpoError) else f"{type(error).__name__}: "
+    return kind + re.sub(r"\x1b\[[\d;]*m|\t", "", str(error))
 
 
 def count_parameters(source: ModelSource) -> int | None:
@@ -57,13 +58,48 @@ def count_parameters(source: ModelSource) -> int | None:
     """
     if source.gguf and not source.converted:
         return None
-    arguments = source.arguments() if not source.converted else {"pretrained_model_name_or_path": source.converted}
     try:
-        config = AutoConfig.from_pretrained(**arguments)
-        with torch.device("meta"):
-            return int(AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust).num_parameters())
+        return int(_without_weights(source).num_parameters())
     except Exception:  # of any kind, and only an estimate hangs on it
         return None
+
+
+def _without_weights(source: ModelSource) -> PreTrainedModel:
+    """The model on the meta device, by its configuration."""
+    arguments = source.arguments() if not source.converted else {"pretrained_model_name_or_path": source.converted}
+    config = AutoConfig.from_pretrained(**arguments)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust)
+    return model
+
+
+def with_vocabulary(source: ModelSource) -> ModelSource:
+    """An adapter's source with the tokens that its base is to get, where the adapter was trained with others.
+
+    Raises:
+        UsageError: peft cannot compute the adapter, or nothing says what new tokens' weights are.
+    """
+    if source.adapter is None:
+        return source
+    adapter_files.read_config(source.adapter)
+    try:
+        base = _without_weights(source)
+    except Exception:  # of any kind: it is told where the model is loaded
+        return source
+    rows = cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0]
+    own = _tokens(source)
+    if own > rows and own <= _tokens(replace(source, tokenizer=None)):  # of no use to the base either
+        own = 0
+    wanted = adapter_files.vocabulary(base, source.adapter, own)
+    return replace(source, tokens=wanted) if wanted != rows else source
+
+
+def _tokens(source: ModelSource) -> int:
+    """Ids that a model's tokenizer gives; 0 of one that cannot be loaded."""
+    try:
+        return int(max(load_tokenizer(source).get_vocab().values(), default=-1)) + 1
+    except UsageError:
+        return 0
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -117,10 +153,16 @@ def load_model(source: ModelSource) -> PreTrainedModel:
             raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError("it is an adapter on the hub; download it and name its folder")
-        model = _completed(model, source)
     except Exception as error:  # whatever a folder from elsewhere makes the libraries raise
+        base = f"\nIt is the base of {source.adapter}; --base-model names another" if source.adapter else ""
+        raise UsageError(f"--model {source.path}: cannot be loaded\n{_reason(error)}{base}") from error
+    try:
+        model = _completed(model, source)
+    except UsageError:
+        raise
+    except Exception as error:  # the same of an adapter's or a checkpoint's
         raise UsageError(
-            f"--model {source.checkpoint or source.adapter or source.path}: cannot be loaded\n{_reason(error)}"
+            f"--model {source.checkpoint or source.adapter}: cannot be loaded\n{_reason(error)}"
         ) from error
     for tensor in (*model.parameters(), *model.buffers()) if not source.quantize else ():
         tensor.data = tensor.data.clone()  # it may lie in the file's own memory, which others can write to
@@ -174,6 +216,8 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
 
 def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     """The model with the adapter or the weights that its source names beside it, and the adapter's ends of answers."""
+    if source.tokens:
+        adapter_files.resize(model, source.tokens)
     if source.adapter and source.attached:
         adapter_files.attach_saved(model, source.adapter, source.name)
     elif source.adapter:

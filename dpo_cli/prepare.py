@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from dpo_cli import ranks
+from dpo_cli.adapter_files import CONFIG, unknown_keys
 from dpo_cli.adapters import coarsen, is_adapted, is_quantized
 from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
@@ -32,7 +36,15 @@ from dpo_cli.logps import Scorer, noise
 from dpo_cli.losses import LOSSES, Objective
 from dpo_cli.memory import MOST_TOKENS, fit, process_bytes
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import choose_layout, compile_layers, compute_dtype, dtype_name, load_model, load_tokenizer
+from dpo_cli.model import (
+    choose_layout,
+    compile_layers,
+    compute_dtype,
+    dtype_name,
+    load_model,
+    load_tokenizer,
+    with_vocabulary,
+)
 from dpo_cli.optimizer import SPLIT, halve
 from dpo_cli.pairs import Pair, Pairs, loss_tokens, read
 from dpo_cli.records import REST, find_sources
@@ -42,17 +54,36 @@ from dpo_cli.tokenized import Tokenized, merged
 from dpo_cli.tokens import Encoder, PairSet, reasons, refusal
 
 
-def choose_model(name: str | None, options: DataOptions, reporter: Reporter, what: str = "model") -> ModelSource:
-    """Where a model is loaded from, told."""
-    source = find_model(name, options.trust_remote_code)
+def choose_model(
+    name: str | None, options: DataOptions, reporter: Reporter, what: str = "model", base: str | None = None
+) -> ModelSource:
+    """Where a model is loaded from, told; ``base`` is an adapter's, where that is not what the adapter names."""
+    source = find_model(name, options.trust_remote_code, base)
     if source.checkpoint and verified_step(source.checkpoint) is None:
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     reporter.fact(what, source.told)
     if source.gguf:
         cache_dir = getattr(options, "cache_dir", CACHE_DIR)
         source = ranks.ahead(lambda: with_copy(source, cache_dir, isinstance(options, Options), reporter))
+    if source.adapter and isinstance(options, Options):
+        source = fit_adapter(source, reporter)
     if source.trust:
         reporter.warn(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")
+    return source
+
+
+def fit_adapter(source: ModelSource, reporter: Reporter) -> ModelSource:
+    """An adapter's source with the tokens that its base is to get, told; and what of it peft leaves out.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    source, folder = with_vocabulary(source), cast(Path, source.adapter)
+    if source.tokens:
+        reporter.fact("", f"its base is resized to the {source.tokens:,} tokens that the adapter was trained with")
+    if ignored := unknown_keys(folder):
+        told = ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(ignored.items()))
+        reporter.warn(f"{folder / CONFIG}: peft {version('peft')} does not know and ignores {told[:300]}")
     return source
 
 
@@ -305,7 +336,7 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
 
 def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Reporter) -> dict[str, Any]:
     ranks.check_same_command(options)
-    source = choose_model(options.model, options, reporter)
+    source = choose_model(options.model, options, reporter, base=options.base_model)
     check_quantize(options, source, device)
     source = dataclasses.replace(source, quantize=options.quantize)
     tokenizer = choose_tokenizer(source, options)

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli import drift, ranks
-from dpo_cli.adapter_files import read_config, settings
+from dpo_cli.adapter_files import settings, trainable_config
 from dpo_cli.adapters import adapted, attach, is_adapted, make_config, try_backward
 from dpo_cli.batch import Layout, Step, plan_run, row_costs, step_pairs
 from dpo_cli.config import OPERATIONAL, DataOptions, TrainOptions, resolve, to_yaml
@@ -151,7 +151,7 @@ def lay_out_run(
     folder = ranks.lead(lambda: _checked_folder(options, resume))
     if options.memory == "offload" and device.type == "cpu":
         raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
-    source = choose_model(options.model, options, reporter)
+    source = choose_model(options.model, options, reporter, base=options.base_model)
     source, options = _with_adapter(source, options, device, reporter)
     tokenizer = choose_tokenizer(source, options)
     reading = reading_of(options)
@@ -292,11 +292,7 @@ def _with_adapter(
         kind, targets = options.lora_kind or "lora", options.lora_targets or "all-linear"
         alpha = options.lora_alpha or (16 if kind == "rslora" else 2 * options.lora_rank)
         return source, dataclasses.replace(options, lora_kind=kind, lora_targets=targets, lora_alpha=alpha)
-    try:
-        config = read_config(source.adapter)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"--model {options.model}: this adapter cannot be trained further: {error}") from error
-    own = settings(config)
+    own = settings(trainable_config(source.adapter))
     if other := [name for name, value in own.items() if getattr(options, name) not in (None, value)]:
         told = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
         raise UsageError(
@@ -585,12 +581,21 @@ def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
         "held_out": {"files": run.options.eval_data, "pairs": len(run.held_out), "sha256": run.held_out.digest()},
         "start_model": run.source.title,
         "reference": {
-            "model": _from_anywhere(run.options.ref or run.options.model),
+            **(_named(run.options.ref) if run.reference else _named(run.options.model, run.options.base_model)),
             "fingerprint": run.reference.fingerprint if run.reference else run.start,
             "layout": run.reference.layout if run.reference else run.scorer.layout,
             "dtype": run.options.dtype,
         },
-    } | ({"start": {"model": _from_anywhere(run.options.model), "fingerprint": run.start}} if run.reference else {})
+    } | (
+        {"start": {**_named(run.options.model, run.options.base_model), "fingerprint": run.start}}
+        if run.reference
+        else {}
+    )
+
+
+def _named(model: str | None, base: str | None = None) -> dict[str, str | None]:
+    """What a manifest says of a model, for ``locate.began_from``."""
+    return {"model": _from_anywhere(model)} | ({"base_model": _from_anywhere(base)} if base else {})
 
 
 def _from_anywhere(name: str | None) -> str | None:
@@ -622,7 +627,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         texts.append(start["fingerprint"])
         if not all(
             isinstance(text, str)
-            for text in [*texts, start["model"] or "", reference["model"] or "", str(manifest["versions"])]
+            for text in [
+                *(*texts, start["model"] or "", reference["model"] or "", str(manifest["versions"])),
+                *(each.get("base_model", "") for each in (start, reference)),
+            ]
         ):
             raise ValueError("it is of another kind")
         return manifest

@@ -329,6 +329,7 @@ count = st.integers(1, 10**6)
 train_options = st.builds(
     TrainOptions,
     model=st.none() | name,
+    base_model=st.none() | name,
     data=st.lists(name, min_size=1, max_size=3),
     columns=st.none() | name,
     on_bad_row=st.sampled_from(["refuse", "skip"]),
@@ -383,6 +384,7 @@ BEGAN = TrainOptions(
 # option: another value than it began with
 OTHER: dict[str, Any] = {
     "model": "other",
+    "base_model": "other",
     "data": [str(Path("other.jsonl").absolute())],
     "columns": "prompt=q",
     "on_bad_row": "skip",
@@ -483,7 +485,7 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
     Were the metric of the best model among them, best/ would hold the best by another one, or lack what is over.
     """
     names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
-    names |= {"push_to_hub", "shard", "tracker"}
+    names |= {"base_model", "push_to_hub", "shard", "tracker"}
     assert names == OPERATIONAL
 
 
