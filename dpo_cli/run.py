@@ -515,17 +515,29 @@ def _told_adapter(options: TrainOptions) -> str:
 
 
 @contextmanager
-def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
+def begin(run: Run, manifest: dict[str, Any]) -> Iterator[Path]:
     """Make the run's folder with its options, manifest and refused rows, whole at once; hold it while the block runs.
+
+    Yields: the folder, which has another name where nobody named it and a run that began meanwhile has this one.
 
     Raises:
         UsageError: another run made the folder meanwhile and is in it.
         DpoError: the folder cannot be written.
     """
+    folder = run.folder
     with ExitStack() as holding:
+        while not _began(run, manifest, folder, holding):
+            folder = _free_name(run.folder)
+        holding.callback((folder / LOCK).unlink, missing_ok=True)
+        yield folder
+
+
+def _began(run: Run, manifest: dict[str, Any], name: Path, holding: ExitStack) -> bool:
+    """Make the folder of that name, see ``begin``; False if another run has it and any name will do."""
+    with ExitStack() as trying:
         try:
-            with whole_folder(run.folder, new=True) as folder:
-                holding.enter_context(held(folder / LOCK))
+            with whole_folder(name, new=True) as folder:
+                trying.enter_context(held(folder / LOCK))
                 (folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
                 content = sealed(manifest | {"config": sha256(folder / "config.yaml")})
                 (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -536,10 +548,12 @@ def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
                             about = {"where": bad.where, "reason": bad.reason, "row": bad.record}
                             stream.write(to_json(about) + "\n")
         except DpoError:
-            _refuse_if_held(run.folder)
+            if run.options.output is None and name.exists():
+                return False
+            _refuse_if_held(name)
             raise
-        holding.callback((run.folder / LOCK).unlink, missing_ok=True)
-        yield
+        holding.push(trying.pop_all())
+        return True
 
 
 def _refuse_if_held(folder: Path) -> None:
