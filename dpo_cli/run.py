@@ -293,14 +293,15 @@ def _with_adapter(
         config = read_config(source.adapter)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--model {options.model}: this adapter cannot be trained further: {error}") from error
-    own = settings(config)
-    if other := [name for name, value in own.items() if getattr(options, name) not in (None, value)]:
+    own, began = settings(config), trained_with(source.run) if source.run else None
+    known = {name: (None, value, getattr(began, name, None)) for name, value in own.items()}  # also as the run says it
+    if other := [name for name, values in known.items() if getattr(options, name) not in values]:
         told = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
         raise UsageError(
             f"--model {options.model}: an adapter goes on as it is: {told}; leave that out, or train all weights of "
             "the merged model without --lora-rank"
         )
-    if source.run and (bits := trained_with(source.run).quantize) != options.quantize:
+    if began and (bits := began.quantize) != options.quantize:
         before, now = (f"in {each}" if each else "unquantized" for each in (bits, options.quantize))
         reporter.warn(f"the adapter was trained on its base {before} and goes on over that {now}: not the same policy")
     return source, dataclasses.replace(options, **own)

@@ -22,7 +22,6 @@ NOW = "20260101-120000"
 def _train(folder: Path, model: Path, together: Barrier, more: tuple[str, ...]) -> None:
     """A run whose name is settled when the other ones are laid out too."""
     os.chdir(folder)
-    os.environ |= {"HOME": str(folder), "HF_HUB_OFFLINE": "1", "MPLCONFIGDIR": str(folder.parent / "matplotlib")}
     make_manifest = dpo_cli.training.make_manifest
 
     def laid_out(*arguments: Any) -> Any:
