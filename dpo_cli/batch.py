@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_cli.pairs import Ids, Pair, Pairs, carries_loss, loss_tokens, read
 
-Layout = Literal["shared", "packed", "padded"]
+Layout = Literal["shared", "packed", "padded", "alone"]
 Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world]
 
 
@@ -66,10 +66,13 @@ def cut_step(indices: Sequence[int], costs: Sequence[int], layout: Layout, max_t
 def pack(indices: Sequence[int], costs: Sequence[int], layout: Layout, max_tokens: int) -> list[tuple[int, ...]]:
     """First-fit-decreasing bins of at most ``max_tokens``; a pair that is longer gets a bin of its own.
 
-    In a padded forward every pair takes up as much as the longest, which is the bin's first.
+    In a padded forward every pair takes up as much as the longest, which is the bin's first. Sequences that run alone
+    have nothing to share: each pair gets a bin, so that all bins take as many forwards.
     """
     bins: list[list[int]] = []
     room: list[int] = []
+    if layout == "alone":
+        max_tokens = 0
     for index in sorted(indices, key=lambda i: (-costs[i], i)):
         charges = (costs[b[0] if layout == "padded" else index] for b in bins)
         fit = next((b for b, (left, charge) in enumerate(zip(room, charges, strict=True)) if charge <= left), None)
@@ -107,7 +110,7 @@ def length_costs(lengths: Ids, layout: Layout) -> Ids:
     if layout == "padded":
         costs = 2 * (prompt + np.maximum(chosen, rejected))
     else:
-        costs = prompt * (2 if layout == "packed" else 1) + chosen + rejected
+        costs = prompt * (1 if layout == "shared" else 2) + chosen + rejected
     return cast(Ids, costs)
 
 
@@ -149,6 +152,7 @@ class MicroBatch:
     Shapes: ``input_ids``, ``position_ids``, ``attention_mask`` (B, T), the latter two None where the model makes its
     own; ``predictors`` (N,) places in the flattened rows whose hidden state predicts ``targets`` (N,);
     ``lengths`` (2P,) tokens of each response that carry loss; ``pair_tokens`` the same a pair, on the host.
+    ``alone`` are the row's sequences where each gets a forward of its own; what is computed is joined to the one row.
     """
 
     input_ids: Tensor
@@ -159,6 +163,7 @@ class MicroBatch:
     lengths: Tensor
     pair_tokens: tuple[int, ...]
     segments: Segments | None
+    alone: tuple[MicroBatch, ...] = ()
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
@@ -177,6 +182,8 @@ def _all_moved(of: Tensors, device: torch.device) -> Tensors:
             changed[each.name] = moved(value, device)
         elif isinstance(value, Segments):
             changed[each.name] = _all_moved(value, device)
+        elif each.name == "alone":
+            changed[each.name] = tuple(_all_moved(one, device) for one in value)
     return replace(of, **changed)
 
 
@@ -190,6 +197,8 @@ def lay_out(pairs: Sequence[Pair], layout: Layout) -> MicroBatch:
     if layout == "shared":
         return _shared(pairs)
     sequences = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
+    if layout == "alone":
+        return replace(_packed(sequences), alone=tuple(padded([sequence]) for sequence in sequences))
     return _packed(sequences) if layout == "packed" else padded(sequences)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -573,17 +574,50 @@ def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
         began, flags = dataclasses.replace(began, memory="full"), {**flags, "memory": flags.get("memory") or "full"}
     options = resolve(TrainOptions, flags, file)
     if changed := differences(began, options):
-        raise UsageError(f"--resume {folder}: cannot change " + ", ".join(changed))
+        raise UsageError(f"--resume {folder}: cannot change {', '.join(changed)}. {_instead(folder, began, options)}")
     return options
+
+
+def _instead(folder: Path, began: TrainOptions, options: TrainOptions) -> str:
+    """The command that trains with other options than a run began with, and the reference that it has."""
+    changed = {name: getattr(options, name) for name in _changed(began, options)}
+    further = (folder / "model").is_dir() and "model" not in changed
+    for name in ("epochs", "max_steps") if further else ():
+        if changed.get(name, 0) > (before := getattr(began, name) or 0):
+            changed[name] -= before
+    flags = {"config": folder / "config.yaml", **({"model": folder} if further else {})}
+    flags |= {"output": folder.with_name(f"{folder.name}-2"), **changed}
+    command = shlex.join(["dpo", "train", *(word for name, value in flags.items() for word in _as_flag(name, value))])
+    if not further:
+        return f"A new run can: {command}"
+    if began.ref or "ref" in changed or not began.objective.reference:
+        return f"To train its model further: {command}"
+    old = f"--ref {shlex.quote(began.model)}" if began.model else "--ref with the model that it began with"
+    return f"To train its model further: {command}; the reference is then that model, or the run's own with {old}"
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    """An option with its value, or its values, as words of a command."""
+    flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
+    return (
+        [f"--{'' if value else 'no-'}{flag[2:]}"]
+        if isinstance(value, bool)
+        else [w for v in values for w in (flag, str(v))]
+    )
 
 
 def differences(began: TrainOptions, options: TrainOptions) -> list[str]:
     """What another training is asked for by, option by option, than the one that a run began with."""
     return [
-        f"--{f.name.replace('_', '-')} {getattr(options, f.name)} (it began with {getattr(began, f.name)})"
-        for f in dataclasses.fields(TrainOptions)
-        if f.name not in OPERATIONAL and getattr(options, f.name) != getattr(began, f.name)
+        f"--{name.replace('_', '-')} {getattr(options, name)} (it began with {getattr(began, name)})"
+        for name in _changed(began, options)
     ]
+
+
+def _changed(began: TrainOptions, options: TrainOptions) -> list[str]:
+    """Names of the options by which another training is asked for."""
+    names = [f.name for f in dataclasses.fields(TrainOptions) if f.name not in OPERATIONAL]
+    return [name for name in names if getattr(options, name) != getattr(began, name)]
 
 
 def settled_as(options: TrainOptions, began: TrainOptions) -> TrainOptions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +42,6 @@ class HeldOut:
 
     def __init__(self, run: Run, reference: Tensor, reporter: Reporter) -> None:
         self.run, self.reference, self.reporter = run, reference, reporter
-        self.metrics = run.folder / "metrics.jsonl"
         self.last: tuple[int, Scores, Compared | None] | None = None  # of the last evaluation: its step and numbers
         self.recorded: Recorded | None = None
         if run.reference:
@@ -49,6 +49,11 @@ class HeldOut:
         self.discounted = self.reference  # as LD-DPO reads it
         if run.options.ld_alpha is not None and run.cache:
             self.discounted = run.cache.discounted(run.held_out, run.options.ld_alpha)
+
+    @property
+    def metrics(self) -> Path:
+        """The run's, which may get its folder's name when it begins."""
+        return self.run.folder / "metrics.jsonl"
 
     def record(self) -> None:
         """Keep the reference's states for the exact KL of every evaluation; to be called while the model is that.

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -376,6 +377,8 @@ def collision_logps(logits: Tensor) -> Tensor:
 
 def own_logits(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
     """What the model's own forward predicts the response tokens by: (N, V), float32."""
+    if batch.alone:
+        return torch.cat([own_logits(model, sequence, dtype) for sequence in batch.alone])
     width = batch.input_ids.shape[1]
     keep, column = torch.unique(batch.predictors % width, return_inverse=True)
     with precision(batch.input_ids.device, dtype):
@@ -408,6 +411,13 @@ def hidden_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Te
 
 def body_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, **more: Any) -> Any:
     """What the body gives of a forward, as transformers names it; ``more`` asks it for more than hidden states."""
+    if batch.alone:
+        states = [body_states(model, sequence, dtype, **more) for sequence in batch.alone]
+        routers = zip(*(each.router_logits for each in states), strict=True) if more else ()
+        return SimpleNamespace(
+            last_hidden_state=torch.cat([each.last_hidden_state for each in states], dim=1),
+            router_logits=[torch.cat([logits.flatten(0, -2) for logits in layer]) for layer in routers],
+        )
     body: Any = getattr(model, BODY, None) or model.base_model
     with precision(batch.input_ids.device, dtype):
         return body(use_cache=False, **_inputs(batch), **more)

@@ -26,7 +26,7 @@ from dpo_cli.attention import PREFIX_SHARED
 from dpo_cli.batch import row_costs
 from dpo_cli.chat import NO_TEMPLATE
 from dpo_cli.checkpoint import verified_step
-from dpo_cli.config import CACHE_DIR, DataOptions, Options, PrecomputeOptions, TrainOptions
+from dpo_cli.config import CACHE_DIR, DataOptions, EvalOptions, Options, PrecomputeOptions, TrainOptions
 from dpo_cli.converted import with_copy
 from dpo_cli.data import Reading
 from dpo_cli.errors import DpoError, UsageError
@@ -241,11 +241,22 @@ def make_scorer(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise UsageError(f"a pair has {longest} tokens and the model reads at most {limit}; set --max-length {limit}")
-    layout, apart, told = choose_layout(model, pairs, max_tokens, device, dtype)
+    layout, apart, told = choose_layout(model, pairs + _sampled(pairs, options, limit), max_tokens, device, dtype)
     reporter.fact("layout", told)
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
     return Scorer(model, layout, dtype, max_tokens, device, apart, reporter.warn)
+
+
+def _sampled(pairs: Pairs, options: Options, limit: int | None) -> Pairs:
+    """Pairs as long as the answers to the shortest and the longest prompt that ``dpo eval --samples`` may score."""
+    made = Pairs()
+    if isinstance(options, EvalOptions) and options.samples:
+        for place in pairs.lengths[:, 0].argsort()[[0, -1]].tolist():
+            prompt, response = pairs[place].prompt, read(pairs[place].chosen)
+            room = min(options.sample_tokens, limit - len(prompt)) if limit else options.sample_tokens
+            made.append(Pair("a sample", prompt, np.resize(response, room), response[:1]))
+    return made
 
 
 def halved_if_split(model: PreTrainedModel, weights: str, memory: str) -> tuple[str, dict[str, Tensor] | None]:
@@ -298,7 +309,7 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
 def tell_long(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter) -> None:
     """Warn of pairs that are longer than a forward is planned to be."""
     most = scorer.max_tokens
-    if alone := sum(cost > most for cost in scorer.costs(pairs)):
+    if scorer.layout != "alone" and (alone := sum(cost > most for cost in scorer.costs(pairs))):
         reporter.warn(f"{alone:,} pairs are longer than --max-tokens {most}; each gets a forward of its own")
 
 

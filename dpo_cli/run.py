@@ -292,14 +292,15 @@ def _with_adapter(
         kind, targets = options.lora_kind or "lora", options.lora_targets or "all-linear"
         alpha = options.lora_alpha or (16 if kind == "rslora" else 2 * options.lora_rank)
         return source, dataclasses.replace(options, lora_kind=kind, lora_targets=targets, lora_alpha=alpha)
-    own = settings(trainable_config(source.adapter))
-    if other := [name for name, value in own.items() if getattr(options, name) not in (None, value)]:
+    own, began = settings(trainable_config(source.adapter)), trained_with(source.run) if source.run else None
+    known = {name: (None, value, getattr(began, name, None)) for name, value in own.items()}  # also as the run says it
+    if other := [name for name, values in known.items() if getattr(options, name) not in values]:
         told = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
         raise UsageError(
             f"--model {options.model}: an adapter goes on as it is: {told}; leave that out, or train all weights of "
             "the merged model without --lora-rank"
         )
-    if source.run and (bits := trained_with(source.run).quantize) != options.quantize:
+    if began and (bits := began.quantize) != options.quantize:
         before, now = (f"in {each}" if each else "unquantized" for each in (bits, options.quantize))
         reporter.warn(f"the adapter was trained on its base {before} and goes on over that {now}: not the same policy")
     return source, dataclasses.replace(options, **own)
@@ -528,17 +529,29 @@ def _kept_of_adapter(run: Run) -> str:
 
 
 @contextmanager
-def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
+def begin(run: Run, manifest: dict[str, Any]) -> Iterator[Path]:
     """Make the run's folder with its options, manifest and refused rows, whole at once; hold it while the block runs.
+
+    Yields: the folder, which has another name where nobody named it and a run that began meanwhile has this one.
 
     Raises:
         UsageError: another run made the folder meanwhile and is in it.
         DpoError: the folder cannot be written.
     """
+    folder = run.folder
     with ExitStack() as holding:
+        while not _began(run, manifest, folder, holding):
+            folder = _free_name(run.folder)
+        holding.callback((folder / LOCK).unlink, missing_ok=True)
+        yield folder
+
+
+def _began(run: Run, manifest: dict[str, Any], name: Path, holding: ExitStack) -> bool:
+    """Make the folder of that name, see ``begin``; False if another run has it and any name will do."""
+    with ExitStack() as trying:
         try:
-            with whole_folder(run.folder, new=True) as folder:
-                holding.enter_context(held(folder / LOCK))
+            with whole_folder(name, new=True) as folder:
+                trying.enter_context(held(folder / LOCK))
                 (folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
                 content = sealed(manifest | {"config": sha256(folder / "config.yaml")})
                 (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -549,10 +562,12 @@ def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
                             about = {"where": bad.where, "reason": bad.reason, "row": bad.record}
                             stream.write(to_json(about) + "\n")
         except DpoError:
-            _refuse_if_held(run.folder)
+            if run.options.output is None and name.exists():
+                return False
+            _refuse_if_held(name)
             raise
-        holding.callback((run.folder / LOCK).unlink, missing_ok=True)
-        yield
+        holding.push(trying.pop_all())
+        return True
 
 
 def _refuse_if_held(folder: Path) -> None:

@@ -90,7 +90,7 @@ def train(
         _where_it_runs(run, held_out.record)
         stop = holding.enter_context(StopSignal())
         if not resume:
-            _on_first(lambda: holding.enter_context(begin(run, manifest)))
+            run.folder = ranks.lead(lambda: holding.enter_context(begin(run, manifest)))
             folders.append(run.folder)
         done = _restore(run, trainer, reporter) if resume else 0
         trackers = holding.enter_context(Trackers(run.folder, run.options, reporter))

@@ -14,7 +14,7 @@ from dpo_cli.batch import Layout, MicroBatch, lay_out, pack, padded, plan_run, r
 from dpo_cli.pairs import Pair, read
 from tests.conftest import random_pairs
 
-LAYOUTS: list[Layout] = ["shared", "packed", "padded"]
+LAYOUTS: list[Layout] = ["shared", "packed", "padded", "alone"]
 
 # ---- the plan -----------------------------------------------------------------------------------------------------
 
@@ -206,6 +206,7 @@ HIDDEN = [  # 21, 30 and 31, 50 carry no loss
     Pair("b", vector(40), vector(~50, 51, 52), vector(60)),
 ]
 PREDICTORS = {"shared": [2, 6, 9, 10, 8], "packed": [2, 9, 12, 13, 15], "padded": [2, 10, 13, 14, 18]}
+PREDICTORS["alone"] = PREDICTORS["packed"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -218,6 +219,16 @@ def test_tokens_without_loss_are_read_and_not_predicted_by_hand(layout: Layout) 
     assert batch.targets.tolist() == [20, 32, 51, 52, 60]
     assert batch.lengths.tolist() == [1, 1, 2, 1] and batch.pair_tokens == (2, 3)
     assert row_costs(HIDDEN, layout) == row_costs(TWO, layout)  # a forward computes them all
+
+
+def test_sequences_that_run_alone_by_hand() -> None:
+    """One row of them, for what is computed to be joined to; and each as the plainest forward there is."""
+    batch, packed = lay_out(TWO, "alone"), lay_out(TWO, "packed")
+    assert torch.equal(batch.input_ids, packed.input_ids) and torch.equal(batch.predictors, packed.predictors)
+    singles = [padded([(pair.prompt, response)]) for pair in TWO for response in (pair.chosen, pair.rejected)]
+    assert [each.input_ids.tolist() for each in batch.alone] == [each.input_ids.tolist() for each in singles]
+    assert all(each.attention_mask is each.position_ids is None for each in batch.alone)
+    assert pack([0, 1, 2], [10, 30, 20], "alone", 100) == [(1,), (2,), (0,)]  # as many forwards in each
 
 
 def test_a_single_sequence_needs_no_mask() -> None:
@@ -291,8 +302,9 @@ def test_segments_see_their_own_sequence_and_nothing_else(pairs: list[Pair]) -> 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tensor_moves(layout: Layout) -> None:
     moved = lay_out(random_pairs(3), layout).to(torch.device("meta"))
-    found = [getattr(part, name) for part in (moved, moved.segments) if part is not None for name in part.__slots__]
+    parts = [part for part in (moved, moved.segments, *moved.alone) if part is not None]
+    found = [getattr(part, name) for part in parts for name in part.__slots__]
     tensors = [value for value in found if isinstance(value, Tensor)]
-    assert len(tensors) == {"shared": 8, "packed": 5, "padded": 5}[layout]
+    assert len(tensors) == {"shared": 8, "packed": 5, "padded": 5, "alone": 5 + 6 * 4}[layout]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert isinstance(moved, MicroBatch)

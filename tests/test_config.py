@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -476,7 +477,14 @@ def test_what_changes_the_training_cannot_be_changed(option: str, run: Path) -> 
         resolve_resumed({option: OTHER[option]}, run)
     began = getattr(resolve_resumed({}, run), option)
     flag = "--" + option.replace("_", "-")
-    assert str(caught.value) == f"--resume {run}: cannot change {flag} {OTHER[option]} (it began with {began})"
+    said = f"--resume {run}: cannot change {flag} {OTHER[option]} (it began with {began}). A new run can: dpo train "
+    assert str(caught.value).startswith(said)
+    words = shlex.split(str(caught.value).removeprefix(said))
+    value = [] if isinstance(OTHER[option], bool) else [str(OTHER[option])]
+    if isinstance(OTHER[option], list):
+        value = OTHER[option][:1]
+    output = [] if option == "output" else ["--output", f"{run}-2"]
+    assert sorted(words) == sorted(["--config", str(run / "config.yaml"), *output, flag, *value])
 
 
 def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None:

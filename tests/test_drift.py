@@ -152,7 +152,7 @@ def pairs_with_silent_tokens() -> Pairs:
 
 
 @pytest.mark.parametrize("apart", [True, False])
-@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded", "alone"])
 def test_every_layout_gives_the_same_either_way_round(layout: Layout, apart: bool, tmp_path: Path) -> None:
     policy, reference = (make_model(seed=seed) for seed in (0, 1))
     pairs = pairs_with_silent_tokens()

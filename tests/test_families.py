@@ -143,8 +143,8 @@ def test_equal_to_single_sequences(family: str, pairs: list[Pair], monkeypatch: 
     model = make(family)
     wanted = score(model, pairs, None)
     assert difference(model, pairs, None, wanted[0]) > 0.1  # nats: stock attention is wrong here, and it shows
-    layouts: list[Layout] = ["shared", "padded"] if family in ONE_DOCUMENT else ["shared", "packed", "padded"]
-    for layout in layouts:
+    layouts: list[Layout] = ["shared", "padded", "alone"]
+    for layout in layouts if family in ONE_DOCUMENT else [*layouts, "packed"]:
         check_equal(score(model, pairs, layout), wanted)
     layout, apart, told = choose_layout(model, pairs, 256, CPU, torch.float32)
     assert apart
@@ -267,10 +267,10 @@ def test_falls_back_to_padded_batches(pairs: list[Pair], monkeypatch: pytest.Mon
 
 
 def test_refuses_a_model_whose_rows_mix(pairs: list[Pair]) -> None:
-    """A head that looks at all the tokens it has met before, of whatever row, has no log-prob of one response."""
+    """A head that reads all the tokens it is given, of whatever row, has no log-prob of one response."""
     model = make("llama")
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, out: out - out.cumsum(-2) / 8)
-    with pytest.raises(DpoError, match=r"shared: off by .*; packed: off by .*; padded: off by"):
+    with pytest.raises(DpoError, match=r"shared: off by .*; packed: off by .*; padded: off by .*; alone: off by"):
         choose_layout(model, pairs, 256, CPU, torch.float32)
 
 
@@ -309,7 +309,7 @@ def test_refuses_a_model_that_draws_its_experts_in_training(pairs: list[Pair]) -
 def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest pair within max_tokens and the shortest, so that a window is seen and memory lasts.
 
-    The last is the shortest again, with one token of its prompt.
+    The last is the shortest again, with one token of its prompt. A pair beyond max_tokens has a forward of its own.
     """
     tried: list[Any] = []
 
@@ -318,8 +318,8 @@ def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPa
         return lay_out(probes, layout)
 
     monkeypatch.setattr(dpo_cli.model, "lay_out", spy)
-    for max_tokens, places in ((256, [2, 1]), (47, [0, 1]), (16, [1])):
+    for max_tokens, groups in ((256, [[2, 1, 1]]), (47, [[0, 1, 1], [2]]), (16, [[1, 1], [2]])):
         tried.clear()
         choose_layout(make("llama"), pairs, max_tokens, CPU, torch.float32)
-        assert [[pair.where for pair in probes] for probes in tried] == [[f"row {i}" for i in [*places, places[-1]]]]
+        assert [[pair.where for pair in probes] for probes in tried] == [[f"row {i}" for i in g] for g in groups]
         assert len(tried[0][-1].prompt) == 1

@@ -555,6 +555,32 @@ def test_every_change_is_named_at_once(place: Place, stopped: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in stopped.rglob("*")}
 
 
+ADAPTER = ("--lora-rank", 4, "--lora-targets", "q_proj,v_proj")
+
+
+@pytest.mark.parametrize("more", [(), ADAPTER, ("--lora-rank", 4), ("--ref", "model")])
+def test_the_command_that_is_named_trains_a_finished_run_further(place: Place, more: tuple[Any, ...]) -> None:
+    """For the epochs that are more, from its policy, which is the reference unless the run's own is asked for."""
+    shutil.rmtree(place.folder / "done", ignore_errors=True)
+    shutil.rmtree(place.folder / "done-2", ignore_errors=True)
+    start = ("--model", "model", "--data", "rows.jsonl", "--batch-size", 4, "--lr", 1e-2, "--max-length", 100)
+    code, told = place.dpo("train", *start, "--output", "done", *more)
+    assert code == 0, told
+    code, told = place.dpo("train", "--resume", "done", "--epochs", 3)
+    assert code == 2 and "cannot change --epochs 3 (it began with 1). To train its model further: dpo train " in told
+    command, _, rest = told.replace("\n", " ").split("further: dpo ")[1].partition(";")
+    code, told = place.dpo(*shlex.split(command))
+    assert code == 0, told
+    config = yaml.safe_load((place.folder / "done-2" / "config.yaml").read_text())
+    assert (config["epochs"], config["lr"], config["lora_rank"]) == (2, 1e-2, 4 if "--lora-rank" in more else None)
+    assert ("loss 0.693147" in told) == ("--ref" not in more)
+    if "--ref" not in more:
+        assert "or the run's own with --ref model" in rest
+        shutil.rmtree(place.folder / "done-2")
+        code, told = place.dpo(*shlex.split(command), "--ref", "model")
+        assert code == 0 and "policy and reference are two models" in told, told
+
+
 def test_what_the_run_began_with_may_be_said_again(stopped: Path) -> None:
     flags = {"lr": 1e-3, "data": ["rows.jsonl"], "batch_size": 3, "save_every": 5, "keep": 1, "log_every": 3}
     options = resolve_resumed(flags, stopped)

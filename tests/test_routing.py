@@ -28,7 +28,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": TWO_OF_FOUR | {"moe_intermediate_size": 32, "decoder_sparse_step": 1},
     "olmoe": TWO_OF_FOUR,
 }
-LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "padded")
+LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "padded", "alone")
 
 
 @pytest.fixture(params=MIXTURES)
