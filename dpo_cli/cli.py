@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TextIO, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TextIO, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -318,13 +318,17 @@ def merge(
         str | None,
         typer.Option(help="The adapter's base: what --model takes elsewhere. [default: what the adapter names]"),
     ] = None,
+    export_dtype: Annotated[
+        Literal["float32", "bfloat16", "auto"],
+        typer.Option(help="Precision of the weights; auto: that in which the base is stored."),
+    ] = "float32",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the base model's repository brings.")
     ] = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter and its base as one model, in float32."""
+    """Write an adapter and its base as one model."""
 
     def action() -> None:
         from dpo_cli.locate import find_model
@@ -333,7 +337,7 @@ def merge(
         reporter = _reporter()
         from dpo_cli.merge import merge as run
 
-        _show(run(model, base_model, output, trust_remote_code, reporter), json_, _plain)
+        _show(run(model, base_model, output, export_dtype, trust_remote_code, reporter), json_, _plain)
 
     _guarded(action, debug)
 

@@ -314,6 +314,11 @@ class TrainOptions(Options):
         one_of("adapter", "merged"),
         shown="adapter",
     )
+    export_dtype: str = option(
+        "float32",
+        "Precision of the weights in model/ and best/; auto: that in which the start model is stored.",
+        one_of("float32", "bfloat16", "auto"),
+    )
     memory: str = memory_option()
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     shard: bool = shard_option()
@@ -360,6 +365,11 @@ class TrainOptions(Options):
             raise UsageError(
                 f"--memory {self.memory}: an adapter's weights are few and stay float32, its base is not trained and "
                 "takes 2 bytes a parameter on CUDA anyway; use full or 8bit"
+            )
+        elif self.export_dtype != "float32" and self.export != "merged":
+            raise UsageError(
+                f"--export-dtype {self.export_dtype}: an adapter is written in float32, in which it is trained; with "
+                "--export merged the whole model can be in another"
             )
         elif self.quantize and self.export == "merged":
             raise UsageError(
@@ -481,7 +491,7 @@ def _refuse_without_adapter(options: TrainOptions) -> None:
 # Options that do not change what is trained: a resumed run may have others than it began with.
 OPERATIONAL = frozenset(
     {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
-    | {"base_model", "push_to_hub", "shard", "tracker"}
+    | {"export_dtype", "base_model", "push_to_hub", "shard", "tracker"}
 )
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
 SETTLED = frozenset(

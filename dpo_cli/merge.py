@@ -11,13 +11,13 @@ from dpo_cli.errors import UsageError
 from dpo_cli.export import export_model
 from dpo_cli.locate import find_model
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import load_model, load_tokenizer
+from dpo_cli.model import export_dtype, load_model, load_tokenizer
 from dpo_cli.prepare import fit_adapter
 from dpo_cli.run import trained_with
 
 
-def merge(name: str, base: str | None, output: Path, trust: bool, reporter: Reporter) -> dict[str, Any]:
-    """`dpo merge`: write a model folder with an adapter's weights added to its base's, in float32.
+def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, reporter: Reporter) -> dict[str, Any]:
+    """`dpo merge`: write a model folder with an adapter's weights added to its base's.
 
     ``base`` names the base, where it is not what the adapter names.
 
@@ -41,5 +41,6 @@ def merge(name: str, base: str | None, output: Path, trust: bool, reporter: Repo
         )
     model = load_model(source)
     card = merged_card(source, output.name, trained.objective if trained else None)
-    export_model(output, model, load_tokenizer(source), card, source=source, warn=reporter.warn)
+    written: dict[str, Any] = {"source": source, "dtype": export_dtype(dtype, source), "warn": reporter.warn}
+    export_model(output, model, load_tokenizer(source), card, **written)
     return {"model": str(output), "parameters": model.num_parameters()}

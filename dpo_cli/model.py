@@ -284,6 +284,15 @@ def compute_dtype(name: str | None, device: torch.device, halved: bool = False) 
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
+def export_dtype(name: str, source: ModelSource) -> torch.dtype:
+    """The precision in which weights are written; ``auto``: that in which the start model is stored."""
+    if name != "auto":
+        return torch.float32 if name == "float32" else torch.bfloat16
+    arguments = source.arguments() if not source.converted else {"pretrained_model_name_or_path": source.converted}
+    stored = AutoConfig.from_pretrained(**arguments).dtype
+    return stored if stored in (torch.float16, torch.bfloat16) else torch.float32
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The option's word for a precision."""
     return str(dtype).removeprefix("torch.")

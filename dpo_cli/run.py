@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import time
 from collections import Counter
@@ -41,7 +42,7 @@ from dpo_cli.locate import ModelSource
 from dpo_cli.logps import Scorer
 from dpo_cli.memory import Fit, fit, process_bytes, usable_bytes
 from dpo_cli.metrics import Reporter
-from dpo_cli.model import compile_layers, dtype_name, experts_a_token, load_tokenizer, release
+from dpo_cli.model import compile_layers, dtype_name, experts_a_token, export_dtype, load_tokenizer, release
 from dpo_cli.optimizer import BYTES, SPLIT
 from dpo_cli.pairs import Hashes, Pairs, trained_on
 from dpo_cli.prepare import (
@@ -496,7 +497,26 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
         reporter.warn(
             f"that is more than the {room / 2**30:.1f} GiB to be had: try a lower --max-length or --max-tokens"
         )
+    disk, free = _disk_bytes(run), shutil.disk_usage(next(p for p in run.folder.absolute().parents if p.exists())).free
+    reporter.fact("disk", f"about {disk / 2**30:.1f} GiB at most, for checkpoints and exports")
+    if disk > free:
+        reporter.warn(
+            f"that is more than the {free / 2**30:.1f} GiB that are free: try a lower --keep or --export-dtype bfloat16"
+        )
     _hint(run, reporter)
+
+
+def _disk_bytes(run: Run) -> int:
+    """What a run's folder takes at most: the checkpoints it keeps, its exports, and one of each being written."""
+    options, trained, steps = run.options, run.fitted.step_bytes.parameters, len(run.plan)
+    weight, _, moments = BYTES["split" if run.fitted.memory == "offload" else run.fitted.memory]
+    checkpoint, exported = trained * (weight + moments), trained * 4
+    if not options.lora_rank or options.export == "merged":
+        exported = run.model.num_parameters() * export_dtype(options.export_dtype, run.source).itemsize
+    if not options.lora_rank:
+        checkpoint += 4 * (run.model.num_parameters() - trained)
+    checkpoints = min(options.keep + 1, 1 + (steps - 1) // options.save_every if options.save_every else 1)
+    return checkpoints * checkpoint + exported * (3 if options.keep_best else 1)
 
 
 def _hint(run: Run, reporter: Reporter) -> None:

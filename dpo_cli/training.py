@@ -31,7 +31,7 @@ from dpo_cli.export import NotReadBackError, export_model
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import noise
 from dpo_cli.metrics import Reporter, append_metrics, brief, evaluations, read_metrics, step_rewards, truncate_metrics
-from dpo_cli.model import load_model
+from dpo_cli.model import export_dtype, load_model
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
@@ -355,9 +355,16 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
 
     def export(model: PreTrainedModel) -> None:
         apart = run.scorer.sharded and run.scorer.apart
-        about: dict[str, Any] = {"source": run.source, "pair": pair, "apart": apart, "warn": run.scorer.warn}
+        dtype = export_dtype(run.options.export_dtype, run.source)
+        about: dict[str, Any] = {
+            "source": run.source,
+            "pair": pair,
+            "dtype": dtype,
+            "apart": apart,
+            "warn": run.scorer.warn,
+        }
         try:
-            export_model(run.folder / name, model, run.tokenizer, card, **about)
+            export_model(run.folder / name, model, run.tokenizer, card, source=run.source, **about)
         except NotReadBackError as error:
             raise NotReadBackError(f"{error}. The trained weights are in {run.folder / 'checkpoints'}") from error
 
