@@ -11,6 +11,7 @@ from dpo_cli.errors import UsageError
 from dpo_cli.locate import find_model
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import load_model, load_tokenizer
+from dpo_cli.packed import admit
 from dpo_cli.run import trained_with
 
 
@@ -27,6 +28,7 @@ def merge(name: str, output: Path, trust: bool, reporter: Reporter) -> dict[str,
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     if output.exists():
         raise UsageError(f"--output {output}: exists already; name another folder")
+    source = admit(source, name)
     reporter.fact("model", source.told)
     trained = trained_with(source.run) if source.run else None
     if trained and trained.quantize:

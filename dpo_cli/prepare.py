@@ -8,13 +8,12 @@ import importlib.util
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dpo_cli import ranks
 from dpo_cli.adapters import coarsen, is_adapted, is_quantized
@@ -34,6 +33,7 @@ from dpo_cli.memory import MOST_TOKENS, fit, process_bytes
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import choose_layout, compile_layers, compute_dtype, dtype_name, load_model, load_tokenizer
 from dpo_cli.optimizer import SPLIT, halve
+from dpo_cli.packed import admit, packing_of, refuse_quantize
 from dpo_cli.pairs import Pair, Pairs, loss_tokens, read
 from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
@@ -47,6 +47,8 @@ def choose_model(name: str | None, options: DataOptions, reporter: Reporter, wha
     source = find_model(name, options.trust_remote_code)
     if source.checkpoint and verified_step(source.checkpoint) is None:
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
+    if isinstance(options, Options):  # it is to compute
+        source = admit(source, name, options, frozen=what == "reference")
     reporter.fact(what, source.told)
     if source.gguf:
         cache_dir = getattr(options, "cache_dir", CACHE_DIR)
@@ -258,10 +260,7 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
         raise UsageError(f"{asked}: computes in bfloat16; leave out --dtype float32")
     if source.gguf:
         raise UsageError(f"{asked}: {source.told} is a GGUF file; name the model's folder or its name on the hub")
-    with suppress(OSError, ValueError):  # which is told where the model is loaded
-        if packed := getattr(AutoConfig.from_pretrained(**source.arguments()), "quantization_config", None):
-            kind = dict(packed).get("quant_method", "its own way")
-            raise UsageError(f"{asked}: {source.path} is packed already ({kind}); name the model that it was made from")
+    refuse_quantize(options.quantize, source, packing_of(source))
 
 
 def tell_long(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter) -> None:

@@ -31,7 +31,7 @@ LAYERS = [
     {"batch", "near"},
     {"attention", "optimizer", "crossrow", "routing"},
     {"logps", "scores", "adapters"},
-    {"sharding"},
+    {"sharding", "packed"},
     {"model", "disk", "memory", "samples"},
     {"starter", "metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
     {"converted", "reference", "checkpoint", "step", "trackers", "drift", "diagnose", "curves", "charts", "frontier"},
