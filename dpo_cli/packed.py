@@ -202,4 +202,5 @@ def settle(model: PreTrainedModel, source: ModelSource, packing: Packing) -> Non
     vars(model)["_weight_conversions"] = None  # how its packed tensors were read, which saving would reverse
     for module in model.modules():
         for config in (module.config, module.config.get_text_config()) if isinstance(module, PreTrainedModel) else ():
-            vars(config).pop(KEY, None)
+            for name in (KEY, "base_model_tp_plan", "base_model_ep_plan"):  # plans for packed tensors, of its own
+                vars(config).pop(name, None)
