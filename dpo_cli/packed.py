@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,17 +39,12 @@ class Packing:
 
     method: str  # as transformers names it; empty where the configuration does not
     values: Mapping[str, Any]
-    made_from: str  # the model with plain weights, in words
+    named: str | None  # the model that the configuration was made from
 
     @property
     def name(self) -> str:
         """The method in words."""
         return NAMES.get(self.method, self.method or "in a way that its config.json does not name")
-
-    @property
-    def bitsandbytes(self) -> bool:
-        """Whether it takes that package to read the weights."""
-        return self.method.startswith("bitsandbytes")
 
     def dequantizes(self, source: ModelSource) -> bool:
         """Whether the weights are dequantized on loading: always, or for an adapter that is merged into them."""
@@ -57,7 +52,7 @@ class Packing:
 
     def loading(self, config: PretrainedConfig, source: ModelSource) -> dict[str, Any]:
         """What transformers' ``from_pretrained`` wants to load the weights so; they compute as ``--quantize`` does."""
-        if not self.bitsandbytes:
+        if "bitsandbytes" not in self.method:
             setattr(config, KEY, {**self.values, "dequantize": True})
             return {"config": config}
         on_gpu = torch.cuda.is_available() and not self.dequantizes(source)
@@ -84,12 +79,12 @@ def packing_of(source: ModelSource) -> Packing | None:
     for bits in ("4bit", "8bit"):
         if values.get(f"load_in_{bits}") is True:
             method = f"bitsandbytes_{bits}"
-    return Packing(method if isinstance(method, str) else "", values, _made_from(source, config))
+    return Packing(method if isinstance(method, str) else "", values, config.get("_name_or_path"))
 
 
-def _made_from(source: ModelSource, config: Mapping[str, Any]) -> str:
+def _made_from(source: ModelSource, packing: Packing) -> str:
     """The model with plain weights in words, with what the model card or else the configuration says of it."""
-    told = {"config.json": config.get("_name_or_path")}
+    told: dict[str, Any] = {"config.json": packing.named}
     with suppress(Exception):  # there is none, or whatever stands in it
         card = Path(source.path, "README.md")
         data = ModelCard.load(card if card.parent.is_dir() else source.path, ignore_metadata_errors=True).data
@@ -101,20 +96,21 @@ def _made_from(source: ModelSource, config: Mapping[str, Any]) -> str:
 def admit(source: ModelSource, name: str | None, options: Options | None = None, frozen: bool = False) -> ModelSource:
     """The source with how its weights are stored, where they are packed in a way that serves what is asked for.
 
-    ``frozen``: it is a reference, which is not trained.
+    ``options``: None of a merge. ``frozen``: it is a reference, which is not trained.
 
     Raises:
         UsageError: it does not, saying what does.
     """
-    packing = packing_of(source)
-    if packing is None:
+    if not (packing := packing_of(source)):
         return source
-    refuse_quantize(None if frozen else getattr(options, "quantize", None), source, packing)
+    unpacked = _made_from(source, packing)
+    if not frozen and (quantize := getattr(options, "quantize", None)):
+        raise UsageError(f"--quantize {quantize}: {source.path} is packed already ({packing.name}); name {unpacked}")
     whose = f"--model {name}: {f'its base {source.name}' if source.adapter else 'it'} is packed ({packing.name})"
-    other = f"{'let its adapter_config.json name' if source.adapter else 'name'} {packing.made_from}"
+    other = f"{'let its adapter_config.json name' if source.adapter else 'name'} {unpacked}"
     if packing.method not in NAMES:
         raise UsageError(f"{whose}, which is neither scored nor trained here; {other}")
-    if needs := _needs(packing, options, frozen):
+    if needs := [*_needs(packing, source, options, frozen)]:
         raise UsageError(f"{whose}, which needs {' and '.join(needs)}; or {other}")
     try:
         AutoQuantizationConfig.from_dict(dict(packing.values))
@@ -122,38 +118,29 @@ def admit(source: ModelSource, name: str | None, options: Options | None = None,
     except FileNotFoundError:  # the weights are not on this disk yet
         pass
     except Exception as error:  # whatever stands in it
-        raise UsageError(f"{whose} and cannot be read ({error}); {other}") from error
-    merged = options is None or getattr(options, "export", None) == "merged"
-    how = f", dequantized to float32{' to merge' * (packing.method == FOUR_BIT)}"
-    stored = packing.name + how * (merged or packing.method != FOUR_BIT)
+        raise UsageError(f"{whose} and cannot be read ({' '.join(str(error).split())}); {other}") from error
+    stored = f"{packing.name}, dequantized to float32"
+    if packing.method == FOUR_BIT:
+        merges = options is None or getattr(options, "export", None) == "merged"
+        stored = f"{stored} to merge" if merges else packing.name
     return replace(source, told=f"{source.told}, stored as {stored}", stored=stored)
 
 
-def _needs(packing: Packing, options: Options | None, frozen: bool) -> list[str]:
-    """What reading or training the weights takes and is not there."""
-    needs = []
-    if packing.bitsandbytes and not is_bitsandbytes_available():
-        needs.append("the package bitsandbytes (pip install -U bitsandbytes)")
-    if packing.method == FOUR_BIT:
-        if isinstance(options, TrainOptions) and not (frozen or options.lora_rank):
-            needs.append("an adapter to train (--lora-rank 16)")
-        if getattr(options, "shard", False):
-            needs.append("to be whole (leave out --shard)")
-        if torch.cuda.is_available() and getattr(options, "dtype", None) == "float32":
-            needs.append("bfloat16 (leave out --dtype float32)")
-    return needs
-
-
-def refuse_quantize(quantize: str | None, source: ModelSource, packing: Packing | None) -> None:
-    """Refuse to quantize what is packed already.
-
-    Raises:
-        UsageError: always, but where one of the two is None.
-    """
-    if quantize and packing:
-        raise UsageError(
-            f"--quantize {quantize}: {source.path} is packed already ({packing.name}); name {packing.made_from}"
-        )
+def _needs(packing: Packing, source: ModelSource, options: Options | None, frozen: bool) -> Iterator[str]:
+    """What it takes to read or train weights of bitsandbytes and is not there."""
+    if "bitsandbytes" in packing.method and not is_bitsandbytes_available():
+        yield "the package bitsandbytes (pip install -U bitsandbytes)"
+    if packing.method != FOUR_BIT:
+        return
+    if isinstance(options, TrainOptions) and not (frozen or options.lora_rank):
+        own = "with the adapter's rank, or dpo merge first" if source.adapter else "16"
+        yield f"an adapter to train (--lora-rank {own})"
+    if getattr(options, "shard", False):
+        yield "to be whole (leave out --shard)"
+    if getattr(options, "lora_kind", None) == "dora":
+        yield "an adapter without norms of the base (--lora-kind lora or rslora)"
+    if torch.cuda.is_available() and getattr(options, "dtype", None) == "float32":
+        yield "to compute in bfloat16 (leave out --dtype float32)"
 
 
 def check_blocks(source: ModelSource, packing: Packing) -> None:
@@ -187,11 +174,13 @@ def settle(model: PreTrainedModel, source: ModelSource, packing: Packing) -> Non
     is not packed of it has the precision of ``Packing.loading``.
 
     Raises:
-        ValueError: its weights were not dequantized as they were packed.
+        ValueError: its weights are packed otherwise than its configuration says, or in blocks that are dequantized wrongly.
     """
     if not packing.dequantizes(source):
         dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if getattr(parameter, "quant_state", parameter) is None:
+                raise ValueError(f"{name} is not packed, which its config.json says")
             if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
                 parameter.data = parameter.to(dtype)
         return

@@ -33,7 +33,7 @@ from dpo_cli.memory import MOST_TOKENS, fit, process_bytes
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import choose_layout, compile_layers, compute_dtype, dtype_name, load_model, load_tokenizer
 from dpo_cli.optimizer import SPLIT, halve
-from dpo_cli.packed import admit, packing_of, refuse_quantize
+from dpo_cli.packed import admit
 from dpo_cli.pairs import Pair, Pairs, loss_tokens, read
 from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
@@ -260,7 +260,7 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
         raise UsageError(f"{asked}: computes in bfloat16; leave out --dtype float32")
     if source.gguf:
         raise UsageError(f"{asked}: {source.told} is a GGUF file; name the model's folder or its name on the hub")
-    refuse_quantize(options.quantize, source, packing_of(source))
+    admit(source, options.model, options)
 
 
 def tell_long(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter) -> None:
