@@ -174,13 +174,16 @@ def settle(model: PreTrainedModel, source: ModelSource, packing: Packing) -> Non
     is not packed of it has the precision of ``Packing.loading``.
 
     Raises:
-        ValueError: its weights are packed otherwise than its configuration says, or in blocks that are dequantized wrongly.
+        ValueError: its weights are not packed as its configuration says, or would be dequantized wrongly.
     """
     if not packing.dequantizes(source):
         dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-        for name, parameter in model.named_parameters():
-            if getattr(parameter, "quant_state", parameter) is None:
-                raise ValueError(f"{name} is not packed, which its config.json says")
+        for name, module in model.named_modules():  # those of bitsandbytes have the attribute
+            if hasattr(module, "quant_state") and getattr(module.weight, "quant_state", None) is None:
+                raise ValueError(
+                    f"{name} is not packed, though its config.json says so: remove quantization_config there"
+                )
+        for parameter in model.parameters():
             if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
                 parameter.data = parameter.to(dtype)
         return
