@@ -12,6 +12,7 @@ from dpo_cli.export import export_model
 from dpo_cli.locate import find_model
 from dpo_cli.metrics import Reporter
 from dpo_cli.model import export_dtype, load_model, load_tokenizer
+from dpo_cli.packed import admit
 from dpo_cli.prepare import fit_adapter
 from dpo_cli.run import trained_with
 
@@ -31,6 +32,7 @@ def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, re
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     if output.exists():
         raise UsageError(f"--output {output}: exists already; name another folder")
+    source = admit(source, name)
     reporter.fact("model", source.told)
     source = fit_adapter(source, reporter)
     trained = trained_with(source.run) if source.run else None

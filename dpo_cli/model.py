@@ -36,6 +36,7 @@ from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource, gguf_value
 from dpo_cli.logps import body_states, token_logps
 from dpo_cli.memory import MOST_TOKENS
+from dpo_cli.packed import SCALES, packing_of, settle
 from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.routing import auxiliary_loss, routed
 from dpo_cli.sharding import shard_like
@@ -133,28 +134,15 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:
-    """The model with float32 weights, on the CPU, in evaluation mode; a quantized one where it was quantized.
+    """The model with float32 weights, on the CPU, in evaluation mode.
+
+    A quantized one, on its device, where ``source.quantize`` asks for it or an adapter goes over a packed base.
 
     Raises:
         UsageError: no such model, or its weights cannot be read.
     """
-    arguments, extra = source.arguments(), dict[str, Any](use_safetensors=True)
-    if dequantised := "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
-        extra = {"quantization_config": GgufConfig(dequantize=True)}
-    if source.quantize:
-        extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": torch.cuda.current_device()}}
-    dtype = torch.bfloat16 if source.quantize else torch.float32
     try:
-        # The half of it that makes text would be loaded alone, and say that it is none.
-        if not dequantised and AutoConfig.from_pretrained(**arguments).is_encoder_decoder:
-            raise ValueError("it is an encoder-decoder, and no causal language model")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype, output_loading_info=True, **extra)
-        model: PreTrainedModel = loaded[0]
-        model.eval()
-        if missing := sorted(loaded[1]["missing_keys"]):  # transformers draws them at random
-            raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise ValueError("it is an adapter on the hub; download it and name its folder")
+        model = _from_pretrained(source)
     except Exception as error:  # whatever a folder from elsewhere makes the libraries raise
         base = f"\nIt is the base of {source.adapter}; --base-model names another" if source.adapter else ""
         raise UsageError(f"--model {source.path}: cannot be loaded\n{_reason(error)}{base}") from error
@@ -198,6 +186,39 @@ def load_exported(folder: Path, trust: bool) -> PreTrainedModel:
             raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}")
     model: PreTrainedModel = loaded[0]
     model.eval()
+    return model
+
+
+def _from_pretrained(source: ModelSource) -> PreTrainedModel:
+    """The model as transformers loads it, without adapter and checkpoint.
+
+    Raises:
+        ValueError: some of its weights would be drawn at random or not be what they were; and whatever transformers
+            raises.
+    """
+    arguments, extra = source.arguments(), dict[str, Any](use_safetensors=True)
+    if dequantised := "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
+        extra = {"quantization_config": GgufConfig(dequantize=True)}
+    if source.quantize:
+        extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": torch.cuda.current_device()}}
+    extra["dtype"] = torch.bfloat16 if source.quantize else torch.float32
+    packing = packing_of(source)
+    # The half of it that makes text would be loaded alone, and say that it is none.
+    if not dequantised and (config := AutoConfig.from_pretrained(**arguments)).is_encoder_decoder:
+        raise ValueError("it is an encoder-decoder, and no causal language model")
+    if packing:
+        extra |= packing.loading(config, source)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**arguments, output_loading_info=True, **extra)
+    model: PreTrainedModel = loaded[0]
+    model.eval()
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers draws them at random
+        raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("it is an adapter on the hub; download it and name its folder")
+    if scales := sorted(name for name in loaded[1]["unexpected_keys"] if name.endswith(SCALES)):
+        raise ValueError(f"its weights are packed, and nothing reads {scales[0]}; name the model that it was made from")
+    if packing:
+        settle(model, source, packing)
     return model
 
 

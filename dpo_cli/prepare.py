@@ -9,7 +9,6 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dpo_cli import ranks
 from dpo_cli.adapter_files import CONFIG, unknown_keys
@@ -46,6 +45,7 @@ from dpo_cli.model import (
     with_vocabulary,
 )
 from dpo_cli.optimizer import SPLIT, halve
+from dpo_cli.packed import admit
 from dpo_cli.pairs import Pair, Pairs, loss_tokens, read
 from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
@@ -61,6 +61,8 @@ def choose_model(
     source = find_model(name, options.trust_remote_code, base)
     if source.checkpoint and verified_step(source.checkpoint) is None:
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
+    if isinstance(options, Options):  # it is to compute
+        source = admit(source, name, options, frozen=what == "reference")
     reporter.fact(what, source.told)
     if source.gguf:
         cache_dir = getattr(options, "cache_dir", CACHE_DIR)
@@ -300,10 +302,7 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
         raise UsageError(f"{asked}: computes in bfloat16; leave out --dtype float32")
     if source.gguf:
         raise UsageError(f"{asked}: {source.told} is a GGUF file; name the model's folder or its name on the hub")
-    with suppress(OSError, ValueError):  # which is told where the model is loaded
-        if packed := getattr(AutoConfig.from_pretrained(**source.arguments()), "quantization_config", None):
-            kind = dict(packed).get("quant_method", "its own way")
-            raise UsageError(f"{asked}: {source.path} is packed already ({kind}); name the model that it was made from")
+    admit(source, options.model, options)
 
 
 def tell_long(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter) -> None:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli import drift, ranks
 from dpo_cli.adapter_files import settings, trainable_config
-from dpo_cli.adapters import adapted, attach, is_adapted, make_config, try_backward
+from dpo_cli.adapters import adapted, attach, is_adapted, is_quantized, make_config, try_backward
 from dpo_cli.batch import Layout, Step, plan_run, row_costs, step_pairs
 from dpo_cli.config import OPERATIONAL, DataOptions, TrainOptions, resolve, to_yaml
 from dpo_cli.data import BadRow, Reading
@@ -544,7 +544,8 @@ _KEPT = {
 
 def _kept_of_adapter(run: Run) -> str:
     coarse = "bfloat16" if run.model.dtype == torch.bfloat16 else "float32"
-    base, moments = run.options.quantize or coarse, "8 bits" if run.fitted.memory == "8bit" else "float32"
+    packed = run.source.stored if is_quantized(run.model) else ""
+    base, moments = run.options.quantize or packed or coarse, "8 bits" if run.fitted.memory == "8bit" else "float32"
     return f"frozen base {base}, adapter float32, its moments {moments}"
 
 

@@ -31,7 +31,7 @@ LAYERS = [
     {"batch", "near"},
     {"attention", "optimizer", "crossrow", "routing", "targets"},
     {"logps", "scores", "adapters"},
-    {"sharding", "adapter_files"},
+    {"sharding", "adapter_files", "packed"},
     {"memory"},
     {"model", "disk", "samples"},
     {"starter", "metrics", "fingerprint", "shards", "tokenized", "lengths", "margins", "plots"},
