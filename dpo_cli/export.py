@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from dpo_cli import ranks
 from dpo_cli.adapter_files import save_adapter
@@ -27,6 +30,7 @@ from dpo_cli.pairs import Pair, loss_tokens
 from dpo_cli.sharding import is_sharded, whole_weights
 
 CPU = torch.device("cpu")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images, sound
 
 
 class NotReadBackError(DpoError):
@@ -69,6 +73,9 @@ def export_model(
             model.generation_config.save_pretrained(temporary)  # its answers end as they do here
         else:
             _save_weights(model, weights, dtype, temporary, warn)
+            for name in PROCESSORS:
+                if file := cached_file(source.path, name, _raise_exceptions_for_missing_entries=False):
+                    shutil.copyfile(file, temporary / name)
         tokenizer.save_pretrained(temporary)
         _rewrite(temporary / "tokenizer_config.json", _older_tokenizer)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -96,6 +103,11 @@ def _save_weights(
     if dtype != torch.float32:
         rounded = {id(t): t.to(dtype) for t in (weights or model.state_dict(keep_vars=True)).values()}
         weights = {name: rounded[id(t)] for name, t in (weights or model.state_dict(keep_vars=True)).items()}
+    if kept := {name: file for name, file in getattr(model, "not_loaded", {}).items() if file}:
+        weights = {**(weights or model.state_dict())}
+        for name, file in kept.items():  # parts of the checkpoint that the model does not have, as they were
+            with safe_open(file, framework="pt") as tensors:
+                weights[name] = tensors.get_tensor(name)
     model.save_pretrained(folder, state_dict=weights)
     file = folder / "config.json"
     _rewrite(file, lambda written: written | {"dtype": str(dtype).removeprefix("torch.")})
@@ -127,7 +139,7 @@ def _read_back(
         return
     try:
         if not is_adapted(model):
-            again = load_exported(written, source.trust)
+            again = load_exported(written, source.trust, getattr(model, "not_loaded", ()))
             if is_tied(again) != is_tied(model):
                 raise ValueError("embedding and head are tied in one of the two only")
         else:  # by plain peft, but over a packed base, into which it cannot be merged

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,9 +28,15 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
+from transformers.utils.hub import cached_file
 
 from dpo_cli import adapter_files
+from dpo_cli.adapters import is_tied
 from dpo_cli.attention import PREFIX_SHARED, attention
 from dpo_cli.batch import Layout, MicroBatch, lay_out, padded, probes, row_costs
 from dpo_cli.errors import DpoError, UsageError
@@ -40,6 +47,8 @@ from dpo_cli.packed import SCALES, packing_of, settle
 from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.routing import auxiliary_loss, routed
 from dpo_cli.sharding import shard_like
+
+COMPUTED = re.compile(r"inv_freq|position_ids|masked_bias|attn\.bias$")  # buffers that old checkpoints hold
 
 
 def _reason(error: Exception) -> str:
@@ -154,6 +163,8 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         raise UsageError(
             f"--model {source.checkpoint or source.adapter}: cannot be loaded\n{_reason(error)}"
         ) from error
+    if not source.attached:
+        freeze_unread(model)
     for tensor in (*model.parameters(), *model.buffers()) if not source.quantize else ():
         tensor.data = tensor.data.clone()  # it may lie in the file's own memory, which others can write to
     _disable_dropout(model)
@@ -167,11 +178,11 @@ def declared_class(config: PretrainedConfig) -> Any:
     return AutoModelForMultimodalLM if multimodal in (config.architectures or ()) else AutoModelForCausalLM
 
 
-def load_exported(folder: Path, trust: bool) -> PreTrainedModel:
+def load_exported(folder: Path, trust: bool, beside: Collection[str] = ()) -> PreTrainedModel:
     """The model of a folder in the class that its config declares, with float32 weights.
 
     Raises:
-        ValueError: the folder has not just the weights that the class asks for, or something else fails.
+        ValueError: its weights, but for those named ``beside``, are not those of the class, or something else fails.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
@@ -182,7 +193,7 @@ def load_exported(folder: Path, trust: bool) -> PreTrainedModel:
     except Exception as error:  # of whatever type the libraries raise
         raise ValueError(_reason(error)) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, loaded[1][kind])):
+        if names := sorted(str(name) for name in loaded[1][kind] if name not in beside):
             raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}")
     model: PreTrainedModel = loaded[0]
     model.eval()
@@ -196,19 +207,8 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
         ValueError: some of its weights would be drawn at random or not be what they were; and whatever transformers
             raises.
     """
-    arguments, extra = source.arguments(), dict[str, Any](use_safetensors=True)
-    if dequantised := "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
-        extra = {"quantization_config": GgufConfig(dequantize=True)}
-    if source.quantize:
-        extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": torch.cuda.current_device()}}
-    extra["dtype"] = torch.bfloat16 if source.quantize else torch.float32
-    packing = packing_of(source)
-    # The half of it that makes text would be loaded alone, and say that it is none.
-    if not dequantised and (config := AutoConfig.from_pretrained(**arguments)).is_encoder_decoder:
-        raise ValueError("it is an encoder-decoder, and no causal language model")
-    if packing:
-        extra |= packing.loading(config, source)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(**arguments, output_loading_info=True, **extra)
+    auto, arguments = _loading(source)
+    loaded: Any = auto.from_pretrained(**arguments, output_loading_info=True)
     model: PreTrainedModel = loaded[0]
     model.eval()
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers draws them at random
@@ -217,9 +217,64 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
         raise ValueError("it is an adapter on the hub; download it and name its folder")
     if scales := sorted(name for name in loaded[1]["unexpected_keys"] if name.endswith(SCALES)):
         raise ValueError(f"its weights are packed, and nothing reads {scales[0]}; name the model that it was made from")
-    if packing:
+    if packing := packing_of(source):
         settle(model, source, packing)
+    if not is_tied(model):  # whatever the config says: a class that believes it would overwrite one of two matrices
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    if "gguf_file" not in arguments:
+        cast(Any, model).not_loaded = _not_loaded(model, source, loaded[1]["unexpected_keys"])
     return model
+
+
+def _loading(source: ModelSource) -> tuple[Any, dict[str, Any]]:
+    """The auto class that loads a model, and the arguments of its ``from_pretrained``."""
+    arguments = source.arguments()
+    if "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
+        return AutoModelForCausalLM, arguments | {
+            "quantization_config": GgufConfig(dequantize=True),
+            "dtype": torch.float32,
+        }
+    # The half of it that makes text would be loaded alone, and say that it is none.
+    if (config := AutoConfig.from_pretrained(**arguments)).is_encoder_decoder:
+        raise ValueError("it is an encoder-decoder, and no causal language model")
+    extra: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
+    if source.quantize:
+        extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": torch.cuda.current_device()}}
+        extra["dtype"] = torch.bfloat16
+    if packing := packing_of(source):
+        extra |= packing.loading(config, source)
+    return declared_class(config), arguments | extra
+
+
+def _not_loaded(model: PreTrainedModel, source: ModelSource, unexpected: set[str]) -> dict[str, Path | None]:
+    """Tensors of a checkpoint that its model does not have, and their files; None of one that is not found there."""
+    stored, ignored = _stored_tensors(source), model._keys_to_ignore_on_load_unexpected or ()
+    names = unexpected | {name for name in stored if any(re.search(pattern, name) for pattern in ignored)}
+    return {name: stored.get(name) for name in sorted(names - model.state_dict().keys()) if not COMPUTED.search(name)}
+
+
+def _stored_tensors(source: ModelSource) -> dict[str, Path]:
+    """The file of each tensor of a checkpoint."""
+    index, single = (
+        cached_file(source.path, file, _raise_exceptions_for_missing_entries=False)
+        for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+    )
+    if index:
+        files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        return {name: Path(index).with_name(file) for name, file in files.items()}
+    if not single:
+        return {}
+    with safe_open(single, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), Path(single))
+
+
+def freeze_unread(model: PreTrainedModel) -> None:
+    """Take from training what text does not run through: of a model that reads images or sound, all but its decoder."""
+    if type(model).__name__ == MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model.config.model_type):
+        parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+        read = {id(p) for part in parts if part is not None for p in part.parameters()}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in read)
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ from dpo_cli.pairs import Pair, Pairs, loss_tokens, read
 from dpo_cli.records import REST, find_sources
 from dpo_cli.reference import Filled, ReferenceCache, fill, missing_places, tokens_of
 from dpo_cli.sharding import shard
+from dpo_cli.targets import kind_of
 from dpo_cli.tokenized import Tokenized, merged
 from dpo_cli.tokens import Encoder, PairSet, reasons, refusal
 
@@ -234,8 +235,7 @@ def make_scorer(
             "the model's own tokenizer; if tokens were added to it, give the model as many with transformers' "
             "resize_token_embeddings, train them, and start from that"
         )
-    if hasattr(model.config, "vision_config") or hasattr(model.config, "audio_config"):
-        reporter.warn("the model reads more than text: here it is trained on text alone, and its other parts stay")
+    _tell_unread(model, reporter)
     if not is_quantized(model):  # which is there already
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or MOST_TOKENS[device.type]
@@ -259,6 +259,20 @@ def _sampled(pairs: Pairs, options: Options, limit: int | None) -> Pairs:
             room = min(options.sample_tokens, limit - len(prompt)) if limit else options.sample_tokens
             made.append(Pair("a sample", prompt, np.resize(response, room), response[:1]))
     return made
+
+
+def _tell_unread(model: PreTrainedModel, reporter: Reporter) -> None:
+    """Report what of a checkpoint text does not read, and so is not trained."""
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if frozen and not is_adapted(model) and not is_quantized(model):
+        parts = sorted({".".join(name.split(".")[:2]) for name in frozen})
+        reporter.fact("", f"not read by text, not trained, exported as they are: {', '.join(parts)}")
+    if left := getattr(model, "not_loaded", {}):
+        parts = sorted({kind_of(name.rpartition(".")[0]) for name in left})[:5]
+        kept = "a whole export keeps them" if all(left.values()) else "an export is without them"
+        reporter.fact(
+            "", f"{len(left):,} tensors of the checkpoint are not part of the model ({', '.join(parts)}); {kept}"
+        )
 
 
 def halved_if_split(model: PreTrainedModel, weights: str, memory: str) -> tuple[str, dict[str, Tensor] | None]:

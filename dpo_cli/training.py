@@ -364,7 +364,7 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
             "warn": run.scorer.warn,
         }
         try:
-            export_model(run.folder / name, model, run.tokenizer, card, source=run.source, **about)
+            export_model(run.folder / name, model, run.tokenizer, card, **about)
         except NotReadBackError as error:
             raise NotReadBackError(f"{error}. The trained weights are in {run.folder / 'checkpoints'}") from error
 
