@@ -25,7 +25,7 @@ from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.locate import ModelSource
 from dpo_cli.logps import noise, token_logps
 from dpo_cli.memory import process_bytes, usable_bytes
-from dpo_cli.model import free_memory, load_exported, load_model
+from dpo_cli.model import load_exported, load_model, release
 from dpo_cli.pairs import Pair, loss_tokens
 from dpo_cli.sharding import is_sharded, whole_weights
 
@@ -153,8 +153,7 @@ def _read_back(
         raise NotReadBackError(
             f"{folder}: loaded again the model gives other log-probs than in memory, by {off:.3g} nats on {pair.where}"
         )
-    del again
-    free_memory()
+    release(again)
 
 
 # ---- what transformers 4, and with it vLLM, reads of an export --------------------------------------------------

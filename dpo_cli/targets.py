@@ -141,14 +141,16 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _read_directly(model: nn.Module) -> set[str]:
     """Modules whose weight the layer around them reads: on some devices their forward, and an adapter's, never runs."""
-    reads = {kind: _reads(kind) for kind in {type(module) for module in model.modules()}}
-    return {f"{name}.{child}" for name, module in model.named_modules() for child in reads[type(module)]}
+    around = [(name, type(m)) for name, m in model.named_modules() if any(isinstance(c, LINEAR) for c in m.children())]
+    reads = {kind: _reads(kind) for kind in {kind for _, kind in around}}
+    return {f"{name}.{child}" for name, kind in around for child in reads[kind]}
 
 
 def _reads(kind: type[nn.Module]) -> set[str]:
     own = [each for each in kind.__mro__ if issubclass(each, nn.Module) and not each.__module__.startswith("torch.")]
+    methods = [m for each in own if each is not PreTrainedModel for m in vars(each).values() if inspect.isfunction(m)]
     try:
-        return {child for each in own if each is not PreTrainedModel for child in READ.findall(inspect.getsource(each))}
+        return {child for method in methods for child in READ.findall(inspect.getsource(method))}
     except (OSError, TypeError):  # its source is not there
         return set()
 

@@ -216,10 +216,16 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
         reporter.fact("step 0", f"{told}  ({apart})")
         return
     if largest > noise(run.scorer.dtype):
+        cause = f"The cached reference does not fit this model: remove {run.cache.folder}"
+        if run.options.lora_rank and not run.source.adapter:
+            cause = (
+                "The adapter that was attached changes what the model computes: name other --lora-targets or "
+                f"--modules-to-save; if that does not help, remove the cached reference, {run.cache.folder}"
+            )
         raise DpoError(
             f"step 0: {told}, but policy and reference are the same model, so the loss must be {must} "
             f"(off by {abs(values['loss'] - expected):.2g}, a response by {largest:.2g} nats a root of its tokens). "
-            f"The cached reference does not fit this model: remove {run.cache.folder}"
+            f"{cause}"
         )
     why = "as they must" if usual else f"so the loss must be {must}"
     reporter.fact("step 0", f"{told}  (policy and cached reference are equal on its {len(indices)} pairs, {why})")

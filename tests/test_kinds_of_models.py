@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -99,35 +101,82 @@ def train(rows: Path, tmp_path: Path) -> Train:
     return run
 
 
-def check_exported(folder: Path, before: Path) -> None:
-    """The trained model generates, and is another than it was."""
+def logps(model: Any) -> Tensor:
+    """Of each token of some text given those before it: nats."""
+    ids = torch.arange(5, 69)[None]
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+    return found.gather(1, ids[0, 1:, None])[:, 0]
+
+
+def generates(folder: Path) -> bool:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "Hello."}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**ids, max_new_tokens=3, do_sample=False)
-    assert answer.shape[1] > ids["input_ids"].shape[1]
-    old = AutoModelForCausalLM.from_pretrained(before, dtype=torch.float32).state_dict()
-    new = model.state_dict()
-    assert old.keys() == new.keys() and any(not torch.equal(old[name], new[name]) for name in old)
+    return bool(model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1])
 
 
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of the models' own code
+def after_step(start: Path, run: Path, step: int) -> Tensor:
+    """``logps`` of the start model with the weights of a checkpoint, whatever the exports hold."""
+    model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    checkpoint = run / "checkpoints" / f"step-{step:06d}"
+    if (checkpoint / "adapter_config.json").exists():
+        model = PeftModel.from_pretrained(model, checkpoint)
+    else:
+        odd = model.load_state_dict(load_file(checkpoint / "weights.safetensors"), strict=False)
+        assert not odd.unexpected_keys
+    return logps(model)
+
+
+def exported(start: Path, folder: Path) -> Tensor:
+    """``logps`` of what plain transformers and peft load from a folder."""
+    if (folder / "adapter_config.json").exists():
+        base = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+        return logps(PeftModel.from_pretrained(base, folder))
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return logps(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*is_gradient_checkpointing")  # of the models' own code
 @pytest.mark.parametrize("kind", KINDS)
 def test_trains_exports_and_generates(
     kind: str, train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     family, config, layout, more = KINDS[kind]
-    made = make_model(family, **config)
-    made.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    result = train(tmp_path / "model", *more)
+    start, run = tmp_path / "model", tmp_path / "run"
+    make_model(family, **config).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    often = ("--eval-fraction", 0.25, "--eval-every", 1, "--save-every", 1, "--keep", 3, "--keep-best", "loss")
+    result = train(start, *more, *often)
     assert result.exit_code == 0, result.output
     assert layout in result.stderr
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in metrics if "loss" in line]
     # tiny models with large weights: a response's log-prob of some 700 nats has steps of 6e-5, which beta takes to 6e-6
-    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=3e-6)
-    assert len(metrics) == 3 and all(("aux_loss" in line) == bool(more) for line in metrics)
-    check_exported(tmp_path / "run" / "model", tmp_path / "model")
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=3e-6)
+    assert len(steps) == 3 and all(("aux_loss" in line) == bool(more) for line in steps)
+    check_exports(start, run)
+    assert generates(run / "model")
+
+    result = train(start, "--lora-rank", 4, "--lr", 1e-2, *often, "--output", tmp_path / "lora")
+    assert result.exit_code == 0, result.output
+    check_exports(start, tmp_path / "lora")
+    merge = ("merge", "--model", tmp_path / "lora", "--output", tmp_path / "merged")
+    assert CliRunner().invoke(app, [*map(str, merge)]).exit_code == 0
+    assert (exported(start, tmp_path / "merged") - after_step(start, tmp_path / "lora", 3)).abs().max() < 1e-4
+
+
+def check_exports(start: Path, run: Path) -> None:
+    """model/ is the last step, best/ the one of the lowest held-out loss, and both are other than the start."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
+    best = min(held_out, key=held_out.__getitem__)
+    before = logps(AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32))
+    assert (exported(start, run / "model") - after_step(start, run, 3)).abs().max() < 1e-4
+    assert (exported(start, run / "model") - before).abs().max() > 1e-4
+    if best:
+        assert (exported(start, run / "best") - after_step(start, run, best)).abs().max() < 1e-4
 
 
 def test_a_gguf_file(train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -151,7 +200,7 @@ def test_a_model_stored_in_float16(train: Train, tokenizer: PreTrainedTokenizerF
     result = train(tmp_path / "model")
     assert result.exit_code == 0 and "weights and moments float32" in result.stderr
     assert load_file(tmp_path / "run" / "model" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
-    check_exported(tmp_path / "run" / "model", tmp_path / "model")
+    assert generates(tmp_path / "run" / "model")
 
 
 def test_float16_is_no_precision_to_compute_in(tiny: Path, train: Train) -> None:
