@@ -82,6 +82,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str, tuple[Any, ...]]] = {
     ),
     "more embeddings than tokens": ("llama", {"vocab_size": 448}, SHARED, ()),
 }
+BEST_ADAPTER = {"many small experts", "tied head", "state space beside attention"}  # whose best/ is tried too
 Train = Callable[..., Any]
 
 
@@ -147,8 +148,8 @@ def test_trains_exports_and_generates(
     start, run = tmp_path / "model", tmp_path / "run"
     make_model(family, **config).save_pretrained(start)
     tokenizer.save_pretrained(start)
-    often = ("--eval-fraction", 0.25, "--eval-every", 1, "--save-every", 1, "--keep", 3, "--keep-best", "loss")
-    result = train(start, *more, *often)
+    best = ("--eval-fraction", 0.25, "--kl", "none", "--keep-best", "loss", "--lr", 1e-2)
+    result = train(start, *more, *best)
     assert result.exit_code == 0, result.output
     assert layout in result.stderr
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -159,7 +160,8 @@ def test_trains_exports_and_generates(
     check_exports(start, run)
     assert generates(run / "model")
 
-    result = train(start, "--lora-rank", 4, "--lr", 1e-2, *often, "--output", tmp_path / "lora")
+    few = best if kind in BEST_ADAPTER else ("--lr", 1e-2)
+    result = train(start, "--lora-rank", 4, *few, "--output", tmp_path / "lora")
     assert result.exit_code == 0, result.output
     check_exports(start, tmp_path / "lora")
     merge = ("merge", "--model", tmp_path / "lora", "--output", tmp_path / "merged")
@@ -168,15 +170,16 @@ def test_trains_exports_and_generates(
 
 
 def check_exports(start: Path, run: Path) -> None:
-    """model/ is the last step, best/ the one of the lowest held-out loss, and both are other than the start."""
+    """model/ and best/, where the held-out loss fell, are what the last checkpoint holds, and not the start."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    held_out = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
-    best = min(held_out, key=held_out.__getitem__)
+    first, last = [line["eval_loss"] for line in metrics if "eval_loss" in line] or (0, 0)
+    expected = after_step(start, run, 3)
     before = logps(AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32))
-    assert (exported(start, run / "model") - after_step(start, run, 3)).abs().max() < 1e-4
-    assert (exported(start, run / "model") - before).abs().max() > 1e-4
-    if best:
-        assert (exported(start, run / "best") - after_step(start, run, best)).abs().max() < 1e-4
+    assert (expected - before).abs().max() > 1e-3
+    assert (exported(start, run / "model") - expected).abs().max() < 1e-4
+    assert (run / "best").exists() == (last < first)
+    if last < first:
+        assert (exported(start, run / "best") - expected).abs().max() < 1e-4
 
 
 def test_a_gguf_file(train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
