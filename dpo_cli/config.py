@@ -593,7 +593,7 @@ def _instead(folder: Path, began: TrainOptions, options: TrainOptions) -> str:
     changed = {name: getattr(options, name) for name in _changed(began, options)}
     further = (folder / "model").is_dir() and "model" not in changed
     for name in ("epochs", "max_steps") if further else ():
-        if changed.get(name, 0) > (before := getattr(began, name) or 0):
+        if (changed.get(name) or 0) > (before := getattr(began, name) or 0):
             changed[name] -= before
     flags = {"config": folder / "config.yaml", **({"model": folder} if further else {})}
     flags |= {"output": folder.with_name(f"{folder.name}-2"), **changed}

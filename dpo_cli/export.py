@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_cli import ranks
-from dpo_cli.adapter_files import save_adapter
+from dpo_cli.adapter_files import WEIGHTS, adapter_weights, save_adapter
 from dpo_cli.adapters import is_adapted, is_quantized, is_tied
 from dpo_cli.batch import padded
 from dpo_cli.disk import whole_folder
@@ -31,7 +31,6 @@ from dpo_cli.pairs import Pair, loss_tokens
 from dpo_cli.sharding import is_sharded, whole_weights
 
 CPU = torch.device("cpu")
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images, sound
 
 
 class NotReadBackError(DpoError):
@@ -46,52 +45,67 @@ def export_model(
     *,
     source: ModelSource,
     pair: Pair | None = None,
+    expected: tuple[Tensor, torch.dtype] | None = None,
     dtype: torch.dtype = torch.float32,
-    apart: bool = False,
     warn: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write weights in ``dtype``, config, tokenizer with template and model card, or the adapter where there is one.
 
-    ``source`` is what the model was loaded from. The folder appears once it was read back: loaded in the class that it
-    declares it has every weight and gives ``pair``, or some ids, the log-probs that the model in memory does.
-    ``apart`` as of ``Scorer``. The first rank writes; of a sharded model all must take part, and the first one's host
-    has room for its weights.
+    ``source`` is what the model was loaded from. The folder appears only after it was loaded again in the class that
+    its config declares, with every weight and with the log-probs of ``pair`` that the model in memory gives:
+    ``expected`` (2,) nats and the precision they were computed in. Of a sharded model all ranks take part, and the
+    first one's host has room for its weights.
 
     Raises:
-        NotReadBackError: it does not; nothing is left in the folder's place.
+        NotReadBackError: the model loaded again is another one; no folder is left.
     """
-    compute = torch.float32 if all(p.dtype == torch.float32 for p in model.parameters()) else torch.bfloat16
     if pair is None:
         ids = np.arange(min(64, model.config.get_text_config().vocab_size), dtype=np.int32)
         pair = Pair("the ids from 0 to 63", ids[:1], ids[1:], ids[:0:-1])
-    expected = _response_logps(model, pair, compute, apart)
+    if expected is None:
+        expected = response_logps(model, pair, torch.float32), torch.float32
     weights = whole_weights(model) if is_sharded(model) else None
-    if ranks.rank() > 0:
-        return
-    with whole_folder(folder) as temporary:
-        if is_adapted(model):
-            save_adapter(model, temporary)
-            model.generation_config.save_pretrained(temporary)  # its answers end as they do here
-        else:
-            _save_weights(model, weights, dtype, temporary, warn)
-            for name in PROCESSORS:
-                if file := cached_file(source.path, name, _raise_exceptions_for_missing_entries=False):
-                    shutil.copyfile(file, temporary / name)
-        tokenizer.save_pretrained(temporary)
-        _rewrite(temporary / "tokenizer_config.json", _older_tokenizer)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        coarse = dtype == torch.bfloat16 or compute == torch.bfloat16 or expected.device != CPU
-        _read_back(temporary, folder, model, source, pair, expected, torch.bfloat16 if coarse else compute, warn)
+
+    def write() -> None:
+        with whole_folder(folder) as temporary:
+            if is_adapted(model):
+                save_adapter(model, temporary)
+                model.generation_config.save_pretrained(temporary)  # its answers end as they do here
+            else:
+                _save_weights(model, weights, dtype, temporary, warn)
+            tokenizer.save_pretrained(temporary)
+            _rewrite(temporary / "tokenizer_config.json", _older_tokenizer)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            try:
+                found = _read_back(temporary, model, source, pair)
+            except NotReadBackError as error:
+                raise NotReadBackError(f"{folder}: {error}") from error
+            except Exception as error:  # of whatever type, such as of code that runs on CUDA only
+                warn(f"{folder} was not read back: {str(error).splitlines()[0]}")
+                return
+            logps, precision = expected
+            exact = dtype == precision == torch.float32 and logps.device == CPU
+            allowed = noise(torch.float32 if exact else torch.bfloat16)
+            allowed *= max(loss_tokens(pair.chosen), loss_tokens(pair.rejected)) ** 0.5
+            if found is not None and not (off := float((found - logps.to(CPU)).abs().max())) <= allowed:
+                raise NotReadBackError(
+                    f"{folder}: loaded again, the model gives other log-probs than in memory, by {off:.3g} nats on "
+                    f"{pair.where}"
+                )
+
+    if is_sharded(model):
+        ranks.lead(write)
+    elif ranks.rank() == 0:
+        write()
 
 
-def _response_logps(model: PreTrainedModel, pair: Pair, dtype: torch.dtype, apart: bool = False) -> Tensor:
-    """Log-probs of the two responses of a pair: (2,) nats."""
+def response_logps(model: PreTrainedModel, pair: Pair, dtype: torch.dtype, apart: bool = False) -> Tensor:
+    """Log-probs of the two responses of a pair: (2,) nats, float64. ``apart`` as of ``Scorer``."""
     batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
     with torch.no_grad():
         logps = token_logps(model, batch.to(next(model.parameters()).device), dtype, apart)
-    return torch.stack(
-        [part.double().sum() for part in logps.split([loss_tokens(pair.chosen), loss_tokens(pair.rejected)])]
-    )
+    chosen, rejected = logps.double().split([loss_tokens(pair.chosen), loss_tokens(pair.rejected)])
+    return torch.stack([chosen.sum(), rejected.sum()])
 
 
 def _save_weights(
@@ -102,14 +116,17 @@ def _save_weights(
     warn: Callable[[str], None],
 ) -> None:
     if dtype != torch.float32:
-        rounded = {id(t): t.to(dtype) for t in (weights or model.state_dict(keep_vars=True)).values()}
-        weights = {name: rounded[id(t)] for name, t in (weights or model.state_dict(keep_vars=True)).items()}
+        state = weights or model.state_dict(keep_vars=True)
+        cast = {id(t): t.detach().to(CPU, dtype if t.is_floating_point() else t.dtype) for t in state.values()}
+        weights = {name: cast[id(tensor)] for name, tensor in state.items()}  # tied ones stay one
     if kept := {name: file for name, file in getattr(model, "not_loaded", {}).items() if file}:
         weights = {**(weights or model.state_dict())}
         for name, file in kept.items():  # parts of the checkpoint that the model does not have, as they were
             with safe_open(file, framework="pt") as tensors:
                 weights[name] = tensors.get_tensor(name)
     model.save_pretrained(folder, state_dict=weights)
+    for processor in getattr(model, "processors", ()):
+        shutil.copyfile(processor, folder / processor.name)
     file = folder / "config.json"
     _rewrite(file, lambda written: written | {"dtype": str(dtype).removeprefix("torch.")})
     plain = file.read_text(encoding="utf-8")
@@ -117,7 +134,7 @@ def _save_weights(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)  # of a class that reads these names no more
-            same = _ropes(AutoConfig.from_pretrained(folder)) == _ropes(model.config)
+            same = _ropes(type(model.config).from_pretrained(folder)) == _ropes(model.config)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, FutureWarning):
         same = False
     if not same:
@@ -125,38 +142,36 @@ def _save_weights(
         warn("transformers 4 has no names for the rotary embeddings of this model: load the export with version 5")
 
 
-def _read_back(
-    written: Path,
-    folder: Path,
-    model: PreTrainedModel,
-    source: ModelSource,
-    pair: Pair,
-    expected: Tensor,
-    precision: torch.dtype,
-    warn: Callable[[str], None],
-) -> None:
-    """Load what was written and compare it with the model in memory, of which ``expected`` (2,) are the log-probs."""
+def _read_back(written: Path, model: PreTrainedModel, source: ModelSource, pair: Pair) -> Tensor | None:
+    """``response_logps`` (2,) of what was written, loaded again on the CPU; None over a packed base.
+
+    There, so that no second base is loaded, the adapter's tensors are compared with those in memory.
+
+    Raises:
+        NotReadBackError: it cannot be loaded, or an adapter's tensors are others.
+        MemoryError: the host has no room for it.
+    """
+    if is_quantized(model):
+        own, saved = adapter_weights(model), load_file(written / WEIGHTS)
+        if saved.keys() != own.keys() or not all(torch.equal(saved[name], own[name].cpu()) for name in saved):
+            raise NotReadBackError("the adapter that was written is not the one in memory")
+        return None
     need = 4 * sum(p.numel() for p in model.parameters())
     if need > usable_bytes(CPU) - process_bytes(CPU):
-        warn(f"{folder} was not read back: that takes {need / 2**30:.0f} GiB of the host's memory")
-        return
+        raise MemoryError(f"a second copy takes {need / 2**30:.0f} GiB of the host's memory")
     try:
-        if not is_adapted(model):
+        if is_adapted(model):
+            again = load_model(replace(source, adapter=written, attached=True, checkpoint=None))
+        else:
             again = load_exported(written, source.trust, getattr(model, "not_loaded", ()))
             if is_tied(again) != is_tied(model):
                 raise ValueError("embedding and head are tied in one of the two only")
-        else:  # by plain peft, but over a packed base, into which it cannot be merged
-            again = load_model(replace(source, adapter=written, attached=is_quantized(model), checkpoint=None))
-        found = _response_logps(again, pair, torch.bfloat16 if is_quantized(again) else torch.float32)
     except (UsageError, ValueError) as error:
-        raise NotReadBackError(f"{folder}: what was written cannot be loaded again: {error}") from error
-    off = float((found.to(CPU) - expected.to(CPU)).abs().max())
-    tokens = max(loss_tokens(pair.chosen), loss_tokens(pair.rejected))
-    if not off <= noise(precision) * tokens**0.5:
-        raise NotReadBackError(
-            f"{folder}: loaded again the model gives other log-probs than in memory, by {off:.3g} nats on {pair.where}"
-        )
-    release(again)
+        raise NotReadBackError(f"what was written cannot be loaded again: {error}") from error
+    try:
+        return response_logps(again, pair, torch.float32)
+    finally:
+        release(again)
 
 
 # ---- what transformers 4, and with it vLLM, reads of an export --------------------------------------------------

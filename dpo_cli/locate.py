@@ -197,11 +197,16 @@ def _adapter(name: str, folder: Path, base_model: str | None) -> ModelSource:
             f"--model {name}: the adapter has no weights (adapter_model.safetensors is missing; *.bin is not read)"
         )
     try:
-        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        named, revision = config.get("base_model_name_or_path"), config.get("revision")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"--model {name}: its adapter_config.json cannot be read ({error})") from error
     if not base_model and not (isinstance(named, str) and named):
         raise UsageError(f"--model {name}: its adapter_config.json names no base model; {NAME_BASE}")
+    if not base_model and revision not in (None, "main") and not Path(named).expanduser().exists():
+        raise UsageError(
+            f"--model {name}: it was trained on {named} at revision {revision}; download that, and {NAME_BASE}"
+        )
     option = f"--base-model {base_model}" if base_model else f"--model {name}: its base model {named}"
     remedy, chosen = "" if base_model else f"; {NAME_BASE}", base_model or named
     try:

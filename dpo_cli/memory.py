@@ -100,7 +100,7 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
         process=process,
         shards=ranks.world() if scorer.sharded else 1,
         gathered=gathered_parameters(model) if scorer.sharded else 0,
-        frozen=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        frozen=sum(own(p).nbytes for p in model.parameters() if not p.requires_grad),
     )
 
 

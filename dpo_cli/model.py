@@ -42,12 +42,12 @@ from dpo_cli.batch import Layout, MicroBatch, lay_out, padded, probes, row_costs
 from dpo_cli.errors import DpoError, UsageError
 from dpo_cli.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource, gguf_value
 from dpo_cli.logps import body_states, token_logps
-from dpo_cli.memory import MOST_TOKENS
 from dpo_cli.packed import SCALES, packing_of, settle
 from dpo_cli.pairs import Pair, Pairs
 from dpo_cli.routing import auxiliary_loss, routed
 from dpo_cli.sharding import shard_like
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images, sound
 COMPUTED = re.compile(r"inv_freq|position_ids|masked_bias|attn\.bias$")  # buffers that old checkpoints hold
 
 
@@ -81,7 +81,7 @@ def _without_weights(source: ModelSource) -> PreTrainedModel:
     arguments = source.arguments() if not source.converted else {"pretrained_model_name_or_path": source.converted}
     config = AutoConfig.from_pretrained(**arguments)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust)
+        model: PreTrainedModel = declared_class(config).from_config(config, trust_remote_code=source.trust)
     return model
 
 
@@ -223,6 +223,9 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
     if "gguf_file" not in arguments:
         cast(Any, model).not_loaded = _not_loaded(model, source, loaded[1]["unexpected_keys"])
+    if is_multimodal(model):
+        files = (cached_file(source.path, f, _raise_exceptions_for_missing_entries=False) for f in PROCESSORS)
+        cast(Any, model).processors = [Path(file) for file in files if file]
     return model
 
 
@@ -268,9 +271,14 @@ def _stored_tensors(source: ModelSource) -> dict[str, Path]:
         return dict.fromkeys(tensors.keys(), Path(single))
 
 
+def is_multimodal(model: PreTrainedModel) -> bool:
+    """Whether a model reads images or sound too."""
+    return type(model).__name__ == MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model.config.model_type)
+
+
 def freeze_unread(model: PreTrainedModel) -> None:
-    """Take from training what text does not run through: of a model that reads images or sound, all but its decoder."""
-    if type(model).__name__ == MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model.config.model_type):
+    """Freeze what text never reaches: of a multimodal model all but its decoder, embeddings and head."""
+    if is_multimodal(model):
         parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
         read = {id(p) for part in parts if part is not None for p in part.parameters()}
         for p in model.parameters():
@@ -365,7 +373,8 @@ def export_dtype(name: str, source: ModelSource) -> torch.dtype:
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16
     arguments = source.arguments() if not source.converted else {"pretrained_model_name_or_path": source.converted}
-    stored = AutoConfig.from_pretrained(**arguments).dtype
+    config = AutoConfig.from_pretrained(**arguments)
+    stored = config.dtype or config.get_text_config().dtype
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float32
 
 
@@ -519,7 +528,7 @@ def _tried(
     for length in between:
         short = pairs[int(np.where(shorter <= length, shorter, 0).argmax())]
         groups.append([long, short])
-    beyond = [length for length in thresholds if longest <= length < max(max_tokens, MOST_TOKENS[device.type])]
+    beyond = [length for length in thresholds if longest <= length < max_tokens]
     groups += [[first[0]] * (length // row_costs(first, "shared")[0] + 1) + [first[-1]] for length in beyond]
     return groups, min(between, default=math.inf)
 

@@ -68,6 +68,7 @@ from dpo_cli.step import learning_rate
 from dpo_cli.targets import choose_targets, counted
 
 LOCK = "run.lock"
+TRIED = 512  # tokens of the pair whose gradient is tried, before it is known what fits the memory
 TRAINED = "trained-pairs.safetensors"  # hashes of the pairs that are trained on
 # The sum of the steps' learning rates is about the most that AdamW moves a weight. Each 1e-6 of it moved the margin of
 # an easy preference by 0.17 nats on the packaged model, and by 0.009 with an adapter: below these it stays under a nat.
@@ -298,12 +299,14 @@ def _with_adapter(
     if other := [name for name, values in known.items() if getattr(options, name) not in values]:
         told = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
         raise UsageError(
-            f"--model {options.model}: an adapter goes on as it is: {told}; leave that out, or train all weights of "
-            "the merged model without --lora-rank"
+            f"--model {options.model}: an adapter keeps its own settings: {told}; leave that out, or train all weights "
+            "of the merged model without --lora-rank"
         )
     if began and (bits := began.quantize) != options.quantize:
         before, now = (f"in {each}" if each else "unquantized" for each in (bits, options.quantize))
-        reporter.warn(f"the adapter was trained on its base {before} and goes on over that {now}: not the same policy")
+        reporter.warn(
+            f"the adapter was trained on its base {before} and continues on it {now}: the policy is not the same"
+        )
     return source, dataclasses.replace(options, **own)
 
 
@@ -315,9 +318,9 @@ def _attach(
     Raises:
         UsageError: the options name nothing that can be adapted, or a part would not be trained.
     """
-    costs = scorer.costs(pairs)  # a long pair reaches what compresses many tokens into one, too
-    longest = max((i for i in range(len(pairs)) if costs[i] <= scorer.max_tokens), key=costs.__getitem__, default=0)
-    batch = scorer.batch([pairs[longest]])
+    costs = scorer.costs(pairs)  # a longer pair also reaches what compresses many tokens into one
+    most = max(min(costs), min(TRIED, scorer.max_tokens))
+    batch = scorer.batch([pairs[max((i for i in range(len(pairs)) if costs[i] <= most), key=costs.__getitem__)]])
     left, new = Counter[tuple[str, str]](), not is_adapted(model)
     if new:
         rank, kind, alpha, names = options.lora_rank, options.lora_kind, options.lora_alpha, options.lora_targets

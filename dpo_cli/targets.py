@@ -177,8 +177,9 @@ def _routers(model: nn.Module) -> set[str]:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {name for name in linear if "router" in name}
     for experts, count, _ in _experts(model):
-        beside = [name for name in linear if name.startswith(f"{experts.rpartition('.')[0]}.")]
-        found |= {n for n in beside if not n.startswith(f"{experts}.") and linear[n].out_features in (1, count)}
+        block = experts.rpartition(".")[0]
+        beside = [n for n in linear if n.rpartition(".")[0] in (block, f"{block}.gate") and "proj" not in n]
+        found |= {name for name in beside if linear[name].out_features in (1, count)}
     return found
 
 

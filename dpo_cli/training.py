@@ -27,11 +27,11 @@ from dpo_cli.checkpoint import newest_checkpoint, restore_checkpoint, rng_state,
 from dpo_cli.config import TrainOptions
 from dpo_cli.disk import held, remove_leftovers, sync, to_json, whole_file
 from dpo_cli.errors import DpoError, Interrupted, NotWrittenError
-from dpo_cli.export import NotReadBackError, export_model
+from dpo_cli.export import NotReadBackError, export_model, response_logps
 from dpo_cli.heldout import HeldOut
 from dpo_cli.logps import noise
 from dpo_cli.metrics import Reporter, append_metrics, brief, evaluations, read_metrics, step_rewards, truncate_metrics
-from dpo_cli.model import export_dtype, load_model
+from dpo_cli.model import export_dtype, load_model, release
 from dpo_cli.optimizer import make_optimizer, rejoined
 from dpo_cli.pairs import read
 from dpo_cli.prepare import fill_reference, tell_cached
@@ -359,33 +359,29 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
     by_length = sorted(run.used(), key=run.costs.__getitem__)
     pair = run.pairs[by_length[len(by_length) // 2]]
 
-    def export(model: PreTrainedModel) -> None:
-        apart = run.scorer.sharded and run.scorer.apart
-        dtype = export_dtype(run.options.export_dtype, run.source)
-        about: dict[str, Any] = {
-            "source": run.source,
-            "pair": pair,
-            "dtype": dtype,
-            "apart": apart,
-            "warn": run.scorer.warn,
-        }
+    def export(model: PreTrainedModel, expected: tuple[Tensor, torch.dtype] | None = None) -> None:
+        dtype, warn = export_dtype(run.options.export_dtype, run.source), run.scorer.warn
+        about: dict[str, Any] = {"pair": pair, "expected": expected, "dtype": dtype, "warn": warn}
         try:
-            export_model(run.folder / name, model, run.tokenizer, card, **about)
+            export_model(run.folder / name, model, run.tokenizer, card, source=run.source, **about)
         except NotReadBackError as error:
             raise NotReadBackError(f"{error}. The trained weights are in {run.folder / 'checkpoints'}") from error
 
     if run.options.export == "merged":
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(run.model, Path(folder))
-            whole_model = load_model(
-                dataclasses.replace(run.source, adapter=Path(folder), attached=False, checkpoint=None)
-            )
-        whole_model.generation_config = run.model.generation_config
-        export(whole_model)
+            merged = load_model(dataclasses.replace(run.source, adapter=Path(folder), attached=False, checkpoint=None))
+        merged.generation_config = run.model.generation_config
+        try:
+            export(merged)
+        finally:
+            release(merged)
         return
-    whole, own = rejoined(run.model, unwrapped(trainer.optimizer)), attention(run.model, run.own_attention)
-    with whole, own:
-        export(run.model)
+    with attention(run.model, run.own_attention):
+        apart = run.scorer.sharded and run.scorer.apart
+        expected = response_logps(run.model, pair, run.scorer.dtype, apart), run.scorer.dtype
+        with rejoined(run.model, unwrapped(trainer.optimizer)):
+            export(run.model, expected)
 
 
 def _pushed(run: Run, reporter: Reporter) -> dict[str, Any]:

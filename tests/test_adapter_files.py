@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from dpo_cli.adapter_files import CONFIG, WEIGHTS
 from dpo_cli.cli import app
 from dpo_cli.config import PrecomputeOptions
+from dpo_cli.errors import UsageError
+from dpo_cli.locate import find_model
 from dpo_cli.metrics import Reporter
 from dpo_cli.pairs import Pair
 from dpo_cli.prepare import read_pairs
@@ -454,3 +456,12 @@ def test_a_base_on_a_hub_that_does_not_answer(here: Place, monkeypatch: pytest.M
     told = here.refused(model=adapter)
     assert f"--model {adapter}: its base model unsloth/tiny-bnb-4bit: the hub cannot be reached (it is offline)" in told
     assert "--base-model PATH_OR_NAME" in told
+
+
+def test_a_pinned_revision_of_the_base_is_not_passed_over(tmp_path: Path) -> None:
+    """The base at main would be another model."""
+    (tmp_path / "adapter_model.safetensors").touch()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "someone/base", "revision": "v1.2"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"trained on someone/base at revision v1\.2; download that, and --base-model"):
+        find_model(str(tmp_path))

@@ -400,13 +400,13 @@ def test_it_goes_on_from_a_checkpoint_too(place: Place) -> None:
 )
 def test_an_adapter_that_goes_on_cannot_be_changed(more: tuple[Any, ...], told: str, place: Place) -> None:
     message = place.refused(*more, model=place.folder / "lora")
-    assert "an adapter goes on as it is" in message and told in message
+    assert "an adapter keeps its own settings" in message and told in message
 
 
 def test_it_is_told_where_it_goes_on_over_another_base(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of a quantized run, in full precision, is another policy."""
     start = place.folder / "lora"
-    told = "was trained on its base in 4bit and goes on over that unquantized"
+    told = "was trained on its base in 4bit and continues on it unquantized"
     arguments = (*place.options("never", start), "--lora-rank", 4, "--dry-run")
     assert told not in place.done("train", *arguments)[1]
     quantized = dataclasses.replace(trained_with(start), quantize="4bit")

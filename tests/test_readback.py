@@ -213,6 +213,6 @@ def test_the_disk_space_is_estimated(train: Train, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     parameters = make_model("llama", vocab_size=60_000).num_parameters()
     told = float(result.stderr.split("disk        about ")[1].split(" GiB")[0])
-    assert told == pytest.approx(parameters * (2 * 12 + 4) / 2**30, abs=0.06) and told > 0.1
+    assert told == pytest.approx(parameters * (2 * 12 + 4) / 2**30, abs=0.06) and told > 0.05
     held = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
     assert held <= told * 2**30 * 1.05
