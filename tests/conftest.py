@@ -206,3 +206,18 @@ def dpo(tmp_path: Path) -> Cli:
         )
 
     return run
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the pictures of reports empty: to draw them takes half of a tiny training."""
+    from matplotlib.figure import Figure
+
+    def save(_self: Figure, file: Any, **_how: Any) -> None:
+        if isinstance(file, Path):
+            file.touch()
+        else:
+            file.write("<svg></svg>")
+
+    monkeypatch.setattr("dpo_cli.plots._figure", lambda *_args, **_more: Figure())
+    monkeypatch.setattr(Figure, "savefig", save)

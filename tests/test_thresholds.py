@@ -25,6 +25,8 @@ from dpo_cli.model import choose_layout
 from dpo_cli.pairs import Pair
 from tests.conftest import make_model, random_pairs, write_rows
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
+
 LETTERS = "~^|#@"  # each is a token, and two of them never are one
 T = 64
 CPU = torch.device("cpu")
