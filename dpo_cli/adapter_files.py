@@ -22,7 +22,7 @@ from dpo_cli.errors import DpoError, UsageError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 PREFIX = "base_model.model."  # what peft puts before the names of a model's modules
-# Ways to begin an adapter that leave its base as it is; others take something out of it.
+# Initializations that leave the base unchanged; others take something out of it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 # Those that take the same out of it whenever the adapter is loaded, so that it can be merged.
 REPEATED = (*HARMLESS, "pissa", "olora")
@@ -37,7 +37,7 @@ NOT_COMPUTED = (
 )
 # Keys of peft's that make of a LoRA something that this does not compute in training.
 VARIANTS = ("arrow_config", "kasa_config", "monteclora_config", "velora_config", "use_bdlora", "use_qalora")
-# Ways out of what cannot be done with an adapter.
+# Remedies that refusals end with.
 FROM_BASE = "start from its base"
 MERGE = "leave out --lora-rank, which merges it and trains all weights, or merge it with dpo merge first"
 CONVERT = "save it as a plain LoRA where it was trained: peft's path_initial_model_for_weight_conversion"
@@ -132,7 +132,7 @@ def trainable_config(folder: Path) -> Any:
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         way = MERGE if _mergeable(config) else FROM_BASE
         raise UsageError(
-            f"{folder}: it is no LoRA adapter but {config.peft_type.value}, which is not trained here; {way}"
+            f"{folder}: not a LoRA adapter but {config.peft_type.value}, which cannot be trained here; {way}"
         )
     if config.init_lora_weights not in HARMLESS:
         way = MERGE if config.init_lora_weights in REPEATED else CONVERT

@@ -316,7 +316,7 @@ def merge(
     output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
     base_model: Annotated[
         str | None,
-        typer.Option(help="The adapter's base: what --model takes elsewhere. [default: what the adapter names]"),
+        typer.Option(help="The adapter's base: hub id, folder or .gguf file. [default: what the adapter names]"),
     ] = None,
     export_dtype: Annotated[
         Literal["float32", "bfloat16", "auto"],

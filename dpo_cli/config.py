@@ -158,7 +158,9 @@ class DataOptions:
         None, "Hub id, local folder, .gguf file or run folder; or an adapter's folder.", shown="SmolLM2-135M-Instruct"
     )
     base_model: str | None = option(
-        None, "Base of the adapter that --model is: what --model takes but no adapter.", shown="what the adapter names"
+        None,
+        "Base of the adapter given by --model: hub id, folder or .gguf file.",
+        shown="what the adapter names",
     )
     data: list[str] = option(
         MISSING,

@@ -64,15 +64,12 @@ def _reason(error: Exception) -> str:
 
 
 def count_parameters(source: ModelSource) -> int | None:
-    """The model's parameters, told by its configuration.
-
-    None where that does not tell, and of a GGUF file that is not converted: its own takes long to read.
-    """
+    """Number of parameters, from the configuration; None where it cannot be derived, and of an unconverted GGUF file."""
     if source.gguf and not source.converted:
         return None
     try:
         return int(_without_weights(source).num_parameters())
-    except Exception:  # of any kind, and only an estimate hangs on it
+    except Exception:  # of any kind; only an estimate needs it
         return None
 
 
@@ -96,7 +93,7 @@ def with_vocabulary(source: ModelSource) -> ModelSource:
     adapter_files.read_config(source.adapter)
     try:
         base = _without_weights(source)
-    except Exception:  # of any kind: it is told where the model is loaded
+    except Exception:  # of any kind; loading the model reports it
         return source
     rows = cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0]
     own = _tokens(source)
@@ -237,7 +234,7 @@ def _loading(source: ModelSource) -> tuple[Any, dict[str, Any]]:
             "quantization_config": GgufConfig(dequantize=True),
             "dtype": torch.float32,
         }
-    # The half of it that makes text would be loaded alone, and say that it is none.
+    # Its decoder alone would load, and no longer report that it is one.
     if (config := AutoConfig.from_pretrained(**arguments)).is_encoder_decoder:
         raise ValueError("it is an encoder-decoder, and no causal language model")
     extra: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
@@ -591,5 +588,5 @@ _TOLD: dict[Layout, str] = {
     "shared": "packed rows, each prompt computed once for both responses",
     "packed": "packed rows, the prompt computed once for each response",
     "padded": "padded batches, the prompt computed once for each response",
-    "alone": "one sequence a forward",
+    "alone": "one sequence per forward",
 }

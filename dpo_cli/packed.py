@@ -127,7 +127,7 @@ def admit(source: ModelSource, name: str | None, options: Options | None = None,
 
 
 def _needs(packing: Packing, source: ModelSource, options: Options | None, frozen: bool) -> Iterator[str]:
-    """What it takes to read or train weights of bitsandbytes and is not there."""
+    """Unmet requirements for reading or training bitsandbytes weights."""
     if "bitsandbytes" in packing.method and not is_bitsandbytes_available():
         yield "the package bitsandbytes (pip install -U bitsandbytes)"
     if packing.method != FOUR_BIT:
@@ -144,7 +144,7 @@ def _needs(packing: Packing, source: ModelSource, options: Options | None, froze
 
 
 def check_blocks(source: ModelSource, packing: Packing) -> None:
-    """Refuse FP8 blocks of which a weight has no whole number: transformers would spread their scales evenly.
+    """Refuse FP8 weights whose size is no multiple of the block size: transformers would spread the scales evenly.
 
     Raises:
         ValueError: naming the weight.

@@ -58,7 +58,7 @@ from dpo_cli.tokens import Encoder, PairSet, reasons, refusal
 def choose_model(
     name: str | None, options: DataOptions, reporter: Reporter, what: str = "model", base: str | None = None
 ) -> ModelSource:
-    """Where a model is loaded from, told; ``base`` is an adapter's, where that is not what the adapter names."""
+    """Report where a model is loaded from; ``base`` is an adapter's, where that is not what the adapter names."""
     source = find_model(name, options.trust_remote_code, base)
     if source.checkpoint and verified_step(source.checkpoint) is None:
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
@@ -415,7 +415,7 @@ def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Sc
     if bad:
         raise DpoError(
             f"--verify: {len(bad)} of {len(places)} cached pairs are off by up to {largest:.3g} nats, among them "
-            f"{', '.join(bad[:5])}. Something changed them: remove {cache.folder}, and they are computed anew"
+            f"{', '.join(bad[:5])}. Something changed them: remove {cache.folder}, and they are recomputed"
         )
     return largest
 

@@ -252,10 +252,10 @@ def lay_out_run(
 
 
 def _shards_of(options: TrainOptions, resume: Path | None, reporter: Reporter) -> TrainOptions:
-    """The options of this process, which goes on alone with what several began."""
+    """The options of this process, which alone resumes what several began."""
     if not (resume and options.shard) or ranks.launched():
         return options
-    reporter.fact("shard", "one process goes on with what began in shards")
+    reporter.fact("shard", "one process resumes what began in shards")
     return dataclasses.replace(options, shard=False)
 
 

@@ -82,7 +82,7 @@ def train(
         scored = _reference_logps(run, reporter)
         manifest["reference"]["values"] = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
         if began["reference"]["values"] != manifest["reference"]["values"]:
-            reporter.warn("the reference was computed anew since the run began: the last bits may differ")
+            reporter.warn("the reference was recomputed since the run began: the last bits may differ")
         trainer, held_out_reference = _make_trainer(run, scored, accelerator)
         _check_step_0(trainer, run, reporter)
         first_answers = _where_it_runs(run, partial(_answers, run))
