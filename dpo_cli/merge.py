@@ -43,6 +43,6 @@ def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, re
         )
     model = load_model(source)
     card = merged_card(source, output.name, trained.objective if trained else None)
-    written: dict[str, Any] = {"source": source, "dtype": export_dtype(dtype, source), "warn": reporter.warn}
-    export_model(output, model, load_tokenizer(source), card, **written)
+    precision = export_dtype(dtype, source)
+    export_model(output, model, load_tokenizer(source), card, source=source, dtype=precision, warn=reporter.warn)
     return {"model": str(output), "parameters": model.num_parameters()}

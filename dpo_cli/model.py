@@ -64,7 +64,7 @@ def _reason(error: Exception) -> str:
 
 
 def count_parameters(source: ModelSource) -> int | None:
-    """Number of parameters, from the configuration; None where it cannot be derived, and of an unconverted GGUF file."""
+    """Number of parameters, from the configuration; None where it cannot be derived, or of an unconverted GGUF."""
     if source.gguf and not source.converted:
         return None
     try:

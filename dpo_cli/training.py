@@ -361,9 +361,18 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
 
     def export(model: PreTrainedModel, expected: tuple[Tensor, torch.dtype] | None = None) -> None:
         dtype, warn = export_dtype(run.options.export_dtype, run.source), run.scorer.warn
-        about: dict[str, Any] = {"pair": pair, "expected": expected, "dtype": dtype, "warn": warn}
         try:
-            export_model(run.folder / name, model, run.tokenizer, card, source=run.source, **about)
+            export_model(
+                run.folder / name,
+                model,
+                run.tokenizer,
+                card,
+                source=run.source,
+                pair=pair,
+                expected=expected,
+                dtype=dtype,
+                warn=warn,
+            )
         except NotReadBackError as error:
             raise NotReadBackError(f"{error}. The trained weights are in {run.folder / 'checkpoints'}") from error
 
