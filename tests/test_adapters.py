@@ -500,7 +500,7 @@ def test_an_adapter_needs_a_base_that_others_can_load(place: Place) -> None:
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"peft_type": "IA3"}, "no LoRA adapter"), ({"init_lora_weights": "pissa"}, "which changes its base")],
+    [({"peft_type": "IA3"}, "not a LoRA adapter"), ({"init_lora_weights": "pissa"}, "which changes its base")],
 )
 def test_other_adapters_do_not_go_on(change: dict[str, Any], told: str, place: Place, tmp_path: Path) -> None:
     other = shutil.copytree(place.folder / "lora" / "model", tmp_path / "other")

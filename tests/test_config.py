@@ -274,6 +274,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "modules_to_save": (["norm", "model.norm,lm_head"], ["", ",norm"]),
     "quantize": (["4bit", "8bit"], ["4", "", "nf4"]),
     "export": (["adapter", "merged"], ["both", ""]),
+    "export_dtype": (["float32", "bfloat16", "auto"], ["float16", "bf16", ""]),
     "kl": (["exact", "none"], ["Exact", "", "sampled"]),
     "keep_best": (["loss", "rewards/margins", "rewards/accuracies"], ["accuracy", "", "rewards/chosen"]),
     "samples": NOT_NEGATIVE,
@@ -437,6 +438,7 @@ OTHER: dict[str, Any] = {
     "modules_to_save": "norm",
     "quantize": "4bit",
     "export": "merged",
+    "export_dtype": "bfloat16",
     "push_to_hub": "me/model",
     "tracker": "tensorboard",
 }
@@ -493,7 +495,7 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
     Were the metric of the best model among them, best/ would hold the best by another one, or lack what is over.
     """
     names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
-    names |= {"base_model", "push_to_hub", "shard", "tracker"}
+    names |= {"export_dtype", "base_model", "push_to_hub", "shard", "tracker"}
     assert names == OPERATIONAL
 
 
