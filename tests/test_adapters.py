@@ -38,6 +38,8 @@ from dpo_cli.run import trained_with
 from dpo_cli.targets import choose_targets
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
+
 IDS = torch.arange(3, 40)[None]
 ROWS = 14
 

@@ -27,6 +27,8 @@ from dpo_cli.metrics import Reporter
 from dpo_cli.model import count_parameters, load_model, load_tokenizer
 from tests.conftest import SAMPLE, cli_environment, write_gguf
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
+
 TEXTS = [
     "",
     "Hello there",

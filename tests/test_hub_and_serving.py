@@ -25,6 +25,8 @@ from dpo_cli.records import hub_id
 from dpo_cli.samples import generation_config
 from tests.conftest import SAMPLE, make_model, random_pairs
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
+
 Train = Callable[..., Any]
 
 

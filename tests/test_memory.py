@@ -25,6 +25,8 @@ from dpo_cli.cli import app
 from dpo_cli.logps import Scorer
 from tests.conftest import SAMPLE, size, write_rows
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
+
 ROWS = 12
 Train = Callable[..., Any]
 

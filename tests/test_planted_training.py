@@ -23,6 +23,8 @@ from dpo_cli.pairs import Pair, loss_tokens
 from dpo_cli.scores import Distributions, Scores
 from tests.conftest import make_model, sigmoid_loss
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
+
 CPU = torch.device("cpu")
 EOS, FIRST, WORDS = 2, 4, 64  # ids below FIRST are special
 

@@ -37,6 +37,8 @@ from dpo_cli.reference import ReferenceCache, fill, missing_places, pair_keys, r
 from dpo_cli.shards import KEY_BYTES
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
+
 # Processes of their own that need not load the libraries again.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
