@@ -593,7 +593,7 @@ def test_a_disk_that_is_full_by_an_evaluation_costs_no_training(
 ) -> None:
     """Told, with the way to go on; --kl none is one. The first two files are those of the reference and of step 0."""
     if trouble == "no room":
-        fail_at(monkeypatch, drift.shutil, "disk_usage", 5, type("Usage", (), {"free": 100})())
+        fail_at(monkeypatch, drift.shutil, "disk_usage", 6, type("Usage", (), {"free": 100})())
     else:
         fail_at(monkeypatch, drift.tempfile, "TemporaryFile", 5, OSError(28, "No space left on device"))
     result = place.train(tmp_path / "run")
