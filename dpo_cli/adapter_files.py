@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_cli.adapters import attach
+from dpo_cli.adapters import attach, is_tied
 from dpo_cli.errors import DpoError, UsageError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
@@ -88,8 +88,8 @@ def unknown_keys(folder: Path) -> dict[str, Any]:
         UsageError: as ``read_config``.
     """
     known = {f.name for f in dataclasses.fields(read_config(folder))}
-    told = {name: value for name, value in _values(folder).items() if name not in known and value}
-    return {name: value for name, value in told.items() if "version" not in name}
+    unknown = {name: value for name, value in _values(folder).items() if name not in known and value}
+    return {name: value for name, value in unknown.items() if "version" not in name}
 
 
 def _values(folder: Path) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def vocabulary(model: PreTrainedModel, folder: Path, tokens: int = 0) -> int:
         for name, end in ends.items()
         for kind, p in end.named_parameters()
     ]
-    known = {tensor for _, tensor, told in kept if told}
+    known = {tensor for _, tensor, named in kept if named}
     if new and (lacking := [name for name, tensor, _ in kept if tensor not in known]):
         raise UsageError(
             f"{folder}: the adapter has {rows:,} tokens, its base {base:,}, and nothing says what the {len(new):,} new "
@@ -305,12 +305,12 @@ def _fitting(folder: Path) -> Iterator[None]:
         raise _other(folder, f"it has no {_in_file(error.args[0])}") from error
     except RuntimeError as error:
         shapes = re.search(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)", str(error))
-        told = f"{_in_file(shapes[1])} is {shapes[2]}, and of its base {shapes[3]}" if shapes else _line(error)
-        raise _other(folder, told) from error
+        reason = f"{_in_file(shapes[1])} is {shapes[2]}, and of its base {shapes[3]}" if shapes else _line(error)
+        raise _other(folder, reason) from error
 
 
-def _other(folder: Path, told: str) -> DpoError:
-    return DpoError(f"{folder / WEIGHTS}: is of another model or of other modules: {told}")
+def _other(folder: Path, reason: str) -> DpoError:
+    return DpoError(f"{folder / WEIGHTS}: is of another model or of other modules: {reason}")
 
 
 def _in_file(name: str) -> str:
@@ -349,9 +349,9 @@ def described(model: PreTrainedModel) -> str:
     """
     from peft import LoraConfig
 
-    usual = LoraConfig().to_dict() | {"r": None, "lora_alpha": None}  # which are always told
-    told = {name: value for name, value in _plain(model).items() if name not in NOT_COMPUTED and value != usual[name]}
-    return json.dumps(told, sort_keys=True)
+    usual = LoraConfig().to_dict() | {"r": None, "lora_alpha": None}  # which are always written
+    own = {name: value for name, value in _plain(model).items() if name not in NOT_COMPUTED and value != usual[name]}
+    return json.dumps(own, sort_keys=True)
 
 
 def _plain(model: PreTrainedModel) -> dict[str, Any]:
@@ -376,8 +376,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if (began := getattr(config, "init_lora_weights", True)) not in REPEATED:
         raise UsageError(f"{folder}: it began as {began}, whose change of the base is in no file; {CONVERT}")
     config.inference_mode = False
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is not None and head.weight is embedding.weight
+    head, tied = cast(Any, model.get_output_embeddings()), is_tied(model)
     with _quiet():
         adapted: Any = get_peft_model(model, config)
     put_adapter(adapted, folder)
@@ -398,8 +397,8 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     whole.eval().requires_grad_(True)  # peft froze what is trained now
     off = float((whole(input_ids=ids).logits - expected).abs().max())
     if not off <= 1e-3 * float(expected.abs().max()):
-        told = f"merged into its base it computes something else (logits are off by {off:.2g})"
-        raise UsageError(f"{folder}: {told}; train it further with --lora-rank")
+        reason = f"merged into its base it computes something else (logits are off by {off:.2g})"
+        raise UsageError(f"{folder}: {reason}; train it further with --lora-rank")
     return whole
 
 
