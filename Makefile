@@ -13,7 +13,7 @@ setup: .venv/done
 	touch $@
 
 check: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 test: check
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal

@@ -34,11 +34,11 @@ from benchmarks.commands import SEEN, measure_command, measure_start, measure_sw
 from benchmarks.meter import MEMORY, Message, Worker, WorkerDiedError
 from benchmarks.report import report
 from benchmarks.shapes import SHAPES, Arithmetic, measure_device, ready_model
-from dpo_cli.config import TrainOptions
-from dpo_cli.locate import find_model
-from dpo_cli.model import load_tokenizer
-from dpo_cli.pairs import Pair
-from dpo_cli.reference import tokens_of
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.data.pairs import Pair
+from dpo_cli.models.loading import load_tokenizer
+from dpo_cli.models.locate import find_model
+from dpo_cli.reference.store import tokens_of
 
 COMMANDS = {side: [sys.executable, "-m", f"benchmarks.{name}"] for side, name in (("ours", "ours"), ("trl", "theirs"))}
 BLOCK_PHASES = ("precompute", "train", "eval")

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.batch import plan_run
-from dpo_cli.config import TrainOptions
-from dpo_cli.data import BadRow, Row, read_rows
-from dpo_cli.errors import RowError
-from dpo_cli.locate import find_model
-from dpo_cli.model import load_tokenizer
-from dpo_cli.pairs import Pair
-from dpo_cli.prepare import reading_of
-from dpo_cli.records import find_sources
-from dpo_cli.tokens import Encoder
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.data.batching import plan_run
+from dpo_cli.data.formats import BadRow, Row, read_rows
+from dpo_cli.data.pairs import Pair
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.tokenize import Encoder
+from dpo_cli.models.loading import load_tokenizer
+from dpo_cli.models.locate import find_model
+from dpo_cli.training.prepare import reading_of
+from dpo_cli.utils.errors import RowError
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]

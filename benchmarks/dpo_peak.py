@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_cli.cli import main
+from dpo_cli.cli.app import main
 
 
 def watch(file: Path) -> None:

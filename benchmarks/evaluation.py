@@ -28,19 +28,19 @@ from typing import Any
 import torch
 
 from benchmarks.rows import forget_peak, peak_mib
-from dpo_cli import drift
-from dpo_cli.attention import PREFIX_SHARED
-from dpo_cli.data import Reading
-from dpo_cli.drift import Watch
-from dpo_cli.locate import find_model
-from dpo_cli.logps import Scorer
-from dpo_cli.losses import Objective
-from dpo_cli.metrics import Reporter
-from dpo_cli.model import compute_dtype, default_device, load_model, load_tokenizer
-from dpo_cli.outcome import evaluation, scores_of
-from dpo_cli.pairs import Pairs
-from dpo_cli.records import find_sources
-from dpo_cli.tokenized import Tokenized
+from dpo_cli.data.formats import Reading
+from dpo_cli.data.pairs import Pairs
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.token_cache import Tokenized
+from dpo_cli.evaluation import drift
+from dpo_cli.evaluation.drift import Watch
+from dpo_cli.evaluation.outcome import evaluation, scores_of
+from dpo_cli.losses.preference import Objective
+from dpo_cli.models.attention import PREFIX_SHARED
+from dpo_cli.models.loading import compute_dtype, default_device, load_model, load_tokenizer
+from dpo_cli.models.locate import find_model
+from dpo_cli.models.logprobs import Scorer
+from dpo_cli.utils.console import Reporter
 
 ROOT = Path(__file__).parents[1]
 WATCH = Watch(Reporter(quiet=True), "benchmark")

@@ -36,27 +36,27 @@ import torch
 from torch import Tensor
 
 from benchmarks.frontier_report import draw, markdown, summary
-from dpo_cli import drift
-from dpo_cli.adapters import attach, make_config
-from dpo_cli.attention import PREFIX_SHARED
-from dpo_cli.batch import plan_run
-from dpo_cli.config import TrainOptions
-from dpo_cli.disk import write_json
-from dpo_cli.drift import Watch
-from dpo_cli.errors import UsageError
-from dpo_cli.locate import find_model
-from dpo_cli.logps import Scorer
-from dpo_cli.losses import Preferences, preference_loss
-from dpo_cli.metrics import Reporter
-from dpo_cli.model import default_device, load_model, load_tokenizer
-from dpo_cli.optimizer import make_optimizer
-from dpo_cli.pairs import Ids, Pair, Pairs
-from dpo_cli.ranks import started
-from dpo_cli.samples import Response, as_pairs, by_prompt, generate, sequence_kl, text
-from dpo_cli.scores import Table
-from dpo_cli.stats import student
-from dpo_cli.step import StopSignal, Trainer, learning_rate
-from dpo_cli.targets import choose_targets
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.data.batching import plan_run
+from dpo_cli.data.pairs import Ids, Pair, Pairs
+from dpo_cli.evaluation import drift
+from dpo_cli.evaluation.drift import Watch
+from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generate, sequence_kl, text
+from dpo_cli.evaluation.scores import Table
+from dpo_cli.evaluation.statistics import student
+from dpo_cli.losses.preference import Preferences, preference_loss
+from dpo_cli.models.adapters import attach, make_config
+from dpo_cli.models.attention import PREFIX_SHARED
+from dpo_cli.models.loading import default_device, load_model, load_tokenizer
+from dpo_cli.models.locate import find_model
+from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.lora_targets import choose_targets
+from dpo_cli.training.optimizer import make_optimizer
+from dpo_cli.training.step import StopSignal, Trainer, learning_rate
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.distributed import started
+from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.files import write_json
 
 ROOT = Path(__file__).parents[1]
 WATCH = Watch(Reporter(quiet=True), "frontier")

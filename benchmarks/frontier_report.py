@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.disk import whole_file
-from dpo_cli.plots import ON_PAPER, quieten
-from dpo_cli.scores import Table
-from dpo_cli.stats import student
+from dpo_cli.evaluation.scores import Table
+from dpo_cli.evaluation.statistics import student
+from dpo_cli.reporting.plots import ON_PAPER, quieten
+from dpo_cli.utils.files import whole_file
 
 Point = Mapping[str, Any]
 LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # nats, at which methods are compared

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_cli.optimizer import BYTES, SPLIT, halve, make_optimizer
+from dpo_cli.models.split_weights import halve
+from dpo_cli.training.optimizer import BYTES, SPLIT, make_optimizer
 
 SMOLLM2 = {
     "vocab_size": 49152,

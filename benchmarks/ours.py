@@ -9,17 +9,17 @@ from typing import Any
 import yaml
 
 from benchmarks.meter import Message, Meter, serve
-from dpo_cli import drift
-from dpo_cli.config import TrainOptions, resolve
-from dpo_cli.drift import Watch
-from dpo_cli.metrics import Reporter
-from dpo_cli.outcome import scores_of
-from dpo_cli.pairs import Pairs
-from dpo_cli.prepare import fill_reference
-from dpo_cli.ranks import started
-from dpo_cli.run import lay_out_run
-from dpo_cli.step import StopSignal, learning_rate
-from dpo_cli.training import _make_trainer
+from dpo_cli.config.options import TrainOptions, resolve
+from dpo_cli.data.pairs import Pairs
+from dpo_cli.evaluation import drift
+from dpo_cli.evaluation.drift import Watch
+from dpo_cli.evaluation.outcome import scores_of
+from dpo_cli.training.loop import _make_trainer
+from dpo_cli.training.prepare import fill_reference
+from dpo_cli.training.setup import lay_out_run
+from dpo_cli.training.step import StopSignal, learning_rate
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.distributed import started
 
 
 def make_options(flags: str, folder: Path, **given: Any) -> TrainOptions:

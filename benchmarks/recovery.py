@@ -34,15 +34,15 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_cli.batch import lay_out
-from dpo_cli.config import TrainOptions
-from dpo_cli.logps import Scorer, response_logps
-from dpo_cli.losses import Objective, Preferences
-from dpo_cli.optimizer import make_optimizer
-from dpo_cli.pairs import Pair
-from dpo_cli.plots import Colours, Plot, quieten, write_png
-from dpo_cli.stats import student
-from dpo_cli.step import learning_rate
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.data.batching import lay_out
+from dpo_cli.data.pairs import Pair
+from dpo_cli.evaluation.statistics import student
+from dpo_cli.losses.preference import Objective, Preferences
+from dpo_cli.models.logprobs import Scorer, response_logps
+from dpo_cli.reporting.plots import Colours, Plot, quieten, write_png
+from dpo_cli.training.optimizer import make_optimizer
+from dpo_cli.training.step import learning_rate
 
 Table = npt.NDArray[np.float64]
 

@@ -28,15 +28,15 @@ from typing import Any
 
 import torch
 
-from dpo_cli.batch import plan_run, row_costs
-from dpo_cli.data import Reading, read_rows
-from dpo_cli.locate import find_model
-from dpo_cli.model import load_tokenizer
-from dpo_cli.pairs import Pairs
-from dpo_cli.records import find_sources
-from dpo_cli.reference import ReferenceCache, pair_keys
-from dpo_cli.shards import Entry
-from dpo_cli.tokenized import Tokenized
+from dpo_cli.data.batching import plan_run, row_costs
+from dpo_cli.data.formats import Reading, read_rows
+from dpo_cli.data.pairs import Pairs
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.token_cache import Tokenized
+from dpo_cli.models.loading import load_tokenizer
+from dpo_cli.models.locate import find_model
+from dpo_cli.reference.shards import Entry
+from dpo_cli.reference.store import ReferenceCache, pair_keys
 
 ROOT = Path(__file__).parents[1]
 FINGERPRINT = "0" * 64

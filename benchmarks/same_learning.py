@@ -37,17 +37,17 @@ from transformers.utils import logging
 
 from benchmarks.cases import Record, step_order, write_records
 from benchmarks.theirs import make_trainer, pairs_of, trl_config
-from dpo_cli.config import EvalOptions, TrainOptions
-from dpo_cli.data import Reading, Row, read_rows
-from dpo_cli.evaluation import evaluated
-from dpo_cli.locate import find_model
-from dpo_cli.metrics import Reporter
-from dpo_cli.model import load_model, load_tokenizer
-from dpo_cli.pairs import Pairs
-from dpo_cli.records import find_sources
-from dpo_cli.stats import Table, bootstrap, interval, ratios, share, student
-from dpo_cli.tokens import Encoder
-from dpo_cli.training import train
+from dpo_cli.config.options import EvalOptions, TrainOptions
+from dpo_cli.data.formats import Reading, Row, read_rows
+from dpo_cli.data.pairs import Pairs
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.tokenize import Encoder
+from dpo_cli.evaluation.evaluate import evaluated
+from dpo_cli.evaluation.statistics import Table, bootstrap, interval, ratios, share, student
+from dpo_cli.models.loading import load_model, load_tokenizer
+from dpo_cli.models.locate import find_model
+from dpo_cli.training.loop import train
+from dpo_cli.utils.console import Reporter
 
 WAYS: dict[str, dict[str, Any]] = {"full": {"lr": 2e-5}, "LoRA": {"lr": 3e-4, "lora_rank": 16}}
 OURS, TRL, IN_OUR_ORDER = "ours", "TRL", "TRL in our order"

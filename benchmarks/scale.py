@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dpo_cli.adapters import attach, make_config, trained
-from dpo_cli.logps import HEAD_BYTES, Scorer
-from dpo_cli.memory import FRAGMENTED, LOGIT_BYTES, USABLE, StepBytes, count_bytes
-from dpo_cli.pairs import Pair
-from dpo_cli.sharding import gathered_parameters
-from dpo_cli.targets import choose_targets
+from dpo_cli.data.pairs import Pair
+from dpo_cli.models.adapters import attach, make_config, trained
+from dpo_cli.models.logprobs import HEAD_BYTES, Scorer
+from dpo_cli.models.lora_targets import choose_targets
+from dpo_cli.models.sharding import gathered_parameters
+from dpo_cli.training.memory import FRAGMENTED, LOGIT_BYTES, USABLE, StepBytes, count_bytes
 
 GPU = 80e9  # bytes
 TOKENS = 4096  # of a forward

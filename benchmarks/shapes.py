@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_cli.locate import find_model
-from dpo_cli.model import load_model, load_tokenizer
-from dpo_cli.pairs import Pair
+from dpo_cli.data.pairs import Pair
+from dpo_cli.models.loading import load_model, load_tokenizer
+from dpo_cli.models.locate import find_model
 
 ROOT = Path(__file__).parents[1]
 _LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0}

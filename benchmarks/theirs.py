@@ -17,9 +17,9 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.cases import Record
 from benchmarks.meter import Message, Meter, serve
-from dpo_cli.locate import find_model
-from dpo_cli.model import load_model, load_tokenizer
-from dpo_cli.pairs import Pair, Pairs
+from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.models.loading import load_model, load_tokenizer
+from dpo_cli.models.locate import find_model
 
 
 def trl_config(folder: Path, steps: int, batch_size: int, **changes: Any) -> DPOConfig:

@@ -24,11 +24,11 @@ from trl import DPOTrainer
 
 from benchmarks.cases import Record, as_record, step_order, usable_rows, write_records
 from benchmarks.theirs import make_trainer, pairs_of, trl_config
-from dpo_cli.config import TrainOptions
-from dpo_cli.metrics import Reporter
-from dpo_cli.pairs import Pair, Pairs
-from dpo_cli.reference import ReferenceCache
-from dpo_cli.training import train
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.reference.store import ReferenceCache
+from dpo_cli.training.loop import train
+from dpo_cli.utils.console import Reporter
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import os
 
-from dpo_cli.api import evaluate, precompute, train
-from dpo_cli.errors import DpoError, Interrupted, UsageError
+from dpo_cli.cli.api import evaluate, precompute, train
+from dpo_cli.utils.errors import DpoError, Interrupted, UsageError
 
 __all__ = ["DpoError", "Interrupted", "UsageError", "evaluate", "precompute", "train"]
 

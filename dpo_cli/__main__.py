@@ -1,5 +1,5 @@
 """``python -m dpo_cli`` is ``dpo``."""
 
-from dpo_cli.cli import main
+from dpo_cli.cli.app import main
 
 main()

@@ -18,8 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.losses import Objective, Preferences
-from dpo_cli.pairs import Pair
+from dpo_cli.data.pairs import Pair
+from dpo_cli.losses.preference import Objective, Preferences
 
 ROOT = Path(__file__).parent.parent
 LONG = bool(os.environ.get("DPO_LONG"))  # set by ``make torture``
@@ -219,5 +219,5 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             file.write("<svg></svg>")
 
-    monkeypatch.setattr("dpo_cli.plots._figure", lambda *_args, **_more: Figure())
+    monkeypatch.setattr("dpo_cli.reporting.plots._figure", lambda *_args, **_more: Figure())
     monkeypatch.setattr(Figure, "savefig", save)

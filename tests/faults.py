@@ -32,16 +32,16 @@ from typing import Any, Literal
 
 import safetensors.torch
 
-import dpo_cli.logps
-import dpo_cli.reference
-import dpo_cli.shards
-import dpo_cli.training
+import dpo_cli.models.logprobs
+import dpo_cli.reference.shards
+import dpo_cli.reference.store
+import dpo_cli.training.loop
 from tests.test_reference import PROCESSES
 from tests.test_resume import Command, Place
 
 # What the children need, loaded once: a command begins in a few milliseconds.
 PROCESSES.set_forkserver_preload(
-    ["dpo_cli.cli", "dpo_cli.training", "tests.faults", "transformers.models.llama.modeling_llama"]
+    ["dpo_cli.cli.app", "dpo_cli.training.loop", "tests.faults", "transformers.models.llama.modeling_llama"]
 )
 
 # ---- watched, and killed ----------------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ class _Watched:
 
     def arm(self) -> None:
         os.setsid()  # so that whatever it starts can be found by its session
-        dpo_cli.reference.SHARD_SECONDS = self.watch.shard_seconds
-        dpo_cli.shards.MANY = self.watch.merge_from
+        dpo_cli.reference.store.SHARD_SECONDS = self.watch.shard_seconds
+        dpo_cli.reference.shards.MANY = self.watch.merge_from
         if self.watch.largest_file is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.watch.largest_file, self.watch.largest_file))
@@ -126,16 +126,16 @@ class _Watched:
         module: Any = safetensors.torch
         module.serialize_file = self._watched("serialize_file", module.serialize_file)
         builtins.open = io.open = self._open(io.open)  # type: ignore[assignment]
-        score = dpo_cli.logps.Scorer.score
+        score = dpo_cli.models.logprobs.Scorer.score
 
         def told(*args: Any, **kwargs: Any) -> Iterator[Any]:
             for scored in score(*args, **kwargs):
                 self._tell(0, "scored", count=len(scored[0]))
                 yield scored
 
-        dpo_cli.logps.Scorer.score = told  # type: ignore[method-assign]
+        dpo_cli.models.logprobs.Scorer.score = told  # type: ignore[method-assign]
         if self.watch.steps:
-            step = dpo_cli.training.Trainer.step
+            step = dpo_cli.training.loop.Trainer.step
 
             def measured(*args: Any, **kwargs: Any) -> Any:
                 values = step(*args, **kwargs)
@@ -144,7 +144,7 @@ class _Watched:
                 self._tell(0, "descriptors", count=len(list(Path("/proc/self/fd").iterdir())))
                 return values
 
-            dpo_cli.training.Trainer.step = measured  # type: ignore[method-assign]
+            dpo_cli.training.loop.Trainer.step = measured  # type: ignore[method-assign]
 
     def _tell(
         self, number: int, call: str, path: str = "", source: str = "", count: int = 0, after: bool = False

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_cli.report import ReportInput
-from dpo_cli.scores import Evaluation, Scores, ShownPair, Token
+from dpo_cli.evaluation.scores import Evaluation, Scores, ShownPair, Token
+from dpo_cli.reporting.html import ReportInput
 from tests.synthetic import make_evaluation
 
 RUN = "window.canary=1"  # what each tries to run

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_cli.findings import NEGATIONS
+from dpo_cli.quality.checks import NEGATIONS
 
 Record = dict[str, Any]
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from dpo_cli import ranks
-from dpo_cli.cli import app
-from dpo_cli.errors import DpoError
-from dpo_cli.logps import Scorer
-from dpo_cli.step import Trainer
+from dpo_cli.cli.app import app
+from dpo_cli.models.logprobs import Scorer
+from dpo_cli.training.step import Trainer
+from dpo_cli.utils import distributed
+from dpo_cli.utils.errors import DpoError
 
 RANK = os.environ.get("RANK", "0")
 POISONED = 7  # the pair whose loss is not a number
@@ -87,4 +87,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    ranks.leave(0)
+    distributed.hard_exit(0)

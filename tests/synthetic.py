@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.diagnose import judged
-from dpo_cli.losses import Objective
-from dpo_cli.scores import Distributions, Evaluation, Scores, ShownPair, Token, means, values
+from dpo_cli.evaluation.diagnostics import judged
+from dpo_cli.evaluation.scores import Distributions, Evaluation, Scores, ShownPair, Token, means, values
+from dpo_cli.losses.preference import Objective
 from tests.conftest import SAMPLE
 
 WORDS = re.compile(r" ?[\w'’]{1,6}|\s|[^\w\s]")

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dpo_cli.adapter_files import CONFIG, WEIGHTS
-from dpo_cli.cli import app
-from dpo_cli.config import PrecomputeOptions
-from dpo_cli.errors import UsageError
-from dpo_cli.locate import find_model
-from dpo_cli.metrics import Reporter
-from dpo_cli.pairs import Pair
-from dpo_cli.prepare import read_pairs
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import PrecomputeOptions
+from dpo_cli.data.pairs import Pair
+from dpo_cli.models.adapter_files import CONFIG, WEIGHTS
+from dpo_cli.models.locate import find_model
+from dpo_cli.training.prepare import read_pairs
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model, make_tokenizer, write_rows
 from tests.test_adapters import Place, no_reports, plain_logps  # noqa: F401  # a fixture
 
@@ -454,7 +454,7 @@ def test_a_base_of_no_adapter_is_refused(here: Place) -> None:
 def test_a_base_on_a_hub_that_does_not_answer(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = make_adapter(here.folder / "on-hub", here.folder / "untied", lora())
     change(adapter, base_model_name_or_path="unsloth/tiny-bnb-4bit")
-    monkeypatch.setattr("dpo_cli.locate.unreachable", lambda: "it is offline")
+    monkeypatch.setattr("dpo_cli.models.locate.unreachable", lambda: "it is offline")
     told = here.refused(model=adapter)
     assert f"--model {adapter}: its base model unsloth/tiny-bnb-4bit: the hub cannot be reached (it is offline)" in told
     assert "--base-model PATH_OR_NAME" in told

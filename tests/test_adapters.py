@@ -18,24 +18,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dpo_cli import locate
-from dpo_cli import run as runs
-from dpo_cli.adapter_files import adapter_weights, attach_saved, described, merged, save_adapter
-from dpo_cli.adapters import attach, make_config, trained
-from dpo_cli.batch import padded
-from dpo_cli.cli import app
-from dpo_cli.config import PrecomputeOptions, TrainOptions
-from dpo_cli.errors import UsageError
-from dpo_cli.heldout import HeldOut
-from dpo_cli.locate import find_model
-from dpo_cli.logps import token_logps
-from dpo_cli.memory import StepBytes
-from dpo_cli.metrics import Reporter, best_step, evaluations, read_metrics
-from dpo_cli.optimizer import halve
-from dpo_cli.pairs import Pair
-from dpo_cli.prepare import check_quantize, read_pairs
-from dpo_cli.run import trained_with
-from dpo_cli.targets import choose_targets
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import PrecomputeOptions, TrainOptions
+from dpo_cli.data.batching import padded
+from dpo_cli.data.pairs import Pair
+from dpo_cli.evaluation.metrics import best_step, evaluations, read_metrics
+from dpo_cli.models import locate
+from dpo_cli.models.adapter_files import adapter_weights, attach_saved, described, merged, save_adapter
+from dpo_cli.models.adapters import attach, make_config, trained
+from dpo_cli.models.locate import find_model
+from dpo_cli.models.logprobs import token_logps
+from dpo_cli.models.lora_targets import choose_targets
+from dpo_cli.models.split_weights import halve
+from dpo_cli.training import setup as runs
+from dpo_cli.training.heldout import HeldOut
+from dpo_cli.training.memory import StepBytes
+from dpo_cli.training.prepare import check_quantize, read_pairs
+from dpo_cli.training.setup import trained_with
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them

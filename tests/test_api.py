@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 import dpo_cli
 from dpo_cli import DpoError, Interrupted, UsageError, evaluate, precompute, train
-from dpo_cli.cli import app
-from dpo_cli.config import EvalOptions, PrecomputeOptions, TrainOptions
-from dpo_cli.disk import to_json
-from dpo_cli.step import StopSignal, Trainer
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import EvalOptions, PrecomputeOptions, TrainOptions
+from dpo_cli.training.step import StopSignal, Trainer
+from dpo_cli.utils.files import to_json
 from tests.conftest import ROOT, SAMPLE, write_rows
 
 HELD_OUT = [json.loads(line) for line in (SAMPLE / "heldout.jsonl").read_text().splitlines()]
@@ -32,7 +32,7 @@ HELD_OUT = [json.loads(line) for line in (SAMPLE / "heldout.jsonl").read_text().
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to be in, with a cache of its own. Reports take most of the time of so small a run."""
     for name in ("write_report", "write_curves"):
-        monkeypatch.setattr(f"dpo_cli.heldout.{name}", lambda *_: None)
+        monkeypatch.setattr(f"dpo_cli.training.heldout.{name}", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
@@ -189,7 +189,7 @@ def test_an_upload_that_fails_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
     def trained(*_: Any) -> dict[str, Any]:
         return {"run": "run", "push_error": "the run is complete in run, but the hub is not there"}
 
-    monkeypatch.setattr("dpo_cli.training.train", trained)
+    monkeypatch.setattr("dpo_cli.training.loop.train", trained)
     with pytest.raises(DpoError, match="complete in run"):
         train(SAMPLE / "train.jsonl")
 

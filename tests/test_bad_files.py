@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.cli.app import app
 
 GOLDEN = Path(__file__).with_name("bad_files.txt")
 ROW = {"prompt": "Why?", "chosen": " Because.", "rejected": " No."}

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_cli.batch import Layout, MicroBatch, lay_out, pack, padded, plan_run, row_costs
-from dpo_cli.pairs import Pair, read
+from dpo_cli.data.batching import Layout, MicroBatch, lay_out, pack, padded, plan_run, row_costs
+from dpo_cli.data.pairs import Pair, read
 from tests.conftest import random_pairs
 
 LAYOUTS: list[Layout] = ["shared", "packed", "padded", "alone"]

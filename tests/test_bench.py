@@ -14,7 +14,7 @@ from benchmarks.bench import main, take_turns
 from benchmarks.cases import CASES, Lengths, draw_lengths, synthetic_rows
 from benchmarks.meter import KILLED, Worker, WorkerDiedError
 from benchmarks.shapes import Arithmetic
-from dpo_cli.errors import UsageError
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import random_pairs, write_rows
 
 SMALL = ("--shape", "tiny", "--device", "cpu", "--case", "hh", "--rounds", "1", "--pairs", "2", "--batch-size", "2")

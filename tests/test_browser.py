@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.report import ReportInput, shown, write_report
+from dpo_cli.reporting.html import ReportInput, shown, write_report
 from tests.payloads import PAYLOADS, report_of
 from tests.synthetic import make_evaluation, make_history
 

@@ -28,24 +28,24 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import dpo_cli.fingerprint
-import dpo_cli.shards
-from dpo_cli import drift
-from dpo_cli.batch import padded
-from dpo_cli.cache import references
-from dpo_cli.cli import app
-from dpo_cli.config import PrecomputeOptions
-from dpo_cli.disk import held, whole_file, whole_folder
-from dpo_cli.errors import DpoError, UsageError
-from dpo_cli.fingerprint import WeightsMemo, hash_weights
-from dpo_cli.locate import find_model
-from dpo_cli.logps import Scorer, token_logps
-from dpo_cli.metrics import Reporter
-from dpo_cli.model import load_model
-from dpo_cli.pairs import Pair, Pairs
-from dpo_cli.prepare import read_pairs
-from dpo_cli.reference import fill, pair_keys
-from dpo_cli.shards import Entry, merge_small, read_folder, read_shard, write_shard
+import dpo_cli.models.fingerprint
+import dpo_cli.reference.shards
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import PrecomputeOptions
+from dpo_cli.data.batching import padded
+from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.evaluation import drift
+from dpo_cli.models.fingerprint import WeightsMemo, hash_weights
+from dpo_cli.models.loading import load_model
+from dpo_cli.models.locate import find_model
+from dpo_cli.models.logprobs import Scorer, token_logps
+from dpo_cli.reference.manage import references
+from dpo_cli.reference.shards import Entry, merge_small, read_folder, read_shard, write_shard
+from dpo_cli.reference.store import fill, pair_keys
+from dpo_cli.training.prepare import read_pairs
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import DpoError, UsageError
+from dpo_cli.utils.files import held, whole_file, whole_folder
 from tests.conftest import CHATML, ROOT, make_model, random_pairs, write_rows
 from tests.test_reference import (
     NOISE,
@@ -296,7 +296,7 @@ def the_precision(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], s
 
 
 def the_attention(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
-    patch.setattr("dpo_cli.prepare.choose_layout", lambda *_: ("packed", True, "forced"))
+    patch.setattr("dpo_cli.training.prepare.choose_layout", lambda *_: ("packed", True, "forced"))
     return [], LINES
 
 
@@ -322,7 +322,7 @@ def a_row(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]
 
 def another_model_at_the_same_path(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
     """Of the same size and with the same time of change, when the weights' hash was remembered."""
-    patch.setattr("dpo_cli.fingerprint.FRESH_SECONDS", -1.0)
+    patch.setattr("dpo_cli.models.fingerprint.FRESH_SECONDS", -1.0)
     assert place.precompute()["misses"] == 0
     assert len(place.remembered) == 1
     put_other_weights(place)
@@ -330,7 +330,7 @@ def another_model_at_the_same_path(place: Place, patch: pytest.MonkeyPatch) -> t
 
 
 def the_scoring_version(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
-    patch.setattr("dpo_cli.fingerprint.SCORING_VERSION", dpo_cli.fingerprint.SCORING_VERSION + 1)
+    patch.setattr("dpo_cli.models.fingerprint.SCORING_VERSION", dpo_cli.models.fingerprint.SCORING_VERSION + 1)
     return [], LINES
 
 
@@ -399,9 +399,9 @@ def test_attention_matters_where_the_model_computes_its_own(place: Place, monkey
             return model
 
         with monkeypatch.context() as patch:
-            patch.setattr("dpo_cli.prepare.load_model", load)
+            patch.setattr("dpo_cli.training.prepare.load_model", load)
             if layout != "shared":
-                patch.setattr("dpo_cli.prepare.choose_layout", lambda *_: (layout, True, "forced"))
+                patch.setattr("dpo_cli.training.prepare.choose_layout", lambda *_: (layout, True, "forced"))
             return int(place.precompute()["misses"])
 
     assert misses("shared", "sdpa") == misses("shared", "eager") == 0
@@ -592,8 +592,8 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(hash_weights(model))
         return found[-1]
 
-    monkeypatch.setattr("dpo_cli.fingerprint.hash_weights", telling)
-    monkeypatch.setattr("dpo_cli.fingerprint.FRESH_SECONDS", -1.0)
+    monkeypatch.setattr("dpo_cli.models.fingerprint.hash_weights", telling)
+    monkeypatch.setattr("dpo_cli.models.fingerprint.FRESH_SECONDS", -1.0)
     return found
 
 
@@ -719,7 +719,7 @@ def test_what_is_remembered_of_another_model_is_not_believed(place: Place, hashe
 
 def test_young_files_are_not_remembered(place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """They could change again without their time stamps telling."""
-    monkeypatch.setattr("dpo_cli.fingerprint.FRESH_SECONDS", 3600.0)
+    monkeypatch.setattr("dpo_cli.models.fingerprint.FRESH_SECONDS", 3600.0)
     for times in (1, 2):
         assert place.precompute()["misses"] == 0
         assert len(hashed) == times
@@ -733,7 +733,7 @@ def test_one_young_file_among_old_ones_is_enough(
     touch(place)
     now = place.weights.stat().st_ctime + 0.1
     assert (place.model / "config.json").stat().st_ctime < now - 0.2
-    monkeypatch.setattr("dpo_cli.fingerprint.FRESH_SECONDS", 0.2)
+    monkeypatch.setattr("dpo_cli.models.fingerprint.FRESH_SECONDS", 0.2)
     monkeypatch.setattr(time, "time", lambda: now)
     place.precompute()
     assert len(hashed) == 1 and place.remembered == []
@@ -750,7 +750,7 @@ def test_files_that_change_while_they_are_loaded_are_not_remembered(
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_cli.prepare.load_model", load)
+        patch.setattr("dpo_cli.training.prepare.load_model", load)
         assert place.precompute()["misses"] == 0
     assert place.remembered == []
     assert place.precompute()["misses"] == len(LINES)
@@ -876,7 +876,7 @@ class Several:
 def unmerged(tmp_path_factory: pytest.TempPathFactory) -> Several:
     folder, pairs = tmp_path_factory.mktemp("unmerged"), random_pairs(16, seed=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_cli.reference.SHARD_SECONDS", -1.0)
+        patch.setattr("dpo_cli.reference.store.SHARD_SECONDS", -1.0)
         fill(open_cache(folder), pairs, make_scorer())
     assert len(shards(folder)) >= 5
     return Several(folder, pairs, content_of(folder))
@@ -885,13 +885,13 @@ def unmerged(tmp_path_factory: pytest.TempPathFactory) -> Several:
 @pytest.fixture
 def several(tmp_path: Path, unmerged: Several, monkeypatch: pytest.MonkeyPatch) -> Several:
     """A copy of it, in which two are many."""
-    monkeypatch.setattr("dpo_cli.shards.MANY", 2)
+    monkeypatch.setattr("dpo_cli.reference.shards.MANY", 2)
     return Several(shutil.copytree(unmerged.folder, tmp_path / "several"), unmerged.pairs, unmerged.content)
 
 
 def test_many_small_shards_become_one(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
     """When something is added; with every value and every token's, to the bit."""
-    monkeypatch.setattr("dpo_cli.reference.SHARD_SECONDS", -1.0)
+    monkeypatch.setattr("dpo_cli.reference.store.SHARD_SECONDS", -1.0)
     new = random_pairs(3, seed=9, longest=40)
     cache = open_cache(several.folder)
     filled = fill(cache, [*several.pairs, *new], make_scorer())
@@ -905,7 +905,7 @@ def test_many_small_shards_become_one(several: Several, monkeypatch: pytest.Monk
 
 def test_few_small_shards_are_left_alone(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
     before = shards(several.folder)
-    monkeypatch.setattr("dpo_cli.shards.MANY", len(before) + 1)
+    monkeypatch.setattr("dpo_cli.reference.shards.MANY", len(before) + 1)
     open_cache(several.folder).merge()
     assert shards(several.folder) == before
 
@@ -914,7 +914,7 @@ def test_a_large_shard_is_left_alone(several: Several, monkeypatch: pytest.Monke
     """What is merged is not merged again and again."""
     large = max(shards(several.folder), key=lambda shard: shard.stat().st_size)
     before = large.stat()
-    monkeypatch.setattr("dpo_cli.shards.SMALL_BYTES", before.st_size)
+    monkeypatch.setattr("dpo_cli.reference.shards.SMALL_BYTES", before.st_size)
     open_cache(several.folder).merge()
     assert large in shards(several.folder) and large.stat().st_mtime_ns == before.st_mtime_ns
     assert len(shards(several.folder)) == 2 and content_of(several.folder) == several.content
@@ -933,7 +933,7 @@ def test_what_is_merged_is_bounded(several: Several, monkeypatch: pytest.MonkeyP
         groups[-1].update(read_shard(shard)[0])
         taken += shard.stat().st_size
     assert len(groups) > 1
-    monkeypatch.setattr("dpo_cli.shards.MERGED_BYTES", enough)
+    monkeypatch.setattr("dpo_cli.reference.shards.MERGED_BYTES", enough)
     open_cache(several.folder).merge()
     assert sorted(map(sorted, groups)) == sorted(sorted(read_shard(shard)[0]) for shard in shards(several.folder))
     assert content_of(several.folder) == several.content
@@ -980,7 +980,7 @@ def test_a_reader_finds_all_while_shards_are_merged(several: Several, monkeypatc
             return read_shard(shard)
 
         with monkeypatch.context() as patch:
-            patch.setattr("dpo_cli.shards.read_shard", read)
+            patch.setattr("dpo_cli.reference.shards.read_shard", read)
             found = read_folder(folder, pytest.fail)
         assert len(shards(copy)) == 1
         assert found == {key: logp for key, (logp, _) in several.content.items()}
@@ -998,7 +998,7 @@ def test_death_between_merging_and_removing_loses_nothing(several: Several, monk
         left = itertools.count()
 
         def dying(self: Path, missing_ok: bool = False, left: Any = left, when: int = when) -> None:
-            if self.suffix == dpo_cli.shards.SUFFIX and next(left) == when:
+            if self.suffix == dpo_cli.reference.shards.SUFFIX and next(left) == when:
                 raise Death
             unlink(self, missing_ok)
 
@@ -1045,14 +1045,14 @@ def full_when_merging(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(os, "fsync", full)
             merge_small(folder)
 
-    monkeypatch.setattr("dpo_cli.shards.merge_small", merge)
+    monkeypatch.setattr("dpo_cli.reference.shards.merge_small", merge)
 
 
 @pytest.mark.usefixtures("full_when_merging")
 def test_a_disk_too_full_to_merge_is_told_and_does_no_harm(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command ends well, and every shard is where it was."""
-    monkeypatch.setattr("dpo_cli.shards.MANY", 2)
-    monkeypatch.setattr("dpo_cli.reference.SHARD_SECONDS", -1.0)
+    monkeypatch.setattr("dpo_cli.reference.shards.MANY", 2)
+    monkeypatch.setattr("dpo_cli.reference.store.SHARD_SECONDS", -1.0)
     arguments = ("--dtype", "bfloat16", "--max-tokens", 400)
     result, told = dpo("precompute-ref", *place.common(*arguments))
     assert result["misses"] == 6
@@ -1074,7 +1074,7 @@ def test_a_shard_of_someone_else_that_cannot_be_removed_stays(place: Place, monk
         unlink(self, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", refusing)
-    monkeypatch.setattr("dpo_cli.shards.MANY", 2)
+    monkeypatch.setattr("dpo_cli.reference.shards.MANY", 2)
     appended(place)
     assert place.precompute()["misses"] == 1
     monkeypatch.undo()
@@ -1231,7 +1231,7 @@ def test_names_in_a_cache_do_not_steer_a_terminal(place: Place) -> None:
 
 def test_list_bears_shards_that_are_merged_meanwhile(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another process, between its look at the folder and at each file."""
-    monkeypatch.setattr("dpo_cli.shards.MANY", 2)
+    monkeypatch.setattr("dpo_cli.reference.shards.MANY", 2)
     folder = only_reference(place)
     content = content_of(folder)
     entries = entries_of(content)
@@ -1240,7 +1240,7 @@ def test_list_bears_shards_that_are_merged_meanwhile(place: Place, monkeypatch: 
 
     def merging(self: Path, **options: Any) -> bool:
         there = is_file(self, **options)
-        if self.parent == folder and self.suffix == dpo_cli.shards.SUFFIX:
+        if self.parent == folder and self.suffix == dpo_cli.reference.shards.SUFFIX:
             merge_small(folder)
         return there
 
@@ -1340,11 +1340,11 @@ def test_verify_bears_shards_that_are_merged_meanwhile(several: Several, monkeyp
     folder = only_reference(place)
 
     def read(shard: Path) -> Any:
-        monkeypatch.setattr("dpo_cli.shards.read_shard", read_shard)
+        monkeypatch.setattr("dpo_cli.reference.shards.read_shard", read_shard)
         merge_small(folder)
         return read_shard(shard)
 
-    monkeypatch.setattr("dpo_cli.shards.read_shard", read)
+    monkeypatch.setattr("dpo_cli.reference.shards.read_shard", read)
     _, told = verified(place)
     assert "warning" not in told
 
@@ -1573,7 +1573,7 @@ def test_a_reference_from_the_future_is_not_old(place: Place) -> None:
 
 def test_files_from_the_future_are_not_remembered(place: Place, hashed: list[str], monkeypatch: Any) -> None:
     """The clock was set back: who knows whether they are settled."""
-    monkeypatch.setattr("dpo_cli.fingerprint.FRESH_SECONDS", 2.0)
+    monkeypatch.setattr("dpo_cli.models.fingerprint.FRESH_SECONDS", 2.0)
     an_hour_ago = time.time() - 3600
     monkeypatch.setattr(time, "time", lambda: an_hour_ago)
     assert place.precompute()["misses"] == 0 and len(hashed) == 1
@@ -1585,7 +1585,7 @@ def test_files_from_the_future_are_not_remembered(place: Place, hashed: list[str
 HOLD = """
 import sys
 from pathlib import Path
-from dpo_cli.disk import held
+from dpo_cli.utils.files import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -1704,8 +1704,8 @@ def test_a_lock_that_cannot_be_made_names_its_file(tmp_path: Path) -> None:
 MAKE = """
 import sys
 from pathlib import Path
-from dpo_cli.disk import whole_folder
-from dpo_cli.errors import DpoError
+from dpo_cli.utils.files import whole_folder
+from dpo_cli.utils.errors import DpoError
 for line in sys.stdin:
     try:
         with whole_folder(Path(line.strip()), new=True) as folder:

@@ -20,10 +20,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from dpo_cli.data import BadRow, Reading, read_rows
-from dpo_cli.errors import RowError
-from dpo_cli.records import find_sources
-from dpo_cli.tokens import Encoder
+from dpo_cli.data.formats import BadRow, Reading, read_rows
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.tokenize import Encoder
+from dpo_cli.utils.errors import RowError
 from tests.conftest import ROOT, make_tokenizer, write_rows
 
 Record = dict[str, Any]

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 
-from dpo_cli.data import BadRow, Reading, read_rows
-from dpo_cli.errors import RowError
-from dpo_cli.records import find_sources
-from dpo_cli.tokens import Encoder
+from dpo_cli.data.formats import BadRow, Reading, read_rows
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.tokenize import Encoder
+from dpo_cli.utils.errors import RowError
 from tests.conftest import size, write_rows
 from tests.test_chat_families import FAMILIES, FIND, Record, at_inference, decoded, tokenizer_of
 

@@ -19,14 +19,13 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from dpo_cli import near
-from dpo_cli.check import as_text, run_check
-from dpo_cli.cli import app
-from dpo_cli.config import CheckOptions
-from dpo_cli.crossrow import contradictions, copies, cycles
-from dpo_cli.data import Reading, Row
-from dpo_cli.errors import UsageError, printable
-from dpo_cli.findings import (
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import CheckOptions
+from dpo_cli.data.formats import Reading, Row
+from dpo_cli.data.records import REST, find_sources
+from dpo_cli.quality import near_duplicates as near
+from dpo_cli.quality.check import as_text, run_check
+from dpo_cli.quality.checks import (
     RowFindings,
     Texts,
     _damage,
@@ -38,12 +37,13 @@ from dpo_cli.findings import (
     same_words,
     texts_of,
 )
-from dpo_cli.kinds import KINDS
-from dpo_cli.lengths import length_bias
-from dpo_cli.metrics import Reporter
-from dpo_cli.records import REST, find_sources
-from dpo_cli.scripts import script_mismatch
-from dpo_cli.survey import Survey
+from dpo_cli.quality.duplicates import contradictions, copies, cycles
+from dpo_cli.quality.issue_types import KINDS
+from dpo_cli.quality.lengths import length_bias
+from dpo_cli.quality.scripts import script_mismatch
+from dpo_cli.quality.survey import Survey
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import UsageError, printable
 from tests.clean import CLEAN, clean_rows
 from tests.conftest import CHATML, SAMPLE, Cli, write_rows
 from tests.planted import Record, get, plant, put

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.errors import UsageError
-from dpo_cli.model import compile_layers
+from dpo_cli.models.loading import compile_layers
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, Cli, make_model, write_rows
 
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_cli.config import (
+from dpo_cli.config.options import (
     OPERATIONAL,
     EvalOptions,
     Options,
@@ -23,7 +23,7 @@ from dpo_cli.config import (
     resolve_resumed,
     to_yaml,
 )
-from dpo_cli.errors import UsageError
+from dpo_cli.utils.errors import UsageError
 
 DATA = {"data": ["pairs.jsonl"]}
 KINDS = [TrainOptions, PrecomputeOptions, EvalOptions]

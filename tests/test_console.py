@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
-from dpo_cli.metrics import Reporter, clock
+from dpo_cli.cli.app import app
+from dpo_cli.utils.console import Reporter, clock
 from tests.conftest import SAMPLE, cli_environment
 
 VALUES = {
@@ -41,7 +41,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("dpo_cli.metrics.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("dpo_cli.utils.console.time.monotonic", lambda: self.now)
 
 
 def until_closed(end: int) -> str:
@@ -329,6 +329,6 @@ def test_a_shell_completes(typed: str, offered: list[str], monkeypatch: pytest.M
 def test_what_a_shell_shows_beside_an_option_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     typed = {"_TYPER_COMPLETE_ARGS": "dpo train --lo", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
     environment = os.environ | typed | {"_DPO_COMPLETE": "complete_fish"}
-    program = "import sys; sys.argv[0] = 'dpo'; from dpo_cli.cli import main; main()"
+    program = "import sys; sys.argv[0] = 'dpo'; from dpo_cli.cli.app import main; main()"
     out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert all(line.startswith("--lo") for line in out.stdout.splitlines()) and "--loss\t" in out.stdout

@@ -18,13 +18,13 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dpo_cli import converted, locate
-from dpo_cli.cli import app
-from dpo_cli.converted import with_copy
-from dpo_cli.fingerprint import fingerprint, hash_weights
-from dpo_cli.locate import ModelSource, find_model
-from dpo_cli.metrics import Reporter
-from dpo_cli.model import count_parameters, load_model, load_tokenizer
+from dpo_cli.cli.app import app
+from dpo_cli.models import converted, locate
+from dpo_cli.models.converted import with_copy
+from dpo_cli.models.fingerprint import fingerprint, hash_weights
+from dpo_cli.models.loading import count_parameters, load_model, load_tokenizer
+from dpo_cli.models.locate import ModelSource, find_model
+from dpo_cli.utils.console import Reporter
 from tests.conftest import SAMPLE, cli_environment, write_gguf
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
@@ -210,8 +210,8 @@ def test_a_copy_that_is_pruned_meanwhile_is_done_without(copied: Callable[..., M
 
 def test_two_processes_convert_at_once(file: Path, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom dpo_cli.converted import with_copy, is_whole\n"
-        "from dpo_cli.locate import find_model\nfrom dpo_cli.metrics import Reporter\n"
+        "import sys\nfrom pathlib import Path\nfrom dpo_cli.models.converted import with_copy, is_whole\n"
+        "from dpo_cli.models.locate import find_model\nfrom dpo_cli.evaluation.metrics import Reporter\n"
         "source = with_copy(find_model(sys.argv[1]), Path(sys.argv[2]), True, Reporter())\n"
         "assert is_whole(source.converted) and is_whole(source.weights)"
     )
@@ -228,7 +228,7 @@ def test_runs_and_references_are_found_again(
     """Of a run that began from the GGUF itself, as all did: its reference is cached, it resumes and is evaluated."""
     run, steps = tmp_path / "run", ("--max-steps", 2, "--batch-size", 4, "--save-every", 1)
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_cli.prepare.with_copy", lambda source, *_: source)
+        patch.setattr("dpo_cli.training.prepare.with_copy", lambda source, *_: source)
         command("train", "--output", run, *steps)
     assert not (tmp_path / "cache" / "models").exists()
     again = command("train", "--output", tmp_path / "again", *steps)

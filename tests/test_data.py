@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_cli import config, records
-from dpo_cli.data import FORMATS as READERS
-from dpo_cli.data import BadRow, Row, is_rendered, read_rows
-from dpo_cli.errors import UsageError
-from dpo_cli.records import MAX_DEPTH, find_sources
-from dpo_cli.tokens import refusal
+from dpo_cli.config import options as config
+from dpo_cli.data import records
+from dpo_cli.data.formats import FORMATS as READERS
+from dpo_cli.data.formats import BadRow, Row, is_rendered, read_rows
+from dpo_cli.data.records import MAX_DEPTH, find_sources
+from dpo_cli.data.tokenize import refusal
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import write_rows
 
 STRINGS = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_cli.diagnose import ENOUGH, ROWS, judged, suspects, verdict
-from dpo_cli.disk import to_json
-from dpo_cli.losses import Objective
-from dpo_cli.margins import sections
-from dpo_cli.scores import Distributions, Scores
+from dpo_cli.evaluation.diagnostics import ENOUGH, ROWS, judged, suspects, verdict
+from dpo_cli.evaluation.margins import sections
+from dpo_cli.evaluation.scores import Distributions, Scores
+from dpo_cli.losses.preference import Objective
+from dpo_cli.utils.files import to_json
 from tests.test_margins import make_scores
 
 PAIRS = 300

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.disk import sha256, whole_file, whole_folder
-from dpo_cli.errors import DpoError
+from dpo_cli.utils.errors import DpoError
+from dpo_cli.utils.files import sha256, whole_file, whole_folder
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)

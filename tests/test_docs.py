@@ -20,8 +20,8 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from benchmarks.pictures import IMAGES, draw, lines_of
-from dpo_cli import plots
-from dpo_cli.cli import app
+from dpo_cli.cli.app import app
+from dpo_cli.reporting import plots
 from tests.conftest import ROOT, SAMPLE
 from tests.pages import (
     EXECUTED,

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.attention import PREFIX_SHARED
-from dpo_cli.batch import Layout
-from dpo_cli.drift import COLUMNS, FOLD, TOP, Compared, TokenFile, Watch, compare, divergences, record, score
-from dpo_cli.errors import NotWrittenError, UsageError
-from dpo_cli.logps import Scorer
-from dpo_cli.losses import Objective
-from dpo_cli.metrics import Reporter
-from dpo_cli.outcome import scores_of
-from dpo_cli.pairs import Pair, Pairs, carries_loss, read
-from dpo_cli.scores import Scores, values
+from dpo_cli.data.batching import Layout
+from dpo_cli.data.pairs import Pair, Pairs, carries_loss, read
+from dpo_cli.evaluation.drift import COLUMNS, FOLD, TOP, Compared, TokenFile, Watch, compare, divergences, record, score
+from dpo_cli.evaluation.outcome import scores_of
+from dpo_cli.evaluation.scores import Scores, values
+from dpo_cli.losses.preference import Objective
+from dpo_cli.models.attention import PREFIX_SHARED
+from dpo_cli.models.logprobs import Scorer
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import NotWrittenError, UsageError
 from tests.conftest import make_model, random_pairs
 
 CPU = torch.device("cpu")
@@ -256,7 +256,7 @@ def test_rows_come_back_as_they_went_in_whatever_the_order(tmp_path: Path) -> No
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 100})()
-    monkeypatch.setattr("dpo_cli.drift.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("dpo_cli.evaluation.drift.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(NotWrittenError, match="--kl none"):
         record(scorer_of(make_model()), pairs_with_silent_tokens(), tmp_path, WATCH)
 

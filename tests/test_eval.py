@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
-from dpo_cli.model import load_model
+from dpo_cli.cli.app import app
+from dpo_cli.models.loading import load_model
 from tests.conftest import SAMPLE, Cli, make_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
@@ -257,8 +257,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         paths.append(source.path)
         return load_model(source)
 
-    monkeypatch.setattr("dpo_cli.evaluation.load_model", load)
-    monkeypatch.setattr("dpo_cli.prepare.load_model", load)
+    monkeypatch.setattr("dpo_cli.evaluation.evaluate.load_model", load)
+    monkeypatch.setattr("dpo_cli.training.prepare.load_model", load)
     return paths
 
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import dpo_cli.heldout
-import dpo_cli.training
-from dpo_cli import drift
-from dpo_cli.cli import app
-from dpo_cli.diagnose import judged
-from dpo_cli.errors import NotWrittenError
-from dpo_cli.metrics import best_step
+import dpo_cli.training.heldout
+import dpo_cli.training.loop
+from dpo_cli.cli.app import app
+from dpo_cli.evaluation import drift
+from dpo_cli.evaluation.diagnostics import judged
+from dpo_cli.evaluation.metrics import best_step
+from dpo_cli.utils.errors import NotWrittenError
 from tests.conftest import SAMPLE, make_model, write_rows
 
 STEPS = 6
@@ -71,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Place:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports take most of the time of so small a run."""
     for name in ("write_report", "write_curves"):
-        monkeypatch.setattr(dpo_cli.heldout, name, lambda *_: None)
+        monkeypatch.setattr(dpo_cli.training.heldout, name, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def runs(place: Place) -> dict[str, Path]:
         found[metric] = place.folder / metric.replace("/", "-")
         with pytest.MonkeyPatch.context() as patch:
             if metric != "loss":
-                patch.setattr(dpo_cli.heldout.HeldOut, "write_report", lambda *_: {})
+                patch.setattr(dpo_cli.training.heldout.HeldOut, "write_report", lambda *_: {})
             result = place.train(found[metric], "--keep-best", metric)
         assert result.exit_code == 0 and "warning" not in result.stderr, result.output
     return found
@@ -153,7 +153,7 @@ def test_findings_of_a_checkpoint_know_nothing_of_later_steps(
         own.append(held_out)
         return {"findings": [], "judged": judged(0)}
 
-    monkeypatch.setattr("dpo_cli.outcome.verdict", verdict)
+    monkeypatch.setattr("dpo_cli.evaluation.outcome.verdict", verdict)
     run = runs["loss"]
     for model in (checkpoint(run, 4), run / "best", run):
         place.eval(model, "--kl", "none")
@@ -326,11 +326,13 @@ def test_a_resumed_run_has_the_same_best_model(
     """It ended in a step; or with its best model kept and no line of it; or in the middle of keeping it."""
     run, best = tmp_path / "run", best_of(runs["loss"], "loss")
     if what == "step":
-        fail_at(monkeypatch, dpo_cli.training.Trainer, "step", 4, KeyboardInterrupt())
+        fail_at(monkeypatch, dpo_cli.training.loop.Trainer, "step", 4, KeyboardInterrupt())
     elif what == "line":
-        fail_at(monkeypatch, dpo_cli.heldout, "append_metrics", best + 1, KeyboardInterrupt())
+        fail_at(monkeypatch, dpo_cli.training.heldout, "append_metrics", best + 1, KeyboardInterrupt())
     else:
-        fail_at(monkeypatch, dpo_cli.training, "export_model", 2, NotWrittenError("best/ cannot be written: No space"))
+        fail_at(
+            monkeypatch, dpo_cli.training.loop, "export_model", 2, NotWrittenError("best/ cannot be written: No space")
+        )
     stopped = place.train(run, "--keep-best", "loss")
     assert stopped.exit_code == (1 if what == "model" else 130), stopped.output
     if what == "model":
@@ -410,14 +412,14 @@ def test_a_run_has_its_report_at_each_evaluation_and_at_its_end(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[tuple[int, bool, bool]] = []
-    original = dpo_cli.heldout.write_report
+    original = dpo_cli.training.heldout.write_report
 
     def seen(file: Path, about: Any) -> None:
         original(file, about)
         steps = max(line["step"] for line in about.history)
         found.append((steps, about.evaluation is not None, "samples" in about.evaluation.result))
 
-    monkeypatch.setattr(dpo_cli.heldout, "write_report", seen)
+    monkeypatch.setattr(dpo_cli.training.heldout, "write_report", seen)
     result = place.train(tmp_path / "run", "--max-steps", 2, "--show-answers", 1)
     assert result.exit_code == 0, result.output
     assert found == [(0, True, False), (1, True, False), (2, True, True)]
@@ -466,7 +468,7 @@ def test_a_report_that_cannot_be_drawn_ends_no_training(
     def failing(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(dpo_cli.heldout, name, failing)
+    monkeypatch.setattr(dpo_cli.training.heldout, name, failing)
     result = place.train(tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert result.stderr.count(f"warning: the report of {tmp_path / 'run'} is not up to date: {error}") == STEPS + 1
@@ -572,7 +574,7 @@ def test_a_disk_without_room_is_told_before_the_work(
     original = drift.Scorer.states
     monkeypatch.setattr(drift.Scorer, "states", lambda *a: (forwards.append(1), original(*a))[1])
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr("dpo_cli.drift.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("dpo_cli.evaluation.drift.shutil.disk_usage", lambda folder: usage)
     if command == "train":
         result = place.train(tmp_path / "run", "--max-tokens", 512)
     else:

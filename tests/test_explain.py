@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data import Reading, Row, read_rows
-from dpo_cli.pairs import read
-from dpo_cli.records import find_sources
-from dpo_cli.tokens import Encoder
+from dpo_cli.data.formats import Reading, Row, read_rows
+from dpo_cli.data.pairs import read
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.tokenize import Encoder
 from tests.conftest import Cli, write_rows
 
 ROWS: list[Any] = [

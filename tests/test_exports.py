@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_cli.export import export_model
-from dpo_cli.locate import ModelSource
+from dpo_cli.hub.export import export_model
+from dpo_cli.models.locate import ModelSource
 from tests.conftest import make_model, make_tokenizer
 
 BASE = {"rope_type": "default", "rope_theta": 1000000.0}

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import dpo_cli.attention
-import dpo_cli.logps
-import dpo_cli.model
-from dpo_cli.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
-from dpo_cli.batch import Layout, MicroBatch, lay_out, padded
-from dpo_cli.errors import DpoError, UsageError
-from dpo_cli.logps import Said, Scorer, response_logps, token_logps
-from dpo_cli.model import _disable_dropout, choose_layout
-from dpo_cli.pairs import Pair
+import dpo_cli.models.attention
+import dpo_cli.models.loading
+import dpo_cli.models.logprobs
+from dpo_cli.data.batching import Layout, MicroBatch, lay_out, padded
+from dpo_cli.data.pairs import Pair
+from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
+from dpo_cli.models.loading import _disable_dropout, choose_layout
+from dpo_cli.models.logprobs import Said, Scorer, response_logps, token_logps
+from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import make_model, sigmoid_loss
 
 WINDOW = 7  # shorter than every prompt + response but the shortest
@@ -139,7 +139,7 @@ def difference(model: PreTrainedModel, pairs: list[Pair], name: str | None, want
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_single_sequences(family: str, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients, the head run over one or two pairs at a time."""
-    monkeypatch.setattr(dpo_cli.logps, "HEAD_BYTES", {"cpu": 4 * 64 * sum(LENGTHS[0][1:] + LENGTHS[1][1:])})
+    monkeypatch.setattr(dpo_cli.models.logprobs, "HEAD_BYTES", {"cpu": 4 * 64 * sum(LENGTHS[0][1:] + LENGTHS[1][1:])})
     model = make(family)
     wanted = score(model, pairs, None)
     assert difference(model, pairs, None, wanted[0]) > 0.1  # nats: stock attention is wrong here, and it shows
@@ -215,7 +215,7 @@ def test_attention_refuses_what_it_does_not_compute(foreign: str, pairs: list[Pa
 
 # ---- a wrong mask is seen -----------------------------------------------------------------------------------------
 
-_causal = dpo_cli.attention._causal
+_causal = dpo_cli.models.attention._causal
 
 
 def top_left(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
@@ -230,15 +230,15 @@ def no_window(*arguments: Any) -> Tensor:
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     # Stock attention takes the restarting positions for a new document that cannot see the prompt.
-    "stock attention": lambda patch: patch.setattr(dpo_cli.model, "PREFIX_SHARED", None),
+    "stock attention": lambda patch: patch.setattr(dpo_cli.models.loading, "PREFIX_SHARED", None),
     "chosen seen": lambda patch: patch.setattr(
-        dpo_cli.attention, "_after_prompt", lambda first, prompt, rejected: torch.cat([first, rejected], dim=2)
+        dpo_cli.models.attention, "_after_prompt", lambda first, prompt, rejected: torch.cat([first, rejected], dim=2)
     ),
     "prompt unseen": lambda patch: patch.setattr(
-        dpo_cli.attention, "_after_prompt", lambda first, prompt, rejected: rejected
+        dpo_cli.models.attention, "_after_prompt", lambda first, prompt, rejected: rejected
     ),
-    "top left": lambda patch: patch.setattr(dpo_cli.attention, "_causal", top_left),
-    "no window": lambda patch: patch.setattr(dpo_cli.attention, "_causal", no_window),
+    "top left": lambda patch: patch.setattr(dpo_cli.models.attention, "_causal", top_left),
+    "no window": lambda patch: patch.setattr(dpo_cli.models.attention, "_causal", no_window),
 }
 
 
@@ -252,7 +252,7 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
     model = make(family)
     wanted, _ = score(model, pairs, None)
     FAULTS[fault](monkeypatch)
-    assert difference(model, pairs, dpo_cli.model.PREFIX_SHARED, wanted) > 0.1  # nats: far above the noise
+    assert difference(model, pairs, dpo_cli.models.loading.PREFIX_SHARED, wanted) > 0.1  # nats: far above the noise
     layout, _, told = choose_layout(model, pairs, 256, CPU, torch.float32)
     assert layout == "packed"
     assert "packed rows, the prompt computed once for each response; equal" in told and "shared: off by" in told
@@ -260,7 +260,7 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
 
 def test_falls_back_to_padded_batches(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """OPT takes a packed row for one document."""
-    monkeypatch.setattr(dpo_cli.model, "PREFIX_SHARED", None)
+    monkeypatch.setattr(dpo_cli.models.loading, "PREFIX_SHARED", None)
     layout, _, told = choose_layout(make("opt"), pairs, 256, CPU, torch.float32)
     assert layout == "padded"
     assert "shared: off by" in told and "packed: off by" in told
@@ -317,7 +317,7 @@ def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPa
         tried.append(probes)
         return lay_out(probes, layout)
 
-    monkeypatch.setattr(dpo_cli.model, "lay_out", spy)
+    monkeypatch.setattr(dpo_cli.models.loading, "lay_out", spy)
     for max_tokens, groups in ((256, [[2, 1, 1]]), (47, [[0, 1, 1], [2]]), (16, [[1, 1], [2]])):
         tried.clear()
         choose_layout(make("llama"), pairs, max_tokens, CPU, torch.float32)

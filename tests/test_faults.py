@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from dpo_cli import drift
-from dpo_cli.batch import MicroBatch
-from dpo_cli.cli import app
-from dpo_cli.logps import Said, Scorer
-from dpo_cli.metrics import append_metrics
-from dpo_cli.step import Trainer
+from dpo_cli.cli.app import app
+from dpo_cli.data.batching import MicroBatch
+from dpo_cli.evaluation import drift
+from dpo_cli.evaluation.metrics import append_metrics
+from dpo_cli.models.logprobs import Said, Scorer
+from dpo_cli.training.step import Trainer
 from tests.conftest import SAMPLE, write_rows
 from tests.test_reference import plant
 

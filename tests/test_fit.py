@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import dpo_cli.memory
-from dpo_cli.attention import PREFIX_SHARED, attention
-from dpo_cli.batch import row_costs
-from dpo_cli.logps import Scorer, hidden_states
-from dpo_cli.memory import Fit, StepBytes, at_head, count_bytes, fit
+import dpo_cli.training.memory
+from dpo_cli.data.batching import row_costs
+from dpo_cli.models.attention import PREFIX_SHARED, attention
+from dpo_cli.models.logprobs import Scorer, hidden_states
+from dpo_cli.training.memory import Fit, StepBytes, at_head, count_bytes, fit
 from tests.conftest import SAMPLE, cli_environment, make_model, make_tokenizer, random_pairs
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_what_a_forward_keeps_is_counted(model: PreTrainedModel) -> None:
             hidden_states(model, batch, torch.float32)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
-    expected = sum(n for place, n in storages.items() if place not in own) * dpo_cli.memory.FRAGMENTED
+    expected = sum(n for place, n in storages.items() if place not in own) * dpo_cli.training.memory.FRAGMENTED
     assert counted.fixed + counted.per_token * sum(row_costs(PAIRS, "shared")) == pytest.approx(expected, rel=0.15)
     assert counted.parameters == model.num_parameters()
     assert counted.per_token_recomputed < counted.per_token
@@ -109,7 +109,7 @@ def test_counting_leaves_nothing_behind(model: PreTrainedModel) -> None:
 def test_the_fastest_that_fits(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, room: int, wanted: Any, expected: Any
 ) -> None:
-    monkeypatch.setattr(dpo_cli.memory, "usable_bytes", lambda device: room)
+    monkeypatch.setattr(dpo_cli.training.memory, "usable_bytes", lambda device: room)
     with attention(model, PREFIX_SHARED):
         found = fit(scorer_of(model), PAIRS, 0, *wanted)
     assert (found.memory, found.recompute, found.max_tokens) == expected
@@ -122,10 +122,10 @@ def test_recomputation_before_8_bits(model: PreTrainedModel, monkeypatch: pytest
         counted = count_bytes(scorer_of(model), PAIRS, 0)
         most = counted.peak("full", False, (4096, 200), (4096, 200))
         for room in range(most, 0, -most // 200):
-            monkeypatch.setattr(dpo_cli.memory, "usable_bytes", lambda device, room=room: room)
+            monkeypatch.setattr(dpo_cli.training.memory, "usable_bytes", lambda device, room=room: room)
             found = fit(scorer_of(model), PAIRS, 0, "auto", False, None)
             ways.append((found.memory, found.recompute))
-    assert list(dict.fromkeys(ways)) == dpo_cli.memory.LADDER["cpu"]
+    assert list(dict.fromkeys(ways)) == dpo_cli.training.memory.LADDER["cpu"]
 
 
 def test_a_long_pair_decides(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_a_long_pair_decides(model: PreTrainedModel, monkeypatch: pytest.MonkeyP
     with attention(model, PREFIX_SHARED):
         counted = count_bytes(scorer_of(model), PAIRS, 0)
         room = counted.peak("full", False, (1000, 100), (1000, 100))
-        monkeypatch.setattr(dpo_cli.memory, "usable_bytes", lambda device: room)
+        monkeypatch.setattr(dpo_cli.training.memory, "usable_bytes", lambda device: room)
         assert not fit(scorer_of(model), PAIRS, 0, "auto", False, None).recompute
         assert fit(scorer_of(model), [*PAIRS, long], 0, "auto", False, 512).recompute
 
@@ -143,9 +143,9 @@ def test_a_long_pair_decides(model: PreTrainedModel, monkeypatch: pytest.MonkeyP
 def test_at_head_is_what_meets_it_at_once(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = [len(pair.chosen) + len(pair.rejected) for pair in PAIRS]
     assert at_head(scorer_of(model), PAIRS) == sum(tokens)
-    monkeypatch.setattr("dpo_cli.logps.HEAD_BYTES", {"cpu": 4 * 384 * (max(tokens) + 5)})
+    monkeypatch.setattr("dpo_cli.models.logprobs.HEAD_BYTES", {"cpu": 4 * 384 * (max(tokens) + 5)})
     assert at_head(scorer_of(model), PAIRS) == max(tokens) + 5
-    monkeypatch.setattr("dpo_cli.logps.HEAD_BYTES", {"cpu": 4})
+    monkeypatch.setattr("dpo_cli.models.logprobs.HEAD_BYTES", {"cpu": 4})
     assert at_head(scorer_of(model), PAIRS) == max(tokens)
     assert at_head(scorer_of(model, apart=False), PAIRS) == 0
 
@@ -166,7 +166,7 @@ def test_estimate_of_a_plan(model: PreTrainedModel) -> None:
 TELLS_ITS_PEAK = """
 import sys
 from pathlib import Path
-from dpo_cli.cli import main
+from dpo_cli.cli.app import main
 try:
     main()
 finally:

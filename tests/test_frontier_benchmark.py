@@ -15,8 +15,8 @@ import torch
 from benchmarks import frontier
 from benchmarks.frontier import Plainness, best_of, best_of_kl, first_is_preferred, main, optimum, unlikelihood
 from benchmarks.frontier_report import along, slopes
-from dpo_cli import losses
-from dpo_cli.losses import Preferences
+from dpo_cli.losses import preference as losses
+from dpo_cli.losses.preference import Preferences
 
 SMALL = """
     --jobs 1 --seeds 2 --tokens 4 --prompts 6 --pairs 2 --batch-size 4 --rank 2 --lr 0.1 --checkpoints 1 3

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_cli.data import Reading, read_rows
-from dpo_cli.disk import to_json
-from dpo_cli.errors import UsageError
-from dpo_cli.records import MAX_LINE, find_sources
-from dpo_cli.tokens import PairSet, tokenize_rows
+from dpo_cli.data.formats import Reading, read_rows
+from dpo_cli.data.records import MAX_LINE, find_sources
+from dpo_cli.data.tokenize import PairSet, tokenize_rows
+from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.files import to_json
 from tests.conftest import make_tokenizer, size
 from tests.test_data import BOM, FORMS, SUFFIXES, packed, unpacked, write_records
 

@@ -14,12 +14,12 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dpo_cli.data import Reading, Row, read_rows
-from dpo_cli.locate import find_model
-from dpo_cli.model import load_tokenizer
-from dpo_cli.pairs import Pair, read
-from dpo_cli.records import find_sources
-from dpo_cli.tokens import Encoder
+from dpo_cli.data.formats import Reading, Row, read_rows
+from dpo_cli.data.pairs import Pair, read
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.tokenize import Encoder
+from dpo_cli.models.loading import load_tokenizer
+from dpo_cli.models.locate import find_model
 from tests.conftest import write_rows
 
 WORDS = [

@@ -19,20 +19,20 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import dpo_cli.attention
-from dpo_cli.attention import PREFIX_SHARED, attention, prefix_shared_attention
-from dpo_cli.batch import Segments, lay_out
-from dpo_cli.config import EvalOptions, TrainOptions
-from dpo_cli.drift import Watch, compare, record
-from dpo_cli.evaluation import evaluated
-from dpo_cli.logps import Scorer, response_logps, token_logps
-from dpo_cli.merge import merge
-from dpo_cli.metrics import Reporter
-from dpo_cli.model import choose_layout, compute_dtype, default_device
-from dpo_cli.pairs import Pair, Pairs
-from dpo_cli.samples import generate
-from dpo_cli.step import Trainer
-from dpo_cli.training import train
+import dpo_cli.models.attention
+from dpo_cli.config.options import EvalOptions, TrainOptions
+from dpo_cli.data.batching import Segments, lay_out
+from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.evaluation.drift import Watch, compare, record
+from dpo_cli.evaluation.evaluate import evaluated
+from dpo_cli.evaluation.generation import generate
+from dpo_cli.hub.merge import merge
+from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention
+from dpo_cli.models.loading import choose_layout, compute_dtype, default_device
+from dpo_cli.models.logprobs import Scorer, response_logps, token_logps
+from dpo_cli.training.loop import train
+from dpo_cli.training.step import Trainer
+from dpo_cli.utils.console import Reporter
 from tests.conftest import SAMPLE, cli_environment, make_model, make_tokenizer
 from tests.test_families import dense_attention
 
@@ -82,13 +82,13 @@ def run(inputs: tuple[Tensor, Tensor, Tensor, Segments], window: int | None, dty
 def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """The query's dtype of each call of the flash path."""
     calls: list[torch.dtype] = []
-    flash = dpo_cli.attention._varlen
+    flash = dpo_cli.models.attention._varlen
 
     def spy(query: Tensor, *rest: Any) -> Tensor:
         calls.append(query.dtype)
         return flash(query, *rest)
 
-    monkeypatch.setattr(dpo_cli.attention, "_varlen", spy)
+    monkeypatch.setattr(dpo_cli.models.attention, "_varlen", spy)
     return calls
 
 

@@ -15,14 +15,14 @@ from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, pipeline
 from typer.testing import CliRunner
 
-import dpo_cli.push
-import dpo_cli.training
-from dpo_cli.card import SELF, hub_name
-from dpo_cli.cli import app
-from dpo_cli.locate import DEFAULT_MODEL, PACKAGED, ModelSource, find_model
-from dpo_cli.model import load_model
-from dpo_cli.records import hub_id
-from dpo_cli.samples import generation_config
+import dpo_cli.hub.push
+import dpo_cli.training.loop
+from dpo_cli.cli.app import app
+from dpo_cli.data.records import hub_id
+from dpo_cli.evaluation.generation import generation_config
+from dpo_cli.hub.model_card import SELF, hub_name
+from dpo_cli.models.loading import load_model
+from dpo_cli.models.locate import DEFAULT_MODEL, PACKAGED, ModelSource, find_model
 from tests.conftest import SAMPLE, make_model, random_pairs
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
@@ -214,7 +214,7 @@ class FakeHub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub()
-    monkeypatch.setattr(dpo_cli.push, "HfApi", lambda: fake)
+    monkeypatch.setattr(dpo_cli.hub.push, "HfApi", lambda: fake)
     return fake
 
 

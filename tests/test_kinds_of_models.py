@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.cli.app import app
 from tests.conftest import SAMPLE, TINY, make_model, write_gguf, write_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them

@@ -13,13 +13,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import dpo_cli.logps
-from dpo_cli.attention import PREFIX_SHARED, attention
-from dpo_cli.batch import Layout, lay_out, padded, plan_run, row_costs
-from dpo_cli.config import TrainOptions
-from dpo_cli.logps import Said, Scorer, collision_logps, response_logps, token_logps
-from dpo_cli.pairs import Pair
-from dpo_cli.step import StopSignal, Trainer
+import dpo_cli.models.logprobs
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.data.batching import Layout, lay_out, padded, plan_run, row_costs
+from dpo_cli.data.pairs import Pair
+from dpo_cli.models.attention import PREFIX_SHARED, attention
+from dpo_cli.models.logprobs import Said, Scorer, collision_logps, response_logps, token_logps
+from dpo_cli.training.step import StopSignal, Trainer
 from tests.conftest import make_model, random_pairs, sigmoid_loss
 
 LAYOUTS: list[Layout] = ["shared", "packed", "padded", "alone"]
@@ -131,7 +131,7 @@ def test_bfloat16_policy_equals_its_reference_exactly(model: PreTrainedModel) ->
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_score_covers_each_pair_once(model: PreTrainedModel, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dpo_cli.logps, "WINDOW", 8)  # 30 pairs are several windows
+    monkeypatch.setattr(dpo_cli.models.logprobs, "WINDOW", 8)  # 30 pairs are several windows
     pairs = random_pairs(30)
     scorer = Scorer(model, layout, torch.float32, 160, CPU)
     places: list[int] = []

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_cli.errors import UsageError
-from dpo_cli.losses import DIVERGENCES, LOSSES, Loss, Objective, Preferences, divergence, objective_of
+from dpo_cli.losses.preference import DIVERGENCES, LOSSES, Loss, Objective, Preferences, divergence, objective_of
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import sigmoid_loss
 
 BETA = 0.5

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from dpo_cli.batch import plan_run
-from dpo_cli.cli import app
-from dpo_cli.config import TrainOptions, resolve
-from dpo_cli.logps import Scorer
-from dpo_cli.losses import LOSSES, Preferences
-from dpo_cli.step import StopSignal, Trainer
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import TrainOptions, resolve
+from dpo_cli.data.batching import plan_run
+from dpo_cli.losses.preference import LOSSES, Preferences
+from dpo_cli.models.logprobs import Scorer
+from dpo_cli.training.step import StopSignal, Trainer
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 from tests.test_logps import CPU, KeepGradients, relative
 
@@ -63,7 +63,7 @@ def place(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dpo(place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Result:
     monkeypatch.chdir(place)
     for drawn in ("write_report", "write_curves"):  # other tests look at these, and they take most of the time
-        monkeypatch.setattr(f"dpo_cli.heldout.{drawn}", lambda *_: None)
+        monkeypatch.setattr(f"dpo_cli.training.heldout.{drawn}", lambda *_: None)
     words = [str(word) for word in arguments]
     if words[0] in ("train", "sweep") and "--resume" not in words:
         words += ["--model", str(tiny), "--data", "rows.jsonl", "--lr", "1e-3"]
@@ -263,7 +263,7 @@ def step(model: PreTrainedModel, max_tokens: int, apart: bool, **options: Any) -
 def test_a_steps_gradient_is_that_of_the_whole_however_it_is_cut(
     model: PreTrainedModel, options: dict[str, Any], apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cli.logps.HEAD_BYTES", {"cpu": 4 * 384 * 60})  # a few pairs at a time
+    monkeypatch.setattr("dpo_cli.models.logprobs.HEAD_BYTES", {"cpu": 4 * 384 * 60})  # a few pairs at a time
     cut, cut_values = step(model, 200, apart, **options)
     whole, values = step(model, 4096, apart, **options)
     assert cut_values == pytest.approx(values, rel=1e-5)

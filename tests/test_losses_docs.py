@@ -17,9 +17,9 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
-from dpo_cli.config import TrainOptions
-from dpo_cli.losses import LOSSES, listed
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.losses.preference import LOSSES, listed
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs" / "losses.md"
@@ -62,7 +62,7 @@ def test_the_example_of_a_new_loss_is_all_that_it_takes(tmp_path: Path) -> None:
     """Its diff is applied to a copy of the package as it stands in CONTRIBUTING.md."""
     (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
     file, *rest = (part.split("\n", 1) for part in re.split(r"^\+\+\+ b/|^@@.*\n", diff, flags=re.MULTILINE)[1:])
-    assert len(rest) == 1 and file[0] == "dpo_cli/losses.py"
+    assert len(rest) == 1 and file[0] == "dpo_cli/losses/preference.py"
     lines = "\n".join(rest[0]).splitlines()
     assert sum(line.startswith("+") for line in lines) <= 15 and not any(line.startswith("-") for line in lines)
     shutil.copytree(ROOT / "dpo_cli", tmp_path / "dpo_cli", ignore=shutil.ignore_patterns("__pycache__"))
@@ -72,8 +72,8 @@ def test_the_example_of_a_new_loss_is_all_that_it_takes(tmp_path: Path) -> None:
     copy.write_text(text.replace(before, "".join(line[1:] + "\n" for line in lines)), encoding="utf-8")
     name = re.findall(r"^\+def (\w+)", diff, re.MULTILINE)
     code = (
-        "import json, torch; from typer.testing import CliRunner; from dpo_cli.cli import app; import dpo_cli\n"
-        "from dpo_cli.config import TrainOptions; from dpo_cli.losses import Preferences\n"
+        "import json, torch; from typer.testing import CliRunner; from dpo_cli.cli.app import app; import dpo_cli\n"
+        "from dpo_cli.config.options import TrainOptions; from dpo_cli.losses.preference import Preferences\n"
         f"objective = TrainOptions(data=['-'], loss='{name[0]}=2', beta=0.5).objective\n"
         "p = Preferences(torch.tensor([2., -2.]), torch.zeros(2), torch.ones(2), torch.zeros(2), 1.0)\n"
         "told = [CliRunner().invoke(app, words).stdout for words in (['losses', '--json'], ['train', '--help'])]\n"

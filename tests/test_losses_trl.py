@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from dpo_cli.logps import Said
-from dpo_cli.losses import LOSSES, Objective, Preferences, objective_of
+from dpo_cli.losses.preference import LOSSES, Objective, Preferences, objective_of
+from dpo_cli.models.logprobs import Said
 
 PAIRS, WIDTH, BETA = 7, 24, 0.3
 NAMES = (

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from dpo_cli.disk import to_json
-from dpo_cli.errors import UsageError
-from dpo_cli.losses import Objective
-from dpo_cli.margins import compared, sections
-from dpo_cli.scores import Distributions, Scores, means, values
-from dpo_cli.summary import as_text
+from dpo_cli.evaluation.margins import compared, sections
+from dpo_cli.evaluation.scores import Distributions, Scores, means, values
+from dpo_cli.losses.preference import Objective
+from dpo_cli.reporting.text import as_text
+from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.files import to_json
 
 SURE = math.log(0.78 / 0.22)  # sigma of it is 0.78
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from dpo_cli.batch import MicroBatch
-from dpo_cli.cli import app
-from dpo_cli.logps import Scorer
+from dpo_cli.cli.app import app
+from dpo_cli.data.batching import MicroBatch
+from dpo_cli.models.logprobs import Scorer
 from tests.conftest import SAMPLE, size, write_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
@@ -149,7 +149,7 @@ def test_a_resumed_run_keeps_the_smaller_forwards(
     start: Train, whole: Path, limits: Limits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that its weights are equal to the bit to those of the run that was not interrupted."""
-    import dpo_cli.training
+    import dpo_cli.training.loop
 
     limits.tokens = 500
     assert start(tmp_path / "through").exit_code == 0
@@ -159,9 +159,9 @@ def test_a_resumed_run_keeps_the_smaller_forwards(
             raise KeyboardInterrupt
         original(file, step, *rest)
 
-    original = dpo_cli.training.append_metrics
+    original = dpo_cli.training.loop.append_metrics
     with monkeypatch.context() as patch:
-        patch.setattr(dpo_cli.training, "append_metrics", killed)
+        patch.setattr(dpo_cli.training.loop, "append_metrics", killed)
         assert start(tmp_path / "run").exit_code == 130
     limits.failed.clear()
     result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])

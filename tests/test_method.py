@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_cli.config import TrainOptions
-from dpo_cli.drift import COLUMNS, divergences
-from dpo_cli.logps import response_logps, target_logps
-from dpo_cli.losses import DPO, Objective, Preferences
-from dpo_cli.metrics import pair_sums, summarize
-from dpo_cli.scores import Scores, values
-from dpo_cli.step import learning_rate
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.evaluation.drift import COLUMNS, divergences
+from dpo_cli.evaluation.metrics import pair_sums, summarize
+from dpo_cli.evaluation.scores import Scores, values
+from dpo_cli.losses.preference import DPO, Objective, Preferences
+from dpo_cli.models.logprobs import response_logps, target_logps
+from dpo_cli.training.step import learning_rate
 from tests.conftest import ROOT, sigmoid_loss
 
 QUOTES = re.findall(
-    r"^- \[`(\w+)\.([\w.]+)`\]\(\.\./dpo_cli/(\w+)\.py\)[^`\n]*: `(.+)`$",
+    r"^- \[`(\w+)\.([\w.]+)`\]\(\.\./dpo_cli/([\w/]+)\.py\)[^`\n]*: `(.+)`$",
     (ROOT / "docs/method.md").read_text(encoding="utf-8"),
     re.MULTILINE,
 )
@@ -45,9 +45,9 @@ def scores(beta: float = BETA) -> Scores:
 
 @pytest.mark.parametrize(("module", "name", "file", "line"), QUOTES)
 def test_the_line_is_where_the_page_says(module: str, name: str, file: str, line: str) -> None:
-    found: Any = reduce(getattr, name.split("."), importlib.import_module(f"dpo_cli.{module}"))
+    found: Any = reduce(getattr, name.split("."), importlib.import_module("dpo_cli." + file.replace("/", ".")))
     source = inspect.getsource(found.fget if isinstance(found, property) else found)
-    assert module == file
+    assert module == file.rpartition("/")[2]
     assert line in [each.strip().partition("  #")[0] for each in source.splitlines()]
 
 

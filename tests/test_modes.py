@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
-from dpo_cli.logps import Scorer
-from dpo_cli.training import Trainer
+from dpo_cli.cli.app import app
+from dpo_cli.models.logprobs import Scorer
+from dpo_cli.training.loop import Trainer
 from tests.conftest import SAMPLE, write_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them

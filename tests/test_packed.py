@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
-from dpo_cli.errors import UsageError
-from dpo_cli.fingerprint import fingerprint, hash_weights
-from dpo_cli.locate import find_model
-from dpo_cli.model import count_parameters, load_model
+from dpo_cli.cli.app import app
+from dpo_cli.models.fingerprint import fingerprint, hash_weights
+from dpo_cli.models.loading import count_parameters, load_model
+from dpo_cli.models.locate import find_model
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
@@ -311,7 +311,7 @@ def test_scales_that_nothing_reads_are_no_plain_model(tmp_path: Path) -> None:
 def test_without_its_package_that_is_what_is_missing(
     plain: Path, tmp_path: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cli.packed.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("dpo_cli.models.quantized.is_bitsandbytes_available", lambda: False)
     packed = change(plain, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     told = refused(tmp_path, "train", "--model", packed, *rows)
     assert "pip install -U bitsandbytes) and an adapter to train (--lora-rank 16); or name the model" in told

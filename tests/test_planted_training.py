@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.batch import MicroBatch, lay_out
-from dpo_cli.diagnose import suspects, verdict
-from dpo_cli.logps import Said, Scorer, hidden_states
-from dpo_cli.losses import Objective
-from dpo_cli.margins import sections
-from dpo_cli.pairs import Pair, loss_tokens
-from dpo_cli.scores import Distributions, Scores
+from dpo_cli.data.batching import MicroBatch, lay_out
+from dpo_cli.data.pairs import Pair, loss_tokens
+from dpo_cli.evaluation.diagnostics import suspects, verdict
+from dpo_cli.evaluation.margins import sections
+from dpo_cli.evaluation.scores import Distributions, Scores
+from dpo_cli.losses.preference import Objective
+from dpo_cli.models.logprobs import Said, Scorer, hidden_states
 from tests.conftest import make_model, sigmoid_loss
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from benchmarks import hosts, scale
-from dpo_cli import ranks
-from dpo_cli.cli import app
-from dpo_cli.errors import DpoError
-from dpo_cli.shards import read_folder
-from dpo_cli.step import StopSignal
+from dpo_cli.cli.app import app
+from dpo_cli.reference.shards import read_folder
+from dpo_cli.training.step import StopSignal
+from dpo_cli.utils import distributed
+from dpo_cli.utils.errors import DpoError
 from tests.conftest import LONG, ROOT, SAMPLE, cli_environment, make_model
 from tests.ranks_worker import POISONED
 
@@ -194,8 +194,8 @@ def test_a_signal_on_top_of_a_lost_peer_hides_it_not() -> None:
     lost = RuntimeError("[pair.cc] Connection closed by peer [127.0.0.1]:9")
     interrupted, alone = KeyboardInterrupt(), KeyboardInterrupt()
     interrupted.__context__ = lost
-    assert ranks._of_a_peer(interrupted) is lost
-    assert ranks._of_a_peer(alone) is None
+    assert distributed._of_a_peer(interrupted) is lost
+    assert distributed._of_a_peer(alone) is None
 
 
 def test_what_ends_one_rank_ends_all_and_is_said_once(done: tuple[Path, Any]) -> None:
@@ -265,7 +265,7 @@ def test_the_launchers_signal_is_not_heard_when_an_error_has_ended_one_of_severa
     processes: int, error: DpoError | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(ranks, "world", lambda: processes)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
     try:
         with suppress(DpoError), StopSignal():
             assert all(signal.getsignal(number) != handler for number, handler in before.items())

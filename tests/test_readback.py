@@ -19,7 +19,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.cli.app import app
 from tests.conftest import SAMPLE, TINY, make_model
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them

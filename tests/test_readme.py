@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
-from dpo_cli.data import FORMATS
+from dpo_cli.cli.app import app
+from dpo_cli.data.formats import FORMATS
 from tests.conftest import ROOT, SAMPLE, cli_environment
 from tests.pages import commands, read
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.config import TrainOptions, resolve
-from dpo_cli.records import hub_id
-from dpo_cli.stats import wilson
+from dpo_cli.config.options import TrainOptions, resolve
+from dpo_cli.data.records import hub_id
+from dpo_cli.evaluation.statistics import wilson
 from tests.conftest import ROOT, bar_network
 
 RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.yaml"))

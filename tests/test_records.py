@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dpo_cli import tokenized
-from dpo_cli.data import Reading, Row, read_rows
-from dpo_cli.errors import RowError, UsageError
-from dpo_cli.records import find_sources
-from dpo_cli.tokenized import Tokenized, kept
+from dpo_cli.data import token_cache as tokenized
+from dpo_cli.data.formats import Reading, Row, read_rows
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.token_cache import Tokenized, kept
+from dpo_cli.utils.errors import RowError, UsageError
 from tests.conftest import Cli, bar_network, cli_environment, make_tokenizer, size, write_rows
 from tests.test_data import STRINGS, packed, write_records
 
@@ -388,7 +388,7 @@ def test_a_data_set_that_the_hub_refuses(
         def log_message(self, *_: Any) -> None:
             pass
 
-    script = "import sys\nfrom dpo_cli.records import find_sources\nfind_sources([sys.argv[1]])"
+    script = "import sys\nfrom dpo_cli.data.records import find_sources\nfind_sources([sys.argv[1]])"
     environment = cli_environment(tmp_path) | {"HF_HUB_OFFLINE": "0"}
     with HTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.recovery import BETAS, Toy, compare, expected_loss, log_probs, make_toy, train
-from dpo_cli.losses import Objective
+from dpo_cli.losses.preference import Objective
 
 
 @pytest.fixture(scope="module")

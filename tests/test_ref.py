@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli import prepare
-from dpo_cli.batch import plan_run, step_pairs
+from dpo_cli.data.batching import plan_run, step_pairs
+from dpo_cli.training import prepare
 from tests.conftest import make_model
 from tests.test_adapters import CLOSE, Place, make_place, no_reports, plain_logps
 

@@ -25,16 +25,16 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-import dpo_cli.reference
-from dpo_cli.batch import MicroBatch
-from dpo_cli.cli import app
-from dpo_cli.fingerprint import fingerprint, hash_weights
-from dpo_cli.locate import find_model
-from dpo_cli.logps import Scorer
-from dpo_cli.model import load_model
-from dpo_cli.pairs import Pair, Pairs
-from dpo_cli.reference import ReferenceCache, fill, missing_places, pair_keys, response_key
-from dpo_cli.shards import KEY_BYTES
+import dpo_cli.reference.store
+from dpo_cli.cli.app import app
+from dpo_cli.data.batching import MicroBatch
+from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.models.fingerprint import fingerprint, hash_weights
+from dpo_cli.models.loading import load_model
+from dpo_cli.models.locate import find_model
+from dpo_cli.models.logprobs import Scorer
+from dpo_cli.reference.shards import KEY_BYTES
+from dpo_cli.reference.store import ReferenceCache, fill, missing_places, pair_keys, response_key
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks a
 # Processes of their own that need not load the libraries again.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["dpo_cli.cli", "dpo_cli.training", "tests.conftest", "transformers.models.llama.modeling_llama"]
+    ["dpo_cli.cli.app", "dpo_cli.training.loop", "tests.conftest", "transformers.models.llama.modeling_llama"]
 )
 CPU = torch.device("cpu")
 NOISE = 1e-3  # nats
@@ -341,7 +341,7 @@ def test_another_computation_has_another_fingerprint(tiny: Path, monkeypatch: py
         for layout in ("shared", "packed", "padded")
         for dtype in (torch.float32, torch.bfloat16)
     }
-    monkeypatch.setattr("dpo_cli.fingerprint.SCORING_VERSION", 999)
+    monkeypatch.setattr("dpo_cli.models.fingerprint.SCORING_VERSION", 999)
     prints.add(fingerprint(model, weights, "shared", torch.float32))
     assert len(prints) == 7
 
@@ -380,7 +380,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Pair], 
     folder = tmp_path_factory.mktemp("filled")
     pairs = random_pairs(12, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo_cli.reference, "SHARD_SECONDS", -1.0)
+        patch.setattr(dpo_cli.reference.store, "SHARD_SECONDS", -1.0)
         cache = open_cache(folder)
         fill(cache, pairs, make_scorer())
     assert len(shards(folder)) >= 4
@@ -509,7 +509,7 @@ def test_interrupted_fill_keeps_what_was_scored(
 def _fill(folder: Path, pairs: list[Pair], together: Barrier | None, die_at: int | None) -> None:
     """In a process of its own: fill a cache, a shard a forward; kill oneself before a shard takes its name."""
     scorer = make_scorer()
-    dpo_cli.reference.SHARD_SECONDS = -1.0
+    dpo_cli.reference.store.SHARD_SECONDS = -1.0
     cache = ReferenceCache(folder, "f" * 64, print)
     if die_at:
         settle, calls = Path.replace, iter(range(1, 1000))

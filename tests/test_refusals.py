@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from dpo_cli.cli import main
-from dpo_cli.config import TrainOptions, to_yaml
-from dpo_cli.errors import UsageError
-from dpo_cli.pairs import Pairs
-from dpo_cli.prepare import hold_out
+from dpo_cli.cli.app import main
+from dpo_cli.config.options import TrainOptions, to_yaml
+from dpo_cli.data.pairs import Pairs
+from dpo_cli.training.prepare import hold_out
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import Cli, cli_environment, make_model, random_pairs, write_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them

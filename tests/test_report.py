@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_cli import curves, numerals
-from dpo_cli.charts import charts
-from dpo_cli.diagnose import judged
-from dpo_cli.errors import NotWrittenError
-from dpo_cli.losses import objective_of
-from dpo_cli.plots import svg
-from dpo_cli.report import MOST_TOKENS, ReportInput, page, shade, shown, write_report
-from dpo_cli.scores import Evaluation, Scores, ShownPair, Token, values
+from dpo_cli.evaluation.diagnostics import judged
+from dpo_cli.evaluation.scores import Evaluation, Scores, ShownPair, Token, values
+from dpo_cli.losses.preference import objective_of
+from dpo_cli.reporting import curves
+from dpo_cli.reporting.charts import charts
+from dpo_cli.reporting.html import MOST_TOKENS, ReportInput, page, shade, shown, write_report
+from dpo_cli.reporting.plots import svg
+from dpo_cli.utils import formatting as numerals
+from dpo_cli.utils.errors import NotWrittenError
 from tests.conftest import ROOT
 from tests.payloads import PAYLOADS, report_of
 from tests.synthetic import make_evaluation, make_history, make_result, make_scores, make_tokens

@@ -28,10 +28,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from dpo_cli.checkpoint import newest_checkpoint, save_checkpoint
-from dpo_cli.config import resolve_resumed
-from dpo_cli.errors import UsageError
-from dpo_cli.metrics import truncate_metrics
+from dpo_cli.config.options import resolve_resumed
+from dpo_cli.evaluation.metrics import truncate_metrics
+from dpo_cli.training.checkpoint import newest_checkpoint, save_checkpoint
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model, write_rows
 from tests.test_reference import PROCESSES
 
@@ -75,9 +75,9 @@ def _main(arguments: list[str], folder: Path, told: Path, pause: float, strike: 
     torch.set_num_threads(1)
     from matplotlib.figure import Figure
 
-    from dpo_cli import plots
-    from dpo_cli.cli import main
-    from dpo_cli.training import Trainer
+    from dpo_cli.cli.app import main
+    from dpo_cli.reporting import plots
+    from dpo_cli.training.loop import Trainer
 
     plots._figure = lambda *_, **__: Figure((1, 1))  # drawn with nothing in it: most of such a run's time went there
     if pause:
@@ -172,7 +172,7 @@ def place(places: list[Place], tmp_path_factory: pytest.TempPathFactory, tokeniz
 @pytest.fixture(scope="module")
 def stopped(place: Place) -> Path:
     """A run that was killed in step 7 of 10; its checkpoints are those of steps 4 and 6."""
-    code, told = place.train("stopped", strike=Strike("dpo_cli.training:Trainer.step", 7))
+    code, told = place.train("stopped", strike=Strike("dpo_cli.training.loop:Trainer.step", 7))
     assert code == -signal.SIGKILL, told
     assert [p.name for p in sorted((place.folder / "stopped" / "checkpoints").iterdir())] == [
         "step-000004",
@@ -263,15 +263,15 @@ def test_killed_three_times_from_outside(
 @pytest.mark.parametrize(
     "strike",
     [
-        Strike("dpo_cli.training:Trainer._backward", 13),  # between the micro-batches of a step
-        Strike("dpo_cli.training:append_metrics", 7),  # after a step, before its line
-        Strike("dpo_cli.drift:_moved", 5),  # in an evaluation
-        Strike("dpo_cli.heldout:append_metrics", 3),  # evaluated, before its line
-        Strike("dpo_cli.heldout:write_report", 2),  # its line is written, its report is not
-        Strike("dpo_cli.heldout:write_report", 4),  # trained and exported, the last report is not written
-        Strike("dpo_cli.checkpoint:save_file", 2 * 3 + 2),  # weights written, moments not
-        Strike("dpo_cli.checkpoint:sha256", 2 * 3 + 2),  # all written, no manifest
-        Strike("dpo_cli.checkpoint:shutil.rmtree", 1),  # an old checkpoint about to be dropped
+        Strike("dpo_cli.training.loop:Trainer._backward", 13),  # between the micro-batches of a step
+        Strike("dpo_cli.training.loop:append_metrics", 7),  # after a step, before its line
+        Strike("dpo_cli.evaluation.drift:_moved", 5),  # in an evaluation
+        Strike("dpo_cli.training.heldout:append_metrics", 3),  # evaluated, before its line
+        Strike("dpo_cli.training.heldout:write_report", 2),  # its line is written, its report is not
+        Strike("dpo_cli.training.heldout:write_report", 4),  # trained and exported, the last report is not written
+        Strike("dpo_cli.training.checkpoint:save_file", 2 * 3 + 2),  # weights written, moments not
+        Strike("dpo_cli.training.checkpoint:sha256", 2 * 3 + 2),  # all written, no manifest
+        Strike("dpo_cli.training.checkpoint:shutil.rmtree", 1),  # an old checkpoint about to be dropped
         Strike("transformers:PreTrainedModel.save_pretrained"),  # trained, not exported
     ],
     ids=lambda strike: f"{strike.function.partition(':')[2]}-{strike.call}",
@@ -337,7 +337,7 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
     places.append(place)
     code, told = place.train("whole")
     assert code == 0, told
-    code, told = place.train("run", strike=Strike("dpo_cli.training:Trainer._backward", 10, (number,)))
+    code, told = place.train("run", strike=Strike("dpo_cli.training.loop:Trainer._backward", 10, (number,)))
     assert code == (130 if number == signal.SIGTERM else -number), told
     found = newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail)
     assert found and (found[1] % 2 == 1) == (number == signal.SIGTERM)  # else it was not written at the interruption
@@ -381,9 +381,9 @@ def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, 
 
 
 def test_two_interruptions_in_a_row(place: Place) -> None:
-    code, told = place.train("twice", strike=Strike("dpo_cli.training:Trainer._backward", 8, (signal.SIGINT,)))
+    code, told = place.train("twice", strike=Strike("dpo_cli.training.loop:Trainer._backward", 8, (signal.SIGINT,)))
     assert code == 130, told
-    strike = Strike("dpo_cli.training:Trainer._backward", 1, (signal.SIGTERM,))
+    strike = Strike("dpo_cli.training.loop:Trainer._backward", 1, (signal.SIGTERM,))
     code, told = place.dpo(*told_command(told), strike=strike)  # in the first step after resuming
     assert code == 130, told
     code, told = place.dpo(*told_command(told))
@@ -393,7 +393,7 @@ def test_two_interruptions_in_a_row(place: Place) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_second_signal_ends_at_once(place: Place, number: signal.Signals) -> None:
-    strike = Strike("dpo_cli.training:Trainer._backward", 13, (number, number))
+    strike = Strike("dpo_cli.training.loop:Trainer._backward", 13, (number, number))
     code, told = place.train(f"impatient-{number.name}", strike=strike)
     assert code == -number, told
     assert "a checkpoint was written" not in told
@@ -403,7 +403,7 @@ def test_a_second_signal_ends_at_once(place: Place, number: signal.Signals) -> N
 def test_interrupted_while_the_reference_is_scored(place: Place, number: signal.Signals) -> None:
     """What was scored is kept, and the same command goes on from there."""
     arguments = ("--cache-dir", f"cache-{number.name}")
-    strike = Strike("dpo_cli.logps:Scorer.token_logps", 6, (number,))
+    strike = Strike("dpo_cli.models.logprobs:Scorer.token_logps", 6, (number,))
     code, told = place.train(f"scored-{number.name}", *arguments, strike=strike)
     assert code == 130 and "the same command goes on" in told, told
     assert "Traceback" not in told
@@ -489,7 +489,7 @@ def test_resume_from_the_older_checkpoint(place: Place, copy: Path) -> None:
 
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(place: Place, copy: Path) -> None:
     harm(copy / "checkpoints" / "step-000006" / "weights.safetensors", "bit")
-    strike = Strike("dpo_cli.training:Trainer.step", 1, (signal.SIGTERM,))
+    strike = Strike("dpo_cli.training.loop:Trainer.step", 1, (signal.SIGTERM,))
     code, told = place.dpo("train", "--resume", copy, "--keep", 1, strike=strike)
     assert code == 130, told
     code, told = place.dpo(*told_command(told))

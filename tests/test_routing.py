@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dpo_cli.attention import PREFIX_SHARED, attention
-from dpo_cli.batch import Layout, MicroBatch, lay_out
-from dpo_cli.cli import app
-from dpo_cli.logps import Scorer
-from dpo_cli.pairs import Pair
-from dpo_cli.routing import Routed, auxiliary_loss, routed
+from dpo_cli.cli.app import app
+from dpo_cli.data.batching import Layout, MicroBatch, lay_out
+from dpo_cli.data.pairs import Pair
+from dpo_cli.models.attention import PREFIX_SHARED, attention
+from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.moe import Routed, auxiliary_loss, routed
 from tests.conftest import SAMPLE, make_model, random_pairs
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them

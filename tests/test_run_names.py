@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import dpo_cli.training
-from dpo_cli.cli import app
+import dpo_cli.training.loop
+from dpo_cli.cli.app import app
 from tests.conftest import SAMPLE
 from tests.test_reference import PROCESSES
 
@@ -22,13 +22,13 @@ NOW = "20260101-120000"
 def _train(folder: Path, model: Path, together: Barrier, more: tuple[str, ...]) -> None:
     """A run whose name is settled when the other ones are laid out too."""
     os.chdir(folder)
-    make_manifest = dpo_cli.training.make_manifest
+    make_manifest = dpo_cli.training.loop.make_manifest
 
     def laid_out(*arguments: Any) -> Any:
         together.wait()
         return make_manifest(*arguments)
 
-    dpo_cli.training.make_manifest = laid_out
+    dpo_cli.training.loop.make_manifest = laid_out
     time.strftime = lambda *_: NOW  # type: ignore[assignment]
     command = [
         "train",

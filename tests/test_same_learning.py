@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import same_learning
 from benchmarks.same_learning import IN_OUR_ORDER, OURS, TRL, WAYS, Design, Lab, draw, figures, run, table, verdicts
-from dpo_cli.stats import Table, wilson
+from dpo_cli.evaluation.statistics import Table, wilson
 from tests.conftest import SAMPLE
 
 pytestmark = [

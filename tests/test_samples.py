@@ -17,15 +17,15 @@ from scipy.stats import chisquare
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.attention import PREFIX_SHARED, attention
-from dpo_cli.drift import Watch, score
-from dpo_cli.errors import DpoError
-from dpo_cli.logps import Scorer
-from dpo_cli.metrics import Reporter
-from dpo_cli.model import compile_layers
-from dpo_cli.pairs import Ids
-from dpo_cli.samples import Response, as_pairs, by_prompt, generate, sequence_kl, side_by_side, text
-from dpo_cli.scores import Table
+from dpo_cli.data.pairs import Ids
+from dpo_cli.evaluation.drift import Watch, score
+from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generate, sequence_kl, side_by_side, text
+from dpo_cli.evaluation.scores import Table
+from dpo_cli.models.attention import PREFIX_SHARED, attention
+from dpo_cli.models.loading import compile_layers
+from dpo_cli.models.logprobs import Scorer
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import DpoError
 from tests.conftest import make_model
 from tests.test_families import make
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from dpo_cli.config import TrainOptions
-from dpo_cli.optimizer import make_optimizer
-from dpo_cli.step import learning_rate
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.training.optimizer import make_optimizer
+from dpo_cli.training.step import learning_rate
 from tests.conftest import make_model
 
 HALF, QUARTER = 0.5, 0.25

@@ -31,10 +31,10 @@ import yaml
 from safetensors.torch import load_file, safe_open, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_cli.checkpoint import newest_checkpoint
-from dpo_cli.cli import main
-from dpo_cli.disk import sealed
-from dpo_cli.reference import ReferenceCache
+from dpo_cli.cli.app import main
+from dpo_cli.reference.store import ReferenceCache
+from dpo_cli.training.checkpoint import newest_checkpoint
+from dpo_cli.utils.files import sealed
 from tests.conftest import CHATML, Cli, bar_network, write_rows
 
 # Escape sequences that colour, set the title and make a link, their one-byte form, a turn of the reading direction,
@@ -94,7 +94,7 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 time.sleep = lambda seconds: None  # what the libraries do between their attempts
 assert sys.stdin is None, "stdin is to be closed"
-from dpo_cli.cli import main
+from dpo_cli.cli.app import main
 
 def drain(master, file):
     with file, os.fdopen(master, "rb", 0) as stream:

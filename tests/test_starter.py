@@ -10,9 +10,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
-from dpo_cli.config import Check, TrainOptions, option, resolve
-from dpo_cli.starter import WIDTH, commented, write_config
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import Check, TrainOptions, option, resolve
+from dpo_cli.config.template import WIDTH, commented, write_config
 
 FIELDS = dataclasses.fields(TrainOptions)
 
@@ -50,7 +50,7 @@ def test_a_new_option_is_in_it_by_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     class More(TrainOptions):
         mood: str = option("good", "How it is.", Check(str.isalpha, "must be a word"))
 
-    monkeypatch.setattr("dpo_cli.starter.TrainOptions", More)
+    monkeypatch.setattr("dpo_cli.config.template.TrainOptions", More)
     assert commented().endswith("\n# How it is. Must be a word.\nmood: good\n")
 
 

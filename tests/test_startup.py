@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.config import TrainOptions
-from dpo_cli.errors import UsageError
-from dpo_cli.hub import is_path, unreachable
-from dpo_cli.locate import check_hub, check_names, find_model
-from dpo_cli.records import hub_id
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.data.hub import is_path, unreachable
+from dpo_cli.data.records import hub_id
+from dpo_cli.models.locate import check_hub, check_names, find_model
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, Cli, cli_environment
 
 CLOSED = "http://127.0.0.1:9"  # the port of discard, where nothing listens

@@ -9,8 +9,8 @@ import pytest
 from scipy.special import ndtr
 from scipy.stats import binom, spearmanr
 
-from dpo_cli import stats
-from dpo_cli.stats import (
+from dpo_cli.evaluation import statistics as stats
+from dpo_cli.evaluation.statistics import (
     bootstrap,
     interval,
     point,

@@ -19,15 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli import prepare
-from dpo_cli.config import SweepOptions, TrainOptions, resolve
-from dpo_cli.errors import DpoError, UsageError
-from dpo_cli.frontier import frontier
-from dpo_cli.plots import svg, write_svg
-from dpo_cli.reward import Reward, load_reward
-from dpo_cli.step import StopSignal, Trainer
-from dpo_cli.sweep import as_text
-from dpo_cli.training import train
+from dpo_cli.config.options import SweepOptions, TrainOptions, resolve
+from dpo_cli.evaluation.reward import Reward, load_reward
+from dpo_cli.reporting.frontier import frontier
+from dpo_cli.reporting.plots import svg, write_svg
+from dpo_cli.training import prepare
+from dpo_cli.training.loop import train
+from dpo_cli.training.step import StopSignal, Trainer
+from dpo_cli.training.sweep import as_text
+from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import SAMPLE, make_model, write_rows
 from tests.test_eval import dpo, invoke
 
@@ -58,7 +58,7 @@ def short(folder: Path, *more: Any, beta: str = "0.1,1") -> list[Any]:
 def _no_reports() -> Iterator[None]:
     """Reports of runs, which take most of the time, are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_cli.heldout.HeldOut.write_report", lambda *_: {})
+        patch.setattr("dpo_cli.training.heldout.HeldOut.write_report", lambda *_: {})
         yield
 
 
@@ -109,8 +109,8 @@ class Seen:
             self.models.append(weakref.ref(found[0]))
             return found
 
-        patch.setattr("dpo_cli.training.fill_reference", filled)
-        patch.setattr("dpo_cli.prepare.load_weights", loaded)
+        patch.setattr("dpo_cli.training.loop.fill_reference", filled)
+        patch.setattr("dpo_cli.training.prepare.load_weights", loaded)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_later_runs_settle_as_the_first(place: Path, monkeypatch: pytest.MonkeyP
         asked.append((options.beta, options.memory, options.dtype, options.max_tokens, options.max_length))
         return train(options, *more)
 
-    monkeypatch.setattr("dpo_cli.sweep.train", spy)
+    monkeypatch.setattr("dpo_cli.training.sweep.train", spy)
     dpo(*short(place))
     assert asked == [(0.1, "auto", None, None, None), (1.0, "full", "float32", 2048, 1024)]
 

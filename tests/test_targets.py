@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from benchmarks import lora_targets
-from dpo_cli.cli import app
-from dpo_cli.errors import UsageError
-from dpo_cli.targets import choose_targets, counted, kind_of
+from dpo_cli.cli.app import app
+from dpo_cli.models.lora_targets import choose_targets, counted, kind_of
+from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them

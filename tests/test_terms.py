@@ -23,22 +23,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-import dpo_cli.memory
-from dpo_cli.attention import attention
-from dpo_cli.batch import Layout, lay_out, plan_run
-from dpo_cli.cli import app
-from dpo_cli.config import TrainOptions
-from dpo_cli.errors import DpoError
-from dpo_cli.logps import Scorer, token_logps
-from dpo_cli.losses import Objective
-from dpo_cli.memory import at_head, count_bytes
-from dpo_cli.outcome import scores_of
-from dpo_cli.pairs import Ids, Pair, Pairs, read
-from dpo_cli.prepare import _verify
-from dpo_cli.reference import fill, pair_keys
-from dpo_cli.scores import values
-from dpo_cli.step import NotFiniteError, StopSignal, Trainer
-from dpo_cli.tokens import PairSet, tokenize_rows
+import dpo_cli.training.memory
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.data.batching import Layout, lay_out, plan_run
+from dpo_cli.data.pairs import Ids, Pair, Pairs, read
+from dpo_cli.data.tokenize import PairSet, tokenize_rows
+from dpo_cli.evaluation.outcome import scores_of
+from dpo_cli.evaluation.scores import values
+from dpo_cli.losses.preference import Objective
+from dpo_cli.models.attention import attention
+from dpo_cli.models.logprobs import Scorer, token_logps
+from dpo_cli.reference.store import fill, pair_keys
+from dpo_cli.training.memory import at_head, count_bytes
+from dpo_cli.training.prepare import _verify
+from dpo_cli.training.step import NotFiniteError, StopSignal, Trainer
+from dpo_cli.utils.errors import DpoError
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 from tests.test_logps import LAYOUTS, KeepGradients, own, relative
 from tests.test_reference import dpo, open_cache, plant, shards
@@ -125,7 +125,7 @@ def test_what_meets_the_head_is_what_carries_loss(model: PreTrainedModel, layout
 
 def test_the_memory_count_needs_no_loss_in_a_beginning(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies behind the tokens that it is taken from may be all that carries loss."""
-    monkeypatch.setattr(dpo_cli.memory, "COUNTED", 3)
+    monkeypatch.setattr(dpo_cli.training.memory, "COUNTED", 3)
     hidden = Pair("late", *(np.array(ids, np.int32) for ids in ([5, 6], [~7, ~8, ~9, 10], [~7, ~8, ~9, 11])))
     whole = replace(hidden, chosen=read(hidden.chosen), rejected=read(hidden.rejected))
     scorer = Scorer(model, "packed", torch.float32, 4096, CPU, apart=False)
@@ -217,7 +217,7 @@ def make_trainer(scorer: Scorer, reference: Tensor) -> tuple[Trainer, KeepGradie
 def test_the_gradient_is_the_formulas_however_a_step_is_cut(
     model: PreTrainedModel, exact: Exact, layout: Layout, max_tokens: int, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cli.logps.HEAD_BYTES", {"cpu": 4 * 384 * 40})  # a few pairs at a time
+    monkeypatch.setattr("dpo_cli.models.logprobs.HEAD_BYTES", {"cpu": 4 * 384 * 40})  # a few pairs at a time
     scorer = Scorer(model, layout, torch.float32, max_tokens, CPU, apart)
     trainer, optimizer = make_trainer(scorer, exact.reference)
     cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world": 1, "seed": 0}
@@ -279,7 +279,7 @@ def given_terms(seed: int) -> Callable[..., PairSet]:
 
 @pytest.fixture(autouse=True)
 def given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cli.tokenized.tokenize_rows", given_terms(0))
+    monkeypatch.setattr("dpo_cli.data.token_cache.tokenize_rows", given_terms(0))
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path,
         lines = (SAMPLE / f"{kind}-strings.jsonl").read_text().splitlines()[:count]
         write_rows(folder / f"{name}.jsonl", [json.loads(line) for line in lines])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_cli.tokenized.tokenize_rows", given_terms(0))
+        patch.setattr("dpo_cli.data.token_cache.tokenize_rows", given_terms(0))
         return folder, *dpo(
             "train", "--model", tiny, "--data", folder / "rows.jsonl", "--eval-data", folder / "held-out.jsonl",
             "--output", folder / "run", "--cache-dir", folder / "cache", "--beta", BETA, "--label-smoothing", SMOOTHING,
@@ -338,7 +338,7 @@ def test_per_pair_counts_tokens_with_loss(
         return found
 
     lines = of_eval()
-    monkeypatch.setattr("dpo_cli.tokenized.tokenize_rows", keeping)
+    monkeypatch.setattr("dpo_cli.data.token_cache.tokenize_rows", keeping)
     whole = of_eval()
     assert [line["tokens/prompt"] for line in lines] == [line["tokens/prompt"] for line in whole]
     for shown, pairs in ((lines, with_terms(kept[0])), (whole, kept[0])):
@@ -363,7 +363,7 @@ def test_a_run_is_not_resumed_with_other_terms(
         found = given_terms(0)(*arguments)
         return replace(found, pairs=Pairs(replace(pair, weight=2 * pair.weight) for pair in found.pairs))
 
-    monkeypatch.setattr("dpo_cli.tokenized.tokenize_rows", reweighted)
+    monkeypatch.setattr("dpo_cli.data.token_cache.tokenize_rows", reweighted)
     run = shutil.copytree(trained[0] / "run", tmp_path / "run")
     result = CliRunner().invoke(app, ["train", "--resume", str(run)])
     assert result.exit_code == 2
@@ -417,7 +417,7 @@ def test_step_0_tells_how_far_the_loss_is_off(one_step: Callable[[], Any], tmp_p
 
 
 def test_rows_without_terms_are_told_as_ever(one_step: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cli.tokenized.tokenize_rows", tokenize_rows)
+    monkeypatch.setattr("dpo_cli.data.token_cache.tokenize_rows", tokenize_rows)
     told = one_step().stderr
     assert re.search(r"loss 0\.693147  margin -?0\.0{6}  \(.* equal on its 14 pairs, as they must\)", told), told
     assert "weight" not in told.replace("weights and moments", "").replace("weights, gradients", "")

@@ -17,16 +17,16 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dpo_cli import tokenized
-from dpo_cli.cli import app
-from dpo_cli.config import PrecomputeOptions
-from dpo_cli.data import Reading, read_rows
-from dpo_cli.disk import to_json
-from dpo_cli.metrics import Reporter
-from dpo_cli.prepare import read_pairs
-from dpo_cli.records import find_sources
-from dpo_cli.tokenized import Tokenized, kept, merged
-from dpo_cli.tokens import PairSet, tokenize_rows
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import PrecomputeOptions
+from dpo_cli.data import token_cache as tokenized
+from dpo_cli.data.formats import Reading, read_rows
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.token_cache import Tokenized, kept, merged
+from dpo_cli.data.tokenize import PairSet, tokenize_rows
+from dpo_cli.training.prepare import read_pairs
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.files import to_json
 from tests.conftest import make_tokenizer, size, write_rows
 
 SETTINGS: dict[str, Any] = {"columns": None, "max_length": 64, "control_tokens": "keep"}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_cli.chat import (
+from dpo_cli.data.chat import (
     CALLS_WRITTEN,
     CONTROL_KEPT,
     CONTROL_SANITIZED,
@@ -29,11 +29,11 @@ from dpo_cli.chat import (
     TOOLS_UNSEEN,
     TURNS_WITHOUT_LOSS,
 )
-from dpo_cli.columns import Message
-from dpo_cli.data import BadRow, Reading, Row
-from dpo_cli.errors import RowError, UsageError
-from dpo_cli.pairs import Pair, Pairs, read
-from dpo_cli.tokens import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder, refusal, tokenize_rows
+from dpo_cli.data.columns import Message
+from dpo_cli.data.formats import BadRow, Reading, Row
+from dpo_cli.data.pairs import Pair, Pairs, read
+from dpo_cli.data.tokenize import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder, refusal, tokenize_rows
+from dpo_cli.utils.errors import RowError, UsageError
 from tests.conftest import CHATML, SAMPLE, random_pairs
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>"]
@@ -1090,7 +1090,7 @@ def test_rows_give_together_what_each_gives_alone(
 ) -> None:
     """In their order, also where a batch ends among them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_cli.tokens.BATCH_CHARACTERS", characters)
+        patch.setattr("dpo_cli.data.tokenize.BATCH_CHARACTERS", characters)
         together = [
             str(result) if isinstance(result, RowError) else (lists(result[0]), result[1])
             for _, result in Encoder(tokenizer, cut(length, mode)).pairs(rows)

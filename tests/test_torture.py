@@ -27,13 +27,13 @@ import torch
 from safetensors.torch import load
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dpo_cli import shards
-from dpo_cli.checkpoint import newest_checkpoint
-from dpo_cli.config import PrecomputeOptions
-from dpo_cli.disk import remove_leftovers
-from dpo_cli.metrics import Reporter
-from dpo_cli.prepare import read_pairs
-from dpo_cli.reference import ReferenceCache
+from dpo_cli.config.options import PrecomputeOptions
+from dpo_cli.reference import shards
+from dpo_cli.reference.store import ReferenceCache
+from dpo_cli.training.checkpoint import newest_checkpoint
+from dpo_cli.training.prepare import read_pairs
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.files import remove_leftovers
 from tests.conftest import LONG, SAMPLE, size, write_rows
 from tests.faults import (
     NEEDS_ROOM,

@@ -13,11 +13,12 @@ from unittest.mock import MagicMock, call
 import pytest
 from accelerate.tracking import GeneralTracker
 
-from dpo_cli import trackers
-from dpo_cli.config import TrainOptions
-from dpo_cli.errors import Interrupted, NotWrittenError, UsageError
-from dpo_cli.metrics import Reporter, append_metrics, read_metrics, truncate_metrics
-from dpo_cli.trackers import Trackers, check_installed, hyperparameters
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.evaluation.metrics import append_metrics, read_metrics, truncate_metrics
+from dpo_cli.training import trackers
+from dpo_cli.training.trackers import Trackers, check_installed, hyperparameters
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import Interrupted, NotWrittenError, UsageError
 from tests.conftest import Cli
 
 Told = dict[str, dict[int, list[float]]]  # by name and step: each value that was told
@@ -242,7 +243,7 @@ def test_a_tracker_that_cannot_start_is_told(tmp_path: Path, monkeypatch: pytest
 def test_only_the_first_rank_has_trackers(
     made: list[Listener], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cli.ranks.rank", lambda: 1)
+    monkeypatch.setattr("dpo_cli.utils.distributed.rank", lambda: 1)
     with start(tmp_path, "trackio") as live:
         tell(live, 1)
     assert not made

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.cli.app import app
 from tests.conftest import SAMPLE, cli_environment, make_model, make_tokenizer, write_rows
 
 RECORDED = Path(__file__).with_name("trajectories.json")

@@ -12,11 +12,11 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from benchmarks.theirs import make_trainer, pairs_of, trl_config
-from dpo_cli.data import BadRow, Reading, read_rows
-from dpo_cli.errors import RowError
-from dpo_cli.pairs import Pair
-from dpo_cli.records import find_sources
-from dpo_cli.tokens import Encoder
+from dpo_cli.data.formats import BadRow, Reading, read_rows
+from dpo_cli.data.pairs import Pair
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.tokenize import Encoder
+from dpo_cli.utils.errors import RowError
 from tests.conftest import SAMPLE, write_rows
 
 pytestmark = [

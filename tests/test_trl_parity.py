@@ -10,7 +10,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from benchmarks.trl_parity import Parity, compare
-from dpo_cli.config import TrainOptions
+from dpo_cli.config.options import TrainOptions
 from tests.conftest import SAMPLE, write_rows
 
 pytestmark = [

@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-import dpo_cli.heldout
-from dpo_cli.cli import app
-from dpo_cli.disk import sealed
-from dpo_cli.pairs import Pair, Pairs, trained_on
+import dpo_cli.training.heldout
+from dpo_cli.cli.app import app
+from dpo_cli.data.pairs import Pair, Pairs, trained_on
+from dpo_cli.utils.files import sealed
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
 FEW = "Only 6 pairs: too few to judge (6; 20 needed)"
@@ -110,7 +110,7 @@ def test_a_report_that_cannot_be_drawn_leaves_the_verdict(
     def failing(*_: Any) -> None:
         raise ValueError("the template is broken")
 
-    monkeypatch.setattr(dpo_cli.heldout, "write_report", failing)
+    monkeypatch.setattr(dpo_cli.training.heldout, "write_report", failing)
     out = train(place, "--eval-data", place / "new.jsonl", "--max-steps", 1, "--output", tmp_path / "run")
     assert "the template is broken" in out.stderr and FEW in out.stdout
 

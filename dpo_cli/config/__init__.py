@@ -1,0 +1,1 @@
+"""Every option once, with its type, default, help and check; flags and YAML files make options of it."""

@@ -1,0 +1,306 @@
+"""Rows to pairs of token ids: chat template, prompt boundary, truncation.
+
+A pair is ``prompt``, ``chosen`` and ``rejected``, each a vector of token ids. The boundary between prompt and response
+is found among tokens, not characters, and both responses end with the token that ends a turn.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_cli.data.chat import REASONING_UNSEEN, Chat, Conversation, Side
+from dpo_cli.data.formats import BadRow, Reading, Row
+from dpo_cli.data.pairs import Ids, Pair, Pairs
+from dpo_cli.utils.errors import RowError, UsageError
+
+Text = tuple[str, bool]  # and whether the chat template wrote it, special tokens included
+BATCH_CHARACTERS, BATCH_ROWS = 2**20, 512  # what meets the tokenizer in one call: more brings no speed
+
+
+@dataclass
+class PairSet:
+    """The pairs of some rows, what was refused, and what was changed on the way."""
+
+    pairs: Pairs = field(default_factory=Pairs)
+    refused: list[BadRow] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rows(self) -> int:
+        """Rows that were read: those that became pairs and those that were refused."""
+        return len(self.pairs) + len(self.refused)
+
+
+# What PairSet.notes counts.
+PROMPT_CUT = "prompts shortened from the left"
+RESPONSE_CUT = "pairs with a response cut at its end"
+BOUNDARY_MOVED = "pairs whose boundary moved back (tokens merge across it)"
+
+
+def tokenize_rows(
+    rows: Iterable[Row | BadRow],
+    tokenizer: Any,
+    reading: Reading,
+    keep_refused: bool = True,
+) -> PairSet:
+    """Tokenize every row; those that cannot be trained on land in ``refused`` with the reason, and whole if kept."""
+    encoder = Encoder(tokenizer, reading)
+    out = PairSet()
+    if not keep_refused:  # what is held for a while is the reason only
+        rows = (BadRow(row.where, row.reason) if isinstance(row, BadRow) else row for row in rows)
+    for row, result in encoder.pairs(rows):
+        if isinstance(row, BadRow):
+            out.refused.append(row)
+        elif isinstance(result, RowError):
+            record = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+            out.refused.append(BadRow(row.where, str(result), record if keep_refused else None))
+        else:
+            pair, notes = result
+            out.pairs.append(pair)
+            out.formats[row.format] += 1
+            out.notes.update(notes)
+    return out
+
+
+def reasons(refused: list[BadRow]) -> dict[str, int]:
+    """How many rows were refused for which reason, the most frequent first."""
+    return dict(Counter(bad.reason for bad in refused).most_common())
+
+
+def refusal(refused: list[BadRow], rows: int) -> UsageError:
+    """One error for all bad rows: the first ten in full, the rest counted by reason."""
+    lines = [f"{bad.where}: {bad.reason}" for bad in refused[:10]]
+    if len(refused) > 10:
+        counts = reasons(refused[10:])
+        most = [f"{n} × {why}" for why, n in list(counts.items())[:10]] + ["…"] * (len(counts) > 10)
+        lines.append(f"and {len(refused) - 10} more: " + "; ".join(most))
+    lines.append(f"{len(refused)} of {rows} rows cannot be used. Mend them, or go on without them: --on-bad-row skip")
+    return UsageError("\n".join(lines))
+
+
+Part = Ids | RowError
+Encoded = tuple[Pair, set[str]]
+
+
+class Encoder:
+    """Turns rows into pairs with one tokenizer, no longer than ``reading.max_length`` tokens.
+
+    ``reading.control_tokens`` says what becomes of those inside messages: ``keep`` them, ``sanitize`` (read them as
+    text), or ``refuse`` the row. Strings are taken as they are: they may have been rendered already.
+    """
+
+    def __init__(self, tokenizer: Any, reading: Reading) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = reading.max_length
+        if tokenizer.eos_token_id is None:
+            raise UsageError("the model's tokenizer has no EOS token, so responses cannot end")
+        if reading.control_tokens == "sanitize" and not tokenizer.is_fast:
+            raise UsageError("--control-tokens sanitize: the model's tokenizer cannot do it; use refuse")
+        self.eos: int = tokenizer.eos_token_id
+        probe = tokenizer("a")["input_ids"]  # also leaves the backend as a call needs it: nothing truncated or padded
+        self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
+        self.backend = tokenizer.backend_tokenizer if only_asks_its_backend(tokenizer) else None
+        self.chat = Chat(tokenizer, reading.control_tokens, self.adds_bos, reading.train_turns)
+
+    def pairs(self, rows: Iterable[Row | BadRow]) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
+        """Each row in order, as it is read, with what ``pair`` makes of it, or why it is bad. Encodes many at once."""
+        waiting: list[tuple[Row | BadRow, Conversation | RowError]] = []
+        held = 0
+        for row in rows:
+            waiting.append(self._read(row))
+            texts = waiting[-1][1]
+            held += len(texts.chosen.text) + len(texts.rejected.text) if isinstance(texts, Conversation) else 0
+            if held >= BATCH_CHARACTERS or len(waiting) >= BATCH_ROWS:
+                yield from self._finish(waiting)
+                waiting, held = [], 0
+        yield from self._finish(waiting)
+
+    def pair(self, row: Row) -> Encoded:
+        """The row's token ids, truncated, and which of the notes apply to it.
+
+        Raises:
+            RowError: as ``Chat.conversation``; or truncation leaves no difference between the responses.
+        """
+        _, result = next(self._finish([self._read(row)]))
+        if isinstance(result, RowError):
+            raise result
+        return result
+
+    def _read(self, row: Row | BadRow) -> tuple[Row | BadRow, Conversation | RowError]:
+        if isinstance(row, BadRow):
+            return row, RowError(row.reason)
+        row = self.chat.as_turns(row)
+        try:
+            return row, self.chat.conversation(row)
+        except RowError as error:
+            return row, error
+
+    def _finish(
+        self, rows: list[tuple[Row | BadRow, Conversation | RowError]]
+    ) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
+        ids = self._encode([texts for _, texts in rows if isinstance(texts, Conversation)])
+        for row, texts in rows:
+            if isinstance(row, BadRow) or isinstance(texts, RowError):
+                yield row, cast(RowError, texts)
+                continue
+            try:
+                yield row, self._pair(row, texts, ids)
+            except RowError as error:
+                yield row, error
+
+    def _pair(self, row: Row, texts: Conversation, encoded: dict[Text, Part]) -> Encoded:
+        prompt, chosen, rejected, moved = self._split(texts, encoded)
+        notes = {*texts.notes, BOUNDARY_MOVED} if moved else {*texts.notes}
+        longest = max(len(chosen), len(rejected))
+        room = max(self.max_length - longest, self.max_length // 4)  # a prompt gives way, down to a quarter
+        if len(prompt) > room:
+            shorter = self._shorten_prompt(row, prompt, room)
+            if len(shorter) < len(prompt):
+                prompt = shorter
+                notes.add(PROMPT_CUT)
+        room = self.max_length - len(prompt)
+        if room < 1:
+            raise RowError(f"the prompt's last turn alone fills max_length {self.max_length} (--max-length)")
+        if longest > room:
+            chosen, rejected = chosen[:room], rejected[:room]
+            notes.add(RESPONSE_CUT)
+        if not all((response >= 0).any() for response in (chosen, rejected)):
+            raise RowError(f"truncation to max_length {self.max_length} leaves no token that carries loss")
+        if np.array_equal(chosen, rejected):
+            raise RowError(self._no_difference(notes))
+        return Pair(row.where, prompt, chosen, rejected, row.weight, row.margin), notes
+
+    def _no_difference(self, notes: set[str]) -> str:
+        if RESPONSE_CUT in notes:
+            return f"truncation to max_length {self.max_length} removes the difference between chosen and rejected"
+        why = ": the chat template leaves out the reasoning in which they differ" if REASONING_UNSEEN in notes else ""
+        return f"chosen and rejected give the same tokens{why}"
+
+    def _split(self, texts: Conversation, encoded: dict[Text, Part]) -> tuple[Ids, Ids, Ids, bool]:
+        """Untruncated ids: the prompt, both responses, with ``~id`` for what carries no loss, and if the cut moved.
+
+        It is where the responses leave the prompt's own tokens: behind its text, but for a token that spans the two.
+        """
+        prompt = _good(encoded[texts.prompt, texts.templated])
+        if not len(prompt):
+            raise RowError("the prompt gives no tokens")
+        sides = [self._side(side, texts.templated, encoded) for side in (texts.chosen, texts.rejected)]
+        cut = min(_common_prefix(prompt, ids) for ids in sides)
+        if cut == 0:
+            raise RowError("prompt and response share no first token, so the response would be read without a prompt")
+        responses = []
+        for side, ids in zip((texts.chosen, texts.rejected), sides, strict=True):
+            whole = side.spans == ((len(texts.prompt), len(side.text)),)
+            responses.append((ids if whole else np.where(self._loss(side, ids), ids, ~ids))[cut:])
+        return prompt[:cut], responses[0], responses[1], cut < len(prompt)
+
+    def _side(self, side: Side, templated: bool, encoded: dict[Text, Part]) -> Ids:
+        """Ids of a prompt and its answer, which end with the template's ending or EOS."""
+        ids = _good(encoded[_first(side), templated])
+        if side.cuts:
+            ids = np.append(ids, self._pieces(side, len(side.text))[len(ids) :])
+        return ids if side.complete or self.eos in ids[-1:] else np.append(ids, np.int32(self.eos))
+
+    def _pieces(self, side: Side, end: int) -> Ids:
+        """Ids of a side's text up to a place, no token of which spans a cut."""
+        cuts = [cut for cut in side.cuts if cut < end]
+        first, *others = (side.text[a:b] for a, b in pairwise([0, *cuts, end]))
+        control = self.chat.control
+        ids = control.encode(first) + [each for text in others for each in control.encode_inside(text)]
+        return np.asarray(ids, dtype=np.int32)
+
+    def _loss(self, side: Side, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which tokens of a side carry loss, where these are not all behind the prompt."""
+        carries = np.zeros(len(ids), dtype=bool)
+        for begin, end in side.spans:
+            stop = len(ids) if end == len(side.text) else _common_prefix(self._pieces(side, end), ids)
+            carries[_common_prefix(self._pieces(side, begin), ids) : stop] = True
+        return carries
+
+    def _encode(self, conversations: Sequence[Conversation]) -> dict[Text, Part]:
+        """Token ids of every text, or why it has none; each kind of text meets the tokenizer in one call."""
+        texts = {
+            (text, each.templated): None
+            for each in conversations
+            for text in (each.prompt, _first(each.chosen), _first(each.rejected))
+        }
+        ids: dict[Text, Part] = {}
+        for templated in (False, True):
+            some = [text for text, kind in texts if kind == templated]
+            marked = {text for text in some if templated and self.chat.control.marked.search(text)}
+            ids |= {(text, templated): self._marked(text) for text in marked}
+            plain = [text for text in some if text not in marked]
+            ids |= {(text, templated): each for text, each in zip(plain, self._batch(plain, templated), strict=True)}
+        return ids
+
+    def _marked(self, text: str) -> Part:
+        try:
+            return np.asarray(self.chat.control.encode(text), dtype=np.int32)
+        except RowError as error:
+            return error
+
+    def _batch(self, texts: list[str], templated: bool) -> Iterator[Ids]:
+        """Token ids with exactly one BOS where the tokenizer wants one; a template brings its own."""
+        if self.backend is not None:
+            found = [each.ids for each in self.backend.encode_batch_fast(texts, add_special_tokens=not templated)]
+        else:
+            call = partial(self.tokenizer, add_special_tokens=not templated, verbose=False)
+            found = [call(text)["input_ids"] for text in texts]
+        for text, ids in zip(texts, found, strict=True):
+            start = not templated and self.adds_bos and text.startswith(self.tokenizer.bos_token)  # brings its own
+            end = not templated and self.adds_eos  # a prompt must not end with it, and a response gets its own
+            yield np.asarray(ids[start : len(ids) - end], dtype=np.int32)
+
+    def _shorten_prompt(self, row: Row, prompt: Ids, room: int) -> Ids:
+        """A prompt of ``room`` tokens or the next best: its end stays; a conversation loses its oldest turns."""
+        if isinstance(row.prompt, str):
+            keep_bos = int(prompt[0]) == self.tokenizer.bos_token_id
+            start = len(prompt) - room + keep_bos
+            return np.concatenate([prompt[:keep_bos], prompt[start:]])
+        system = [m for m in row.prompt[:1] if m["role"] == "system"]
+        turns = row.prompt[len(system) :]
+        starts = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
+        for start in starts:
+            texts = self.chat.conversation(replace(row, prompt=system + turns[start:]))
+            prompt = self._split(texts, self._encode([texts]))[0]
+            if len(prompt) <= room:
+                break
+        return prompt
+
+
+def _first(side: Side) -> str:
+    """A side's text up to the first place that no token may span."""
+    return side.text[: side.cuts[0]] if side.cuts else side.text
+
+
+def _common_prefix(a: Ids, b: Ids) -> int:
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def _good(part: Part) -> Ids:
+    if isinstance(part, RowError):
+        raise part
+    return part
+
+
+def only_asks_its_backend(tokenizer: Any) -> bool:
+    """Whether a call does no more than pass a text on, so that the backend can be asked without it.
+
+    That is faster: asked by transformers it also says where in the text each token lies.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    steps = ("__call__", "_encode_plus", "apply_chat_template")
+    return tokenizer.is_fast and all(getattr(kind, step) is getattr(PreTrainedTokenizerFast, step) for step in steps)

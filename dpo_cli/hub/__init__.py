@@ -1,0 +1,1 @@
+"""What leaves a run: exported models, merged adapters, model cards, uploads."""

@@ -1,0 +1,229 @@
+"""A trained model as a folder that any Hugging Face tool loads, read back before it counts as written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dpo_cli.data.batching import padded
+from dpo_cli.data.pairs import Pair, loss_tokens
+from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, save_adapter
+from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied
+from dpo_cli.models.loading import load_exported, load_model, release
+from dpo_cli.models.locate import ModelSource
+from dpo_cli.models.logprobs import noise, token_logps
+from dpo_cli.models.sharding import is_sharded, whole_weights
+from dpo_cli.training.memory import process_bytes, usable_bytes
+from dpo_cli.utils import distributed
+from dpo_cli.utils.errors import DpoError, UsageError
+from dpo_cli.utils.files import whole_folder
+
+CPU = torch.device("cpu")
+
+
+class NotReadBackError(DpoError):
+    """What was written is not what was trained."""
+
+
+def export_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    card: str,
+    *,
+    source: ModelSource,
+    pair: Pair | None = None,
+    expected: tuple[Tensor, torch.dtype] | None = None,
+    dtype: torch.dtype = torch.float32,
+    warn: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Write weights in ``dtype``, config, tokenizer with template and model card, or the adapter where there is one.
+
+    ``source`` is what the model was loaded from. The folder appears only after it was loaded again in the class that
+    its config declares, with every weight and with the log-probs of ``pair`` that the model in memory gives:
+    ``expected`` (2,) nats and the precision they were computed in. Of a sharded model all ranks take part, and the
+    first one's host has room for its weights.
+
+    Raises:
+        NotReadBackError: the model loaded again is another one; no folder is left.
+    """
+    if pair is None:
+        ids = np.arange(min(64, model.config.get_text_config().vocab_size), dtype=np.int32)
+        pair = Pair("the ids from 0 to 63", ids[:1], ids[1:], ids[:0:-1])
+    if expected is None:
+        expected = response_logps(model, pair, torch.float32), torch.float32
+    weights = whole_weights(model) if is_sharded(model) else None
+
+    def write() -> None:
+        with whole_folder(folder) as temporary:
+            if is_adapted(model):
+                save_adapter(model, temporary)
+                model.generation_config.save_pretrained(temporary)  # its answers end as they do here
+            else:
+                _save_weights(model, weights, dtype, temporary, warn)
+            tokenizer.save_pretrained(temporary)
+            _rewrite(temporary / "tokenizer_config.json", _older_tokenizer)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            try:
+                found = _read_back(temporary, model, source, pair)
+            except NotReadBackError as error:
+                raise NotReadBackError(f"{folder}: {error}") from error
+            except Exception as error:  # of whatever type, such as of code that runs on CUDA only
+                warn(f"{folder} was not read back: {str(error).splitlines()[0]}")
+                return
+            logps, precision = expected
+            exact = dtype == precision == torch.float32 and logps.device == CPU
+            allowed = noise(torch.float32 if exact else torch.bfloat16)
+            allowed *= max(loss_tokens(pair.chosen), loss_tokens(pair.rejected)) ** 0.5
+            if found is not None and not (off := float((found - logps.to(CPU)).abs().max())) <= allowed:
+                raise NotReadBackError(
+                    f"{folder}: loaded again, the model gives other log-probs than in memory, by {off:.3g} nats on "
+                    f"{pair.where}"
+                )
+
+    if is_sharded(model):
+        distributed.on_rank_0(write)
+    elif distributed.rank() == 0:
+        write()
+
+
+def response_logps(model: PreTrainedModel, pair: Pair, dtype: torch.dtype, apart: bool = False) -> Tensor:
+    """Log-probs of the two responses of a pair: (2,) nats, float64. ``apart`` as of ``Scorer``."""
+    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
+    with torch.no_grad():
+        logps = token_logps(model, batch.to(next(model.parameters()).device), dtype, apart)
+    chosen, rejected = logps.double().split([loss_tokens(pair.chosen), loss_tokens(pair.rejected)])
+    return torch.stack([chosen.sum(), rejected.sum()])
+
+
+def _save_weights(
+    model: PreTrainedModel,
+    weights: dict[str, Tensor] | None,
+    dtype: torch.dtype,
+    folder: Path,
+    warn: Callable[[str], None],
+) -> None:
+    if dtype != torch.float32:
+        state = weights or model.state_dict(keep_vars=True)
+        cast = {id(t): t.detach().to(CPU, dtype if t.is_floating_point() else t.dtype) for t in state.values()}
+        weights = {name: cast[id(tensor)] for name, tensor in state.items()}  # tied ones stay one
+    if kept := {name: file for name, file in getattr(model, "not_loaded", {}).items() if file}:
+        weights = {**(weights or model.state_dict())}
+        for name, file in kept.items():  # parts of the checkpoint that the model does not have, as they were
+            with safe_open(file, framework="pt") as tensors:
+                weights[name] = tensors.get_tensor(name)
+    model.save_pretrained(folder, state_dict=weights)
+    for processor in getattr(model, "processors", ()):
+        shutil.copyfile(processor, folder / processor.name)
+    file = folder / "config.json"
+    _rewrite(file, lambda written: written | {"dtype": str(dtype).removeprefix("torch.")})
+    plain = file.read_text(encoding="utf-8")
+    _rewrite(file, lambda written: _with_older_names(written, model.config))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # of a class that reads these names no more
+            same = _ropes(type(model.config).from_pretrained(folder)) == _ropes(model.config)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, FutureWarning):
+        same = False
+    if not same:
+        file.write_text(plain, encoding="utf-8")
+        warn("transformers 4 has no names for the rotary embeddings of this model: load the export with version 5")
+
+
+def _read_back(written: Path, model: PreTrainedModel, source: ModelSource, pair: Pair) -> Tensor | None:
+    """``response_logps`` (2,) of what was written, loaded again on the CPU; None over a packed base.
+
+    There, so that no second base is loaded, the adapter's tensors are compared with those in memory.
+
+    Raises:
+        NotReadBackError: it cannot be loaded, or an adapter's tensors are others.
+        MemoryError: the host has no room for it.
+    """
+    if is_quantized(model):
+        own, saved = adapter_weights(model), load_file(written / WEIGHTS)
+        if saved.keys() != own.keys() or not all(torch.equal(saved[name], own[name].cpu()) for name in saved):
+            raise NotReadBackError("the adapter that was written is not the one in memory")
+        return None
+    need = 4 * sum(p.numel() for p in model.parameters())
+    if need > usable_bytes(CPU) - process_bytes(CPU):
+        raise MemoryError(f"a second copy takes {need / 2**30:.0f} GiB of the host's memory")
+    try:
+        if is_adapted(model):
+            again = load_model(replace(source, adapter=written, attached=True, checkpoint=None))
+        else:
+            again = load_exported(written, source.trust, getattr(model, "not_loaded", ()))
+            if is_tied(again) != is_tied(model):
+                raise ValueError("embedding and head are tied in one of the two only")
+    except (UsageError, ValueError) as error:
+        raise NotReadBackError(f"what was written cannot be loaded again: {error}") from error
+    try:
+        return response_logps(again, pair, torch.float32)
+    finally:
+        release(again)
+
+
+# ---- what transformers 4, and with it vLLM, reads of an export --------------------------------------------------
+
+
+def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    written = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(change(written), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _ropes(config: PretrainedConfig) -> dict[str, Any]:
+    """The rotary embeddings of a text model, without the name that version 4 had for their type."""
+    return {
+        name: value
+        for name, value in (getattr(config.get_text_config(), "rope_parameters", None) or {}).items()
+        if name != "type"
+    }
+
+
+def _with_older_names(written: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """A configuration with the names of transformers 4 beside those of 5, which reads its own.
+
+    Version 4 knows no ``rope_parameters``: it would take its default base without a word. Checked against 4.57.6 on
+    the families of tests/test_exports.py, whose log-probs are the same there.
+    """
+    for key, inner in [*written.items()]:
+        if isinstance(inner, dict) and isinstance(getattr(config, key, None), PretrainedConfig):
+            written[key] = _with_older_names(inner, getattr(config, key))
+    aliases = {alias: written[name] for alias, name in config.attribute_map.items() if name in written}
+    ropes = written.get("rope_parameters") or {}
+    main = ropes.get("full_attention", ropes)  # of all layers, or of those with full attention
+    if "rope_theta" not in main:
+        return aliases | written
+    kind, theta, part = main.get("rope_type", "default"), main["rope_theta"], main.get("partial_rotary_factor")
+    scaling = {key: value for key, value in main.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if kind == "longrope" and config.model_type.startswith("phi"):  # which takes these three and no other
+        scaling = {"type": kind, "short_factor": main["short_factor"], "long_factor": main["long_factor"]}
+    older = {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
+    if part is not None:
+        older["partial_rotary_factor"] = part
+    if config.model_type == "gpt_neox":
+        older |= {"rotary_emb_base": theta, "rotary_pct": part}
+    if "sliding_attention" in ropes:
+        older["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
+    return aliases | written | older
+
+
+def _older_tokenizer(written: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's configuration with a class and keys that both versions know."""
+    if written.get("tokenizer_class") == "TokenizersBackend":
+        written["tokenizer_class"] = "PreTrainedTokenizerFast"
+        written.pop("backend", None)
+    if isinstance(written.get("extra_special_tokens"), list):  # in version 4 it is an object
+        written["additional_special_tokens"] = written.pop("extra_special_tokens")
+    return written

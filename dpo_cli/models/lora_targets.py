@@ -1,0 +1,223 @@
+"""Which matrices a LoRA adapter is put on, by their full names, and why others get none.
+
+peft's own ``all-linear`` goes by the last part of a name. In mixtures of experts it adapts routers and leaves out
+shared experts and dense layers, and in a model that reads images too it adapts what no text runs through.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dpo_cli.utils.errors import UsageError
+
+ALL_LINEAR = "all-linear"
+LINEAR = (nn.Linear, Conv1D)  # GPT-2's are of transformers' own kind
+ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d)  # what can be named
+# Why a matrix gets no adapter.
+ROUTER, UNREACHED, OWN_FORWARD = "routers", "no log-prob of text depends on them", "more than a matrix product"
+READ_DIRECTLY, PACKED = "read by fused kernels", "packed"
+# A weight that the layer around it reads, as fused kernels of state-space models do, and not only its dtype or device.
+READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Full names of the modules and parameters to adapt; ``left`` counts the other matrices by reason and kind."""
+
+    modules: list[str]
+    parameters: list[str]
+    left: Counter[tuple[str, str]]
+
+
+def choose_targets(model: PreTrainedModel, names: str, logps: Callable[[], Tensor] | None = None) -> Targets:
+    """Resolve ``--lora-targets``: ``all-linear``, or the ends of module and parameter names, separated by commas.
+
+    All linear are the matrix products of the text model, and experts that are kept as one tensor; not routers,
+    embeddings, the head, or what an adapter cannot reach. ``logps`` scores some text: (N,) nats; a module on which they
+    do not depend gets no adapter. Without it every module counts as reached.
+
+    Raises:
+        UsageError: a name fits nothing, or nothing that can have an adapter.
+    """
+    if names == ALL_LINEAR:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        every: dict[str, nn.Module] = dict(model.named_modules())
+        linear = [name for name, module in every.items() if isinstance(module, LINEAR)]
+        found = {name: every[name] for name in linear if not any(every[name] is end for end in ends)}
+        tensors, routers = [*_expert_tensors(model)], _routers(model)
+    else:
+        found, tensors = _named(model, names)
+        routers = set[str]()
+    reached, read = _reached(model, logps), _read_directly(model)
+    renamed = {end for end in {name.rpartition(".")[2] for name in found} if _is_renamed(model, end)}
+    modules, parameters, left = list[str](), list[str](), Counter[tuple[str, str]]()
+    for name, module in found.items():
+        as_parameter = name.rpartition(".")[2] in renamed
+        if reason := (
+            (READ_DIRECTLY if name in read else "")
+            or (ROUTER if name in routers else "")
+            or (UNREACHED if pattern_of(name) not in reached else "")
+            or (OWN_FORWARD if isinstance(module, nn.Linear) and not _is_plain(module) else "")
+            or (PACKED if as_parameter and type(module) not in LINEAR else "")
+        ):
+            left[reason, kind_of(name)] += 1
+        elif as_parameter:
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(name)
+    for name in tensors:
+        if pattern_of(name.rpartition(".")[0]) in reached:
+            parameters.append(name)
+        else:
+            left[UNREACHED, kind_of(name)] += 1
+    if names != ALL_LINEAR and (beyond := [key for key in left if key[0] != UNREACHED]):
+        raise UsageError(f"--lora-targets {names}: {beyond[0][1]} is {beyond[0][0]}, so that no adapter reaches it")
+    if not modules and not parameters:
+        raise UsageError(f"--lora-targets {names}: nothing to adapt; {_linear_names(model)}")
+    return Targets(modules, parameters, left)
+
+
+def kind_of(name: str) -> str:
+    """A module's name without those of the stacks it is in: ``mlp.up_proj`` of ``model.layers.3.mlp.up_proj``."""
+    parts = name.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(part for part in parts[first + 1 :] if not part.isdigit())
+
+
+def counted(kinds: Counter[str]) -> str:
+    """Kinds and their counts in words, equal counts together: ``30 each of mlp.up_proj, self_attn.q_proj``."""
+    groups: dict[int, list[str]] = {}
+    for kind, count in sorted(kinds.items()):
+        groups.setdefault(count, []).append(kind)
+    words = {count: "each of " if len(group) > 1 else "" for count, group in groups.items()}
+    return "; ".join(f"{count:,} {words[count]}{', '.join(groups[count])}" for count in sorted(groups, reverse=True))
+
+
+def pattern_of(name: str) -> str:
+    """A module's name with the numbers of layer and expert left open."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _reached(model: nn.Module, logps: Callable[[], Tensor] | None) -> set[str]:
+    """Patterns of the modules that log-probs depend on, by their graph: of a list of experts some are enough."""
+    if logps is None:
+        return {pattern_of(name) for name, _ in model.named_modules()}
+    called: dict[Any, list[str]] = defaultdict(list)  # a node of the graph, and whose output it made
+    hooks = []
+    for name, module in model.named_modules():
+
+        def note(_module: nn.Module, _given: Any, output: Any, pattern: str = name) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor):
+                called[first.grad_fn].append(pattern)
+
+        hooks.append(module.register_forward_hook(note))
+    try:
+        todo = [logps().sum().grad_fn]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seen = set[Any]()
+    while todo:
+        if (node := todo.pop()) is not None and node not in seen:
+            seen.add(node)
+            todo += [earlier for earlier, _ in node.next_functions]
+    return {pattern_of(name) for node in seen for name in called[node]}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a linear module computes its product and nothing else; packed ones of bitsandbytes do."""
+    return type(module).forward is nn.Linear.forward or type(module).__module__.startswith("bitsandbytes")
+
+
+def _read_directly(model: nn.Module) -> set[str]:
+    """Modules whose weight the layer around them reads: on some devices their forward, and an adapter's, never runs."""
+    around = [(name, type(m)) for name, m in model.named_modules() if any(isinstance(c, LINEAR) for c in m.children())]
+    reads = {kind: _reads(kind) for kind in {kind for _, kind in around}}
+    return {f"{name}.{child}" for name, kind in around for child in reads[kind]}
+
+
+def _reads(kind: type[nn.Module]) -> set[str]:
+    own = [each for each in kind.__mro__ if issubclass(each, nn.Module) and not each.__module__.startswith("torch.")]
+    methods = [m for each in own if each is not PreTrainedModel for m in vars(each).values() if inspect.isfunction(m)]
+    try:
+        return {child for method in methods for child in READ.findall(inspect.getsource(method))}
+    except (OSError, TypeError):  # its source is not there
+        return set()
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, int, list[str]]]:
+    """Name of each group of experts, their number, and the matrices that all of them share; of a list none."""
+    for name, module in model.named_modules():
+        about = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+        if "expert" not in about or "router" in about or isinstance(module, ADAPTABLE):
+            continue
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim > 1 and not n.endswith("bias")}
+        if own or isinstance(module, nn.ModuleList):
+            count = len(module) if isinstance(module, nn.ModuleList) else len(next(iter(own.values())))
+            yield name, count, [f"{name}.{n}" for n in own]
+
+
+def _expert_tensors(model: nn.Module) -> Iterator[str]:
+    for _, _, tensors in _experts(model):
+        yield from tensors
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """Linear modules that score the experts beside them, or weigh the shared one."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {name for name in linear if "router" in name}
+    for experts, count, _ in _experts(model):
+        block = experts.rpartition(".")[0]
+        beside = [n for n in linear if n.rpartition(".")[0] in (block, f"{block}.gate") and "proj" not in n]
+        found |= {name for name in beside if linear[name].out_features in (1, count)}
+    return found
+
+
+def _named(model: PreTrainedModel, names: str) -> tuple[dict[str, nn.Module], list[str]]:
+    """Modules and expert tensors whose names end with one of these; a group of experts stands for its tensors.
+
+    Raises:
+        UsageError: a name is of none.
+    """
+    every, tensors = dict(model.named_modules()), [*_expert_tensors(model)]
+    modules, parameters = dict[str, nn.Module](), list[str]()
+    for name in names.split(","):
+        ending = [full for full in every if full == name or full.endswith(f".{name}")]
+        those = {full: every[full] for full in ending if isinstance(every[full], ADAPTABLE)}
+        stacked = [full for full in tensors if full.endswith(f".{name}") or full.rpartition(".")[0] in ending]
+        if not those and not stacked:
+            why = f"no module's name ends with {name}"
+            if ending:
+                why = f"{name} is a {type(every[ending[0]]).__name__}, which takes no adapter"
+            raise UsageError(f"--lora-targets {names}: {why}; {_linear_names(model)}")
+        modules |= those
+        parameters += [full for full in stacked if full not in parameters]
+    return modules, parameters
+
+
+def _linear_names(model: PreTrainedModel) -> str:
+    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LINEAR)}
+    return f"linear ones are {', '.join(sorted(ends))}"
+
+
+def _is_renamed(model: PreTrainedModel, end: str) -> bool:
+    """Whether peft takes a target of this name for an expert of transformers 4, which is part of a tensor now."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[end])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # such a part alone cannot be one
+        return True
+    return end not in (config.target_modules or ())

@@ -1,0 +1,105 @@
+"""A model whose weights, gradients and moments lie in shards over the ranks: torch's ``fully_shard`` (FSDP2).
+
+Each layer is gathered when it runs and let go of afterwards; what is outside the layers (embeddings, last norm, head)
+is gathered with the body's forward and stays until the backward pass is over, so that the head can run in between.
+Everything is gathered and added up in float32: the numbers are those of a whole model but for the order of sums.
+
+All ranks must run equally many forwards and backward passes, in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo_cli.models.logprobs import BODY
+from dpo_cli.utils import distributed
+from dpo_cli.utils.errors import UsageError
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Put a whole model on the host in shards on the ranks' devices, in place: one layer after the other.
+
+    Raises:
+        UsageError: the model has no layers that are known as such.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UsageError("--shard: the model has no layers of transformers' kind to shard by; leave it out")
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    for module in [*layers, model]:
+        sharded = fully_shard(module, mesh=mesh)
+        sharded.set_gradient_divide_factor(1.0)  # a step's gradient is the sum of all ranks', not their mean
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+        if hasattr(sharded, "set_reduce_scatter_unused_params"):  # not yet in torch 2.11
+            sharded.set_reduce_scatter_unused_params(True)  # an expert may get no token on one rank
+    setattr(model, BODY, lambda **inputs: model.base_model(**inputs))
+    register_fsdp_forward_method(model, BODY)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``shard`` was here."""
+    return isinstance(model, FSDPModule)
+
+
+def let_go(model: nn.Module) -> None:
+    """Let go of what the last forward gathered, so that the parameters are the shards."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor gathered on all ranks, which all must ask for; one that is not sharded as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor; one that is not sharded as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which all ranks have, in shards where ``like`` is."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a sharded model, gathered on the first rank's host; a tied one once.
+
+    All ranks must ask for it; the others get nothing.
+    """
+    let_go(model)
+    gathered: dict[int, Tensor] = {}
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            full = whole(tensor.detach())
+            gathered[id(tensor)] = full.cpu() if distributed.rank() == 0 else full.new_empty(0)
+        found[name] = gathered[id(tensor)]
+    return found if distributed.rank() == 0 else {}
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor whole and on the host, one after the other; all ranks must go through them."""
+    for name, tensor in tensors.items():
+        yield name, whole(tensor.detach()).cpu()
+
+
+def gathered_parameters(model: Any) -> int:
+    """How many parameters a rank has whole at a time, gradients counted too.
+
+    Those outside the layers and their gradients, two layers on their way in, one's gradients and their way out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    rest = sum(p.numel() for p in model.parameters()) - sum(sizes)
+    return int(2 * rest + 4 * max(sizes))

@@ -1,0 +1,99 @@
+"""One row as it would be trained: its tokens, where the prompt ends, and which of them carry loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from dpo_cli.config.options import ExplainOptions
+from dpo_cli.data.formats import BadRow, Row, read_rows
+from dpo_cli.data.pairs import Pair, read
+from dpo_cli.data.records import find_sources
+from dpo_cli.data.tokenize import Encoder
+from dpo_cli.training.prepare import choose_model, choose_tokenizer
+from dpo_cli.training.setup import reading_as_trained
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import RowError, UsageError, printable
+
+STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
+
+
+def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
+    """`dpo explain`: what becomes of one row; a refused one has its reason instead of tokens.
+
+    Raises:
+        UsageError: the model or the data cannot be read, or there is no such row.
+    """
+    source = choose_model(options.model, options, reporter, base=options.base_model)
+    tokenizer, reading = choose_tokenizer(source, options), reading_as_trained(options, source)
+    row = _find(options)
+    if isinstance(row, BadRow):
+        return {"row": row.where, "refused": row.reason}
+    encoder = Encoder(tokenizer, reading)
+    row = encoder.chat.as_turns(row)
+    about: dict[str, Any] = {"row": row.where, "format": row.format}
+    try:
+        pair, notes = encoder.pair(row)
+    except RowError as error:
+        return about | {"refused": str(error)}
+    about |= {"weight": pair.weight, "margin": pair.margin, "max_length": reading.max_length, "notes": sorted(notes)}
+    return about | {part: _side(pair, part, tokenizer) for part in STYLES}
+
+
+def _find(options: ExplainOptions) -> Row | BadRow:
+    """The row that is told by the number, or by file and number, that was asked for."""
+    wanted = options.row
+    for row in read_rows(find_sources(options.data), options.columns, options.format):
+        place = row.where.partition(" (id ")[0]
+        if wanted in (None, place, place.rpartition(":")[2].removeprefix("row ")):
+            return row
+    raise UsageError(f"--row {wanted}: {', '.join(options.data)} has no such row; rows are told as in pairs.jsonl:12")
+
+
+def _side(pair: Pair, part: str, tokenizer: Any) -> dict[str, Any]:
+    """A part's text, and its tokens: id, text, whether it carries loss, and whether it is BOS or EOS."""
+    ids = getattr(pair, part)
+    known = {tokenizer.eos_token_id: "EOS", tokenizer.bos_token_id: "BOS"}
+    tokens = [
+        {
+            "id": int(each),
+            "text": tokenizer.decode([each], clean_up_tokenization_spaces=False),
+            "loss": part != "prompt" and bool(kept >= 0),
+            "special": known.get(int(each)),
+        }
+        for each, kept in zip(read(ids), ids, strict=True)
+    ]
+    return {"text": tokenizer.decode(read(ids), clean_up_tokenization_spaces=False), "tokens": tokens}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print it to stdout: facts, the three texts one after the other, a line a token."""
+    console = Console(highlight=False, soft_wrap=True)
+    for name, text in _facts(result):
+        console.print(Text(printable(f"{name:<12}{text}")))
+    if "refused" in result:
+        return
+    for part, style in STYLES.items():
+        console.print(Text(printable(f"\n[{part}] {result[part]['text']}"), style))
+    console.print(Text(f"\n{'part':<10}{'loss':<6}{'id':>8}  token"))
+    for part, style in STYLES.items():
+        for token in result[part]["tokens"]:
+            line = f"{part:<10}{'loss' if token['loss'] else '':<6}{token['id']:>8}  {token['text']!r}"
+            marked = f"{line}  {token['special']}" if token["special"] else line
+            console.print(Text(printable(marked), style if token["loss"] else "dim"))
+
+
+def _facts(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from ((name, result[name]) for name in ("row", "format", "refused") if name in result)
+    if "refused" in result:
+        return
+    for part in STYLES:
+        tokens = result[part]["tokens"]
+        loss = sum(token["loss"] for token in tokens)
+        yield part, f"{len(tokens)} tokens" + (f", {loss} carry loss" if part != "prompt" else "")
+    if (result["weight"], result["margin"]) != (1, 0):
+        yield "terms", f"weight {result['weight']:g}, margin {result['margin']:g}"
+    yield from (("note", note) for note in result["notes"])

@@ -1,0 +1,1 @@
+"""Log-probs of the reference model: computed once, kept on disk, checked when read."""

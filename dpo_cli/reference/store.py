@@ -1,0 +1,211 @@
+"""Reference log-probs: computed once, kept on disk, never wrong.
+
+A folder a reference, named by its fingerprint; in it shards of log-probs by response. Appended rows are all that is
+computed, and a crash costs at most the shard in flight.
+
+Legend: R responses, N response tokens that carry loss, P pairs.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpo_cli.data.pairs import Ids, Pair, Pairs, loss_tokens
+from dpo_cli.models.logprobs import Scorer
+from dpo_cli.reference import shards
+from dpo_cli.reference.shards import KEY_BYTES, Entry
+from dpo_cli.utils import distributed
+from dpo_cli.utils.errors import DpoError, NotWrittenError, UsageError
+from dpo_cli.utils.files import remove_leftovers, write_json
+
+SHARD_SECONDS = 30.0  # a crash costs at most this much work
+ABOUT = "about.json"
+
+
+def response_key(prompt: Ids, response: Ids) -> bytes:
+    """Name of a response's log-prob within one reference: a hash of all ids as in ``Pair`` and of where it begins."""
+    content = len(prompt).to_bytes(4, "little") + prompt.tobytes() + response.tobytes()
+    return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+
+
+def pair_keys(pair: Pair) -> tuple[bytes, bytes]:
+    """Keys of the chosen and of the rejected response."""
+    return response_key(pair.prompt, pair.chosen), response_key(pair.prompt, pair.rejected)
+
+
+def tokens_of(pair: Pair) -> int:
+    """Tokens of a pair, its prompt counted once."""
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+class ReferenceCache:
+    """The log-probs of one reference, by response key: those on disk, and those that this process adds.
+
+    ``about`` says to a person what the reference is; it decides nothing.
+    """
+
+    def __init__(
+        self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None], about: Mapping[str, str] | None = None
+    ) -> None:
+        if not re.fullmatch(r"[0-9a-f]{64}", fingerprint):  # it comes from a run's manifest too, and names a folder
+            raise UsageError(f"'{fingerprint[:80]}' is no fingerprint of a reference")
+        self.folder = cache_dir.expanduser() / "reference" / fingerprint[:32]
+        self.about, self.warn = about, warn
+        self.values = shards.read_folder(self.folder, warn)
+        with suppress(OSError):
+            os.utime(self.folder / ABOUT)  # when it was last used
+
+    def lookup(self, pairs: Sequence[Pair]) -> Tensor:
+        """Reference log-probs of pairs: (P, 2) float32 nats, chosen and rejected; NaN where they are not cached."""
+        values = [self.values.get(key, math.nan) for pair in pairs for key in pair_keys(pair)]
+        return torch.tensor(values, dtype=torch.float32).view(-1, 2)
+
+    def discounted(self, pairs: Pairs, alpha: float) -> Tensor:
+        """Log-probs as LD-DPO reads them: (P, 2) nats; tokens beyond the shorter response count ``alpha`` times.
+
+        Raises:
+            DpoError: the shards have lost some since they were looked up.
+        """
+        shared, found = pairs.loss_lengths.min(1).tolist(), torch.full((len(pairs), 2), torch.nan)
+        wanted: dict[bytes, list[tuple[int, int]]] = {}
+        for place, pair in enumerate(pairs):
+            for side, key in enumerate(pair_keys(pair)):
+                wanted.setdefault(key, []).append((place, side))
+        for key, token_logps in shards.responses(self.folder):
+            for place, side in wanted.get(key, ()):
+                until, beyond = token_logps.double().tensor_split([shared[place]])
+                found[place, side] = until.sum() + alpha * beyond.sum()
+        found = distributed.all_reduce_known(found)
+        if found.isnan().any():
+            raise DpoError(f"{self.folder}: log-probs were removed while they were read; start again")
+        return found
+
+    def open_for_writing(self) -> None:
+        """Make the folder ready for shards, and remove what killed processes left there.
+
+        Raises:
+            UsageError: nothing can be written there.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(errno.EACCES, "it is read-only", str(self.folder))
+            if self.about and not (self.folder / ABOUT).exists():
+                write_json(self.folder / ABOUT, dict(self.about))
+        except (OSError, NotWrittenError) as error:
+            raise UsageError(f"--cache-dir: no reference log-probs can be kept in {self.folder} ({error})") from error
+        remove_leftovers(self.folder)
+
+    def add(self, entries: Mapping[bytes, Entry]) -> None:
+        """Write a shard.
+
+        Raises:
+            NotWrittenError: what was written before is kept.
+        """
+        try:
+            try:
+                shards.write_shard(self.folder, entries)
+            except NotWrittenError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+                shards.write_shard(self.folder, entries)  # the folder was pruned meanwhile
+        except NotWrittenError as error:
+            told = f"{error}. What was kept before is whole; the same command goes on from there"
+            raise NotWrittenError(told) from error
+        self.values.update((key, entry.logp) for key, entry in entries.items())
+
+    def merge(self) -> None:
+        """Merge small shards if there are many; where that cannot be done they stay as they are."""
+        try:
+            shards.merge_small(self.folder)
+        except (OSError, NotWrittenError) as error:
+            self.warn(f"reference cache: its small files are not merged ({error})")
+
+
+def missing_places(logps: Tensor, pairs: Sequence[Pair]) -> list[int]:
+    """Places of the pairs that a ``lookup`` did not find; of equal pairs only the first."""
+    first: dict[tuple[bytes, bytes], int] = {}
+    for place in logps.isnan().any(dim=1).nonzero().flatten().tolist():
+        first.setdefault(pair_keys(pairs[place]), place)
+    return list(first.values())
+
+
+@dataclass
+class Filled:
+    """Reference log-probs of P pairs (P, 2) in nats, and what they took. Hits and misses count pairs."""
+
+    logps: Tensor
+    hits: int
+    misses: int
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def fill(
+    cache: ReferenceCache,
+    pairs: Sequence[Pair],
+    scorer: Scorer,
+    on_progress: Callable[[int], None] = lambda tokens: None,
+) -> Filled:
+    """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
+
+    Several ranks share the work. Each writes its own shards, to the one folder or, where hosts have no common disk, to
+    its host's; what the others scored comes over the network.
+
+    Raises:
+        UsageError: the cache cannot be written to.
+        DpoError: a log-prob is not finite, or the disk is full; what was scored before is kept.
+    """
+    logps = distributed.all_reduce_known(cache.lookup(pairs))
+    todo = Pairs(pairs[place] for place in missing_places(logps, pairs))
+    if not todo:
+        return Filled(logps, hits=len(pairs), misses=0)
+    cache.open_for_writing()
+    misses = int(logps.isnan().any(dim=1).sum())
+    began = written = time.monotonic()
+    tokens = 0
+    waiting: dict[bytes, Entry] = {}
+
+    def flush() -> None:
+        if waiting:
+            try:
+                cache.add(waiting)
+            except NotWrittenError:
+                waiting.clear()  # not tried again on the way out
+                raise
+            waiting.clear()
+
+    try:
+        for indices, sums, token_logps in scorer.score(todo, (distributed.rank(), distributed.world_size())):
+            scored = [todo[i] for i in indices]
+            keys = [key for pair in scored for key in pair_keys(pair)]
+            values = sums.view(2, -1).T.reshape(-1).tolist()  # (2P,) chosen, rejected, … of each pair
+            if bad := [keys[i] for i, value in enumerate(values) if not math.isfinite(value)]:
+                rows = ", ".join(pair.where for pair in scored if not {*pair_keys(pair)}.isdisjoint(bad))
+                raise DpoError(f"the reference gives a log-prob that is not finite for {rows}; try --dtype float32")
+            lengths = [loss_tokens(response) for pair in scored for response in (pair.chosen, pair.rejected)]
+            waiting.update(zip(keys, map(Entry, values, token_logps.cpu().split(lengths)), strict=True))
+            new = sum(map(tokens_of, scored))
+            tokens += new
+            on_progress(new)
+            if time.monotonic() - written > SHARD_SECONDS:
+                flush()
+                written = time.monotonic()
+    finally:
+        flush()
+    logps = distributed.all_reduce_known(cache.lookup(pairs))
+    if distributed.rank() == 0:
+        cache.merge()
+    return Filled(logps, len(pairs) - misses, misses, sum(distributed.all_gather(tokens)), time.monotonic() - began)

@@ -1,0 +1,1 @@
+"""Plots, HTML reports and text tables of results."""

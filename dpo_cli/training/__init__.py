@@ -1,0 +1,1 @@
+"""Training: setup, batches of a step, the step, the loop, optimizer, memory, checkpoints, trackers."""

@@ -1,0 +1,239 @@
+"""AdamW in as many bytes a parameter as ``--memory`` grants: moments in 8 bits, weights in two halves of 16.
+
+The 8-bit modes keep no float32 tensor of a parameter's size beside the weights: torch's own fused AdamW works on
+float32 copies of a slice, which are coded again at once.
+
+Legend: B blocks of a tensor, W values of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import StateDict
+
+from dpo_cli.models.split_weights import join, split
+
+# Of a parameter on the device: its weight, its gradient, its moments. "in-backward": no gradient outlives its update;
+# "offload": what no forward reads stays in the host's memory.
+BYTES = {"full": (4, 4, 8), "8bit": (4, 4, 2), "split": (4, 2, 2), "in-backward": (4, 0, 2), "offload": (2, 2, 0)}
+SPLIT = {"split", "in-backward", "offload"}  # modes whose model has to be halved first
+BLOCK = 256  # values that share scales
+SLICE = 2**22  # values that are float32 at a time; a multiple of BLOCK
+SMALLEST = 4096  # values of a tensor whose moments are worth coding
+FLOOR = -38.0  # octaves: a root below 2^-38 counts as that, 1 % of eps at the first step
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def make_optimizer(
+    model: nn.Module, weight_decay: float, memory: str = "full", low: dict[str, Tensor] | None = None
+) -> Optimizer:
+    """AdamW with decay on matrices only; the learning rate is set before each step.
+
+    ``low`` is what ``halve(model)`` returned, in the modes of ``SPLIT``; it is used up. The model must be on its device
+    already.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [g for g in groups if g["params"]]
+    if memory == "full":
+        return AdamW(groups, lr=0.0, fused=True)
+    assert (memory in SPLIT) == (low is not None)
+    names = {p: name for name, p in model.named_parameters()}
+    halves: dict[Tensor, Tensor] = {p: low.pop(name) for p, name in names.items() if name in low} if low else {}
+    return SmallAdamW(groups, halves, torch.device("cpu") if memory == "offload" else None)
+
+
+# ---- moments in 8 bits ------------------------------------------------------------------------------------------
+
+
+def encode(exp_avg: Tensor, exp_avg_sq: Tensor, dither: Tensor) -> dict[str, Tensor]:
+    """Code both moments in a byte each.
+
+    Of the second moment it is the root's logarithm, in 255 steps from the block's least to its largest: no value is
+    coded as 0, as it is where the codes are linear or torchao's and bitsandbytes' dynamic map, so that no first moment
+    is ever divided by next to nothing. Of the first it is the ratio to that root, which is the update but for the bias
+    corrections, so that an error is at most 1/254 of the block's largest update.
+
+    A second moment changes by less than half a step of its code and would stay where it is if that were rounded to
+    the nearest. So ``dither`` in [0, 1), another one each step, is added and the code rounded down: over the steps it
+    errs on neither side.
+
+    Shapes: (B, W), float32. Source: docs/performance.md, "Moments in 8 bits".
+    """
+    octaves = exp_avg_sq.clamp(2.0 ** (2 * FLOOR), 2.0**126).log2_().div_(2)
+    least, largest = octaves.amin(1, keepdim=True), octaves.amax(1, keepdim=True)  # (B, 1)
+    gap = ((largest - least) / 255).clamp_(min=1e-6)
+    codes = octaves.sub_(least).div_(gap).add_(dither).clamp_(0, 255).to(torch.uint8)
+    ratio = exp_avg / _root(codes, least, gap)
+    scale = (ratio.abs().amax(1, keepdim=True) / 127).clamp_(min=2.0**-100)
+    ratio_codes = ratio.div_(scale).round_().to(torch.int8)
+    return {"exp_avg": ratio_codes, "scale": scale, "exp_avg_sq": codes, "least": least, "gap": gap}
+
+
+def decode(coded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Both moments, (B, W) in float32, from what ``encode`` made of them."""
+    root = _root(coded["exp_avg_sq"], coded["least"], coded["gap"])
+    return root * coded["exp_avg"] * coded["scale"], root.square()
+
+
+def _root(codes: Tensor, least: Tensor, gap: Tensor) -> Tensor:
+    return codes.float().mul_(gap).add_(least).exp2_()
+
+
+def _zero_moments(p: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """The moments of a parameter before its first step: coded, or float32 where that is hardly worth it."""
+    shape = (-1, BLOCK) if _is_coded(p) else (1, -1)
+    zeros = torch.zeros(p.numel(), dtype=torch.uint8, device=device).view(shape)
+    step = torch.zeros((), device=p.device)
+    if not _is_coded(p):
+        return {"step": step, "exp_avg": zeros.float(), "exp_avg_sq": zeros.float()}
+    column = torch.zeros(len(zeros), 1, device=device)
+    codes = {"exp_avg": zeros.to(torch.int8), "exp_avg_sq": zeros}
+    return {"step": step, **codes, "scale": column, "least": column + FLOOR, "gap": column.clone()}
+
+
+def _is_coded(p: Tensor) -> bool:
+    return p.numel() >= SMALLEST and p.numel() % BLOCK == 0
+
+
+# ---- the optimizer ----------------------------------------------------------------------------------------------
+
+
+class SmallAdamW(Optimizer):
+    """AdamW whose moments take a byte each and whose weights are float32, or bfloat16 with their low halves.
+
+    Its state is plain tensors: ``step``, the moments and their scales, ``low``. Where ``home`` is not the parameters'
+    device it is kept there, and travels to them and back a slice at a time.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], low: dict[Tensor, Tensor], home: torch.device | None = None
+    ) -> None:
+        super().__init__(groups, {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8})
+        self._home = home
+        for _, p in self._parameters():
+            p.data = p.detach().contiguous()  # it is looked at in blocks
+            if p in low:
+                half = low.pop(p).view((-1, BLOCK) if _is_coded(p) else (1, -1))
+                self.state[p]["low"] = self._kept(half, p)
+        device = p.device
+        self._squares = torch.zeros((), dtype=torch.float64, device=device)
+
+    def _kept(self, tensor: Tensor, p: Tensor) -> Tensor:
+        """Part of a parameter's state, where it is kept: page-locked where it will travel."""
+        tensor = tensor.to(self._home or p.device)
+        return tensor.pin_memory() if tensor.device != p.device else tensor
+
+    def _parameters(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+        return ((group, p) for group in self.param_groups for p in group["params"])
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take the state as it is saved; torch's own would cast codes and halves to the parameter's type."""
+        parameters = [p for _, p in self._parameters()]
+        self.state.clear()
+        for index, values in state_dict["state"].items():
+            p = parameters[index]
+            self.state[p] = {name: self._kept(v, p) if name != "step" else v.to(p.device) for name, v in values.items()}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; the gradients must be finite."""
+        assert closure is None
+        for group, p in self._parameters():
+            if p.grad is not None:
+                self._update(group, p, None)
+
+    @contextmanager
+    def updating(self, lr: float) -> Iterator[None]:
+        """Around the last backward pass of a step: update each parameter when its gradient is whole, and free that.
+
+        Gradients of earlier passes count. What has one without getting more in this pass (an untied head) is updated
+        at the end. From the first gradient on that is not finite no parameter is changed, nor are its moments; which
+        were before cannot be undone. ``grad_norm`` then is not finite, which is to be read once the block is left. Nor
+        can a pass be undone that broke off, when memory ran out.
+        """
+        self._squares.zero_()
+        handles = []
+        for group, p in self._parameters():
+            group["lr"] = lr
+            handles.append(p.register_post_accumulate_grad_hook(partial(self._consume, group)))
+        try:
+            yield
+            for group, p in self._parameters():
+                if p.grad is not None:
+                    self._consume(group, p)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norm of the gradient that ``updating`` consumed, (), on the device."""
+        return self._squares.sqrt()
+
+    @torch.no_grad()
+    def _consume(self, group: dict[str, Any], p: Tensor) -> None:
+        """Update a parameter, unless its gradient or one before was not finite: a sum that is not, stays so."""
+        assert p.grad is not None
+        self._squares += torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square()
+        self._update(group, p, poisoned=self._squares.isfinite().logical_not().float())
+        p.grad = None
+
+    def _update(self, group: dict[str, Any], p: Tensor, poisoned: Tensor | None) -> None:
+        """One step of a parameter, slice by slice; none at all where ``poisoned`` turns out to be 1 on the device."""
+        assert p.grad is not None
+        state = self.state[p]
+        if "step" not in state:
+            zero = _zero_moments(p, self._home or p.device)
+            state.update({name: self._kept(v, p) if name != "step" else v for name, v in zero.items()})
+        shape = state["exp_avg"].shape  # (B, W)
+        rows = {name: tensor for name, tensor in state.items() if name != "step"}
+        rows |= {"weight": p.detach().view(shape), "grad": p.grad.reshape(shape)}
+        for start in range(0, len(rows["weight"]), SLICE // BLOCK):
+            part = {name: tensor[start : start + SLICE // BLOCK] for name, tensor in rows.items()}
+            _update_blocks(part, state["step"], group, poisoned)
+        state["step"] += 1 if poisoned is None else 1 - poisoned
+
+
+def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any], poisoned: Tensor | None) -> None:
+    """One step of AdamW on some blocks (B, W) and their moments, in place; nothing if ``poisoned`` is 1."""
+    kept, device = part, part["weight"].device
+    part = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.items()}
+    weight = join(part["weight"], part["low"]) if "low" in part else part["weight"]
+    moments = decode(part) if "scale" in part else (part["exp_avg"], part["exp_avg_sq"])
+    adamw(
+        [weight],
+        [part["grad"].float()],
+        [moments[0]],
+        [moments[1]],
+        [],
+        [step.clone()],  # it is counted up there
+        fused=True,
+        found_inf=poisoned,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    new = {"exp_avg": moments[0], "exp_avg_sq": moments[1]}
+    if "scale" in part:
+        new = encode(*moments, dither=(step + 1).double() * GOLDEN % 1)
+    if "low" in part:
+        new["weight"], new["low"] = split(weight)
+    for name, tensor in new.items():
+        if tensor is not kept[name]:
+            new_or_old = tensor if poisoned is None else torch.where(poisoned > 0, part[name], tensor)
+            kept[name].copy_(new_or_old, non_blocking=True)
