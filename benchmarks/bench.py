@@ -121,7 +121,7 @@ def make_case(name: str, args: argparse.Namespace, model: Path, folder: Path) ->
     limit = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", longest)
     longest = min(longest, limit)
     options = {"batch_size": batch_size, "lr": args.lr, "beta": args.beta, "seed": args.seed, "dtype": args.dtype}
-    options |= {"max_length": longest, "save_every": 0}
+    options |= {"max_length": longest, "save_steps": 0}
     files, rows = args.data, sum(blocks)
     if lengths:
         count = 2 * (rows + block)  # some come out too long

@@ -58,7 +58,7 @@ def run_ours(job: Message, environment: Mapping[str, str], cache: str, steps: in
     """`dpo train` until some steps are done; its plan holds all of them, so that the reference scores every pair."""
     folder = Path(job["folder"]) / f"command-{next(_number)}"
     folder.mkdir()
-    options = job["options"] | {"warmup": 0.0, "model": job["model"], "data": job["train"]} | changes
+    options = job["options"] | {"warmup_ratio": 0.0, "model": job["model"], "data": job["train"]} | changes
     options |= {"cache_dir": Path(job["folder"]) / cache, "output": folder / "run"}
     flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "dpo_cli"]

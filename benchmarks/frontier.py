@@ -272,7 +272,7 @@ class Lab:
         sizes, seed, pairs = self.sizes, given.seed, given.pairs
         checkpoints = [method.times * step for step in sizes.checkpoints]
         steps = checkpoints[-1]
-        common = {"lr": sizes.lr, "schedule": "constant", "batch_size": sizes.batch_size, "seed": seed}
+        common = {"lr": sizes.lr, "lr_scheduler": "constant", "batch_size": sizes.batch_size, "seed": seed}
         options = TrainOptions(data=["completions"], loss=method.loss, **common, **method.options)
         policy: Any = deepcopy(self.reference.model)
         adapter = {

@@ -48,7 +48,7 @@ class Ours:
             eval_data=[job["held_out"]],
             output=folder / "run",
             cache_dir=folder / "cache",
-            warmup=0.0,
+            warmup_ratio=0.0,
             **job["options"],
         )
         with started() as self.accelerator:

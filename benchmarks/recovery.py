@@ -136,7 +136,7 @@ def expected_loss(logps: Tensor, ref_logps: Tensor, objective: Objective, weight
 
 def train(toy: Toy, beta: float, weights: Table, steps: int = STEPS) -> Table:
     """Train the reference on all pairs, with weights (2, prompts, pairs): log-probs (prompts, R)."""
-    options = TrainOptions(data=["-"], beta=beta, lr=LR, schedule="cosine", warmup=0.05)
+    options = TrainOptions(data=["-"], beta=beta, lr=LR, lr_scheduler="cosine", warmup_ratio=0.05)
     policy = scorer_of(copy.deepcopy(toy.reference.model))
     optimizer = make_optimizer(policy.model, options.weight_decay)
     ref_logps = log_probs(toy.reference).detach()

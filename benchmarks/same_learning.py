@@ -138,9 +138,9 @@ class Lab:
                 eval_data=[str(self.folder / "held-out.jsonl")] if tells else None,
                 output=Path(folder) / "run",
                 batch_size=self.design.batch_size,
-                warmup=0.0,
+                warmup_ratio=0.0,
                 seed=seed,
-                save_every=0,
+                save_steps=0,
             )
             AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
             began = time.monotonic()
@@ -157,7 +157,7 @@ class Lab:
     def judge(self, policy: Path) -> Table:
         """Margins of the held-out pairs (P,), as `dpo eval` has them of any model's folder."""
         data = [str(self.folder / "held-out.jsonl")]
-        options = EvalOptions(**self._common(), ref=str(self.base), data=data)
+        options = EvalOptions(**self._common(), ref_model=str(self.base), data=data)
         return evaluated(str(policy), options, Reporter(quiet=True))[0].scores.margins
 
     def _common(self) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def peak(model: PreTrainedModel, mode: str, shards: int = 1) -> int:
 
 def table() -> list[str]:
     """The table's lines: GiB of each GPU with activations recomputed, in bold where it fits."""
-    heads = [*(f"`{mode}`" for mode in MODES), *(f"`--shard` over {ranks}" for ranks in RANKS)]
+    heads = [*(f"`{mode}`" for mode in MODES), *(f"`--fsdp` over {ranks}" for ranks in RANKS)]
     lines = ["| model | parameters | " + " | ".join(heads) + " |", "|---|" + "---:|" * (1 + len(heads))]
     for name, shape in SHAPES.items():
         with torch.device("meta"):

@@ -173,7 +173,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     rows, steps = given.pop("rows"), given.pop("steps")
     epochs = -(-steps * given["batch_size"] // rows)
-    options = TrainOptions(**given, max_steps=steps, epochs=epochs, warmup=0.0, dtype="float32", save_every=0)
+    options = TrainOptions(**given, max_steps=steps, epochs=epochs, warmup_ratio=0.0, dtype="float32", save_steps=0)
     with tempfile.TemporaryDirectory() as folder:
         parity = compare(options, rows, Path(folder))
     print(table(parity))

@@ -82,7 +82,7 @@ class Place:
         return [
             *("--model", model or self.model, "--data", self.folder / "rows.jsonl", "--output", self.folder / name),
             *("--eval-data", self.folder / "held-out.jsonl", "--max-steps", 6, "--batch-size", 3, "--lr", 1e-2),
-            *("--save-every", 2, "--keep", 9, "--eval-every", 3, "--max-tokens", 600, "--epochs", 2),
+            *("--save-steps", 2, "--save-total-limit", 9, "--eval-steps", 3, "--max-tokens", 600, "--epochs", 2),
         ]
 
     def evaluated(self, model: Path, *more: Any) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def test_an_earlier_checkpoint_is_evaluated_and_merged_as_it_was(place: Place) -
     torch.testing.assert_close(plain_logps(loaded, place.held_out()), own[:, :2], **CLOSE)
 
 
-@pytest.mark.parametrize("more", [(), ("--lora-kind", "dora", "--modules-to-save", "embed_tokens", "--memory", "8bit")])
+@pytest.mark.parametrize("more", [(), ("--lora-type", "dora", "--modules-to-save", "embed_tokens", "--memory", "8bit")])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(more: tuple[str, ...], place: Place, tmp_path: Path) -> None:
     whole = place.folder / "lora"
     if more:
@@ -312,7 +312,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(more: tuple[str, ...]
 
 def test_merged_export_and_the_best_model(place: Place) -> None:
     """They are models of their own, and no checkpoint is."""
-    more = ("--lora-rank", 4, "--export", "merged", "--keep-best", "loss")
+    more = ("--lora-rank", 4, "--export", "merged", "--save-best", "loss")
     result, _ = place.train("whole", *more)
     run = place.folder / "whole"
     assert (run / "model" / "model.safetensors").exists() and (run / "best" / "model.safetensors").exists()
@@ -325,7 +325,7 @@ def test_merged_export_and_the_best_model(place: Place) -> None:
 
 def test_the_best_adapter_is_judged_by_the_steps_before_it(place: Place) -> None:
     """BCO's shift is the mean reward up to the best step, which is not the last one here."""
-    place.train("bco", "--lora-rank", 4, "--loss", "bco", "--keep-best", "loss", "--lr", 0.3)
+    place.train("bco", "--lora-rank", 4, "--loss", "bco", "--save-best", "loss", "--lr", 0.3)
     run = place.folder / "bco"
     history = evaluations(read_metrics(run / "metrics.jsonl"))
     best = best_step(history, "loss")
@@ -354,7 +354,7 @@ def test_the_head_alone_can_be_trained(place: Place, tokenizer: PreTrainedTokeni
 
 def test_full_and_adapter_runs_share_the_reference(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     place = make_place(tmp_path, tokenizer)
-    _, told = place.train("first", "--lora-rank", 2, "--lora-kind", "dora")
+    _, told = place.train("first", "--lora-rank", 2, "--lora-type", "dora")
     assert "reference   0 of 18 pairs cached: 18 to score" in told
     assert "18 of 18 pairs cached: no reference forward" in place.train("full")[1]
     shutil.rmtree(place.folder / "cache")
@@ -396,7 +396,7 @@ def test_it_goes_on_from_a_checkpoint_too(place: Place) -> None:
     [
         (("--lora-rank", 8), "--lora-rank 8 (it has 4)"),
         (("--lora-rank", 4, "--lora-alpha", 16), "--lora-alpha 16 (it has 8)"),
-        (("--lora-rank", 4, "--lora-kind", "dora"), "--lora-kind dora (it has lora)"),
+        (("--lora-rank", 4, "--lora-type", "dora"), "--lora-type dora (it has lora)"),
         (("--lora-rank", 4, "--lora-targets", "q_proj"), "--lora-targets q_proj (it has model.layers.0"),
         (("--lora-rank", 4, "--modules-to-save", "norm"), "--modules-to-save norm (it has None)"),
     ],
@@ -412,7 +412,7 @@ def test_it_is_told_where_it_goes_on_over_another_base(place: Place, monkeypatch
     told = "was trained on its base in 4bit and continues on it unquantized"
     arguments = (*place.options("never", start), "--lora-rank", 4, "--dry-run")
     assert told not in place.done("train", *arguments)[1]
-    quantized = dataclasses.replace(trained_with(start), quantize="4bit")
+    quantized = dataclasses.replace(trained_with(start), load_in_4bit=True)
     monkeypatch.setattr(runs, "trained_with", lambda _: quantized)
     assert told in place.done("train", *arguments)[1]
 
@@ -457,11 +457,11 @@ def test_a_later_peft_changes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     ("more", "told"),
     [
         (("--lora-alpha", 8), "--lora-alpha 8: no adapter is trained; add --lora-rank"),
-        (("--quantize", "4bit"), "--quantize 4bit: no adapter is trained"),
-        (("--export", "merged", "--lora-kind", "dora"), "--lora-kind dora, --export merged: no adapter"),
-        (("--lora-rank", 4, "--quantize", "4bit"), "bitsandbytes packs weights on CUDA devices, and there is none"),
-        (("--lora-rank", 4, "--quantize", "8bit", "--export", "merged"), "dpo merge"),
-        (("--lora-rank", 4, "--quantize", "4bit", "--lora-kind", "dora"), "use lora or rslora"),
+        (("--load-in-4bit",), "--load-in-4bit: no adapter is trained"),
+        (("--export", "merged", "--lora-type", "dora"), "--lora-type dora, --export merged: no adapter"),
+        (("--lora-rank", 4, "--load-in-4bit"), "bitsandbytes packs weights on CUDA devices, and there is none"),
+        (("--lora-rank", 4, "--load-in-8bit", "--export", "merged"), "dpo merge"),
+        (("--lora-rank", 4, "--load-in-4bit", "--lora-type", "dora"), "use lora or rslora"),
         (("--lora-rank", 4, "--lora-targets", "q_prj"), "no module's name ends with q_prj; linear ones are"),
         (("--lora-rank", 4, "--lora-targets", "q_proj,input_layernorm"), "input_layernorm is a LlamaRMSNorm"),
         (
@@ -480,7 +480,7 @@ def test_what_makes_no_sense_is_refused(more: tuple[Any, ...], told: str, place:
 
 
 def test_the_reference_of_a_quantized_base_needs_cuda_too(place: Place) -> None:
-    more = ("--model", place.model, "--data", place.folder / "rows.jsonl", "--quantize", "8bit")
+    more = ("--model", place.model, "--data", place.folder / "rows.jsonl", "--load-in-8bit")
     assert "on CUDA devices" in place.refused(*more, command="precompute-ref")
 
 
@@ -489,7 +489,7 @@ def test_what_is_packed_already_is_not_quantized(place: Place, monkeypatch: pyte
     config = json.loads((packed / "config.json").read_text())
     (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
-    options = TrainOptions(data=["x"], lora_rank=4, quantize="4bit")
+    options = TrainOptions(data=["x"], lora_rank=4, load_in_4bit=True)
     check_quantize(options, find_model(str(place.model)), torch.device("cuda"))
     with pytest.raises(UsageError, match=r"is packed already \(gptq\); name the model that it was made from"):
         check_quantize(options, find_model(str(packed)), torch.device("cuda"))

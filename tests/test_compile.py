@@ -26,7 +26,7 @@ def test_training_is_the_same_and_its_reference_its_own(dpo: Cli, tiny: Path, tm
     rows = [json.loads(line) for line in (SAMPLE / "train-strings.jsonl").read_text().splitlines()[:8]]
     write_rows(tmp_path / "rows.jsonl", rows)
     common = ("--model", tiny, "--data", "rows.jsonl", "--cache-dir", "cache")
-    training = ("--batch-size", 4, "--lr", 1e-3, "--warmup", 0)
+    training = ("--batch-size", 4, "--lr", 1e-3, "--warmup-ratio", 0)
     for name, options in (("plain", ()), ("compiled", ("--compile",))):
         out = dpo("train", *common, *training, *options, "--output", name)
         assert out.returncode == 0, out.stderr

@@ -137,7 +137,7 @@ def test_a_value_in_the_file_gets_the_option_s_type(text: str, name: str, expect
         ("data: {a: b}", "option 'data' cannot be {'a': 'b'}"),
         ("output: {}", "option 'output' cannot be {}"),
         ("cache_dir: null", "option 'cache_dir' cannot be None"),
-        ("schedule: null", "option 'schedule' cannot be None"),
+        ("lr_scheduler: null", "option 'lr_scheduler' cannot be None"),
     ],
 )
 def test_a_wrong_key_or_value_in_the_file_is_told_with_its_line(text: str, told: str, file: Path) -> None:
@@ -197,14 +197,14 @@ def test_data_must_be_named(file: Path) -> None:
 
 
 def test_all_problems_are_told_in_one_error(file: Path) -> None:
-    text = "bta: 1\nepochs: many\nlr: -1\nseed: 1\nseed: 2\nschedule: steep\n"
+    text = "bta: 1\nepochs: many\nlr: -1\nseed: 1\nseed: 2\nlr_scheduler: steep\n"
     told = "\n".join(problems(file, text, data=None, batch_size=0))
     for each in (
         "FILE:1: unknown option 'bta'",
         "FILE:2: option 'epochs'",
         "--lr -1.0: ",
         "FILE:5: option 'seed' is given twice",
-        "--schedule steep: ",
+        "--lr-scheduler steep: ",
         "--batch-size 0: ",
         "--data is missing",
     ):
@@ -212,10 +212,10 @@ def test_all_problems_are_told_in_one_error(file: Path) -> None:
 
 
 def test_all_values_out_of_range_are_told(file: Path) -> None:
-    assert problems(file, "lr: 0\nkeep: 0\n", beta=-1.0) == [
+    assert problems(file, "lr: 0\nsave_total_limit: 0\n", beta=-1.0) == [
         "--beta -1.0: must be greater than 0",
         "--lr 0.0: must be greater than 0",
-        "--keep 0: must be greater than 0",
+        "--save-total-limit 0: must be greater than 0",
     ]
 
 
@@ -255,35 +255,34 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "max_steps": POSITIVE,
     "batch_size": POSITIVE,
     "lr": REAL_POSITIVE,
-    "schedule": (["linear", "cosine", "constant"], ["Linear", "", "step"]),
+    "lr_scheduler": (["linear", "cosine", "constant"], ["Linear", "", "step"]),
     "memory": (["auto", "full", "8bit", "split", "in-backward", "offload"], ["Full", "", "4bit"]),
-    "warmup": SHARE,
+    "warmup_ratio": SHARE,
     "weight_decay": ([0.0, 0.1], [-0.1, math.inf, math.nan]),
     "max_grad_norm": ([0.0, 1.0], [-1.0, math.inf, math.nan]),
     "seed": ([0, 2**32 - 1], [-1, 2**32]),
-    "log_every": POSITIVE,
-    "eval_every": NOT_NEGATIVE,
-    "save_every": NOT_NEGATIVE,
-    "keep": POSITIVE,
+    "logging_steps": POSITIVE,
+    "eval_steps": NOT_NEGATIVE,
+    "save_steps": NOT_NEGATIVE,
+    "save_total_limit": POSITIVE,
     "show_answers": NOT_NEGATIVE,
     "verify": NOT_NEGATIVE,
     "lora_rank": POSITIVE,
     "lora_alpha": POSITIVE,
-    "lora_kind": (["lora", "rslora", "dora"], ["LoRA", "", "qlora"]),
+    "lora_type": (["lora", "rslora", "dora"], ["LoRA", "", "qlora"]),
     "lora_targets": (["all-linear", "q_proj", "q_proj,mlp.down_proj"], ["", "q_proj,", "q_proj v_proj", "q.*"]),
     "modules_to_save": (["norm", "model.norm,lm_head"], ["", ",norm"]),
-    "quantize": (["4bit", "8bit"], ["4", "", "nf4"]),
     "export": (["adapter", "merged"], ["both", ""]),
     "export_dtype": (["float32", "bfloat16", "auto"], ["float16", "bf16", ""]),
     "kl": (["exact", "none"], ["Exact", "", "sampled"]),
-    "keep_best": (["loss", "rewards/margins", "rewards/accuracies"], ["accuracy", "", "rewards/chosen"]),
+    "save_best": (["loss", "rewards/margins", "rewards/accuracies"], ["accuracy", "", "rewards/chosen"]),
     "samples": NOT_NEGATIVE,
     "sample_prompts": POSITIVE,
     "sample_tokens": POSITIVE,
 }
 
 
-OF_AN_ADAPTER = {"lora_alpha", "lora_kind", "lora_targets", "modules_to_save", "quantize", "export"}
+OF_AN_ADAPTER = {"lora_alpha", "lora_type", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit", "export"}
 
 
 def fields(kind: type[Options]) -> list[dataclasses.Field[Any]]:
@@ -318,7 +317,7 @@ def test_defaults_are_in_their_ranges_and_have_a_help_text() -> None:
         resolve(kind, DATA)
         for f in fields(kind):
             assert f.metadata["help"].endswith((".", "…")) or "=…" in f.metadata["help"], f.name
-            off = {"eval_data", "per_pair", "report", "keep_best", "lora_rank", "modules_to_save", "quantize"}
+            off = {"eval_data", "per_pair", "report", "save_best", "lora_rank", "modules_to_save"}
             assert f.default is not None or f.metadata["shown"] or f.name in off, f.name  # unless asked for
 
 
@@ -346,7 +345,7 @@ train_options = st.builds(
     epochs=count,
     max_steps=st.none() | count,
     lr=positive,
-    schedule=st.sampled_from(["linear", "cosine", "constant"]),
+    lr_scheduler=st.sampled_from(["linear", "cosine", "constant"]),
     gradient_checkpointing=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
     output=st.none() | some_path,
@@ -414,33 +413,34 @@ OTHER: dict[str, Any] = {
     "max_steps": 9,
     "batch_size": 9,
     "lr": 1e-3,
-    "schedule": "cosine",
+    "lr_scheduler": "cosine",
     "memory": "split",
-    "warmup": 0.5,
+    "warmup_ratio": 0.5,
     "weight_decay": 0.1,
     "max_grad_norm": 9.0,
     "gradient_checkpointing": True,
-    "shard": True,
+    "fsdp": True,
     "compile": True,
     "seed": 9,
-    "log_every": 9,
-    "eval_every": 9,
+    "logging_steps": 9,
+    "eval_steps": 9,
     "kl": "none",
-    "keep_best": "loss",
-    "save_every": 9,
-    "keep": 9,
+    "save_best": "loss",
+    "save_steps": 9,
+    "save_total_limit": 9,
     "show_answers": 9,
-    "ref": "other",
+    "ref_model": "other",
     "lora_rank": 9,
-    "lora_kind": "rslora",
+    "lora_type": "rslora",
     "lora_alpha": 9,
     "lora_targets": "q_proj",
     "modules_to_save": "norm",
-    "quantize": "4bit",
+    "load_in_4bit": True,
+    "load_in_8bit": True,
     "export": "merged",
     "export_dtype": "bfloat16",
     "push_to_hub": "me/model",
-    "tracker": "tensorboard",
+    "report_to": "tensorboard",
 }
 
 
@@ -494,14 +494,23 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
 
     Were the metric of the best model among them, best/ would hold the best by another one, or lack what is over.
     """
-    names = {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
-    names |= {"export_dtype", "base_model", "push_to_hub", "shard", "tracker"}
+    names = {
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "cache_dir",
+        "show_answers",
+        "trust_remote_code",
+        "kl",
+        "export",
+    }
+    names |= {"export_dtype", "base_model", "push_to_hub", "fsdp", "report_to"}
     assert names == OPERATIONAL
 
 
 def test_several_changes_are_told_at_once(run: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot change --beta 0.3 .*, --seed 9 "):
-        resolve_resumed({"beta": 0.3, "seed": 9, "keep": 5}, run)
+        resolve_resumed({"beta": 0.3, "seed": 9, "save_total_limit": 5}, run)
 
 
 def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:

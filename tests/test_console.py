@@ -265,7 +265,7 @@ def options(tiny: Path, folder: Path) -> list[str]:
 def test_a_training_as_json_or_quietly(tiny: Path, tmp_path: Path) -> None:
     shown = {}
     for flag in ("--log-json", "--quiet"):
-        run = ["--max-steps", "2", "--batch-size", "2", "--log-every", "1", "--output", str(tmp_path / flag)]
+        run = ["--max-steps", "2", "--batch-size", "2", "--logging-steps", "1", "--output", str(tmp_path / flag)]
         held_out = ["--eval-fraction", "0.05", "--kl", "none"] if flag == "--log-json" else []
         shown[flag] = CliRunner().invoke(app, ["train", *options(tiny, tmp_path), *run, *held_out, flag, "--json"])
         assert shown[flag].exit_code == 0, shown[flag].output
@@ -314,8 +314,8 @@ def test_the_command_on_a_real_terminal(tiny: Path, tmp_path: Path) -> None:
     [
         ("dpo tr", ["train"]),
         ("dpo train --loss s", ["sigmoid", "sigmoid_norm", "sppo_hard", "sft", "simpo"]),
-        ("dpo train --lora-k", ["--lora-kind"]),
-        ("dpo sweep --keep-best rewards/a", ["rewards/accuracies"]),
+        ("dpo train --lora-k", ["--lora-type"]),
+        ("dpo sweep --save-best rewards/a", ["rewards/accuracies"]),
         ("dpo train --data ", []),  # the shell's own: files
     ],
 )

@@ -226,7 +226,7 @@ def test_runs_and_references_are_found_again(
     command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a run that began from the GGUF itself, as all did: its reference is cached, it resumes and is evaluated."""
-    run, steps = tmp_path / "run", ("--max-steps", 2, "--batch-size", 4, "--save-every", 1)
+    run, steps = tmp_path / "run", ("--max-steps", 2, "--batch-size", 4, "--save-steps", 1)
     with monkeypatch.context() as patch:
         patch.setattr("dpo_cli.training.prepare.with_copy", lambda source, *_: source)
         command("train", "--output", run, *steps)

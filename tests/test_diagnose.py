@@ -156,7 +156,7 @@ def test_memorised_training_pairs(pairs: int) -> None:
     assert finding["kind"] == "memorised" and "0.0013 on them and 2.1" in finding["title"]
     numbers = {"training_loss": 0.0013, "loss": 2.1269, "start_loss": 0.6931}
     assert finding["numbers"] == pytest.approx(numbers, abs=1e-3)
-    assert "ranked right in 0.0%" in finding["text"] and "--keep-best loss" in finding["advice"]
+    assert "ranked right in 0.0%" in finding["text"] and "--save-best loss" in finding["advice"]
     line = {"step": 12, "eval_loss": 0.61}
     again = only(scores, [*trained_to(0.0013), line])
     assert "lowest at step 12 (0.6100)" in again["advice"]
@@ -431,7 +431,7 @@ def test_over_optimised() -> None:
     assert (numbers["best_step"], numbers["best_loss"]) == (40, 0.55)
     assert (numbers["last_step"], numbers["last_loss"]) == (100, 0.8)
     assert numbers["margin_at_best"] < 1.7 and numbers["margin_at_last"] > 3.7
-    assert "--keep-best loss" in finding["advice"] and "40 steps" in finding["advice"]
+    assert "--save-best loss" in finding["advice"] and "40 steps" in finding["advice"]
 
 
 def test_other_pairs_say_nothing_of_the_held_out_loss() -> None:

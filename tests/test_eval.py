@@ -218,7 +218,7 @@ def test_another_reference_by_plain_forwards(
     rows = per_pair(folder / "held-out.jsonl")[:2]
     data = write_rows(tmp_path / "two.jsonl", rows)
     result = dpo(
-        "eval", "--model", folder / "run", "--ref", tmp_path / "other", "--data", data, "--beta", 0.02,
+        "eval", "--model", folder / "run", "--ref-model", tmp_path / "other", "--data", data, "--beta", 0.02,
         "--cache-dir", tmp_path / "cache", "--per-pair", tmp_path / "pairs.jsonl",
     )  # fmt: skip
     margins = []
@@ -287,9 +287,9 @@ def test_the_whole_distributions_need_both_models(
         "eval", "--model", moved / "run", "--data", moved / "held-out.jsonl", "--cache-dir", moved / "cache", "--json"
     )
     assert result.exit_code == 2 and result.stdout == ""
-    assert str(moved / "start") in result.stderr and "--ref" in result.stderr and "--kl none" in result.stderr
+    assert str(moved / "start") in result.stderr and "--ref-model" in result.stderr and "--kl none" in result.stderr
     loaded.clear()
-    evaluate(moved, "--ref", moved / "away")
+    evaluate(moved, "--ref-model", moved / "away")
     assert loaded == [str(moved / "run" / "model"), str(moved / "away")]
 
 
@@ -315,7 +315,7 @@ def test_start_model_that_is_gone_is_named(moved: Path, tmp_path: Path) -> None:
     data = moved / "unseen.jsonl"
     result = invoke("eval", "--model", moved / "run", "--data", data, "--cache-dir", tmp_path / "cache", "--json")
     assert result.exit_code == 2
-    assert str(moved / "start") in result.stderr and "--ref" in result.stderr
+    assert str(moved / "start") in result.stderr and "--ref-model" in result.stderr
     assert result.stdout == ""
 
 
@@ -330,8 +330,8 @@ def test_start_model_that_changed_is_named(trained: tuple[Path, Any], tmp_path: 
         common = ("eval", "--model", moved / "run", "--data", moved / "unseen.jsonl", "--cache-dir", tmp_path / "cache")
         refused = invoke(*common, "--json")
         assert refused.exit_code == 2 and refused.stdout == ""
-        assert str(start) in refused.stderr and "--ref" in refused.stderr
-        assert dpo(*common, "--ref", moved / "away")["pairs"] == 3  # the remedy it names
+        assert str(start) in refused.stderr and "--ref-model" in refused.stderr
+        assert dpo(*common, "--ref-model", moved / "away")["pairs"] == 3  # the remedy it names
     finally:
         shutil.rmtree(start)
 

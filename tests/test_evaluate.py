@@ -42,7 +42,7 @@ class Place:
         """Six steps, each evaluated and kept; the held-out loss is lowest long before the last one."""
         return self(
             "train", "--model", self.model, "--data", self.rows, "--eval-data", self.held_out, "--cache-dir",
-            self.cache, "--batch-size", 4, "--epochs", 2, "--eval-every", 1, "--save-every", 1, "--keep", 9,
+            self.cache, "--batch-size", 4, "--epochs", 2, "--eval-steps", 1, "--save-steps", 1, "--save-total-limit", 9,
             "--lr", 1e-2, "--output", run, *more,
         )  # fmt: skip
 
@@ -83,7 +83,7 @@ def runs(place: Place) -> dict[str, Path]:
         with pytest.MonkeyPatch.context() as patch:
             if metric != "loss":
                 patch.setattr(dpo_cli.training.heldout.HeldOut, "write_report", lambda *_: {})
-            result = place.train(found[metric], "--keep-best", metric)
+            result = place.train(found[metric], "--save-best", metric)
         assert result.exit_code == 0 and "warning" not in result.stderr, result.output
     return found
 
@@ -303,7 +303,7 @@ def test_an_evaluation_that_is_not_finite_is_not_the_best() -> None:
 def test_the_best_model_of_a_run_in_halves(place: Place, tmp_path: Path, undrawn: None) -> None:
     """It is exported in float32, and computes as it did in training."""
     run = tmp_path / "run"
-    result = place.train(run, "--memory", "split", "--keep-best", "loss")
+    result = place.train(run, "--memory", "split", "--save-best", "loss")
     assert result.exit_code == 0, result.output
     step = best_of(run, "loss")
     assert 0 < step < STEPS
@@ -333,7 +333,7 @@ def test_a_resumed_run_has_the_same_best_model(
         fail_at(
             monkeypatch, dpo_cli.training.loop, "export_model", 2, NotWrittenError("best/ cannot be written: No space")
         )
-    stopped = place.train(run, "--keep-best", "loss")
+    stopped = place.train(run, "--save-best", "loss")
     assert stopped.exit_code == (1 if what == "model" else 130), stopped.output
     if what == "model":
         assert "cannot be written" in stopped.stderr and "Go on with: dpo train --resume" in stopped.stderr
@@ -386,7 +386,7 @@ def test_a_checkpoint_with_another_reference(place: Place, runs: dict[str, Path]
     make_model(seed=3).save_pretrained(other)
     tokenizer.save_pretrained(other)
     folder = checkpoint(runs["loss"], 2)
-    own, against = place.eval(folder), place.eval(folder, "--ref", other)
+    own, against = place.eval(folder), place.eval(folder, "--ref-model", other)
     assert against["logps/chosen"] == own["logps/chosen"] and against["ref_logps/chosen"] != own["ref_logps/chosen"]
     assert against["kl/chosen"] > own["kl/chosen"]
 
@@ -396,13 +396,13 @@ def test_a_checkpoint_with_another_reference(place: Place, runs: dict[str, Path]
 
 def test_options_that_make_no_sense(place: Place, runs: dict[str, Path], tmp_path: Path) -> None:
     common = ("train", "--model", place.model, "--data", place.rows, "--cache-dir", place.cache)
-    result = place(*common, "--keep-best", "loss", "--output", tmp_path / "run")
-    assert result.exit_code == 2 and "--keep-best need held-out pairs" in result.stderr
+    result = place(*common, "--save-best", "loss", "--output", tmp_path / "run")
+    assert result.exit_code == 2 and "--save-best need held-out pairs" in result.stderr
     assert not (tmp_path / "run").exists()
     result = place.told(runs["loss"], "--samples", 2, "--kl", "none")
     assert result.exit_code == 2 and "--samples needs both models" in result.stderr
-    result = place("train", "--resume", runs["loss"], "--keep-best", "rewards/margins")
-    assert result.exit_code == 2 and "cannot change --keep-best rewards/margins" in result.stderr
+    result = place("train", "--resume", runs["loss"], "--save-best", "rewards/margins")
+    assert result.exit_code == 2 and "cannot change --save-best rewards/margins" in result.stderr
 
 
 # ---- reports ----------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def train(tmp_path: Path, tiny: Path) -> Callable[..., Any]:
     write_rows(tmp_path / "rows.jsonl", rows)
     common = (
         "train", "--model", tiny, "--data", tmp_path / "rows.jsonl", "--cache-dir", tmp_path / "cache",
-        "--output", tmp_path / "run", "--batch-size", 4, "--save-every", 1, "--lr", 1e-3, "--beta", BETA,
+        "--output", tmp_path / "run", "--batch-size", 4, "--save-steps", 1, "--lr", 1e-3, "--beta", BETA,
     )  # fmt: skip
     return lambda *more: CliRunner().invoke(app, [*map(str, common), *map(str, more)])
 
@@ -227,7 +227,7 @@ def test_held_out_numbers_that_are_not_finite_are_written_as_null(
     monkeypatch.setattr(drift, "compare", spoilt)
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text((tmp_path / "rows.jsonl").read_text().replace("Assistant:", "Assistant: Well,"))
-    result = train("--eval-data", held_out, "--keep-best", "loss", form)
+    result = train("--eval-data", held_out, "--save-best", "loss", form)
     assert result.exit_code == 0 and "warning" not in result.stderr, result.output
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "curves.png").is_file()
     lines = [strict(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -183,7 +183,7 @@ def test_the_estimate_is_near_the_peak(tmp_path: Path, options: tuple[str, ...])
     rows = (SAMPLE / "train-strings.jsonl").read_text().splitlines()[:12]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     command = ["--model", "model", "--data", "rows.jsonl", "--batch-size", "6", "--output", "run", *options]
-    command += ["--cache-dir", "cache", "--max-tokens", "2048", "--save-every", "0"]
+    command += ["--cache-dir", "cache", "--max-tokens", "2048", "--save-steps", "0"]
     program = [sys.executable, "-c", TELLS_ITS_PEAK, "train", *command]
     out = subprocess.run(program, cwd=tmp_path, env=cli_environment(tmp_path), capture_output=True, text=True)
     assert out.returncode == 0, out.stderr

@@ -190,8 +190,8 @@ def test_one_train_step(tiny: Path, tmp_path: Path, flash_calls: list[torch.dtyp
         max_steps=1,
         batch_size=8,
         lr=1e-3,
-        warmup=0.0,
-        save_every=1,
+        warmup_ratio=0.0,
+        save_steps=1,
         output=tmp_path / "run",
         cache_dir=tmp_path / "cache",
     )
@@ -316,7 +316,8 @@ def test_an_adapter_trains_on_a_coarse_base(
         batch_size=16,
         lr=1e-2,
         lora_rank=4,
-        quantize=quantize,
+        load_in_4bit=quantize == "4bit",
+        load_in_8bit=quantize == "8bit",
         output=tmp_path / "run",
         **common,
     )
@@ -376,7 +377,7 @@ def test_a_model_in_shards_takes_the_trajectory_of_a_whole_one(tiny: Path, tmp_p
     words += ["--cache-dir", str(tmp_path / "cache")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count())]
     for start, more in (([], "whole"), (launcher, "shards")):
-        shard = ["--shard"] if start else []
+        shard = ["--fsdp"] if start else []
         command = [sys.executable, *start, "-m", "dpo_cli", *words, "--output", str(tmp_path / more), *shard]
         out = subprocess.run(command, capture_output=True, text=True, timeout=300, env=cli_environment(tmp_path))
         assert out.returncode == 0, out.stderr

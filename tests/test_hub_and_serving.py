@@ -45,7 +45,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
 
 def test_the_card_tells_what_came_of_it(train: Train, tmp_path: Path) -> None:
     """The numbers are those of metrics.jsonl, and the library reads them back."""
-    held_out = ("--eval-data", SAMPLE / "heldout-strings.jsonl", "--keep-best", "loss")
+    held_out = ("--eval-data", SAMPLE / "heldout-strings.jsonl", "--save-best", "loss")
     assert train(*held_out).exit_code == 0
     lines = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in lines if line["step"] == 2 and "eval_loss" in line)

@@ -150,7 +150,7 @@ def test_trains_exports_and_generates(
     start, run = tmp_path / "model", tmp_path / "run"
     make_model(family, **config).save_pretrained(start)
     tokenizer.save_pretrained(start)
-    best = ("--eval-fraction", 0.25, "--kl", "none", "--keep-best", "loss", "--lr", 1e-2)
+    best = ("--eval-fraction", 0.25, "--kl", "none", "--save-best", "loss", "--lr", 1e-2)
     result = train(start, *more, *best)
     assert result.exit_code == 0, result.output
     assert layout in result.stderr

@@ -134,7 +134,7 @@ def test_resumed_is_uninterrupted(
     options: tuple[str, ...], place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut = place / f"whole-{options[1]}", place / f"cut-{options[1]}"
-    common = ("--epochs", 3, "--save-every", 2, "--keep", 9, *options)
+    common = ("--epochs", 3, "--save-steps", 2, "--save-total-limit", 9, *options)
     out = dpo(place, tiny, monkeypatch, "train", "--output", whole, *common)
     assert out.exit_code == 0, out.output
     shutil.copytree(whole, cut)

@@ -43,7 +43,7 @@ def start(rows: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     cache = tmp_path_factory.mktemp("cache")
     common = (
         "train", "--model", tiny, "--data", rows, "--cache-dir", cache, "--batch-size", 4, "--epochs", 2,
-        "--save-every", 1, "--lr", 1e-3, "--max-tokens", 900,
+        "--save-steps", 1, "--lr", 1e-3, "--max-tokens", 900,
     )  # fmt: skip
     return lambda folder, *more: CliRunner().invoke(app, [*map(str, (*common, "--output", folder, *more))])
 

@@ -144,7 +144,7 @@ def test_a_responses_log_prob_is_the_sum_of_its_tokens() -> None:
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    options = TrainOptions(data=["-"], lr=1.0, warmup=0.2)
+    options = TrainOptions(data=["-"], lr=1.0, warmup_ratio=0.2)
     rates = [learning_rate(step, 10, options) for step in range(1, 11)]
     assert rates == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 

@@ -28,7 +28,20 @@ pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks a
 ROWS, STEPS = 16, 4
 MODES = ("full", "8bit", "split", "in-backward")
 # One forward a step, nothing clipped: what the mode in-backward needs, and the others are compared with.
-COMMON = ("--batch-size", 4, "--max-tokens", 4096, "--max-grad-norm", 0, "--lr", 1e-3, "--warmup", 0, "--save-every", 1)
+COMMON = (
+    "--batch-size",
+    4,
+    "--max-tokens",
+    4096,
+    "--max-grad-norm",
+    0,
+    "--lr",
+    1e-3,
+    "--warmup-ratio",
+    0,
+    "--save-steps",
+    1,
+)
 Dpo = Callable[..., Any]
 
 
@@ -183,7 +196,7 @@ def test_an_evaluation_that_lacks_memory_leaves_training_as_it_is(
 
     monkeypatch.setattr(Scorer, "attempt", lacking)
     options = ("--memory", "in-backward", "--dtype", "bfloat16", "--eval-data", SAMPLE / "heldout-strings.jsonl")
-    result = dpo("train", *COMMON, *options, "--eval-every", 1, "--max-tokens", 16384, "--output", tmp_path / "run")
+    result = dpo("train", *COMMON, *options, "--eval-steps", 1, "--max-tokens", 16384, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert len(failed) > STEPS and "out of memory" in result.stderr
     got, expected = ([line for line in lines(run) if "loss" in line] for run in (tmp_path / "run", runs["in-backward"]))

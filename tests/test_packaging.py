@@ -122,8 +122,8 @@ def test_the_wheel_runs_where_no_checkout_is(wheel: Path, tmp_path: Path) -> Non
     assert "--data" in run("-m", "dpo_cli", "train", "--help")
     entry = "import importlib.metadata as m; print(m.entry_points(group='console_scripts')['dpo'].load().__module__)"
     assert run("-c", entry) == "dpo_cli.cli.app\n"
-    style = "from importlib.resources import files; print(files('dpo_cli.reporting').joinpath('report.html.jinja').is_file())"
-    assert run("-c", style) == "True\n"
+    style = "files('dpo_cli.reporting').joinpath('report.html.jinja').is_file()"
+    assert run("-c", f"from importlib.resources import files; print({style})") == "True\n"
 
 
 def test_who_has_neither_the_hub_nor_the_models_package_is_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from tests.ranks_worker import POISONED
 pytestmark = pytest.mark.timeout(1500)  # `done` takes five minutes where two of it are made at once
 
 PAIRS, STEPS = 13, 6  # with 5 pairs a step: an epoch's last step has fewer pairs than four ranks
-TRAIN = ["--batch-size", "5", "--epochs", "2", "--lr", "1e-3", "--save-every", "3", "--eval-every", "3"]
+TRAIN = ["--batch-size", "5", "--epochs", "2", "--lr", "1e-3", "--save-steps", "3", "--eval-steps", "3"]
 TRAIN += ["--max-tokens", "600", "--max-length", "300", "--memory", "full"]
 COUPLED = ["--loss", "aot", "--ld-alpha", "0.5"]  # a step whose pairs are sorted; log-probs of tokens from the cache
 
@@ -92,19 +92,19 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, di
     alone(*words("coupled-one", *COUPLED))
     shutil.copytree(tiny, folder / "other")
     make_model(seed=1).save_pretrained(folder / "other")
-    adapter, ref = ["--lora-rank", "4", "--export", "merged"], ["--ref", str(folder / "other")]
+    adapter, ref = ["--lora-rank", "4", "--export", "merged"], ["--ref-model", str(folder / "other")]
     alone(*words("adapter-one", *adapter))
     alone(*words("ref-one", *ref))
     alone(*scored("scored-1"))
-    two = {"two": words("two"), "two-shards": words("two-shards", "--shard"), "oom": words("oom")}
+    two = {"two": words("two"), "two-shards": words("two-shards", "--fsdp"), "oom": words("oom")}
     two |= {"nan": words("nan"), "usage": words("usage", "--memory", "in-backward", "--max-grad-norm", "0")}
     two |= {"adapter": words("adapter", *adapter), "ref": words("ref", *ref)}
-    two |= {"coupled": words("coupled", *COUPLED), "coupled-shards": words("coupled-shards", *COUPLED, "--shard")}
+    two |= {"coupled": words("coupled", *COUPLED), "coupled-shards": words("coupled-shards", *COUPLED, "--fsdp")}
     two["alone"] = words("alone")
     ends = on_ranks(folder, 2, {case: two[case] for case in sorted(two, key=("nan", "usage", "alone").count)})
     alone("train", "--resume", str(first_half(folder / "two-shards", folder / "from-2-to-1")))
-    four = {"four": words("four", "--keep-best", "loss"), "four-shards": words("four-shards", "--shard")}
-    four |= {"scored-4": scored("scored-4"), "scored-shards": [*scored("scored-shards"), "--shard"]}
+    four = {"four": words("four", "--save-best", "loss"), "four-shards": words("four-shards", "--fsdp")}
+    four |= {"scored-4": scored("scored-4"), "scored-shards": [*scored("scored-shards"), "--fsdp"]}
     four["from-2-to-4"] = ["train", "--resume", str(first_half(folder / "two", folder / "from-2-to-4"))]
     return folder, ends | on_ranks(folder, 4, four)
 
@@ -221,7 +221,7 @@ def started(folder: Path, tiny: Path, *more: str) -> tuple[subprocess.Popen[str]
     folder.mkdir(exist_ok=True)
     run = folder / "run"
     words = ["train", "--data", str(SAMPLE / "train.jsonl"), "--model", str(tiny), "--output", str(run), *TRAIN, *more]
-    command = launch(folder, 2, "dpo_cli", *words, "--eval-every", "0", "--epochs", "100", "--save-every", "5")
+    command = launch(folder, 2, "dpo_cli", *words, "--eval-steps", "0", "--epochs", "100", "--save-steps", "5")
     launcher = subprocess.Popen(command, env=environment(folder), stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 300
     while not (run / "checkpoints" / "step-000010").exists():
@@ -256,7 +256,7 @@ def test_a_rank_that_is_killed_ends_all(tiny: Path, tmp_path: Path) -> None:
         f"Go on with: dpo train --resume {run}"
     ], told
     assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
-    told = alone("train", "--resume", str(run), "--log-every", "1000000", "--dry-run")
+    told = alone("train", "--resume", str(run), "--logging-steps", "1000000", "--dry-run")
     assert "plan " in told
 
 
@@ -281,7 +281,7 @@ def test_the_launchers_signal_is_not_heard_when_an_error_has_ended_one_of_severa
 @pytest.mark.torture
 @pytest.mark.skipif(not LONG, reason="make torture: half a minute each")
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("more", [[], ["--shard"]])
+@pytest.mark.parametrize("more", [[], ["--fsdp"]])
 def test_a_signal_to_the_launcher_stops_all_at_a_checkpoint(
     sent: signal.Signals, more: list[str], tiny: Path, tmp_path: Path
 ) -> None:
@@ -329,11 +329,11 @@ def refusal(*words: str) -> str:
 def test_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ["train", "--data", str(SAMPLE / "train.jsonl"), "--model", str(tiny), "--output", str(tmp_path / "run")]
     run += ["--cache-dir", str(tmp_path / "cache")]
-    assert "--shard: there is one process to shard over; start it with torchrun" in refusal(*run, "--shard")
+    assert "--fsdp: there is one process to shard over; start it with torchrun" in refusal(*run, "--fsdp")
     held = ["--eval-fraction", "0.1", "--show-answers", "1"]
-    assert "--shard: what it shares out is trained" in refusal(*run, "--shard", "--lora-rank", "4")
-    assert "--shard: what it shares out is trained" in refusal(*run, "--shard", "--ref", str(tiny))
-    assert "--show-answers: a model in shards does not answer while it trains" in refusal(*run, *held, "--shard")
+    assert "--fsdp: what it shares out is trained" in refusal(*run, "--fsdp", "--lora-rank", "4")
+    assert "--fsdp: what it shares out is trained" in refusal(*run, "--fsdp", "--ref-model", str(tiny))
+    assert "--show-answers: a model in shards does not answer while it trains" in refusal(*run, *held, "--fsdp")
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         with monkeypatch.context() as patched:
             patched.setenv(variable, "true")

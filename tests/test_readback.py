@@ -211,7 +211,7 @@ def test_ropes_that_transformers_4_has_no_names_for(train: Train, tmp_path: Path
 
 def test_the_disk_space_is_estimated(train: Train, tmp_path: Path) -> None:
     """Two checkpoints of 12 bytes a parameter, one more while it is written, and a model of 4."""
-    result = train(make_model("llama", vocab_size=60_000), "--save-every", 1, "--keep", 1)
+    result = train(make_model("llama", vocab_size=60_000), "--save-steps", 1, "--save-total-limit", 1)
     assert result.exit_code == 0, result.output
     parameters = make_model("llama", vocab_size=60_000).num_parameters()
     told = float(result.stderr.split("disk        about ")[1].split(" GiB")[0])

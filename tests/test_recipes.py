@@ -26,10 +26,17 @@ def test_recipes_resolve(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_smollm2_is_as_published() -> None:
     options = resolve(TrainOptions, {}, SMOLLM2)
-    published = (options.beta, options.lr, options.batch_size, options.epochs, options.schedule, options.warmup)
+    published = (
+        options.beta,
+        options.lr,
+        options.batch_size,
+        options.epochs,
+        options.lr_scheduler,
+        options.warmup_ratio,
+    )
     assert published == (0.5, 1e-6, 128, 2, "cosine", 0.1)
     assert (options.max_length, options.seed, options.loss, options.weight_decay) == (1024, 42, "sigmoid", 0)
-    assert options.ref is None and options.lora_rank is None, "all weights, held to the start"
+    assert options.ref_model is None and options.lora_rank is None, "all weights, held to the start"
     assert options.eval_data is not None
     sets = [hub_id(name) for name in options.data + options.eval_data]
     assert sets == ["HuggingFaceH4/ultrafeedback_binarized"] * 2

@@ -1,4 +1,4 @@
-"""``--ref``: a reference other than the start policy, which scores, goes, and is never taken for the policy."""
+"""``--ref-model``: a reference other than the start policy, which scores, goes, and is never taken for the policy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     place = make_place(tmp_path_factory.mktemp("ref"), tokenizer)
     make_model(seed=7, hidden_size=48, num_hidden_layers=3).save_pretrained(place.folder / "other")
     tokenizer.save_pretrained(place.folder / "other")
-    place.result, place.told = place.train("run", "--ref", place.folder / "other")  # type: ignore[attr-defined]
+    place.result, place.told = place.train("run", "--ref-model", place.folder / "other")  # type: ignore[attr-defined]
     return place
 
 
@@ -61,7 +61,7 @@ def test_a_cache_that_was_filled_ahead_needs_no_forward(lora: tuple[Any, ...], p
     shutil.rmtree(place.folder / "cache")
     for file in ("rows", "held-out"):
         place.done("precompute-ref", "--model", place.folder / "other", "--data", place.folder / f"{file}.jsonl")
-    _, told = place.train(f"again{len(lora)}", "--ref", place.folder / "other", *lora)
+    _, told = place.train(f"again{len(lora)}", "--ref-model", place.folder / "other", *lora)
     assert "reference   18 of 18 pairs cached: no reference forward" in told and told.count("pairs cached") == 1
 
 
@@ -78,7 +78,7 @@ def test_it_is_gone_before_the_policy_is_loaded(place: Place, monkeypatch: pytes
         return model
 
     monkeypatch.setattr(prepare, "load_model", watched)
-    place.train("watched", "--ref", place.folder / "other", "--max-steps", 1)
+    place.train("watched", "--ref-model", place.folder / "other", "--max-steps", 1)
     assert held == [0, 0]
 
 
@@ -90,8 +90,8 @@ def test_a_resumed_run_keeps_its_reference(place: Place, tmp_path: Path) -> None
     code, _, told = place.run("train", "--resume", run)
     assert code == 0 and "after step 2 of 6" in told, told
     assert (run / "metrics.jsonl").read_text() == (place.folder / "run" / "metrics.jsonl").read_text()
-    code, _, told = place.run("train", "--resume", run, "--ref", place.model)
-    assert code == 2 and f"cannot change --ref {place.model}" in told
+    code, _, told = place.run("train", "--resume", run, "--ref-model", place.model)
+    assert code == 2 and f"cannot change --ref-model {place.model}" in told
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_model_that_changed_is_not_gone_on_with(
     place = make_place(tmp_path, tokenizer)
     shutil.copytree(place.model, tmp_path / "other")
     make_model(seed=3, tie_word_embeddings=True).save_pretrained(tmp_path / "other")
-    place.train("run", "--ref", tmp_path / "other", "--max-steps", 1)
+    place.train("run", "--ref-model", tmp_path / "other", "--max-steps", 1)
     make_model(seed=4, tie_word_embeddings=True).save_pretrained(tmp_path / changed)
     code, _, message = place.run("train", "--resume", tmp_path / "run")
     assert code == 2 and f"{told} since the run began" in message
@@ -112,14 +112,14 @@ def test_a_model_that_changed_is_not_gone_on_with(
 def test_an_adapter_may_be_measured_from_its_base(place: Place) -> None:
     """As when a policy that was fine-tuned already is to stay near the model before that."""
     place.train("lora", "--lora-rank", 4)
-    result, told = place.train("on", "--lora-rank", 4, "--ref", place.model, model=place.folder / "lora")
+    result, told = place.train("on", "--lora-rank", 4, "--ref-model", place.model, model=place.folder / "lora")
     assert "two models" in told and result["before"]["rewards/margins"] > 0.1
     base = plain_logps(AutoModelForCausalLM.from_pretrained(place.model), place.held_out())
     torch.testing.assert_close(place.per_pair(place.folder / "on")[:, 2:], base, **CLOSE)
 
 
 def test_the_start_policy_by_name_is_what_it_is_without(place: Place) -> None:
-    result, told = place.train("itself", "--ref", place.model)
+    result, told = place.train("itself", "--ref-model", place.model)
     assert "step 0      loss 0.693147" in told and "as they must" in told
     assert result["before"]["loss"] == pytest.approx(0.693147, abs=1e-6)
 
@@ -129,7 +129,7 @@ def test_other_tokens_are_refused_by_name(place: Place, tokenizer: PreTrainedTok
     changed = AutoTokenizer.from_pretrained(other)
     changed.add_tokens(["<|odd|>"])
     changed.save_pretrained(other)
-    message = place.refused("--ref", other)
+    message = place.refused("--ref-model", other)
     assert "its tokenizer is another one than the policy's: '<|odd|>' is token 384 there and no token here" in message
 
 
@@ -137,13 +137,13 @@ def test_other_heads_have_no_exact_kl(place: Place, tokenizer: PreTrainedTokeniz
     """Of one family, some sizes have more rows than tokens."""
     make_model(vocab_size=400).save_pretrained(place.folder / "padded")
     tokenizer.save_pretrained(place.folder / "padded")
-    message = place.refused("--ref", place.folder / "padded")
+    message = place.refused("--ref-model", place.folder / "padded")
     assert "its head knows 400 tokens and the policy's 384, so there is no exact KL: add --kl none" in message
-    place.train("padded-run", "--ref", place.folder / "padded", "--kl", "none")
+    place.train("padded-run", "--ref-model", place.folder / "padded", "--kl", "none")
 
 
 def test_a_reference_that_is_not_there_is_told_as_such(place: Place) -> None:
-    assert "--ref ./none: no such folder" in place.refused("--ref", "./none")
+    assert "--ref-model ./none: no such folder" in place.refused("--ref-model", "./none")
 
 
 def test_the_pairs_that_are_scored_are_those_of_the_plan() -> None:

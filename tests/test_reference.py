@@ -163,7 +163,7 @@ def test_a_second_training_scores_no_held_out_pair_but_at_its_evaluations(
     dpo(*common, "--max-steps", 1, "--output", tmp_path / "first")
     for kl in ("exact", "none"):
         forwards.clear()
-        _, told = dpo(*common, "--kl", kl, "--batch-size", 4, "--eval-every", 1, "--output", tmp_path / kl)
+        _, told = dpo(*common, "--kl", kl, "--batch-size", 4, "--eval-steps", 1, "--output", tmp_path / kl)
         assert "7 of 7 pairs cached" not in told and "15 of 15 pairs cached: no reference forward" in told
         assert ("one pass over the 3 held-out pairs for the exact KL, in place of step 0's evaluation" in told) == (
             kl == "exact"

@@ -108,7 +108,7 @@ def error_lines(stderr: str) -> list[str]:
         (("--beta", 0), "--beta 0.0: must be greater than 0"),
         (("--beta", "nan"), "--beta nan: must be greater than 0"),
         (("--max-length", 3), "--max-length 3: must be at least 16 tokens"),
-        (("--schedule", "steep"), "--schedule steep: must be one of: linear, cosine, constant"),
+        (("--lr-scheduler", "steep"), "--lr-scheduler steep: must be one of: linear, cosine, constant"),
         (("--config", "none.yaml"), "--config none.yaml: cannot be read"),
         (("--resume", "."), "--resume .: no run there"),
         (("--resume", "none"), "--resume none: no run there"),

@@ -134,7 +134,7 @@ class Place:
         """Two epochs of 14 rows: 10 steps of 3 pairs, the last of an epoch of 2; mostly 2 forwards a step."""
         return [
             "--model", "model", "--data", "rows.jsonl", "--eval-data", "held-out.jsonl", "--output", output,
-            "--epochs", 2, "--batch-size", 3, "--max-tokens", 600, "--lr", 1e-3, "--eval-every", 4, "--save-every", 2,
+            "--epochs", 2, "--batch-size", 3, "--max-tokens", 600, "--lr", 1e-3, "--eval-steps", 4, "--save-steps", 2,
             "--cache-dir", "cache",
         ]  # fmt: skip
 
@@ -281,7 +281,7 @@ def test_killed_at_a_point_within(place: Place, strike: Strike) -> None:
     code, told = place.train(name, strike=strike)
     assert code == -signal.SIGKILL, told
     assert (place.folder / name / "model").exists() == (strike.function.endswith("write_report") and strike.call == 4)
-    code, told = place.dpo("train", "--resume", name, "--save-every", 3, "--keep", 3, "--log-every", 1)
+    code, told = place.dpo("train", "--resume", name, "--save-steps", 3, "--save-total-limit", 3, "--logging-steps", 1)
     assert code == 0, told
     assert_equal(place.folder / name, place.folder / "whole")
     left = {p.name for p in (place.folder / name).rglob(".*")}
@@ -475,7 +475,7 @@ def test_resume_from_the_older_checkpoint(place: Place, copy: Path) -> None:
     """The damaged one is told, the result is the same, and what is left at the end is whole."""
     checkpoints = copy / "checkpoints"
     harm(checkpoints / "step-000006" / "weights.safetensors", "bit")
-    code, told = place.dpo("train", "--resume", copy, "--keep", 9)
+    code, told = place.dpo("train", "--resume", copy, "--save-total-limit", 9)
     assert code == 0, told
     assert re.search(r"warning: .*step-000006.* damaged", told)
     assert "after step 4 of 10" in told
@@ -490,7 +490,7 @@ def test_resume_from_the_older_checkpoint(place: Place, copy: Path) -> None:
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(place: Place, copy: Path) -> None:
     harm(copy / "checkpoints" / "step-000006" / "weights.safetensors", "bit")
     strike = Strike("dpo_cli.training.loop:Trainer.step", 1, (signal.SIGTERM,))
-    code, told = place.dpo("train", "--resume", copy, "--keep", 1, strike=strike)
+    code, told = place.dpo("train", "--resume", copy, "--save-total-limit", 1, strike=strike)
     assert code == 130, told
     code, told = place.dpo(*told_command(told))
     assert code == 0, told
@@ -532,7 +532,8 @@ def test_nothing_to_go_on_from(place: Place, copy: Path, state: str) -> None:
     ("flag", "value"),
     [
         ("lr", 2e-3), ("seed", 1), ("beta", 0.2), ("batch_size", 4), ("epochs", 3), ("max_steps", 20),
-        ("max_length", 64), ("max_tokens", 700), ("warmup", 0.0), ("schedule", "cosine"), ("weight_decay", 0.1),
+        ("max_length", 64), ("max_tokens", 700), ("warmup_ratio", 0.0), ("lr_scheduler", "cosine"),
+        ("weight_decay", 0.1),
         ("max_grad_norm", 0.5), ("label_smoothing", 0.1), ("dtype", "bfloat16"), ("gradient_checkpointing", True),
         ("model", "other"), ("data", ["other.jsonl"]), ("eval_data", ["other.jsonl"]), ("eval_fraction", 0.1),
         ("columns", "prompt=p"), ("control_tokens", "refuse"),
@@ -540,25 +541,25 @@ def test_nothing_to_go_on_from(place: Place, copy: Path, state: str) -> None:
 )  # fmt: skip
 def test_what_is_trained_cannot_be_changed(stopped: Path, flag: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"cannot change --{flag.replace('_', '-')} ") as caught:
-        resolve_resumed({flag: value, "save_every": 7}, stopped)
+        resolve_resumed({flag: value, "save_steps": 7}, stopped)
     assert "save" not in str(caught.value)
 
 
 def test_every_change_is_named_at_once(place: Place, stopped: Path) -> None:
-    flags = ("--lr", 2e-3, "--seed", 3, "--beta", 0.5, "--batch-size", 5, "--save-every", 9)
+    flags = ("--lr", 2e-3, "--seed", 3, "--beta", 0.5, "--batch-size", 5, "--save-steps", 9)
     before = {p: p.stat().st_mtime_ns for p in stopped.rglob("*")}
     code, told = place.dpo("train", "--resume", stopped, *flags)
     assert code == 2, told
     for text in ("--lr 0.002", "--seed 3", "--beta 0.5", "--batch-size 5", "began with 0.001", "began with 3"):
         assert text in told
-    assert "--save-every" not in told
+    assert "--save-steps" not in told
     assert before == {p: p.stat().st_mtime_ns for p in stopped.rglob("*")}
 
 
 ADAPTER = ("--lora-rank", 4, "--lora-targets", "q_proj,v_proj")
 
 
-@pytest.mark.parametrize("more", [(), ADAPTER, ("--lora-rank", 4), ("--ref", "model")])
+@pytest.mark.parametrize("more", [(), ADAPTER, ("--lora-rank", 4), ("--ref-model", "model")])
 def test_the_command_that_is_named_trains_a_finished_run_further(place: Place, more: tuple[Any, ...]) -> None:
     """For the epochs that are more, from its policy, which is the reference unless the run's own is asked for."""
     shutil.rmtree(place.folder / "done", ignore_errors=True)
@@ -573,18 +574,25 @@ def test_the_command_that_is_named_trains_a_finished_run_further(place: Place, m
     assert code == 0, told
     config = yaml.safe_load((place.folder / "done-2" / "config.yaml").read_text())
     assert (config["epochs"], config["lr"], config["lora_rank"]) == (2, 1e-2, 4 if "--lora-rank" in more else None)
-    assert ("loss 0.693147" in told) == ("--ref" not in more)
-    if "--ref" not in more:
-        assert "or the run's own with --ref model" in rest
+    assert ("loss 0.693147" in told) == ("--ref-model" not in more)
+    if "--ref-model" not in more:
+        assert "or the run's own with --ref-model model" in rest
         shutil.rmtree(place.folder / "done-2")
-        code, told = place.dpo(*shlex.split(command), "--ref", "model")
+        code, told = place.dpo(*shlex.split(command), "--ref-model", "model")
         assert code == 0 and "policy and reference are two models" in told, told
 
 
 def test_what_the_run_began_with_may_be_said_again(stopped: Path) -> None:
-    flags = {"lr": 1e-3, "data": ["rows.jsonl"], "batch_size": 3, "save_every": 5, "keep": 1, "log_every": 3}
+    flags = {
+        "lr": 1e-3,
+        "data": ["rows.jsonl"],
+        "batch_size": 3,
+        "save_steps": 5,
+        "save_total_limit": 1,
+        "logging_steps": 3,
+    }
     options = resolve_resumed(flags, stopped)
-    assert (options.lr, options.save_every, options.keep, options.log_every) == (1e-3, 5, 1, 3)
+    assert (options.lr, options.save_steps, options.save_total_limit, options.logging_steps) == (1e-3, 5, 1, 3)
 
 
 @pytest.mark.parametrize("edited", ["rows.jsonl", "held-out.jsonl", "model"])

@@ -103,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
 
 def train(model: Path, output: Path, *more: Any) -> list[dict[str, Any]]:
     data = ("--model", model, "--data", SAMPLE / "train-strings.jsonl", "--cache-dir", output.parent / "cache")
-    steps = ("--batch-size", 8, "--max-grad-norm", 0, "--warmup", 0, "--output", output)
+    steps = ("--batch-size", 8, "--max-grad-norm", 0, "--warmup-ratio", 0, "--output", output)
     result = CliRunner().invoke(app, ["train", *map(str, (*data, *steps, *more))])
     assert result.exit_code == 0, result.output
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

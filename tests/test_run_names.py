@@ -70,7 +70,7 @@ def test_runs_that_begin_at_once_get_a_name_each(tiny: Path, tmp_path: Path) -> 
         assert not (folder / "run.lock").exists()
 
 
-@pytest.mark.parametrize("more", [("--dry-run",), ("--max-grad-norm", "0", "--eval-every", "1"), ("--lr", "-1")])
+@pytest.mark.parametrize("more", [("--dry-run",), ("--max-grad-norm", "0", "--eval-steps", "1"), ("--lr", "-1")])
 def test_no_name_is_taken_by_what_never_begins(tiny: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     trained(tmp_path, tiny, more)
     assert not (tmp_path / "runs").exists()

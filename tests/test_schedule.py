@@ -17,13 +17,13 @@ HALF, QUARTER = 0.5, 0.25
 DIAGONAL = math.sqrt(HALF) / 2  # half the cosine of 45°
 
 
-def rates(steps: int, schedule: str, warmup: float, lr: float = 1.0) -> list[float]:
-    options = TrainOptions(data=["x"], lr=lr, schedule=schedule, warmup=warmup)
+def rates(steps: int, schedule: str, warmup_ratio: float, lr: float = 1.0) -> list[float]:
+    options = TrainOptions(data=["x"], lr=lr, lr_scheduler=schedule, warmup_ratio=warmup_ratio)
     return [learning_rate(step, steps, options) for step in range(1, steps + 1)]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup", "expected"),
+    ("schedule", "warmup_ratio", "expected"),
     [
         ("constant", 0.0, [1, 1, 1, 1]),
         ("linear", 0.0, [1, 3 / 4, 2 / 4, 1 / 4]),
@@ -34,8 +34,8 @@ def rates(steps: int, schedule: str, warmup: float, lr: float = 1.0) -> list[flo
         ("linear", 0.1, [1, 3 / 4, 2 / 4, 1 / 4]),  # a tenth of four steps rounds to none
     ],
 )
-def test_worked_by_hand(schedule: str, warmup: float, expected: list[float]) -> None:
-    assert rates(len(expected), schedule, warmup) == pytest.approx(expected, abs=1e-12)
+def test_worked_by_hand(schedule: str, warmup_ratio: float, expected: list[float]) -> None:
+    assert rates(len(expected), schedule, warmup_ratio) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -51,10 +51,12 @@ def test_equals_transformers_without_warmup(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@given(steps=st.integers(1, 200), warmup=st.floats(0, 1, exclude_max=True), lr=st.floats(1e-8, 10))
-def test_rises_to_the_peak_and_falls_to_more_than_nothing(schedule: str, steps: int, warmup: float, lr: float) -> None:
-    course = rates(steps, schedule, warmup, lr)
-    rising = round(warmup * steps)
+@given(steps=st.integers(1, 200), warmup_ratio=st.floats(0, 1, exclude_max=True), lr=st.floats(1e-8, 10))
+def test_rises_to_the_peak_and_falls_to_more_than_nothing(
+    schedule: str, steps: int, warmup_ratio: float, lr: float
+) -> None:
+    course = rates(steps, schedule, warmup_ratio, lr)
+    rising = round(warmup_ratio * steps)
     assert all(0 < rate <= lr * (1 + 1e-12) for rate in course)
     assert course[:rising] == sorted(course[:rising])
     assert course[rising:] == sorted(course[rising:], reverse=True)

@@ -177,7 +177,7 @@ def day(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Day:
     write_rows(folder / f"rows{HOSTILE}.jsonl", ROWS)
     write_rows(folder / "mixed.jsonl", [*ROWS, {"prompt": MARKUP}])
     common = ["--cache-dir", "cache"]
-    trained = ["--batch-size", "2", "--save-every", "1", "--lr", "1e-2", "--show-answers", "1"]
+    trained = ["--batch-size", "2", "--save-steps", "1", "--lr", "1e-2", "--show-answers", "1"]
     commands: dict[str, dict[str, Any]] = {
         "train": {"arguments": [
             "train", "--model", "model", "--data", "mixed.jsonl", "--eval-data", "rows.jsonl",
@@ -880,7 +880,7 @@ def test_reasons_of_bad_rows_cannot_steer_a_terminal(flag: tuple[str, ...], here
         ("--model", f"none{HOSTILE}"),
         ("--columns", f"x={MARKUP}"),
         ("--columns", f"chosen={MARKUP}"),
-        ("--schedule", MARKUP),
+        ("--lr-scheduler", MARKUP),
         ("--config", f"none{MARKUP}"),
         ("--config", f"run{HOSTILE}.yaml"),
         ("--resume", f"none{MARKUP}"),

@@ -42,7 +42,7 @@ def test_a_comment_says_what_it_is_for_and_what_it_can_be() -> None:
         assert about[field.name].startswith(field.metadata["help"])
         assert all(choice in about[field.name] for choice in field.metadata["choices"])
         assert field.metadata["shown"] is None or f"null: {field.metadata['shown']}" in about[field.name]
-    assert "Must be at least 0 and less than 1." in about["warmup"]
+    assert "Must be at least 0 and less than 1." in about["warmup_ratio"]
 
 
 def test_a_new_option_is_in_it_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

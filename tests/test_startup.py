@@ -79,8 +79,10 @@ def test_a_missing_data_set_below_a_folder_is_not_looked_up() -> None:
 
 
 def test_what_is_left_to_the_hub() -> None:
-    options = TrainOptions(data=["org/set:train", str(DATA)], eval_data=["org/held"], model="org/model", ref="org/ref")
-    models = {"org/model": "--model", "org/ref": "--ref"}
+    options = TrainOptions(
+        data=["org/set:train", str(DATA)], eval_data=["org/held"], model="org/model", ref_model="org/ref"
+    )
+    models = {"org/model": "--model", "org/ref": "--ref-model"}
     assert check_names(options) == (models, {"org/set": "--data", "org/held": "--eval-data"})
 
 
@@ -93,7 +95,7 @@ def test_what_is_left_to_the_hub() -> None:
         (("check", "--data", DATA, "--model", "org/model"), "--model org/model"),
         (("train", "--data", "org/set"), "--data org/set"),
         (("train", "--data", DATA, "--eval-data", "org/set:test"), "--eval-data org/set"),
-        (("train", "--data", DATA, "--ref", "org/model"), "--ref org/model"),
+        (("train", "--data", DATA, "--ref-model", "org/model"), "--ref-model org/model"),
     ],
 )
 def test_a_hub_that_does_not_answer_is_one_line(arguments: tuple[Any, ...], option: str, tmp_path: Path) -> None:

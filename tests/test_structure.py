@@ -205,7 +205,7 @@ WRONG = [
     "train --data rows.jsonl --eval-data rowz.jsonl",
     *(f"{command} --data rows.jsonl --model runs/mien" for command in ("train", "check", "eval", "explain")),
     "eval --data rows.jsonl --model runs/mine --model runs/mien",
-    "train --data rows.jsonl --ref runs/mien",
+    "train --data rows.jsonl --ref-model runs/mien",
     "merge --model runs/mien --output merged",
     "push runs/mien me/model",
 ]

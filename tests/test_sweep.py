@@ -274,7 +274,7 @@ def test_without_an_output_the_same_command_finds_its_folder(place: Path, monkey
     common = ["sweep", *training(Path()), "--max-steps", 1]
     first = dpo(*common, "--beta", "0.1")
     assert Path(first["output"]).parent == Path("runs") and (place / first["output"] / "frontier.svg").is_file()
-    assert dpo(*common, "--beta", "0.1", "--log-every", 2) == first
+    assert dpo(*common, "--beta", "0.1", "--logging-steps", 2) == first
     assert dpo(*common, "--beta", "0.1", "--lr", 1e-5)["output"] != first["output"]
 
 
@@ -457,7 +457,7 @@ def test_files_of_the_frontier(swept: tuple[Path, Any, Any]) -> None:
 def test_the_table_says_what_the_json_says(swept: tuple[Path, Any, Any], seen: Seen) -> None:
     """Also where options differ that change no training."""
     folder, result, _ = swept
-    out = invoke(*command(folder, "--save-every", 7, "--log-every", 3))
+    out = invoke(*command(folder, "--save-steps", 7, "--logging-steps", 3))
     assert out.exit_code == 0 and seen.models == []
     head, *lines = out.stdout.splitlines()
     assert head.split() == ["beta", "KL", "95", "%", "interval", "margin", "accuracy", "loss", "run"]

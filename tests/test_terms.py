@@ -294,8 +294,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path,
         return folder, *dpo(
             "train", "--model", tiny, "--data", folder / "rows.jsonl", "--eval-data", folder / "held-out.jsonl",
             "--output", folder / "run", "--cache-dir", folder / "cache", "--beta", BETA, "--label-smoothing", SMOOTHING,
-            "--batch-size", 5, "--max-tokens", 600, "--epochs", 2, "--lr", 1e-3, "--eval-every", 2, "--save-every", 2,
-            "--keep", 9,
+            "--batch-size", 5, "--max-tokens", 600, "--epochs", 2, "--lr", 1e-3, "--eval-steps", 2, "--save-steps", 2,
+            "--save-total-limit", 9,
         )  # fmt: skip
 
 

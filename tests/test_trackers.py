@@ -47,7 +47,7 @@ def expected(run: Path) -> Told:
 
 # ---- the command ------------------------------------------------------------------------------------------------
 
-SMALL = ("--output", "run", "--max-steps", 4, "--batch-size", 2, "--kl", "none", "--eval-every", 2, "--json")
+SMALL = ("--output", "run", "--max-steps", 4, "--batch-size", 2, "--kl", "none", "--eval-steps", 2, "--json")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def command(tiny: Path, tmp_path: Path, train_rows: list[dict[str, Any]]) -> tup
 
 
 def test_tensorboard_has_every_number_of_the_metrics(dpo: Cli, command: tuple[Any, ...], tmp_path: Path) -> None:
-    out = dpo(*command, "--tracker", "tensorboard")
+    out = dpo(*command, "--report-to", "tensorboard")
     assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout)["steps"] == 4
     assert "tracker     tensorboard: tensorboard --logdir run\n" in out.stderr
@@ -85,16 +85,16 @@ def test_tensorboard_has_every_number_of_the_metrics(dpo: Cli, command: tuple[An
 @pytest.mark.parametrize(
     ("tracker", "told"),
     [
-        ("tensorbord", "--tracker tensorbord: must be one or more of tensorboard, wandb, mlflow, trackio, with commas "
-         "between, or none; did you mean 'tensorboard'?"),
-        ("mlflow,W&B", "--tracker W&B: must be"),
-        ("none,mlflow", "--tracker none: must be"),
-        ("", "--tracker : must be"),
+        ("tensorbord", "--report-to tensorbord: must be one or more of tensorboard, wandb, mlflow, trackio, with "
+         "commas between, or none; did you mean 'tensorboard'?"),
+        ("mlflow,W&B", "--report-to W&B: must be"),
+        ("none,mlflow", "--report-to none: must be"),
+        ("", "--report-to : must be"),
     ],
 )  # fmt: skip
 def test_an_unknown_tracker_is_refused_with_the_nearest_word(tracker: str, told: str) -> None:
     with pytest.raises(UsageError) as raised:
-        TrainOptions(data=["pairs.jsonl"], tracker=tracker)
+        TrainOptions(data=["pairs.jsonl"], report_to=tracker)
     assert told in str(raised.value)
 
 
@@ -103,15 +103,15 @@ def test_a_missing_tracker_is_told_before_anything_is_computed(monkeypatch: pyte
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     (tmp_path / "wandb").mkdir()
-    with pytest.raises(UsageError, match="--tracker wandb: not installed; run: pip install wandb"):
-        check_installed(TrainOptions(data=["pairs.jsonl"], tracker="wandb"))
+    with pytest.raises(UsageError, match="--report-to wandb: not installed; run: pip install wandb"):
+        check_installed(TrainOptions(data=["pairs.jsonl"], report_to="wandb"))
 
 
 def test_hyperparameters_are_plain_and_decide_what_is_trained() -> None:
-    options = TrainOptions(data=["a.jsonl", "b.jsonl"], output=Path("here"), push_to_hub="me/mine", tracker="mlflow")
+    options = TrainOptions(data=["a.jsonl", "b.jsonl"], output=Path("here"), push_to_hub="me/mine", report_to="mlflow")
     told = hyperparameters(options)
     assert told["data"] == "a.jsonl, b.jsonl" and told["beta"] == 0.1 and told["wpo"] is False
-    assert not {"output", "push_to_hub", "cache_dir", "tracker", "lora_rank", "max_steps"} & set(told)
+    assert not {"output", "push_to_hub", "cache_dir", "report_to", "lora_rank", "max_steps"} & set(told)
     assert all(isinstance(value, (bool, int, float, str)) for value in told.values())
 
 
@@ -160,7 +160,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Listener]:
 
 def start(folder: Path, names: str) -> Trackers:
     folder.mkdir(exist_ok=True)
-    return Trackers(folder, TrainOptions(data=["pairs.jsonl"], tracker=names), Reporter())
+    return Trackers(folder, TrainOptions(data=["pairs.jsonl"], report_to=names), Reporter())
 
 
 def tell(live: Trackers, *steps: int) -> None:
@@ -219,7 +219,7 @@ def test_a_tracker_that_fails_ends_neither_run_nor_others(
     with start(tmp_path, "wandb,trackio") as live:
         tell(live, 1, 2, 3)
     out, err = capsys.readouterr()
-    assert out == "" and err.count("warning: --tracker wandb: no answer; the run goes on without it") == 1
+    assert out == "" and err.count("warning: --report-to wandb: no answer; the run goes on without it") == 1
     failed, other = made
     assert [step for step, _ in failed.told] == [1] and failed.finished
     assert [step for step, _ in other.told] == [1, 2, 3]

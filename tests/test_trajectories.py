@@ -28,7 +28,7 @@ RECORDED = Path(__file__).with_name("trajectories.json")
 TOLERANCE = 1e-5  # log-probs of some hundred nats have steps of 3e-5 in float32, and beta makes 3e-6 of these
 STEPS = 4
 COMMON = ("--batch-size", 4, "--lr", 1e-3, "--max-steps", STEPS, "--max-length", 400, "--max-tokens", 2048)
-COMMON += ("--memory", "full", "--dtype", "float32", "--warmup", 0, "--kl", "none")
+COMMON += ("--memory", "full", "--dtype", "float32", "--warmup-ratio", 0, "--kl", "none")
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ALTERNATING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 # name: family and its config, what is trained otherwise than above
@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[Any, ...]]] = {
     "dora and modules to save": (
         "llama",
         {},
-        ("--lora-rank", 4, "--lora-kind", "dora", "--modules-to-save", "lm_head"),
+        ("--lora-rank", 4, "--lora-type", "dora", "--modules-to-save", "lm_head"),
     ),
     "split": ("llama", {}, ("--memory", "split", "--dtype", "bfloat16")),
     "in-backward": ("llama", {}, ("--memory", "in-backward", "--dtype", "bfloat16", "--max-grad-norm", 0)),
@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[Any, ...]]] = {
     "wpo": ("llama", {}, ("--wpo",)),
     "f-divergence": ("llama", {}, ("--f-divergence", "js_divergence")),
     "weights and margins": ("llama", {}, ()),
-    "reference is another model": ("llama", {}, ("--ref", "other")),
+    "reference is another model": ("llama", {}, ("--ref-model", "other")),
 }
 Dpo = Callable[..., None]
 
@@ -112,7 +112,7 @@ def of_pairs(file: Path) -> dict[str, list[float]]:
 
 def resumed(place: Place) -> dict[str, Any]:
     """A run that a checkpoint ended and another process took up; equal to "full", which is never written twice."""
-    run = place.train("full", "--save-every", 2)
+    run = place.train("full", "--save-steps", 2)
     whole = of_run(run)
     for path in ("checkpoints/step-000004", "model"):
         (run / path).rename(place.folder / path.replace("/", " of the whole "))

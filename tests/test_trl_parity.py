@@ -40,7 +40,7 @@ def parity(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         max_tokens=192,  # several unequal micro-batches a step here, one padded batch there
         beta=0.5,
         lr=1e-3,
-        warmup=0.0,
+        warmup_ratio=0.0,
         max_grad_norm=1.0,
         dtype="float32",
         seed=7,

@@ -62,7 +62,20 @@ def evaluate(place: Path, model: Path, *more: Any, data: str = "both.jsonl") -> 
 def memorised(place: Path) -> tuple[Path, Any]:
     """Trained until the training loss is gone."""
     run = place / "memorised"
-    more = ("--epochs", 60, "--lr", 1e-3, "--save-every", 100, "--keep", 9, "--eval-every", 40, "--keep-best", "loss")
+    more = (
+        "--epochs",
+        60,
+        "--lr",
+        1e-3,
+        "--save-steps",
+        100,
+        "--save-total-limit",
+        9,
+        "--eval-steps",
+        40,
+        "--save-best",
+        "loss",
+    )
     return run, train(place, "--eval-data", place / "new.jsonl", *more, "--output", run)
 
 
@@ -264,8 +277,8 @@ def test_thinking_on_one_side_is_found(place: Path, tmp_path: Path) -> None:
         (["--max-steps", 2], "2 steps at lr 1e-06 will hardly move the model: for a few hundred pairs try --lr 2e-05"),
         (["--max-steps", 1, "--lr", 4e-6], "1 step at lr 4e-06 will hardly move the model"),
         (["--max-steps", 1, "--lr", 6e-6], None),
-        (["--max-steps", 3, "--lr", 2e-6, "--schedule", "constant", "--warmup", 0], None),
-        (["--max-steps", 3, "--lr", 2e-6, "--schedule", "linear", "--warmup", 0], "3 steps at lr 2e-06"),
+        (["--max-steps", 3, "--lr", 2e-6, "--lr-scheduler", "constant", "--warmup-ratio", 0], None),
+        (["--max-steps", 3, "--lr", 2e-6, "--lr-scheduler", "linear", "--warmup-ratio", 0], "3 steps at lr 2e-06"),
         (["--max-steps", 3, "--lr", 3e-5], None),
         (["--max-steps", 3, "--lr", 3e-5, "--lora-rank", 4], "3 steps at lr 3e-05 will hardly move the model"),
         (["--max-steps", 3, "--lr", 3e-4, "--lora-rank", 4], None),

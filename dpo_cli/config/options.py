@@ -28,8 +28,7 @@ BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}  # what a bes
 # What other trainers call options.
 ELSEWHERE = {"learning_rate": "lr", "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"}
 ELSEWHERE |= {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "output", "lora_r": "lora_rank"}
-ELSEWHERE |= {"lr_scheduler_type": "schedule", "warmup_ratio": "warmup", "max_seq_length": "max_length"}
-ELSEWHERE |= {"save_steps": "save_every", "eval_steps": "eval_every", "logging_steps": "log_every"}
+ELSEWHERE |= {"lr_scheduler_type": "lr_scheduler", "max_seq_length": "max_length"}
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 2
@@ -115,32 +114,6 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def memory_option() -> Any:
-    """How a run keeps its state: an option of what trains, and of what scores for a training to come."""
-    return option(
-        "auto",
-        "How weights, gradients and moments are kept: full (float32, 16 bytes a parameter), 8bit (moments, 10), split "
-        "(bfloat16 and lower halves of float32 weights, 8), in-backward (split, updated in the backward pass, 6), "
-        "offload (split, but what no forward reads is in the host's memory, 4), or auto: the first of full, split and "
-        "8bit that fits.",
-        one_of("auto", "full", "8bit", "split", "in-backward", "offload"),
-    )
-
-
-def shard_option() -> Any:
-    """How ranks keep the model: an option of what trains, and of what scores for a training to come."""
-    return option(
-        False, "Of several processes: each keeps a share of weights, gradients and moments (FSDP2), not all of them."
-    )
-
-
-def quantize_option() -> Any:
-    """How an adapter's base is stored: an option of what trains, and of what scores for a training to come."""
-    return option(
-        None, "Store the adapter's base in so few bits (QLoRA, by bitsandbytes): CUDA only.", one_of("4bit", "8bit")
-    )
-
-
 def kl_option(more: str = "") -> Any:
     """Whether the whole next-token distributions of both models are compared, wherever pairs are evaluated."""
     text = (
@@ -210,6 +183,33 @@ class Options(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsOptions(Options):
+    """How what trains, and what scores for a training to come, keeps its weights."""
+
+    memory: str = option(
+        "auto",
+        "How weights, gradients and moments are kept: full (float32, 16 bytes a parameter), 8bit (moments, 10), split "
+        "(bfloat16 and lower halves of float32 weights, 8), in-backward (split, updated in the backward pass, 6), "
+        "offload (split, but what no forward reads is in the host's memory, 4), or auto: the first of full, split and "
+        "8bit that fits.",
+        one_of("auto", "full", "8bit", "split", "in-backward", "offload"),
+    )
+    fsdp: bool = option(False, "Shard weights, gradients and moments over the processes (FSDP2).")
+    load_in_4bit: bool = option(False, "Quantize the adapter's base to 4 bits (QLoRA, by bitsandbytes): CUDA only.")
+    load_in_8bit: bool = option(False, "Quantize the adapter's base to 8 bits (by bitsandbytes): CUDA only.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UsageError("--load-in-4bit, --load-in-8bit: a base is quantized once; leave one out")
+
+    @property
+    def quantize(self) -> str | None:
+        """``4bit`` or ``8bit``; None: the base is not quantized."""
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     """What every command needs that lets a model answer by itself."""
 
@@ -242,7 +242,7 @@ def _out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[st
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(Options):
+class TrainOptions(WeightsOptions):
     """`dpo train`."""
 
     eval_data: list[str] | None = option(None, "Held-out rows, scored before, during and after training.")
@@ -277,11 +277,11 @@ class TrainOptions(Options):
     max_steps: int | None = option(None, "Stop after this many optimizer steps.", positive, shown="all of the epochs")
     batch_size: int = option(16, "Pairs per optimizer step, over all devices.", positive)
     lr: float = option(None, "Peak learning rate.", positive, shown="1e-6, of an adapter 1e-5")
-    schedule: str = option("linear", "Course of the learning rate.", one_of("linear", "cosine", "constant"))
-    warmup: float = option(0.1, "Share of the steps in which the learning rate rises.", share)
+    lr_scheduler: str = option("linear", "Course of the learning rate.", one_of("linear", "cosine", "constant"))
+    warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate rises.", share)
     weight_decay: float = option(0.0, "AdamW's, on matrices only.", not_negative)
     max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", not_negative)
-    ref: str | None = option(
+    ref_model: str | None = option(
         None, "Reference model: scored first, and never in memory beside the policy.", shown="--model"
     )
     lora_rank: int | None = option(
@@ -290,7 +290,7 @@ class TrainOptions(Options):
         "it has this rank.",
         positive,
     )
-    lora_kind: str | None = option(
+    lora_type: str | None = option(
         None,
         "lora (arXiv 2106.09685), rslora (scaled by the root of the rank, 2312.03732) or dora (with a magnitude a row, "
         "2402.09353).",
@@ -309,7 +309,6 @@ class TrainOptions(Options):
         "Modules trained whole beside the adapter, by the end of their names and with commas between.",
         module_names,
     )
-    quantize: str | None = quantize_option()
     export: str | None = option(
         None,
         "What of a trained adapter goes to model/: the adapter, or the base with it merged.",
@@ -321,23 +320,21 @@ class TrainOptions(Options):
         "Precision of the weights in model/ and best/; auto: that in which the start model is stored.",
         one_of("float32", "bfloat16", "auto"),
     )
-    memory: str = memory_option()
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    shard: bool = shard_option()
     seed: int = option(0, "Seed of the order of the pairs.", seedlike)
-    log_every: int = option(
+    logging_steps: int = option(
         10, "Steps between lines on what is no terminal; 30 s without one bring one, too.", positive
     )
-    eval_every: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
+    eval_steps: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
     kl: str = kl_option()
-    keep_best: str | None = option(
+    save_best: str | None = option(
         None,
         "Keep the model of the best evaluation in best/, by the lowest loss, or the highest of the others.",
         one_of(*BEST),
     )
-    save_every: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
-    keep: int = option(2, "Checkpoints kept.", positive)
-    tracker: str = option(
+    save_steps: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
+    save_total_limit: int = option(2, "Checkpoints kept.", positive)
+    report_to: str = option(
         "none", f"Tell what metrics.jsonl gets to experiment trackers too: {', '.join(TRACKERS)}, with commas between."
     )
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
@@ -354,12 +351,12 @@ class TrainOptions(Options):
         super().__post_init__()
         _check_trackers(self.trackers)
         objective = self.objective  # refused where its options do not fit together
-        if self.ref is not None and not objective.reference:
-            raise UsageError(f"--ref {self.ref}: --loss {self.loss} reads no reference; leave it out")
-        if self.shard and (self.lora_rank or self.ref):
+        if self.ref_model is not None and not objective.reference:
+            raise UsageError(f"--ref-model {self.ref_model}: --loss {self.loss} reads no reference; leave it out")
+        if self.fsdp and (self.lora_rank or self.ref_model):
             raise UsageError(
-                "--shard: what it shares out is trained, and there is one model; an adapter and --ref go without it, "
-                "each process with the whole model"
+                "--fsdp: shards a model that is trained whole; with --lora-rank or --ref-model each process has "
+                "its own copy of the model: leave it out"
             )
         if self.lora_rank is None:
             _refuse_without_adapter(self)
@@ -375,18 +372,18 @@ class TrainOptions(Options):
             )
         elif self.quantize and self.export == "merged":
             raise UsageError(
-                "--export merged: what --quantize stored cannot take up an adapter exactly; export the adapter, and "
-                "merge it into the unquantized base with dpo merge"
+                f"--export merged: a base in {self.quantize} cannot take up an adapter exactly; export the adapter, "
+                "and merge it into the unquantized base with dpo merge"
             )
-        elif self.quantize and self.lora_kind == "dora":
+        elif self.quantize and self.lora_type == "dora":
             raise UsageError(
-                "--lora-kind dora: its norms would be computed in bfloat16 over --quantize; use lora or rslora"
+                "--lora-type dora: its norms would be computed in bfloat16 over a quantized base; use lora or rslora"
             )
 
     @property
     def trackers(self) -> list[str]:
         """Names of the trackers, each once."""
-        names = dict.fromkeys(name.strip() for name in self.tracker.split(","))
+        names = dict.fromkeys(name.strip() for name in self.report_to.split(","))
         return [] if list(names) == ["none"] else list(names)
 
     @property
@@ -397,12 +394,9 @@ class TrainOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeOptions(Options):
+class PrecomputeOptions(WeightsOptions):
     """`dpo precompute-ref`."""
 
-    memory: str = memory_option()
-    shard: bool = shard_option()
-    quantize: str | None = quantize_option()
     verify: int = option(0, "Recompute this many random cached pairs and show the largest difference.", not_negative)
 
 
@@ -415,7 +409,9 @@ class EvalOptions(SampleOptions, Options):
         "Hub id, local folder, .gguf file, run folder or a run's checkpoint; twice: the second against the first.",
         shown="SmolLM2-135M-Instruct",
     )
-    ref: str | None = option(None, "Reference model.", shown="what the run was trained from, else the model itself")
+    ref_model: str | None = option(
+        None, "Reference model.", shown="what the run was trained from, else the model itself"
+    )
     beta: float | None = option(None, "Scale of the implicit reward.", positive, shown="the run's, else 0.1")
     kl: str = kl_option()
     seed: int = option(0, "Seed of the samples and of the intervals.", seedlike)
@@ -480,25 +476,36 @@ class CheckOptions(DataOptions):
 def _check_trackers(names: list[str]) -> None:
     if unknown := [name for name in names if name not in TRACKERS]:
         known, meant = ", ".join(TRACKERS), did_you_mean(unknown[0].lower(), TRACKERS)
-        raise UsageError(f"--tracker {unknown[0]}: must be one or more of {known}, with commas between, or none{meant}")
+        raise UsageError(
+            f"--report-to {unknown[0]}: must be one or more of {known}, with commas between, or none{meant}"
+        )
 
 
 def _refuse_without_adapter(options: TrainOptions) -> None:
-    names = ("lora_kind", "lora_alpha", "lora_targets", "modules_to_save", "quantize", "export")
-    if given := [name for name in names if getattr(options, name) is not None]:
-        told = ", ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in given)
-        raise UsageError(f"{told}: no adapter is trained; add --lora-rank, for example 16, or leave it out")
+    names = ("lora_type", "lora_alpha", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit", "export")
+    if given := [name for name in names if getattr(options, name) not in (None, False)]:
+        flags = ", ".join(" ".join(_as_flag(name, getattr(options, name))) for name in given)
+        raise UsageError(f"{flags}: no adapter is trained; add --lora-rank, for example 16, or leave it out")
 
 
 # Options that do not change what is trained: a resumed run may have others than it began with.
 OPERATIONAL = frozenset(
-    {"log_every", "save_every", "keep", "cache_dir", "show_answers", "trust_remote_code", "kl", "export"}
-    | {"export_dtype", "base_model", "push_to_hub", "shard", "tracker"}
+    {
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "cache_dir",
+        "show_answers",
+        "trust_remote_code",
+        "kl",
+        "export",
+    }
+    | {"export_dtype", "base_model", "push_to_hub", "fsdp", "report_to"}
 )
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
 SETTLED = frozenset(
     {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}
-    | {"lora_kind", "lora_alpha", "lora_targets", "modules_to_save"}
+    | {"lora_type", "lora_alpha", "lora_targets", "modules_to_save"}
 )
 
 # Options that a file may also have as a mapping.
@@ -602,9 +609,9 @@ def _instead(folder: Path, began: TrainOptions, options: TrainOptions) -> str:
     command = shlex.join(["dpo", "train", *(word for name, value in flags.items() for word in _as_flag(name, value))])
     if not further:
         return f"A new run can: {command}"
-    if began.ref or "ref" in changed or not began.objective.reference:
+    if began.ref_model or "ref_model" in changed or not began.objective.reference:
         return f"To train its model further: {command}"
-    old = f"--ref {shlex.quote(began.model)}" if began.model else "--ref with the model that it began with"
+    old = f"--ref-model {shlex.quote(began.model)}" if began.model else "--ref-model with the model that it began with"
     return f"To train its model further: {command}; the reference is then that model, or the run's own with {old}"
 
 

@@ -179,7 +179,7 @@ def _memorised(
         "The model learned its training pairs, and by its loss is worse on these than before."
     )
     advice = (
-        "Train for fewer steps, on more pairs or with a lower --lr; --eval-every with --keep-best loss keeps the best "
+        "Train for fewer steps, on more pairs or with a lower --lr; --eval-steps with --save-best loss keeps the best "
         "model. If no pair was trained on twice, these pairs are of another kind than those trained on."
     )
     if (best := min(known, key=lambda step: known[step], default=0)) > 0:
@@ -404,7 +404,7 @@ def _over_optimised(sections: Mapping[str, Any], history: Sequence[Mapping[str, 
         f"more than its uncertainty of {noise:.4f}, while the margin on the training pairs went on growing from "
         f"{grew_from:.2f} to {grew_to:.2f}: since then the model learns its training pairs, not the preference."
     )
-    advice = f"Train for about {best_step} steps, keep the best checkpoint with --keep-best loss, or lower --lr."
+    advice = f"Train for about {best_step} steps, keep the best checkpoint with --save-best loss, or lower --lr."
     if not best_step:
         advice = "It was never better than at the start: lower --lr, and look whether the two sets are of one kind."
     numbers = {"best_step": best_step, "best_loss": best, "last_step": last_step, "last_loss": last}

@@ -107,7 +107,7 @@ def evaluated(
     at = began.beta if began else None
     scores = scores_of(pairs, policy, reference, judge.objective, compared, judge.loss_input, so_far, at)
     manifest = read_manifest(source.run) if source.run else None
-    same = manifest is not None and began is not None and options.beta == began.beta and options.ref is None
+    same = manifest is not None and began is not None and options.beta == began.beta and options.ref_model is None
     its_own = same and manifest is not None and manifest["held_out"]["sha256"] == pairs.digest()
     trained = trained_hashes(source.run, manifest, reporter.warn) if source.run and manifest else None
     known = trained_on(pairs, trained) if trained is not None else None
@@ -130,8 +130,8 @@ def _step(source: ModelSource, began: TrainOptions | None, history: Sequence[dic
     if source.checkpoint:
         return int(source.checkpoint.name.removeprefix("step-"))
     exported = source.adapter or Path(source.path)
-    if began and began.keep_best and source.run and exported == source.run / "best":
-        return best_step(evaluations(history), began.keep_best)
+    if began and began.save_best and source.run and exported == source.run / "best":
+        return best_step(evaluations(history), began.save_best)
     return None
 
 
@@ -202,7 +202,7 @@ class _Judge:
     @property
     def itself(self) -> bool:
         """Whether the model is its own reference."""
-        return self.options.ref is None and self.source.run is None
+        return self.options.ref_model is None and self.source.run is None
 
     def logps(self) -> tuple[Tensor, Tensor]:
         """Log-probs (P, 2) of policy and reference, whose model is loaded only if the cache lacks pairs."""
@@ -210,7 +210,7 @@ class _Judge:
         logps = drift.score(policy.scorer, self.pairs, self._watch("evaluate"))
         assert logps is not None
         read = policy_read(policy.scorer, self.pairs, self.objective)
-        if not self.objective.reference and self.options.ref is None:
+        if not self.objective.reference and self.options.ref_model is None:
             self.told = f"none: --loss {self.objective.name} reads none"
             self.loss_input = loss_input(read, logps)
             return logps, torch.full_like(logps, math.nan)
@@ -254,7 +254,7 @@ class _Judge:
     def _load(self, source: ModelSource, named: bool) -> _Loaded:
         """A model on the device; it is hashed only where it is to be ``named``."""
         began, device = self.began, default_device()
-        frozen = began is not None and bool(began.lora_rank or (began.ref and source is not self.source))
+        frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
         memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
         memo = WeightsMemo(source, self.options.cache_dir)
         model = load_model(source)
@@ -269,7 +269,7 @@ class _Judge:
 
     def _kept(self, scorer: Scorer) -> ReferenceCache | None:
         """What the run was trained with of the reference, if it was computed as here and has all of these pairs."""
-        if self.options.ref is not None or self.source.run is None:
+        if self.options.ref_model is not None or self.source.run is None:
             return None
         manifest = read_manifest(self.source.run)
         began = manifest["reference"]
@@ -290,23 +290,25 @@ class _Judge:
         """
         if self.itself:
             self.told = "the model itself"
-            self.reporter.fact("reference", "the model itself: it is no run, and there is no --ref")
+            self.reporter.fact("reference", "the model itself: it is no run, and there is no --ref-model")
             return policy, open_cache(self.options, policy.fingerprint, self.source, policy.scorer, self.reporter)
         release(policy.scorer.model)
         gc.collect()
-        began = read_manifest(self.source.run)["reference"] if self.source.run and self.options.ref is None else None
+        began = (
+            read_manifest(self.source.run)["reference"] if self.source.run and self.options.ref_model is None else None
+        )
         try:
-            name, base = began_from(began, self.options.base_model) if began else (self.options.ref, None)
+            name, base = began_from(began, self.options.base_model) if began else (self.options.ref_model, None)
             source = choose_model(name, self.options, self.reporter, "reference", base)
-            if began and self.began and self.began.ref is None:
+            if began and self.began and self.began.ref_model is None:
                 source = _as_in_run(source, self.began)
             loaded = self._load(source, named=True)
         except UsageError as error:
             other = ", or add --kl none: its log-probs are cached" if known else ""
-            raise UsageError(f"the reference cannot be loaded; name it with --ref{other}\n{error}") from error
+            raise UsageError(f"the reference cannot be loaded; name it with --ref-model{other}\n{error}") from error
         self.told = source.told
         if began and not same_weights(loaded.fingerprint, began["fingerprint"]):
-            raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref")
+            raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref-model")
         return loaded, open_cache(self.options, loaded.fingerprint, source, loaded.scorer, self.reporter)
 
     # ---- samples ----

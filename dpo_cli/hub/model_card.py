@@ -22,7 +22,7 @@ SELF = "path/to/this/folder"  # where the card speaks of its own model; the repo
 # Options that made the model what it is, as they are told; none of them is a path.
 _TOLD = (
     *("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo", "router_aux_loss_coef"),
-    *("lr", "schedule", "warmup", "weight_decay", "max_grad_norm", "epochs", "batch_size"),
+    *("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "batch_size"),
     *("max_length", "train_turns", "dtype", "memory", "seed"),
 )
 # Metric of an evaluation: its name, and its kind for the hub.
@@ -157,7 +157,7 @@ def _trained(run: Run) -> str:
         return "All its weights were trained."
     whole = f", and {_line(options.modules_to_save)} whole" if options.modules_to_save else ""
     bits = f", over a base in {options.quantize}" if options.quantize else ""
-    return f"A {options.lora_kind} adapter of rank {options.lora_rank} was trained{whole}{bits}."
+    return f"A {options.lora_type} adapter of rank {options.lora_rank} was trained{whole}{bits}."
 
 
 def hub_name(source: ModelSource) -> str | None:

@@ -159,7 +159,7 @@ def settings(config: Any) -> dict[str, Any]:
     lists = {o: ",".join(sorted(of)) or None if isinstance(of, (list, set)) else None for o, of in names.items()}
     kind = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
     alpha = int(config.lora_alpha) if config.lora_alpha == int(config.lora_alpha) else None
-    return {"lora_rank": config.r, "lora_kind": kind, "lora_alpha": alpha, **lists}
+    return {"lora_rank": config.r, "lora_type": kind, "lora_alpha": alpha, **lists}
 
 
 # ---- how many tokens it has ----

@@ -47,7 +47,7 @@ def make_config(
     _refuse_tied(model, "--modules-to-save", [n for n in whole if model.get_submodule(n) is not _embedding(model)])
     if kind == "dora" and targets.parameters:
         raise UsageError(
-            f"--lora-kind dora: peft does not decompose {kind_of(targets.parameters[0])}, which it adapts as a "
+            f"--lora-type dora: peft does not decompose {kind_of(targets.parameters[0])}, which it adapts as a "
             "parameter; take lora or rslora, or other --lora-targets"
         )
     return LoraConfig(

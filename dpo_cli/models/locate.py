@@ -266,12 +266,12 @@ def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
     sources = {name: find_model(name, base=base) for name in models or [None]}
     told = "--base-model" if base else "--model {}: its base model"
     found = {s.path: told.format(name) if s.adapter else "--model" for name, s in sources.items()}
-    if ref := getattr(options, "ref", None):
+    if ref := getattr(options, "ref_model", None):
         try:
-            found[_find(ref).path] = "--ref"
+            found[_find(ref).path] = "--ref-model"
         except UsageError as error:
             merge = "merge it with dpo merge --base-model PATH_OR_NAME first"
-            raise UsageError(str(error).replace("--model", "--ref").replace(NAME_BASE, merge)) from error
+            raise UsageError(str(error).replace("--model", "--ref-model").replace(NAME_BASE, merge)) from error
     sets = {name: option for option, typed in data.items() for each in typed if (name := hub_id(each))}
     return {path: option for path, option in found.items() if not Path(path).exists()}, sets
 

@@ -51,7 +51,7 @@ class Packing:
         return self.method != FOUR_BIT or (source.adapter is not None and not source.attached)
 
     def loading(self, config: PretrainedConfig, source: ModelSource) -> dict[str, Any]:
-        """What transformers' ``from_pretrained`` wants to load the weights so; they compute as ``--quantize`` does."""
+        """What transformers' ``from_pretrained`` wants to load the weights so; in bfloat16 as ``--load-in-4bit``."""
         if "bitsandbytes" not in self.method:
             setattr(config, KEY, {**self.values, "dequantize": True})
             return {"config": config}
@@ -105,7 +105,7 @@ def admit(source: ModelSource, name: str | None, options: Options | None = None,
         return source
     unpacked = _made_from(source, packing)
     if not frozen and (quantize := getattr(options, "quantize", None)):
-        raise UsageError(f"--quantize {quantize}: {source.path} is packed already ({packing.name}); name {unpacked}")
+        raise UsageError(f"--load-in-{quantize}: {source.path} is packed already ({packing.name}); name {unpacked}")
     whose = f"--model {name}: {f'its base {source.name}' if source.adapter else 'it'} is packed ({packing.name})"
     other = f"{'let its adapter_config.json name' if source.adapter else 'name'} {unpacked}"
     if packing.method not in NAMES:
@@ -135,10 +135,10 @@ def _needs(packing: Packing, source: ModelSource, options: Options | None, froze
     if isinstance(options, TrainOptions) and not (frozen or options.lora_rank):
         own = "with the adapter's rank, or dpo merge first" if source.adapter else "16"
         yield f"an adapter to train (--lora-rank {own})"
-    if getattr(options, "shard", False):
-        yield "to be whole (leave out --shard)"
-    if getattr(options, "lora_kind", None) == "dora":
-        yield "an adapter without norms of the base (--lora-kind lora or rslora)"
+    if getattr(options, "fsdp", False):
+        yield "to be whole (leave out --fsdp)"
+    if getattr(options, "lora_type", None) == "dora":
+        yield "an adapter without norms of the base (--lora-type lora or rslora)"
     if torch.cuda.is_available() and getattr(options, "dtype", None) == "float32":
         yield "to compute in bfloat16 (leave out --dtype float32)"
 

@@ -32,7 +32,7 @@ def shard(model: Any, device: torch.device) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise UsageError("--shard: the model has no layers of transformers' kind to shard by; leave it out")
+        raise UsageError("--fsdp: the model has no layers of transformers' kind to shard by; leave it out")
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for module in [*layers, model]:
         sharded = fully_shard(module, mesh=mesh)

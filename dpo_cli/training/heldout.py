@@ -102,7 +102,7 @@ class HeldOut:
         read = loss_input(policy_read(scorer, run.held_out, objective), self.discounted)
         scores = scores_of(run.held_out, policy, reference, objective, compared, read, history)
         found, known = agreed(lambda: values(scores)), evaluations(history)
-        if (metric := run.options.keep_best) and best_step(known | {step: found}, metric) == step:
+        if (metric := run.options.save_best) and best_step(known | {step: found}, metric) == step:
             keep(found)
         if step not in known and distributed.rank() == 0:
             append_metrics(self.metrics, step, found, "eval_")

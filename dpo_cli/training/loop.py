@@ -256,7 +256,7 @@ class _Loop:
         run, options, total = self.run, self.run.options, len(self.run.plan)
         evaluated = distributed.on_rank_0(lambda: set(evaluations(read_metrics(run.folder / "metrics.jsonl"))))
         with self.reporter.progress(
-            "train", total, done, options.log_every, stopping=lambda: self.stop.requested
+            "train", total, done, options.logging_steps, stopping=lambda: self.stop.requested
         ) as progress:
             for step in range(done, total + 1):
                 if step > done:
@@ -264,9 +264,9 @@ class _Loop:
                     if distributed.all_reduce_max([self.stop.requested])[0] or (values := self._step(step)) is None:
                         raise self._interrupted(step - 1, rng)
                     progress.advance(1, values)
-                    if step == total or _due(options.save_every, step):
+                    if step == total or _due(options.save_steps, step):
                         self._save(step, rng_state(run.scorer.device))
-                due = run.held_out and (step in (0, total) or _due(options.eval_every, step))
+                due = run.held_out and (step in (0, total) or _due(options.eval_steps, step))
                 known = step in evaluated and step < total  # the last one is in the report
                 if due and not known and not _where_it_runs(run, partial(self._evaluate, step)):
                     raise self._interrupted(step, rng_state(run.scorer.device))
@@ -309,7 +309,7 @@ class _Loop:
         folder, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
         if metrics.exists() and distributed.rank() == 0:
             sync(metrics)  # its lines last as long as the checkpoint
-        save_checkpoint(folder, step, run.model, self.trainer.optimizer, rng, max_tokens, run.options.keep)
+        save_checkpoint(folder, step, run.model, self.trainer.optimizer, rng, max_tokens, run.options.save_total_limit)
 
     def _interrupted(self, step: int, rng: dict[str, Tensor]) -> Interrupted:
         self._save(step, rng)

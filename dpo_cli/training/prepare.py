@@ -106,18 +106,18 @@ def load_spread(
     Raises:
         UsageError: the options do not go with shards, or there is nothing to shard over.
     """
-    if not options.shard:
+    if not options.fsdp:
         return load_weights(source, options, remember)
     if not distributed.is_launched():
-        raise UsageError("--shard: there is one process to shard over; start it with torchrun")
+        raise UsageError("--fsdp: there is one process to shard over; start it with torchrun")
     if options.memory not in ("auto", "full"):
         raise UsageError(
-            f"--memory {options.memory}: shards would cut its blocks of moments differently; with --shard use full"
+            f"--memory {options.memory}: shards would cut its blocks of moments differently; with --fsdp use full"
         )
     if options.quantize:
-        raise UsageError(f"--quantize {options.quantize}: shards are of what is trained; leave out --shard")
+        raise UsageError(f"--load-in-{options.quantize}: shards are of what is trained; leave out --fsdp")
     if options.compile:
-        raise UsageError("--compile: not with --shard, whose layers gather their weights as they run")
+        raise UsageError("--compile: not with --fsdp, whose layers gather their weights as they run")
 
     def load() -> tuple[PreTrainedModel, str]:
         model, weights = load_weights(source, options, remember)
@@ -306,7 +306,7 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
     Raises:
         UsageError: always, but on CUDA with bitsandbytes, in bfloat16 and of a model that is not packed already.
     """
-    asked = f"--quantize {options.quantize}"
+    asked = f"--load-in-{options.quantize}"
     if options.quantize is None:
         return
     if device.type != "cuda":
@@ -374,7 +374,7 @@ def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Repo
     scorer = make_scorer(model, pairs, options, device, reporter, options.memory)
     tell_long(scorer, pairs, reporter)
     if options.quantize:
-        memory, trained = "full", f"--quantize {options.quantize}"
+        memory, trained = "full", f"--load-in-{options.quantize}"
     else:
         memory = fit(scorer, pairs, process, options.memory, False, options.max_tokens).memory
         trained = f"--memory {memory}"

@@ -177,7 +177,7 @@ def lay_out_run(
     process = process_bytes(device)
     options = _shards_of(options, resume, reporter)
     reference = (
-        _scored_reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref else None
+        _scored_reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref_model else None
     )
     model, weights = load_spread(source, options, device, remember=not dry_run)
     own_attention = model.config._attn_implementation
@@ -220,7 +220,7 @@ def lay_out_run(
     )
     start = fingerprint(model, weights, scorer.layout, scorer.dtype)
     _check_ranks(options, pairs, held_out, start)
-    _check_same_heads(options.ref, reference, model)
+    _check_same_heads(options.ref_model, reference, model)
     own_cache = open_cache(options, start, source, scorer, reporter) if options.objective.reference else None
     run = Run(
         folder,
@@ -254,10 +254,10 @@ def lay_out_run(
 
 def _shards_of(options: TrainOptions, resume: Path | None, reporter: Reporter) -> TrainOptions:
     """The options of this process, which alone resumes what several began."""
-    if not (resume and options.shard) or distributed.is_launched():
+    if not (resume and options.fsdp) or distributed.is_launched():
         return options
     reporter.fact("shard", "one process resumes what began in shards")
-    return dataclasses.replace(options, shard=False)
+    return dataclasses.replace(options, fsdp=False)
 
 
 def _check_ranks(options: TrainOptions, pairs: Pairs, held_out: Pairs, start: str) -> None:
@@ -292,9 +292,9 @@ def _with_adapter(
         )
     source = dataclasses.replace(source, quantize=options.quantize, attached=source.adapter is not None)
     if source.adapter is None:
-        kind, targets = options.lora_kind or "lora", options.lora_targets or "all-linear"
+        kind, targets = options.lora_type or "lora", options.lora_targets or "all-linear"
         alpha = options.lora_alpha or (16 if kind == "rslora" else 2 * options.lora_rank)
-        return source, dataclasses.replace(options, lora_kind=kind, lora_targets=targets, lora_alpha=alpha)
+        return source, dataclasses.replace(options, lora_type=kind, lora_targets=targets, lora_alpha=alpha)
     own, began = settings(trainable_config(source.adapter)), trained_with(source.run) if source.run else None
     known = {name: (None, value, getattr(began, name, None)) for name, value in own.items()}  # also as the run says it
     if other := [name for name, values in known.items() if getattr(options, name) not in values]:
@@ -324,14 +324,14 @@ def _attach(
     batch = scorer.batch([pairs[max((i for i in range(len(pairs)) if costs[i] <= most), key=costs.__getitem__)]])
     left, new = Counter[tuple[str, str]](), not is_adapted(model)
     if new:
-        rank, kind, alpha, names = options.lora_rank, options.lora_kind, options.lora_alpha, options.lora_targets
+        rank, kind, alpha, names = options.lora_rank, options.lora_type, options.lora_alpha, options.lora_targets
         assert rank and kind and alpha and names
         targets = choose_targets(model, names, lambda: scorer.token_logps(batch))
         whole = options.modules_to_save
         config = make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
         attach(model, config, options.seed)
         left = targets.left
-    about = f"{options.lora_kind} of rank {options.lora_rank}, alpha {options.lora_alpha}"
+    about = f"{options.lora_type} of rank {options.lora_rank}, alpha {options.lora_alpha}"
     reporter.fact("adapter", f"{about}, on {adapted(model)}")
     for reason in dict.fromkeys(reason for reason, _ in left):
         kinds = Counter({kind: count for (why, kind), count in left.items() if why == reason})
@@ -369,17 +369,17 @@ def _scored_reference(
     reporter: Reporter,
     dry_run: bool,
 ) -> Reference:
-    """Load the reference that ``--ref`` names, let it score what the run will ask for, and give its memory back.
+    """Load the reference that ``--ref-model`` names, let it score what the run will ask for, and give its memory back.
 
     Raises:
         UsageError: it cannot be loaded, or reads other tokens than the policy.
     """
     try:
-        source = choose_model(options.ref, options, reporter, "reference")
-        _check_same_tokens(options.ref, tokenizer, load_tokenizer(source))
+        source = choose_model(options.ref_model, options, reporter, "reference")
+        _check_same_tokens(options.ref_model, tokenizer, load_tokenizer(source))
         model, weights = load_weights(source, options, remember=not dry_run)
     except UsageError as error:
-        raise UsageError(str(error).replace("--model", "--ref")) from error
+        raise UsageError(str(error).replace("--model", "--ref-model")) from error
     steps = step_pairs(
         len(pairs),
         batch_size=options.batch_size,
@@ -413,8 +413,8 @@ def _check_same_heads(name: str | None, reference: Reference | None, model: PreT
     """Refuse an exact KL between heads that know so many tokens each."""
     if reference and reference.recorded and reference.vocabulary != _vocabulary(model):
         raise UsageError(
-            f"--ref {name}: its head knows {reference.vocabulary:,} tokens and the policy's {_vocabulary(model):,}, so "
-            "there is no exact KL: add --kl none"
+            f"--ref-model {name}: its head knows {reference.vocabulary:,} tokens and the policy's "
+            f"{_vocabulary(model):,}, so there is no exact KL: add --kl none"
         )
 
 
@@ -430,7 +430,7 @@ def _check_same_tokens(name: str | None, tokenizer: Any, other: Any) -> None:
         token = min(differing)
         places = [f"token {ids[token]}" if token in ids else "no token" for ids in (theirs, mine)]
         raise UsageError(
-            f"--ref {name}: its tokenizer is another one than the policy's: {token!r} is {places[0]} there and "
+            f"--ref-model {name}: its tokenizer is another one than the policy's: {token!r} is {places[0]} there and "
             f"{places[1]} here, and {len(differing) - 1:,} more differ"
         )
 
@@ -451,12 +451,12 @@ def _checked_folder(options: TrainOptions, resume: Path | None) -> Path:
     if options.eval_data and options.eval_fraction:
         raise UsageError("--eval-data and --eval-fraction: give one of them")
     if not (options.eval_data or options.eval_fraction) and (
-        options.eval_every or options.show_answers or options.keep_best
+        options.eval_steps or options.show_answers or options.save_best
     ):
         raise UsageError(
-            "--eval-every, --show-answers and --keep-best need held-out pairs: --eval-data or --eval-fraction"
+            "--eval-steps, --show-answers and --save-best need held-out pairs: --eval-data or --eval-fraction"
         )
-    if options.shard and options.show_answers:
+    if options.fsdp and options.show_answers:
         raise UsageError("--show-answers: a model in shards does not answer while it trains; use dpo eval --samples")
     if options.memory == "in-backward" and options.max_grad_norm:
         raise UsageError("--memory in-backward: no gradient is there long enough to be clipped; set --max-grad-norm 0")
@@ -476,7 +476,7 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     parameters, trained = run.model.num_parameters(), run.fitted.step_bytes.parameters
     threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
     if (several := distributed.world_size()) > 1:
-        share = "a share of the model" if options.shard else "the whole model"
+        share = "a share of the model" if options.fsdp else "the whole model"
         reporter.fact(
             "ranks", f"{several} processes, {distributed.local_world_size()} of them here; each keeps {share}"
         )
@@ -507,7 +507,8 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     reporter.fact("disk", f"about {disk / 2**30:.1f} GiB at most, for checkpoints and exports")
     if disk > free:
         reporter.warn(
-            f"that is more than the {free / 2**30:.1f} GiB that are free: try a lower --keep or --export-dtype bfloat16"
+            f"that is more than the {free / 2**30:.1f} GiB that are free: try a lower --save-total-limit or "
+            "--export-dtype bfloat16"
         )
     _hint(run, reporter)
 
@@ -521,8 +522,8 @@ def _disk_bytes(run: Run) -> int:
         exported = run.model.num_parameters() * export_dtype(options.export_dtype, run.source).itemsize
     if not options.lora_rank:
         checkpoint += 4 * (run.model.num_parameters() - trained)
-    checkpoints = min(options.keep + 1, 1 + (steps - 1) // options.save_every if options.save_every else 1)
-    return checkpoints * checkpoint + exported * (3 if options.keep_best else 1)
+    checkpoints = min(options.save_total_limit + 1, 1 + (steps - 1) // options.save_steps if options.save_steps else 1)
+    return checkpoints * checkpoint + exported * (3 if options.save_best else 1)
 
 
 def _hint(run: Run, reporter: Reporter) -> None:
@@ -623,7 +624,7 @@ def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
         "held_out": {"files": run.options.eval_data, "pairs": len(run.held_out), "sha256": run.held_out.digest()},
         "start_model": run.source.title,
         "reference": {
-            **(_named(run.options.ref) if run.reference else _named(run.options.model, run.options.base_model)),
+            **(_named(run.options.ref_model) if run.reference else _named(run.options.model, run.options.base_model)),
             "fingerprint": run.reference.fingerprint if run.reference else run.start,
             "layout": run.reference.layout if run.reference else run.scorer.layout,
             "dtype": run.options.dtype,

@@ -35,13 +35,13 @@ from dpo_cli.utils.errors import DpoError
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     """Learning rate of step 1, 2, …, ``steps``: a linear rise over the warm-up, then the schedule down to 0."""
-    warmup = round(options.warmup * steps)
-    if step <= warmup:
-        return options.lr * step / warmup
-    done = (step - 1 - warmup) / (steps - warmup)  # 0 at the first step after the warm-up
-    if options.schedule == "linear":
+    warmup_steps = round(options.warmup_ratio * steps)
+    if step <= warmup_steps:
+        return options.lr * step / warmup_steps
+    done = (step - 1 - warmup_steps) / (steps - warmup_steps)  # 0 at the first step after the warm-up
+    if options.lr_scheduler == "linear":
         return options.lr * (1 - done)
-    return options.lr * (0.5 + 0.5 * math.cos(math.pi * done) if options.schedule == "cosine" else 1)
+    return options.lr * (0.5 + 0.5 * math.cos(math.pi * done) if options.lr_scheduler == "cosine" else 1)
 
 
 def unwrapped(optimizer: Any) -> Any:

@@ -158,7 +158,7 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str,
         UsageError: they are others than when the run began.
     """
     common = {f.name: getattr(options, f.name) for f in dataclasses.fields(EvalOptions) if hasattr(options, f.name)}
-    asked = {"model": [str(run)], "data": options.eval_data, "beta": None, "ref": None, "kl": "exact"}
+    asked = {"model": [str(run)], "data": options.eval_data, "beta": None, "ref_model": None, "kl": "exact"}
     done, pairs = evaluated(str(run), EvalOptions(**common | asked), reporter)
     if pairs.digest() != read_manifest(run)["held_out"]["sha256"]:
         raise UsageError(f"{run}: the held-out data changed since it began; name another --output")

@@ -37,7 +37,7 @@ def check_installed(options: TrainOptions) -> None:
         UsageError: with the command that installs what is missing.
     """
     if missing := [name for name in options.trackers if not _installed(name)]:
-        raise UsageError(f"--tracker {','.join(missing)}: not installed; run: pip install {' '.join(missing)}")
+        raise UsageError(f"--report-to {','.join(missing)}: not installed; run: pip install {' '.join(missing)}")
 
 
 def _installed(name: str) -> bool:
@@ -141,7 +141,7 @@ class Trackers:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 if uri := os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/"):  # it may hold a password
                     reason = reason.replace(uri, "MLFLOW_TRACKING_URI")
-                told = f"--tracker {name}: {reason}; the run goes on without it, and --resume tells it the rest"
+                told = f"--report-to {name}: {reason}; the run goes on without it, and --resume tells it the rest"
                 self.reporter.warn(told)
                 if tracker := self.live.pop(name, None):
                     with suppress(Exception):  # it may be the same again

@@ -213,7 +213,7 @@ def check_same_command(options: Any, *more: str) -> None:
     Raises:
         UsageError: naming the ranks.
     """
-    given = {name: value for name, value in vars(options).items() if name not in ("cache_dir", "log_every")}
+    given = {name: value for name, value in vars(options).items() if name not in ("cache_dir", "logging_steps")}
     check_same(the_options=str((given, *more)))
 
 
