@@ -27,7 +27,7 @@ from dpo_cli.evaluation.metrics import SUMS, mean_reward, pair_sums, summarize
 from dpo_cli.losses.preference import Objective, Preferences
 from dpo_cli.models.logprobs import Said, Scorer, out_of_memory
 from dpo_cli.models.moe import auxiliary_loss, routed
-from dpo_cli.models.sharding import own, whole
+from dpo_cli.models.sharding import full_tensor, local_shard
 from dpo_cli.training.optimizer import SPLIT, SmallAdamW
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
@@ -96,10 +96,10 @@ class Surrogate:
     losses: Tensor
     slopes: Tensor
 
-    def __call__(self, indices: Sequence[int], logps: Tensor, whole: Tensor) -> Tensor:
+    def __call__(self, indices: Sequence[int], logps: Tensor, full_tensor: Tensor) -> Tensor:
         """Losses of some pairs by their log-probs and those not discounted: (2P,), (2P,) -> (P,)."""
         columns = moved(torch.tensor([self.columns[i] for i in indices]), logps.device)
-        both = torch.cat([logps, whole]).view(4, -1)
+        both = torch.cat([logps, full_tensor]).view(4, -1)
         return self.losses[columns] + ((both - both.detach()) * self.slopes[:, columns]).sum(0)
 
 
@@ -211,7 +211,7 @@ class Trainer:
             norm = torch.stack(norms).norm()
             torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
         else:
-            norm = whole(cast(Tensor, self.accelerator.clip_grad_norm_(parameters, most)).detach())
+            norm = full_tensor(cast(Tensor, self.accelerator.clip_grad_norm_(parameters, most)).detach())
         return cast(Tensor, norm.double()[None])
 
     def _cut(self, micro_batches: Step) -> Step:
@@ -393,7 +393,12 @@ class Trainer:
         return moved(torch.tensor([[p.margin for p in pairs], [p.weight for p in pairs]]), self.scorer.device)
 
     def _preferences(
-        self, indices: Sequence[int], logps: Tensor, whole: Tensor, lengths: Tensor, likelihoods: Tensor | float = 1.0
+        self,
+        indices: Sequence[int],
+        logps: Tensor,
+        full_tensor: Tensor,
+        lengths: Tensor,
+        likelihoods: Tensor | float = 1.0,
     ) -> Preferences:
         """What the loss reads of some pairs: (2P,) each, chosen first, and WPO's weights (P,)."""
         margins, weights = self._terms(indices)
@@ -401,7 +406,7 @@ class Trainer:
             logps=logps,
             ref_logps=self._reference(indices, self.discounted),
             lengths=lengths,
-            whole=whole,
+            whole=full_tensor,
             tokens=self.tokens,
             margins=margins,
             weights=weights * likelihoods,
@@ -433,6 +438,6 @@ class Trainer:
     def _gradient_is_finite(self, place: int) -> bool:
         self._backward((place,), 1)
         parameters = self.scorer.model.parameters()
-        finite = all(bool(own(p.grad).isfinite().all()) for p in parameters if p.grad is not None)
+        finite = all(bool(local_shard(p.grad).isfinite().all()) for p in parameters if p.grad is not None)
         self.optimizer.zero_grad()
         return not distributed.all_reduce_max([not finite])[0]
