@@ -1585,9 +1585,9 @@ def test_files_from_the_future_are_not_remembered(place: Place, hashed: list[str
 HOLD = """
 import sys
 from pathlib import Path
-from dpo_cli.utils.files import held
-with held(Path(sys.argv[1])):
-    print("held", flush=True)
+from dpo_cli.utils.files import file_lock
+with file_lock(Path(sys.argv[1])):
+    print("file_lock", flush=True)
     sys.stdin.read()
 """
 
@@ -1607,7 +1607,7 @@ def run_python(code: str, argument: Any) -> subprocess.Popen[str]:
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds ``lock`` until its input ends."""
     with run_python(HOLD, tmp_path / "lock") as process:
-        assert process.stdout and process.stdout.readline() == "held\n"
+        assert process.stdout and process.stdout.readline() == "file_lock\n"
         yield process
         process.kill()
 
@@ -1704,11 +1704,11 @@ def test_a_lock_that_cannot_be_made_names_its_file(tmp_path: Path) -> None:
 MAKE = """
 import sys
 from pathlib import Path
-from dpo_cli.utils.files import whole_folder
+from dpo_cli.utils.files import atomic_dir
 from dpo_cli.utils.errors import DpoError
 for line in sys.stdin:
     try:
-        with whole_folder(Path(line.strip()), new=True) as folder:
+        with atomic_dir(Path(line.strip()), new=True) as folder:
             (folder / "by").write_text(sys.argv[1])
             print("ready", flush=True)
             sys.stdin.readline()

@@ -314,7 +314,7 @@ def test_the_command_on_a_real_terminal(tiny: Path, tmp_path: Path) -> None:
     [
         ("dpo tr", ["train"]),
         ("dpo train --loss s", ["sigmoid", "sigmoid_norm", "sppo_hard", "sft", "simpo"]),
-        ("dpo train --lora-k", ["--lora-type"]),
+        ("dpo train --lora-t", ["--lora-type", "--lora-targets"]),
         ("dpo sweep --save-best rewards/a", ["rewards/accuracies"]),
         ("dpo train --data ", []),  # the shell's own: files
     ],

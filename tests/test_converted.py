@@ -210,9 +210,9 @@ def test_a_copy_that_is_pruned_meanwhile_is_done_without(copied: Callable[..., M
 
 def test_two_processes_convert_at_once(file: Path, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom dpo_cli.models.converted import with_copy, is_whole\n"
+        "import sys\nfrom pathlib import Path\nfrom dpo_cli.models.converted import use_converted, is_whole\n"
         "from dpo_cli.models.locate import find_model\nfrom dpo_cli.evaluation.metrics import Reporter\n"
-        "source = with_copy(find_model(sys.argv[1]), Path(sys.argv[2]), True, Reporter())\n"
+        "source = use_converted(find_model(sys.argv[1]), Path(sys.argv[2]), True, Reporter())\n"
         "assert is_whole(source.converted) and is_whole(source.weights)"
     )
     words = [sys.executable, "-c", script, str(file), str(tmp_path / "cache")]

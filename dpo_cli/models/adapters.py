@@ -174,7 +174,7 @@ def trained(model: nn.Module) -> Iterator[nn.Parameter]:
 
 @torch.no_grad()
 def cast_frozen_to_bf16(model: nn.Module) -> None:
-    """Leave the frozen weights of an adapter's base the bfloat16 halves that ``optimizer.halve`` would."""
+    """Leave the frozen weights of an adapter's base the bfloat16 halves that ``split`` gives."""
     for p in model.parameters():
         if not p.requires_grad and p.dtype == torch.float32:
             p.data = split(p.detach().contiguous())[0]

@@ -135,8 +135,8 @@ def verified_step(folder: Path) -> int | None:
         manifest = _read_manifest(folder)
         files = manifest["files"]
         known = files.keys() in (FILES, ADAPTER_FILES)
-        full_tensor = known and all(sha256(folder / name) == told["sha256"] for name, told in files.items())
-        return manifest["step"] if full_tensor and folder.name == _name(manifest["step"]) else None
+        whole = known and all(sha256(folder / name) == told["sha256"] for name, told in files.items())
+        return manifest["step"] if whole and folder.name == _name(manifest["step"]) else None
     except PermissionError:  # says nothing about what is in the file
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -36,7 +36,7 @@ from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.drift import Recorded, Watch
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.models.adapter_files import settings, trainable_config
-from dpo_cli.models.adapters import attach, is_adapted, is_quantized, make_config, try_backward
+from dpo_cli.models.adapters import attach, describe_adapter, is_adapted, is_quantized, make_config, try_backward
 from dpo_cli.models.fingerprint import fingerprint
 from dpo_cli.models.loading import compile_layers, dtype_name, experts_a_token, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
@@ -637,7 +637,7 @@ def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
 
 
 def _named(model: str | None, base: str | None = None) -> dict[str, str | None]:
-    """What a manifest says of a model, for ``locate.began_from``."""
+    """What a manifest says of a model, for ``locate.start_model``."""
     return {"model": _from_anywhere(model)} | ({"base_model": _from_anywhere(base)} if base else {})
 
 

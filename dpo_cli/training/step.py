@@ -96,10 +96,10 @@ class Surrogate:
     losses: Tensor
     slopes: Tensor
 
-    def __call__(self, indices: Sequence[int], logps: Tensor, full_tensor: Tensor) -> Tensor:
+    def __call__(self, indices: Sequence[int], logps: Tensor, whole: Tensor) -> Tensor:
         """Losses of some pairs by their log-probs and those not discounted: (2P,), (2P,) -> (P,)."""
         columns = moved(torch.tensor([self.columns[i] for i in indices]), logps.device)
-        both = torch.cat([logps, full_tensor]).view(4, -1)
+        both = torch.cat([logps, whole]).view(4, -1)
         return self.losses[columns] + ((both - both.detach()) * self.slopes[:, columns]).sum(0)
 
 
@@ -396,7 +396,7 @@ class Trainer:
         self,
         indices: Sequence[int],
         logps: Tensor,
-        full_tensor: Tensor,
+        whole: Tensor,
         lengths: Tensor,
         likelihoods: Tensor | float = 1.0,
     ) -> Preferences:
@@ -406,7 +406,7 @@ class Trainer:
             logps=logps,
             ref_logps=self._reference(indices, self.discounted),
             lengths=lengths,
-            whole=full_tensor,
+            whole=whole,
             tokens=self.tokens,
             margins=margins,
             weights=weights * likelihoods,
