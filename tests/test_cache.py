@@ -32,7 +32,7 @@ import dpo_cli.models.fingerprint
 import dpo_cli.reference.shards
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
-from dpo_cli.data.batching import padded
+from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.evaluation import drift
 from dpo_cli.models.fingerprint import WeightsHashCache, hash_weights
@@ -1587,7 +1587,7 @@ import sys
 from pathlib import Path
 from dpo_cli.utils.files import file_lock
 with file_lock(Path(sys.argv[1])):
-    print("file_lock", flush=True)
+    print("held", flush=True)
     sys.stdin.read()
 """
 

@@ -211,7 +211,7 @@ def test_a_copy_that_is_pruned_meanwhile_is_done_without(copied: Callable[..., M
 def test_two_processes_convert_at_once(file: Path, tmp_path: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\nfrom dpo_cli.models.converted import use_converted, is_whole\n"
-        "from dpo_cli.models.locate import find_model\nfrom dpo_cli.evaluation.metrics import Reporter\n"
+        "from dpo_cli.models.locate import find_model\nfrom dpo_cli.utils.console import Reporter\n"
         "source = use_converted(find_model(sys.argv[1]), Path(sys.argv[2]), True, Reporter())\n"
         "assert is_whole(source.converted) and is_whole(source.weights)"
     )
