@@ -1607,7 +1607,7 @@ def run_python(code: str, argument: Any) -> subprocess.Popen[str]:
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds ``lock`` until its input ends."""
     with run_python(HOLD, tmp_path / "lock") as process:
-        assert process.stdout and process.stdout.readline() == "file_lock\n"
+        assert process.stdout and process.stdout.readline() == "held\n"
         yield process
         process.kill()
 

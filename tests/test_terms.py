@@ -139,7 +139,7 @@ def test_cached_and_read_back(tmp_path: Path, model: PreTrainedModel) -> None:
     whole = [
         replace(pair, chosen=model_input_ids(pair.chosen), rejected=model_input_ids(pair.rejected)) for pair in PAIRS
     ]
-    filled = fill(open_cache(tmp_path), [*PAIRS, *whole], scorer)
+    filled = compute_missing(open_cache(tmp_path), [*PAIRS, *whole], scorer)
     cache = open_cache(tmp_path)
     assert compute_missing(cache, [*PAIRS, *whole], scorer).misses == 0
     with torch.no_grad():

@@ -78,13 +78,13 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     All ranks must ask for it; the others get nothing.
     """
     reshard(model)
-    iter_full_tensors: dict[int, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in iter_full_tensors:
+        if id(tensor) not in gathered:
             full = full_tensor(tensor.detach())
-            iter_full_tensors[id(tensor)] = full.cpu() if distributed.rank() == 0 else full.new_empty(0)
-        found[name] = iter_full_tensors[id(tensor)]
+            gathered[id(tensor)] = full.cpu() if distributed.rank() == 0 else full.new_empty(0)
+        found[name] = gathered[id(tensor)]
     return found if distributed.rank() == 0 else {}
 
 
