@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import MagicMock, call
 
 import pytest
+from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
 
 from dpo_cli.config.options import TrainOptions
@@ -155,6 +156,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Listener]:
 
 
 def start(folder: Path, names: str) -> Trackers:
+    PartialState(cpu=True)  # accelerate's trackers log through it
     folder.mkdir(exist_ok=True)
     return Trackers(folder, TrainOptions(data=["pairs.jsonl"], report_to=names), Reporter())
 
