@@ -3,8 +3,8 @@
 speed    seconds of a step on the shapes of SmolLM2-135M, random gradients, a process a mode
 moments  updates of AdamW, of this optimizer and of torchao's 8-bit AdamW where it is installed, on real gradients
 
-    python benchmarks/optimizer.py speed
-    python benchmarks/optimizer.py moments --model FOLDER
+    python benchmarks/memory/optimizer.py speed
+    python benchmarks/memory/optimizer.py moments --model FOLDER
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``benchmarks.frontier`` measured, as numbers at equal KL, as a table and as a picture.
+"""What ``benchmarks.studies.frontier`` measured, as numbers at equal KL, as a table and as a picture.
 
 Legend: S seeds, L levels of KL.
 """
