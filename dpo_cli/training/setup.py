@@ -27,7 +27,8 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config.options import RESUME_MUTABLE, DataOptions, TrainOptions, resolve, to_yaml
+from dpo_cli.config.options import DataOptions, TrainOptions
+from dpo_cli.config.resolve import RESUME_MUTABLE, resolve, to_yaml
 from dpo_cli.data.batching import Layout, Step, build_schedule, row_costs, step_pairs
 from dpo_cli.data.formats import BadRow, Reading
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on

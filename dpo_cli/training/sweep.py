@@ -11,14 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.options import (
-    RESUME_MUTABLE,
-    EvalOptions,
-    SweepOptions,
-    TrainOptions,
-    differences,
-    inherit_auto_options,
-)
+from dpo_cli.config.options import EvalOptions, SweepOptions, TrainOptions
+from dpo_cli.config.resolve import RESUME_MUTABLE, differences, inherit_auto_options
 from dpo_cli.evaluation.evaluate import evaluated
 from dpo_cli.evaluation.reward import Reward, load_reward
 from dpo_cli.models.loading import free_memory
@@ -125,7 +119,7 @@ def _began(runs: Mapping[Path, TrainOptions]) -> dict[Path, TrainOptions]:
             found[run] = trained_with(run)
             if changed := differences(found[run], inherit_auto_options(asked, found[run])):
                 told = f"{run.name} is there and was trained otherwise"
-                raise UsageError(f"--output {run.parent}: {told}: {', '.join(changed)}; name another folder")
+                raise UsageError(f"--output {run.parent}: {told}: {', '.join(changed.values())}; name another folder")
     return found
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from dpo_cli.config.options import RESUME_MUTABLE, TrainOptions
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.config.resolve import RESUME_MUTABLE
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
