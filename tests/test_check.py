@@ -514,7 +514,9 @@ def test_a_row_takes_few_bytes(tokenizer: Any, tmp_path: Path) -> None:
             for n in range(rows):
                 row = prompt(f"{n}: {words[n % 328]}", f"{n} {words[n % 41]}", f"{words[n % 37]} {n}")
                 stream.write(json.dumps(row) + "\n")
-        data_check = DataCheck({"data": find_sources([str(tmp_path / "rows.jsonl")])}, Reading(), Reporter(quiet=True), 3)
+        data_check = DataCheck(
+            {"data": find_sources([str(tmp_path / "rows.jsonl")])}, Reading(), Reporter(quiet=True), 3
+        )
         tracemalloc.start()
         data_check.read(tokenizer)
         held.append(tracemalloc.get_traced_memory()[0])

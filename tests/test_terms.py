@@ -35,7 +35,7 @@ from dpo_cli.evaluation.scores import values
 from dpo_cli.losses.preference import Objective
 from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import Scorer, token_logps
-from dpo_cli.reference.store import fill, pair_keys
+from dpo_cli.reference.store import compute_missing, pair_keys
 from dpo_cli.training.memory import at_head, count_bytes
 from dpo_cli.training.prepare import _verify
 from dpo_cli.training.step import NotFiniteError, StopSignal, Trainer
@@ -139,9 +139,9 @@ def test_cached_and_read_back(tmp_path: Path, model: PreTrainedModel) -> None:
     whole = [
         replace(pair, chosen=model_input_ids(pair.chosen), rejected=model_input_ids(pair.rejected)) for pair in PAIRS
     ]
-    filled = fill(open_cache(tmp_path), [*PAIRS, *whole], scorer)
+    filled = compute_missing(open_cache(tmp_path), [*PAIRS, *whole], scorer)
     cache = open_cache(tmp_path)
-    assert fill(cache, [*PAIRS, *whole], scorer).misses == 0
+    assert compute_missing(cache, [*PAIRS, *whole], scorer).misses == 0
     with torch.no_grad():
         wanted = torch.stack([plain(model, *each).sum() for each in responses([*PAIRS, *whole])]).view(-1, 2)
     torch.testing.assert_close(filled.logps, wanted, rtol=0, atol=NOISE)
@@ -162,7 +162,7 @@ def test_verify_allows_noise_by_tokens_with_loss(tmp_path: Path, model: PreTrain
     whole = Pair("whole", ids[:5], ids, ids[::-1].copy())
     pairs = [whole, replace(whole, chosen=np.append(~ids[:-1], ids[-1]))]
     scorer, cache = Scorer(model, "packed", torch.float32, 120, CPU), open_cache(tmp_path)
-    logps = fill(cache, pairs, scorer).logps
+    logps = compute_missing(cache, pairs, scorer).logps
     logps[:, 0] += 5 * NOISE
     assert _verify(logps, pairs, [0], scorer, cache) == pytest.approx(5 * NOISE, rel=0.1)
     with pytest.raises(DpoError, match="1 of 2 cached pairs are off"):

@@ -209,7 +209,7 @@ def compare(
     if watch.stopped():
         return None
     if not off <= IDENTITY:
-        watch.reporter.warn(f"KL(p||q) = H(p, q) - H(p) is off by {off:.2g} nats at some token: distrust the KL")
+        watch.reporter.warning(f"KL(p||q) = H(p, q) - H(p) is off by {off:.2g} nats at some token: distrust the KL")
     table = {name: sums[..., c] for c, name in enumerate((*COLUMNS, "moved"))}
     logps, ref_logps = table.pop("logp").float(), table.pop("ref_logp").float()
     distributions = Distributions(**{name: each.numpy() for name, each in table.items()}, identity_error=off)

@@ -30,7 +30,7 @@ from dpo_cli.training.prepare import choose_model, choose_tokenizer
 from dpo_cli.training.setup import reading_as_trained
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import RowError, UsageError, printable
-from dpo_cli.utils.files import whole_file
+from dpo_cli.utils.files import atomic_write
 
 NOTES = {
     PROMPT_CUT: "prompt_cut",
@@ -62,7 +62,7 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     result = _result(check, options)
     if options.fix:
         result["fixed"] = _fix(check, options.fix)
-        reporter.fact("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are clean")
+        reporter.info("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are clean")
     return result
 
 
@@ -237,7 +237,7 @@ class DataCheck:
         last = time.monotonic()
         for count, row in enumerate(rows):
             if count % 1000 == 0 and time.monotonic() - last > PROGRESS_SECONDS:
-                self.reporter.fact("", f"{what} {count:,} rows")
+                self.reporter.info("", f"{what} {count:,} rows")
                 last = time.monotonic()
             yield row
 
@@ -266,7 +266,7 @@ def _fix(check: DataCheck, file: Path) -> dict[str, Any]:
 def _write_clean(check: DataCheck, file: Path, clean: npt.NDArray[np.bool_]) -> None:
     records = (each for source in check.sources[TRAIN] for each in source.records())
     count = 0
-    with whole_file(file) as temporary, temporary.open("wb") as stream:
+    with atomic_write(file) as temporary, temporary.open("wb") as stream:
         for count, (where, record) in enumerate(records, 1):
             if count <= len(clean) and clean[count - 1]:
                 stream.write(_json_line(record, where))

@@ -22,7 +22,7 @@ from dpo_cli.data.batching import Step, probe_pairs, row_costs
 from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.logprobs import Scorer, head_room, hidden_states, token_logps
-from dpo_cli.models.sharding import gathered_parameters, own
+from dpo_cli.models.sharding import gathered_parameters, local_shard
 from dpo_cli.training.optimizer import BYTES, SPLIT
 from dpo_cli.utils import distributed
 
@@ -100,7 +100,7 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
         process=process,
         shards=distributed.world_size() if scorer.sharded else 1,
         gathered=gathered_parameters(model) if scorer.sharded else 0,
-        frozen=sum(own(p).nbytes for p in model.parameters() if not p.requires_grad),
+        frozen=sum(local_shard(p).nbytes for p in model.parameters() if not p.requires_grad),
     )
 
 
@@ -115,7 +115,7 @@ def _cut(pair: Pair) -> Pair:
 
 def _kept(scorer: Scorer, pairs: Sequence[Pair]) -> int:
     """Bytes that the body's forward keeps for its backward pass, parameters aside."""
-    weights = {own(p).untyped_storage().data_ptr() for p in scorer.model.parameters()}
+    weights = {local_shard(p).untyped_storage().data_ptr() for p in scorer.model.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
