@@ -23,8 +23,6 @@ from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.training.loop import Trainer
 from tests.conftest import SAMPLE, write_rows
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 ROWS, STEPS = 16, 4
 MODES = ("full", "8bit", "split", "in-backward")
 # One forward a step, nothing clipped: what the mode in-backward needs, and the others are compared with.
