@@ -8,7 +8,7 @@ import pytest
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import resolve
-from dpo_cli.data.records import hub_id
+from dpo_cli.data.sources import hub_id
 from dpo_cli.evaluation.statistics import wilson
 from tests.conftest import ROOT, bar_network
 

@@ -32,7 +32,7 @@ from dpo_cli.losses.preference import Objective
 from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint, same_weights
 from dpo_cli.models.loading import compile_layers, default_device, dtype_name, load_model, release
 from dpo_cli.models.locate import ModelSource, start_model
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
@@ -166,7 +166,7 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
 class _Loaded:
     """A model that is ready to score, the attention that it came with, and its log-probs' name in the cache."""
 
-    scorer: Scorer
+    scorer: ModelRunner
     own_attention: str
     fingerprint: str
 
@@ -243,7 +243,7 @@ class _Judge:
         told = self._of_samples(drawn, reference, about) if drawn else {}
         return compared.logps, compared.ref_logps if known.isnan().any() else known, compared, told
 
-    def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: Scorer) -> Tensor:
+    def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: ModelRunner) -> Tensor:
         """Log-probs under the reference (P, 2) as LD-DPO reads them: of the cache, where it has all of them."""
         alpha = self.objective.ld_alpha
         if alpha is None:
@@ -269,7 +269,7 @@ class _Judge:
             compile_layers(model)
         return _Loaded(scorer, own_attention, fingerprint(model, weights, scorer.layout, scorer.dtype) if named else "")
 
-    def _kept(self, scorer: Scorer) -> ReferenceCache | None:
+    def _kept(self, scorer: ModelRunner) -> ReferenceCache | None:
         """What the run was trained with of the reference, if it was computed as here and has all of these pairs."""
         if self.options.ref_model is not None or self.source.run is None:
             return None

@@ -20,7 +20,7 @@ from dpo_cli.evaluation.drift import Compared, Recorded, Watch
 from dpo_cli.evaluation.metrics import append_metrics, best_step, evaluations, read_metrics
 from dpo_cli.evaluation.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.evaluation.scores import Evaluation, Scores, values
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reporting.curves import write_curves
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.setup import Run, read_manifest
@@ -75,7 +75,7 @@ class HeldOut:
             self.reference = self.discounted = torch.full((len(run.held_out), 2), math.nan)
 
     def evaluate(
-        self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
+        self, step: int, scorer: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
     ) -> dict[str, float] | None:
         """Score the pairs under the policy after ``step`` and write their line; None if it was stopped first.
 

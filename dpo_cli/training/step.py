@@ -26,7 +26,7 @@ from dpo_cli.data.collate import MicroBatch, to_device
 from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.metrics import SUMS, mean_reward, pair_sums, summarize
 from dpo_cli.losses.preference import Objective, Preferences
-from dpo_cli.models.logprobs import Said, Scorer, out_of_memory
+from dpo_cli.models.logprobs import ModelRunner, Said, out_of_memory
 from dpo_cli.models.moe import auxiliary_loss, routed
 from dpo_cli.models.sharding import full_tensor, local_shard
 from dpo_cli.training.optimizer import SPLIT, SmallAdamW
@@ -109,7 +109,7 @@ class Trainer:
     """What one optimizer step needs."""
 
     accelerator: Accelerator
-    scorer: Scorer
+    scorer: ModelRunner
     optimizer: Any
     pairs: Sequence[Pair]
     costs: Sequence[int]  # tokens of each pair in a forward
