@@ -19,11 +19,10 @@ from typer.testing import CliRunner
 
 from benchmarks.memory import hosts, scale
 from dpo_cli.cli.app import app
-from dpo_cli.reference.shards import read_folder
 from dpo_cli.training.step import StopSignal
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
-from tests.conftest import LONG, ROOT, SAMPLE, cli_environment, make_model
+from tests.conftest import LONG, ROOT, SAMPLE, cached_logps, cli_environment, make_model
 from tests.ranks_worker import POISONED
 
 pytestmark = pytest.mark.timeout(1500)  # `done` takes five minutes where two of it are made at once
@@ -163,7 +162,7 @@ def test_ranks_fill_one_cache_with_equal_values(done: tuple[Path, Any], name: st
     assert (result["pairs"], result["misses"]) == (PAIRS, PAIRS)
     caches = [next((folder / "cache" / each / "reference").iterdir()) for each in ("scored-1", name)]
     assert len(list(caches[1].glob("*.safetensors"))) == 4  # each rank its own
-    expected, found = (read_folder(cache, pytest.fail) for cache in caches)
+    expected, found = (cached_logps(cache) for cache in caches)
     assert caches[0].name == caches[1].name and len(expected) == 2 * PAIRS
     if name == "scored-4":
         assert found == expected
