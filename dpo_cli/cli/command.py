@@ -169,12 +169,10 @@ def fail(message: str, code: int, debug: bool = False, log_json: bool = False) -
     """Print an error on stderr and exit. Of several ranks rank 0 prints; torchrun reports the first that failed."""
     if debug:
         print(printable(traceback.format_exc()), file=sys.stderr, end="")
-    if num_processes() > 1:
+    if not is_main_process() and "TORCHELASTIC_ERROR_FILE" in os.environ:
         from dpo_cli.utils.distributed import record_error
 
         record_error()
-    if not is_main_process() and "TORCHELASTIC_ERROR_FILE" in os.environ:
-        pass
     elif log_json:
         print(json.dumps({"event": "error", "text": message, "exit_code": code}), file=sys.stderr, flush=True)
     else:
