@@ -23,7 +23,8 @@ from torch import Tensor
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import MicroBatch, Step, cut_step, moved
 from dpo_cli.data.pairs import Pair, loss_tokens
-from dpo_cli.evaluation.metrics import SUMS, mean_reward, pair_sums, summarize
+from dpo_cli.evaluation.metrics import SUMS, pair_sums, summarize
+from dpo_cli.evaluation.metrics_log import mean_reward
 from dpo_cli.losses.preference import Objective, Preferences
 from dpo_cli.models.logprobs import Said, Scorer, out_of_memory
 from dpo_cli.models.moe import auxiliary_loss, routed
