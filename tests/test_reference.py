@@ -27,14 +27,14 @@ from typer.testing import CliRunner
 
 import dpo_cli.reference.store
 from dpo_cli.cli.app import app
-from dpo_cli.data.batching import MicroBatch
+from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import Scorer
 from dpo_cli.reference.shards import KEY_BYTES
-from dpo_cli.reference.store import ReferenceCache, fill, missing_places, pair_keys, response_key
+from dpo_cli.reference.store import ReferenceCache, compute_missing, missing_places, pair_keys, response_key
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
@@ -230,7 +230,7 @@ def test_a_length_that_cuts_nothing_is_no_change(rows: Path, precompute: Precomp
 def test_equal_pairs_are_scored_once(tmp_path: Path, scorer: Scorer, forwards: list[int]) -> None:
     pairs = random_pairs(5)
     cache = open_cache(tmp_path)
-    fill(cache, [*pairs, *pairs, pairs[0]], scorer)
+    compute_missing(cache, [*pairs, *pairs, pairs[0]], scorer)
     assert sum(forwards) == 5
     assert torch.equal(cache.lookup([*pairs, pairs[2]]), cache.lookup([*pairs, *pairs])[[0, 1, 2, 3, 4, 7]])
 
@@ -249,7 +249,7 @@ def test_a_key_is_of_all_ids_and_the_boundary(a: list[int], b: list[int], c: lis
 def test_stored_numbers_are_the_models(tmp_path: Path, scorer: Scorer) -> None:
     """Each response alone through the plain model; a shard's token log-probs add up to its sums."""
     pairs = random_pairs(6)
-    fill(open_cache(tmp_path), pairs, scorer)
+    compute_missing(open_cache(tmp_path), pairs, scorer)
     cache = open_cache(tmp_path)
     expected = []
     with torch.no_grad():
@@ -271,7 +271,7 @@ def test_log_probs_as_ld_dpo_reads_them(tmp_path: Path, scorer: Scorer, alpha: f
     pairs = random_pairs(12)
     pairs.append(Pair("row 12", pairs[0].prompt, pairs[0].chosen, pairs[0].chosen[:1]))
     cache = open_cache(tmp_path)
-    whole = fill(cache, pairs, scorer).logps
+    whole = compute_missing(cache, pairs, scorer).logps
     found = cache.discounted(Pairs(pairs), alpha)
     torch.testing.assert_close(found, scorer.read(pairs, alpha).discounted, rtol=1e-6, atol=1e-5)
     one = torch.tensor([len(pair.chosen) == len(pair.rejected) for pair in pairs])
@@ -382,7 +382,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Pair], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo_cli.reference.store, "SHARD_SECONDS", -1.0)
         cache = open_cache(folder)
-        fill(cache, pairs, make_scorer())
+        compute_missing(cache, pairs, make_scorer())
     assert len(shards(folder)) >= 4
     return folder, pairs, cache.lookup(pairs)
 
@@ -426,7 +426,7 @@ def test_damaged_shard_is_set_aside_and_computed_again(
         assert len(missing(cache, pairs)) == lost
         assert not shard.exists() and len(list(folder.rglob("*.damaged"))) == 1
         forwards.clear()
-        fill(cache, pairs, scorer)
+        compute_missing(cache, pairs, scorer)
         assert sum(forwards) == lost
         torch.testing.assert_close(open_cache(folder).lookup(pairs), values, rtol=0, atol=NOISE)
 
@@ -494,15 +494,15 @@ def test_interrupted_fill_keeps_what_was_scored(
 
     monkeypatch.setattr(Scorer, "token_logps", failing)
     with pytest.raises(error if isinstance(error, type) else type(error)):
-        fill(open_cache(tmp_path), pairs, scorer)
+        compute_missing(open_cache(tmp_path), pairs, scorer)
     kept, scored = open_cache(tmp_path), sum(forwards)
     assert 0 < scored < 12
     assert len(missing(kept, pairs)) == 12 - scored
     monkeypatch.setattr(Scorer, "token_logps", original)
-    filled = fill(kept, pairs, scorer)
+    filled = compute_missing(kept, pairs, scorer)
     assert (filled.hits, filled.misses) == (scored, 12 - scored)
     whole = open_cache(tmp_path / "other")
-    fill(whole, pairs, scorer)
+    compute_missing(whole, pairs, scorer)
     torch.testing.assert_close(open_cache(tmp_path).lookup(pairs), whole.lookup(pairs), rtol=0, atol=NOISE)
 
 
@@ -516,7 +516,7 @@ def _fill(folder: Path, pairs: list[Pair], together: Barrier | None, die_at: int
         Path.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == die_at else settle(*a)  # type: ignore[method-assign, assignment, return-value]
     if together:
         together.wait(60)
-    fill(cache, pairs, scorer)
+    compute_missing(cache, pairs, scorer)
 
 
 @pytest.fixture
@@ -547,7 +547,7 @@ def test_several_processes_fill_one_cache(tmp_path: Path, scorer: Scorer, start:
     cache = open_cache(tmp_path)
     assert cache.values.keys() == {key for pair in pairs for key in pair_keys(pair)}
     alone = open_cache(tmp_path / "alone")
-    fill(alone, pairs, scorer)
+    compute_missing(alone, pairs, scorer)
     torch.testing.assert_close(cache.lookup(pairs), alone.lookup(pairs), rtol=0, atol=NOISE)
     assert [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".safetensors"] == []
 
@@ -566,9 +566,9 @@ def test_killed_fills_lose_nothing_that_was_written(tmp_path: Path, scorer: Scor
         assert 0 < left <= unscored - (shard - 1)  # each shard before that one had a pair at least
         unscored = left
     cache = open_cache(tmp_path)
-    assert fill(cache, pairs, scorer).misses == unscored
+    assert compute_missing(cache, pairs, scorer).misses == unscored
     alone = open_cache(tmp_path / "alone")
-    fill(alone, pairs, scorer)
+    compute_missing(alone, pairs, scorer)
     torch.testing.assert_close(open_cache(tmp_path).lookup(pairs), alone.lookup(pairs), rtol=0, atol=NOISE)
 
 
@@ -576,7 +576,7 @@ def test_killed_fills_lose_nothing_that_was_written(tmp_path: Path, scorer: Scor
 def test_shards_have_the_mode_of_any_new_file(tmp_path: Path, scorer: Scorer, umask: int) -> None:
     before = os.umask(umask)
     try:
-        fill(open_cache(tmp_path), random_pairs(4), scorer)
+        compute_missing(open_cache(tmp_path), random_pairs(4), scorer)
     finally:
         os.umask(before)
     files = [p for p in tmp_path.rglob("*") if p.is_file()]

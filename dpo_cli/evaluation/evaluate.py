@@ -27,9 +27,9 @@ from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generat
 from dpo_cli.evaluation.metrics import LossInput
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.preference import Objective
-from dpo_cli.models.fingerprint import WeightsMemo, fingerprint, same_weights
+from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint, same_weights
 from dpo_cli.models.loading import compile_layers, default_device, dtype_name, load_model, release
-from dpo_cli.models.locate import ModelSource, began_from
+from dpo_cli.models.locate import ModelSource, start_model
 from dpo_cli.models.logprobs import Scorer
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.reporting.html import ReportInput, write_report
@@ -73,7 +73,7 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
     for name, each in (("a", first.to_dict()), ("b", second.to_dict())):
         result[name] = {key: each[key] for key in ("trained_on", "model", "reference", "beta") if key in each}
     if result["a"]["reference"] != result["b"]["reference"]:
-        reporter.warn("the two models have different references: their rewards and KLs are not comparable")
+        reporter.warning("the two models have different references: their rewards and KLs are not comparable")
     show(result | statistics.compare(first.scores, second.scores))
 
 
@@ -104,9 +104,9 @@ def evaluate(
     manifest = read_manifest(source.run) if source.run else None
     as_in_run = began is not None and options.beta == began.beta and options.ref_model is None
     held_out = as_in_run and manifest is not None and manifest["held_out"]["sha256"] == pairs.digest()
-    trained = trained_hashes(source.run, manifest, reporter.warn) if source.run and manifest else None
+    trained = trained_hashes(source.run, manifest, reporter.warning) if source.run and manifest else None
     overlap = trained_on(pairs, trained) if trained is not None else None
-    about: dict[str, Any] = {"model": source.told, "reference": both.reference_name, "beta": options.beta}
+    about: dict[str, Any] = {"model": source.description, "reference": both.reference_name, "beta": options.beta}
     about |= {"rows": rows.rows, "refused": reasons(rows.refused), "pairs": len(pairs)}
     result = evaluator.result(scores, compared, history, held_out, overlap, about)
     result = dataclasses.replace(result, sequence_kl=samples.kl, samples=samples.answers)
@@ -114,8 +114,10 @@ def evaluate(
     if options.per_pair:
         write_per_pair(options.per_pair, pairs, scores)
     if options.report:
-        write_report(options.report, ReportInput(source.told, result, history, manifest, vars(options), objective))
-        reporter.fact("report", str(options.report))
+        write_report(
+            options.report, ReportInput(source.description, result, history, manifest, vars(options), objective)
+        )
+        reporter.info("report", str(options.report))
     return result, pairs
 
 
@@ -260,7 +262,7 @@ class _TwoModels:
         began, device = self.began, default_device()
         frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
         memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
-        memo = WeightsMemo(source, self.options.cache_dir)
+        memo = WeightsHashCache(source, self.options.cache_dir)
         model = load_model(source)
         own_attention = model.config._attn_implementation
         weights = memo.hash(model) if named else ""
@@ -280,7 +282,7 @@ class _TwoModels:
         computed = (scorer.layout, dtype_name(scorer.dtype), scorer.device.type)
         if computed != (reference["layout"], reference["dtype"], manifest["device"]):
             return None
-        cache = ReferenceCache(self.options.cache_dir, reference["fingerprint"], self.reporter.warn)
+        cache = ReferenceCache(self.options.cache_dir, reference["fingerprint"], self.reporter.warning)
         self.reference_name = str(reference["model"] or manifest["start_model"])
         return None if cache.lookup(self.pairs).isnan().any() else cache
 
@@ -294,14 +296,14 @@ class _TwoModels:
         """
         if self.itself:
             self.reference_name = "the model itself"
-            self.reporter.fact("reference", "the model itself: it is not a run, and there is no --ref-model")
+            self.reporter.info("reference", "the model itself: it is not a run, and there is no --ref-model")
             return policy, open_cache(self.options, policy.fingerprint, self.source, policy.scorer, self.reporter)
         release(policy.scorer.model)
         gc.collect()
         of_run = self.source.run is not None and self.options.ref_model is None
         recorded = read_manifest(cast(Path, self.source.run))["reference"] if of_run else None
         try:
-            name, base = began_from(recorded, self.options.base_model) if recorded else (self.options.ref_model, None)
+            name, base = start_model(recorded, self.options.base_model) if recorded else (self.options.ref_model, None)
             source = choose_model(name, self.options, self.reporter, "reference", base)
             if recorded and self.began and self.began.ref_model is None:
                 source = _as_in_run(source, self.began)
@@ -309,7 +311,7 @@ class _TwoModels:
         except UsageError as error:
             other = ", or add --kl none: its log-probs are cached" if cached else ""
             raise UsageError(f"the reference cannot be loaded; name it with --ref-model{other}\n{error}") from error
-        self.reference_name = source.told
+        self.reference_name = source.description
         if recorded and not same_weights(loaded.fingerprint, recorded["fingerprint"]):
             raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref-model")
         return loaded, open_cache(self.options, loaded.fingerprint, source, loaded.scorer, self.reporter)
@@ -320,7 +322,7 @@ class _TwoModels:
         """Let the policy answer the first distinct prompts of the data, and record the sampled answers."""
         prompts = list({pair.prompt.tobytes(): pair.prompt for pair in self.pairs}.values())
         prompts = prompts[: self.options.sample_prompts]
-        self.reporter.fact("samples", f"{self.options.samples} answers to each of {len(prompts)} prompts")
+        self.reporter.info("samples", f"{self.options.samples} answers to each of {len(prompts)} prompts")
         greedy, sampled = (self._answers(policy, prompts, sampled) for sampled in (False, True))
         pairs = as_pairs(prompts, sampled)
         recorded = kl.record(policy.scorer, pairs, self.options.cache_dir, self._progress("samples"))

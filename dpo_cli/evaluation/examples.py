@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.data.pairs import Ids, Pairs, carries_loss, read
+from dpo_cli.data.pairs import Ids, Pairs, carries_loss, model_input_ids
 from dpo_cli.evaluation.kl import FOLD, ModelComparison
 from dpo_cli.evaluation.metrics import SIDES, PairScores
-from dpo_cli.utils.files import to_json, whole_file
+from dpo_cli.utils.files import atomic_write, to_json
 
 PAIRS_OF_EACH_KIND = 2
 CONTEXT = 8  # tokens before and after a shifted one
@@ -75,7 +75,7 @@ def _token_sides(place: int, pairs: Pairs, compared: ModelComparison, tokenizer:
 
 def token_texts(ids: Ids, tokenizer: Any) -> list[str]:
     """Each token's own text: what it adds to the one before it, since some decoders drop a text's first space."""
-    whole = read(ids).tolist()
+    whole = model_input_ids(ids).tolist()
     alone = [tokenizer.decode([each], clean_up_tokenization_spaces=False) for each in whole]
     both = [tokenizer.decode([*two], clean_up_tokenization_spaces=False) for two in pairwise(whole)]
     return alone[:1] + [two[len(first) :] for first, two in zip(alone, both, strict=False)]
@@ -104,7 +104,7 @@ def _in_context(row: int, compared: ModelComparison, pairs: Pairs, tokenizer: An
     place = int(np.flatnonzero(carries_loss(ids))[offset])
     logp, ref_logp = compared.tokens[row, :2].tolist()
     fold = math.copysign(math.exp(min(abs(logp - ref_logp), 700)), logp - ref_logp)
-    text, at = np.concatenate([read(pair.prompt), read(ids)]), len(pair.prompt) + place
+    text, at = np.concatenate([model_input_ids(pair.prompt), model_input_ids(ids)]), len(pair.prompt) + place
     spans = (slice(max(0, at - CONTEXT), at), slice(at, at + 1), slice(at + 1, at + 1 + CONTEXT))
     before, token, after = (tokenizer.decode(text[span], clean_up_tokenization_spaces=False) for span in spans)
     about = {"row": pair.where, "response": side, "place": place, "before": before, "token": token, "after": after}
@@ -116,7 +116,7 @@ def write_per_pair(file: Path, pairs: Pairs, scores: PairScores) -> None:
     tables = {"logps": scores.logps, "ref_logps": scores.ref_logps, "rewards": scores.rewards}
     if (exact := scores.distributions) is not None:
         tables |= {"kl": exact.kl / scores.tokens, "reverse_kl": exact.reverse_kl / scores.tokens}
-    with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
+    with atomic_write(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for place, pair in enumerate(pairs):
             line: dict[str, Any] = {"row": pair.where}
             line |= {f"{name}/{side}": each[place, c] for name, each in tables.items() for c, side in enumerate(SIDES)}

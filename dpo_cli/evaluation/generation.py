@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from dpo_cli.data.pairs import Ids, Pair, Pairs, read
+from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.models.attention import attention
@@ -145,7 +145,7 @@ def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pa
     last one of the first pairs' chosen responses, if it is a special token.
     """
     config = _valid(deepcopy(model.generation_config) if model.generation_config else GenerationConfig())
-    lasts = Counter(int(read(pair.chosen[-1:])[0]) for pair in pairs[:ENDS_OF])
+    lasts = Counter(int(model_input_ids(pair.chosen[-1:])[0]) for pair in pairs[:ENDS_OF])
     (last, _), eos = lasts.most_common(1)[0], _eos_ids(model, tokenizer)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     wanted = eos if last in eos or last not in special else [*eos, last]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.options import BEST
-from dpo_cli.utils.files import to_json, whole_file, writing
+from dpo_cli.utils.files import atomic_write, to_json, writing
 
 History = Sequence[Mapping[str, Any]]
 
@@ -33,7 +33,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def truncate_metrics(file: Path, step: int) -> None:
     """Drop the lines after ``step``, and a last line that a crash cut short."""
     lines = [line for line in read_metrics(file) if isinstance(line, dict) and line.get("step", math.inf) <= step]
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text("".join(to_json(line) + "\n" for line in lines), encoding="utf-8")
 
 

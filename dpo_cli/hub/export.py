@@ -17,18 +17,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo_cli.data.batching import padded
-from dpo_cli.data.pairs import Pair, loss_tokens
+from dpo_cli.data.collate import padded
+from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, save_adapter
 from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied
 from dpo_cli.models.loading import load_exported, load_model, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import noise, token_logps
-from dpo_cli.models.sharding import is_sharded, whole_weights
+from dpo_cli.models.sharding import full_state_dict, is_sharded
 from dpo_cli.training.memory import process_bytes, usable_bytes
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError, UsageError
-from dpo_cli.utils.files import whole_folder
+from dpo_cli.utils.files import atomic_dir
 
 CPU = torch.device("cpu")
 
@@ -64,10 +64,10 @@ def export_model(
         pair = Pair("the ids from 0 to 63", ids[:1], ids[1:], ids[:0:-1])
     if expected is None:
         expected = response_logps(model, pair, torch.float32), torch.float32
-    weights = whole_weights(model) if is_sharded(model) else None
+    weights = full_state_dict(model) if is_sharded(model) else None
 
     def write() -> None:
-        with whole_folder(folder) as temporary:
+        with atomic_dir(folder) as temporary:
             if is_adapted(model):
                 save_adapter(model, temporary)
                 model.generation_config.save_pretrained(temporary)  # its answers end as they do here
@@ -86,7 +86,7 @@ def export_model(
             logps, precision = expected
             exact = dtype == precision == torch.float32 and logps.device == CPU
             allowed = noise(torch.float32 if exact else torch.bfloat16)
-            allowed *= max(loss_tokens(pair.chosen), loss_tokens(pair.rejected)) ** 0.5
+            allowed *= max(count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)) ** 0.5
             if found is not None and not (off := float((found - logps.to(CPU)).abs().max())) <= allowed:
                 raise NotReadBackError(
                     f"{folder}: loaded again, the model gives other log-probs than in memory, by {off:.3g} nats on "
@@ -104,7 +104,7 @@ def response_logps(model: PreTrainedModel, pair: Pair, dtype: torch.dtype, apart
     batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
     with torch.no_grad():
         logps = token_logps(model, batch.to(next(model.parameters()).device), dtype, apart)
-    chosen, rejected = logps.double().split([loss_tokens(pair.chosen), loss_tokens(pair.rejected)])
+    chosen, rejected = logps.double().split([count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)])
     return torch.stack([chosen.sum(), rejected.sum()])
 
 

@@ -25,7 +25,7 @@ from dpo_cli.evaluation.examples import ShownPair, Token
 from dpo_cli.evaluation.metrics import SIDES
 from dpo_cli.losses.preference import DPO, Objective
 from dpo_cli.reporting.plots import Plot, curves, pair_plots, svg
-from dpo_cli.utils.files import whole_file
+from dpo_cli.utils.files import atomic_write
 from dpo_cli.utils.formatting import NONE, between, fold, is_number, nats, number, percent, tick
 
 MAX_TOKENS = 600  # of a response that are shown
@@ -56,7 +56,7 @@ def write_report(file: Path, about: ReportInput) -> None:
     Raises:
         NotWrittenError: the disk is full or the folder is closed.
     """
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(page(about), encoding="utf-8")
 
 

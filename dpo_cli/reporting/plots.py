@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dpo_cli.evaluation.metrics import SIDES, PairScores
 from dpo_cli.losses.preference import DPO, Objective
-from dpo_cli.utils.files import whole_file
+from dpo_cli.utils.files import atomic_write
 from dpo_cli.utils.formatting import is_number, number, percent
 
 if TYPE_CHECKING:  # matplotlib takes a second to load
@@ -93,7 +93,7 @@ def write_plots(file: Path, plots: Sequence[Plot]) -> None:
     """
     kind = file.suffix[1:]
     how: dict[str, Any] = {"metadata": NO_METADATA} if kind == "svg" else {"dpi": 144, "metadata": {"Software": None}}
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         _save(temporary, plots, titles=True, format=kind, facecolor="white", **how)
 
 

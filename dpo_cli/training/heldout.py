@@ -61,7 +61,7 @@ class HeldOut:
         run = self.run
         if run.held_out and run.options.kl == "exact" and not run.reference:
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
-            self.reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
+            self.reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             progress = kl.Progress(self.reporter, "reference")
             self.recorded = kl.record(run.scorer, run.held_out, run.options.cache_dir, progress)
         if not run.options.objective.reference:
@@ -110,7 +110,7 @@ class HeldOut:
             history = read_metrics(self.metrics)
             if self.last:
                 step, scores, compared = self.last
-                reference = (run.reference.source if run.reference else run.source).told
+                reference = (run.reference.source if run.reference else run.source).description
                 about = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta, "reference": reference}
                 result = self.evaluator.result(scores, compared, history, trained_on=run.trained_on, about=about)
                 result = dataclasses.replace(result, samples=[dict(sample) for sample in samples])
@@ -120,5 +120,5 @@ class HeldOut:
             write_report(run.folder / "report.html", about_run)
             write_curves(run.folder / "curves.png", history, objective)
         except Exception as error:  # also of the libraries that draw
-            self.reporter.warn(f"the report of {run.folder} is not up to date: {error}")
+            self.reporter.warning(f"the report of {run.folder} is not up to date: {error}")
         return verdict

@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.options import OPERATIONAL, EvalOptions, SweepOptions, TrainOptions, differences, settled_as
+from dpo_cli.config.options import (
+    RESUME_MUTABLE,
+    EvalOptions,
+    SweepOptions,
+    TrainOptions,
+    differences,
+    inherit_auto_options,
+)
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.evaluation.evaluator import EvalResult
 from dpo_cli.evaluation.reward import Reward, load_reward
@@ -38,16 +45,16 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
     runs = {folder / f"beta-{training.beta:g}": training for training in options.runs()}
     started = {run: trained_with(run) for run in runs if run.exists()}
     for run, asked in runs.items():
-        if run in started and (changed := differences(started[run], settled_as(asked, started[run]))):
+        if run in started and (changed := differences(started[run], inherit_auto_options(asked, started[run]))):
             changes = f"{run.name} exists with other options: {', '.join(changed)}"
             raise UsageError(f"--output {folder}: {changes}; choose another folder")
     reward = load_reward(options.reward) if options.reward else None
     result: dict[str, Any] = {"output": str(folder)}
     points: list[dict[str, Any]] = []
     for run, training in runs.items():
-        reporter.fact("sweep", f"beta {training.beta:g}, {len(points) + 1} of {len(runs)}: {run}")
+        reporter.info("sweep", f"beta {training.beta:g}, {len(points) + 1} of {len(runs)}: {run}")
         like = started.get(run) or next(iter(started.values()), None)
-        _train(run, settled_as(training, like) if like else training, command, reporter)
+        _train(run, inherit_auto_options(training, like) if like else training, command, reporter)
         started[run] = trained_with(run)
         _check_same_start(run, next(iter(runs)))
         evaluation = _evaluate(run, options, reporter)
@@ -58,7 +65,7 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
     for name in ("frontier.svg", "frontier.png"):
         write_plots(folder / name, frontier(points, result["kl"]["unit"], result.get("reference_reward")))
     write_json(folder / RESULT, result)
-    reporter.fact("frontier", str(folder / "frontier.svg"))
+    reporter.info("frontier", str(folder / "frontier.svg"))
     return result
 
 
@@ -90,7 +97,7 @@ def _folder(options: SweepOptions) -> Path:
     folder = options.output
     if folder is None:
         training = dataclasses.asdict(options.runs()[0])
-        fixed = {name: value for name, value in training.items() if name not in OPERATIONAL | {"beta"}}
+        fixed = {name: value for name, value in training.items() if name not in RESUME_MUTABLE | {"beta"}}
         folder = Path("runs", f"sweep-{hashlib.sha256(to_json(fixed).encode()).hexdigest()[:8]}")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
     if names and RESULT not in names and not any(name.startswith("beta-") for name in names):
@@ -116,7 +123,7 @@ def _check_same_start(run: Path, first: Path) -> None:
 def _train(run: Path, options: TrainOptions, command: Sequence[str], reporter: Reporter) -> None:
     """Train a run or resume it; a finished one stays as it is."""
     if (run / "model").exists():
-        reporter.fact("", "already trained")
+        reporter.info("", "already trained")
         return
     try:
         train(dataclasses.replace(options, output=run), run if run.exists() else None, command, reporter)

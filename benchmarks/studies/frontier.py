@@ -1,6 +1,6 @@
 """What a known reward costs in KL: the first figure of the DPO paper (arXiv 2305.18290) in small.
 
-    python -m benchmarks.frontier --output FOLDER        # the default model, three seeds
+    python -m benchmarks.studies.frontier --output FOLDER        # the default model, three seeds
 
 A policy completes openings of answers, as the paper's completes film reviews. The reward is a program that anyone can
 run: how plainly a completion speaks, by naive Bayes over the sample data's chosen and rejected answers. For each seed
@@ -35,9 +35,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.frontier_report import draw, markdown, summary
+from benchmarks.studies.frontier_report import draw, markdown, summary
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import plan_run
+from dpo_cli.data.batching import build_schedule
 from dpo_cli.data.pairs import Ids, Pair, Pairs
 from dpo_cli.evaluation import drift
 from dpo_cli.evaluation.drift import Watch
@@ -58,7 +58,7 @@ from dpo_cli.utils.distributed import started
 from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.files import write_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WATCH = Watch(Reporter(quiet=True), "frontier")
 SHARPNESS = 12.0  # of the reward: nats of preference a nat of evidence a word
 MAX_TOKENS = 2048
@@ -285,7 +285,7 @@ class Lab:
         scorer = replace(self.reference, model=policy)
         costs = scorer.costs(pairs)
         how = {"batch_size": sizes.batch_size, "epochs": -(-steps * sizes.batch_size // len(pairs)), "seed": seed}
-        plan = plan_run(costs, "shared", max_steps=steps, max_tokens=MAX_TOKENS, world=1, **how)
+        plan = build_schedule(costs, "shared", max_steps=steps, max_tokens=MAX_TOKENS, world_size=1, **how)
         with started() as accelerator:
             optimizer = accelerator.prepare_optimizer(make_optimizer(policy, 0.0))
             trainer = Trainer(accelerator, scorer, optimizer, pairs, costs, given.logps, options)

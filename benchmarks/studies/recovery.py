@@ -1,7 +1,7 @@
 """Does DPO find what its theory says? A language whose every response is known, and preferences by Bradley and Terry.
 
-    python -m benchmarks.recovery                        # prints the tables; writes docs/images/recovery.png
-    python -m benchmarks.recovery --seeds 1 --quick      # the population's loss alone, no picture
+    python -m benchmarks.studies.recovery                        # prints the tables; writes docs/images/recovery.png
+    python -m benchmarks.studies.recovery --seeds 1 --quick      # the population's loss alone, no picture
 
 The policy is a small transformer over 4 letters; a response is 3 of them, so that a prompt has 64, whose probabilities
 sum to 1. Each has a true reward of its own, standard normal, that no other tells anything of. People prefer by
@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import lay_out
+from dpo_cli.data.collate import collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.losses.preference import Objective, Preferences
@@ -52,11 +52,11 @@ RESPONSES = np.array(list(itertools.product(range(LETTERS), repeat=LENGTH)), np.
 PROMPTS = [np.array(letters, np.int32) for letters in ((0, 1), (2, 3))]
 FIRST, SECOND = np.triu_indices(len(RESPONSES), 1)  # of every pair
 ORDERS = torch.from_numpy(np.stack([np.concatenate([FIRST, SECOND]), np.concatenate([SECOND, FIRST])]))
-BATCH = lay_out([Pair("", prompt, *two) for prompt in PROMPTS for two in RESPONSES.reshape(-1, 2, LENGTH)], "padded")
+BATCH = collate([Pair("", prompt, *two) for prompt in PROMPTS for two in RESPONSES.reshape(-1, 2, LENGTH)], "padded")
 STEPS, LR = 400, 5e-3
 BETAS, USUAL = (0.2, 0.5, 1.0), 0.5
 DRAWN = (1_000, 10_000, 100_000, 1_000_000)  # preferences a prompt
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "recovery.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "recovery.png"
 
 
 @dataclass(frozen=True)

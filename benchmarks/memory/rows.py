@@ -1,6 +1,6 @@
 """Show what many rows cost before the first step: seconds by phase, and memory.
 
-    python benchmarks/rows.py --rows 10000 100000 1000000
+    python benchmarks/memory/rows.py --rows 10000 100000 1000000
 
 Writes files of short string pairs (random words, about 20 tokens a part with the tests' small tokenizer) and measures
 each size in a process of its own: reading, tokenizing, reading the pairs back as the next start does, planning, and
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from dpo_cli.data.batching import plan_run, row_costs
+from dpo_cli.data.batching import build_schedule, row_costs
 from dpo_cli.data.formats import Reading, read_rows
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.records import find_sources
@@ -38,7 +38,7 @@ from dpo_cli.models.locate import find_model
 from dpo_cli.reference.shards import Entry
 from dpo_cli.reference.store import ReferenceCache, pair_keys
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FINGERPRINT = "0" * 64
 WORDS_A_PART = 5
 SHARD_PAIRS = 20_000
@@ -111,7 +111,9 @@ def measure(rows: int, model: str | None) -> Measured:
         pairs = pairs_of(folder, tokenizer)
         times.append(time.perf_counter())
         costs = row_costs(pairs, "shared")
-        plan = plan_run(costs, "shared", batch_size=16, epochs=1, max_steps=None, max_tokens=2048, world=1, seed=0)
+        plan = build_schedule(
+            costs, "shared", batch_size=16, epochs=1, max_steps=None, max_tokens=2048, world_size=1, seed=0
+        )
         times.append(time.perf_counter())
         fill(folder, pairs)
         times.append(time.perf_counter())

@@ -1,8 +1,8 @@
 """What an evaluation costs beside one scoring pass of a model: seconds in turns, and memory by number of pairs.
 
-    python -m benchmarks.evaluation                      # the default model, 24 sample pairs
-    python -m benchmarks.evaluation --pairs 60 --repeats 5 --model MODEL
-    python -m benchmarks.evaluation --memory 500 2000 8000
+    python -m benchmarks.memory.evaluation                      # the default model, 24 sample pairs
+    python -m benchmarks.memory.evaluation --pairs 60 --repeats 5 --model MODEL
+    python -m benchmarks.memory.evaluation --memory 500 2000 8000
 
 Time: policy and reference are the same model, weights slightly moved. A pass is what ``dpo precompute-ref`` does to
 each pair; the evaluation without distributions is a pass of the policy; the exact one records one model and compares
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import forget_peak, peak_mib
+from benchmarks.memory.rows import forget_peak, peak_mib
 from dpo_cli.data.formats import Reading
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.records import find_sources
@@ -42,7 +42,7 @@ from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import Scorer
 from dpo_cli.utils.console import Reporter
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WATCH = Watch(Reporter(quiet=True), "benchmark")
 MAX_TOKENS = 2048
 

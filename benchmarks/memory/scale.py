@@ -1,7 +1,7 @@
 """What training takes of each GPU's memory, by the estimator of ``dpo train``; prints the table of docs/scale.md.
 
-``python -m benchmarks.scale``, with ``--cards`` the one of README.md: a few seconds on a CPU. What a forward keeps a
-token is counted on small models of the same kind, and follows from their widths; the large ones are never made.
+``python -m benchmarks.memory.scale``, with ``--cards`` the one of README.md: a few seconds on a CPU. What a forward
+keeps per token is counted on small models of the same kind and follows from their widths; no large one is made.
 """
 
 import itertools
