@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from dpo_cli.evaluation.drift import Watch, compare, record
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -23,7 +24,6 @@ import dpo_cli.models.attention
 from dpo_cli.config.options import EvalOptions, TrainOptions
 from dpo_cli.data.collate import Segments, collate
 from dpo_cli.data.pairs import Pair, Pairs
-from dpo_cli.evaluation.drift import Watch, compare, record
 from dpo_cli.evaluation.evaluate import evaluated
 from dpo_cli.evaluation.generation import generate
 from dpo_cli.hub.merge import merge

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dpo_cli.evaluation.drift import COLUMNS, divergences
+from dpo_cli.evaluation.scores import Scores, values
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.evaluation.drift import COLUMNS, divergences
 from dpo_cli.evaluation.metrics import pair_sums, summarize
-from dpo_cli.evaluation.scores import Scores, values
 from dpo_cli.losses.preference import DPO, Objective, Preferences
 from dpo_cli.models.logprobs import response_logps, target_logps
 from dpo_cli.training.step import learning_rate

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from dpo_cli.evaluation.margins import sections
+from dpo_cli.evaluation.scores import Distributions, Scores
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.data.collate import MicroBatch, collate
 from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.diagnostics import suspects, verdict
-from dpo_cli.evaluation.margins import sections
-from dpo_cli.evaluation.scores import Distributions, Scores
 from dpo_cli.losses.preference import Objective
 from dpo_cli.models.logprobs import Said, Scorer, hidden_states
 from tests.conftest import make_model, sigmoid_loss

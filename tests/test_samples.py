@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from dpo_cli.evaluation.drift import Watch, score
+from dpo_cli.evaluation.scores import Table
 from scipy.stats import chisquare
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.data.pairs import Ids
-from dpo_cli.evaluation.drift import Watch, score
 from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generate, sequence_kl, side_by_side, text
-from dpo_cli.evaluation.scores import Table
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.loading import compile_layers
 from dpo_cli.models.logprobs import Scorer

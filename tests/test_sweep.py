@@ -15,13 +15,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from dpo_cli.reporting.frontier import frontier
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config.options import SweepOptions, TrainOptions, resolve
 from dpo_cli.evaluation.reward import Reward, load_reward
-from dpo_cli.reporting.frontier import frontier
 from dpo_cli.reporting.plots import svg, write_svg
 from dpo_cli.training import prepare
 from dpo_cli.training.loop import train

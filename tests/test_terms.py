@@ -18,6 +18,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from dpo_cli.evaluation.outcome import scores_of
+from dpo_cli.evaluation.scores import values
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,8 +32,6 @@ from dpo_cli.data.batching import Layout, build_schedule
 from dpo_cli.data.collate import collate
 from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.data.tokenize import PairSet, tokenize_rows
-from dpo_cli.evaluation.outcome import scores_of
-from dpo_cli.evaluation.scores import values
 from dpo_cli.losses.preference import Objective
 from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import Scorer, token_logps

@@ -235,11 +235,10 @@ class _TwoModels:
         complete = self._complete_cache(policy.scorer)
         reference, cache = self._reference(policy, complete is not None)
         compared = self._compare(reference, recorded, self.pairs, "reference")
-        logps, ref_logps, _ = compared.sums()
-        cached = ref_logps if self.itself else (complete or cache).lookup(self.pairs)
+        cached = compared.ref_logps if self.itself else (complete or cache).lookup(self.pairs)
         self.loss_input = loss_input(read, self._discounted(complete or cache, cached, reference.scorer))
         samples = self._samples(drawn, reference) if drawn else _Samples({}, [])
-        return logps, ref_logps if cached.isnan().any() else cached, compared, samples
+        return compared.logps, compared.ref_logps if cached.isnan().any() else cached, compared, samples
 
     def _compare(self, reference: _Loaded, policy: kl.RecordedStates, pairs: Pairs, name: str) -> kl.ModelComparison:
         progress = self._progress(name)
@@ -347,7 +346,7 @@ class _TwoModels:
     def _samples(self, policy: _PolicySamples, reference: _Loaded) -> _Samples:
         """Estimate the KL of whole responses, and let the reference answer too."""
         compared = self._compare(reference, policy.recorded, policy.pairs, "samples")
-        estimate = sequence_kl(by_prompt(compared.sums()[2].kl, self.options.samples))
+        estimate = sequence_kl(by_prompt(compared.distributions.kl, self.options.samples))
         ended = [response.ended for each in policy.sampled for response in each]
         estimate |= {"max_new_tokens": self.options.sample_tokens, "ended": sum(ended) / len(ended)}
         greedy, sampled = policy.greedy, policy.sampled

@@ -98,7 +98,7 @@ class Evaluator:
             terms=self.pairs.terms.astype(float),
             groups=self.groups,
             objective=self.objective,
-            distributions=compared.sums()[2] if compared else None,
+            distributions=compared.distributions if compared else None,
             loss_input=loss_input,
             shift=shift,
         )

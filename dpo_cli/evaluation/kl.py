@@ -112,14 +112,18 @@ class RecordedStates:
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """Policy and reference at every response token of P pairs.
+    """Policy and reference at every response token of P pairs, and summed over each response.
 
-    Shapes: ``tokens`` (N, 6), float32, named by ``COLUMNS``: pair by pair, chosen first; ``lengths`` (P, 2).
+    Shapes: ``tokens`` (N, 6), float32, named by ``COLUMNS``: pair by pair, chosen first; ``lengths`` (P, 2); ``logps``
+    and ``ref_logps`` (P, 2), float32.
     Units: nats.
     """
 
     tokens: Tensor
     lengths: npt.NDArray[np.int64]
+    logps: Tensor
+    ref_logps: Tensor
+    distributions: Distributions
 
     @property
     def starts(self) -> npt.NDArray[np.int64]:
@@ -131,14 +135,6 @@ class ModelComparison:
     def logratios(self) -> Tensor:
         """(N,) nats."""
         return self.tokens[:, 0] - self.tokens[:, 1]
-
-    def sums(self) -> tuple[Tensor, Tensor, Distributions]:
-        """Sum over each response: log-probs under policy and reference, (P, 2) float32 each; and distributions."""
-        shifted = (self.logratios.abs() > math.log(FOLD))[:, None]
-        lengths = torch.from_numpy(self.lengths.reshape(-1))
-        table = torch.segment_reduce(torch.cat([self.tokens, shifted], 1).double(), "sum", lengths=lengths)
-        logps, ref_logps, *others = table.view(-1, 2, len(COLUMNS) + 1).unbind(-1)
-        return logps.float(), ref_logps.float(), Distributions(*(each.numpy() for each in others))
 
 
 def score(scorer: Scorer, pairs: Pairs, progress: Progress) -> Tensor | None:
@@ -195,7 +191,14 @@ def compare(
     for places, rows in _forwards(scorer, pairs, both, progress):
         for place, part in zip(places, rows.split(lengths[list(places)].sum(1).tolist()), strict=True):
             tokens[ends[place] - len(part) : ends[place]] = part
-    return None if progress.stopped() else ModelComparison(tokens, lengths)
+    if progress.stopped():
+        return None
+    shifted = ((tokens[:, 0] - tokens[:, 1]).abs() > math.log(FOLD))[:, None]
+    responses = torch.from_numpy(lengths.reshape(-1))
+    sums = torch.segment_reduce(torch.cat([tokens, shifted], 1).double(), "sum", lengths=responses)
+    logps, ref_logps, *others = sums.view(-1, 2, len(COLUMNS) + 1).unbind(-1)
+    distributions = Distributions(*(each.numpy() for each in others))
+    return ModelComparison(tokens, lengths, logps.float(), ref_logps.float(), distributions)
 
 
 def _forwards(

@@ -6,7 +6,7 @@ Legend: P pairs; columns of (P, 2) are chosen and rejected.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -95,8 +95,8 @@ class PairScores:
     """Log-probs of P pairs under policy and reference, and what else their loss reads.
 
     Shapes: ``tokens`` (those that carry loss), ``logps``, ``ref_logps``, ``terms`` (weight and margin): (P, 2);
-    ``groups`` (P,): the number of each pair's prompt. ``ref_logps`` are NaN where the objective reads no reference and
-    none was scored. ``shift``: the mean reward of earlier steps.
+    ``groups`` (P,): the number of each pair's prompt; None: no two pairs share one. ``ref_logps`` are NaN where the
+    objective reads no reference and none was scored. ``shift``: the mean reward of earlier steps.
     Units: nats.
     """
 
@@ -105,7 +105,7 @@ class PairScores:
     logps: Table
     ref_logps: Table
     terms: Table
-    groups: Groups
+    groups: Groups | None = None
     objective: Objective = field(default_factory=Objective)
     distributions: Distributions | None = None
     loss_input: LossInput | None = None
@@ -187,7 +187,8 @@ class PairScores:
     def means(self) -> dict[str, float]:
         """Every reported mean by its public name, and the perplexities of the cross-entropies."""
         means = {name: float(above.sum() / below.sum()) for name, (above, below) in self.ratios.items()}
-        return means | perplexities(means)
+        crosses = [name for name in means if "cross_entropy/" in name]
+        return means | {name.replace("cross_entropy", "perplexity"): perplexity(means[name]) for name in crosses}
 
 
 def wins(gap: Table) -> Table:
@@ -195,11 +196,6 @@ def wins(gap: Table) -> Table:
     return np.where(np.isnan(gap), np.nan, (gap > TIE) + 0.5 * (np.abs(gap) <= TIE))
 
 
-def perplexities(means: Mapping[str, float]) -> dict[str, float]:
-    """The exponential of every cross-entropy; infinite where it overflows."""
-    named = {name.replace("cross_entropy", "perplexity"): value for name, value in means.items()}
-    return {
-        name: math.exp(value) if value < 700 else value * math.inf
-        for name, value in named.items()
-        if "perplexity" in name
-    }
+def perplexity(cross_entropy: float) -> float:
+    """The exponential of nats per token; infinite where it overflows."""
+    return math.exp(cross_entropy) if cross_entropy < 700 else cross_entropy * math.inf

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr, t
 
-from dpo_cli.evaluation.metrics import Groups, PairScores, Table, perplexities, wins
+from dpo_cli.evaluation.metrics import Groups, PairScores, Table, perplexity, wins
 from dpo_cli.losses.preference import Objective
 from dpo_cli.utils.errors import UsageError
 
@@ -82,9 +82,11 @@ def intervals(scores: PairScores) -> dict[str, Interval]:
             ends[name] = share_interval(above, scores.groups)
         elif name.startswith("shifted_tokens") and not above.any():  # none shifted: that is not certain of other pairs
             ends[name] = share_interval(np.zeros_like(below), scores.groups)
-    known = {name: end for name, end in ends.items() if end}
-    low, high = (perplexities({name: end[side] for name, end in known.items()}) for side in (0, 1))
-    return ends | {name: [low[name], high[name]] if math.isfinite(high[name]) else None for name in low}
+    for name in [name for name in ends if "cross_entropy/" in name]:
+        high = perplexity((ends[name] or [math.nan])[-1])
+        exponential = [perplexity(end) for end in ends[name] or ()] if math.isfinite(high) else None
+        ends[name.replace("cross_entropy", "perplexity")] = exponential
+    return ends
 
 
 def quantiles(scores: PairScores) -> dict[str, float]:
@@ -105,8 +107,9 @@ def length_bias(scores: PairScores) -> dict[str, Any]:
     section: dict[str, Any] = {"margin_length_correlation": rho, "margin_length_correlation_interval": ends}
     for name, inside in (("chosen_longer", gap > 0), ("chosen_shorter", gap < 0)):
         hits, key = scores.wins[inside], f"accuracy_{name}"
+        groups = None if scores.groups is None else scores.groups[inside]
         section[key] = float(hits.mean()) if len(hits) else math.nan
-        section |= {f"{key}_interval": share_interval(hits, scores.groups[inside]), f"{key}_pairs": len(hits)}
+        section |= {f"{key}_interval": share_interval(hits, groups), f"{key}_pairs": len(hits)}
     longer = (gap > 0) + 0.5 * (gap == 0)
     section["accuracy_prefer_longer"] = float(longer.mean())
     return section | {"accuracy_prefer_longer_interval": share_interval(longer, scores.groups)}

@@ -108,7 +108,7 @@ def _save(target: Any, plots: Sequence[Plot], titles: bool, **how: Any) -> None:
 
     columns, rows = max(min(len(plots), 3), 1), max(math.ceil(len(plots) / 3), 1)
     width, height = columns * WIDTH, rows * (HEIGHT + 26 * titles)
-    with rc_context(THEME):
+    with rc_context(THEME | {"svg.hashsalt": plots[0].title if plots else ""}):  # ids unique on the page
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         for place, plot in enumerate(plots):
             row, column = divmod(place, 3)
@@ -229,8 +229,8 @@ def _draw_curve(axes: Axes, curve: Curve, lines: Mapping[str, Any]) -> None:
             last = _draw_training(axes, color if side or not len(held_out[0]) else MUTED, *training)
             axes.plot([], [], color=axes.lines[-1].get_color(), label=f"{side or 'training'} {show(last)}")
         if len(held_out[0]):
-            label = f"{side} held out".strip() + f" {show(held_out[1][-1])}"
-            axes.plot(*held_out, "o-", color=color, lw=0.8, ms=4, mfc="none", label=label if not side else None)
+            label = None if side and len(training[0]) else f"{side or 'held out'} {show(held_out[1][-1])}"
+            axes.plot(*held_out, "o-", color=color, lw=0.8, ms=4, mfc="none", label=label)
     if curve.level is not None:
         axes.axhline(curve.level, color=MUTED, lw=0.8, dashes=(3, 3), zorder=1)
     low, high = axes.dataLim.intervaly
@@ -249,7 +249,7 @@ def _draw_training(axes: Axes, color: str, steps: Column, values: Column) -> flo
         axes.fill_between(x, low, high, color=color, alpha=0.25, lw=0)
     else:
         axes.plot(steps, values, color=color, lw=0.7, alpha=0.35)
-    x, _, mean, _ = _binned(steps, values, 30)
+    x, _, mean, _ = _binned(steps, values, 20)
     axes.plot(x, mean, color=color)
     return float(mean[-1])
 
@@ -365,9 +365,9 @@ def _finish(axes: Axes, x: str, y_percent: bool = False) -> None:
 
     axes.set_xlabel(x)
     if axes.get_xscale() == "linear":
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     if axes.get_yscale() == "linear":
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     if y_percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if axes.get_legend_handles_labels()[1]:

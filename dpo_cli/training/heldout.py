@@ -83,8 +83,8 @@ class HeldOut:
             compared = kl.compare(scorer, self.recorded, run.held_out, progress, policy_runs=True, same=same)
         policy = None if self.recorded else kl.score(scorer, run.held_out, progress)
         if compared:
-            policy, ref_logps, _ = compared.sums()
-            reference = reference if run.options.objective.reference else ref_logps
+            policy = compared.logps
+            reference = reference if run.options.objective.reference else compared.ref_logps
         if policy is None:
             return None
         on_rank_0 = distributed.on_rank_0 if scorer.sharded else _alone
