@@ -38,7 +38,7 @@ from dpo_cli.evaluation import kl
 from dpo_cli.models.fingerprint import WeightsHashCache, hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
-from dpo_cli.models.logprobs import Scorer, token_logps
+from dpo_cli.models.logprobs import ModelRunner, token_logps
 from dpo_cli.reference.manage import references
 from dpo_cli.reference.shards import Entry, merge_small, read_folder, read_shard, write_shard
 from dpo_cli.reference.store import compute_missing, pair_keys
@@ -57,8 +57,6 @@ from tests.test_reference import (
     open_cache,
     shards,
 )
-
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
 
 DAY = 24 * 60 * 60.0
 LINES = {1, 2, 3, 4, 5, 6}  # of the file of rows; the last is a conversation of several turns, the fifth has a system
@@ -139,14 +137,14 @@ def place(tmp_path: Path, begun: Place) -> Place:
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where the pairs stand that were scored."""
     found: list[str] = []
-    original = Scorer.score
+    original = ModelRunner.score
 
-    def telling(self: Scorer, pairs: Any, *share: Any) -> Iterator[Any]:
+    def telling(self: ModelRunner, pairs: Any, *share: Any) -> Iterator[Any]:
         for result in original(self, pairs, *share):
             found.extend(pairs[i].where for i in result[0])
             yield result
 
-    monkeypatch.setattr(Scorer, "score", telling)
+    monkeypatch.setattr(ModelRunner, "score", telling)
     return found
 
 

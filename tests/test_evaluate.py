@@ -401,6 +401,7 @@ def test_options_that_make_no_sense(place: Place, runs: dict[str, Path], tmp_pat
 # ---- reports ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_a_run_has_its_report_at_each_evaluation_and_at_its_end(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +430,7 @@ def test_a_run_without_held_out_pairs_has_its_curves(place: Place, tmp_path: Pat
     assert (tmp_path / "run" / "curves.png").is_file()
 
 
+@pytest.mark.pictures
 def test_a_resumed_run_refreshes_its_report(place: Place, runs: dict[str, Path], tmp_path: Path) -> None:
     """Also one that was complete: its last evaluation, which is in no memory now, stays in the report."""
     run = shutil.copytree(runs["loss"], tmp_path / "run")
@@ -568,8 +570,8 @@ def test_a_disk_without_room_is_told_before_the_work(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, undrawn: None
 ) -> None:
     forwards: list[int] = []
-    original = divergence.Scorer.states
-    monkeypatch.setattr(divergence.Scorer, "states", lambda *a: (forwards.append(1), original(*a))[1])
+    original = divergence.ModelRunner.states
+    monkeypatch.setattr(divergence.ModelRunner, "states", lambda *a: (forwards.append(1), original(*a))[1])
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr("dpo_cli.evaluation.kl.shutil.disk_usage", lambda folder: usage)
     if command == "train":

@@ -25,8 +25,6 @@ from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import DEFAULT_MODEL, PACKAGED, ModelSource, find_model
 from tests.conftest import SAMPLE, make_model, random_pairs
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 Train = Callable[..., Any]
 
 

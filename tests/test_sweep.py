@@ -339,6 +339,7 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.pictures
 def test_kl_by_sampling_and_a_reward(swept: tuple[Path, Any, Any], rewards: Path, seen: Seen) -> None:
     folder, copy = swept[0], Path(shutil.copytree(swept[0] / "sweep", rewards / "sweep"))
     judged = ("--reward", "own_rewards:length", "--output", copy)
@@ -443,6 +444,7 @@ def svg_texts(file: Path) -> list[str]:
     return ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
+@pytest.mark.pictures
 def test_files_of_the_frontier(swept: tuple[Path, Any, Any]) -> None:
     folder, result, _ = swept
     texts = svg_texts(folder / "sweep" / "frontier.svg")
@@ -488,6 +490,7 @@ def point(beta: float, kl: float, value: float, spread: float | None = 0.1) -> d
         [point(0.03, float("nan"), 0.9), point(1, 0.2, float("nan"))],
     ],
 )
+@pytest.mark.pictures
 def test_odd_frontiers_are_drawn(points: list[dict[str, Any]], tmp_path: Path) -> None:
     plots = frontier(points, "nats per token", 0.4)
     assert [plot.title for plot in plots] == ["Reward and KL", "Margin and KL", "Accuracy and KL"]

@@ -39,7 +39,7 @@ from dpo_cli.losses.preference import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.loading import compute_dtype, default_device, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +47,10 @@ PROGRESS = Progress(Reporter(quiet=True), "benchmark")
 MAX_TOKENS = 2048
 
 
-def scorer_of(model: Any) -> Scorer:
+def scorer_of(model: Any) -> ModelRunner:
     device = default_device()
     model.to(device).set_attn_implementation(PREFIX_SHARED)
-    return Scorer(model, "shared", compute_dtype(None, device), MAX_TOKENS, device)
+    return ModelRunner(model, "shared", compute_dtype(None, device), MAX_TOKENS, device)
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def moved(model: Any, by: float = 0.01) -> Any:
     return model
 
 
-def exact(policy: Scorer, reference: Scorer, pairs: Pairs, folder: Path) -> kl.ModelComparison:
+def exact(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path) -> kl.ModelComparison:
     recorded = kl.record(policy, pairs, folder, PROGRESS)
     assert recorded is not None
     compared = kl.compare(reference, recorded, pairs, PROGRESS, policy_runs=False)

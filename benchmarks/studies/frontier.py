@@ -48,7 +48,7 @@ from dpo_cli.models.adapters import attach, make_config
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.loading import default_device, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import choose_targets
 from dpo_cli.training.optimizer import make_optimizer
 from dpo_cli.training.step import StopSignal, Trainer, learning_rate
@@ -215,7 +215,7 @@ class Lab:
         self.tokenizer, loaded = load_tokenizer(source), load_model(source).to(default_device())
         self.own_attention = loaded.config._attn_implementation
         loaded.set_attn_implementation(PREFIX_SHARED)
-        self.reference = Scorer(loaded, "shared", getattr(torch, sizes.dtype), MAX_TOKENS, default_device())
+        self.reference = ModelRunner(loaded, "shared", getattr(torch, sizes.dtype), MAX_TOKENS, default_device())
         rows = {name: read_rows(ROOT / "sample_data" / f"{name}.jsonl") for name in ("train", "heldout")}
         self.reward = Plainness(*([row[side][-1]["content"] for row in rows["train"]] for side in SIDES))
         self.openings = self._openings(rows["train"], sizes.prompts)
@@ -233,7 +233,7 @@ class Lab:
             raise UsageError(f"{count} different openings are wanted, and the sample data has {len(found)}")
         return list(found.values())[:count]
 
-    def completions(self, scorer: Scorer, prompts: Sequence[Ids], copies: int, seed: int) -> list[list[Response]]:
+    def completions(self, scorer: ModelRunner, prompts: Sequence[Ids], copies: int, seed: int) -> list[list[Response]]:
         """Drawn at temperature 1: -> for each prompt its ``copies``."""
         model: Any = scorer.model
         how: dict[str, Any] = {"copies": copies, "seed": seed, "max_tokens": 2 * MAX_TOKENS, "dtype": scorer.dtype}
@@ -263,7 +263,7 @@ class Lab:
         rewards = self.rewards(self.completions(self.reference, self.held_out, self.sizes.copies, seed))
         return Prepared(seed, pairs, logps, rewards)
 
-    def train(self, method: Method, given: Prepared) -> Iterator[tuple[int, Scorer]]:
+    def train(self, method: Method, given: Prepared) -> Iterator[tuple[int, ModelRunner]]:
         """The policy after each of the steps at which it is measured."""
         sizes, seed, pairs = self.sizes, given.seed, given.pairs
         checkpoints = [method.times * step for step in sizes.checkpoints]
@@ -290,7 +290,7 @@ class Lab:
                 if step in checkpoints:
                     yield step, scorer
 
-    def measure(self, policy: Scorer, given: Prepared) -> dict[str, Any]:
+    def measure(self, policy: ModelRunner, given: Prepared) -> dict[str, Any]:
         """KL of a policy from the reference by its completions of the held-out openings, and what reward they gain.
 
         They are compared with the reference's own, sampled with the same seed.

@@ -39,7 +39,7 @@ from dpo_cli.data.collate import collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.losses.preference import Objective, Preferences
-from dpo_cli.models.logprobs import Scorer, response_logps
+from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.reporting.plots import COLORS, Plot, write_plots
 from dpo_cli.training.optimizer import make_optimizer
 from dpo_cli.training.step import learning_rate
@@ -63,7 +63,7 @@ PICTURE = Path(__file__).parents[2] / "docs" / "images" / "recovery.png"
 class Toy:
     """A reference policy, and what its responses are worth: (prompts, R)."""
 
-    reference: Scorer
+    reference: ModelRunner
     rewards: Table
 
     @property
@@ -112,11 +112,11 @@ def make_toy(seed: int) -> Toy:
     return Toy(scorer_of(model), rewards)
 
 
-def scorer_of(model: torch.nn.Module) -> Scorer:
-    return Scorer(model, "padded", torch.float32, 2**20, torch.device("cpu"))
+def scorer_of(model: torch.nn.Module) -> ModelRunner:
+    return ModelRunner(model, "padded", torch.float32, 2**20, torch.device("cpu"))
 
 
-def log_probs(scorer: Scorer) -> Tensor:
+def log_probs(scorer: ModelRunner) -> Tensor:
     """Log-prob of every response to every prompt, with its graph: (prompts, R) nats."""
     chosen, rejected = response_logps(scorer.token_logps(BATCH), BATCH.lengths).chunk(2)
     return torch.stack([chosen, rejected], 1).view(len(PROMPTS), -1)

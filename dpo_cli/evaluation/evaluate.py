@@ -30,7 +30,7 @@ from dpo_cli.losses.preference import Objective
 from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint, same_weights
 from dpo_cli.models.loading import compile_layers, default_device, dtype_name, load_model, release
 from dpo_cli.models.locate import ModelSource, start_model
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
@@ -160,7 +160,7 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
 class _Loaded:
     """A model that is ready to score, the attention that it came with, and its fingerprint in the cache."""
 
-    scorer: Scorer
+    scorer: ModelRunner
     own_attention: str
     fingerprint: str
 
@@ -246,7 +246,7 @@ class _TwoModels:
         assert compared is not None
         return compared
 
-    def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: Scorer) -> Tensor:
+    def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: ModelRunner) -> Tensor:
         """Log-probs under the reference (P, 2) as LD-DPO reads them: from the cache, if it has all of them."""
         alpha = self.evaluator.objective.ld_alpha
         if alpha is None:
@@ -272,7 +272,7 @@ class _TwoModels:
             compile_layers(model)
         return _Loaded(scorer, own_attention, fingerprint(model, weights, scorer.layout, scorer.dtype) if named else "")
 
-    def _complete_cache(self, scorer: Scorer) -> ReferenceCache | None:
+    def _complete_cache(self, scorer: ModelRunner) -> ReferenceCache | None:
         """The run's cached reference, if it was computed as here and has all of these pairs."""
         if self.options.ref_model is not None or self.source.run is None:
             return None

@@ -23,7 +23,7 @@ from dpo_cli.evaluation.metrics import Groups, LossInput, PairScores
 from dpo_cli.evaluation.metrics_log import History, step_rewards
 from dpo_cli.evaluation.statistics import Interval
 from dpo_cli.losses.preference import Objective
-from dpo_cli.models.logprobs import Read, Scorer
+from dpo_cli.models.logprobs import ModelRunner, Read
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Evaluator:
         prompts: dict[bytes, int] = {}
         return np.array([prompts.setdefault(pair.prompt.tobytes(), len(prompts)) for pair in self.pairs])
 
-    def policy_read(self, scorer: Scorer) -> Read | None:
+    def policy_read(self, scorer: ModelRunner) -> Read | None:
         """What the objective reads of the policy's tokens, by one more pass; None where it reads nothing."""
         if not self.objective.by_tokens:
             return None

@@ -28,7 +28,7 @@ from torch import Tensor
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation.metrics import Distributions
-from dpo_cli.models.logprobs import Head, Scorer, head_pieces
+from dpo_cli.models.logprobs import Head, ModelRunner, head_pieces
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from dpo_cli.utils.files import writing
@@ -137,7 +137,7 @@ class ModelComparison:
         return self.tokens[:, 0] - self.tokens[:, 1]
 
 
-def score(scorer: Scorer, pairs: Pairs, progress: Progress) -> Tensor | None:
+def score(scorer: ModelRunner, pairs: Pairs, progress: Progress) -> Tensor | None:
     """Compute log-probs of all pairs: (P, 2) float32 nats on the host; None if stopped."""
     table = torch.full((len(pairs), 2), math.nan)
     for places, (logps, _) in _forwards(scorer, pairs, lambda _, batch: scorer.scored(batch), progress):
@@ -145,7 +145,7 @@ def score(scorer: Scorer, pairs: Pairs, progress: Progress) -> Tensor | None:
     return None if progress.stopped() else table
 
 
-def record(scorer: Scorer, pairs: Pairs, folder: Path, progress: Progress) -> RecordedStates | None:
+def record(scorer: ModelRunner, pairs: Pairs, folder: Path, progress: Progress) -> RecordedStates | None:
     """Run a model over all pairs and keep what its head reads, in a file below ``folder``; None if stopped.
 
     Raises:
@@ -162,7 +162,7 @@ def record(scorer: Scorer, pairs: Pairs, folder: Path, progress: Progress) -> Re
 
 
 def compare(
-    scorer: Scorer,
+    scorer: ModelRunner,
     recorded: RecordedStates,
     pairs: Pairs,
     progress: Progress,
@@ -202,7 +202,7 @@ def compare(
 
 
 def _forwards(
-    scorer: Scorer, pairs: Pairs, compute: Callable[[Sequence[int], MicroBatch], Result], progress: Progress
+    scorer: ModelRunner, pairs: Pairs, compute: Callable[[Sequence[int], MicroBatch], Result], progress: Progress
 ) -> Iterator[tuple[tuple[int, ...], Result]]:
     """What is computed of each forward, until stopped."""
     with progress.reporter.progress(progress.name, len(pairs)) as bar:
@@ -214,7 +214,7 @@ def _forwards(
 
 
 def _compare_heads(
-    scorer: Scorer, batch: MicroBatch, states: Tensor, other: Tensor, other_head: Head, policy_runs: bool
+    scorer: ModelRunner, batch: MicroBatch, states: Tensor, other: Tensor, other_head: Head, policy_runs: bool
 ) -> Iterator[Tensor]:
     """Compare the model that runs with the ``other`` one: (n, 6) of ``COLUMNS``, piece by piece.
 

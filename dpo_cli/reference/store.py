@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.pairs import Ids, Pair, Pairs, count_loss_tokens
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference import shards
 from dpo_cli.reference.shards import KEY_BYTES, Entry
 from dpo_cli.utils import distributed
@@ -156,7 +156,7 @@ class ReferenceLogps:
 def compute_missing(
     cache: ReferenceCache,
     pairs: Sequence[Pair],
-    scorer: Scorer,
+    scorer: ModelRunner,
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> ReferenceLogps:
     """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.

@@ -16,7 +16,7 @@ from dpo_cli.evaluation.diagnostics import judge
 from dpo_cli.evaluation.evaluator import Evaluator, loss_input
 from dpo_cli.evaluation.metrics import PairScores
 from dpo_cli.evaluation.metrics_log import append_metrics, best_step, evaluations, read_metrics
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.reporting.plots import write_curves
 from dpo_cli.training.setup import Run, read_manifest
@@ -68,7 +68,7 @@ class HeldOut:
             self.reference = self.discounted = torch.full((len(run.held_out), 2), math.nan)
 
     def evaluate(
-        self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
+        self, step: int, scorer: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
     ) -> dict[str, float] | None:
         """Evaluate the policy after ``step`` and append its metrics; None if stopped.
 

@@ -30,7 +30,7 @@ from dpo_cli.hub.push import check_base, check_login, push
 from dpo_cli.models.adapter_files import save_adapter
 from dpo_cli.models.attention import attention
 from dpo_cli.models.loading import export_dtype, load_model, release
-from dpo_cli.models.logprobs import noise
+from dpo_cli.models.logprobs import logp_tolerance
 from dpo_cli.models.sharding import reshard
 from dpo_cli.models.split_weights import fp32_weights
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
@@ -217,7 +217,7 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
         apart = f"policy and reference are two models, up to {largest:.3g} nats a root of a response's tokens apart"
         reporter.info("step 0", f"{told}  ({apart})")
         return
-    if largest > noise(run.scorer.dtype):
+    if largest > logp_tolerance(run.scorer.dtype):
         cause = f"The cached reference does not fit this model: remove {run.cache.folder}"
         if run.options.lora_rank and not run.source.adapter:
             cause = (
@@ -391,7 +391,7 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
             release(merged)
         return
     with attention(run.model, run.own_attention):
-        apart = run.scorer.sharded and run.scorer.apart
+        apart = run.scorer.sharded and run.scorer.chunked_lm_head
         expected = response_logps(run.model, pair, run.scorer.dtype, apart), run.scorer.dtype
         with fp32_weights(run.model, unwrapped(trainer.optimizer)):
             export(run.model, expected)

@@ -42,7 +42,7 @@ from dpo_cli.models.loading import (
     with_vocabulary,
 )
 from dpo_cli.models.locate import ModelSource, find_model
-from dpo_cli.models.logprobs import Scorer, noise
+from dpo_cli.models.logprobs import ModelRunner, logp_tolerance
 from dpo_cli.models.lora_targets import kind_of
 from dpo_cli.models.quantized import admit
 from dpo_cli.models.sharding import shard
@@ -130,7 +130,7 @@ def load_spread(
 
 
 def open_cache(
-    options: Options, fingerprint: str, source: ModelSource, scorer: Scorer, reporter: Reporter
+    options: Options, fingerprint: str, source: ModelSource, scorer: ModelRunner, reporter: Reporter
 ) -> ReferenceCache:
     """What is on disk of a reference."""
     about = {
@@ -221,7 +221,7 @@ def _told_terms(pairs: Pairs) -> str:
 
 def make_scorer(
     model: PreTrainedModel, pairs: Pairs, options: Options, device: torch.device, reporter: Reporter, memory: str
-) -> Scorer:
+) -> ModelRunner:
     """Move the model, whose weights are still whole, to the device and settle how its forwards run.
 
     Raises:
@@ -250,7 +250,7 @@ def make_scorer(
     reporter.info("layout", told)
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
-    return Scorer(model, layout, dtype, max_tokens, device, apart, reporter.warning)
+    return ModelRunner(model, layout, dtype, max_tokens, device, apart, reporter.warning)
 
 
 def _sampled(pairs: Pairs, options: Options, limit: int | None) -> Pairs:
@@ -324,7 +324,7 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
     admit(source, options.model, options)
 
 
-def tell_long(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter) -> None:
+def tell_long(scorer: ModelRunner, pairs: Sequence[Pair], reporter: Reporter) -> None:
     """Warn of pairs that are longer than a forward is planned to be."""
     most = scorer.max_tokens
     if scorer.layout != "alone" and (alone := sum(cost > most for cost in scorer.costs(pairs))):
@@ -341,7 +341,9 @@ def tell_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter
     return logps, missing
 
 
-def fill_reference(cache: ReferenceCache, pairs: Sequence[Pair], scorer: Scorer, reporter: Reporter) -> ReferenceLogps:
+def fill_reference(
+    cache: ReferenceCache, pairs: Sequence[Pair], scorer: ModelRunner, reporter: Reporter
+) -> ReferenceLogps:
     """Score what the cache lacks, and tell it."""
     logps, missing = tell_cached(cache, pairs, reporter)
     if not missing:
@@ -407,7 +409,9 @@ def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Repo
     return result
 
 
-def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Scorer, cache: ReferenceCache) -> float:
+def _verify(
+    cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: ModelRunner, cache: ReferenceCache
+) -> float:
     """The largest difference between cached (P, 2) and fresh log-probs of some pairs, in nats."""
     chosen = [pairs[place] for place in places]
     largest = 0.0
@@ -417,7 +421,7 @@ def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Sc
             off = (fresh - cached[places[i]]).abs()
             largest = max(largest, float(off.max()))
             tokens = torch.tensor([count_loss_tokens(chosen[i].chosen), count_loss_tokens(chosen[i].rejected)])
-            if not bool((off <= noise(scorer.dtype) * tokens.sqrt()).all()):
+            if not bool((off <= logp_tolerance(scorer.dtype) * tokens.sqrt()).all()):
                 bad.append(chosen[i].where)
     if bad:
         raise DpoError(

@@ -40,7 +40,7 @@ from dpo_cli.models.adapters import attach, describe_adapter, is_adapted, is_qua
 from dpo_cli.models.fingerprint import fingerprint
 from dpo_cli.models.loading import compile_layers, dtype_name, experts_a_token, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import choose_targets, counted
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.memory import Fit, fit, process_bytes, usable_bytes
@@ -106,7 +106,7 @@ class Run:
     refused: list[BadRow]
     model: PreTrainedModel
     own_attention: str
-    scorer: Scorer
+    scorer: ModelRunner
     costs: list[int]  # tokens that each pair takes up in a forward
     plan: list[Step]
     start: str  # fingerprint of the start policy
@@ -184,7 +184,7 @@ def lay_out_run(
     experts = experts_a_token(model, pairs[0]) if options.router_aux_loss_coef else 0
     mode = weights_mode(options.memory, bool(options.lora_rank), options.dtype, device)
     scorer = make_scorer(model, pairs + held_out, options, device, reporter, mode)
-    if experts and not scorer.apart:
+    if experts and not scorer.chunked_lm_head:
         raise UsageError("--router-aux-loss-coef: the model's head cannot run apart from its body; leave it out")
     weights, low = halved_if_split(model, weights, mode)
     if options.lora_rank:
@@ -312,7 +312,7 @@ def _with_adapter(
 
 
 def _attach(
-    model: PreTrainedModel, options: TrainOptions, base: str, scorer: Scorer, pairs: Pairs, reporter: Reporter
+    model: PreTrainedModel, options: TrainOptions, base: str, scorer: ModelRunner, pairs: Pairs, reporter: Reporter
 ) -> None:
     """Put a new adapter into the model unless one is there, report what it is on, and try a backward pass.
 
@@ -345,7 +345,7 @@ def _attach(
         reporter.info("", f"no log-prob of text depends on these, and they stay as they are: {', '.join(unreached)}")
 
 
-def _check_routers_train(scorer: Scorer, pairs: Pairs) -> None:
+def _check_routers_train(scorer: ModelRunner, pairs: Pairs) -> None:
     """Refuse to balance routers that nothing trained reaches.
 
     Raises:

@@ -27,7 +27,7 @@ from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.metrics import SUMS, pair_sums, summarize
 from dpo_cli.evaluation.metrics_log import mean_reward
 from dpo_cli.losses.preference import Objective, Preferences
-from dpo_cli.models.logprobs import Said, Scorer, out_of_memory
+from dpo_cli.models.logprobs import ModelRunner, Said, out_of_memory
 from dpo_cli.models.moe import auxiliary_loss, routed
 from dpo_cli.models.sharding import full_tensor, local_shard
 from dpo_cli.training.optimizer import SPLIT, SmallAdamW
@@ -110,7 +110,7 @@ class Trainer:
     """What one optimizer step needs."""
 
     accelerator: Accelerator
-    scorer: Scorer
+    scorer: ModelRunner
     optimizer: Any
     pairs: Sequence[Pair]
     costs: Sequence[int]  # tokens of each pair in a forward
