@@ -19,7 +19,7 @@ import dpo_cli.training.loop
 from dpo_cli.cli.app import app
 from dpo_cli.evaluation import kl as divergence
 from dpo_cli.evaluation.diagnostics import Evidence, judge
-from dpo_cli.evaluation.metrics import best_step
+from dpo_cli.evaluation.metrics_log import best_step
 from dpo_cli.utils.errors import NotWrittenError
 from tests.conftest import SAMPLE, make_model, write_rows
 
@@ -264,7 +264,7 @@ def test_models_that_read_other_rows_are_not_compared(
     models = ("--model", runs["loss"], "--model", tmp_path / "run")
     common = ("eval", *models, "--data", data, "--cache-dir", place.cache, "--on-bad-row", "skip", "--kl", "none")
     refused = place(*common, "--json")
-    assert refused.exit_code == 2 and "use other rows" in refused.stderr and "--max-length" in refused.stderr
+    assert refused.exit_code == 2 and "read different rows" in refused.stderr and "--max-length" in refused.stderr
     assert place(*common, "--max-length", 512, "--json").exit_code == 0
 
 

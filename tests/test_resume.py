@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.config.options import resolve_resumed
-from dpo_cli.evaluation.metrics import truncate_metrics
+from dpo_cli.evaluation.metrics_log import truncate_metrics
 from dpo_cli.training.checkpoint import newest_checkpoint, save_checkpoint
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model, write_rows

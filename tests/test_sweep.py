@@ -120,6 +120,20 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 # ---- the runs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
+def test_files_of_the_frontier(swept: tuple[Path, Any, Any]) -> None:
+    """First of all: later tests overwrite them with empty pictures."""
+    folder, result, _ = swept
+    texts = svg_texts(folder / "sweep" / "frontier.svg")
+    for beta in BETAS:
+        assert texts.count(f"β {beta:g}") == 2
+    assert {"Margin and KL", "Accuracy and KL", "KL from the reference, nats per token"} <= set(texts)
+    with Image.open(folder / "sweep" / "frontier.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width > 1000 and len(image.convert("RGB").getcolors(2**20) or []) > 20
+    assert json.loads((folder / "sweep" / "sweep.json").read_text()) == result
+
+
 def test_one_reference_pass_and_one_model_at_a_time(swept: tuple[Path, Any, Seen]) -> None:
     _, _, seen = swept
     assert seen.misses == [24, 0, 0, 0]
@@ -442,19 +456,6 @@ def svg_texts(file: Path) -> list[str]:
     root = ElementTree.fromstring(file.read_text(encoding="utf-8"))
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     return ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
-
-
-@pytest.mark.pictures
-def test_files_of_the_frontier(swept: tuple[Path, Any, Any]) -> None:
-    folder, result, _ = swept
-    texts = svg_texts(folder / "sweep" / "frontier.svg")
-    for beta in BETAS:
-        assert texts.count(f"β {beta:g}") == 2
-    assert {"Margin and KL", "Accuracy and KL", "KL from the reference, nats per token"} <= set(texts)
-    with Image.open(folder / "sweep" / "frontier.png") as image:
-        image.load()
-        assert image.format == "PNG" and image.width > 1000 and len(image.convert("RGB").getcolors(2**20) or []) > 20
-    assert json.loads((folder / "sweep" / "sweep.json").read_text()) == result
 
 
 def test_the_table_says_what_the_json_says(swept: tuple[Path, Any, Any], seen: Seen) -> None:
