@@ -127,7 +127,7 @@ def test_files_of_the_frontier(swept: tuple[Path, Any, Any]) -> None:
     texts = svg_texts(folder / "sweep" / "frontier.svg")
     for beta in BETAS:
         assert texts.count(f"β {beta:g}") == 2
-    assert {"Margin and KL", "Accuracy and KL", "KL from the reference, nats per token"} <= set(texts)
+    assert {"Margin and KL · beta × nats", "Accuracy and KL", "KL from the reference, nats per token"} <= set(texts)
     with Image.open(folder / "sweep" / "frontier.png") as image:
         image.load()
         assert image.format == "PNG" and image.width > 1000 and len(image.convert("RGB").getcolors(2**20) or []) > 20
