@@ -70,9 +70,9 @@ def test_pure_layers_know_torch_only() -> None:
     light = (
         "utils.errors",
         "config.options",
-        "data.tables",
+        "data.readers",
         "data.hub",
-        "data.records",
+        "data.sources",
         "data.formats",
         "models.locate",
     )
