@@ -294,9 +294,9 @@ def cache_prune(
 
 
 def _train_summary(result: dict[str, Any]) -> str:
-    from dpo_cli.reporting.text import known, verdict
+    from dpo_cli.reporting.text import overlap, verdict
 
-    lines = [*known(result)]
+    lines = [*overlap(result)]
     for answer in result.get("answers", []):
         lines.append(answer["prompt"].strip())
         lines += [f"  reference: {answer['reference']}", f"  policy:    {answer['policy']}", ""]
