@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config.options import RESUME_MUTABLE, DataOptions, TrainOptions, resolve, to_yaml
 from dpo_cli.data.batching import Layout, Step, build_schedule, row_costs, step_pairs
-from dpo_cli.data.formats import BadRow, Reading
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
+from dpo_cli.data.rows import BadRow, Reading
 from dpo_cli.evaluation import drift
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.drift import Recorded, Watch
