@@ -34,7 +34,7 @@ from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pair, Pairs
-from dpo_cli.evaluation import drift
+from dpo_cli.evaluation import kl
 from dpo_cli.models.fingerprint import WeightsHashCache, hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
@@ -759,14 +759,14 @@ def test_files_that_change_while_they_are_evaluated_are_not_remembered(
     place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The policy is loaded, another model takes its place, and then its log-probs are looked up as the reference."""
-    original = drift.score
+    original = kl.score
 
     def score(*arguments: Any) -> Tensor | None:
         put_other_weights_in_place_of(place)
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(drift, "score", score)
+        patch.setattr(kl, "score", score)
         place.told("eval", "--kl", "none")
     assert place.precompute()["misses"] == len(LINES)
     assert place.precompute("--verify", 6)["misses"] == 0

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.config.options import resolve_resumed
-from dpo_cli.evaluation.metrics import truncate_metrics
+from dpo_cli.evaluation.metrics_log import truncate_metrics
 from dpo_cli.training.checkpoint import newest_checkpoint, save_checkpoint
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model, write_rows
@@ -265,7 +265,7 @@ def test_killed_three_times_from_outside(
     [
         Strike("dpo_cli.training.loop:Trainer._backward", 13),  # between the micro-batches of a step
         Strike("dpo_cli.training.loop:append_metrics", 7),  # after a step, before its line
-        Strike("dpo_cli.evaluation.drift:_moved", 5),  # in an evaluation
+        Strike("dpo_cli.evaluation.kl:_compare_heads", 5),  # in an evaluation
         Strike("dpo_cli.training.heldout:append_metrics", 3),  # evaluated, before its line
         Strike("dpo_cli.training.heldout:write_report", 2),  # its line is written, its report is not
         Strike("dpo_cli.training.heldout:write_report", 4),  # trained and exported, the last report is not written
@@ -352,12 +352,12 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
 @pytest.mark.parametrize(
     ("phase", "call", "number"),
     [
-        ("drift:_moved", 1, signal.SIGTERM),  # in the evaluation before the first step
+        ("kl:_compare_heads", 1, signal.SIGTERM),  # in the evaluation before the first step
         ("training:Trainer.step", 1, signal.SIGINT),
         ("training:Trainer._backward", 13, signal.SIGTERM),  # between the micro-batches of a step
         ("training:Trainer._backward", 13, signal.SIGINT),
         ("training:append_metrics", 6, signal.SIGTERM),
-        ("drift:_moved", 5, signal.SIGINT),  # in an evaluation on the way
+        ("kl:_compare_heads", 5, signal.SIGINT),  # in an evaluation on the way
         ("heldout:append_metrics", 3, signal.SIGTERM),
         ("heldout:write_report", 2, signal.SIGINT),
         ("training:save_checkpoint", 3, signal.SIGTERM),

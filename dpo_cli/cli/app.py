@@ -527,9 +527,9 @@ def _number(value: Any) -> str:
 
 
 def _train_summary(result: dict[str, Any]) -> str:
-    from dpo_cli.reporting.text import known, verdict
+    from dpo_cli.reporting.text import overlap, verdict
 
-    lines = [*known(result)]
+    lines = [*overlap(result)]
     for answer in result.get("answers", []):
         lines += [
             answer["prompt"].strip(),
