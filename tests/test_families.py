@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dpo_cli.models.attention
-import dpo_cli.models.loading
+import dpo_cli.models.layout
 import dpo_cli.models.logprobs
 from dpo_cli.data.batching import Layout
 from dpo_cli.data.collate import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
-from dpo_cli.models.loading import _disable_dropout, choose_layout
+from dpo_cli.models.layout import choose_layout
+from dpo_cli.models.loading import _disable_dropout
 from dpo_cli.models.logprobs import ModelRunner, Said, response_logps, token_logps
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import make_model, sigmoid_loss
@@ -255,7 +256,7 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
     model = make(family)
     wanted, _ = score(model, pairs, None)
     FAULTS[fault](monkeypatch)
-    assert difference(model, pairs, dpo_cli.models.loading.PREFIX_SHARED, wanted) > 0.1  # nats: far above the noise
+    assert difference(model, pairs, dpo_cli.models.layout.PREFIX_SHARED, wanted) > 0.1  # nats: far above the noise
     layout, _, told = choose_layout(model, pairs, 256, CPU, torch.float32)
     assert layout == "packed"
     assert "packed rows, the prompt computed once for each response; equal" in told and "shared: off by" in told

@@ -73,6 +73,10 @@ class ModelSource:
         arguments = {"pretrained_model_name_or_path": here or self.path, "trust_remote_code": self.trust}
         return arguments | ({"gguf_file": self.gguf} if self.gguf and not here else {})
 
+    def config_arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``AutoConfig.from_pretrained``."""
+        return {"pretrained_model_name_or_path": self.converted} if self.converted else self.arguments()
+
 
 def find_model(name: str | None, trust: bool = False, base: str | None = None) -> ModelSource:
     """Turn ``--model`` into a source: the default, a run folder, model or adapter folder, .gguf file or hub id.

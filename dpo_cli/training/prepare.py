@@ -32,8 +32,8 @@ from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantize
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.converted import use_converted
 from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint
+from dpo_cli.models.layout import choose_layout
 from dpo_cli.models.loading import (
-    choose_layout,
     compile_layers,
     compute_dtype,
     dtype_name,

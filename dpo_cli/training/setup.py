@@ -39,7 +39,8 @@ from dpo_cli.evaluation.kl import Progress, RecordedStates
 from dpo_cli.models.adapter_files import settings, trainable_config
 from dpo_cli.models.adapters import attach, describe_adapter, is_adapted, is_quantized, make_config, try_backward
 from dpo_cli.models.fingerprint import fingerprint
-from dpo_cli.models.loading import compile_layers, dtype_name, experts_a_token, export_dtype, load_tokenizer, release
+from dpo_cli.models.layout import experts_a_token
+from dpo_cli.models.loading import compile_layers, dtype_name, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import choose_targets, counted
