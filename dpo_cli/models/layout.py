@@ -1,4 +1,4 @@
-"""What a model's forward allows: the most compact layout that gives the numbers of single sequences, and its routers."""
+"""What a model's forward allows: the most compact layout that equals single sequences, and its routers."""
 
 from __future__ import annotations
 
