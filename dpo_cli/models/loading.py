@@ -57,7 +57,7 @@ def _reason(error: Exception) -> str:
 
 
 def count_parameters(source: ModelSource) -> int | None:
-    """Number of parameters, from the configuration; None where it cannot be derived, or of an unconverted GGUF."""
+    """Count parameters from the configuration; None if it cannot be derived, or for an unconverted GGUF."""
     if source.gguf and not source.converted:
         return None
     try:
@@ -67,7 +67,7 @@ def count_parameters(source: ModelSource) -> int | None:
 
 
 def _without_weights(source: ModelSource) -> PreTrainedModel:
-    """The model on the meta device, by its configuration."""
+    """Build the model on the meta device, from its configuration."""
     config = AutoConfig.from_pretrained(**source.config_arguments())
     with torch.device("meta"):
         model: PreTrainedModel = declared_class(config).from_config(config, trust_remote_code=source.trust)
@@ -75,7 +75,7 @@ def _without_weights(source: ModelSource) -> PreTrainedModel:
 
 
 def with_vocabulary(source: ModelSource) -> ModelSource:
-    """An adapter's source with the tokens that its base is to get, where the adapter was trained with others.
+    """Set the vocabulary size that an adapter's base needs, if the adapter was trained with another.
 
     Raises:
         UsageError: peft cannot compute the adapter, or nothing says what new tokens' weights are.
@@ -96,7 +96,7 @@ def with_vocabulary(source: ModelSource) -> ModelSource:
 
 
 def _tokens(source: ModelSource) -> int:
-    """Ids that a model's tokenizer gives; 0 of one that cannot be loaded."""
+    """Count the ids of a model's tokenizer; 0 if it cannot be loaded."""
     try:
         return int(max(load_tokenizer(source).get_vocab().values(), default=-1)) + 1
     except UsageError:
@@ -104,15 +104,15 @@ def _tokens(source: ModelSource) -> int:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, chat template included."""
+    """Load the model's tokenizer, with its chat template."""
     arguments = source.arguments()
     if own := source.tokenizer or source.converted:
         arguments = {"pretrained_model_name_or_path": own, "trust_remote_code": source.trust}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # whatever a folder from elsewhere makes the library raise
-        told = f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}"
-        raise UsageError(told + (f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else "")) from error
+        remedy = f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else ""
+        raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}{remedy}") from error
     if source.gguf and not own:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer
@@ -132,9 +132,9 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:
-    """The model with float32 weights, on the CPU, in evaluation mode.
+    """Load the model with float32 weights, on the CPU, in evaluation mode.
 
-    A quantized one, on its device, where ``source.quantize`` asks for it or an adapter goes over a packed base.
+    It is quantized and on its device if ``source.quantize`` asks for it or an adapter is attached to a packed base.
 
     Raises:
         UsageError: no such model, or its weights cannot be read.
@@ -162,13 +162,13 @@ def load_model(source: ModelSource) -> PreTrainedModel:
 
 
 def declared_class(config: PretrainedConfig) -> Any:
-    """The auto class of the architecture that a checkpoint declares: one that reads images or sound too, if it does."""
+    """Return the auto class of the architecture that a checkpoint declares, multimodal or text only."""
     multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
     return AutoModelForMultimodalLM if multimodal in (config.architectures or ()) else AutoModelForCausalLM
 
 
 def load_exported(folder: Path, trust: bool, beside: Collection[str] = ()) -> PreTrainedModel:
-    """The model of a folder in the class that its config declares, with float32 weights.
+    """Load the model of a folder in the class that its config declares, with float32 weights.
 
     Raises:
         ValueError: its weights, but for those named ``beside``, are not those of the class, or something else fails.
@@ -190,7 +190,7 @@ def load_exported(folder: Path, trust: bool, beside: Collection[str] = ()) -> Pr
 
 
 def _from_pretrained(source: ModelSource) -> PreTrainedModel:
-    """The model as transformers loads it, without adapter and checkpoint.
+    """Load the model with transformers, without adapter and checkpoint.
 
     Raises:
         ValueError: some of its weights would be drawn at random or not be what they were; and whatever transformers
@@ -219,7 +219,7 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
 
 
 def _loading(source: ModelSource) -> tuple[Any, dict[str, Any]]:
-    """The auto class that loads a model, and the arguments of its ``from_pretrained``."""
+    """Return the auto class of a model and the arguments of its ``from_pretrained``."""
     arguments = source.arguments()
     if "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
         return AutoModelForCausalLM, arguments | {
@@ -239,14 +239,14 @@ def _loading(source: ModelSource) -> tuple[Any, dict[str, Any]]:
 
 
 def _not_loaded(model: PreTrainedModel, source: ModelSource, unexpected: set[str]) -> dict[str, Path | None]:
-    """Tensors of a checkpoint that its model does not have, and their files; None of one that is not found there."""
+    """Return tensors of a checkpoint that its model does not have, and their files, None if there is none."""
     stored, ignored = _stored_tensors(source), model._keys_to_ignore_on_load_unexpected or ()
     names = unexpected | {name for name in stored if any(re.search(pattern, name) for pattern in ignored)}
     return {name: stored.get(name) for name in sorted(names - model.state_dict().keys()) if not COMPUTED.search(name)}
 
 
 def _stored_tensors(source: ModelSource) -> dict[str, Path]:
-    """The file of each tensor of a checkpoint."""
+    """Return the file of each tensor of a checkpoint."""
     index, single = (
         cached_file(source.path, file, _raise_exceptions_for_missing_entries=False)
         for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
@@ -266,7 +266,7 @@ def is_multimodal(model: PreTrainedModel) -> bool:
 
 
 def freeze_unread(model: PreTrainedModel) -> None:
-    """Freeze what text never reaches: of a multimodal model all but its decoder, embeddings and head."""
+    """Freeze all of a multimodal model but its decoder, embeddings and head, which text passes through."""
     if is_multimodal(model):
         parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
         read = {id(p) for part in parts if part is not None for p in part.parameters()}
@@ -276,7 +276,7 @@ def freeze_unread(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def put_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Give a model the weights of a checkpoint.
+    """Load the weights of a checkpoint into a model.
 
     Raises:
         DpoError: it is a checkpoint of another model.
@@ -290,7 +290,7 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
-    """The model with the adapter or the weights that its source names beside it, and the adapter's ends of answers."""
+    """Add the adapter or the checkpoint that the source names, and the adapter's generation config."""
     if source.tokens:
         adapter_files.resize(model, source.tokens)
     if source.adapter and source.attached:
@@ -317,13 +317,13 @@ def _bits(quantize: str) -> BitsAndBytesConfig:
 
 
 def release(model: nn.Module) -> None:
-    """Give back the memory of a model's weights, whoever still holds it."""
+    """Free the memory of a model's weights, even if the model is still referenced."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.new_empty(0)
 
 
 def free_memory() -> None:
-    """Give back what models and optimizers took that nobody holds any more; they are parts of cycles."""
+    """Free the memory of unreferenced models and optimizers, which are parts of cycles."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -346,7 +346,7 @@ def _disable_dropout(model: nn.Module) -> None:
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
+    """Return CUDA if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -358,7 +358,7 @@ def compute_dtype(name: str | None, device: torch.device, halved: bool = False) 
 
 
 def export_dtype(name: str, source: ModelSource) -> torch.dtype:
-    """The precision in which weights are written; ``auto``: that in which the start model is stored."""
+    """Return the precision of exported weights; ``auto``: that in which the start model is stored."""
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16
     config = AutoConfig.from_pretrained(**source.config_arguments())
@@ -367,12 +367,12 @@ def export_dtype(name: str, source: ModelSource) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The option's word for a precision."""
+    """Return the option's word for a precision."""
     return str(dtype).removeprefix("torch.")
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each layer on its own, in place: they are alike, and one graph serves rows of every length.
+    """Compile each layer in place: they are alike, and one graph serves rows of every length.
 
     Raises:
         UsageError: the model has no layers that are known as such.
