@@ -1,6 +1,6 @@
 """LoRA adapters by peft: attached to a model's own modules.
 
-They go into the model itself and no wrapper goes around it, so that body and head are where they are without one. The
+They are injected into the model and no wrapper goes around it, so that body and head stay where they are. The
 adapter's weights are float32 and trained; those of the base are frozen.
 """
 
@@ -21,19 +21,19 @@ from dpo_cli.utils.errors import UsageError
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether an adapter is attached, so that nothing but that is trained."""
+    """Whether an adapter is attached, so that only that is trained."""
     return hasattr(model, "peft_config")
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether its matrices are packed, so that it can neither be moved nor cast."""
+    """Whether its matrices are packed, so that it cannot be moved or cast."""
     return bool(getattr(model, "is_quantized", False))
 
 
 def make_config(
     model: PreTrainedModel, *, rank: int, kind: str, alpha: int, targets: Targets, to_save: str | None, base: str
 ) -> Any:
-    """The ``peft.LoraConfig`` of a new adapter for this model, which ``base`` names to whoever loads it again.
+    """Make the ``peft.LoraConfig`` of a new adapter for this model, which ``base`` names.
 
     The layer's output is W x + s B A x, with s = alpha / rank, or alpha / sqrt(rank) of rslora.
 
@@ -66,7 +66,7 @@ def make_config(
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether embedding and head share one tensor, whatever the configuration says."""
+    """Whether embedding and head share one tensor."""
     head = model.get_output_embeddings()
     return head is not None and getattr(head, "weight", None) is getattr(_embedding(model), "weight", head)
 
@@ -76,7 +76,7 @@ def _embedding(model: PreTrainedModel) -> nn.Module:
 
 
 def _modules_to_save(model: PreTrainedModel, names: str, targets: Targets) -> list[str]:
-    """All modules whose name ends so, for ``--modules-to-save``."""
+    """Return all modules that ``--modules-to-save`` names by their ends."""
     found: list[str] = []
     for name in names.split(","):
         ending = [full for full, _ in model.named_modules() if full == name or full.endswith(f".{name}")]
@@ -106,9 +106,9 @@ def _refuse_tied(model: PreTrainedModel, option: str, names: list[str]) -> None:
 
 
 def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
-    """Put an adapter into a model, in place: its start, with which the model computes what it did before.
+    """Attach a new adapter to a model, in place; the model computes what it did before.
 
-    A base in bfloat16 stays that. ``seed`` draws what of the start is random, whatever was drawn before.
+    A base in bfloat16 stays that. ``seed`` draws the random part, whatever was drawn before.
 
     Raises:
         UsageError: peft cannot adapt a module or train it whole.
@@ -156,7 +156,7 @@ def try_backward(model: PreTrainedModel, logps: Callable[[], Tensor]) -> list[st
 
 
 def describe_adapter(model: nn.Module) -> str:
-    """How many matrices of a model have an adapter, by kind, and what is trained whole beside them."""
+    """Describe how many matrices have an adapter, by kind, and what is trained in full beside them."""
     kinds, whole = Counter[str](), Counter[str]()
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
@@ -168,13 +168,13 @@ def describe_adapter(model: nn.Module) -> str:
 
 
 def trained(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that are trained."""
+    """Return the parameters that are trained."""
     return (p for p in model.parameters() if p.requires_grad)
 
 
 @torch.no_grad()
 def cast_frozen_to_bf16(model: nn.Module) -> None:
-    """Leave the frozen weights of an adapter's base the bfloat16 halves that ``split`` gives."""
+    """Cast the frozen weights of an adapter's base to bfloat16, rounded as by ``split``."""
     for p in model.parameters():
         if not p.requires_grad and p.dtype == torch.float32:
             p.data = split(p.detach().contiguous())[0]

@@ -33,7 +33,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file
 
-from dpo_cli.models import adapter_files
+from dpo_cli.models import adapter_files, adapter_vocabulary
 from dpo_cli.models.adapters import is_tied
 from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource, gguf_value
 from dpo_cli.models.quantized import SCALES, packing_of, settle
@@ -91,7 +91,7 @@ def with_vocabulary(source: ModelSource) -> ModelSource:
     own = _tokens(source)
     if own > rows and own <= _tokens(replace(source, tokenizer=None)):  # of no use to the base either
         own = 0
-    wanted = adapter_files.vocabulary(base, source.adapter, own)
+    wanted = adapter_vocabulary.vocabulary(base, source.adapter, own)
     return replace(source, tokens=wanted) if wanted != rows else source
 
 
@@ -292,7 +292,7 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
 def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     """Add the adapter or the checkpoint that the source names, and the adapter's generation config."""
     if source.tokens:
-        adapter_files.resize(model, source.tokens)
+        adapter_vocabulary.resize(model, source.tokens)
     if source.adapter and source.attached:
         adapter_files.attach_saved(model, source.adapter, source.name)
     elif source.adapter:
