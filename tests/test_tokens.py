@@ -584,7 +584,7 @@ def test_pairs_are_selected_and_added() -> None:
 
 def test_the_digest_of_a_pair_is_that_of_its_lengths_and_ids() -> None:
     made = [Pair("anywhere", *(np.asarray(ids, np.int32) for ids in ([1, 2], [3], [4, 5, 6])))]
-    numbers = [2, 1, 2, 1, 3, 3, 4, 5, 6]
+    numbers = [2, 1, 3, 1, 2, 3, 4, 5, 6]
     expected = hashlib.sha256(b"".join(number.to_bytes(4, "little") for number in numbers)).hexdigest()
     assert Pairs(made).digest() == expected
 

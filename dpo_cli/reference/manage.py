@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpo_cli.data import token_cache as tokenized
+from dpo_cli.data import token_cache
 from dpo_cli.models import converted
 from dpo_cli.reference import shards
 from dpo_cli.reference.shards import DAMAGED, SUFFIX
@@ -94,7 +94,7 @@ def _responses(shard: Path) -> int:
 
 def list_references(cache_dir: Path) -> dict[str, Any]:
     """`dpo cache list`."""
-    sizes, copies = [stat.st_size for stat in tokenized.kept(cache_dir).values()], converted.kept(cache_dir)
+    sizes, copies = [stat.st_size for stat in token_cache.cached_files(cache_dir).values()], converted.kept(cache_dir)
     return {
         "cache_dir": str(cache_dir.expanduser()),
         "references": [kept.words() for kept in references(cache_dir)],
@@ -106,7 +106,7 @@ def list_references(cache_dir: Path) -> dict[str, Any]:
 def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
     """`dpo cache verify`: hash every file anew; what is damaged is set aside or removed, and will be made again."""
     kept = references(cache_dir)
-    total, files = sum(each.shards for each in kept), tokenized.kept(cache_dir)
+    total, files = sum(each.shards for each in kept), token_cache.cached_files(cache_dir)
     damaged, foreign, unreadable, responses = list[str](), list[str](), list[str](), 0
     with reporter.progress("verify", total + len(files)) as progress:
         for shard in (shard for each in kept for shard in sorted(each.folder.glob(f"*{SUFFIX}"))):
@@ -126,7 +126,7 @@ def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
             progress.advance(1)
         for file in files:
             try:
-                tokenized.checked(file)
+                token_cache.check_file(file)
             except ValueError:
                 damaged.append(str(file))
                 with suppress(OSError):
@@ -153,9 +153,9 @@ def old_or_of(cache_dir: Path, days: float | None, model: str | None) -> list[Ke
 
 
 def unused(cache_dir: Path, days: float | None, model: str | None) -> dict[Path, int]:
-    """Tokenized pairs, which are of no one model, and copies of models, chosen in the same way; their bytes."""
+    """TokenCache pairs, which are of no one model, and copies of models, chosen in the same way; their bytes."""
     before = math.inf if days is None else time.time() - days * DAY
-    files = tokenized.kept(cache_dir) if model is None else {}
+    files = token_cache.cached_files(cache_dir) if model is None else {}
     copies = [each for each in converted.kept(cache_dir) if each.used < before and (model or "") in each.model]
     pairs = {file: stat.st_size for file, stat in files.items() if stat.st_mtime < before}
     return pairs | {each.folder: each.bytes for each in copies}
