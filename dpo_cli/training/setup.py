@@ -35,7 +35,7 @@ from dpo_cli.evaluation import drift
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.drift import Recorded, Watch
 from dpo_cli.evaluation.generation import generation_config
-from dpo_cli.models.adapter_files import settings, trainable_config
+from dpo_cli.models.adapter_files import check_loadable, settings, trainable_config
 from dpo_cli.models.adapters import attach, describe_adapter, is_adapted, is_quantized, make_config, try_backward
 from dpo_cli.models.fingerprint import fingerprint
 from dpo_cli.models.loading import compile_layers, dtype_name, experts_a_token, export_dtype, load_tokenizer, release
@@ -330,6 +330,7 @@ def _attach(
         whole = options.modules_to_save
         config = make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
         attach(model, config, options.seed)
+        check_loadable(model)
         left = targets.left
     about = f"{options.lora_type} of rank {options.lora_rank}, alpha {options.lora_alpha}"
     reporter.info("adapter", f"{about}, on {describe_adapter(model)}")
