@@ -437,7 +437,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     put_adapter(adapted, folder)
     adapted.eval()
     ids = torch.arange(-8, 8)[None] % model.config.get_text_config().vocab_size
-    expected = adapted(input_ids=ids).logits
+    expected = adapted(input_ids=ids, use_cache=False).logits
     if tied:  # an adapter may be of one of them alone
         head.weight = nn.Parameter(head.weight.detach().clone())
     try:
@@ -450,7 +450,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if tied:
         _tie_if_equal(whole)
     whole.eval().requires_grad_(True)  # peft froze what is trained now
-    off = float((whole(input_ids=ids).logits - expected).abs().max())
+    off = float((whole(input_ids=ids, use_cache=False).logits - expected).abs().max())
     if not off <= 1e-3 * float(expected.abs().max()):
         reason = f"merged into its base it computes something else (logits are off by {off:.2g})"
         raise UsageError(f"{folder}: {reason}; train it further with --lora-rank")
