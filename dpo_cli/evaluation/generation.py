@@ -22,7 +22,7 @@ from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.evaluation.scores import Table
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.models.attention import attention
-from dpo_cli.models.logprobs import out_of_memory, precision
+from dpo_cli.models.logprobs import forward_errors, out_of_memory, precision
 from dpo_cli.utils.errors import DpoError
 
 ENDS_OF = 256  # pairs whose last token is looked at
@@ -224,12 +224,13 @@ def _answer(model: PreTrainedModel, batch: Sequence[_Row], ends: list[int], seed
     )
     processors = [] if seed is None else [_noise(batch, seed, model.device)]
     try:
-        out = model.generate(  # type: ignore[operator]  # a mixin that hides the method from the checker
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList(processors),
-        )
+        with forward_errors("the model cannot generate answers", "; leave out --samples and --show-answers"):
+            out = model.generate(  # type: ignore[operator]  # a mixin that hides the method from the checker
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+            )
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
