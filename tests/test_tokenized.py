@@ -287,9 +287,9 @@ def test_cache_list_verify_and_prune_know_it(tmp_path: Path) -> None:
     file, tokenizer, here = write_rows(tmp_path / "rows.jsonl", rows()), fresh(), ("--cache-dir", tmp_path)
     read(tmp_path, file, tokenizer)
     (ours,) = cached_files(tmp_path)
-    assert command("cache", "list", *here)["tokenized"] == {"files": 1, "bytes": ours.stat().st_size}
-    assert "of 1 data files" in CliRunner().invoke(app, ["cache", "list", *map(str, here)]).stdout
-    assert command("cache", "verify", *here)["tokenized"] == 1
+    (entry,) = command("cache", "list", *here)["entries"]
+    assert (entry["kind"], entry["name"], entry["bytes"]) == ("pairs", ours.name, ours.stat().st_size)
+    assert command("cache", "verify", *here) == {"checked": 1, "damaged": []}
     days_ago = time.time() - 40 * 24 * 60 * 60
     os.utime(ours, (days_ago, days_ago))
     assert read(tmp_path, file, tokenizer)[1]  # which is a use
@@ -297,7 +297,7 @@ def test_cache_list_verify_and_prune_know_it(tmp_path: Path) -> None:
     assert command(*prune) == {"removed": [], "bytes": 0}
     os.utime(ours, (days_ago, days_ago))
     refused = CliRunner().invoke(app, ["cache", "prune", "--older-than", "30", *map(str, here)])
-    assert refused.exit_code == 2 and "the pairs of 1 data files would be removed" in refused.stderr
+    assert refused.exit_code == 2 and "1 entries would be removed" in refused.stderr
     assert command("cache", "prune", "--model", "any", "--yes", *here)["removed"] == []
     assert command(*prune)["removed"] == [ours.name] and not cached_files(tmp_path)
 
