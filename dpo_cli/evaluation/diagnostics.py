@@ -143,9 +143,9 @@ def _memorised(about: Evidence) -> Finding | None:
 
     Their start is what the run measured at step 0; for other pairs it is ln 2, if the loss begins there.
     """
-    scores, known = about.scores, about.held_out_losses()
+    scores, held_out = about.scores, about.held_out_losses()
     from_ln_2 = scores.objective.plain and bool((scores.terms == (1, 0)).all())
-    start = known.get(0, math.log(2) if from_ln_2 else math.inf)
+    start = held_out.get(0, math.log(2) if from_ln_2 else math.inf)
     losses = [line["loss"] for line in about.training]
     last, now = float(np.mean(losses[-LAST_STEPS:])), float(scores.losses.mean())
     if not (last < MEMORISED * losses[0] and now > start + RISE):
@@ -159,8 +159,8 @@ def _memorised(about: Evidence) -> Finding | None:
         "Train for fewer steps, on more pairs or with a lower --lr; --eval-steps with --save-best loss keeps the best "
         "model. If no pair was trained on twice, these pairs are of another kind than the training pairs."
     )
-    if (best := min(known, key=lambda step: known[step], default=0)) > 0:
-        advice = f"The loss of these pairs was lowest at step {best} ({known[best]:.4f}). " + advice
+    if (best := min(held_out, key=lambda step: held_out[step], default=0)) > 0:
+        advice = f"The loss of these pairs was lowest at step {best} ({held_out[best]:.4f}). " + advice
     numbers = {"training_loss": last, "loss": now, "start_loss": start}
     title = f"The training pairs were memorised: loss {last:.2g} on them and {now:.2f} on these"
     return _finding("memorised", title, text, advice, numbers)

@@ -101,8 +101,8 @@ def _generate_batch(
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        told = f"{len(prompts)} answers ({width} + {tokens} tokens each) do not fit the device's memory"
-        raise DpoError(f"{told}: set a lower --max-tokens or --sample-tokens") from error
+        size = f"{len(prompts)} answers ({width} + {tokens} tokens each) do not fit the device's memory"
+        raise DpoError(f"{size}: set a lower --max-tokens or --sample-tokens") from error
     return [_until_eos(row.astype(np.int32), eos) for row in out[:, width:].cpu().numpy()]
 
 
