@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.config.options import SweepOptions, TrainOptions, resolve
+from dpo_cli.config.options import SweepOptions, TrainOptions
+from dpo_cli.config.resolve import resolve
 from dpo_cli.evaluation.reward import Reward, load_reward
 from dpo_cli.reporting.plots import frontier, svg, write_plots
 from dpo_cli.training import prepare
@@ -294,7 +295,7 @@ def test_without_an_output_the_same_command_finds_its_folder(place: Path, monkey
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--beta", "0.1,x"], "--beta 0.1,x: must be different numbers greater than 0, with commas between"),
+        (["--beta", "0.1,x"], "--beta 0.1,x: must be different numbers greater than 0, separated by commas"),
         (["--beta", "0.1,0.10"], "--beta 0.1,0.10: must be different"),
         (["--beta", "0,1"], "--beta 0,1: must be"),
         (["--beta", "nan"], "--beta nan: must be"),

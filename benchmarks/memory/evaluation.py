@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from benchmarks.memory.rows import forget_peak, peak_mib
-from dpo_cli.data.formats import Reading
 from dpo_cli.data.pairs import Pairs
+from dpo_cli.data.rows import Reading
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.token_cache import Tokenized
 from dpo_cli.evaluation import kl

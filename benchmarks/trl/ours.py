@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from benchmarks.trl.meter import Message, Meter, serve
-from dpo_cli.config.options import TrainOptions, resolve
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.config.resolve import resolve
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator

@@ -27,10 +27,11 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config.options import RESUME_MUTABLE, DataOptions, TrainOptions, resolve, to_yaml
+from dpo_cli.config.options import DataOptions, TrainOptions
+from dpo_cli.config.resolve import RESUME_MUTABLE, resolve, to_yaml
 from dpo_cli.data.batching import Layout, Step, build_schedule, row_costs, step_pairs
-from dpo_cli.data.formats import BadRow, Reading
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
+from dpo_cli.data.rows import BadRow, Reading
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config

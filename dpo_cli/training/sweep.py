@@ -8,14 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.options import (
-    RESUME_MUTABLE,
-    EvalOptions,
-    SweepOptions,
-    TrainOptions,
-    differences,
-    inherit_auto_options,
-)
+from dpo_cli.config.options import EvalOptions, SweepOptions, TrainOptions
+from dpo_cli.config.resolve import RESUME_MUTABLE, differences, inherit_auto_options
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.evaluation.evaluator import EvalResult
 from dpo_cli.evaluation.reward import Reward, load_reward
@@ -46,7 +40,7 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
     started = {run: trained_with(run) for run in runs if run.exists()}
     for run, asked in runs.items():
         if run in started and (changed := differences(started[run], inherit_auto_options(asked, started[run]))):
-            changes = f"{run.name} exists with other options: {', '.join(changed)}"
+            changes = f"{run.name} exists with other options: {', '.join(changed.values())}"
             raise UsageError(f"--output {folder}: {changes}; choose another folder")
     reward = load_reward(options.reward) if options.reward else None
     result: dict[str, Any] = {"output": str(folder)}
