@@ -51,9 +51,9 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
         _train(run, inherit_auto_options(training, like) if like else training, command, reporter)
         started[run] = trained_with(run)
         first, expected = next(iter(runs)), _starting_point(next(iter(runs)))
-        if changed := [name for name, value in _starting_point(run).items() if value != expected[name]]:
+        if moved := [name for name, value in _starting_point(run).items() if value != expected[name]]:
             raise UsageError(
-                f"{run}: {' and '.join(changed)} changed since {first.name} began; choose another --output"
+                f"{run}: {' and '.join(moved)} changed since {first.name} began; choose another --output"
             )
         evaluation = _evaluate(run, options, reporter)
         if not points:
