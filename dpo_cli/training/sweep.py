@@ -52,9 +52,7 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
         started[run] = trained_with(run)
         first, expected = next(iter(runs)), _starting_point(next(iter(runs)))
         if moved := [name for name, value in _starting_point(run).items() if value != expected[name]]:
-            raise UsageError(
-                f"{run}: {' and '.join(moved)} changed since {first.name} began; choose another --output"
-            )
+            raise UsageError(f"{run}: {' and '.join(moved)} changed since {first.name} began; choose another --output")
         evaluation = _evaluate(run, options, reporter)
         if not points:
             result |= _about(evaluation, reward)
