@@ -10,7 +10,7 @@ Legend: P pairs, B rows, T tokens of a row, N response tokens that carry loss, H
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dpo_cli.data.batching import Layout, pack, row_costs
 from dpo_cli.data.collate import MicroBatch, collate
 from dpo_cli.data.pairs import Pair
-from dpo_cli.utils.errors import DpoError
+from dpo_cli.utils.errors import DpoError, UsageError
 
 WINDOW = 512  # pairs of similar length that are packed together when order does not matter
 # Of float32 logits that are there at a time; more where a single pair needs it. A GPU wants large matrix products.
@@ -348,6 +348,24 @@ class Read:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether the device's memory ran out: torch's own error, or that of a library below it."""
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
+@contextmanager
+def forward_errors(message: str, remedy: str = "") -> Iterator[None]:
+    """Report whatever a model's own code raises in a forward in one line after ``message``; not out-of-memory errors.
+
+    Raises:
+        UsageError: with the library's reason.
+    """
+    try:
+        yield
+    except DpoError:
+        raise
+    except Exception as error:  # of whatever type
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(f"{message}: {type(error).__name__}: {reason}{remedy}") from error
 
 
 def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, chunked_lm_head: bool = False) -> Tensor:
