@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -206,15 +206,19 @@ def check_loadable(model: PreTrainedModel) -> None:
     Raises:
         UsageError: it would not, so that the adapter could be trained and then neither resumed nor used.
     """
+    from peft import __version__
+
     try:
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in adapter_weights(model).items()}
         lacking = [name.partition(".lora_")[0] for name in _put(model, weights)[1]]
     except Exception as error:  # of whatever type peft raises
-        raise UsageError(f"--lora-targets: {_peft()} cannot save and load this adapter: {_line(error)}") from error
+        raise UsageError(
+            f"--lora-targets: peft {__version__} cannot save and load this adapter: {_line(error)}"
+        ) from error
     if lacking:
         kinds = ", ".join(sorted({kind_of(name) for name in lacking}))
         raise UsageError(
-            f"--lora-targets: {_peft()} would not load the adapter of {kinds} from its file, because it renames those "
+            f"--lora-targets: peft {__version__} would not load the adapter of {kinds} from its file, because it renames those "
             "weights; leave them out"
         )
 
