@@ -352,16 +352,16 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
 @pytest.mark.parametrize(
     ("phase", "call", "number"),
     [
-        ("kl:_compare_heads", 1, signal.SIGTERM),  # in the evaluation before the first step
-        ("training:Trainer.step", 1, signal.SIGINT),
-        ("training:Trainer._backward", 13, signal.SIGTERM),  # between the micro-batches of a step
-        ("training:Trainer._backward", 13, signal.SIGINT),
-        ("training:append_metrics", 6, signal.SIGTERM),
-        ("kl:_compare_heads", 5, signal.SIGINT),  # in an evaluation on the way
-        ("heldout:append_metrics", 3, signal.SIGTERM),
-        ("heldout:write_report", 2, signal.SIGINT),
-        ("training:save_checkpoint", 3, signal.SIGTERM),
-        ("training:export_model", 1, signal.SIGINT),
+        ("evaluation.kl:_compare_heads", 1, signal.SIGTERM),  # in the evaluation before the first step
+        ("training.loop:Trainer.step", 1, signal.SIGINT),
+        ("training.loop:Trainer._backward", 13, signal.SIGTERM),  # between the micro-batches of a step
+        ("training.loop:Trainer._backward", 13, signal.SIGINT),
+        ("training.loop:append_metrics", 6, signal.SIGTERM),
+        ("evaluation.kl:_compare_heads", 5, signal.SIGINT),  # in an evaluation on the way
+        ("training.heldout:append_metrics", 3, signal.SIGTERM),
+        ("training.heldout:write_report", 2, signal.SIGINT),
+        ("training.loop:save_checkpoint", 3, signal.SIGTERM),
+        ("training.loop:export_model", 1, signal.SIGINT),
     ],
 )
 def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, number: signal.Signals) -> None:
@@ -369,7 +369,7 @@ def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, 
     name = f"my {phase.partition(':')[2]} {call} {number.name}"
     run = place.folder / name
     code, told = place.train(name, strike=Strike(f"dpo_cli.{phase}", call, (number,)))
-    if phase != "training:export_model" or code:  # the work is done there: it may as well come to its end
+    if phase != "training.loop:export_model" or code:  # the work is done there: it may as well come to its end
         assert code == 130, told
         found = newest_checkpoint(run / "checkpoints", pytest.fail)
         assert found and found[1] == max(newest_step(run), 0)
