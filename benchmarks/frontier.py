@@ -37,7 +37,7 @@ from torch import Tensor
 
 from benchmarks.frontier_report import draw, markdown, summary
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import plan_run
+from dpo_cli.data.batching import build_schedule
 from dpo_cli.data.pairs import Ids, Pair, Pairs
 from dpo_cli.evaluation import drift
 from dpo_cli.evaluation.drift import Watch
@@ -285,7 +285,7 @@ class Lab:
         scorer = replace(self.reference, model=policy)
         costs = scorer.costs(pairs)
         how = {"batch_size": sizes.batch_size, "epochs": -(-steps * sizes.batch_size // len(pairs)), "seed": seed}
-        plan = plan_run(costs, "shared", max_steps=steps, max_tokens=MAX_TOKENS, world=1, **how)
+        plan = build_schedule(costs, "shared", max_steps=steps, max_tokens=MAX_TOKENS, world_size=1, **how)
         with started() as accelerator:
             optimizer = accelerator.prepare_optimizer(make_optimizer(policy, 0.0))
             trainer = Trainer(accelerator, scorer, optimizer, pairs, costs, given.logps, options)

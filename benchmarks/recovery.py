@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import lay_out
+from dpo_cli.data.collate import collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.losses.preference import Objective, Preferences
@@ -52,7 +52,7 @@ RESPONSES = np.array(list(itertools.product(range(LETTERS), repeat=LENGTH)), np.
 PROMPTS = [np.array(letters, np.int32) for letters in ((0, 1), (2, 3))]
 FIRST, SECOND = np.triu_indices(len(RESPONSES), 1)  # of every pair
 ORDERS = torch.from_numpy(np.stack([np.concatenate([FIRST, SECOND]), np.concatenate([SECOND, FIRST])]))
-BATCH = lay_out([Pair("", prompt, *two) for prompt in PROMPTS for two in RESPONSES.reshape(-1, 2, LENGTH)], "padded")
+BATCH = collate([Pair("", prompt, *two) for prompt in PROMPTS for two in RESPONSES.reshape(-1, 2, LENGTH)], "padded")
 STEPS, LR = 400, 5e-3
 BETAS, USUAL = (0.2, 0.5, 1.0), 0.5
 DRAWN = (1_000, 10_000, 100_000, 1_000_000)  # preferences a prompt

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from dpo_cli.data.batching import plan_run, row_costs
+from dpo_cli.data.batching import build_schedule, row_costs
 from dpo_cli.data.formats import Reading, read_rows
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.records import find_sources
@@ -111,7 +111,9 @@ def measure(rows: int, model: str | None) -> Measured:
         pairs = pairs_of(folder, tokenizer)
         times.append(time.perf_counter())
         costs = row_costs(pairs, "shared")
-        plan = plan_run(costs, "shared", batch_size=16, epochs=1, max_steps=None, max_tokens=2048, world=1, seed=0)
+        plan = build_schedule(
+            costs, "shared", batch_size=16, epochs=1, max_steps=None, max_tokens=2048, world_size=1, seed=0
+        )
         times.append(time.perf_counter())
         fill(folder, pairs)
         times.append(time.perf_counter())

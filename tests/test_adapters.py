@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions, TrainOptions
-from dpo_cli.data.batching import padded
+from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.evaluation.metrics import best_step, evaluations, read_metrics
 from dpo_cli.models import locate

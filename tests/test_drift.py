@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.data.batching import Layout
-from dpo_cli.data.pairs import Pair, Pairs, carries_loss, read
+from dpo_cli.data.pairs import Pair, Pairs, carries_loss, model_input_ids
 from dpo_cli.evaluation.drift import COLUMNS, FOLD, TOP, Compared, TokenFile, Watch, compare, divergences, record, score
 from dpo_cli.evaluation.outcome import scores_of
 from dpo_cli.evaluation.scores import Scores, values
@@ -159,7 +159,7 @@ def test_every_layout_gives_the_same_either_way_round(layout: Layout, apart: boo
     expected = []
     for pair in pairs:
         for response in (pair.chosen, pair.rejected):
-            ids = torch.from_numpy(np.concatenate([pair.prompt, read(response)]).astype(np.int64))[None]
+            ids = torch.from_numpy(np.concatenate([pair.prompt, model_input_ids(response)]).astype(np.int64))[None]
             with torch.no_grad():
                 logits = [model(input_ids=ids).logits[0, len(pair.prompt) - 1 : -1] for model in (policy, reference)]
             kept = torch.from_numpy(carries_loss(response))

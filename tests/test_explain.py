@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data.formats import Reading, Row, read_rows
-from dpo_cli.data.pairs import read
+from dpo_cli.data.pairs import model_input_ids
 from dpo_cli.data.records import find_sources
 from dpo_cli.data.tokenize import Encoder
 from tests.conftest import Cli, write_rows
@@ -43,7 +43,7 @@ def test_tokens_and_loss_are_those_of_the_pair(dpo: Cli, tiny: Path, tmp_path: P
     assert found["notes"] == sorted(notes) and found["format"] == row.format
     for part in ("prompt", "chosen", "rejected"):
         ids = getattr(pair, part)
-        assert [token["id"] for token in found[part]["tokens"]] == read(ids).tolist()
+        assert [token["id"] for token in found[part]["tokens"]] == model_input_ids(ids).tolist()
         carries = [part != "prompt" and each >= 0 for each in ids.tolist()]
         assert [token["loss"] for token in found[part]["tokens"]] == carries
     assert "".join(token["text"] for token in found["chosen"]["tokens"] if token["loss"]) == "It is 42.<|im_end|>"

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 import dpo_cli.models.attention
 import dpo_cli.models.loading
 import dpo_cli.models.logprobs
-from dpo_cli.data.batching import Layout, MicroBatch, lay_out, padded
+from dpo_cli.data.batching import Layout
+from dpo_cli.data.collate import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
 from dpo_cli.models.loading import _disable_dropout, choose_layout
@@ -99,7 +100,7 @@ def score(model: PreTrainedModel, pairs: list[Pair], layout: Layout | None) -> S
     The reference is fixed and differs from the policy, so that each pair has a weight of its own.
     """
     model.zero_grad()
-    whole = lay_out(pairs, layout or "packed")
+    whole = collate(pairs, layout or "packed")
     ref_logps = torch.linspace(-40, -20, 2 * len(pairs)).view(2, -1)  # chosen, rejected
     found = torch.zeros(2, len(pairs))
 
@@ -131,7 +132,7 @@ def check_equal(got: Scored, wanted: Scored) -> None:
 
 def difference(model: PreTrainedModel, pairs: list[Pair], name: str | None, wanted: Tensor) -> float:
     """How far the log-probs of a shared row are off, in nats, with the attention of this name."""
-    batch = lay_out(pairs, "shared")
+    batch = collate(pairs, "shared")
     with attention(model, name), torch.no_grad():
         return float((response_logps(token_logps(model, batch, torch.float32), batch.lengths) - wanted).abs().max())
 
@@ -191,7 +192,7 @@ def dense_attention(
 @pytest.mark.parametrize("window", [None, 1, WINDOW])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_attention_by_its_definition(groups: int, window: int | None, pairs: list[Pair]) -> None:
-    segments = lay_out(pairs, "shared").segments
+    segments = collate(pairs, "shared").segments
     assert segments is not None
     torch.manual_seed(0)
     tokens = sum(map(sum, LENGTHS))
@@ -206,7 +207,7 @@ def test_attention_by_its_definition(groups: int, window: int | None, pairs: lis
 @pytest.mark.parametrize("foreign", ["softcap", "position_bias"])
 def test_attention_refuses_what_it_does_not_compute(foreign: str, pairs: list[Pair]) -> None:
     x = torch.ones(1, 1, sum(map(sum, LENGTHS)), 8)
-    segments = lay_out(pairs, "shared").segments
+    segments = collate(pairs, "shared").segments
     with pytest.raises(UnsupportedAttentionError, match=foreign):
         prefix_shared_attention(torch.nn.Module(), x, x, x, None, segments=segments, **{foreign: torch.ones(1)})
     with pytest.raises(UnsupportedAttentionError, match="segments"):
@@ -315,9 +316,9 @@ def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPa
 
     def spy(probes: list[Pair], layout: Layout) -> MicroBatch:
         tried.append(probes)
-        return lay_out(probes, layout)
+        return collate(probes, layout)
 
-    monkeypatch.setattr(dpo_cli.models.loading, "lay_out", spy)
+    monkeypatch.setattr(dpo_cli.models.loading, "collate", spy)
     for max_tokens, groups in ((256, [[2, 1, 1]]), (47, [[0, 1, 1], [2]]), (16, [[1, 1], [2]])):
         tried.clear()
         choose_layout(make("llama"), pairs, max_tokens, CPU, torch.float32)

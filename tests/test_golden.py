@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.data.formats import Reading, Row, read_rows
-from dpo_cli.data.pairs import Pair, read
+from dpo_cli.data.pairs import Pair, model_input_ids
 from dpo_cli.data.records import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.models.loading import load_tokenizer
@@ -122,7 +122,7 @@ def ids(family: str, text: str) -> list[int]:
 
 def check(family: str, record: Any, folder: Path, prompt: str, chosen: str, rejected: str, **reading: Any) -> None:
     pair = pair_of(family, record, folder, **reading)
-    assert read(pair.prompt).tolist() == ids(family, prompt)
+    assert model_input_ids(pair.prompt).tolist() == ids(family, prompt)
     assert pair.chosen.tolist() == ids(family, chosen)
     assert pair.rejected.tolist() == ids(family, rejected)
 

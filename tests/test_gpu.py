@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dpo_cli.models.attention
 from dpo_cli.config.options import EvalOptions, TrainOptions
-from dpo_cli.data.batching import Segments, lay_out
+from dpo_cli.data.collate import Segments, collate
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.evaluation.drift import Watch, compare, record
 from dpo_cli.evaluation.evaluate import evaluated
@@ -61,7 +61,7 @@ def make_inputs(heads: int, groups: int, size: int) -> tuple[Tensor, Tensor, Ten
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, heads, tokens, size)] + [(1, heads // groups, tokens, size)] * 2
     made = [torch.randn(shape, generator=generator).bfloat16().float().to(DEVICE).requires_grad_() for shape in shapes]
-    segments = lay_out(make_pairs(), "shared").to(DEVICE).segments
+    segments = collate(make_pairs(), "shared").to(DEVICE).segments
     assert segments is not None
     query, key, value = made
     return query, key, value, segments
@@ -147,7 +147,7 @@ def test_log_probs_under_bfloat16(family: str, config: dict[str, Any], flash_cal
     """Every layer takes the flash path, and the numbers are float32's up to bfloat16's noise."""
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512} if family == "gpt2" else {}
     model, pairs = make_model(family, **config, **sizes).to(DEVICE), make_pairs()
-    batch = lay_out(pairs, "shared").to(DEVICE)
+    batch = collate(pairs, "shared").to(DEVICE)
     with attention(model, PREFIX_SHARED), torch.no_grad():
         exact = token_logps(model, batch, torch.float32)
         assert flash_calls == []

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 import dpo_cli.models.logprobs
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import Layout, lay_out, padded, plan_run, row_costs
+from dpo_cli.data.batching import Layout, build_schedule, row_costs
+from dpo_cli.data.collate import collate, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import Said, Scorer, collision_logps, response_logps, token_logps
@@ -65,7 +66,7 @@ def test_token_logps_by_hand(family: str, layout: Layout) -> None:
             log_probs = model(ids[None]).logits[0].log_softmax(-1)  # (T, V)
             wanted += [log_probs[place - 1, ids[place]] for place in range(len(pair.prompt), len(ids))]
     with attention(model, own(layout)):
-        got = token_logps(model, lay_out(pairs, layout), torch.float32)
+        got = token_logps(model, collate(pairs, layout), torch.float32)
     torch.testing.assert_close(got, torch.stack(wanted), atol=1e-5, rtol=0)
     assert got.std() > 0.1  # far from the uniform -log V, which any mistake would give too
 
@@ -90,7 +91,7 @@ def test_collisions_are_of_two_draws() -> None:
 
 
 def test_response_logps_are_sums_chosen_first() -> None:
-    batch = lay_out(random_pairs(3), "shared")
+    batch = collate(random_pairs(3), "shared")
     lengths = batch.lengths.tolist()  # chosen, rejected, chosen, …
     numbered = torch.arange(6.0).repeat_interleave(batch.lengths)  # every token carries its response's number
     wanted = [number * lengths[number] for number in (0, 2, 4, 1, 3, 5)]
@@ -100,7 +101,7 @@ def test_response_logps_are_sums_chosen_first() -> None:
 def test_sums_of_long_responses_are_exact() -> None:
     """Rounded once: added up one by one in float32, thousands of tokens would be off by more than noise."""
     ids = np.ones(2000, dtype=np.int32)
-    batch = lay_out([Pair("long", ids[:1], ids, ids[:1500])], "shared")
+    batch = collate([Pair("long", ids[:1], ids, ids[:1500])], "shared")
     tokens = torch.empty(3500).uniform_(-9, 0, generator=torch.Generator().manual_seed(0))
     exact = torch.stack([part.double().sum() for part in tokens.split([2000, 1500])])
     torch.testing.assert_close(response_logps(tokens, batch.lengths).double(), exact, rtol=1.2e-7, atol=0)
@@ -108,7 +109,7 @@ def test_sums_of_long_responses_are_exact() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sums_are_float32_under_bfloat16_compute(model: PreTrainedModel, layout: Layout) -> None:
-    batch = lay_out(random_pairs(6), layout)
+    batch = collate(random_pairs(6), layout)
     with attention(model, own(layout)):
         exact, coarse = (token_logps(model, batch, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert coarse.dtype == response_logps(coarse, batch.lengths).dtype == torch.float32
@@ -119,7 +120,7 @@ def test_sums_are_float32_under_bfloat16_compute(model: PreTrainedModel, layout:
 
 def test_bfloat16_policy_equals_its_reference_exactly(model: PreTrainedModel) -> None:
     """The same forward gives the same bits, so that the loss at step 0 is ln 2."""
-    batch = lay_out(random_pairs(6), "shared")
+    batch = collate(random_pairs(6), "shared")
     with attention(model, PREFIX_SHARED):
         with torch.no_grad():
             reference = token_logps(model, batch, torch.bfloat16)
@@ -140,7 +141,7 @@ def test_score_covers_each_pair_once(model: PreTrainedModel, layout: Layout, mon
     with attention(model, own(layout)):
         for indices, logps, tokens in scorer.score(pairs):
             assert not model.training and not logps.requires_grad
-            assert lay_out([pairs[i] for i in indices], layout).input_ids.numel() <= 160 or len(indices) == 1
+            assert collate([pairs[i] for i in indices], layout).input_ids.numel() <= 160 or len(indices) == 1
             lengths = [len(r) for i in indices for r in (pairs[i].chosen, pairs[i].rejected)]
             sums = torch.stack([part.sum() for part in tokens.split(lengths)]).view(-1, 2)
             table[list(indices)] = logps.view(2, -1).T
@@ -189,8 +190,8 @@ def step_gradients(
     """Gradients of one step over all pairs as the optimizer sees them, the step's metrics and its micro-batches."""
     options = TrainOptions(data=["-"], beta=0.1, label_smoothing=0.05, max_grad_norm=0.0)
     costs = row_costs(PAIRS, layout)
-    cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world": 1, "seed": 0}
-    (step,) = plan_run(costs, layout, max_tokens=max_tokens, **cut)
+    cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world_size": 1, "seed": 0}
+    (step,) = build_schedule(costs, layout, max_tokens=max_tokens, **cut)
     AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of another test
     optimizer = KeepGradients(model)
     scorer = Scorer(model, layout, torch.float32, max_tokens, CPU)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions, resolve
-from dpo_cli.data.batching import plan_run
+from dpo_cli.data.batching import build_schedule
 from dpo_cli.losses.preference import LOSSES, Preferences
 from dpo_cli.models.logprobs import Scorer
 from dpo_cli.training.step import StopSignal, Trainer
@@ -235,8 +235,8 @@ def step(model: PreTrainedModel, max_tokens: int, apart: bool, **options: Any) -
     made = TrainOptions(data=["-"], max_grad_norm=0.0, **options)
     AcceleratorState._reset_state(reset_partial_state=True)
     scorer = Scorer(model, "packed", torch.float32, max_tokens, CPU, apart, wpo=made.wpo)
-    (plan,) = plan_run(
-        scorer.costs(PAIRS), "packed", batch_size=40, epochs=1, max_steps=1, max_tokens=max_tokens, world=1, seed=0
+    (plan,) = build_schedule(
+        scorer.costs(PAIRS), "packed", batch_size=40, epochs=1, max_steps=1, max_tokens=max_tokens, world_size=1, seed=0
     )
     reference = torch.linspace(-90, -50, 80).view(-1, 2)
     optimizer = KeepGradients(model)

@@ -21,7 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.data.batching import MicroBatch
+from dpo_cli.data.collate import MicroBatch
 from dpo_cli.models.logprobs import Scorer
 from tests.conftest import SAMPLE, size, write_rows
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.data.batching import lay_out
+from dpo_cli.data.collate import collate
 from dpo_cli.hub.export import export_model
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import response_logps, token_logps
@@ -26,7 +26,7 @@ from dpo_cli.training.optimizer import BYTES, SPLIT, SmallAdamW, decode, encode,
 from tests.conftest import make_model, random_pairs, sigmoid_loss
 
 SMALL = ["8bit", "split", "in-backward"]
-BATCH = lay_out(random_pairs(6, seed=3), "padded")
+BATCH = collate(random_pairs(6, seed=3), "padded")
 
 
 HERE = [memory for memory in BYTES if memory != "offload"]  # a CPU has nowhere to offload to

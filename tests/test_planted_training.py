@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.data.batching import MicroBatch, lay_out
-from dpo_cli.data.pairs import Pair, loss_tokens
+from dpo_cli.data.collate import MicroBatch, collate
+from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.diagnostics import suspects, verdict
 from dpo_cli.evaluation.margins import sections
 from dpo_cli.evaluation.scores import Distributions, Scores
@@ -51,7 +51,7 @@ def pretrain(model: PreTrainedModel, pairs: Sequence[Pair], steps: int, lr: floa
     """Teach the model to answer like the chosen responses."""
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr, weight_decay=0), np.random.default_rng(0)
     for _ in range(steps):
-        batch = lay_out([pairs[i] for i in rng.choice(len(pairs), 32)], "padded")
+        batch = collate([pairs[i] for i in rng.choice(len(pairs), 32)], "padded")
         scorer(model).backward(batch, lambda _, said: -said.logps.chunk(2)[0].sum() / 32)
         optimizer.step()
         optimizer.zero_grad()
@@ -74,7 +74,7 @@ class Trained:
 
     def scores(self, pairs: Sequence[Pair]) -> Scores:
         logps, ref_logps = (table(model, pairs).double().numpy() for model in (self.policy, self.reference))
-        tokens = np.array([[loss_tokens(pair.chosen), loss_tokens(pair.rejected)] for pair in pairs], float)
+        tokens = np.array([[count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)] for pair in pairs], float)
         terms, exact = np.tile([1.0, 0.0], (len(pairs), 1)), distributions(self.policy, self.reference, pairs)
         return Scores([p.where for p in pairs], tokens, logps, ref_logps, terms, Objective(beta=self.beta), exact)
 
@@ -87,7 +87,7 @@ class Trained:
 @torch.no_grad()
 def distributions(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair]) -> Distributions:
     """By plain forwards over all pairs at once: the model is tiny."""
-    batch: MicroBatch = lay_out(pairs, "padded")
+    batch: MicroBatch = collate(pairs, "padded")
     p, q = (
         model.get_output_embeddings()(hidden_states(model, batch, torch.float32)).double().log_softmax(-1)
         for model in (policy, reference)
@@ -118,7 +118,7 @@ def train(
                 margins.append(beta * (logps - reference).detach().view(2, -1).diff(dim=0).neg()[0])
                 return sigmoid_loss(logps, reference, beta).sum() / 16
 
-            scorer(policy).backward(lay_out([pairs[i] for i in places], "padded"), loss)
+            scorer(policy).backward(collate([pairs[i] for i in places], "padded"), loss)
             optimizer.step()
             optimizer.zero_grad()
             found = torch.cat(margins)

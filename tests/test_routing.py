@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.data.batching import Layout, MicroBatch, lay_out
+from dpo_cli.data.batching import Layout
+from dpo_cli.data.collate import MicroBatch, collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import Scorer
@@ -67,7 +68,7 @@ def backward(model: PreTrainedModel, pairs: Sequence[Pair], layout: Layout) -> t
 def test_value_and_gradient_of_transformers_in_every_layout(model: PreTrainedModel) -> None:
     """Its own loss is taken over padded batches, whose padding does not count."""
     pairs = random_pairs(3)
-    batch = lay_out(pairs, "padded")
+    batch = collate(pairs, "padded")
     model.zero_grad()
     own = model(batch.input_ids, attention_mask=batch.attention_mask, output_router_logits=True).aux_loss
     own.backward()
@@ -83,7 +84,7 @@ def test_value_and_gradient_of_transformers_in_every_layout(model: PreTrainedMod
 def test_worked_by_hand() -> None:
     """One layer, four experts, one of them a token; all tokens prefer the first, and by as much."""
     pairs = random_pairs(1)
-    batch: MicroBatch = lay_out(pairs, "shared")
+    batch: MicroBatch = collate(pairs, "shared")
     logits = torch.tensor([3.0, 1.0, 1.0, 1.0]).log().expand(batch.input_ids.numel(), 4)
     part = routed([logits], batch, 1)
     tokens = 2 * len(pairs[0].prompt) + len(pairs[0].chosen) + len(pairs[0].rejected)

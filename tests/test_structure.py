@@ -65,7 +65,7 @@ def test_accelerate_is_named_by_the_loop_alone() -> None:
 
 
 def test_pure_layers_know_torch_only() -> None:
-    for module in ("losses.preference", "models.logprobs", "data.batching"):
+    for module in ("losses.preference", "models.logprobs", "data.batching", "data.collate"):
         assert not packages(tree(f"dpo_cli.{module}")) & {"transformers", "accelerate", "typer", "rich"}
     light = (
         "utils.errors",

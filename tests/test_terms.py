@@ -26,8 +26,9 @@ from typer.testing import CliRunner
 import dpo_cli.training.memory
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import Layout, lay_out, plan_run
-from dpo_cli.data.pairs import Ids, Pair, Pairs, read
+from dpo_cli.data.batching import Layout, build_schedule
+from dpo_cli.data.collate import collate
+from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.data.tokenize import PairSet, tokenize_rows
 from dpo_cli.evaluation.outcome import scores_of
 from dpo_cli.evaluation.scores import values
@@ -105,9 +106,9 @@ def test_log_probs_of_tokens_with_loss_by_plain_forwards(model: PreTrainedModel,
     with torch.no_grad():
         wanted = torch.cat([plain(model, *each) for each in responses(PAIRS)])
         with attention(model, own(layout)):
-            got = token_logps(model, lay_out(PAIRS, layout), torch.float32, apart)
+            got = token_logps(model, collate(PAIRS, layout), torch.float32, apart)
             unseen = [replace(p, chosen=p.chosen[p.chosen >= 0], rejected=p.rejected[p.rejected >= 0]) for p in PAIRS]
-            others = token_logps(model, lay_out(unseen, layout), torch.float32, apart)
+            others = token_logps(model, collate(unseen, layout), torch.float32, apart)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
     assert got.std() > 0.1 and (got - others).abs().max() > 0.1
 
@@ -117,7 +118,7 @@ def test_what_meets_the_head_is_what_carries_loss(model: PreTrainedModel, layout
     met = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: met.append(len(given[0])))  # type: ignore[union-attr]
     with attention(model, own(layout)), torch.no_grad():
-        token_logps(model, lay_out(PAIRS, layout), torch.float32, apart=True)
+        token_logps(model, collate(PAIRS, layout), torch.float32, apart=True)
     hook.remove()
     assert sum(met) == sum(counted(PAIRS)) < sum(len(response) for _, response in responses(PAIRS))
     assert at_head(Scorer(model, layout, torch.float32, 4096, CPU), PAIRS) == sum(counted(PAIRS))
@@ -127,7 +128,7 @@ def test_the_memory_count_needs_no_loss_in_a_beginning(model: PreTrainedModel, m
     """What lies behind the tokens that it is taken from may be all that carries loss."""
     monkeypatch.setattr(dpo_cli.training.memory, "COUNTED", 3)
     hidden = Pair("late", *(np.array(ids, np.int32) for ids in ([5, 6], [~7, ~8, ~9, 10], [~7, ~8, ~9, 11])))
-    whole = replace(hidden, chosen=read(hidden.chosen), rejected=read(hidden.rejected))
+    whole = replace(hidden, chosen=model_input_ids(hidden.chosen), rejected=model_input_ids(hidden.rejected))
     scorer = Scorer(model, "packed", torch.float32, 4096, CPU, apart=False)
     assert count_bytes(scorer, [hidden, MIDDLE], 0) == count_bytes(scorer, [whole, MIDDLE], 0)
 
@@ -135,7 +136,9 @@ def test_the_memory_count_needs_no_loss_in_a_beginning(model: PreTrainedModel, m
 def test_cached_and_read_back(tmp_path: Path, model: PreTrainedModel) -> None:
     """The same tokens with loss elsewhere are another response."""
     scorer = Scorer(model, "packed", torch.float32, 120, CPU)
-    whole = [replace(pair, chosen=read(pair.chosen), rejected=read(pair.rejected)) for pair in PAIRS]
+    whole = [
+        replace(pair, chosen=model_input_ids(pair.chosen), rejected=model_input_ids(pair.rejected)) for pair in PAIRS
+    ]
     filled = fill(open_cache(tmp_path), [*PAIRS, *whole], scorer)
     cache = open_cache(tmp_path)
     assert fill(cache, [*PAIRS, *whole], scorer).misses == 0
@@ -220,8 +223,8 @@ def test_the_gradient_is_the_formulas_however_a_step_is_cut(
     monkeypatch.setattr("dpo_cli.models.logprobs.HEAD_BYTES", {"cpu": 4 * 384 * 40})  # a few pairs at a time
     scorer = Scorer(model, layout, torch.float32, max_tokens, CPU, apart)
     trainer, optimizer = make_trainer(scorer, exact.reference)
-    cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world": 1, "seed": 0}
-    (step,) = plan_run(trainer.costs, layout, max_tokens=max_tokens, **cut)
+    cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world_size": 1, "seed": 0}
+    (step,) = build_schedule(trainer.costs, layout, max_tokens=max_tokens, **cut)
     assert len(step) == 1 if max_tokens == 4096 and layout != "alone" else len(step) > 5
     with attention(model, own(layout)):
         values = trainer.step(step, 1e-3, StopSignal())

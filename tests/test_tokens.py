@@ -31,7 +31,7 @@ from dpo_cli.data.chat import (
 )
 from dpo_cli.data.columns import Message
 from dpo_cli.data.formats import BadRow, Reading, Row
-from dpo_cli.data.pairs import Pair, Pairs, read
+from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
 from dpo_cli.data.tokenize import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder, refusal, tokenize_rows
 from dpo_cli.utils.errors import RowError, UsageError
 from tests.conftest import CHATML, SAMPLE, random_pairs
@@ -226,7 +226,7 @@ def test_of_a_response_of_several_turns_the_last_carries_loss() -> None:
     given = Row("w", "f", [user("Why?")], chosen, [assistant("No idea.")])
     pair, notes = pair_of(tokenizer, given)
     context = "call<|im_end|>\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
-    assert decode(tokenizer, read(pair.chosen)) == context + "It is 42.<|im_end|>"
+    assert decode(tokenizer, model_input_ids(pair.chosen)) == context + "It is 42.<|im_end|>"
     assert decode(tokenizer, pair.chosen[pair.chosen >= 0]) == "It is 42.<|im_end|>"
     assert decode(tokenizer, pair.rejected) == "No idea.<|im_end|>" and notes == {TURNS_WITHOUT_LOSS}
 
@@ -1042,7 +1042,7 @@ def test_what_is_read_is_the_rendered_text_and_what_carries_loss_are_answers(
     sides: Any = ((pair.chosen, given.chosen, given.rejected), (pair.rejected, given.rejected, given.chosen))
     for (response, own, other), runs in zip(sides, turns_with_loss(tokenizer, pair), strict=True):
         text = tokenizer.apply_chat_template(prompt + own, tokenize=False)
-        assert decode(tokenizer, pair.prompt, read(response)) == text.removesuffix("\n")
+        assert decode(tokenizer, pair.prompt, model_input_ids(response)) == text.removesuffix("\n")
         differ = [turn for place, turn in enumerate(own) if [turn] != other[place : place + 1]]
         trained_answers = (
             own[-1:] if trained_turns == "last" else [turn for turn in differ if turn["role"] == "assistant"]

@@ -22,7 +22,7 @@ DIGEST_PAIRS = 4096  # hashed at a time
 class Pair:
     """Token ids of one preference; ``prompt + chosen`` and ``prompt + rejected`` are what the model reads.
 
-    A token of a response that carries no loss, such as one of a tool's answer, is kept as ``~id``: see ``read``.
+    A response token without loss, such as one of a tool result, is stored as ``~id``; see ``model_input_ids``.
     """
 
     where: str
@@ -33,18 +33,18 @@ class Pair:
     margin: float = 0.0  # by which its rewards should at least differ
 
 
-def read(ids: Ids) -> Ids:
-    """What the model reads: the ids of a response, those included that carry no loss."""
+def model_input_ids(ids: Ids) -> Ids:
+    """Return the ids that the model reads: ``~id`` of a token without loss becomes ``id``."""
     return np.maximum(ids, ~ids)
 
 
 def carries_loss(ids: Ids) -> npt.NDArray[np.bool_]:
-    """Which tokens of a response carry loss; of every response at least one does."""
+    """Return the loss mask of response ids; every response has at least one token with loss."""
     return ids >= 0
 
 
-def loss_tokens(response: Ids) -> int:
-    """How many tokens of a response carry loss: those that its log-prob is a sum over."""
+def count_loss_tokens(response: Ids) -> int:
+    """Count the loss-bearing tokens of a response: those whose log-probs are summed."""
     return int(np.count_nonzero(carries_loss(response)))
 
 
@@ -150,7 +150,7 @@ class Pairs(Sequence[Pair]):
         ids, content = np.asarray(self._ids), bytearray()
         for place in range(len(self)):
             ends = pairwise(self._ends[3 * place : 3 * place + 4])
-            prompt, *sides = (_hash(read(ids[start:end]).data) for start, end in ends)
+            prompt, *sides = (_hash(model_input_ids(ids[start:end]).data) for start, end in ends)
             content += prompt + _hash(prompt + b"".join(sorted(sides)))
         return np.frombuffer(bytes(content), np.int64).reshape(-1, 2)
 

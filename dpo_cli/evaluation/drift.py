@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_cli.data.batching import MicroBatch
+from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation.scores import Distributions
 from dpo_cli.models.logprobs import Head, Scorer, head_pieces

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.data.pairs import Ids, Pairs, carries_loss, read
+from dpo_cli.data.pairs import Ids, Pairs, carries_loss, model_input_ids
 from dpo_cli.evaluation.drift import FOLD, Compared, TokenFile
 from dpo_cli.evaluation.scores import SIDES, Scores, ShownPair, Token
 from dpo_cli.utils.files import to_json, whole_file
@@ -51,7 +51,7 @@ def _token(text: str, row: Sequence[float]) -> Token:
 
 def token_texts(ids: Ids, tokenizer: Any) -> list[str]:
     """Each token's own text: what it adds to the one before it, since some decoders drop a text's first space."""
-    whole = read(ids).tolist()
+    whole = model_input_ids(ids).tolist()
     alone = [tokenizer.decode([each], clean_up_tokenization_spaces=False) for each in whole]
     both = [tokenizer.decode([*two], clean_up_tokenization_spaces=False) for two in pairwise(whole)]
     return alone[:1] + [two[len(first) :] for first, two in zip(alone, both, strict=False)]
@@ -82,7 +82,7 @@ def _in_context(place: int, row: int, compared: Compared, pairs: Pairs, tokenize
     at = int(np.flatnonzero(carries_loss(ids))[row - chosen * (row >= chosen)])
     logp, ref_logp = compared.tokens.read([place])[row, :2].tolist()
     fold = math.exp(min(abs(logp - ref_logp), 700))  # the next ones overflow
-    whole = np.concatenate([read(pair.prompt), read(ids)])
+    whole = np.concatenate([model_input_ids(pair.prompt), model_input_ids(ids)])
     here = len(pair.prompt) + at
     before, token, after = (
         tokenizer.decode(whole[start:end], clean_up_tokenization_spaces=False)

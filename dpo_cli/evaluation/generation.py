@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from dpo_cli.data.pairs import Ids, Pair, Pairs, read
+from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.evaluation.scores import Table
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.models.attention import attention
@@ -107,7 +107,7 @@ def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pa
     commonest last one of the first pairs' chosen responses, of which some may be cut, if it is a special token.
     """
     config = _valid(deepcopy(model.generation_config) if model.generation_config else GenerationConfig())
-    lasts = Counter(int(read(pair.chosen[-1:])[0]) for pair in pairs[:ENDS_OF])
+    lasts = Counter(int(model_input_ids(pair.chosen[-1:])[0]) for pair in pairs[:ENDS_OF])
     (last, _), ends = lasts.most_common(1)[0], _eos_ids(model, tokenizer)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     wanted = ends if last in ends or last not in special else [*ends, last]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dpo_cli.data.pairs import Pairs, read
+from dpo_cli.data.pairs import Pairs, model_input_ids
 from dpo_cli.evaluation.diagnostics import verdict
 from dpo_cli.evaluation.drift import Compared
 from dpo_cli.evaluation.examples import drift_tokens, shown_pairs
@@ -89,7 +89,9 @@ def evaluation(
     told = sections(scores, seed)
     result: dict[str, Any] = values(scores) | told
     decode = tokenizer.decode
-    thinking = np.array([[thinks(decode(read(ids))) for ids in (pair.chosen, pair.rejected)] for pair in pairs])
+    thinking = np.array(
+        [[thinks(decode(model_input_ids(ids))) for ids in (pair.chosen, pair.rejected)] for pair in pairs]
+    )
     known = trained_on["pairs"] if trained_on else 0
     result |= verdict(scores, told, history, held_out=held_out, thinking=thinking, trained_on=known)
     if trained_on:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo_cli.data.batching import padded
-from dpo_cli.data.pairs import Pair, loss_tokens
+from dpo_cli.data.collate import padded
+from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, save_adapter
 from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied
 from dpo_cli.models.loading import load_exported, load_model, release
@@ -86,7 +86,7 @@ def export_model(
             logps, precision = expected
             exact = dtype == precision == torch.float32 and logps.device == CPU
             allowed = noise(torch.float32 if exact else torch.bfloat16)
-            allowed *= max(loss_tokens(pair.chosen), loss_tokens(pair.rejected)) ** 0.5
+            allowed *= max(count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)) ** 0.5
             if found is not None and not (off := float((found - logps.to(CPU)).abs().max())) <= allowed:
                 raise NotReadBackError(
                     f"{folder}: loaded again, the model gives other log-probs than in memory, by {off:.3g} nats on "
@@ -104,7 +104,7 @@ def response_logps(model: PreTrainedModel, pair: Pair, dtype: torch.dtype, apart
     batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
     with torch.no_grad():
         logps = token_logps(model, batch.to(next(model.parameters()).device), dtype, apart)
-    chosen, rejected = logps.double().split([loss_tokens(pair.chosen), loss_tokens(pair.rejected)])
+    chosen, rejected = logps.double().split([count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)])
     return torch.stack([chosen.sum(), rejected.sum()])
 
 

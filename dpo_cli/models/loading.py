@@ -35,7 +35,8 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file
 
-from dpo_cli.data.batching import Layout, MicroBatch, lay_out, padded, probes, row_costs
+from dpo_cli.data.batching import Layout, probe_pairs, row_costs
+from dpo_cli.data.collate import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models import adapter_files
 from dpo_cli.models.adapters import is_tied
@@ -472,7 +473,7 @@ def choose_layout(
     reasons = ["its attention chooses tokens, and breaks ties by the row's length"] if sparse else []
     layouts: list[Layout] = ["alone"] if sparse else [*_TOLD]
     for layout in layouts:
-        forwards = [lay_out(group, layout).to(device) for group in groups]
+        forwards = [collate(group, layout).to(device) for group in groups]
         try:
             with attention(model, PREFIX_SHARED if layout == "shared" else None):
                 scored = {p: _scored(model, forwards, p, apart) for p in precisions}
@@ -512,7 +513,7 @@ def _tried(
 
     Infinity: no threshold lies between two sequences.
     """
-    first = probes(pairs, "padded", max_tokens)
+    first = probe_pairs(pairs, "padded", max_tokens)
     cut = replace(first[-1], prompt=first[-1].prompt[-1:])
     lengths = (pairs if isinstance(pairs, Pairs) else Pairs(pairs)).lengths
     sequences = lengths[:, :1] + lengths[:, 1:]  # (P, 2)

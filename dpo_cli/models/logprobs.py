@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_cli.data.batching import Layout, MicroBatch, lay_out, pack, row_costs
+from dpo_cli.data.batching import Layout, pack, row_costs
+from dpo_cli.data.collate import MicroBatch, collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.utils.errors import DpoError
 
@@ -146,7 +147,7 @@ class Scorer:
 
     def batch(self, pairs: Sequence[Pair]) -> MicroBatch:
         """The tensors of one forward, on the device."""
-        return lay_out(pairs, self.layout).to(self.device)
+        return collate(pairs, self.layout).to(self.device)
 
     def token_logps(self, batch: MicroBatch) -> Tensor:
         """``token_logps`` of the model in the compute precision: (N,) nats."""
@@ -380,10 +381,10 @@ def own_logits(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tenso
     if batch.alone:
         return torch.cat([own_logits(model, sequence, dtype) for sequence in batch.alone])
     width = batch.input_ids.shape[1]
-    keep, column = torch.unique(batch.predictors % width, return_inverse=True)
+    keep, column = torch.unique(batch.logit_positions % width, return_inverse=True)
     with precision(batch.input_ids.device, dtype):
         logits: Tensor = model(logits_to_keep=keep, use_cache=False, **_inputs(batch)).logits  # (B, kept, V)
-    return logits[batch.predictors // width, column].float()
+    return logits[batch.logit_positions // width, column].float()
 
 
 def head_room(model: nn.Module) -> int:
@@ -426,7 +427,7 @@ def body_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, **more:
 def predicting(states: Any, batch: MicroBatch) -> Tensor:
     """The hidden states that predict a response token that carries loss: (N, H)."""
     hidden: Tensor = states.last_hidden_state  # (B, T, H)
-    return hidden.flatten(0, 1)[batch.predictors]
+    return hidden.flatten(0, 1)[batch.logit_positions]
 
 
 def head_of(model: nn.Module, dtype: torch.dtype) -> Head:

@@ -11,7 +11,7 @@ from array import array
 import numpy as np
 import numpy.typing as npt
 
-from dpo_cli.data.pairs import Pair, loss_tokens
+from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.quality.checks import Texts
 from dpo_cli.quality.near_duplicates import BANDS, Keys, Places, band_keys, mixed
 
@@ -38,7 +38,7 @@ class Table:
             self._tokens.extend([0] * 5)
         else:
             self._tokens.extend(map(len, (pair.prompt, pair.chosen, pair.rejected)))
-            self._tokens.extend(map(loss_tokens, (pair.chosen, pair.rejected)))
+            self._tokens.extend(map(count_loss_tokens, (pair.chosen, pair.rejected)))
         self._flags.append(flags)
         self._waiting.append(plain)
         self._held += sum(map(len, plain))

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from dpo_cli.config.options import ExplainOptions
 from dpo_cli.data.formats import BadRow, Row, read_rows
-from dpo_cli.data.pairs import Pair, read
+from dpo_cli.data.pairs import Pair, model_input_ids
 from dpo_cli.data.records import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
@@ -64,9 +64,9 @@ def _side(pair: Pair, part: str, tokenizer: Any) -> dict[str, Any]:
             "loss": part != "prompt" and bool(kept >= 0),
             "special": known.get(int(each)),
         }
-        for each, kept in zip(read(ids), ids, strict=True)
+        for each, kept in zip(model_input_ids(ids), ids, strict=True)
     ]
-    return {"text": tokenizer.decode(read(ids), clean_up_tokenization_spaces=False), "tokens": tokens}
+    return {"text": tokenizer.decode(model_input_ids(ids), clean_up_tokenization_spaces=False), "tokens": tokens}
 
 
 def show(result: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_cli.data.batching import length_costs, plan_run
+from dpo_cli.data.batching import build_schedule, length_costs
 from dpo_cli.data.pairs import Ids
 from dpo_cli.evaluation.statistics import wilson
 from dpo_cli.models.loading import default_device
@@ -69,7 +69,7 @@ def budget(lengths: Ids, batch_size: int, epochs: int, max_tokens: int) -> dict[
     """What `dpo train` computes for pairs of (P, 3) tokens: tokens and forwards of an epoch, steps of the run."""
     shared, padded = length_costs(lengths, "shared"), length_costs(lengths, "padded")  # (P,) each
     way: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "epochs": 1, "max_steps": None}
-    plan = plan_run(shared.tolist(), "shared", **way, world=1, seed=0)
+    plan = build_schedule(shared.tolist(), "shared", **way, world_size=1, seed=0)
     wide = [_widest(step, padded) for step in plan]
     tokens = int(shared.sum(dtype=np.int64))
     return {

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo_cli.data.pairs import Ids, Pair, Pairs, loss_tokens
+from dpo_cli.data.pairs import Ids, Pair, Pairs, count_loss_tokens
 from dpo_cli.models.logprobs import Scorer
 from dpo_cli.reference import shards
 from dpo_cli.reference.shards import KEY_BYTES, Entry
@@ -195,7 +195,7 @@ def fill(
             if bad := [keys[i] for i, value in enumerate(values) if not math.isfinite(value)]:
                 rows = ", ".join(pair.where for pair in scored if not {*pair_keys(pair)}.isdisjoint(bad))
                 raise DpoError(f"the reference gives a log-prob that is not finite for {rows}; try --dtype float32")
-            lengths = [loss_tokens(response) for pair in scored for response in (pair.chosen, pair.rejected)]
+            lengths = [count_loss_tokens(response) for pair in scored for response in (pair.chosen, pair.rejected)]
             waiting.update(zip(keys, map(Entry, values, token_logps.cpu().split(lengths)), strict=True))
             new = sum(map(tokens_of, scored))
             tokens += new

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.pairs import read
+from dpo_cli.data.pairs import model_input_ids
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation.generation import generate, text
 from dpo_cli.evaluation.metrics import append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
@@ -330,7 +330,9 @@ class _Loop:
         ):
             for place, loss in error.losses.items():
                 pair = run.pairs[place]
-                texts = {name: decode(read(getattr(pair, name))) for name in ("prompt", "chosen", "rejected")}
+                texts = {
+                    name: decode(model_input_ids(getattr(pair, name))) for name in ("prompt", "chosen", "rejected")
+                }
                 ids = {f"{name}_ids": getattr(pair, name).tolist() for name in texts}
                 about = {"row": pair.where, "to_blame": place in error.bad, "loss": loss}
                 about["ref_logps"] = self.trainer.reference[place].tolist() if run.cache else None

@@ -18,8 +18,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from dpo_cli.data.batching import Step, probes, row_costs
-from dpo_cli.data.pairs import Pair, loss_tokens, read
+from dpo_cli.data.batching import Step, probe_pairs, row_costs
+from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.logprobs import Scorer, head_room, hidden_states, token_logps
 from dpo_cli.models.sharding import gathered_parameters, own
@@ -81,7 +81,7 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
     """Count what a forward keeps: over the start of a long pair, and over that and a short one."""
     model: Any = scorer.model
     config = model.config.get_text_config()
-    tried = [_cut(pair) for pair in probes(pairs, scorer.layout, scorer.max_tokens)]
+    tried = [_cut(pair) for pair in probe_pairs(pairs, scorer.layout, scorer.max_tokens)]
     long, short = tried[0], tried[-1]
     tokens, more = row_costs([long, short], scorer.layout)
     one, two = _kept(scorer, [long]), _kept(scorer, [long, short])
@@ -109,7 +109,7 @@ def _cut(pair: Pair) -> Pair:
 
     All of a response carries loss here, for there may be nothing that does in its beginning.
     """
-    prompt, chosen, rejected = (read(part[:COUNTED]) for part in (pair.prompt, pair.chosen, pair.rejected))
+    prompt, chosen, rejected = (model_input_ids(part[:COUNTED]) for part in (pair.prompt, pair.chosen, pair.rejected))
     return Pair(pair.where, prompt, chosen, rejected)
 
 
@@ -200,5 +200,5 @@ def fit(
 
 def at_head(scorer: Scorer, pairs: Sequence[Pair]) -> int:
     """Response tokens of a micro-batch that meet the head at once; 0 where they count among what the forward keeps."""
-    tokens = [loss_tokens(pair.chosen) + loss_tokens(pair.rejected) for pair in pairs]
+    tokens = [count_loss_tokens(pair.chosen) + count_loss_tokens(pair.rejected) for pair in pairs]
     return min(sum(tokens), max(head_room(scorer.model), *tokens)) if scorer.apart and tokens else 0

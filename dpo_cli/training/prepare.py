@@ -22,7 +22,7 @@ from dpo_cli.config.options import CACHE_DIR, DataOptions, EvalOptions, Options,
 from dpo_cli.data.batching import row_costs
 from dpo_cli.data.chat import NO_TEMPLATE
 from dpo_cli.data.formats import Reading
-from dpo_cli.data.pairs import Pair, Pairs, loss_tokens, read
+from dpo_cli.data.pairs import Pair, Pairs, count_loss_tokens, model_input_ids
 from dpo_cli.data.records import REST, find_sources
 from dpo_cli.data.token_cache import Tokenized, merged
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal
@@ -202,7 +202,7 @@ def read_pairs(
 
 def _understood(pair: Pair, tokenizer: Any) -> str:
     """A pair in short: the prompt's end, the boundary, the beginning of the chosen response."""
-    prompt, chosen = (tokenizer.decode(read(ids)) for ids in (pair.prompt[-20:], pair.chosen[:12]))
+    prompt, chosen = (tokenizer.decode(model_input_ids(ids)) for ids in (pair.prompt[-20:], pair.chosen[:12]))
     dots = ("…" * (len(pair.prompt) > 20), "…" * (len(pair.chosen) > 12))
     return f"{dots[0]}{prompt!r} | {chosen!r}{dots[1]}"
 
@@ -256,7 +256,7 @@ def _sampled(pairs: Pairs, options: Options, limit: int | None) -> Pairs:
     made = Pairs()
     if isinstance(options, EvalOptions) and options.samples:
         for place in pairs.lengths[:, 0].argsort()[[0, -1]].tolist():
-            prompt, response = pairs[place].prompt, read(pairs[place].chosen)
+            prompt, response = pairs[place].prompt, model_input_ids(pairs[place].chosen)
             room = min(options.sample_tokens, limit - len(prompt)) if limit else options.sample_tokens
             made.append(Pair("a sample", prompt, np.resize(response, room), response[:1]))
     return made
@@ -412,7 +412,7 @@ def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Sc
         for i, fresh in zip(indices, logps.view(2, -1).T.cpu(), strict=True):  # (2,)
             off = (fresh - cached[places[i]]).abs()
             largest = max(largest, float(off.max()))
-            tokens = torch.tensor([loss_tokens(chosen[i].chosen), loss_tokens(chosen[i].rejected)])
+            tokens = torch.tensor([count_loss_tokens(chosen[i].chosen), count_loss_tokens(chosen[i].rejected)])
             if not bool((off <= noise(scorer.dtype) * tokens.sqrt()).all()):
                 bad.append(chosen[i].where)
     if bad:

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.config.options import OPERATIONAL, DataOptions, TrainOptions, resolve, to_yaml
-from dpo_cli.data.batching import Layout, Step, plan_run, row_costs, step_pairs
+from dpo_cli.data.batching import Layout, Step, build_schedule, row_costs, step_pairs
 from dpo_cli.data.formats import BadRow, Reading
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
 from dpo_cli.evaluation import drift
@@ -208,14 +208,14 @@ def lay_out_run(
         gradient_checkpointing=fitted.recompute,
     )
     costs = scorer.costs(pairs)
-    plan = plan_run(
+    plan = build_schedule(
         costs,
         scorer.layout,
         batch_size=options.batch_size,
         epochs=options.epochs,
         max_steps=options.max_steps,
         max_tokens=scorer.max_tokens,
-        world=distributed.world_size(),
+        world_size=distributed.world_size(),
         seed=options.seed,
     )
     start = fingerprint(model, weights, scorer.layout, scorer.dtype)

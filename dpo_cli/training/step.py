@@ -21,8 +21,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import MicroBatch, Step, cut_step, moved
-from dpo_cli.data.pairs import Pair, loss_tokens
+from dpo_cli.data.batching import Step, split_into_micro_batches
+from dpo_cli.data.collate import MicroBatch, to_device
+from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.metrics import SUMS, mean_reward, pair_sums, summarize
 from dpo_cli.losses.preference import Objective, Preferences
 from dpo_cli.models.logprobs import Said, Scorer, out_of_memory
@@ -98,7 +99,7 @@ class Surrogate:
 
     def __call__(self, indices: Sequence[int], logps: Tensor, whole: Tensor) -> Tensor:
         """Losses of some pairs by their log-probs and those not discounted: (2P,), (2P,) -> (P,)."""
-        columns = moved(torch.tensor([self.columns[i] for i in indices]), logps.device)
+        columns = to_device(torch.tensor([self.columns[i] for i in indices]), logps.device)
         both = torch.cat([logps, whole]).view(4, -1)
         return self.losses[columns] + ((both - both.detach()) * self.slopes[:, columns]).sum(0)
 
@@ -219,7 +220,9 @@ class Trainer:
         world, rank = distributed.world_size(), distributed.rank()
         if self.scorer.max_tokens != self.options.max_tokens:
             indices = [i for planned in micro_batches for i in planned]
-            micro_batches = cut_step(indices, self.costs, self.scorer.layout, self.scorer.max_tokens, world)
+            micro_batches = split_into_micro_batches(
+                indices, self.costs, self.scorer.layout, self.scorer.max_tokens, world
+            )
         return micro_batches[rank::world]
 
     @torch.no_grad()
@@ -326,7 +329,7 @@ class Trainer:
         """Settle what a pair's loss reads of its step and of those before it."""
         means = self.mean_rewards if self.objective.reads("shift") else []
         self.shift = sum(means) / len(means) if means else 0.0
-        self.tokens = sum(loss_tokens(self.pairs[i].chosen) for i in indices) / len(indices)
+        self.tokens = sum(count_loss_tokens(self.pairs[i].chosen) for i in indices) / len(indices)
         self.surrogate = None
 
     def _couple(self, mine: Step, idle: int, micro_batches: Step) -> tuple[tuple[int, ...], bool]:
@@ -365,8 +368,8 @@ class Trainer:
         self._begin(indices)
         read = dataclasses.replace(self.scorer).read([self.pairs[i] for i in indices], self.options.ld_alpha)
         lengths = self._lengths(indices)
-        logps, discounted = (moved(t.T.reshape(-1), self.scorer.device) for t in (read.logps, read.discounted))
-        likelihoods = moved(read.likelihoods, self.scorer.device) if self.scorer.wpo else 1.0
+        logps, discounted = (to_device(t.T.reshape(-1), self.scorer.device) for t in (read.logps, read.discounted))
+        likelihoods = to_device(read.likelihoods, self.scorer.device) if self.scorer.wpo else 1.0
         losses = self.objective(self._preferences(indices, discounted, logps, lengths, likelihoods))
         values = summarize(self._sums(losses, logps, indices, lengths).tolist())
         if not self.objective.reference:
@@ -379,18 +382,18 @@ class Trainer:
     def _reference(self, indices: Sequence[int], table: Tensor | None = None) -> Tensor:
         """Log-probs under the reference, or others in a ``table`` like it: (2P,) nats, chosen first, on the device."""
         table = self.reference if table is None else table
-        return moved(table[list(indices)].T.reshape(-1), self.scorer.device)
+        return to_device(table[list(indices)].T.reshape(-1), self.scorer.device)
 
     def _lengths(self, indices: Sequence[int]) -> Tensor:
         """Tokens of each response that carry loss: (2P,), chosen first, on the device."""
         pairs = [self.pairs[i] for i in indices]
-        lengths = [loss_tokens(p.chosen) for p in pairs] + [loss_tokens(p.rejected) for p in pairs]
-        return moved(torch.tensor(lengths), self.scorer.device)
+        lengths = [count_loss_tokens(p.chosen) for p in pairs] + [count_loss_tokens(p.rejected) for p in pairs]
+        return to_device(torch.tensor(lengths), self.scorer.device)
 
     def _terms(self, indices: Sequence[int]) -> Tensor:
         """Margins and weights in the loss: (2, P), on the device."""
         pairs = [self.pairs[i] for i in indices]
-        return moved(torch.tensor([[p.margin for p in pairs], [p.weight for p in pairs]]), self.scorer.device)
+        return to_device(torch.tensor([[p.margin for p in pairs], [p.weight for p in pairs]]), self.scorer.device)
 
     def _preferences(
         self, indices: Sequence[int], logps: Tensor, whole: Tensor, lengths: Tensor, likelihoods: Tensor | float = 1.0
