@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install -q --disable-pip-version-check --retries 10 --timeout 60
 
-.PHONY: setup check test test-browser torture demo bench docs
+.PHONY: setup check test test-bench test-browser torture demo bench docs
 
 setup: .venv/done
 
@@ -23,6 +23,9 @@ test-browser: setup
 	$(INSTALL) -c constraints.txt playwright
 	$(BIN)/pytest -m browser
 
+test-bench: setup
+	$(BIN)/pytest -m bench
+
 torture: setup
 	DPO_LONG=1 $(BIN)/pytest -m torture --timeout 1800 --durations 0
 
@@ -31,7 +34,7 @@ demo: setup
 	  --max-steps 24 --batch-size 8 --lr 3e-5 --logging-steps 2 --show-answers 2
 
 bench: setup
-	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.trl.bench
 
 docs: setup
 	$(BIN)/python -m tests.test_losses_docs

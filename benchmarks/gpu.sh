@@ -36,17 +36,17 @@ part() {  # name, seconds, command…
 bench() {  # name, seconds, options…
   local name=$1 seconds=$2
   shift 2
-  part "$name" "$seconds" "$PYTHON" -m benchmarks.bench --device "$DEVICE" --limit "$limit" --json "$OUT/$name.json" "$@"
+  part "$name" "$seconds" "$PYTHON" -m benchmarks.trl.bench --device "$DEVICE" --limit "$limit" --json "$OUT/$name.json" "$@"
 }
 
 all() {
   part tests 75 "$PYTHON" -m pytest -m gpu --continue-on-collection-errors -p no:cacheprovider -W ignore::pytest.PytestConfigWarning
-  part model 30 "$PYTHON" -m benchmarks.shapes "$small" "$temporary/small"
+  part model 30 "$PYTHON" -m benchmarks.trl.shapes "$small" "$temporary/small"
   for case in hh ultrafeedback; do
     bench "$case" 95 --model "$temporary/small" --case "$case" --phases precompute train eval "${size[@]}" --rounds "$rounds"
   done
   bench grid 80 --model "$temporary/small" --case ultrafeedback --phases train "${size[@]}" --rounds 1 --grid "${grid[@]}"
-  part large 45 "$PYTHON" -m benchmarks.shapes "$large" "$temporary/large"
+  part large 45 "$PYTHON" -m benchmarks.trl.shapes "$large" "$temporary/large"
   local number=0
   while IFS= read -r mode; do
     [ -n "$mode" ] || continue

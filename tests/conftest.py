@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.preference import Objective, Preferences
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 ROOT = Path(__file__).parent.parent
 LONG = bool(os.environ.get("DPO_LONG"))  # set by ``make torture``
 SAMPLE = ROOT / "sample_data"
@@ -195,8 +196,27 @@ def cli_environment(cache: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def dpo(tmp_path: Path) -> Cli:
-    """Run the installed command in an empty folder with an empty cache: ``dpo("train", "--data", file)``."""
+def dpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run the command here, in an empty folder with an empty cache: ``dpo("train", "--data", file)``."""
+    from typer.testing import CliRunner
+
+    from dpo_cli.cli.app import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def run(*arguments: Any, input: str | None = None) -> subprocess.CompletedProcess[str]:  # noqa: A002
+        result = CliRunner().invoke(app, [*map(str, arguments)], input=input)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def dpo_process(tmp_path: Path) -> Cli:
+    """The same in a process of its own, for what a process has alone: its streams, imports, signals, environment."""
 
     def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "dpo_cli", *map(str, arguments)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
@@ -30,15 +30,15 @@ POISONED = 7  # the pair whose loss is not a number
 @contextmanager
 def memory_runs_out() -> Iterator[None]:
     """On the last rank, once, at a micro-batch of more than one pair."""
-    real, seen = Scorer.backward, []
+    real, seen = ModelRunner.backward, []
 
-    def backward(self: Scorer, batch: Any, *rest: Any) -> None:
+    def backward(self: ModelRunner, batch: Any, *rest: Any) -> None:
         if RANK == "1" and not seen and len(batch.pair_tokens) > 1:
             seen.append(batch)
             raise torch.OutOfMemoryError("as if")
         real(self, batch, *rest)
 
-    with patch.object(Scorer, "backward", backward):
+    with patch.object(ModelRunner, "backward", backward):
         yield
 
 

@@ -29,7 +29,7 @@ from dpo_cli.models.adapters import attach, make_config, trained
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import token_logps
 from dpo_cli.models.lora_targets import choose_targets
-from dpo_cli.models.split_weights import halve
+from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.training import setup as runs
 from dpo_cli.training.heldout import HeldOut
 from dpo_cli.training.memory import StepBytes
@@ -212,7 +212,7 @@ def test_the_scale_is_that_of_the_papers(kind: str, scale: float) -> None:
 def test_a_base_in_bfloat16_takes_an_adapter_in_float32(kind: str, to_save: str | None) -> None:
     """As on CUDA: nothing changes at the start, not even the precision of what goes from layer to layer."""
     model = make_model()
-    halve(model)
+    split_master_weights(model)
     batch = padded([(pair.prompt, pair.chosen) for pair in random_pairs(2)])
     before = token_logps(model, batch, torch.bfloat16)
     attach(model, lora_config(model, kind, "all-linear", to_save))

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import bench
-from benchmarks.bench import main, take_turns
-from benchmarks.cases import CASES, Lengths, draw_lengths, synthetic_rows
-from benchmarks.meter import KILLED, Worker, WorkerDiedError
-from benchmarks.shapes import Arithmetic
+from benchmarks.trl import bench
+from benchmarks.trl.bench import main, take_turns
+from benchmarks.trl.cases import CASES, Lengths, draw_lengths, synthetic_rows
+from benchmarks.trl.meter import KILLED, Worker, WorkerDiedError
+from benchmarks.trl.shapes import Arithmetic
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import random_pairs, write_rows
 
@@ -119,6 +119,7 @@ def test_a_worker_that_fails_or_hangs_is_told(tmp_path: Path) -> None:
 # ---- the whole ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.bench
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--smoke", "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 0
     found = results(tmp_path / "out.json")
@@ -135,6 +136,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| hh | 2 | train |" in shown and "same tokens; losses differ by at most" in shown
 
 
+@pytest.mark.bench
 def test_bfloat16_and_accumulated_batches_agree(tmp_path: Path) -> None:
     arguments = [*SMALL, "--phases", "train", "eval", "--dtype", "bfloat16", "--grid", "1"]
     assert main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
@@ -143,12 +145,14 @@ def test_bfloat16_and_accumulated_batches_agree(tmp_path: Path) -> None:
     assert set(found["eval"]["losses"]) == {"ours", "trl"}
 
 
+@pytest.mark.bench
 def test_other_losses_are_void(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--phases", "train", "--ours-options", "--lr 1e-2"]) == 1
     shown = capsys.readouterr().out
     assert "| VOID |" in shown and "VOID: losses differ by" in shown
 
 
+@pytest.mark.bench
 def test_a_killed_side_is_in_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(bench.COMMANDS, "trl", [sys.executable, "-c", "import os; input(); os.kill(os.getpid(), 9)"])
     assert main([*SMALL, "--phases", "precompute"]) == 0  # for want of memory: a result, not a fault
@@ -156,6 +160,7 @@ def test_a_killed_side_is_in_the_report(monkeypatch: pytest.MonkeyPatch, capsys:
     assert f"trl, start: {KILLED}" in shown and "| hh | 2 | precompute |" in shown
 
 
+@pytest.mark.bench
 def test_commands_with_passed_options_on_rows_of_a_file(tmp_path: Path) -> None:
     """`dpo train` itself, step by step, and the error of one that does not start."""
     rows = [{"prompt": f"say {n}", "chosen": f" {n} it is", "rejected": " no"} for n in range(10)]

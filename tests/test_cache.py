@@ -35,17 +35,17 @@ from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.evaluation import drift
-from dpo_cli.models.fingerprint import WeightsMemo, hash_weights
+from dpo_cli.models.fingerprint import WeightsHashCache, hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
-from dpo_cli.models.logprobs import Scorer, token_logps
+from dpo_cli.models.logprobs import ModelRunner, token_logps
 from dpo_cli.reference.manage import references
 from dpo_cli.reference.shards import Entry, merge_small, read_folder, read_shard, write_shard
-from dpo_cli.reference.store import fill, pair_keys
+from dpo_cli.reference.store import compute_missing, pair_keys
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
-from dpo_cli.utils.files import held, whole_file, whole_folder
+from dpo_cli.utils.files import atomic_dir, atomic_write, file_lock
 from tests.conftest import CHATML, ROOT, make_model, random_pairs, write_rows
 from tests.test_reference import (
     NOISE,
@@ -139,14 +139,14 @@ def place(tmp_path: Path, begun: Place) -> Place:
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where the pairs stand that were scored."""
     found: list[str] = []
-    original = Scorer.score
+    original = ModelRunner.score
 
-    def telling(self: Scorer, pairs: Any, *share: Any) -> Iterator[Any]:
+    def telling(self: ModelRunner, pairs: Any, *share: Any) -> Iterator[Any]:
         for result in original(self, pairs, *share):
             found.extend(pairs[i].where for i in result[0])
             yield result
 
-    monkeypatch.setattr(Scorer, "score", telling)
+    monkeypatch.setattr(ModelRunner, "score", telling)
     return found
 
 
@@ -680,10 +680,10 @@ def test_an_adapter_is_hashed_with_its_base_once(place: Place, hashed: list[str]
     assert len(hashed) == 4  # the base alone is another model
 
 
-def remember(place: Place) -> tuple[WeightsMemo, PreTrainedModel, str]:
+def remember(place: Place) -> tuple[WeightsHashCache, PreTrainedModel, str]:
     """The memory of the place's model, that model, and its weights' hash."""
     source = find_model(str(place.model))
-    memo, model = WeightsMemo(source, place.cache), load_model(source)
+    memo, model = WeightsHashCache(source, place.cache), load_model(source)
     return memo, model, memo.hash(model)
 
 
@@ -877,7 +877,7 @@ def unmerged(tmp_path_factory: pytest.TempPathFactory) -> Several:
     folder, pairs = tmp_path_factory.mktemp("unmerged"), random_pairs(16, seed=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dpo_cli.reference.store.SHARD_SECONDS", -1.0)
-        fill(open_cache(folder), pairs, make_scorer())
+        compute_missing(open_cache(folder), pairs, make_scorer())
     assert len(shards(folder)) >= 5
     return Several(folder, pairs, content_of(folder))
 
@@ -894,7 +894,7 @@ def test_many_small_shards_become_one(several: Several, monkeypatch: pytest.Monk
     monkeypatch.setattr("dpo_cli.reference.store.SHARD_SECONDS", -1.0)
     new = random_pairs(3, seed=9, longest=40)
     cache = open_cache(several.folder)
-    filled = fill(cache, [*several.pairs, *new], make_scorer())
+    filled = compute_missing(cache, [*several.pairs, *new], make_scorer())
     assert filled.misses == 3 and len(shards(several.folder)) == 1
     merged = content_of(several.folder)
     assert {key: merged[key] for key in several.content} == several.content
@@ -1009,7 +1009,7 @@ def test_death_between_merging_and_removing_loses_nothing(several: Several, monk
         assert len(shards(copy)) == count - when + 1
         assert content_of(copy) == several.content
         again = open_cache(copy)
-        fill(again, random_pairs(1, seed=8), make_scorer())
+        compute_missing(again, random_pairs(1, seed=8), make_scorer())
         assert len(shards(copy)) == 1
         assert content_of(copy).items() >= several.content.items() and len(content_of(copy)) == len(several.content) + 2
 
@@ -1029,7 +1029,7 @@ def test_a_damaged_shard_is_not_merged(several: Several) -> None:
     assert len(told) == 1 and damaged.name[:12] in told[0] and damaged.with_suffix(".damaged").exists()
     assert after.values == {key: logp for key, (logp, _) in several.content.items() if key not in lost}
     scorer = make_scorer()
-    assert fill(after, several.pairs, scorer).misses == len(lost) // 2
+    assert compute_missing(after, several.pairs, scorer).misses == len(lost) // 2
     assert missing(open_cache(several.folder), several.pairs) == []
 
 
@@ -1492,7 +1492,7 @@ def test_what_is_pruned_while_it_is_filled_is_filled_on(several: Several) -> Non
     cache_ = open_cache(several.folder)
     new = random_pairs(2, seed=9)
     shutil.rmtree(cache_.folder)
-    assert not fill(cache_, [*several.pairs, *new], make_scorer()).logps.isnan().any()
+    assert not compute_missing(cache_, [*several.pairs, *new], make_scorer()).logps.isnan().any()
     assert missing(open_cache(several.folder), [*new, *several.pairs]) == list(range(2, 2 + len(several.pairs)))
 
 
@@ -1510,7 +1510,7 @@ def test_a_shard_whose_folder_is_pruned_while_it_is_written_is_written_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "mkstemp", late)
-        fill(cache_, pairs, make_scorer())
+        compute_missing(cache_, pairs, make_scorer())
     assert next(calls) == 2 and missing(open_cache(tmp_path), pairs) == []
 
 
@@ -1549,12 +1549,12 @@ def test_shards_are_written_by_a_clock_that_nobody_sets(
     pairs = random_pairs(16, seed=4)
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: next(jumps))
-        filled = fill(open_cache(tmp_path / "jumps"), pairs, make_scorer())
+        filled = compute_missing(open_cache(tmp_path / "jumps"), pairs, make_scorer())
     assert 0 <= filled.seconds < 60 and len(shards(tmp_path / "jumps")) == 1
     seconds = itertools.count(0, 31)
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: float(next(seconds)))
-        fill(open_cache(tmp_path / "passes"), pairs, make_scorer())
+        compute_missing(open_cache(tmp_path / "passes"), pairs, make_scorer())
     assert len(shards(tmp_path / "passes")) >= 5
 
 
@@ -1585,8 +1585,8 @@ def test_files_from_the_future_are_not_remembered(place: Place, hashed: list[str
 HOLD = """
 import sys
 from pathlib import Path
-from dpo_cli.utils.files import held
-with held(Path(sys.argv[1])):
+from dpo_cli.utils.files import file_lock
+with file_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -1615,7 +1615,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_holder_is_refused_and_told_who_has_it(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     told = f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}"
     for _ in range(2):
-        with pytest.raises(UsageError, match=re.escape(told)), held(tmp_path / "lock"):
+        with pytest.raises(UsageError, match=re.escape(told)), file_lock(tmp_path / "lock"):
             pytest.fail("two hold it")
     assert (tmp_path / "lock").exists() and holder.poll() is None
 
@@ -1623,9 +1623,9 @@ def test_a_second_holder_is_refused_and_told_who_has_it(tmp_path: Path, holder: 
 def test_a_lock_is_free_when_its_holder_has_ended(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     holder.communicate("")
     assert holder.returncode == 0 and not (tmp_path / "lock").exists()
-    with held(tmp_path / "lock"):
+    with file_lock(tmp_path / "lock"):
         assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
-        with pytest.raises(UsageError, match=f"process {os.getpid()} "), held(tmp_path / "lock"):
+        with pytest.raises(UsageError, match=f"process {os.getpid()} "), file_lock(tmp_path / "lock"):
             pytest.fail("two hold it")
     assert not (tmp_path / "lock").exists()
 
@@ -1637,17 +1637,17 @@ def test_a_lock_is_free_when_its_holder_was_killed(tmp_path: Path, holder: subpr
     with (tmp_path / "lock").open("a") as stream:
         stream.write("more\n" * 50)
     assert f"process {holder.pid} " in (tmp_path / "lock").read_text()
-    with held(tmp_path / "lock"):
+    with file_lock(tmp_path / "lock"):
         assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
     assert not (tmp_path / "lock").exists()
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_a_lock_is_free_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), held(tmp_path / "lock"):
+    with pytest.raises(error), file_lock(tmp_path / "lock"):
         raise error
     assert list(tmp_path.iterdir()) == []
-    with held(tmp_path / "lock"):
+    with file_lock(tmp_path / "lock"):
         pass
 
 
@@ -1661,13 +1661,13 @@ def test_a_lock_whose_file_was_just_removed_is_none(tmp_path: Path, monkeypatch:
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with held(tmp_path / "lock"):
+    with file_lock(tmp_path / "lock"):
         assert (tmp_path / "lock").exists() and next(calls) == 3
-        with pytest.raises(UsageError, match="in use by process"), held(tmp_path / "lock"):
+        with pytest.raises(UsageError, match="in use by process"), file_lock(tmp_path / "lock"):
             pytest.fail("two hold it")
 
 
-@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+@pytest.mark.parametrize("whole", [atomic_write, atomic_dir])
 def test_what_was_swept_before_it_was_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Any
 ) -> None:
@@ -1691,24 +1691,24 @@ def test_a_file_system_without_locks_does_not_stop_one(tmp_path: Path, monkeypat
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", without)
-    with held(tmp_path / "lock"):
+    with file_lock(tmp_path / "lock"):
         assert (tmp_path / "lock").exists()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_that_cannot_be_made_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(DpoError, match=re.escape(f"{tmp_path / 'none' / 'lock'} cannot be written")):
-        held(tmp_path / "none" / "lock").__enter__()
+        file_lock(tmp_path / "none" / "lock").__enter__()
 
 
 MAKE = """
 import sys
 from pathlib import Path
-from dpo_cli.utils.files import whole_folder
+from dpo_cli.utils.files import atomic_dir
 from dpo_cli.utils.errors import DpoError
 for line in sys.stdin:
     try:
-        with whole_folder(Path(line.strip()), new=True) as folder:
+        with atomic_dir(Path(line.strip()), new=True) as folder:
             (folder / "by").write_text(sys.argv[1])
             print("ready", flush=True)
             sys.stdin.readline()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dpo_cli.models.loading import compile_layers
 from dpo_cli.utils.errors import UsageError
@@ -21,8 +23,13 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@COMPILER
-def test_training_is_the_same_and_its_reference_its_own(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it while it traces
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[COMPILER, pytest.mark.bench])])
+def test_training_is_the_same_and_its_reference_its_own(
+    backend: str, dpo: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU inductor takes two minutes to compile: ``make test-bench``. The graphs are the same."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     rows = [json.loads(line) for line in (SAMPLE / "train-strings.jsonl").read_text().splitlines()[:8]]
     write_rows(tmp_path / "rows.jsonl", rows)
     common = ("--model", tiny, "--data", "rows.jsonl", "--cache-dir", "cache")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cli.config.options import (
-    OPERATIONAL,
+    RESUME_MUTABLE,
     EvalOptions,
     Options,
     PrecomputeOptions,
@@ -465,14 +465,14 @@ def test_a_run_goes_on_with_the_options_it_began_with(run: Path) -> None:
 
 def test_every_option_is_tried_below() -> None:
     assert set(OTHER) == {f.name for f in fields(TrainOptions)}
-    assert set(OTHER) >= OPERATIONAL
+    assert set(OTHER) >= RESUME_MUTABLE
 
 
 @pytest.mark.parametrize("option", OTHER)
 def test_what_changes_the_training_cannot_be_changed(option: str, run: Path) -> None:
     read = {"lora_rank": 4} if option in OF_AN_ADAPTER else {"loss": "sigmoid"} if option == "label_smoothing" else {}
     (run / "config.yaml").write_text(to_yaml(dataclasses.replace(BEGAN, **read)), encoding="utf-8")
-    if option in OPERATIONAL:
+    if option in RESUME_MUTABLE:
         assert getattr(resolve_resumed({option: OTHER[option]}, run), option) == OTHER[option]
         return
     with pytest.raises(UsageError) as caught:
@@ -505,7 +505,7 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
         "export",
     }
     names |= {"export_dtype", "base_model", "push_to_hub", "fsdp", "report_to"}
-    assert names == OPERATIONAL
+    assert names == RESUME_MUTABLE
 
 
 def test_several_changes_are_told_at_once(run: Path) -> None:

@@ -99,7 +99,7 @@ def train(reporter: Reporter) -> None:
         for step in range(1, 7):
             progress.advance(1, VALUES)
             if step == 3:
-                reporter.warn("the disk is nearly full")
+                reporter.warning("the disk is nearly full")
 
 
 # ---- on a terminal ----------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_a_line_beside_the_bar_is_whole(monkeypatch: pytest.MonkeyPatch) -> None
             inner.advance(4)
             outer.advance(1, VALUES)
             time.sleep(2)  # they are drawn every quarter of a second
-            reporter.warn("the disk is nearly full")
+            reporter.warning("the disk is nearly full")
             print("from elsewhere", file=sys.stderr)
 
     shown = lines(on_terminal(80, monkeypatch, action))
@@ -158,7 +158,7 @@ def test_the_bar_tells_that_a_signal_was_heard(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_facts_wrap_at_words_under_their_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, path = lines(on_terminal(80, monkeypatch, lambda reporter: reporter.fact("data", LONG)))
+    first, second, path = lines(on_terminal(80, monkeypatch, lambda reporter: reporter.info("data", LONG)))
     assert first.startswith("data        of many words") and len(first) <= 80
     assert second.startswith(" " * 12 + "line, and a path:") and path.strip() == "/a/long/path" * 9  # to be copied
 
@@ -181,7 +181,7 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_pipe_gets_whole_lines_without_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # which many a build server sets
-    told = in_pipe(monkeypatch, lambda reporter: (reporter.fact("data", LONG), reporter.warn(LONG), train(reporter)))
+    told = in_pipe(monkeypatch, lambda reporter: (reporter.info("data", LONG), reporter.warning(LONG), train(reporter)))
     assert "\x1b" not in told
     fact, warning, *steps = told.splitlines()
     assert fact == f"data        {LONG}" and warning == f"warning: {LONG}"
@@ -224,8 +224,8 @@ def test_durations() -> None:
 
 
 def all_kinds(reporter: Reporter) -> None:
-    reporter.fact("data", "24 rows")
-    reporter.fact("", "the first: 'a\n' | 'b'")
+    reporter.info("data", "24 rows")
+    reporter.info("", "the first: 'a\n' | 'b'")
     train(reporter)
 
 
@@ -238,8 +238,8 @@ def test_quiet_tells_warnings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_line_of_a_log_is_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
     told = [json.loads(line) for line in in_pipe(monkeypatch, all_kinds, log_json=True).splitlines()]
     assert told[:2] == [
-        {"event": "fact", "name": "data", "text": "24 rows"},
-        {"event": "fact", "name": "data", "text": "the first: 'a\n' | 'b'"},  # under the name that it goes on with
+        {"event": "info", "name": "data", "text": "24 rows"},
+        {"event": "info", "name": "data", "text": "the first: 'a\n' | 'b'"},  # under the name that it goes on with
     ]
     assert [each["event"] for each in told[2:]] == ["progress", "warning", "progress", "progress"]
     last = told[-1]
@@ -314,7 +314,7 @@ def test_the_command_on_a_real_terminal(tiny: Path, tmp_path: Path) -> None:
     [
         ("dpo tr", ["train"]),
         ("dpo train --loss s", ["sigmoid", "sigmoid_norm", "sppo_hard", "sft", "simpo"]),
-        ("dpo train --lora-k", ["--lora-type"]),
+        ("dpo train --lora-t", ["--lora-type", "--lora-targets"]),
         ("dpo sweep --save-best rewards/a", ["rewards/accuracies"]),
         ("dpo train --data ", []),  # the shell's own: files
     ],

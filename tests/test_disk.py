@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.utils.errors import DpoError
-from dpo_cli.utils.files import sha256, whole_file, whole_folder
+from dpo_cli.utils.files import atomic_dir, atomic_write, sha256
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
@@ -35,7 +35,7 @@ def write_private(file: Path, text: str) -> None:
 
 def test_file_is_there_only_after_the_block(tmp_path: Path) -> None:
     file = tmp_path / "a" / "b" / "file"
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text("new")
         assert not file.exists()
         assert temporary.parent == file.parent  # else the rename would copy
@@ -46,7 +46,7 @@ def test_file_is_there_only_after_the_block(tmp_path: Path) -> None:
 def test_file_replaces_an_old_one_at_once(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("old")
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text("new")
         assert file.read_text() == "old"
     assert file.read_text() == "new"
@@ -56,7 +56,7 @@ def test_file_replaces_an_old_one_at_once(tmp_path: Path) -> None:
 def test_file_of_a_failed_block_leaves_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
     file = tmp_path / "file"
     file.write_text("old")
-    with pytest.raises(error), whole_file(file) as temporary:
+    with pytest.raises(error), atomic_write(file) as temporary:
         temporary.write_text("half")
         raise error
     assert file.read_text() == "old"
@@ -64,9 +64,9 @@ def test_file_of_a_failed_block_leaves_the_old_one(tmp_path: Path, error: type[B
 
 
 def test_failure_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "file"):
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "file"):
         raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "folder"):
+    with pytest.raises(ZeroDivisionError), atomic_dir(tmp_path / "folder"):
         raise ZeroDivisionError
     assert everything_in(tmp_path) == set()
 
@@ -75,26 +75,26 @@ def test_failed_rename_leaves_nothing_of_ours(tmp_path: Path) -> None:
     """The name is taken by something of the other kind."""
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     (tmp_path / "file").write_text("old")
-    with pytest.raises(DpoError, match="folder cannot be written: "), whole_file(tmp_path / "folder") as temporary:
+    with pytest.raises(DpoError, match="folder cannot be written: "), atomic_write(tmp_path / "folder") as temporary:
         temporary.write_text("new")
-    with pytest.raises(DpoError, match="file cannot be written: "), whole_folder(tmp_path / "file") as temporary:
+    with pytest.raises(DpoError, match="file cannot be written: "), atomic_dir(tmp_path / "file") as temporary:
         (temporary / "file").write_text("new")
     assert everything_in(tmp_path) == {"folder", "folder/inside", "file"}
 
 
 def test_folder_that_is_there_gives_way_when_the_new_one_is_whole(tmp_path: Path) -> None:
     (tmp_path / "folder" / "old").mkdir(parents=True)
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "folder"):
+    with pytest.raises(ZeroDivisionError), atomic_dir(tmp_path / "folder"):
         raise ZeroDivisionError
     assert everything_in(tmp_path) == {"folder", "folder/old"}
-    with whole_folder(tmp_path / "folder") as temporary:
+    with atomic_dir(tmp_path / "folder") as temporary:
         (temporary / "new").write_text("new")
     assert everything_in(tmp_path) == {"folder", "folder/new"}
 
 
 def test_folder_is_there_only_after_the_block(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "folder"
-    with whole_folder(folder) as temporary:
+    with atomic_dir(folder) as temporary:
         (temporary / "file").write_text("new")
         (temporary / "sub").mkdir()
         (temporary / "sub" / "file").write_text("below")
@@ -106,7 +106,7 @@ def test_folder_is_there_only_after_the_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_folder_of_a_failed_block_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     (tmp_path / "other").mkdir()
-    with pytest.raises(error), whole_folder(tmp_path / "folder") as temporary:
+    with pytest.raises(error), atomic_dir(tmp_path / "folder") as temporary:
         (temporary / "sub").mkdir()
         (temporary / "sub" / "file").write_text("half")
         raise error
@@ -115,20 +115,20 @@ def test_folder_of_a_failed_block_leaves_nothing(tmp_path: Path, error: type[Bas
 
 def test_what_a_killed_process_left_does_not_stand_in_the_way(tmp_path: Path) -> None:
     """A new process may have the old one's id: in a container it has nearly always."""
-    with whole_folder(tmp_path / "folder") as temporary:
+    with atomic_dir(tmp_path / "folder") as temporary:
         leftover = temporary.name
     (tmp_path / "folder").rmdir()
     (tmp_path / leftover).mkdir()
     (tmp_path / leftover / "half").write_text("of the killed process")
-    with whole_folder(tmp_path / "folder") as temporary:
+    with atomic_dir(tmp_path / "folder") as temporary:
         (temporary / "file").write_text("new")
     assert everything_in(tmp_path) - {leftover, f"{leftover}/half"} == {"folder", "folder/file"}
 
 
 def test_modes_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
-    with whole_file(tmp_path / "file") as temporary:
+    with atomic_write(tmp_path / "file") as temporary:
         write_private(temporary, "x")
-    with whole_folder(tmp_path / "folder") as temporary:
+    with atomic_dir(tmp_path / "folder") as temporary:
         write_private(temporary / "file", "x")
         (temporary / "sub").mkdir()
         write_private(temporary / "sub" / "file", "x")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.text import Text
 from typer.testing import CliRunner
 
-from benchmarks.pictures import IMAGES, draw, lines_of
+from benchmarks.studies.pictures import IMAGES, draw, lines_of
 from dpo_cli.cli.app import app
 from dpo_cli.reporting import plots
 from tests.conftest import ROOT, SAMPLE

@@ -21,7 +21,7 @@ from dpo_cli.evaluation.outcome import scores_of
 from dpo_cli.evaluation.scores import Scores, values
 from dpo_cli.losses.preference import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from tests.conftest import make_model, random_pairs
@@ -32,14 +32,14 @@ WATCH = Watch(Reporter(quiet=True), "test")
 
 def scorer_of(
     model: PreTrainedModel, layout: Layout = "shared", apart: bool = True, dtype: torch.dtype = torch.float32
-) -> Scorer:
+) -> ModelRunner:
     model = copy.deepcopy(model)  # the one given keeps its own attention
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
-    return Scorer(model, layout, dtype, 256, CPU, apart)
+    return ModelRunner(model, layout, dtype, 256, CPU, apart)
 
 
-def compared(policy: Scorer, reference: Scorer, pairs: Pairs, folder: Path, policy_runs: bool) -> Compared:
+def compared(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path, policy_runs: bool) -> Compared:
     first, last = (reference, policy) if policy_runs else (policy, reference)
     recorded = record(first, pairs, folder, WATCH)
     assert recorded is not None
@@ -48,7 +48,7 @@ def compared(policy: Scorer, reference: Scorer, pairs: Pairs, folder: Path, poli
     return found
 
 
-def scores_between(policy: Scorer, reference: Scorer, pairs: Pairs, folder: Path) -> Scores:
+def scores_between(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path) -> Scores:
     both = score(policy, pairs, WATCH), score(reference, pairs, WATCH)
     assert both[0] is not None and both[1] is not None
     return scores_of(pairs, *both, Objective(), compared(policy, reference, pairs, folder, False))
@@ -190,7 +190,7 @@ def test_a_model_against_itself_is_zero_and_needs_no_forward(tmp_path: Path, mon
     scorer, pairs = scorer_of(make_model()), pairs_with_silent_tokens()
     recorded = record(scorer, pairs, tmp_path, WATCH)
     assert recorded is not None
-    monkeypatch.setattr(Scorer, "states", lambda *_: pytest.fail("the body ran"))
+    monkeypatch.setattr(ModelRunner, "states", lambda *_: pytest.fail("the body ran"))
     found = compare(scorer, recorded, pairs, tmp_path, WATCH, policy_runs=True, same=True)
     assert found is not None and torch.equal(found.logps, found.ref_logps)
     exact = found.distributions
@@ -201,15 +201,15 @@ def test_a_model_against_itself_is_zero_and_needs_no_forward(tmp_path: Path, mon
 def test_memory_that_runs_out_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorers, pairs = [scorer_of(make_model(seed=seed)) for seed in (0, 1)], pairs_with_silent_tokens()
     whole = compared(*scorers, pairs, tmp_path, True)
-    states, failed = Scorer.states, []
+    states, failed = ModelRunner.states, []
 
-    def limited(scorer: Scorer, batch: object) -> Tensor:
+    def limited(scorer: ModelRunner, batch: object) -> Tensor:
         if batch.input_ids.numel() > 100:  # type: ignore[attr-defined]
             failed.append(batch)
             raise torch.OutOfMemoryError
         return states(scorer, batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Scorer, "states", limited)
+    monkeypatch.setattr(ModelRunner, "states", limited)
     found = compared(*scorers, pairs, tmp_path, True)
     assert failed and torch.allclose(found.logps, whole.logps, rtol=0, atol=1e-4)
     assert np.allclose(found.distributions.kl, whole.distributions.kl, atol=1e-5)

@@ -571,8 +571,8 @@ def test_a_disk_without_room_is_told_before_the_work(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, undrawn: None
 ) -> None:
     forwards: list[int] = []
-    original = drift.Scorer.states
-    monkeypatch.setattr(drift.Scorer, "states", lambda *a: (forwards.append(1), original(*a))[1])
+    original = drift.ModelRunner.states
+    monkeypatch.setattr(drift.ModelRunner, "states", lambda *a: (forwards.append(1), original(*a))[1])
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr("dpo_cli.evaluation.drift.shutil.disk_usage", lambda folder: usage)
     if command == "train":

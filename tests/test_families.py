@@ -20,7 +20,7 @@ from dpo_cli.data.collate import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
 from dpo_cli.models.loading import _disable_dropout, choose_layout
-from dpo_cli.models.logprobs import Said, Scorer, response_logps, token_logps
+from dpo_cli.models.logprobs import ModelRunner, Said, response_logps, token_logps
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import make_model, sigmoid_loss
 
@@ -111,7 +111,7 @@ def score(model: PreTrainedModel, pairs: list[Pair], layout: Layout | None) -> S
 
     if layout:
         with attention(model, PREFIX_SHARED if layout == "shared" else None):
-            Scorer(model, layout, torch.float32, 256, CPU).backward(whole, loss)
+            ModelRunner(model, layout, torch.float32, 256, CPU).backward(whole, loss)
     else:
         tokens = torch.cat([token_logps(model, part, torch.float32) for part in alone(pairs)])
         loss(slice(None), Said(tokens, whole.lengths)).backward()
@@ -140,7 +140,9 @@ def difference(model: PreTrainedModel, pairs: list[Pair], name: str | None, want
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_single_sequences(family: str, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients, the head run over one or two pairs at a time."""
-    monkeypatch.setattr(dpo_cli.models.logprobs, "HEAD_BYTES", {"cpu": 4 * 64 * sum(LENGTHS[0][1:] + LENGTHS[1][1:])})
+    monkeypatch.setattr(
+        dpo_cli.models.logprobs, "LOGITS_BUDGET_BYTES", {"cpu": 4 * 64 * sum(LENGTHS[0][1:] + LENGTHS[1][1:])}
+    )
     model = make(family)
     wanted = score(model, pairs, None)
     assert difference(model, pairs, None, wanted[0]) > 0.1  # nats: stock attention is wrong here, and it shows

@@ -20,7 +20,7 @@ from dpo_cli.cli.app import app
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.evaluation import drift
 from dpo_cli.evaluation.metrics import append_metrics
-from dpo_cli.models.logprobs import Said, Scorer
+from dpo_cli.models.logprobs import ModelRunner, Said
 from dpo_cli.training.step import Trainer
 from tests.conftest import SAMPLE, write_rows
 from tests.test_reference import plant
@@ -254,19 +254,19 @@ def test_a_reference_that_is_not_finite_is_not_kept(
     train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model cannot score one response: its row is named, and no number of it is served later."""
-    original = Scorer.token_logps
+    original = ModelRunner.token_logps
 
-    def spoilt(self: Scorer, batch: MicroBatch) -> Tensor:
+    def spoilt(self: ModelRunner, batch: MicroBatch) -> Tensor:
         logps = original(self, batch)
         return torch.where(torch.arange(len(logps)) == 3, math.nan, logps)  # the first response of each forward
 
-    monkeypatch.setattr(Scorer, "token_logps", spoilt)
+    monkeypatch.setattr(ModelRunner, "token_logps", spoilt)
     result = train("--batch-size", ROWS)
     assert result.exit_code == 1
     assert 1 <= len(named(result)) < ROWS
     assert not (tmp_path / "run").exists()
     assert_finite_on_disk(tmp_path / "cache")
-    monkeypatch.setattr(Scorer, "token_logps", original)
+    monkeypatch.setattr(ModelRunner, "token_logps", original)
     assert train("--batch-size", ROWS).exit_code == 0
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import dpo_cli.training.memory
 from dpo_cli.data.batching import row_costs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
-from dpo_cli.models.logprobs import Scorer, hidden_states
+from dpo_cli.models.logprobs import ModelRunner, hidden_states
 from dpo_cli.training.memory import Fit, StepBytes, at_head, count_bytes, fit
 from tests.conftest import SAMPLE, cli_environment, make_model, make_tokenizer, random_pairs
 
@@ -35,8 +35,8 @@ def model() -> PreTrainedModel:
     return make_model(num_hidden_layers=6)  # of two, recomputing one saves nothing
 
 
-def scorer_of(model: PreTrainedModel, **changes: Any) -> Scorer:
-    return replace(Scorer(model, "shared", torch.float32, 512, CPU), **changes)
+def scorer_of(model: PreTrainedModel, **changes: Any) -> ModelRunner:
+    return replace(ModelRunner(model, "shared", torch.float32, 512, CPU), **changes)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_a_long_pair_decides(model: PreTrainedModel, monkeypatch: pytest.MonkeyP
 def test_at_head_is_what_meets_it_at_once(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = [len(pair.chosen) + len(pair.rejected) for pair in PAIRS]
     assert at_head(scorer_of(model), PAIRS) == sum(tokens)
-    monkeypatch.setattr("dpo_cli.models.logprobs.HEAD_BYTES", {"cpu": 4 * 384 * (max(tokens) + 5)})
+    monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4 * 384 * (max(tokens) + 5)})
     assert at_head(scorer_of(model), PAIRS) == max(tokens) + 5
-    monkeypatch.setattr("dpo_cli.models.logprobs.HEAD_BYTES", {"cpu": 4})
+    monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4})
     assert at_head(scorer_of(model), PAIRS) == max(tokens)
-    assert at_head(scorer_of(model, apart=False), PAIRS) == 0
+    assert at_head(scorer_of(model, chunked_lm_head=False), PAIRS) == 0
 
 
 def test_estimate_of_a_plan(model: PreTrainedModel) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import frontier
-from benchmarks.frontier import Plainness, best_of, best_of_kl, first_is_preferred, main, optimum, unlikelihood
-from benchmarks.frontier_report import along, slopes
+from benchmarks.studies import frontier
+from benchmarks.studies.frontier import Plainness, best_of, best_of_kl, first_is_preferred, main, optimum, unlikelihood
+from benchmarks.studies.frontier_report import along, slopes
 from dpo_cli.losses import preference as losses
 from dpo_cli.losses.preference import Preferences
 
@@ -94,6 +94,7 @@ def run(folder: Path, model: Path, *more: str) -> dict[str, Any]:
     return json.loads((folder / "frontier.json").read_text())
 
 
+@pytest.mark.bench
 def test_all_of_it_and_going_on_from_an_interruption(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,7 +29,7 @@ from dpo_cli.evaluation.generation import generate
 from dpo_cli.hub.merge import merge
 from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.models.loading import choose_layout, compute_dtype, default_device
-from dpo_cli.models.logprobs import Scorer, response_logps, token_logps
+from dpo_cli.models.logprobs import ModelRunner, response_logps, token_logps
 from dpo_cli.training.loop import train
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils.console import Reporter
@@ -343,7 +343,7 @@ def test_exact_divergences_are_those_of_the_cpu(tmp_path: Path) -> None:
         for seed in (0, 1):
             model = make_model(seed=seed).to(device)
             model.set_attn_implementation(PREFIX_SHARED)
-            scorers.append(Scorer(model, "shared", torch.float32, 512, device))
+            scorers.append(ModelRunner(model, "shared", torch.float32, 512, device))
         recorded = record(scorers[0], pairs, tmp_path, watch)
         assert recorded is not None
         compared = compare(scorers[1], recorded, pairs, tmp_path, watch, policy_runs=False)

@@ -19,7 +19,7 @@ from dpo_cli.data.batching import Layout, build_schedule, row_costs
 from dpo_cli.data.collate import collate, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
-from dpo_cli.models.logprobs import Said, Scorer, collision_logps, response_logps, token_logps
+from dpo_cli.models.logprobs import ModelRunner, Said, collision_logps, response_logps, token_logps
 from dpo_cli.training.step import StopSignal, Trainer
 from tests.conftest import make_model, random_pairs, sigmoid_loss
 
@@ -134,7 +134,7 @@ def test_bfloat16_policy_equals_its_reference_exactly(model: PreTrainedModel) ->
 def test_score_covers_each_pair_once(model: PreTrainedModel, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpo_cli.models.logprobs, "WINDOW", 8)  # 30 pairs are several windows
     pairs = random_pairs(30)
-    scorer = Scorer(model, layout, torch.float32, 160, CPU)
+    scorer = ModelRunner(model, layout, torch.float32, 160, CPU)
     places: list[int] = []
     table = torch.full((len(pairs), 2), torch.nan)
     model.train()  # score must not leave dropout on
@@ -153,7 +153,7 @@ def test_score_covers_each_pair_once(model: PreTrainedModel, layout: Layout, mon
 
 
 def test_score_of_nothing(model: PreTrainedModel) -> None:
-    assert list(Scorer(model, "shared", torch.float32, 64, CPU).score([])) == []
+    assert list(ModelRunner(model, "shared", torch.float32, 64, CPU).score([])) == []
 
 
 # ---- the gradient of a step ---------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def step_gradients(
     (step,) = build_schedule(costs, layout, max_tokens=max_tokens, **cut)
     AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of another test
     optimizer = KeepGradients(model)
-    scorer = Scorer(model, layout, torch.float32, max_tokens, CPU)
+    scorer = ModelRunner(model, layout, torch.float32, max_tokens, CPU)
     trainer = Trainer(Accelerator(cpu=True), scorer, optimizer, PAIRS, scorer.costs(PAIRS), reference, options)
     with attention(model, own(layout)):
         values = trainer.step(step, 1e-3, StopSignal())

@@ -22,7 +22,7 @@ from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions, resolve
 from dpo_cli.data.batching import build_schedule
 from dpo_cli.losses.preference import LOSSES, Preferences
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.training.step import StopSignal, Trainer
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 from tests.test_logps import CPU, KeepGradients, relative
@@ -234,7 +234,7 @@ def step(model: PreTrainedModel, max_tokens: int, apart: bool, **options: Any) -
     """Gradients and metrics of one step over all pairs."""
     made = TrainOptions(data=["-"], max_grad_norm=0.0, **options)
     AcceleratorState._reset_state(reset_partial_state=True)
-    scorer = Scorer(model, "packed", torch.float32, max_tokens, CPU, apart, wpo=made.wpo)
+    scorer = ModelRunner(model, "packed", torch.float32, max_tokens, CPU, apart, wpo=made.wpo)
     (plan,) = build_schedule(
         scorer.costs(PAIRS), "packed", batch_size=40, epochs=1, max_steps=1, max_tokens=max_tokens, world_size=1, seed=0
     )
@@ -263,7 +263,7 @@ def step(model: PreTrainedModel, max_tokens: int, apart: bool, **options: Any) -
 def test_a_steps_gradient_is_that_of_the_whole_however_it_is_cut(
     model: PreTrainedModel, options: dict[str, Any], apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cli.models.logprobs.HEAD_BYTES", {"cpu": 4 * 384 * 60})  # a few pairs at a time
+    monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4 * 384 * 60})  # a few pairs at a time
     cut, cut_values = step(model, 200, apart, **options)
     whole, values = step(model, 4096, apart, **options)
     assert cut_values == pytest.approx(values, rel=1e-5)
@@ -276,7 +276,7 @@ def test_a_steps_gradient_is_that_of_the_whole_however_it_is_cut(
 def by_formula(model: PreTrainedModel, **options: Any) -> tuple[Gradients, float]:
     """The same by one graph through all pairs, of which nothing is cut."""
     made = TrainOptions(data=["-"], **options)
-    scorer = Scorer(model, "packed", torch.float32, 4096, CPU, wpo=made.wpo)
+    scorer = ModelRunner(model, "packed", torch.float32, 4096, CPU, wpo=made.wpo)
     said, tables = scorer.said(scorer.batch(PAIRS)), torch.linspace(-90, -50, 80).view(-1, 2).T.reshape(-1)
     pairs = Preferences(
         logps=said.discounted(made.ld_alpha),

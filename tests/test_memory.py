@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.data.collate import MicroBatch
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from tests.conftest import SAMPLE, size, write_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
@@ -67,17 +67,19 @@ class Limits:
         self.backwards: set[int] = set()
         self.seen = 0
         self.failed: list[int] = []  # tokens of each forward that failed, or whose backward did
-        backward = Scorer.backward
+        backward = ModelRunner.backward
 
-        def limited(forward: Callable[[Scorer, MicroBatch], Tensor]) -> Callable[[Scorer, MicroBatch], Tensor]:
-            def run(scorer: Scorer, batch: MicroBatch) -> Tensor:
+        def limited(
+            forward: Callable[[ModelRunner, MicroBatch], Tensor],
+        ) -> Callable[[ModelRunner, MicroBatch], Tensor]:
+            def run(scorer: ModelRunner, batch: MicroBatch) -> Tensor:
                 if batch.input_ids.numel() > self.tokens:
                     self._fail(batch.input_ids.numel())
                 return forward(scorer, batch)
 
             return run
 
-        def limited_backward(scorer: Scorer, batch: MicroBatch, *rest: Any) -> None:
+        def limited_backward(scorer: ModelRunner, batch: MicroBatch, *rest: Any) -> None:
             tokens, several = batch.input_ids.numel(), len(batch.lengths) > 2
             self.seen += several
             if tokens > self.tokens or (several and self.seen in self.forwards):
@@ -88,8 +90,8 @@ class Limits:
             backward(scorer, batch, *rest)
 
         for name in ("token_logps", "said", "states"):
-            patch.setattr(Scorer, name, limited(getattr(Scorer, name)))
-        patch.setattr(Scorer, "backward", limited_backward)
+            patch.setattr(ModelRunner, name, limited(getattr(ModelRunner, name)))
+        patch.setattr(ModelRunner, "backward", limited_backward)
 
     def _fail(self, tokens: int) -> None:
         self.failed.append(tokens)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.training.loop import Trainer
 from tests.conftest import SAMPLE, write_rows
 
@@ -186,15 +186,15 @@ def test_an_evaluation_that_lacks_memory_leaves_training_as_it_is(
     runs: dict[str, Path], dpo: Dpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on with less a forward; a training step that was one forward still is."""
-    original, failed = Scorer.attempt, []
+    original, failed = ModelRunner.attempt, []
 
-    def lacking(self: Scorer, pairs: Any, places: Any, compute: Any) -> Any:
+    def lacking(self: ModelRunner, pairs: Any, places: Any, compute: Any) -> Any:
         if len(places) > 40:  # held-out ones: a step has 4
             failed.append(len(places))
             return None
         return original(self, pairs, places, compute)
 
-    monkeypatch.setattr(Scorer, "attempt", lacking)
+    monkeypatch.setattr(ModelRunner, "attempt", lacking)
     options = ("--memory", "in-backward", "--dtype", "bfloat16", "--eval-data", SAMPLE / "heldout-strings.jsonl")
     result = dpo("train", *COMMON, *options, "--eval-steps", 1, "--max-tokens", 16384, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output

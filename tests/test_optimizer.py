@@ -20,7 +20,7 @@ from dpo_cli.data.collate import collate
 from dpo_cli.hub.export import export_model
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import response_logps, token_logps
-from dpo_cli.models.split_weights import halve, join, rejoined, split
+from dpo_cli.models.split_weights import fp32_weights, join, split, split_master_weights
 from dpo_cli.training.checkpoint import restore_checkpoint, save_checkpoint
 from dpo_cli.training.optimizer import BYTES, SPLIT, SmallAdamW, decode, encode, make_optimizer
 from tests.conftest import make_model, random_pairs, sigmoid_loss
@@ -38,7 +38,7 @@ def small_llama(**config: Any) -> PreTrainedModel:
 
 
 def start(model: nn.Module, memory: str, decay: float = 0.1) -> Any:
-    return make_optimizer(model, decay, memory, halve(model) if memory in SPLIT else None)
+    return make_optimizer(model, decay, memory, split_master_weights(model) if memory in SPLIT else None)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -133,14 +133,14 @@ def test_ties_round_away_from_zero() -> None:
 def test_halving_a_model_and_back() -> None:
     model = small_llama(tie_word_embeddings=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    low = halve(model)
+    low = split_master_weights(model)
     assert low.keys() == before.keys() and "lm_head.weight" not in low
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in model.buffers()} == {torch.float32}
     optimizer = make_optimizer(model, 0.0, "split", low)
     assert_same(masters(model, optimizer), before)
-    with rejoined(model, optimizer):
+    with fp32_weights(model, optimizer):
         assert_same(dict(model.named_parameters()), before)  # type: ignore[arg-type]
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert_same(masters(model, optimizer), before)
@@ -150,7 +150,7 @@ def test_rejoining_leaves_a_whole_model_alone() -> None:
     model = small_llama()
     before = copy.deepcopy(model.state_dict())
     for memory in ("full", "8bit"):
-        with rejoined(model, start(model, memory)):
+        with fp32_weights(model, start(model, memory)):
             assert_same(model.state_dict(), before)
     assert_same(model.state_dict(), before)
 
@@ -249,7 +249,7 @@ def test_without_coding_it_is_torchs_adamw_to_the_bit(memory: str) -> None:
         else:
             set_lr(optimizer, 1e-2 / step)
             optimizer.step()
-    with rejoined(ours, optimizer):
+    with fp32_weights(ours, optimizer):
         assert_same(ours.state_dict(), exact.state_dict())
 
 
@@ -307,7 +307,7 @@ def test_at_a_small_rate_plain_bfloat16_stands_still_and_split_moves() -> None:
             model[0].grad = gradient.to(model[0].dtype)
             set_lr(optimizers[name], 5e-7)
             optimizers[name].step()
-    with rejoined(models["split"], optimizers["split"]):
+    with fp32_weights(models["split"], optimizers["split"]):
         change = {name: model[0].detach().float() - first for name, model in models.items()}
     moved = {name: float((each != 0).float().mean()) for name, each in change.items()}
     assert moved["bfloat16"] < 0.05
@@ -368,7 +368,7 @@ def test_resumed_is_uninterrupted_to_the_bit(memory: str, tmp_path: Path) -> Non
 def test_accelerate_takes_it_as_it_is() -> None:
     """Preparing an optimizer loads its own state into it, which torch's loading would cast to bfloat16."""
     model = small_llama()
-    low = {name: each.clone() for name, each in halve(model).items()}
+    low = {name: each.clone() for name, each in split_master_weights(model).items()}
     optimizer = make_optimizer(model, 0.0, "split", dict(low))
     prepared, wrapped = Accelerator(cpu=True).prepare(model, optimizer)
     names = {p: name for name, p in prepared.named_parameters()}
@@ -382,7 +382,7 @@ def test_export_writes_the_exact_master(tmp_path: Path, tokenizer: PreTrainedTok
     for _ in range(3):
         take_step(model, optimizer, lambda: dpo_loss(model, reference), "split", lr=1e-5)
     expected = masters(model, optimizer)
-    with rejoined(model, optimizer):
+    with fp32_weights(model, optimizer):
         export_model(tmp_path / "model", model, tokenizer, "card", source=ModelSource("start", "start", "start"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     assert loaded.config.dtype == torch.float32
@@ -498,7 +498,7 @@ def test_on_cuda_it_is_the_same_and_needs_no_room(memory: str) -> None:
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         model = nn.ParameterList([nn.Parameter(torch.randn(2**20, 256) * 0.05)])
-        low = halve(model) if memory in SPLIT else None
+        low = split_master_weights(model) if memory in SPLIT else None
         optimizer: Any = make_optimizer(model.to(device), 0.1, memory, low)
         for step in range(2):
             gradient = torch.randn(256, generator=torch.Generator().manual_seed(step)).to(device, model[0].dtype)
@@ -514,6 +514,6 @@ def test_on_cuda_it_is_the_same_and_needs_no_room(memory: str) -> None:
                 optimizer.step()
             torch.cuda.set_sync_debug_mode("default")
             assert not step or torch.cuda.max_memory_allocated() - held < 2**28
-        with rejoined(model, optimizer):
+        with fp32_weights(model, optimizer):
             weights[device] = model[0].detach().cpu()
     assert torch.allclose(weights["cpu"], weights["cuda"], rtol=0, atol=1e-5)

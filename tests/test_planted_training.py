@@ -20,7 +20,7 @@ from dpo_cli.evaluation.diagnostics import suspects, verdict
 from dpo_cli.evaluation.margins import sections
 from dpo_cli.evaluation.scores import Distributions, Scores
 from dpo_cli.losses.preference import Objective
-from dpo_cli.models.logprobs import Said, Scorer, hidden_states
+from dpo_cli.models.logprobs import ModelRunner, Said, hidden_states
 from tests.conftest import make_model, sigmoid_loss
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
@@ -43,8 +43,8 @@ def start(scale: float = 3.0) -> PreTrainedModel:
     return make_model(scale=scale, vocab_size=WORDS)
 
 
-def scorer(model: PreTrainedModel) -> Scorer:
-    return Scorer(model, "padded", torch.float32, 4096, CPU)
+def scorer(model: PreTrainedModel) -> ModelRunner:
+    return ModelRunner(model, "padded", torch.float32, 4096, CPU)
 
 
 def pretrain(model: PreTrainedModel, pairs: Sequence[Pair], steps: int, lr: float) -> None:

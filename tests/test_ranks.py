@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from benchmarks import hosts, scale
+from benchmarks.memory import hosts, scale
 from dpo_cli.cli.app import app
 from dpo_cli.reference.shards import read_folder
 from dpo_cli.training.step import StopSignal

@@ -248,7 +248,9 @@ def test_stdin_is_not_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> No
     assert refused("-") == "several processes cannot share stdin; name a file"
 
 
-def test_a_run_on_stdin_resumes_where_the_same_rows_are_piped_again(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_a_run_on_stdin_resumes_where_the_same_rows_are_piped_again(
+    dpo: Cli, dpo_process: Cli, tiny: Path, tmp_path: Path
+) -> None:
     train = ("train", "--model", tiny, "--data", "-", "--batch-size", 2, "--max-steps", 1, "--output", "run")
     told = dpo(*train, input=LINES)
     assert told.returncode == 0 and "5 rows, 5 pairs" in told.stderr, told.stderr
@@ -256,7 +258,7 @@ def test_a_run_on_stdin_resumes_where_the_same_rows_are_piped_again(dpo: Cli, ti
     assert manifest["data"]["files"] == ["-"]
     told = dpo("train", "--resume", "run", input=LINES)
     assert told.returncode == 0, told.stderr
-    told = dpo("train", "--resume", "run", preexec_fn=lambda: os.close(0))
+    told = dpo_process("train", "--resume", "run", preexec_fn=lambda: os.close(0))
     assert told.returncode == 2 and "error: --data -: stdin is closed" in told.stderr
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.recovery import BETAS, Toy, compare, expected_loss, log_probs, make_toy, train
+from benchmarks.studies.recovery import BETAS, Toy, compare, expected_loss, log_probs, make_toy, train
 from dpo_cli.losses.preference import Objective
 
 

@@ -32,9 +32,9 @@ from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.shards import KEY_BYTES
-from dpo_cli.reference.store import ReferenceCache, fill, missing_places, pair_keys, response_key
+from dpo_cli.reference.store import ReferenceCache, compute_missing, missing_places, pair_keys, response_key
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
@@ -64,26 +64,26 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     pairs: list[int] = []
 
     def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(self: Scorer, batch: MicroBatch, *rest: Any) -> Any:
+        def run(self: ModelRunner, batch: MicroBatch, *rest: Any) -> Any:
             pairs.append(len(batch.lengths) // 2)
             return forward(self, batch, *rest)
 
         return run
 
     for name in ("token_logps", "said", "states", "backward"):
-        monkeypatch.setattr(Scorer, name, counting(getattr(Scorer, name)))
+        monkeypatch.setattr(ModelRunner, name, counting(getattr(ModelRunner, name)))
     return pairs
 
 
 @pytest.fixture
-def scorer() -> Scorer:
+def scorer() -> ModelRunner:
     """A tiny model's; a forward holds a few of ``random_pairs``."""
     return make_scorer()
 
 
-def make_scorer() -> Scorer:
+def make_scorer() -> ModelRunner:
     torch.set_num_threads(1)
-    return Scorer(make_model(), "packed", torch.float32, 120, CPU)
+    return ModelRunner(make_model(), "packed", torch.float32, 120, CPU)
 
 
 def open_cache(folder: Path, told: list[str] | None = None) -> ReferenceCache:
@@ -227,10 +227,10 @@ def test_a_length_that_cuts_nothing_is_no_change(rows: Path, precompute: Precomp
     assert 0 < precompute(rows, "--max-length", 150)["misses"] < 12
 
 
-def test_equal_pairs_are_scored_once(tmp_path: Path, scorer: Scorer, forwards: list[int]) -> None:
+def test_equal_pairs_are_scored_once(tmp_path: Path, scorer: ModelRunner, forwards: list[int]) -> None:
     pairs = random_pairs(5)
     cache = open_cache(tmp_path)
-    fill(cache, [*pairs, *pairs, pairs[0]], scorer)
+    compute_missing(cache, [*pairs, *pairs, pairs[0]], scorer)
     assert sum(forwards) == 5
     assert torch.equal(cache.lookup([*pairs, pairs[2]]), cache.lookup([*pairs, *pairs])[[0, 1, 2, 3, 4, 7]])
 
@@ -246,10 +246,10 @@ def test_a_key_is_of_all_ids_and_the_boundary(a: list[int], b: list[int], c: lis
     assert (response_key(a_, b_) == response_key(np.append(a_, b_), b_[:0])) == (not b)
 
 
-def test_stored_numbers_are_the_models(tmp_path: Path, scorer: Scorer) -> None:
+def test_stored_numbers_are_the_models(tmp_path: Path, scorer: ModelRunner) -> None:
     """Each response alone through the plain model; a shard's token log-probs add up to its sums."""
     pairs = random_pairs(6)
-    fill(open_cache(tmp_path), pairs, scorer)
+    compute_missing(open_cache(tmp_path), pairs, scorer)
     cache = open_cache(tmp_path)
     expected = []
     with torch.no_grad():
@@ -266,12 +266,12 @@ def test_stored_numbers_are_the_models(tmp_path: Path, scorer: Scorer) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_log_probs_as_ld_dpo_reads_them(tmp_path: Path, scorer: Scorer, alpha: float) -> None:
+def test_log_probs_as_ld_dpo_reads_them(tmp_path: Path, scorer: ModelRunner, alpha: float) -> None:
     """Of the cache as of the model; a response that is in two pairs is cut by the other one of each."""
     pairs = random_pairs(12)
     pairs.append(Pair("row 12", pairs[0].prompt, pairs[0].chosen, pairs[0].chosen[:1]))
     cache = open_cache(tmp_path)
-    whole = fill(cache, pairs, scorer).logps
+    whole = compute_missing(cache, pairs, scorer).logps
     found = cache.discounted(Pairs(pairs), alpha)
     torch.testing.assert_close(found, scorer.read(pairs, alpha).discounted, rtol=1e-6, atol=1e-5)
     one = torch.tensor([len(pair.chosen) == len(pair.rejected) for pair in pairs])
@@ -382,7 +382,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Pair], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo_cli.reference.store, "SHARD_SECONDS", -1.0)
         cache = open_cache(folder)
-        fill(cache, pairs, make_scorer())
+        compute_missing(cache, pairs, make_scorer())
     assert len(shards(folder)) >= 4
     return folder, pairs, cache.lookup(pairs)
 
@@ -408,7 +408,7 @@ def prolonged(content: bytearray, rng: random.Random) -> bytearray:
 
 @pytest.mark.parametrize("damage", [flipped, truncated, zeroed, prolonged])
 def test_damaged_shard_is_set_aside_and_computed_again(
-    tmp_path: Path, filled: tuple[Path, list[Pair], Tensor], scorer: Scorer, damage: Any, forwards: list[int]
+    tmp_path: Path, filled: tuple[Path, list[Pair], Tensor], scorer: ModelRunner, damage: Any, forwards: list[int]
 ) -> None:
     """Its pairs and no others; the values are what they were."""
     source, pairs, values = filled
@@ -426,7 +426,7 @@ def test_damaged_shard_is_set_aside_and_computed_again(
         assert len(missing(cache, pairs)) == lost
         assert not shard.exists() and len(list(folder.rglob("*.damaged"))) == 1
         forwards.clear()
-        fill(cache, pairs, scorer)
+        compute_missing(cache, pairs, scorer)
         assert sum(forwards) == lost
         torch.testing.assert_close(open_cache(folder).lookup(pairs), values, rtol=0, atol=NOISE)
 
@@ -482,27 +482,27 @@ def test_a_foreign_file_is_no_harm(tmp_path: Path, filled: tuple[Path, list[Pair
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
 def test_interrupted_fill_keeps_what_was_scored(
-    tmp_path: Path, scorer: Scorer, monkeypatch: pytest.MonkeyPatch, forwards: list[int], error: Any
+    tmp_path: Path, scorer: ModelRunner, monkeypatch: pytest.MonkeyPatch, forwards: list[int], error: Any
 ) -> None:
     pairs = random_pairs(12)
-    original = Scorer.token_logps
+    original = ModelRunner.token_logps
 
-    def failing(self: Scorer, batch: MicroBatch) -> Tensor:
+    def failing(self: ModelRunner, batch: MicroBatch) -> Tensor:
         if len(forwards) == 3:
             raise error
         return original(self, batch)
 
-    monkeypatch.setattr(Scorer, "token_logps", failing)
+    monkeypatch.setattr(ModelRunner, "token_logps", failing)
     with pytest.raises(error if isinstance(error, type) else type(error)):
-        fill(open_cache(tmp_path), pairs, scorer)
+        compute_missing(open_cache(tmp_path), pairs, scorer)
     kept, scored = open_cache(tmp_path), sum(forwards)
     assert 0 < scored < 12
     assert len(missing(kept, pairs)) == 12 - scored
-    monkeypatch.setattr(Scorer, "token_logps", original)
-    filled = fill(kept, pairs, scorer)
+    monkeypatch.setattr(ModelRunner, "token_logps", original)
+    filled = compute_missing(kept, pairs, scorer)
     assert (filled.hits, filled.misses) == (scored, 12 - scored)
     whole = open_cache(tmp_path / "other")
-    fill(whole, pairs, scorer)
+    compute_missing(whole, pairs, scorer)
     torch.testing.assert_close(open_cache(tmp_path).lookup(pairs), whole.lookup(pairs), rtol=0, atol=NOISE)
 
 
@@ -516,7 +516,7 @@ def _fill(folder: Path, pairs: list[Pair], together: Barrier | None, die_at: int
         Path.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == die_at else settle(*a)  # type: ignore[method-assign, assignment, return-value]
     if together:
         together.wait(60)
-    fill(cache, pairs, scorer)
+    compute_missing(cache, pairs, scorer)
 
 
 @pytest.fixture
@@ -535,7 +535,7 @@ def start() -> Iterator[Callable[..., Any]]:
         process.join()
 
 
-def test_several_processes_fill_one_cache(tmp_path: Path, scorer: Scorer, start: Callable[..., Any]) -> None:
+def test_several_processes_fill_one_cache(tmp_path: Path, scorer: ModelRunner, start: Callable[..., Any]) -> None:
     """All begin with an empty cache and have pairs in common; two have all in common."""
     pairs = random_pairs(24, seed=2)
     together = PROCESSES.Barrier(4)
@@ -547,12 +547,14 @@ def test_several_processes_fill_one_cache(tmp_path: Path, scorer: Scorer, start:
     cache = open_cache(tmp_path)
     assert cache.values.keys() == {key for pair in pairs for key in pair_keys(pair)}
     alone = open_cache(tmp_path / "alone")
-    fill(alone, pairs, scorer)
+    compute_missing(alone, pairs, scorer)
     torch.testing.assert_close(cache.lookup(pairs), alone.lookup(pairs), rtol=0, atol=NOISE)
     assert [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".safetensors"] == []
 
 
-def test_killed_fills_lose_nothing_that_was_written(tmp_path: Path, scorer: Scorer, start: Callable[..., Any]) -> None:
+def test_killed_fills_lose_nothing_that_was_written(
+    tmp_path: Path, scorer: ModelRunner, start: Callable[..., Any]
+) -> None:
     """SIGKILL while the n-th shard is written, until it is done."""
     pairs = random_pairs(16, seed=3)
     rng = random.Random(5)
@@ -566,17 +568,17 @@ def test_killed_fills_lose_nothing_that_was_written(tmp_path: Path, scorer: Scor
         assert 0 < left <= unscored - (shard - 1)  # each shard before that one had a pair at least
         unscored = left
     cache = open_cache(tmp_path)
-    assert fill(cache, pairs, scorer).misses == unscored
+    assert compute_missing(cache, pairs, scorer).misses == unscored
     alone = open_cache(tmp_path / "alone")
-    fill(alone, pairs, scorer)
+    compute_missing(alone, pairs, scorer)
     torch.testing.assert_close(open_cache(tmp_path).lookup(pairs), alone.lookup(pairs), rtol=0, atol=NOISE)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027], ids=oct)
-def test_shards_have_the_mode_of_any_new_file(tmp_path: Path, scorer: Scorer, umask: int) -> None:
+def test_shards_have_the_mode_of_any_new_file(tmp_path: Path, scorer: ModelRunner, umask: int) -> None:
     before = os.umask(umask)
     try:
-        fill(open_cache(tmp_path), random_pairs(4), scorer)
+        compute_missing(open_cache(tmp_path), random_pairs(4), scorer)
     finally:
         os.umask(before)
     files = [p for p in tmp_path.rglob("*") if p.is_file()]

@@ -18,7 +18,7 @@ from dpo_cli.data.batching import Layout
 from dpo_cli.data.collate import MicroBatch, collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.moe import Routed, auxiliary_loss, routed
 from tests.conftest import SAMPLE, make_model, random_pairs
 
@@ -39,8 +39,8 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return make_model(request.param, **MIXTURES[request.param])
 
 
-def scorer(model: PreTrainedModel, layout: Layout) -> Scorer:
-    return Scorer(model, layout, torch.float32, 4096, CPU)
+def scorer(model: PreTrainedModel, layout: Layout) -> ModelRunner:
+    return ModelRunner(model, layout, torch.float32, 4096, CPU)
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:

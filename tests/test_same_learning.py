@@ -7,8 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import same_learning
-from benchmarks.same_learning import IN_OUR_ORDER, OURS, TRL, WAYS, Design, Lab, draw, figures, run, table, verdicts
+from benchmarks.studies import same_learning
+from benchmarks.studies.same_learning import (
+    IN_OUR_ORDER,
+    OURS,
+    TRL,
+    WAYS,
+    Design,
+    Lab,
+    draw,
+    figures,
+    run,
+    table,
+    verdicts,
+)
 from dpo_cli.evaluation.statistics import Table, wilson
 from tests.conftest import SAMPLE
 
@@ -81,6 +93,7 @@ def output(design: Design, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.bench
 def test_every_training_is_judged_alike(output: Path) -> None:
     lines = [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
     found = {(line["way"], line["side"]): line for line in lines}
@@ -95,6 +108,7 @@ def test_every_training_is_judged_alike(output: Path) -> None:
         assert trl["margins"] != pytest.approx(ours["margins"], abs=3e-4)  # by the order
 
 
+@pytest.mark.bench
 def test_what_is_written(output: Path) -> None:
     found = json.loads((output / "results.json").read_text())
     assert [(cell["way"], cell["figure"]) for cell in found["cells"]] == [
@@ -104,6 +118,7 @@ def test_what_is_written(output: Path) -> None:
     assert (output / "results.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.bench
 def test_a_miss_is_told(output: Path, tmp_path: Path) -> None:
     found: dict[str, Any] = json.loads((output / "results.json").read_text())
     for place, cell in enumerate(found["cells"]):
@@ -113,6 +128,7 @@ def test_a_miss_is_told(output: Path, tmp_path: Path) -> None:
     assert (tmp_path / "picture.png").exists()
 
 
+@pytest.mark.bench
 def test_it_goes_on_where_it_was(design: Design, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = output / "runs.jsonl"
     whole = runs.read_text().splitlines()
@@ -129,6 +145,7 @@ def test_it_goes_on_where_it_was(design: Design, output: Path, monkeypatch: pyte
     assert runs.read_text().splitlines() == whole
 
 
+@pytest.mark.bench
 def test_another_design_finds_no_place(design: Design, output: Path) -> None:
     with pytest.raises(SystemExit, match="another design"):
         run(Design(data=design.data, model=design.model, steps=3), output)

@@ -23,7 +23,7 @@ from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generat
 from dpo_cli.evaluation.scores import Table
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.loading import compile_layers
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError
 from tests.conftest import make_model
@@ -287,7 +287,7 @@ def test_samples_are_scored_as_pairs(policy: PreTrainedModel, reference: PreTrai
     scored = []
     for model in (policy, reference):
         with attention(model, PREFIX_SHARED):
-            scorer = Scorer(model, "shared", torch.float32, 40, torch.device("cpu"))
+            scorer = ModelRunner(model, "shared", torch.float32, 40, torch.device("cpu"))
             table = score(scorer, pairs, Watch(Reporter(quiet=True), "test"))
         assert table is not None
         scored.append(by_prompt(table.double().numpy(), copies))

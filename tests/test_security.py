@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_cli.cli.app import main
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.checkpoint import newest_checkpoint
-from dpo_cli.utils.files import sealed
+from dpo_cli.utils.files import with_checksum
 from tests.conftest import CHATML, Cli, bar_network, write_rows
 
 # Escape sequences that colour, set the title and make a link, their one-byte form, a turn of the reading direction,
@@ -1026,7 +1026,7 @@ def a_folder_for_a_file(folder: Path, manifest: dict[str, Any]) -> None:
 def rewrite(file: Path, **values: Any) -> None:
     """Other values for some keys of a sealed file, sealed anew: as whoever made it would have."""
     content = {name: value for name, value in json.loads(file.read_text()).items() if name != "sha256"}
-    file.write_text(json.dumps(sealed(content | values)))
+    file.write_text(json.dumps(with_checksum(content | values)))
 
 
 @pytest.fixture
@@ -1266,9 +1266,9 @@ HOSTILE_FILES = {
         "not JSON",
         "[" * 100_000,
         "{}",
-        json.dumps(sealed({})),
-        json.dumps(sealed({"reference": None, "config": None, "data": None})),
-        json.dumps(sealed({"reference": {"model": "x"}, "config": 5, "data": []})),
+        json.dumps(with_checksum({})),
+        json.dumps(with_checksum({"reference": None, "config": None, "data": None})),
+        json.dumps(with_checksum({"reference": {"model": "x"}, "config": 5, "data": []})),
     ),
     "config.yaml": ("", "[]", "beta: many", CALL, f"beta: {CALL}", "{", "[" * 5000),
 }

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from benchmarks import lora_targets
+from benchmarks.studies import lora_targets
 from dpo_cli.cli.app import app
 from dpo_cli.models.lora_targets import choose_targets, counted, kind_of
 from dpo_cli.utils.errors import UsageError

@@ -34,8 +34,8 @@ from dpo_cli.evaluation.outcome import scores_of
 from dpo_cli.evaluation.scores import values
 from dpo_cli.losses.preference import Objective
 from dpo_cli.models.attention import attention
-from dpo_cli.models.logprobs import Scorer, token_logps
-from dpo_cli.reference.store import fill, pair_keys
+from dpo_cli.models.logprobs import ModelRunner, token_logps
+from dpo_cli.reference.store import compute_missing, pair_keys
 from dpo_cli.training.memory import at_head, count_bytes
 from dpo_cli.training.prepare import _verify
 from dpo_cli.training.step import NotFiniteError, StopSignal, Trainer
@@ -118,10 +118,10 @@ def test_what_meets_the_head_is_what_carries_loss(model: PreTrainedModel, layout
     met = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: met.append(len(given[0])))  # type: ignore[union-attr]
     with attention(model, own(layout)), torch.no_grad():
-        token_logps(model, collate(PAIRS, layout), torch.float32, apart=True)
+        token_logps(model, collate(PAIRS, layout), torch.float32, chunked_lm_head=True)
     hook.remove()
     assert sum(met) == sum(counted(PAIRS)) < sum(len(response) for _, response in responses(PAIRS))
-    assert at_head(Scorer(model, layout, torch.float32, 4096, CPU), PAIRS) == sum(counted(PAIRS))
+    assert at_head(ModelRunner(model, layout, torch.float32, 4096, CPU), PAIRS) == sum(counted(PAIRS))
 
 
 def test_the_memory_count_needs_no_loss_in_a_beginning(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,19 +129,19 @@ def test_the_memory_count_needs_no_loss_in_a_beginning(model: PreTrainedModel, m
     monkeypatch.setattr(dpo_cli.training.memory, "COUNTED", 3)
     hidden = Pair("late", *(np.array(ids, np.int32) for ids in ([5, 6], [~7, ~8, ~9, 10], [~7, ~8, ~9, 11])))
     whole = replace(hidden, chosen=model_input_ids(hidden.chosen), rejected=model_input_ids(hidden.rejected))
-    scorer = Scorer(model, "packed", torch.float32, 4096, CPU, apart=False)
+    scorer = ModelRunner(model, "packed", torch.float32, 4096, CPU, chunked_lm_head=False)
     assert count_bytes(scorer, [hidden, MIDDLE], 0) == count_bytes(scorer, [whole, MIDDLE], 0)
 
 
 def test_cached_and_read_back(tmp_path: Path, model: PreTrainedModel) -> None:
     """The same tokens with loss elsewhere are another response."""
-    scorer = Scorer(model, "packed", torch.float32, 120, CPU)
+    scorer = ModelRunner(model, "packed", torch.float32, 120, CPU)
     whole = [
         replace(pair, chosen=model_input_ids(pair.chosen), rejected=model_input_ids(pair.rejected)) for pair in PAIRS
     ]
-    filled = fill(open_cache(tmp_path), [*PAIRS, *whole], scorer)
+    filled = compute_missing(open_cache(tmp_path), [*PAIRS, *whole], scorer)
     cache = open_cache(tmp_path)
-    assert fill(cache, [*PAIRS, *whole], scorer).misses == 0
+    assert compute_missing(cache, [*PAIRS, *whole], scorer).misses == 0
     with torch.no_grad():
         wanted = torch.stack([plain(model, *each).sum() for each in responses([*PAIRS, *whole])]).view(-1, 2)
     torch.testing.assert_close(filled.logps, wanted, rtol=0, atol=NOISE)
@@ -161,8 +161,8 @@ def test_verify_allows_noise_by_tokens_with_loss(tmp_path: Path, model: PreTrain
     ids = np.arange(3, 103, dtype=np.int32)
     whole = Pair("whole", ids[:5], ids, ids[::-1].copy())
     pairs = [whole, replace(whole, chosen=np.append(~ids[:-1], ids[-1]))]
-    scorer, cache = Scorer(model, "packed", torch.float32, 120, CPU), open_cache(tmp_path)
-    logps = fill(cache, pairs, scorer).logps
+    scorer, cache = ModelRunner(model, "packed", torch.float32, 120, CPU), open_cache(tmp_path)
+    logps = compute_missing(cache, pairs, scorer).logps
     logps[:, 0] += 5 * NOISE
     assert _verify(logps, pairs, [0], scorer, cache) == pytest.approx(5 * NOISE, rel=0.1)
     with pytest.raises(DpoError, match="1 of 2 cached pairs are off"):
@@ -206,7 +206,7 @@ def exact(model: PreTrainedModel) -> Exact:
     return Exact(model)
 
 
-def make_trainer(scorer: Scorer, reference: Tensor) -> tuple[Trainer, KeepGradients]:
+def make_trainer(scorer: ModelRunner, reference: Tensor) -> tuple[Trainer, KeepGradients]:
     AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of another test
     optimizer = KeepGradients(scorer.model)  # type: ignore[arg-type]
     options = TrainOptions(data=["-"], beta=BETA, label_smoothing=SMOOTHING, max_grad_norm=0.0)
@@ -220,8 +220,8 @@ def make_trainer(scorer: Scorer, reference: Tensor) -> tuple[Trainer, KeepGradie
 def test_the_gradient_is_the_formulas_however_a_step_is_cut(
     model: PreTrainedModel, exact: Exact, layout: Layout, max_tokens: int, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cli.models.logprobs.HEAD_BYTES", {"cpu": 4 * 384 * 40})  # a few pairs at a time
-    scorer = Scorer(model, layout, torch.float32, max_tokens, CPU, apart)
+    monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4 * 384 * 40})  # a few pairs at a time
+    scorer = ModelRunner(model, layout, torch.float32, max_tokens, CPU, apart)
     trainer, optimizer = make_trainer(scorer, exact.reference)
     cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world_size": 1, "seed": 0}
     (step,) = build_schedule(trainer.costs, layout, max_tokens=max_tokens, **cut)
@@ -237,7 +237,7 @@ def test_the_gradient_is_the_formulas_however_a_step_is_cut(
 
 def test_the_comparison_of_step_0_is_by_tokens_with_loss(model: PreTrainedModel, exact: Exact) -> None:
     """One response that is off by a nat is off by that over the root of its tokens with loss."""
-    scorer = Scorer(model, "packed", torch.float32, 120, CPU)
+    scorer = ModelRunner(model, "packed", torch.float32, 120, CPU)
     trainer, _ = make_trainer(scorer, exact.reference)
     assert trainer.compare(range(len(PAIRS)))[0]["loss"] == pytest.approx(exact.loss, rel=1e-5)
     with torch.no_grad():

@@ -234,7 +234,7 @@ def test_a_tracker_that_cannot_start_is_told(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(trackers, "_make", make)
     warned: list[str] = []
-    monkeypatch.setattr(Reporter, "warn", lambda _, text: warned.append(text))
+    monkeypatch.setattr(Reporter, "warning", lambda _, text: warned.append(text))
     with start(tmp_path, "wandb") as live:
         tell(live, 1)
     assert len(warned) == 1 and "api_key not configured" in warned[0]

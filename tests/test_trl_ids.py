@@ -11,7 +11,7 @@ import datasets
 import pytest
 from accelerate.state import AcceleratorState
 
-from benchmarks.theirs import make_trainer, pairs_of, trl_config
+from benchmarks.trl.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.data.formats import BadRow, Reading, read_rows
 from dpo_cli.data.pairs import Pair
 from dpo_cli.data.records import find_sources

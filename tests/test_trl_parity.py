@@ -1,6 +1,6 @@
 """Training here and with TRL's DPOTrainer gives the same numbers: log-probs, losses, gradients, weights.
 
-Both run their own loops from the same weights, over the same rows in the same order; see ``benchmarks/trl_parity.py``.
+Both run their own loops from the same weights, over the same rows in the same order; see ``benchmarks/trl/parity.py``.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from benchmarks.trl_parity import Parity, compare
+from benchmarks.trl.parity import Parity, compare
 from dpo_cli.config.options import TrainOptions
 from tests.conftest import SAMPLE, write_rows
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import dpo_cli.training.heldout
 from dpo_cli.cli.app import app
 from dpo_cli.data.pairs import Pair, Pairs, trained_on
-from dpo_cli.utils.files import sealed
+from dpo_cli.utils.files import with_checksum
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
 FEW = "Only 6 pairs: too few to judge (6; 20 needed)"
@@ -204,7 +204,7 @@ def test_without_its_hashes_nothing_is_said_of_a_run(
     if state == "before":  # a run of an earlier version
         manifest = json.loads((run / "manifest.json").read_text())
         del manifest["sha256"], manifest["data"]["trained"]
-        (run / "manifest.json").write_text(json.dumps(sealed(manifest)))
+        (run / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
     if state in ("before", "absent"):
         file.unlink()
     elif state == "cut":

@@ -161,7 +161,7 @@ def _names(data: Data) -> list[Any]:
         raise UsageError("there are no rows")
     if not isinstance(items[0], Mapping):
         return items
-    from dpo_cli.utils.files import finite, whole_file
+    from dpo_cli.utils.files import atomic_write, finite
 
     try:
         text = "".join(json.dumps(finite(dict(row))) + "\n" for row in items)
@@ -169,7 +169,7 @@ def _names(data: Data) -> list[Any]:
         raise UsageError(f"the rows cannot be written as JSON: {error}") from error
     file = ROWS / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
     if not file.exists():
-        with whole_file(file) as temporary:
+        with atomic_write(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return [file]
 
@@ -210,7 +210,7 @@ def _reporter(progress: bool, options: DataOptions) -> Iterator[Reporter]:
 
     reporter = Reporter(quiet=not progress)
     if not progress:  # without a registry, which would let the same text through once a session
-        reporter.warn = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)  # type: ignore[method-assign]
+        reporter.warning = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)  # type: ignore[method-assign]
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

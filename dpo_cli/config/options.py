@@ -489,7 +489,7 @@ def _refuse_without_adapter(options: TrainOptions) -> None:
 
 
 # Options that do not change what is trained: a resumed run may have others than it began with.
-OPERATIONAL = frozenset(
+RESUME_MUTABLE = frozenset(
     {
         "logging_steps",
         "save_steps",
@@ -503,7 +503,7 @@ OPERATIONAL = frozenset(
     | {"export_dtype", "base_model", "push_to_hub", "fsdp", "report_to"}
 )
 # Options that a run settles by itself where they are left open: by its model, its data, the memory that is free.
-SETTLED = frozenset(
+AUTO_OPTIONS = frozenset(
     {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}
     | {"lora_type", "lora_alpha", "lora_targets", "modules_to_save"}
 )
@@ -635,13 +635,13 @@ def differences(began: TrainOptions, options: TrainOptions) -> list[str]:
 
 def _changed(began: TrainOptions, options: TrainOptions) -> list[str]:
     """Names of the options by which another training is asked for."""
-    names = [f.name for f in dataclasses.fields(TrainOptions) if f.name not in OPERATIONAL]
+    names = [f.name for f in dataclasses.fields(TrainOptions) if f.name not in RESUME_MUTABLE]
     return [name for name in names if getattr(options, name) != getattr(began, name)]
 
 
-def settled_as(options: TrainOptions, began: TrainOptions) -> TrainOptions:
+def inherit_auto_options(options: TrainOptions, began: TrainOptions) -> TrainOptions:
     """The options with what another run settled, where they leave that open."""
-    left_open = {name for name in SETTLED if getattr(options, name) in (None, "auto", False)}
+    left_open = {name for name in AUTO_OPTIONS if getattr(options, name) in (None, "auto", False)}
     return dataclasses.replace(options, **{name: getattr(began, name) for name in left_open})
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.utils.errors import UsageError
-from dpo_cli.utils.files import whole_file
+from dpo_cli.utils.files import atomic_write
 
 HEAD = (
     "All options of dpo train with their defaults, for dpo train --config. null: left open until the run begins, or "
@@ -30,7 +30,7 @@ def write_config(file: Path, data: Sequence[str] = (), force: bool = False) -> N
     """
     if file.exists() and not force:
         raise UsageError(f"{file}: is there already; name another file, or replace it with --force")
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(commented(data), encoding="utf-8")
 
 

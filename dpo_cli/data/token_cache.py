@@ -28,7 +28,7 @@ from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.records import Source
 from dpo_cli.data.tokenize import PairSet, only_asks_its_backend, tokenize_rows
 from dpo_cli.utils.errors import NotWrittenError
-from dpo_cli.utils.files import sha256, to_json, whole_file
+from dpo_cli.utils.files import atomic_write, sha256, to_json
 
 # Raise it when the same row and tokenizer give another pair, note or reason than before.
 TOKENIZING_VERSION = 3
@@ -145,7 +145,7 @@ def _write(folder: Path, key: str, found: PairSet, place: str) -> None:
     content = hashlib.sha256()
     for piece in _pieces(columns):
         content.update(piece)
-    with whole_file(folder / f"{key}-{content.hexdigest()}{SUFFIX}") as temporary, temporary.open("wb") as stream:
+    with atomic_write(folder / f"{key}-{content.hexdigest()}{SUFFIX}") as temporary, temporary.open("wb") as stream:
         stream.writelines(_pieces(columns))
 
 

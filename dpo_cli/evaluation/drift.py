@@ -28,7 +28,7 @@ from torch import Tensor
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation.scores import Distributions
-from dpo_cli.models.logprobs import Head, Scorer, head_pieces
+from dpo_cli.models.logprobs import Head, ModelRunner, head_pieces
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from dpo_cli.utils.files import writing
@@ -145,7 +145,7 @@ class Compared:
     moved: list[Moved]
 
 
-def score(scorer: Scorer, pairs: Pairs, watch: Watch) -> Tensor | None:
+def score(scorer: ModelRunner, pairs: Pairs, watch: Watch) -> Tensor | None:
     """Log-probs of all pairs: (P, 2) float32 nats on the host, chosen and rejected; None when it was stopped."""
     table = torch.full((len(pairs), 2), math.nan)
     for places, (logps, _) in _watched(scorer, pairs, lambda _, batch: scorer.scored(batch), watch):
@@ -153,7 +153,7 @@ def score(scorer: Scorer, pairs: Pairs, watch: Watch) -> Tensor | None:
     return None if watch.stopped() else table
 
 
-def record(scorer: Scorer, pairs: Pairs, folder: Path, watch: Watch) -> Recorded | None:
+def record(scorer: ModelRunner, pairs: Pairs, folder: Path, watch: Watch) -> Recorded | None:
     """Run a model over all pairs and keep what its head reads, in a file below ``folder``; None when it was stopped.
 
     Raises:
@@ -168,7 +168,7 @@ def record(scorer: Scorer, pairs: Pairs, folder: Path, watch: Watch) -> Recorded
 
 
 def compare(
-    scorer: Scorer,
+    scorer: ModelRunner,
     recorded: Recorded,
     pairs: Pairs,
     folder: Path,
@@ -209,7 +209,7 @@ def compare(
     if watch.stopped():
         return None
     if not off <= IDENTITY:
-        watch.reporter.warn(f"KL(p||q) = H(p, q) - H(p) is off by {off:.2g} nats at some token: distrust the KL")
+        watch.reporter.warning(f"KL(p||q) = H(p, q) - H(p) is off by {off:.2g} nats at some token: distrust the KL")
     table = {name: sums[..., c] for c, name in enumerate((*COLUMNS, "moved"))}
     logps, ref_logps = table.pop("logp").float(), table.pop("ref_logp").float()
     distributions = Distributions(**{name: each.numpy() for name, each in table.items()}, identity_error=off)
@@ -217,7 +217,7 @@ def compare(
 
 
 def _watched(
-    scorer: Scorer, pairs: Pairs, compute: Callable[[Sequence[int], MicroBatch], Result], watch: Watch
+    scorer: ModelRunner, pairs: Pairs, compute: Callable[[Sequence[int], MicroBatch], Result], watch: Watch
 ) -> Iterator[tuple[tuple[int, ...], Result]]:
     """What is computed of each forward, until it is stopped."""
     with watch.reporter.progress(watch.what, len(pairs)) as progress:
@@ -229,7 +229,7 @@ def _watched(
 
 
 def _columns(
-    scorer: Scorer, batch: MicroBatch, states: Tensor, other: Tensor, there: Head, policy_runs: bool
+    scorer: ModelRunner, batch: MicroBatch, states: Tensor, other: Tensor, there: Head, policy_runs: bool
 ) -> Iterator[Tensor]:
     """Hold the states of the model that runs against the ``other`` one's: (n, 8) of ``COLUMNS``, piece by piece.
 

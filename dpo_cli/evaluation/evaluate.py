@@ -29,10 +29,10 @@ from dpo_cli.evaluation.metrics import best_step, evaluations, read_metrics
 from dpo_cli.evaluation.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.evaluation.scores import Evaluation, LossInput
 from dpo_cli.losses.preference import Objective
-from dpo_cli.models.fingerprint import WeightsMemo, fingerprint, same_weights
+from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint, same_weights
 from dpo_cli.models.loading import compile_layers, default_device, dtype_name, load_model, release
-from dpo_cli.models.locate import ModelSource, began_from
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.locate import ModelSource, start_model
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
@@ -77,7 +77,7 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
     for name, each in (("a", first.result), ("b", second.result)):
         told[name] = {about: each[about] for about in ("trained_on", "model", "reference", "beta") if about in each}
     if told["a"]["reference"] != told["b"]["reference"]:
-        reporter.warn("the two models have other references: their rewards and KLs are measured from other points")
+        reporter.warning("the two models have other references: their rewards and KLs are measured from other points")
     show(told | compare_scores(first.scores, second.scores, options.seed))
 
 
@@ -109,19 +109,21 @@ def evaluated(
     manifest = read_manifest(source.run) if source.run else None
     same = manifest is not None and began is not None and options.beta == began.beta and options.ref_model is None
     its_own = same and manifest is not None and manifest["held_out"]["sha256"] == pairs.digest()
-    trained = trained_hashes(source.run, manifest, reporter.warn) if source.run and manifest else None
+    trained = trained_hashes(source.run, manifest, reporter.warning) if source.run and manifest else None
     known = trained_on(pairs, trained) if trained is not None else None
     done = evaluation(scores, compared, pairs, tokenizer, so_far, options.seed, held_out=its_own, trained_on=known)
     about: dict[str, Any] = {"trained_on": known} if known else {}
-    about |= {"model": source.told, "reference": judge.told, "beta": options.beta}
+    about |= {"model": source.description, "reference": judge.told, "beta": options.beta}
     about |= {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
     done = dataclasses.replace(done, result=about | done.result | more)
     show(dict(done.result))
     if options.per_pair:
         write_per_pair(options.per_pair, pairs, scores)
     if options.report:
-        write_report(options.report, ReportInput(source.told, done, history, manifest, vars(options), judge.objective))
-        reporter.fact("report", str(options.report))
+        write_report(
+            options.report, ReportInput(source.description, done, history, manifest, vars(options), judge.objective)
+        )
+        reporter.info("report", str(options.report))
     return done, pairs
 
 
@@ -164,7 +166,7 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
 class _Loaded:
     """A model that is ready to score, the attention that it came with, and its log-probs' name in the cache."""
 
-    scorer: Scorer
+    scorer: ModelRunner
     own_attention: str
     fingerprint: str
 
@@ -241,7 +243,7 @@ class _Judge:
         told = self._of_samples(drawn, reference, about) if drawn else {}
         return compared.logps, compared.ref_logps if known.isnan().any() else known, compared, told
 
-    def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: Scorer) -> Tensor:
+    def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: ModelRunner) -> Tensor:
         """Log-probs under the reference (P, 2) as LD-DPO reads them: of the cache, where it has all of them."""
         alpha = self.objective.ld_alpha
         if alpha is None:
@@ -256,7 +258,7 @@ class _Judge:
         began, device = self.began, default_device()
         frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
         memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
-        memo = WeightsMemo(source, self.options.cache_dir)
+        memo = WeightsHashCache(source, self.options.cache_dir)
         model = load_model(source)
         own_attention = model.config._attn_implementation
         weights = memo.hash(model) if named else ""
@@ -267,7 +269,7 @@ class _Judge:
             compile_layers(model)
         return _Loaded(scorer, own_attention, fingerprint(model, weights, scorer.layout, scorer.dtype) if named else "")
 
-    def _kept(self, scorer: Scorer) -> ReferenceCache | None:
+    def _kept(self, scorer: ModelRunner) -> ReferenceCache | None:
         """What the run was trained with of the reference, if it was computed as here and has all of these pairs."""
         if self.options.ref_model is not None or self.source.run is None:
             return None
@@ -276,7 +278,7 @@ class _Judge:
         here = (scorer.layout, dtype_name(scorer.dtype), scorer.device.type)
         if here != (began["layout"], began["dtype"], manifest["device"]):
             return None
-        cache = ReferenceCache(self.options.cache_dir, began["fingerprint"], self.reporter.warn)
+        cache = ReferenceCache(self.options.cache_dir, began["fingerprint"], self.reporter.warning)
         self.told = str(began["model"] or manifest["start_model"])
         return None if cache.lookup(self.pairs).isnan().any() else cache
 
@@ -290,7 +292,7 @@ class _Judge:
         """
         if self.itself:
             self.told = "the model itself"
-            self.reporter.fact("reference", "the model itself: it is no run, and there is no --ref-model")
+            self.reporter.info("reference", "the model itself: it is no run, and there is no --ref-model")
             return policy, open_cache(self.options, policy.fingerprint, self.source, policy.scorer, self.reporter)
         release(policy.scorer.model)
         gc.collect()
@@ -298,7 +300,7 @@ class _Judge:
             read_manifest(self.source.run)["reference"] if self.source.run and self.options.ref_model is None else None
         )
         try:
-            name, base = began_from(began, self.options.base_model) if began else (self.options.ref_model, None)
+            name, base = start_model(began, self.options.base_model) if began else (self.options.ref_model, None)
             source = choose_model(name, self.options, self.reporter, "reference", base)
             if began and self.began and self.began.ref_model is None:
                 source = _as_in_run(source, self.began)
@@ -306,7 +308,7 @@ class _Judge:
         except UsageError as error:
             other = ", or add --kl none: its log-probs are cached" if known else ""
             raise UsageError(f"the reference cannot be loaded; name it with --ref-model{other}\n{error}") from error
-        self.told = source.told
+        self.told = source.description
         if began and not same_weights(loaded.fingerprint, began["fingerprint"]):
             raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref-model")
         return loaded, open_cache(self.options, loaded.fingerprint, source, loaded.scorer, self.reporter)
@@ -317,7 +319,7 @@ class _Judge:
         """Let the policy answer the first prompts of the data, none twice, and record the drawn answers."""
         prompts = list({pair.prompt.tobytes(): pair.prompt for pair in self.pairs}.values())
         prompts = prompts[: self.options.sample_prompts]
-        self.reporter.fact("samples", f"{self.options.samples} answers drawn to each of {len(prompts)} prompts")
+        self.reporter.info("samples", f"{self.options.samples} answers drawn to each of {len(prompts)} prompts")
         greedy, sampled = (self._answers(policy, prompts, sampled) for sampled in (False, True))
         pairs = as_pairs(prompts, sampled)
         recorded = drift.record(policy.scorer, pairs, self.options.cache_dir, self._watch("samples"))

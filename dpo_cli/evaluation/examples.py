@@ -13,7 +13,7 @@ import numpy as np
 from dpo_cli.data.pairs import Ids, Pairs, carries_loss, model_input_ids
 from dpo_cli.evaluation.drift import FOLD, Compared, TokenFile
 from dpo_cli.evaluation.scores import SIDES, Scores, ShownPair, Token
-from dpo_cli.utils.files import to_json, whole_file
+from dpo_cli.utils.files import atomic_write, to_json
 
 SHOWN = 2  # pairs of each kind
 AROUND = 8  # tokens before and after one that moved
@@ -97,7 +97,7 @@ def write_per_pair(file: Path, pairs: Pairs, scores: Scores) -> None:
     tables = {"logps": scores.logps, "ref_logps": scores.ref_logps, "rewards": scores.rewards}
     if (exact := scores.distributions) is not None:
         tables |= {"kl": exact.kl / scores.tokens, "reverse_kl": exact.reverse_kl / scores.tokens}
-    with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
+    with atomic_write(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for place, pair in enumerate(pairs):
             line: dict[str, Any] = {"row": pair.where}
             line |= {f"{name}/{side}": each[place, c] for name, each in tables.items() for c, side in enumerate(SIDES)}

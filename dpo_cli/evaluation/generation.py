@@ -71,7 +71,7 @@ def generate(
 
     ``dtype`` is the compute precision, which must be that of the scoring if the samples are to estimate a KL. Even so,
     below float32 the tokens are drawn from forwards of another shape than those that score them, so that estimates
-    hold up to the arithmetic's noise (``logps.noise``).
+    hold up to the arithmetic's noise (``logprobs.logp_tolerance``).
 
     Shapes: -> for each prompt its ``copies`` responses.
     Units: ``room`` in tokens of a batch, prompts, padding and responses.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_cli.config.options import BEST
 from dpo_cli.evaluation.scores import TIE
-from dpo_cli.utils.files import to_json, whole_file, writing
+from dpo_cli.utils.files import atomic_write, to_json, writing
 
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "wins", "ties", "logps/chosen", "logps/rejected", "pairs")
 
@@ -115,5 +115,5 @@ def truncate_metrics(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

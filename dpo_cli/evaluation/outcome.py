@@ -20,11 +20,11 @@ from dpo_cli.evaluation.margins import sections
 from dpo_cli.evaluation.metrics import step_rewards
 from dpo_cli.evaluation.scores import Evaluation, LossInput, Scores, values
 from dpo_cli.losses.preference import Objective
-from dpo_cli.models.logprobs import Read, Scorer
+from dpo_cli.models.logprobs import ModelRunner, Read
 from dpo_cli.quality.checks import thinks
 
 
-def policy_read(scorer: Scorer, pairs: Pairs, objective: Objective) -> Read | None:
+def policy_read(scorer: ModelRunner, pairs: Pairs, objective: Objective) -> Read | None:
     """What the objective reads of the policy's tokens, by one more pass over the pairs; None where it reads nothing."""
     if not objective.by_tokens:
         return None

@@ -23,12 +23,12 @@ from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, save_adapter
 from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied
 from dpo_cli.models.loading import load_exported, load_model, release
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.models.logprobs import noise, token_logps
-from dpo_cli.models.sharding import is_sharded, whole_weights
+from dpo_cli.models.logprobs import logp_tolerance, token_logps
+from dpo_cli.models.sharding import full_state_dict, is_sharded
 from dpo_cli.training.memory import process_bytes, usable_bytes
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError, UsageError
-from dpo_cli.utils.files import whole_folder
+from dpo_cli.utils.files import atomic_dir
 
 CPU = torch.device("cpu")
 
@@ -64,10 +64,10 @@ def export_model(
         pair = Pair("the ids from 0 to 63", ids[:1], ids[1:], ids[:0:-1])
     if expected is None:
         expected = response_logps(model, pair, torch.float32), torch.float32
-    weights = whole_weights(model) if is_sharded(model) else None
+    weights = full_state_dict(model) if is_sharded(model) else None
 
     def write() -> None:
-        with whole_folder(folder) as temporary:
+        with atomic_dir(folder) as temporary:
             if is_adapted(model):
                 save_adapter(model, temporary)
                 model.generation_config.save_pretrained(temporary)  # its answers end as they do here
@@ -85,7 +85,7 @@ def export_model(
                 return
             logps, precision = expected
             exact = dtype == precision == torch.float32 and logps.device == CPU
-            allowed = noise(torch.float32 if exact else torch.bfloat16)
+            allowed = logp_tolerance(torch.float32 if exact else torch.bfloat16)
             allowed *= max(count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)) ** 0.5
             if found is not None and not (off := float((found - logps.to(CPU)).abs().max())) <= allowed:
                 raise NotReadBackError(
@@ -100,7 +100,7 @@ def export_model(
 
 
 def response_logps(model: PreTrainedModel, pair: Pair, dtype: torch.dtype, apart: bool = False) -> Tensor:
-    """Log-probs of the two responses of a pair: (2,) nats, float64. ``apart`` as of ``Scorer``."""
+    """Log-probs of the two responses of a pair: (2,) nats, float64. ``apart`` as of ``ModelRunner``."""
     batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
     with torch.no_grad():
         logps = token_logps(model, batch.to(next(model.parameters()).device), dtype, apart)

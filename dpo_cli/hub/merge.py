@@ -33,16 +33,16 @@ def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, re
     if output.exists():
         raise UsageError(f"--output {output}: exists already; name another folder")
     source = admit(source, name)
-    reporter.fact("model", source.told)
+    reporter.info("model", source.description)
     source = fit_adapter(source, reporter)
     trained = trained_with(source.run) if source.run else None
     if trained and trained.quantize:
-        reporter.warn(
+        reporter.warning(
             f"the adapter was trained on its base in {trained.quantize} and goes into that in float32: "
             "not quite the same"
         )
     model = load_model(source)
     card = merged_card(source, output.name, trained.objective if trained else None)
     precision = export_dtype(dtype, source)
-    export_model(output, model, load_tokenizer(source), card, source=source, dtype=precision, warn=reporter.warn)
+    export_model(output, model, load_tokenizer(source), card, source=source, dtype=precision, warn=reporter.warning)
     return {"model": str(output), "parameters": model.num_parameters()}

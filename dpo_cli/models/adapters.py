@@ -130,7 +130,7 @@ def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
     for p in trained(model):
         p.data = p.detach().float()
     if dtype == torch.bfloat16 and not is_quantized(model):
-        coarsen(model)
+        cast_frozen_to_bf16(model)
     if dtype == torch.bfloat16:
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):  # as its frozen original, whatever the weights' precision
@@ -155,7 +155,7 @@ def try_backward(model: PreTrainedModel, logps: Callable[[], Tensor]) -> list[st
     return sorted({kind_of(re.split(r"\.(?:base_layer|lora_|modules_to_save)", name)[0]) for name in unreached})
 
 
-def adapted(model: nn.Module) -> str:
+def describe_adapter(model: nn.Module) -> str:
     """How many matrices of a model have an adapter, by kind, and what is trained whole beside them."""
     kinds, whole = Counter[str](), Counter[str]()
     for name, module in model.named_modules():
@@ -173,8 +173,8 @@ def trained(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 @torch.no_grad()
-def coarsen(model: nn.Module) -> None:
-    """Leave the frozen weights of an adapter's base the bfloat16 halves that ``optimizer.halve`` would."""
+def cast_frozen_to_bf16(model: nn.Module) -> None:
+    """Leave the frozen weights of an adapter's base the bfloat16 halves that ``split`` gives."""
     for p in model.parameters():
         if not p.requires_grad and p.dtype == torch.float32:
             p.data = split(p.detach().contiguous())[0]

@@ -20,7 +20,7 @@ from dpo_cli.models.loading import load_model, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError
-from dpo_cli.utils.files import sealed, sha256, unsealed, whole_folder
+from dpo_cli.utils.files import atomic_dir, load_checksummed, sha256, with_checksum
 
 # Raise it when the same GGUF file is written otherwise than before.
 CONVERSION_VERSION = 1
@@ -28,7 +28,7 @@ FOLDER, MANIFEST = "models", "copy.json"
 LARGEST = 2**30  # bytes of a GGUF file whose weights are copied, which take up to eight times as much in float32
 
 
-def with_copy(source: ModelSource, cache_dir: Path, weights: bool, reporter: Reporter) -> ModelSource:
+def use_converted(source: ModelSource, cache_dir: Path, weights: bool, reporter: Reporter) -> ModelSource:
     """The source of a GGUF model with its copy in the cache, which is made now if there is none; any other as it is.
 
     Tokenizer and config are a copy of their own: what computes nothing has no use for the ``weights``. Of a
@@ -44,14 +44,14 @@ def with_copy(source: ModelSource, cache_dir: Path, weights: bool, reporter: Rep
     about = [CONVERSION_VERSION, loaders, sha256(file)]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
     folder = cache_dir.expanduser() / FOLDER
-    plain = ModelSource(source.path, source.base, source.told, gguf=source.gguf, trust=source.trust)
+    plain = ModelSource(source.path, source.base, source.description, gguf=source.gguf, trust=source.trust)
     try:
         if not source.tokenizer:
             source = replace(source, converted=_copy(folder / f"{key}-tokenizer", plain, _write_tokenizer, reporter))
         if weights and file.stat().st_size <= LARGEST:
             source = replace(source, weights=_copy(folder / f"{key}-weights", plain, _write_model, reporter))
     except NotWrittenError as error:
-        reporter.warn(f"{error}; the model is read from its GGUF file, which takes longer")
+        reporter.warning(f"{error}; the model is read from its GGUF file, which takes longer")
     return source
 
 
@@ -62,14 +62,14 @@ def _copy(folder: Path, source: ModelSource, write: Callable[[ModelSource, Path]
             os.utime(folder / MANIFEST)  # when it was last used
         return folder
     if folder.exists():
-        reporter.warn(f"{folder} is damaged; the GGUF file is converted again")
+        reporter.warning(f"{folder} is damaged; the GGUF file is converted again")
     else:
-        reporter.fact("", f"converting its GGUF file once, so that later starts are quick: {folder}")
+        reporter.info("", f"converting its GGUF file once, so that later starts are quick: {folder}")
     try:
-        with whole_folder(folder) as temporary:
+        with atomic_dir(folder) as temporary:
             write(source, temporary)
             files = {file.name: sha256(file) for file in temporary.iterdir()}
-            manifest = sealed({"model": source.base, "from": source.told, "files": files})
+            manifest = with_checksum({"model": source.base, "from": source.description, "files": files})
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     except NotWrittenError:
         if not is_whole(folder):  # else another process was first
@@ -80,7 +80,7 @@ def _copy(folder: Path, source: ModelSource, write: Callable[[ModelSource, Path]
 def is_whole(folder: Path) -> bool:
     """Whether a copy has the files that were written, and no others."""
     try:
-        files = unsealed((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = load_checksummed((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         there = {file.name for file in folder.iterdir()} == {*files, MANIFEST}
         return there and not folder.is_symlink() and all(sha256(folder / name) == told for name, told in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -20,7 +20,7 @@ from dpo_cli.models.adapters import is_adapted, is_quantized
 from dpo_cli.models.loading import compiled
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.utils.errors import DpoError
-from dpo_cli.utils.files import sha256, whole_file
+from dpo_cli.utils.files import atomic_write, sha256
 
 # Raise it when log-probs are computed differently from before.
 SCORING_VERSION = 2
@@ -71,7 +71,7 @@ def hash_weights(model: PreTrainedModel) -> str:
     return content.hexdigest()
 
 
-class WeightsMemo:
+class WeightsHashCache:
     """Remembers the hash of a model's weights by the path, size, times and inode of the files they are loaded from.
 
     Made before the model is loaded, so that files that change meanwhile are noticed. The change time (ctime) is what
@@ -93,7 +93,7 @@ class WeightsMemo:
                 return weights
         weights = hash_weights(model)
         if remember:
-            with suppress(DpoError), whole_file(file) as temporary:  # else it is hashed again next time
+            with suppress(DpoError), atomic_write(file) as temporary:  # else it is hashed again next time
                 temporary.write_text(f"{weights} {_check(self.name, weights)}\n", encoding="ascii")
         return weights
 

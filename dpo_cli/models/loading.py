@@ -442,7 +442,7 @@ def choose_layout(
 ) -> tuple[Layout, bool, str]:
     """The most compact layout whose log-probs equal those of each response alone, and a sentence about it.
 
-    The bool says whether the head may run apart from the body, see ``Scorer``.
+    The bool says whether the head may run apart from the body, see ``ModelRunner``.
 
     Real pairs are scored in forwards of each layout, see ``_tried``, in float32 and in the compute precision, and
     compared with the plainest forward there is: one response, the model's own attention, no padding. Sparse attention

@@ -39,7 +39,7 @@ class ModelSource:
 
     path: str
     base: str
-    told: str
+    description: str
     gguf: str | None = None
     run: Path | None = None
     adapter: Path | None = None  # merged into the model when it is loaded, or attached to it
@@ -91,7 +91,7 @@ def find_model(name: str | None, trust: bool = False, base: str | None = None) -
     return replace(source, trust=trust)
 
 
-def began_from(began: Mapping[str, Any], base: str | None = None) -> tuple[str | None, str | None]:
+def start_model(began: Mapping[str, Any], base: str | None = None) -> tuple[str | None, str | None]:
     """The model that a run's manifest names, and the base of that where it is an adapter.
 
     ``base``, if given, is where the base is now: that of the adapter, or of the run's own.
@@ -219,7 +219,7 @@ def _adapter(name: str, folder: Path, base_model: str | None) -> ModelSource:
     if base is None or base.adapter:
         raise UsageError(f"{option}: is an adapter itself; merge that one first, with dpo merge")
     tokenizer = folder if (folder / "tokenizer_config.json").is_file() else base.tokenizer
-    return replace(base, told=f"{folder}, an adapter on {base.told}", adapter=folder, tokenizer=tokenizer)
+    return replace(base, description=f"{folder}, an adapter on {base.description}", adapter=folder, tokenizer=tokenizer)
 
 
 def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSource:
@@ -229,12 +229,12 @@ def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSo
         raise UsageError(f"--model {name}: no checkpoint there ({WEIGHTS} is missing)")
     try:
         manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        began, its_base = began_from(manifest.get("start", manifest["reference"]), base)
+        began, its_base = start_model(manifest.get("start", manifest["reference"]), base)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
     start = _find(began, its_base)
-    told = f"{folder}, put into {start.told}"
-    return replace(start, base=run.name, told=told, run=run, checkpoint=folder, adapter=adapter or start.adapter)
+    told = f"{folder}, put into {start.description}"
+    return replace(start, base=run.name, description=told, run=run, checkpoint=folder, adapter=adapter or start.adapter)
 
 
 def _among_runs(path: Path) -> bool:

@@ -28,7 +28,7 @@ from dpo_cli.utils.errors import DpoError
 
 WINDOW = 512  # pairs of similar length that are packed together when order does not matter
 # Of float32 logits that are there at a time; more where a single pair needs it. A GPU wants large matrix products.
-HEAD_BYTES = {"cpu": 2**28, "cuda": 2**30}
+LOGITS_BUDGET_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 BODY = "run_body"  # method of a sharded model that runs its body and gathers what lies outside the layers
 
@@ -122,11 +122,11 @@ class Said:
 
 
 @dataclass
-class Scorer:
+class ModelRunner:
     """A model and the one way its forwards run, so that policy and reference go the same path.
 
-    ``max_tokens`` shrinks when the device runs out of memory. ``apart``: body and head are run one after the other
-    here; else by the model's own forward, over all pairs at once. ``wpo``: WPO's weights of pairs are wanted too.
+    ``max_tokens`` shrinks when the device runs out of memory. ``chunked_lm_head``: the head runs after the body, a few
+    pairs at a time; else in the model's own forward. ``wpo``: WPO's weights of pairs are wanted too.
 
     Units: ``max_tokens`` in tokens a forward.
     """
@@ -136,7 +136,7 @@ class Scorer:
     dtype: torch.dtype
     max_tokens: int
     device: torch.device
-    apart: bool = True
+    chunked_lm_head: bool = True
     warn: Callable[[str], None] = lambda text: None
     wpo: bool = False
 
@@ -151,21 +151,21 @@ class Scorer:
 
     def token_logps(self, batch: MicroBatch) -> Tensor:
         """``token_logps`` of the model in the compute precision: (N,) nats."""
-        return token_logps(self.model, batch, self.dtype, self.apart)
+        return token_logps(self.model, batch, self.dtype, self.chunked_lm_head)
 
     def states(self, batch: MicroBatch) -> Tensor:
         """What ``head`` reads to predict the response tokens that carry loss: (N, H), in the precision it computes in.
 
         Where it cannot run apart these are logits already: (N, V).
         """
-        if self.apart:
+        if self.chunked_lm_head:
             return hidden_states(self.model, batch, self.dtype).to(self.dtype)
         return own_logits(self.model, batch, self.dtype)
 
     @property
     def head(self) -> Head:
         """The model's own, for ``states``."""
-        return head_of(self.model, self.dtype) if self.apart else Head(None, None, self.dtype)
+        return head_of(self.model, self.dtype) if self.chunked_lm_head else Head(None, None, self.dtype)
 
     def backward(
         self,
@@ -183,7 +183,7 @@ class Scorer:
         apart.
         """
         last = last or nullcontext()
-        if not self.apart:
+        if not self.chunked_lm_head:
             said = self._said(own_logits(self.model, batch, self.dtype), batch.targets, batch.lengths)
             with last:
                 loss(slice(None), said).backward()
@@ -213,7 +213,7 @@ class Scorer:
 
     def said(self, batch: MicroBatch) -> Said:
         """What the model says of one forward's pairs, with no more logits at a time than ``backward`` has."""
-        if not self.apart:
+        if not self.chunked_lm_head:
             return self._said(own_logits(self.model, batch, self.dtype), batch.targets, batch.lengths)
         hidden, head = hidden_states(self.model, batch, self.dtype), head_of(self.model, self.dtype)
         pieces = [tokens for _, tokens in head_pieces(self.model, batch)]
@@ -350,16 +350,16 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
-def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, apart: bool = False) -> Tensor:
+def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, chunked_lm_head: bool = False) -> Tensor:
     """Log-probability of every response token that carries loss, given all tokens before it.
 
-    Only hidden states that predict such a token meet the head: a few pairs at a time where it can run ``apart``,
-    else in the model's own forward, which knows them by ``logits_to_keep``.
+    Only hidden states that predict such a token meet the head: a few pairs at a time with ``chunked_lm_head``, else
+    in the model's own forward, which knows them by ``logits_to_keep``.
 
     Shapes: -> (N,), float32, responses in the batch's order.
     Units: nats.
     """
-    if not apart:
+    if not chunked_lm_head:
         return target_logps(own_logits(model, batch, dtype), batch.targets)
     hidden, head = hidden_states(model, batch, dtype), head_of(model, dtype)
     pieces = [tokens for _, tokens in head_pieces(model, batch)]
@@ -387,15 +387,15 @@ def own_logits(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tenso
     return logits[batch.logit_positions // width, column].float()
 
 
-def head_room(model: nn.Module) -> int:
+def max_logit_rows(model: nn.Module) -> int:
     """Response tokens that may meet the head together."""
     vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    return HEAD_BYTES[next(model.parameters()).device.type] // (4 * vocabulary)
+    return LOGITS_BUDGET_BYTES[next(model.parameters()).device.type] // (4 * vocabulary)
 
 
 def head_pieces(model: nn.Module, batch: MicroBatch) -> Iterator[tuple[slice, slice]]:
     """Places of whole pairs, and of their response tokens, that meet the head together."""
-    room = head_room(model)
+    room = max_logit_rows(model)
     pair = token = end = 0
     for place, more in enumerate(batch.pair_tokens):
         if place > pair and end + more - token > room:
@@ -456,7 +456,7 @@ def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
     return sums.float().view(-1, 2).T.reshape(-1)
 
 
-def noise(dtype: torch.dtype) -> float:
+def logp_tolerance(dtype: torch.dtype) -> float:
     """How far two computations of one response's log-prob may lie apart by arithmetic alone.
 
     Units: nats per square root of the response's tokens that carry loss.

@@ -123,7 +123,7 @@ def admit(source: ModelSource, name: str | None, options: Options | None = None,
     if packing.method == FOUR_BIT:
         merges = options is None or getattr(options, "export", None) == "merged"
         stored = f"{stored} to merge" if merges else packing.name
-    return replace(source, told=f"{source.told}, stored as {stored}", stored=stored)
+    return replace(source, description=f"{source.description}, stored as {stored}", stored=stored)
 
 
 def _needs(packing: Packing, source: ModelSource, options: Options | None, frozen: bool) -> Iterator[str]:

@@ -49,18 +49,18 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def let_go(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let go of what the last forward gathered, so that the parameters are the shards."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor gathered on all ranks, which all must ask for; one that is not sharded as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor; one that is not sharded as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -72,26 +72,26 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers of a sharded model, gathered on the first rank's host; a tied one once.
 
     All ranks must ask for it; the others get nothing.
     """
-    let_go(model)
+    reshard(model)
     gathered: dict[int, Tensor] = {}
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in gathered:
-            full = whole(tensor.detach())
+            full = full_tensor(tensor.detach())
             gathered[id(tensor)] = full.cpu() if distributed.rank() == 0 else full.new_empty(0)
         found[name] = gathered[id(tensor)]
     return found if distributed.rank() == 0 else {}
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def iter_full_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Each tensor whole and on the host, one after the other; all ranks must go through them."""
     for name, tensor in tensors.items():
-        yield name, whole(tensor.detach()).cpu()
+        yield name, full_tensor(tensor.detach()).cpu()
 
 
 def gathered_parameters(model: Any) -> int:

@@ -26,7 +26,7 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def halve(model: nn.Module) -> dict[str, Tensor]:
+def split_master_weights(model: nn.Module) -> dict[str, Tensor]:
     """Leave a float32 model its bfloat16 halves; returns the low ones by name, a tied weight once.
 
     Buffers and what is not trained stay as they are. To be done before the reference is scored, which is then that of
@@ -40,7 +40,7 @@ def halve(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def rejoined(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+def fp32_weights(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Give a halved model its float32 weights back for a while, to be exported; on the host, where there is room.
 
     A model that was not halved stays as it is.

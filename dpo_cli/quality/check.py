@@ -21,7 +21,7 @@ from dpo_cli.training.prepare import choose_model, choose_tokenizer
 from dpo_cli.training.setup import reading_as_trained
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
-from dpo_cli.utils.files import whole_file
+from dpo_cli.utils.files import atomic_write
 
 
 def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     result = _result(survey, options, count_parameters(model))
     if options.fix:
         result["fixed"] = _fix(survey, options.fix)
-        reporter.fact("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are clean")
+        reporter.info("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are clean")
     return result
 
 
@@ -102,7 +102,7 @@ def _fix(survey: Survey, file: Path) -> dict[str, Any]:
 def _write(survey: Survey, file: Path, kept: npt.NDArray[np.bool_]) -> None:
     records = (each for source in survey.sources[TRAIN] for each in source.records())
     count = 0
-    with whole_file(file) as temporary, temporary.open("wb") as stream:
+    with atomic_write(file) as temporary, temporary.open("wb") as stream:
         for count, (where, record) in enumerate(records, 1):
             if count <= len(kept) and kept[count - 1]:
                 stream.write(_line(_as_json(record, where)))

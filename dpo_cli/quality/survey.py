@@ -207,6 +207,6 @@ def _told(rows: Iterable[T], what: str, reporter: Reporter) -> Iterator[T]:
     last = time.monotonic()
     for count, row in enumerate(rows):
         if count % 1000 == 0 and time.monotonic() - last > TELL_EVERY:
-            reporter.fact("", f"{what} {count:,} rows")
+            reporter.info("", f"{what} {count:,} rows")
             last = time.monotonic()
         yield row

@@ -114,15 +114,15 @@ def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
                 responses += len(shards.read_shard(shard)[0])
             except shards.DamagedError:
                 damaged.append(str(shard))
-                reporter.warn(f"{shard} is damaged; {shards.set_aside(shard)}")
+                reporter.warning(f"{shard} is damaged; {shards.set_aside(shard)}")
             except FileNotFoundError:  # merged meanwhile
                 pass
             except shards.ForeignError as error:
                 foreign.append(str(shard))
-                reporter.warn(f"{shard} is no shard of ours ({error})")
+                reporter.warning(f"{shard} is no shard of ours ({error})")
             except OSError as error:
                 unreadable.append(str(shard))
-                reporter.warn(f"{shard} cannot be read ({error.strerror})")
+                reporter.warning(f"{shard} cannot be read ({error.strerror})")
             progress.advance(1)
         for file in files:
             try:
@@ -131,12 +131,12 @@ def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
                 damaged.append(str(file))
                 with suppress(OSError):
                     file.unlink()
-                reporter.warn(f"{file} is damaged; its data is tokenized again when it is used")
+                reporter.warning(f"{file} is damaged; its data is tokenized again when it is used")
             except FileNotFoundError:  # pruned meanwhile
                 pass
             except OSError as error:
                 unreadable.append(str(file))
-                reporter.warn(f"{file} cannot be read ({error.strerror})")
+                reporter.warning(f"{file} cannot be read ({error.strerror})")
             progress.advance(1)
     found = {"damaged": damaged, "unreadable": unreadable, "foreign": foreign}
     return {"shards": total, "responses": responses, "tokenized": len(files), **found}
@@ -172,7 +172,7 @@ def prune(chosen: list[Kept], others: dict[Path, int], reporter: Reporter) -> di
         try:
             path.rename(aside) if path.is_dir() else path.unlink()
         except OSError as error:
-            reporter.warn(f"{path} cannot be removed ({error.strerror})")
+            reporter.warning(f"{path} cannot be removed ({error.strerror})")
             continue
         removed.append(path)
         shutil.rmtree(aside, ignore_errors=True)

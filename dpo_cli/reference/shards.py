@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dpo_cli.utils.files import whole_file
+from dpo_cli.utils.files import atomic_write
 
 KEY_BYTES = 16
 SUFFIX, DAMAGED = ".safetensors", ".damaged"
@@ -63,7 +63,7 @@ def write_shard(folder: Path, entries: Mapping[bytes, Entry]) -> Path:
 def _write(folder: Path, tensors: dict[str, Tensor]) -> Path:
     content = save(tensors | {"reference": _name(folder)})
     shard = folder / (hashlib.sha256(content).hexdigest() + SUFFIX)
-    with whole_file(shard) as temporary:
+    with atomic_write(shard) as temporary:
         temporary.write_bytes(content)
     return shard
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.pairs import Ids, Pair, Pairs, count_loss_tokens
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference import shards
 from dpo_cli.reference.shards import KEY_BYTES, Entry
 from dpo_cli.utils import distributed
@@ -143,7 +143,7 @@ def missing_places(logps: Tensor, pairs: Sequence[Pair]) -> list[int]:
 
 
 @dataclass
-class Filled:
+class ReferenceLogps:
     """Reference log-probs of P pairs (P, 2) in nats, and what they took. Hits and misses count pairs."""
 
     logps: Tensor
@@ -153,12 +153,12 @@ class Filled:
     seconds: float = 0.0
 
 
-def fill(
+def compute_missing(
     cache: ReferenceCache,
     pairs: Sequence[Pair],
-    scorer: Scorer,
+    scorer: ModelRunner,
     on_progress: Callable[[int], None] = lambda tokens: None,
-) -> Filled:
+) -> ReferenceLogps:
     """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
 
     Several ranks share the work. Each writes its own shards, to the one folder or, where hosts have no common disk, to
@@ -171,7 +171,7 @@ def fill(
     logps = distributed.all_reduce_known(cache.lookup(pairs))
     todo = Pairs(pairs[place] for place in missing_places(logps, pairs))
     if not todo:
-        return Filled(logps, hits=len(pairs), misses=0)
+        return ReferenceLogps(logps, hits=len(pairs), misses=0)
     cache.open_for_writing()
     misses = int(logps.isnan().any(dim=1).sum())
     began = written = time.monotonic()
@@ -208,4 +208,6 @@ def fill(
     logps = distributed.all_reduce_known(cache.lookup(pairs))
     if distributed.rank() == 0:
         cache.merge()
-    return Filled(logps, len(pairs) - misses, misses, sum(distributed.all_gather(tokens)), time.monotonic() - began)
+    return ReferenceLogps(
+        logps, len(pairs) - misses, misses, sum(distributed.all_gather(tokens)), time.monotonic() - began
+    )

@@ -25,7 +25,7 @@ from dpo_cli.losses.preference import DPO, Objective
 from dpo_cli.reporting.charts import charts
 from dpo_cli.reporting.curves import curves
 from dpo_cli.reporting.plots import Plot, svg
-from dpo_cli.utils.files import whole_file
+from dpo_cli.utils.files import atomic_write
 from dpo_cli.utils.formatting import NONE, between, fold, is_number, nats, number, percent, tick
 
 Show = Callable[[Any], str]
@@ -57,7 +57,7 @@ def write_report(file: Path, about: ReportInput) -> None:
     Raises:
         NotWrittenError: the disk is full or the folder is closed.
     """
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(page(about), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_cli.utils.files import whole_file
+from dpo_cli.utils.files import atomic_write
 from dpo_cli.utils.formatting import tick
 
 if TYPE_CHECKING:  # matplotlib takes a second to load
@@ -92,7 +92,7 @@ def write_svg(file: Path, plots: Sequence[Plot]) -> None:
 def _write(file: Path, plots: Sequence[Plot], canvas: Callable[[Figure], object], **how: Any) -> None:
     from matplotlib import rc_context
 
-    with rc_context(_style("picture")), whole_file(file) as temporary:
+    with rc_context(_style("picture")), atomic_write(file) as temporary:
         figure = _figure(plots, ON_PAPER, HEADING)
         canvas(figure)
         figure.savefig(temporary, facecolor="white", **how)

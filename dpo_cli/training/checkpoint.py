@@ -24,10 +24,10 @@ from dpo_cli.models import adapter_files
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.loading import put_weights
 from dpo_cli.models.locate import WEIGHTS
-from dpo_cli.models.sharding import gathered, is_sharded, let_go, shard_like, whole
+from dpo_cli.models.sharding import full_tensor, is_sharded, iter_full_tensors, reshard, shard_like
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
-from dpo_cli.utils.files import sealed, sha256, unsealed, whole_folder
+from dpo_cli.utils.files import atomic_dir, load_checksummed, sha256, with_checksum
 
 MANIFEST = "manifest.json"
 KINDS = {torch.float32: "F32"}  # of what a sharded model trains with, as safetensors names it
@@ -64,14 +64,14 @@ def save_checkpoint(
         NotWrittenError: the checkpoints that were there still are.
     """
     folder = checkpoints / _name(step)
-    let_go(model)
+    reshard(model)
     weights, moments = {name: p.detach() for name, p in model.named_parameters()}, _moments(optimizer)
     there = distributed.on_rank_0(folder.exists)
     if not there and distributed.rank() > 0 and is_sharded(model):
         for tensor in (*weights.values(), *moments.values()):
-            whole(tensor.detach())  # for the first rank to write
+            full_tensor(tensor.detach())  # for the first rank to write
     if distributed.rank() == 0 and not there:
-        with whole_folder(folder) as temporary:
+        with atomic_dir(folder) as temporary:
             if is_adapted(model):
                 adapter_files.save_adapter(model, temporary)
             else:
@@ -79,7 +79,7 @@ def save_checkpoint(
             _save(moments, temporary / "optimizer.safetensors")
             save_file(rng, temporary / "rng.safetensors")
             files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
-            manifest = sealed({"step": step, "max_tokens": max_tokens, "files": files})
+            manifest = with_checksum({"step": step, "max_tokens": max_tokens, "files": files})
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     if distributed.rank() == 0:
         for old in _folders(checkpoints)[keep:]:
@@ -100,7 +100,7 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
     text = json.dumps(header).encode()
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in gathered(tensors):
+        for _, tensor in iter_full_tensors(tensors):
             stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -144,7 +144,7 @@ def verified_step(folder: Path) -> int | None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    return unsealed((folder / MANIFEST).read_text(encoding="utf-8"))
+    return load_checksummed((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _name(step: int) -> str:
@@ -157,7 +157,7 @@ def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimize
     Raises:
         DpoError: the checkpoint is of another model.
     """
-    let_go(model)
+    reshard(model)
     if is_adapted(model) != (folder / adapter_files.WEIGHTS).is_file():
         raise DpoError(f"{folder} is a checkpoint of another training: only one of the two has an adapter")
     (adapter_files.put_adapter if is_adapted(model) else put_weights)(model, folder)

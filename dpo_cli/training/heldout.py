@@ -20,7 +20,7 @@ from dpo_cli.evaluation.drift import Compared, Recorded, Watch
 from dpo_cli.evaluation.metrics import append_metrics, best_step, evaluations, read_metrics
 from dpo_cli.evaluation.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.evaluation.scores import Evaluation, Scores, values
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reporting.curves import write_curves
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.setup import Run, read_manifest
@@ -68,14 +68,14 @@ class HeldOut:
         run = self.run
         if run.held_out and run.options.kl == "exact" and not run.reference:
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
-            self.reporter.fact("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
+            self.reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             watch = Watch(self.reporter, "reference")
             self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)
         if not run.options.objective.reference:
             self.reference = self.discounted = torch.full((len(run.held_out), 2), math.nan)
 
     def evaluate(
-        self, step: int, scorer: Scorer, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
+        self, step: int, scorer: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
     ) -> dict[str, float] | None:
         """Score the pairs under the policy after ``step`` and write their line; None if it was stopped first.
 
@@ -129,7 +129,7 @@ class HeldOut:
             write_report(run.folder / "report.html", about)
             write_curves(run.folder / "curves.png", history, objective)
         except Exception as error:  # of the libraries that draw, too
-            self.reporter.warn(f"the report of {run.folder} is not up to date: {error}")
+            self.reporter.warning(f"the report of {run.folder} is not up to date: {error}")
         return found
 
     def _evaluation(self, history: Sequence[dict[str, Any]], samples: Sequence[Mapping[str, Any]]) -> Evaluation | None:
@@ -139,6 +139,6 @@ class HeldOut:
         (step, scores, compared), run = self.last, self.run
         done = evaluation(scores, compared, run.held_out, run.tokenizer, history, trained_on=run.trained_on)
         about: dict[str, Any] = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta}
-        about["reference"] = (run.reference.source if run.reference else run.source).told
+        about["reference"] = (run.reference.source if run.reference else run.source).description
         shown = {"samples": list(samples)} if samples else {}
         return dataclasses.replace(done, result=about | done.result | shown)

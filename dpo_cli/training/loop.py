@@ -30,9 +30,9 @@ from dpo_cli.hub.push import check_base, check_login, push
 from dpo_cli.models.adapter_files import save_adapter
 from dpo_cli.models.attention import attention
 from dpo_cli.models.loading import export_dtype, load_model, release
-from dpo_cli.models.logprobs import noise
-from dpo_cli.models.sharding import let_go
-from dpo_cli.models.split_weights import rejoined
+from dpo_cli.models.logprobs import logp_tolerance
+from dpo_cli.models.sharding import reshard
+from dpo_cli.models.split_weights import fp32_weights
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.training.heldout import HeldOut
 from dpo_cli.training.optimizer import make_optimizer
@@ -43,7 +43,7 @@ from dpo_cli.training.trackers import Trackers, check_installed
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter, brief
 from dpo_cli.utils.errors import DpoError, Interrupted, NotWrittenError
-from dpo_cli.utils.files import held, remove_leftovers, sync, to_json, whole_file
+from dpo_cli.utils.files import atomic_write, file_lock, remove_leftovers, sync, to_json
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def train(
     with distributed.started(lambda: _what_is_saved(folders, options)) as accelerator, ExitStack() as holding:
         distributed.check_same_command(options, str(resume), str(dry_run))
         if resume and not dry_run:
-            _on_first(lambda: holding.enter_context(held(resume / LOCK)))
+            _on_first(lambda: holding.enter_context(file_lock(resume / LOCK)))
         if resume:
             trained_with(resume)  # first of all: what follows goes by its options
         if options.push_to_hub and not dry_run:
@@ -84,7 +84,7 @@ def train(
         scored = _reference_logps(run, reporter)
         manifest["reference"]["values"] = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
         if began["reference"]["values"] != manifest["reference"]["values"]:
-            reporter.warn("the reference was recomputed since the run began: the last bits may differ")
+            reporter.warning("the reference was recomputed since the run began: the last bits may differ")
         trainer, held_out_reference = _make_trainer(run, scored, accelerator)
         _check_step_0(trainer, run, reporter)
         first_answers = _where_it_runs(run, partial(_answers, run))
@@ -105,7 +105,7 @@ def train(
                 f"{error}. What was saved before is whole. {_how_to_go_on(run.folder, run.options)}"
             ) from error
         if stop.requested:
-            reporter.warn("the signal came when all was trained: the run is complete")
+            reporter.warning("the signal came when all was trained: the run is complete")
         result = distributed.on_rank_0(lambda: _summary(run, first_answers))
         result |= distributed.on_rank_0(lambda: held_out.write_report(result["answers"]))
         return result | distributed.on_rank_0(lambda: _pushed(run, reporter))
@@ -129,7 +129,7 @@ def _tell_devices(command: Sequence[str], reporter: Reporter) -> None:
     """Say once how to use all of several GPUs."""
     if distributed.world_size() == 1 and (count := torch.cuda.device_count()) > 1:
         launch = shlex.join(["torchrun", "--nproc-per-node", str(count), "-m", "dpo_cli", *command[1:]])
-        reporter.fact("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
+        reporter.info("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
 
 
 def _reference_logps(run: Run, reporter: Reporter) -> Tensor:
@@ -156,7 +156,7 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
         new = getattr(run.model, "activation_checkpointing_enable", None)
         (new or run.model.gradient_checkpointing_enable)({"use_reentrant": False})
     low, run.low = run.low, None  # the optimizer's from now on
-    let_go(run.model)
+    reshard(run.model)
     optimizer = make_optimizer(run.model, run.options.weight_decay, run.fitted.memory, low)
     prepared = accelerator.prepare_model(run.model, evaluation_mode=True)  # no wrapper: see ranks.py
     optimizer = accelerator.prepare_optimizer(optimizer)
@@ -178,14 +178,14 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
 def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
     """Bring the run back to its newest whole checkpoint, or its start where there is none; returns the steps done."""
     checkpoints = run.folder / "checkpoints"
-    newest = distributed.on_rank_0(lambda: newest_checkpoint(checkpoints, reporter.warn))
+    newest = distributed.on_rank_0(lambda: newest_checkpoint(checkpoints, reporter.warning))
     done = 0
     if newest is None:
-        reporter.fact("resume", f"from the start: no whole checkpoint in {checkpoints}")
+        reporter.info("resume", f"from the start: no whole checkpoint in {checkpoints}")
     else:
         checkpoint, done = newest
         trainer.scorer.max_tokens = restore_checkpoint(checkpoint, run.model, trainer.optimizer)
-        reporter.fact("resume", f"after step {done} of {len(run.plan)}, from {checkpoint}")
+        reporter.info("resume", f"after step {done} of {len(run.plan)}, from {checkpoint}")
     distributed.on_rank_0(lambda: remove_leftovers(run.folder))
     distributed.on_rank_0(lambda: truncate_metrics(run.folder / "metrics.jsonl", done))
     trainer.mean_rewards = distributed.on_rank_0(lambda: step_rewards(read_metrics(run.folder / "metrics.jsonl")))
@@ -210,14 +210,14 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     must = "ln 2 = 0.693147" if usual else f"{expected:.6f} {by}"
     told = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
     if not objective.reference:
-        reporter.fact("step 0", f"{told}  ({objective.name} reads no reference)")
+        reporter.info("step 0", f"{told}  ({objective.name} reads no reference)")
         return
     assert run.cache is not None
     if run.reference and run.reference.fingerprint != run.start:
         apart = f"policy and reference are two models, up to {largest:.3g} nats a root of a response's tokens apart"
-        reporter.fact("step 0", f"{told}  ({apart})")
+        reporter.info("step 0", f"{told}  ({apart})")
         return
-    if largest > noise(run.scorer.dtype):
+    if largest > logp_tolerance(run.scorer.dtype):
         cause = f"The cached reference does not fit this model: remove {run.cache.folder}"
         if run.options.lora_rank and not run.source.adapter:
             cause = (
@@ -230,7 +230,7 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
             f"{cause}"
         )
     why = "as they must" if usual else f"so the loss must be {must}"
-    reporter.fact("step 0", f"{told}  (policy and cached reference are equal on its {len(indices)} pairs, {why})")
+    reporter.info("step 0", f"{told}  (policy and cached reference are equal on its {len(indices)} pairs, {why})")
 
 
 @dataclasses.dataclass
@@ -299,7 +299,7 @@ class _Loop:
             raise
         if found is None:
             return False
-        self.reporter.fact("held out", f"step {step}: {brief(found)}", {"step": step} | found)
+        self.reporter.info("held out", f"step {step}: {brief(found)}", {"step": step} | found)
         if step < len(run.plan) and distributed.rank() == 0:  # the last one's is written when the run is complete
             self.held_out.write_report()
         return True
@@ -325,7 +325,7 @@ class _Loop:
         file = run.folder / f"not-finite-step-{step:06d}.jsonl"
         with (
             suppress(NotWrittenError),  # the message matters more
-            whole_file(file) as temporary,
+            atomic_write(file) as temporary,
             temporary.open("w", encoding="utf-8") as stream,
         ):
             for place, loss in error.losses.items():
@@ -391,9 +391,9 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
             release(merged)
         return
     with attention(run.model, run.own_attention):
-        apart = run.scorer.sharded and run.scorer.apart
+        apart = run.scorer.sharded and run.scorer.chunked_lm_head
         expected = response_logps(run.model, pair, run.scorer.dtype, apart), run.scorer.dtype
-        with rejoined(run.model, unwrapped(trainer.optimizer)):
+        with fp32_weights(run.model, unwrapped(trainer.optimizer)):
             export(run.model, expected)
 
 
@@ -405,7 +405,7 @@ def _pushed(run: Run, reporter: Reporter) -> dict[str, Any]:
         done = push(run.folder, name)
     except DpoError as error:
         return {"push_error": f"the run is complete in {run.folder}, but {error}"}
-    reporter.fact("pushed", f"{done['url']} ({'private' if done['private'] else 'public'})")
+    reporter.info("pushed", f"{done['url']} ({'private' if done['private'] else 'public'})")
     return {"pushed": done["url"]}
 
 

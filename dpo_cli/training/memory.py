@@ -21,8 +21,8 @@ from torch import Tensor
 from dpo_cli.data.batching import Step, probe_pairs, row_costs
 from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
 from dpo_cli.models.adapters import is_adapted
-from dpo_cli.models.logprobs import Scorer, head_room, hidden_states, token_logps
-from dpo_cli.models.sharding import gathered_parameters, own
+from dpo_cli.models.logprobs import ModelRunner, hidden_states, max_logit_rows, token_logps
+from dpo_cli.models.sharding import gathered_parameters, local_shard
 from dpo_cli.training.optimizer import BYTES, SPLIT
 from dpo_cli.utils import distributed
 
@@ -77,7 +77,7 @@ class StepBytes:
         return max(int(left / (self.per_token_recomputed if recompute else self.per_token)) // 64 * 64, 0)
 
 
-def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepBytes:
+def count_bytes(scorer: ModelRunner, pairs: Sequence[Pair], process: int) -> StepBytes:
     """Count what a forward keeps: over the start of a long pair, and over that and a short one."""
     model: Any = scorer.model
     config = model.config.get_text_config()
@@ -100,7 +100,7 @@ def count_bytes(scorer: Scorer, pairs: Sequence[Pair], process: int) -> StepByte
         process=process,
         shards=distributed.world_size() if scorer.sharded else 1,
         gathered=gathered_parameters(model) if scorer.sharded else 0,
-        frozen=sum(own(p).nbytes for p in model.parameters() if not p.requires_grad),
+        frozen=sum(local_shard(p).nbytes for p in model.parameters() if not p.requires_grad),
     )
 
 
@@ -113,9 +113,9 @@ def _cut(pair: Pair) -> Pair:
     return Pair(pair.where, prompt, chosen, rejected)
 
 
-def _kept(scorer: Scorer, pairs: Sequence[Pair]) -> int:
+def _kept(scorer: ModelRunner, pairs: Sequence[Pair]) -> int:
     """Bytes that the body's forward keeps for its backward pass, parameters aside."""
-    weights = {own(p).untyped_storage().data_ptr() for p in scorer.model.parameters()}
+    weights = {local_shard(p).untyped_storage().data_ptr() for p in scorer.model.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def _kept(scorer: Scorer, pairs: Sequence[Pair]) -> int:
             kept[storage.data_ptr()] = tensor.detach()  # alive, so that no other gets its place
         return tensor.detach()  # the tensor itself would never be freed
 
-    forward = hidden_states if scorer.apart else token_logps
+    forward = hidden_states if scorer.chunked_lm_head else token_logps
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward(scorer.model, scorer.batch(pairs), scorer.dtype)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())  # of a gathered weight nothing is left
@@ -156,7 +156,7 @@ class Fit:
     max_tokens: int
     step_bytes: StepBytes
 
-    def estimate(self, steps: Sequence[Step], costs: Sequence[int], pairs: Sequence[Pair], scorer: Scorer) -> int:
+    def estimate(self, steps: Sequence[Step], costs: Sequence[int], pairs: Sequence[Pair], scorer: ModelRunner) -> int:
         """The most that these steps hold at a time: bytes; ``costs`` are the pairs' tokens in a forward."""
 
         def size(indices: tuple[int, ...]) -> int:
@@ -171,7 +171,7 @@ class Fit:
 
 
 def fit(
-    scorer: Scorer, pairs: Sequence[Pair], process: int, memory: str, recompute: bool, max_tokens: int | None
+    scorer: ModelRunner, pairs: Sequence[Pair], process: int, memory: str, recompute: bool, max_tokens: int | None
 ) -> Fit:
     """The fastest way to train that fits the device's memory, by the estimate; the last of its ladder where none does.
 
@@ -184,7 +184,7 @@ def fit(
     costs = scorer.costs(pairs)
     enough = max(max(costs), max_tokens or FEWEST_TOKENS)  # a longer pair has a forward of its own
     longest = pairs[costs.index(max(costs))]
-    head = max(at_head(scorer, [longest]), min(head_room(scorer.model), enough)) if scorer.apart else 0
+    head = max(at_head(scorer, [longest]), min(max_logit_rows(scorer.model), enough)) if scorer.chunked_lm_head else 0
     ways = [(memory, recompute)]
     if memory == "auto":
         coarse = scorer.dtype == torch.bfloat16 and not is_adapted(scorer.model)
@@ -198,7 +198,7 @@ def fit(
     return Fit(*way, max_tokens or most, counted)
 
 
-def at_head(scorer: Scorer, pairs: Sequence[Pair]) -> int:
+def at_head(scorer: ModelRunner, pairs: Sequence[Pair]) -> int:
     """Response tokens of a micro-batch that meet the head at once; 0 where they count among what the forward keeps."""
     tokens = [count_loss_tokens(pair.chosen) + count_loss_tokens(pair.rejected) for pair in pairs]
-    return min(sum(tokens), max(head_room(scorer.model), *tokens)) if scorer.apart and tokens else 0
+    return min(sum(tokens), max(max_logit_rows(scorer.model), *tokens)) if scorer.chunked_lm_head and tokens else 0

@@ -38,8 +38,8 @@ def make_optimizer(
 ) -> Optimizer:
     """AdamW with decay on matrices only; the learning rate is set before each step.
 
-    ``low`` is what ``halve(model)`` returned, in the modes of ``SPLIT``; it is used up. The model must be on its device
-    already.
+    ``low`` is what ``split_master_weights(model)`` returned, in the modes of ``SPLIT``; it
+    is used up. The model must be on its device already.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]

@@ -28,10 +28,10 @@ from dpo_cli.data.token_cache import Tokenized, merged
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal
 from dpo_cli.losses.preference import LOSSES, Objective
 from dpo_cli.models.adapter_files import CONFIG, unknown_keys
-from dpo_cli.models.adapters import coarsen, is_adapted, is_quantized
+from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantized
 from dpo_cli.models.attention import PREFIX_SHARED
-from dpo_cli.models.converted import with_copy
-from dpo_cli.models.fingerprint import WeightsMemo, fingerprint
+from dpo_cli.models.converted import use_converted
+from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint
 from dpo_cli.models.loading import (
     choose_layout,
     compile_layers,
@@ -42,12 +42,12 @@ from dpo_cli.models.loading import (
     with_vocabulary,
 )
 from dpo_cli.models.locate import ModelSource, find_model
-from dpo_cli.models.logprobs import Scorer, noise
+from dpo_cli.models.logprobs import ModelRunner, logp_tolerance
 from dpo_cli.models.lora_targets import kind_of
 from dpo_cli.models.quantized import admit
 from dpo_cli.models.sharding import shard
-from dpo_cli.models.split_weights import halve
-from dpo_cli.reference.store import Filled, ReferenceCache, fill, missing_places, tokens_of
+from dpo_cli.models.split_weights import split_master_weights
+from dpo_cli.reference.store import ReferenceCache, ReferenceLogps, compute_missing, missing_places, tokens_of
 from dpo_cli.training.checkpoint import verified_step
 from dpo_cli.training.memory import MOST_TOKENS, fit, process_bytes
 from dpo_cli.training.optimizer import SPLIT
@@ -65,14 +65,16 @@ def choose_model(
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     if isinstance(options, Options):  # it is to compute
         source = admit(source, name, options, frozen=what == "reference")
-    reporter.fact(what, source.told)
+    reporter.info(what, source.description)
     if source.gguf:
         cache_dir = getattr(options, "cache_dir", CACHE_DIR)
-        source = distributed.rank_0_first(lambda: with_copy(source, cache_dir, isinstance(options, Options), reporter))
+        source = distributed.rank_0_first(
+            lambda: use_converted(source, cache_dir, isinstance(options, Options), reporter)
+        )
     if source.adapter and isinstance(options, Options):
         source = fit_adapter(source, reporter)
     if source.trust:
-        reporter.warn(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")
+        reporter.warning(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")
     return source
 
 
@@ -84,16 +86,16 @@ def fit_adapter(source: ModelSource, reporter: Reporter) -> ModelSource:
     """
     source, folder = with_vocabulary(source), cast(Path, source.adapter)
     if source.tokens:
-        reporter.fact("", f"its base is resized to the {source.tokens:,} tokens that the adapter was trained with")
+        reporter.info("", f"its base is resized to the {source.tokens:,} tokens that the adapter was trained with")
     if ignored := unknown_keys(folder):
         told = ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(ignored.items()))
-        reporter.warn(f"{folder / CONFIG}: peft {version('peft')} does not know and ignores {told[:300]}")
+        reporter.warning(f"{folder / CONFIG}: peft {version('peft')} does not know and ignores {told[:300]}")
     return source
 
 
 def load_weights(source: ModelSource, options: Options, remember: bool = True) -> tuple[PreTrainedModel, str]:
     """The model and the hash of its weights, which is remembered for the next start."""
-    memo = WeightsMemo(source, options.cache_dir)
+    memo = WeightsHashCache(source, options.cache_dir)
     model = load_model(source)
     return model, memo.hash(model, remember)
 
@@ -128,17 +130,17 @@ def load_spread(
 
 
 def open_cache(
-    options: Options, fingerprint: str, source: ModelSource, scorer: Scorer, reporter: Reporter
+    options: Options, fingerprint: str, source: ModelSource, scorer: ModelRunner, reporter: Reporter
 ) -> ReferenceCache:
     """What is on disk of a reference."""
     about = {
         "model": source.base,
-        "from": source.told,
+        "from": source.description,
         "layout": scorer.layout,
         "dtype": dtype_name(scorer.dtype),
         "device": scorer.device.type,
     }
-    return ReferenceCache(options.cache_dir, fingerprint, reporter.warn, about)
+    return ReferenceCache(options.cache_dir, fingerprint, reporter.warning, about)
 
 
 def reading_of(options: DataOptions) -> Reading:
@@ -174,7 +176,7 @@ def read_pairs(
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     skip = options.on_bad_row == "skip"
-    tokenized = Tokenized(options.cache_dir, tokenizer, reading_of(options), reporter.warn, remember)
+    tokenized = Tokenized(options.cache_dir, tokenizer, reading_of(options), reporter.warning, remember)
     sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
     if distributed.world_size() > 1 and "-" in data:
         raise UsageError("--data -: several processes cannot share one stdin; write the rows to a file")
@@ -185,18 +187,18 @@ def read_pairs(
     if broken := [f"{bad.where}: {bad.reason}" for bad in found.refused if bad.reason.endswith(REST)]:
         raise UsageError("\n".join([*broken, "--on-bad-row skip cannot go on behind such a place: mend it"]))
     counts = f"{found.rows:,} rows, {len(found.pairs):,} pairs, {len(found.refused):,} refused"
-    reporter.fact(name, f"{', '.join(data)}: {counts} ({', '.join(found.formats)})")
-    reporter.fact("", f"the first: {_understood(found.pairs[0], tokenizer)}")
+    reporter.info(name, f"{', '.join(data)}: {counts} ({', '.join(found.formats)})")
+    reporter.info("", f"the first: {_understood(found.pairs[0], tokenizer)}")
     for reason, count in list(reasons(found.refused).items())[:10]:
-        reporter.fact("", f"{count:,} refused: {reason}")
+        reporter.info("", f"{count:,} refused: {reason}")
     for note, count in sorted(found.notes.items()):
-        reporter.fact("", f"{count:,} {note}")
+        reporter.info("", f"{count:,} {note}")
     if terms := _told_terms(found.pairs):
-        reporter.fact("", terms)
+        reporter.info("", terms)
     if found.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
         tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template
     if again := sum(known for _, known in parts):
-        reporter.fact("", f"{again} of {len(parts)} sources were tokenized before: read back from {tokenized.folder}")
+        reporter.info("", f"{again} of {len(parts)} sources were tokenized before: read back from {tokenized.folder}")
     return found
 
 
@@ -219,7 +221,7 @@ def _told_terms(pairs: Pairs) -> str:
 
 def make_scorer(
     model: PreTrainedModel, pairs: Pairs, options: Options, device: torch.device, reporter: Reporter, memory: str
-) -> Scorer:
+) -> ModelRunner:
     """Move the model, whose weights are still whole, to the device and settle how its forwards run.
 
     Raises:
@@ -245,10 +247,10 @@ def make_scorer(
     if limit is not None and longest > limit:
         raise UsageError(f"a pair has {longest} tokens and the model reads at most {limit}; set --max-length {limit}")
     layout, apart, told = choose_layout(model, pairs + _sampled(pairs, options, limit), max_tokens, device, dtype)
-    reporter.fact("layout", told)
+    reporter.info("layout", told)
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
-    return Scorer(model, layout, dtype, max_tokens, device, apart, reporter.warn)
+    return ModelRunner(model, layout, dtype, max_tokens, device, apart, reporter.warning)
 
 
 def _sampled(pairs: Pairs, options: Options, limit: int | None) -> Pairs:
@@ -267,11 +269,11 @@ def _tell_unread(model: PreTrainedModel, reporter: Reporter) -> None:
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if frozen and not is_adapted(model) and not is_quantized(model):
         parts = sorted({".".join(name.split(".")[:2]) for name in frozen})
-        reporter.fact("", f"not read by text, not trained, exported as they are: {', '.join(parts)}")
+        reporter.info("", f"not read by text, not trained, exported as they are: {', '.join(parts)}")
     if left := getattr(model, "not_loaded", {}):
         parts = sorted({kind_of(name.rpartition(".")[0]) for name in left})[:5]
         kept = "a whole export keeps them" if all(left.values()) else "an export is without them"
-        reporter.fact(
+        reporter.info(
             "", f"{len(left):,} tensors of the checkpoint are not part of the model ({', '.join(parts)}); {kept}"
         )
 
@@ -285,9 +287,9 @@ def halved_if_split(model: PreTrainedModel, weights: str, memory: str) -> tuple[
         return weights, None
     hashed = hashlib.sha256(f"{weights} halved".encode()).hexdigest()
     if is_adapted(model):
-        coarsen(model)
+        cast_frozen_to_bf16(model)
         return hashed, None
-    return hashed, halve(model)
+    return hashed, split_master_weights(model)
 
 
 def weights_mode(memory: str, frozen: bool, dtype: str | None, device: torch.device) -> str:
@@ -316,15 +318,17 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
     if options.dtype == "float32":
         raise UsageError(f"{asked}: computes in bfloat16; leave out --dtype float32")
     if source.gguf:
-        raise UsageError(f"{asked}: {source.told} is a GGUF file; name the model's folder or its name on the hub")
+        raise UsageError(
+            f"{asked}: {source.description} is a GGUF file; name the model's folder or its name on the hub"
+        )
     admit(source, options.model, options)
 
 
-def tell_long(scorer: Scorer, pairs: Sequence[Pair], reporter: Reporter) -> None:
+def tell_long(scorer: ModelRunner, pairs: Sequence[Pair], reporter: Reporter) -> None:
     """Warn of pairs that are longer than a forward is planned to be."""
     most = scorer.max_tokens
     if scorer.layout != "alone" and (alone := sum(cost > most for cost in scorer.costs(pairs))):
-        reporter.warn(f"{alone:,} pairs are longer than --max-tokens {most}; each gets a forward of its own")
+        reporter.warning(f"{alone:,} pairs are longer than --max-tokens {most}; each gets a forward of its own")
 
 
 def tell_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> tuple[Tensor, list[int]]:
@@ -333,21 +337,23 @@ def tell_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter
     missing = missing_places(logps, pairs)
     cached = len(pairs) - int(logps.isnan().any(dim=1).sum())
     todo = f"{len(missing):,} to score" if missing else "no reference forward"
-    reporter.fact("reference", f"{cached:,} of {len(pairs):,} pairs cached: {todo}")
+    reporter.info("reference", f"{cached:,} of {len(pairs):,} pairs cached: {todo}")
     return logps, missing
 
 
-def fill_reference(cache: ReferenceCache, pairs: Sequence[Pair], scorer: Scorer, reporter: Reporter) -> Filled:
+def fill_reference(
+    cache: ReferenceCache, pairs: Sequence[Pair], scorer: ModelRunner, reporter: Reporter
+) -> ReferenceLogps:
     """Score what the cache lacks, and tell it."""
     logps, missing = tell_cached(cache, pairs, reporter)
     if not missing:
-        return Filled(logps, hits=len(pairs), misses=0)
+        return ReferenceLogps(logps, hits=len(pairs), misses=0)
     with reporter.progress("reference", sum(tokens_of(pairs[place]) for place in missing), unit="tok") as progress:
-        filled = fill(
+        filled = compute_missing(
             cache, pairs, scorer, lambda tokens: progress.advance(tokens * distributed.world_size())
         )  # as the others do
     rate = f"{filled.seconds:.1f} s ({filled.tokens / filled.seconds:,.0f} tokens/s)"
-    reporter.fact("", f"{filled.tokens:,} tokens in {rate}; kept in {cache.folder}")
+    reporter.info("", f"{filled.tokens:,} tokens in {rate}; kept in {cache.folder}")
     return filled
 
 
@@ -378,7 +384,7 @@ def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Repo
     else:
         memory = fit(scorer, pairs, process, options.memory, False, options.max_tokens).memory
         trained = f"--memory {memory}"
-    reporter.fact("memory", f"scored for dpo train {trained}")
+    reporter.info("memory", f"scored for dpo train {trained}")
     weights = halved_if_split(model, weights, memory)[0]
     if options.compile:
         compile_layers(model)
@@ -403,7 +409,9 @@ def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Repo
     return result
 
 
-def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Scorer, cache: ReferenceCache) -> float:
+def _verify(
+    cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: ModelRunner, cache: ReferenceCache
+) -> float:
     """The largest difference between cached (P, 2) and fresh log-probs of some pairs, in nats."""
     chosen = [pairs[place] for place in places]
     largest = 0.0
@@ -413,7 +421,7 @@ def _verify(cached: Tensor, pairs: Sequence[Pair], places: list[int], scorer: Sc
             off = (fresh - cached[places[i]]).abs()
             largest = max(largest, float(off.max()))
             tokens = torch.tensor([count_loss_tokens(chosen[i].chosen), count_loss_tokens(chosen[i].rejected)])
-            if not bool((off <= noise(scorer.dtype) * tokens.sqrt()).all()):
+            if not bool((off <= logp_tolerance(scorer.dtype) * tokens.sqrt()).all()):
                 bad.append(chosen[i].where)
     if bad:
         raise DpoError(

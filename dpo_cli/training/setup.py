@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config.options import OPERATIONAL, DataOptions, TrainOptions, resolve, to_yaml
+from dpo_cli.config.options import RESUME_MUTABLE, DataOptions, TrainOptions, resolve, to_yaml
 from dpo_cli.data.batching import Layout, Step, build_schedule, row_costs, step_pairs
 from dpo_cli.data.formats import BadRow, Reading
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
@@ -36,11 +36,11 @@ from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.drift import Recorded, Watch
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.models.adapter_files import settings, trainable_config
-from dpo_cli.models.adapters import adapted, attach, is_adapted, is_quantized, make_config, try_backward
+from dpo_cli.models.adapters import attach, describe_adapter, is_adapted, is_quantized, make_config, try_backward
 from dpo_cli.models.fingerprint import fingerprint
 from dpo_cli.models.loading import compile_layers, dtype_name, experts_a_token, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import choose_targets, counted
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.memory import Fit, fit, process_bytes, usable_bytes
@@ -66,7 +66,7 @@ from dpo_cli.training.step import learning_rate
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
-from dpo_cli.utils.files import held, sealed, sha256, to_json, unsealed, whole_folder
+from dpo_cli.utils.files import atomic_dir, file_lock, load_checksummed, sha256, to_json, with_checksum
 
 LOCK = "run.lock"
 TRIED = 512  # tokens of the pair whose gradient is tried, before it is known what fits the memory
@@ -106,7 +106,7 @@ class Run:
     refused: list[BadRow]
     model: PreTrainedModel
     own_attention: str
-    scorer: Scorer
+    scorer: ModelRunner
     costs: list[int]  # tokens that each pair takes up in a forward
     plan: list[Step]
     start: str  # fingerprint of the start policy
@@ -171,7 +171,7 @@ def lay_out_run(
         held_out, found.refused = found_held_out.pairs, found.refused + found_held_out.refused
     elif options.eval_fraction:
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
-        reporter.fact("held out", f"{len(held_out):,} of the pairs")
+        reporter.info("held out", f"{len(held_out):,} of the pairs")
     refuse_unread_terms(options.objective, pairs + held_out)
 
     process = process_bytes(device)
@@ -184,7 +184,7 @@ def lay_out_run(
     experts = experts_a_token(model, pairs[0]) if options.router_aux_loss_coef else 0
     mode = weights_mode(options.memory, bool(options.lora_rank), options.dtype, device)
     scorer = make_scorer(model, pairs + held_out, options, device, reporter, mode)
-    if experts and not scorer.apart:
+    if experts and not scorer.chunked_lm_head:
         raise UsageError("--router-aux-loss-coef: the model's head cannot run apart from its body; leave it out")
     weights, low = halved_if_split(model, weights, mode)
     if options.lora_rank:
@@ -256,7 +256,7 @@ def _shards_of(options: TrainOptions, resume: Path | None, reporter: Reporter) -
     """The options of this process, which alone resumes what several began."""
     if not (resume and options.fsdp) or distributed.is_launched():
         return options
-    reporter.fact("shard", "one process resumes what began in shards")
+    reporter.info("shard", "one process resumes what began in shards")
     return dataclasses.replace(options, fsdp=False)
 
 
@@ -270,7 +270,7 @@ def _check_ranks(options: TrainOptions, pairs: Pairs, held_out: Pairs, start: st
         return
     if options.memory == "in-backward":
         raise UsageError("--memory in-backward: a gradient is used up before the ranks could add theirs; use split")
-    told = {name: value for name, value in dataclasses.asdict(options).items() if name not in OPERATIONAL}
+    told = {name: value for name, value in dataclasses.asdict(options).items() if name not in RESUME_MUTABLE}
     data = {"the_data": pairs.digest(), "the_held_out_data": held_out.digest()}
     distributed.check_same(**data, the_model=start, the_options=str(told))
 
@@ -305,14 +305,14 @@ def _with_adapter(
         )
     if began and (bits := began.quantize) != options.quantize:
         before, now = (f"in {each}" if each else "unquantized" for each in (bits, options.quantize))
-        reporter.warn(
+        reporter.warning(
             f"the adapter was trained on its base {before} and continues on it {now}: the policy is not the same"
         )
     return source, dataclasses.replace(options, **own)
 
 
 def _attach(
-    model: PreTrainedModel, options: TrainOptions, base: str, scorer: Scorer, pairs: Pairs, reporter: Reporter
+    model: PreTrainedModel, options: TrainOptions, base: str, scorer: ModelRunner, pairs: Pairs, reporter: Reporter
 ) -> None:
     """Put a new adapter into the model unless one is there, report what it is on, and try a backward pass.
 
@@ -332,20 +332,20 @@ def _attach(
         attach(model, config, options.seed)
         left = targets.left
     about = f"{options.lora_type} of rank {options.lora_rank}, alpha {options.lora_alpha}"
-    reporter.fact("adapter", f"{about}, on {adapted(model)}")
+    reporter.info("adapter", f"{about}, on {describe_adapter(model)}")
     for reason in dict.fromkeys(reason for reason, _ in left):
         kinds = Counter({kind: count for (why, kind), count in left.items() if why == reason})
-        reporter.fact("", f"without an adapter, {reason}: {counted(kinds)}")
+        reporter.info("", f"without an adapter, {reason}: {counted(kinds)}")
     if unreached := try_backward(model, lambda: scorer.token_logps(batch)):
         if new:
             raise UsageError(
                 f"--lora-targets, --modules-to-save: no log-prob of text depends on {', '.join(unreached)}, so that it "
                 "would not be trained; leave it out"
             )
-        reporter.fact("", f"no log-prob of text depends on these, and they stay as they are: {', '.join(unreached)}")
+        reporter.info("", f"no log-prob of text depends on these, and they stay as they are: {', '.join(unreached)}")
 
 
-def _check_routers_train(scorer: Scorer, pairs: Pairs) -> None:
+def _check_routers_train(scorer: ModelRunner, pairs: Pairs) -> None:
     """Refuse to balance routers that nothing trained reaches.
 
     Raises:
@@ -472,41 +472,41 @@ def _free_name(folder: Path) -> Path:
 def _tell_plan(run: Run, reporter: Reporter) -> None:
     options, scorer = run.options, run.scorer
     if not options.objective.reference:
-        reporter.fact("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
+        reporter.info("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
     parameters, trained = run.model.num_parameters(), run.fitted.step_bytes.parameters
     threads = f", {torch.get_num_threads()} threads" if scorer.device.type == "cpu" else ""
     if (several := distributed.world_size()) > 1:
         share = "a share of the model" if options.fsdp else "the whole model"
-        reporter.fact(
+        reporter.info(
             "ranks", f"{several} processes, {distributed.local_world_size()} of them here; each keeps {share}"
         )
     kept = _kept_of_adapter(run) if options.lora_rank else _KEPT[run.fitted.memory]
-    reporter.fact("device", f"{scorer.device.type}{threads}; compute {options.dtype}; {kept}")
+    reporter.info("device", f"{scorer.device.type}{threads}; compute {options.dtype}; {kept}")
     share = f"{trained:,} of them trained ({trained / parameters:.2%})" if options.lora_rank else "all trained"
-    reporter.fact("parameters", f"{parameters:,}, {share}")
+    reporter.info("parameters", f"{parameters:,}, {share}")
     steps = [[i for indices in step for i in indices] for step in run.plan]
     tokens = sum(run.costs[i] for step in steps for i in step)
     padded_costs = row_costs(run.pairs, "padded")
     plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
     forwards = sum(len(step) for step in run.plan)
     budget = f"{forwards:,} forwards of at most {scorer.max_tokens:,} tokens"
-    reporter.fact("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {budget}")
+    reporter.info("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {budget}")
     padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
-    reporter.fact("tokens", f"{tokens:,} to train on; {padded}")
+    reporter.info("tokens", f"{tokens:,} to train on; {padded}")
     need, room = run.fitted.estimate(run.plan, run.costs, run.pairs, scorer), usable_bytes(scorer.device)
     counted = run.fitted.step_bytes
     state = (counted.frozen + trained * sum(BYTES[run.fitted.memory]) / counted.shards) / 2**30
     again = ", activations computed again in the backward pass" if run.fitted.recompute else ""
     told = f"about {need / 2**30:.1f} GiB at most (estimate), {state:.1f} of them weights, gradients and moments{again}"
-    reporter.fact("memory", told)
+    reporter.info("memory", told)
     if need > room:
-        reporter.warn(
+        reporter.warning(
             f"that is more than the {room / 2**30:.1f} GiB to be had: try a lower --max-length or --max-tokens"
         )
     disk, free = _disk_bytes(run), shutil.disk_usage(next(p for p in run.folder.absolute().parents if p.exists())).free
-    reporter.fact("disk", f"about {disk / 2**30:.1f} GiB at most, for checkpoints and exports")
+    reporter.info("disk", f"about {disk / 2**30:.1f} GiB at most, for checkpoints and exports")
     if disk > free:
-        reporter.warn(
+        reporter.warning(
             f"that is more than the {free / 2**30:.1f} GiB that are free: try a lower --save-total-limit or "
             "--export-dtype bfloat16"
         )
@@ -533,11 +533,11 @@ def _hint(run: Run, reporter: Reporter) -> None:
     if sum(learning_rate(step, steps, options) for step in range(1, steps + 1)) < least:
         count = f"{steps:,} step{'s' * (steps > 1)} at lr {options.lr:g}"
         more = f"for a few hundred pairs try --lr {tried:g} --batch-size 8" if options.lr < tried else "take more steps"
-        reporter.fact("hint", f"{count} will hardly move the model: {more}")
+        reporter.info("hint", f"{count} will hardly move the model: {more}")
     if not run.held_out:
-        reporter.fact("held out", f"no pairs: nothing will show whether the model learns the preference; {HOLD_OUT}")
+        reporter.info("held out", f"no pairs: nothing will show whether the model learns the preference; {HOLD_OUT}")
     elif told := trained_on(run.held_out, run.trained, "will be")["text"]:
-        reporter.warn(told)
+        reporter.warning(told)
 
 
 _KEPT = {
@@ -578,10 +578,10 @@ def _began(run: Run, manifest: dict[str, Any], name: Path, holding: ExitStack) -
     """Make the folder of that name, see ``begin``; False if another run has it and any name will do."""
     with ExitStack() as trying:
         try:
-            with whole_folder(name, new=True) as folder:
-                trying.enter_context(held(folder / LOCK))
+            with atomic_dir(name, new=True) as folder:
+                trying.enter_context(file_lock(folder / LOCK))
                 (folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
-                content = sealed(manifest | {"config": sha256(folder / "config.yaml")})
+                content = with_checksum(manifest | {"config": sha256(folder / "config.yaml")})
                 (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
                 save_file({"pairs": run.trained}, folder / TRAINED)
                 if run.refused:
@@ -601,7 +601,7 @@ def _began(run: Run, manifest: dict[str, Any], name: Path, holding: ExitStack) -
 def _refuse_if_held(folder: Path) -> None:
     """Say which process is at work in a run's folder, if one is."""
     if (folder / LOCK).is_file():
-        with held(folder / LOCK):
+        with file_lock(folder / LOCK):
             pass
 
 
@@ -637,7 +637,7 @@ def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
 
 
 def _named(model: str | None, base: str | None = None) -> dict[str, str | None]:
-    """What a manifest says of a model, for ``locate.began_from``."""
+    """What a manifest says of a model, for ``locate.start_model``."""
     return {"model": _from_anywhere(model)} | ({"base_model": _from_anywhere(base)} if base else {})
 
 
@@ -662,7 +662,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UsageError: it is damaged, or somebody changed it.
     """
     try:
-        manifest = unsealed((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = load_checksummed((folder / "manifest.json").read_text(encoding="utf-8"))
         reference = manifest["reference"]
         texts = [manifest["data"]["sha256"], manifest["held_out"]["sha256"], manifest["config"], manifest["device"]]
         texts += [reference[name] for name in ("fingerprint", "values", "layout", "dtype")]
@@ -738,5 +738,5 @@ def check_same_run(folder: Path, manifest: dict[str, Any], reporter: Reporter) -
         )
     known = manifest["versions"] | began["versions"]  # a run of before names fewer
     if (known, began["device"]) != (manifest["versions"], manifest["device"]):
-        reporter.warn("the libraries or the device are others than when the run began: the last bits may differ")
+        reporter.warning("the libraries or the device are others than when the run began: the last bits may differ")
     return began

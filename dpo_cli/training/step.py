@@ -26,9 +26,9 @@ from dpo_cli.data.collate import MicroBatch, to_device
 from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.metrics import SUMS, mean_reward, pair_sums, summarize
 from dpo_cli.losses.preference import Objective, Preferences
-from dpo_cli.models.logprobs import Said, Scorer, out_of_memory
+from dpo_cli.models.logprobs import ModelRunner, Said, out_of_memory
 from dpo_cli.models.moe import auxiliary_loss, routed
-from dpo_cli.models.sharding import own, whole
+from dpo_cli.models.sharding import full_tensor, local_shard
 from dpo_cli.training.optimizer import SPLIT, SmallAdamW
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
@@ -109,7 +109,7 @@ class Trainer:
     """What one optimizer step needs."""
 
     accelerator: Accelerator
-    scorer: Scorer
+    scorer: ModelRunner
     optimizer: Any
     pairs: Sequence[Pair]
     costs: Sequence[int]  # tokens of each pair in a forward
@@ -212,7 +212,7 @@ class Trainer:
             norm = torch.stack(norms).norm()
             torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
         else:
-            norm = whole(cast(Tensor, self.accelerator.clip_grad_norm_(parameters, most)).detach())
+            norm = full_tensor(cast(Tensor, self.accelerator.clip_grad_norm_(parameters, most)).detach())
         return cast(Tensor, norm.double()[None])
 
     def _cut(self, micro_batches: Step) -> Step:
@@ -396,7 +396,12 @@ class Trainer:
         return to_device(torch.tensor([[p.margin for p in pairs], [p.weight for p in pairs]]), self.scorer.device)
 
     def _preferences(
-        self, indices: Sequence[int], logps: Tensor, whole: Tensor, lengths: Tensor, likelihoods: Tensor | float = 1.0
+        self,
+        indices: Sequence[int],
+        logps: Tensor,
+        whole: Tensor,
+        lengths: Tensor,
+        likelihoods: Tensor | float = 1.0,
     ) -> Preferences:
         """What the loss reads of some pairs: (2P,) each, chosen first, and WPO's weights (P,)."""
         margins, weights = self._terms(indices)
@@ -436,6 +441,6 @@ class Trainer:
     def _gradient_is_finite(self, place: int) -> bool:
         self._backward((place,), 1)
         parameters = self.scorer.model.parameters()
-        finite = all(bool(own(p.grad).isfinite().all()) for p in parameters if p.grad is not None)
+        finite = all(bool(local_shard(p.grad).isfinite().all()) for p in parameters if p.grad is not None)
         self.optimizer.zero_grad()
         return not distributed.all_reduce_max([not finite])[0]

@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.options import OPERATIONAL, EvalOptions, SweepOptions, TrainOptions, differences, settled_as
+from dpo_cli.config.options import (
+    RESUME_MUTABLE,
+    EvalOptions,
+    SweepOptions,
+    TrainOptions,
+    differences,
+    inherit_auto_options,
+)
 from dpo_cli.evaluation.evaluate import evaluated
 from dpo_cli.evaluation.reward import Reward, load_reward
 from dpo_cli.models.loading import free_memory
@@ -44,9 +51,9 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
     result: dict[str, Any] = {"output": str(folder)}
     points: list[dict[str, Any]] = []
     for run, training in runs.items():
-        reporter.fact("sweep", f"beta {training.beta:g}, {len(points) + 1} of {len(runs)}: {run}")
+        reporter.info("sweep", f"beta {training.beta:g}, {len(points) + 1} of {len(runs)}: {run}")
         known = began.get(run) or next(iter(began.values()), None)
-        _train(run, settled_as(training, known) if known else training, command, reporter)
+        _train(run, inherit_auto_options(training, known) if known else training, command, reporter)
         began[run] = trained_with(run)
         _check_same_start(run, next(iter(runs)))
         found = _evaluate(run, options, reporter)
@@ -55,7 +62,7 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
         points.append(_point(run, found, reward))
     result["points"] = points
     _write(folder, result)
-    reporter.fact("frontier", str(folder / "frontier.svg"))
+    reporter.info("frontier", str(folder / "frontier.svg"))
     return result
 
 
@@ -96,7 +103,7 @@ def _folder(options: SweepOptions) -> Path:
     folder = options.output
     if folder is None:
         training = dataclasses.asdict(options.runs()[0])
-        told = {name: value for name, value in training.items() if name not in OPERATIONAL | {"beta"}}
+        told = {name: value for name, value in training.items() if name not in RESUME_MUTABLE | {"beta"}}
         folder = Path("runs", f"sweep-{hashlib.sha256(to_json(told).encode()).hexdigest()[:8]}")
     if not folder.exists():
         return folder
@@ -116,7 +123,7 @@ def _began(runs: Mapping[Path, TrainOptions]) -> dict[Path, TrainOptions]:
     for run, asked in runs.items():
         if run.exists():
             found[run] = trained_with(run)
-            if changed := differences(found[run], settled_as(asked, found[run])):
+            if changed := differences(found[run], inherit_auto_options(asked, found[run])):
                 told = f"{run.name} is there and was trained otherwise"
                 raise UsageError(f"--output {run.parent}: {told}: {', '.join(changed)}; name another folder")
     return found
@@ -141,7 +148,7 @@ def _check_same_start(run: Path, first: Path) -> None:
 def _train(run: Path, options: TrainOptions, command: Sequence[str], reporter: Reporter) -> None:
     """Train a run, or go on with it; one that is trained stays as it is."""
     if (run / "model").exists():
-        reporter.fact("", "trained already")
+        reporter.info("", "trained already")
         return
     try:
         train(dataclasses.replace(options, output=run), run if run.exists() else None, command, reporter)

@@ -21,7 +21,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from dpo_cli.config.options import OPERATIONAL, TrainOptions
+from dpo_cli.config.options import RESUME_MUTABLE, TrainOptions
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import Interrupted, UsageError
@@ -49,7 +49,7 @@ def _installed(name: str) -> bool:
 def hyperparameters(options: TrainOptions) -> dict[str, bool | int | float | str]:
     """The options that decide what is trained, as plain values; those that are left open are left out."""
     values = dataclasses.asdict(options)
-    told = {name: v for name, v in values.items() if name not in {*OPERATIONAL, "output"} and v is not None}
+    told = {name: v for name, v in values.items() if name not in {*RESUME_MUTABLE, "output"} and v is not None}
     joined = {name: ", ".join(v) if isinstance(v, list) else v for name, v in told.items()}
     return {name: v if isinstance(v, (bool, int, float)) else str(v) for name, v in joined.items()}
 
@@ -122,7 +122,7 @@ class Trackers:
             own = tracker.tracker.info.run_id
         self.known[name] = {"run": own, "told": told}
         self._note()
-        self.reporter.fact("tracker", f"{name}: {where}")
+        self.reporter.info("tracker", f"{name}: {where}")
 
     def _note(self) -> None:
         """Write how far all are. It is not synced: after a power cut a line that is told twice does no harm."""
@@ -142,7 +142,7 @@ class Trackers:
                 if uri := os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/"):  # it may hold a password
                     reason = reason.replace(uri, "MLFLOW_TRACKING_URI")
                 told = f"--report-to {name}: {reason}; the run goes on without it, and --resume tells it the rest"
-                self.reporter.warn(told)
+                self.reporter.warning(told)
                 if tracker := self.live.pop(name, None):
                     with suppress(Exception):  # it may be the same again
                         _finish(tracker, type(error))

@@ -46,17 +46,17 @@ class Reporter:
         self.live = self.console.is_interactive and not self.quiet and not log_json
         self.name = ""  # of the last fact
 
-    def fact(self, name: str, text: str, values: Mapping[str, float] | None = None) -> None:
+    def info(self, name: str, text: str, values: Mapping[str, float] | None = None) -> None:
         """One line under a name; an empty name goes on with the one before. A log has the ``values`` beside it."""
         self.name = name or self.name
-        event: dict[str, Any] = {"event": "fact", "name": self.name, "text": text}
-        self.tell(event | dict(values or {}), text, f"{name:<12}", "bold")
+        event: dict[str, Any] = {"event": "info", "name": self.name, "text": text}
+        self.emit(event | dict(values or {}), text, f"{name:<12}", "bold")
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """Something that does not stop the run and that the user should know."""
-        self.tell({"event": "warning", "text": text}, text, "warning: ", "yellow")
+        self.emit({"event": "warning", "text": text}, text, "warning: ", "yellow")
 
-    def tell(self, event: Mapping[str, Any], text: str, head: str = "", style: str = "") -> None:
+    def emit(self, event: Mapping[str, Any], text: str, head: str = "", style: str = "") -> None:
         """Show an event: as JSON, or as its text behind a head; wrapped on a terminal alone."""
         if self.quiet and event["event"] != "warning":
             return
@@ -158,7 +158,7 @@ class Progress:
         self.told = now
         event: dict[str, Any] = {"event": "progress", "what": self.what, "done": self.done, "total": self.total}
         more = {"unit": self.unit or None, "eta_seconds": self.eta}
-        self.reporter.tell(event | more | dict(self.values), f"{self._count()}  {self._told()}")
+        self.reporter.emit(event | more | dict(self.values), f"{self._count()}  {self._told()}")
 
     def _count(self) -> str:
         return f"{self.what} {self.done:,}/{self.total:,} {self.unit}".rstrip()

@@ -2,7 +2,7 @@
 
 A run in one process passes through here without any communication. With several, each holds the whole model and runs
 its share of a step's micro-batches. ``DistributedDataParallel`` is not used: a step's backward passes are taken by body
-and head apart (``Scorer.backward``), around that wrapper's forward and the hooks that it sets there. What it would do
+and head apart, around that wrapper's forward and the hooks that it sets there. What it would do
 is one sum, over every gradient, in the last micro-batch of a step; here that follows the last micro-batch.
 
 What is decided is decided on the host, over gloo: no device waits for it, and a rank that fails lets the others know.

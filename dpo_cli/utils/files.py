@@ -21,7 +21,7 @@ from dpo_cli.utils.errors import NotWrittenError, UsageError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary file to write; it takes the name ``path`` when the block ends well, else it is gone.
 
     Raises:
@@ -35,7 +35,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path, new: bool = False) -> Iterator[Path]:
+def atomic_dir(path: Path, new: bool = False) -> Iterator[Path]:
     """The same for a folder; one that is there already gives way when the new one is whole, or is an error if ``new``.
 
     Of several processes that make one ``new`` folder only the first does.
@@ -98,16 +98,16 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that is whole or absent."""
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
 
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
     """The content with a hash of itself, so that damage and edits are noticed."""
     return content | {"sha256": _digest(content)}
 
 
-def unsealed(text: str) -> dict[str, Any]:
+def load_checksummed(text: str) -> dict[str, Any]:
     """The content of a sealed JSON file.
 
     Raises:
@@ -141,7 +141,7 @@ def finite(value: Any) -> Any:
 
 
 @contextmanager
-def held(file: Path) -> Iterator[None]:
+def file_lock(file: Path) -> Iterator[None]:
     """Hold a lock file while the block runs. The system lets go of it when the process ends, however it ends.
 
     Raises:

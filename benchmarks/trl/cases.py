@@ -26,7 +26,7 @@ from dpo_cli.models.locate import find_model
 from dpo_cli.training.prepare import reading_of
 from dpo_cli.utils.errors import RowError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Record = dict[str, Any]
 
 

@@ -1,6 +1,6 @@
 """Models to measure with, and how much arithmetic their forwards are.
 
-    python -m benchmarks.shapes llama-1b FOLDER
+    python -m benchmarks.trl.shapes llama-1b FOLDER
 
 writes random weights of a known shape as bfloat16 safetensors, with the tests' small tokenizer, whose ids fit any of
 them.
@@ -24,7 +24,7 @@ from dpo_cli.data.pairs import Pair
 from dpo_cli.models.loading import load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {},
@@ -54,7 +54,7 @@ def ready_model(model: str | None, shape: str | None, folder: Path) -> Path:
         make_shape(shape, folder)
         return folder
     if shape:  # in a process of its own, which gives its memory back
-        subprocess.run([sys.executable, "-m", "benchmarks.shapes", shape, str(folder)], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.trl.shapes", shape, str(folder)], cwd=ROOT, check=True)
         return folder
     source = find_model(model)
     if Path(source.path).is_dir() and not source.gguf and not source.adapter:
@@ -119,7 +119,7 @@ def measure_device(dtype: str, device: str, environment: Mapping[str, str]) -> d
     """
     if device == "cpu":
         return {"card": "", "matmul_rate": matmul_rate(getattr(torch, dtype), torch.device(device))}
-    command = [sys.executable, "-m", "benchmarks.shapes", dtype]
+    command = [sys.executable, "-m", "benchmarks.trl.shapes", dtype]
     done = subprocess.run(command, cwd=ROOT, env=dict(environment), check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 

@@ -3,8 +3,8 @@
 speed    seconds of a step on the shapes of SmolLM2-135M, random gradients, a process a mode
 moments  updates of AdamW, of this optimizer and of torchao's 8-bit AdamW where it is installed, on real gradients
 
-    python benchmarks/optimizer.py speed
-    python benchmarks/optimizer.py moments --model FOLDER
+    python benchmarks/memory/optimizer.py speed
+    python benchmarks/memory/optimizer.py moments --model FOLDER
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_cli.models.split_weights import halve
+from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.training.optimizer import BYTES, SPLIT, make_optimizer
 
 SMOLLM2 = {
@@ -51,7 +51,7 @@ def take_step(optimizer: Any, memory: str, lr: float) -> None:
 
 def speed(memory: str, steps: int = 4) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMOLLM2))
-    optimizer = make_optimizer(model, 0.1, memory, halve(model) if memory in SPLIT else None)
+    optimizer = make_optimizer(model, 0.1, memory, split_master_weights(model) if memory in SPLIT else None)
     took = []
     for step in range(steps):
         random = torch.Generator().manual_seed(step)

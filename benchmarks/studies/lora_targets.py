@@ -1,6 +1,6 @@
 """The table of docs/adapters.md: of each family, how many matrices ``--lora-targets all-linear`` adapts.
 
-    python -m benchmarks.lora_targets
+    python -m benchmarks.studies.lora_targets
 
 Tiny models of the families' own classes: the names are those of the large ones, the counts those of two layers.
 """

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
-from trl import DPOConfig, DPOTrainer
 
-from benchmarks.cases import Record
-from benchmarks.meter import Message, Meter, serve
+from benchmarks.trl.cases import Record
+from benchmarks.trl.meter import Message, Meter, serve
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models.loading import load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
+from trl import DPOConfig, DPOTrainer
 
 
 def trl_config(folder: Path, steps: int, batch_size: int, **changes: Any) -> DPOConfig:

@@ -1,8 +1,8 @@
 """Run this package and TRL's DPOTrainer in turns on the same pairs, and say how much faster which is.
 
-    python -m benchmarks.bench --case hh ultrafeedback
-    python -m benchmarks.bench --case weak --grid 1 2 4 8 16 --json weak.json
-    python -m benchmarks.bench --data pairs.jsonl --phases precompute train eval start sweep
+    python -m benchmarks.trl.bench --case hh ultrafeedback
+    python -m benchmarks.trl.bench --case weak --grid 1 2 4 8 16 --json weak.json
+    python -m benchmarks.trl.bench --data pairs.jsonl --phases precompute train eval start sweep
 
 Each side is a process with its own model; they work alternately, block by block, never at the same time. Both have the
 same start weights, pairs, order, precision, optimizer and schedule; their losses are compared, and a result whose
@@ -29,18 +29,20 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from benchmarks.cases import CASES, ROOT, as_record, step_order, synthetic_rows, usable_rows, write_records
-from benchmarks.commands import SEEN, measure_command, measure_start, measure_sweep
-from benchmarks.meter import MEMORY, Message, Worker, WorkerDiedError
-from benchmarks.report import report
-from benchmarks.shapes import SHAPES, Arithmetic, measure_device, ready_model
+from benchmarks.trl.cases import CASES, ROOT, as_record, step_order, synthetic_rows, usable_rows, write_records
+from benchmarks.trl.commands import SEEN, measure_command, measure_start, measure_sweep
+from benchmarks.trl.meter import MEMORY, Message, Worker, WorkerDiedError
+from benchmarks.trl.report import report
+from benchmarks.trl.shapes import SHAPES, Arithmetic, measure_device, ready_model
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.loading import load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.reference.store import tokens_of
 
-COMMANDS = {side: [sys.executable, "-m", f"benchmarks.{name}"] for side, name in (("ours", "ours"), ("trl", "theirs"))}
+COMMANDS = {
+    side: [sys.executable, "-m", f"benchmarks.trl.{name}"] for side, name in (("ours", "ours"), ("trl", "theirs"))
+}
 BLOCK_PHASES = ("precompute", "train", "eval")
 COMMAND_PHASES = ("start", "sweep")  # whole commands, which differ little from case to case
 PHASES = (*BLOCK_PHASES, *COMMAND_PHASES, "command")
@@ -269,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     results: list[Message] = []
     names = ["data"] if args.data else list(CASES) if "all" in args.case else args.case
-    typed = shlex.join(["python", "-m", "benchmarks.bench", *(sys.argv[1:] if arguments is None else arguments)])
+    typed = shlex.join(["python", "-m", "benchmarks.trl.bench", *(sys.argv[1:] if arguments is None else arguments)])
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         model = ready_model(args.model, args.shape, root / "model")

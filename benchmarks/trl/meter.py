@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import forget_peak, peak_mib
+from benchmarks.memory.rows import forget_peak, peak_mib
 
 Message = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """A DPO run with TRL as its users write it, from files and a model's folder; it ends with its first step.
 
-    python -m benchmarks.trl_start '{"model": …, "train": …, "told": …, "batch_size": 8, …}'
+    python -m benchmarks.trl.start '{"model": …, "train": …, "told": …, "batch_size": 8, …}'
 
 Writes how often the reference was run to the file ``told`` when the first step is done.
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from datasets import load_dataset
 from transformers import TrainerCallback
-from trl import DPOTrainer
 
-from benchmarks.theirs import trl_config
+from benchmarks.trl.theirs import trl_config
+from trl import DPOTrainer
 
 
 class CountingTrainer(DPOTrainer):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.meter import Message
+from benchmarks.trl.meter import Message
 
 
 def machine(card: str) -> str:

@@ -1,8 +1,8 @@
 """What an evaluation costs beside one scoring pass of a model: seconds in turns, and memory by number of pairs.
 
-    python -m benchmarks.evaluation                      # the default model, 24 sample pairs
-    python -m benchmarks.evaluation --pairs 60 --repeats 5 --model MODEL
-    python -m benchmarks.evaluation --memory 500 2000 8000
+    python -m benchmarks.memory.evaluation                      # the default model, 24 sample pairs
+    python -m benchmarks.memory.evaluation --pairs 60 --repeats 5 --model MODEL
+    python -m benchmarks.memory.evaluation --memory 500 2000 8000
 
 Time: policy and reference are the same model, weights slightly moved. A pass is what ``dpo precompute-ref`` does to
 each pair; the evaluation without distributions is a pass of the policy; the exact one records one model and compares
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import forget_peak, peak_mib
+from benchmarks.memory.rows import forget_peak, peak_mib
 from dpo_cli.data.formats import Reading
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.records import find_sources
@@ -39,18 +39,18 @@ from dpo_cli.losses.preference import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.loading import compute_dtype, default_device, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WATCH = Watch(Reporter(quiet=True), "benchmark")
 MAX_TOKENS = 2048
 
 
-def scorer_of(model: Any) -> Scorer:
+def scorer_of(model: Any) -> ModelRunner:
     device = default_device()
     model.to(device).set_attn_implementation(PREFIX_SHARED)
-    return Scorer(model, "shared", compute_dtype(None, device), MAX_TOKENS, device)
+    return ModelRunner(model, "shared", compute_dtype(None, device), MAX_TOKENS, device)
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def moved(model: Any, by: float = 0.01) -> Any:
     return model
 
 
-def exact(policy: Scorer, reference: Scorer, pairs: Pairs, folder: Path) -> drift.Compared:
+def exact(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path) -> drift.Compared:
     recorded = drift.record(policy, pairs, folder, WATCH)
     assert recorded is not None
     compared = drift.compare(reference, recorded, pairs, folder, WATCH, policy_runs=False)

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.meter import Message, WorkerDiedError, how_it_ended
+from benchmarks.trl.meter import Message, WorkerDiedError, how_it_ended
 
 # Importing this package turns torch's huge pages on, for TRL's process too; its users do not have them.
 SEEN: dict[str, dict[str, str]] = {"ours": {}, "trl": {"THP_MEM_ALLOC_ENABLE": "0"}}
@@ -63,7 +63,7 @@ def run_ours(job: Message, environment: Mapping[str, str], cache: str, steps: in
     flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "dpo_cli"]
     if steps > 1:
-        command = [sys.executable, "-m", "benchmarks.dpo_peak", str(folder / "peak")]
+        command = [sys.executable, "-m", "benchmarks.trl.dpo_peak", str(folder / "peak")]
     command += ["train", *flags, *shlex.split(job["ours_options"])]
     metrics, log = folder / "run" / "metrics.jsonl", folder / "log"
     found = run_until(command, metrics, steps, log, environment, job["limit"])
@@ -82,7 +82,7 @@ def run_trl(job: Message, environment: Mapping[str, str], cache: str, **changes:
     script = job["options"] | {name: job[name] for name in ("model", "train", "trl_batch")} | changes
     script |= {"steps": len(job["order"]), "told": str(folder / "told")}
     script["output"] = str(Path(job["folder"]) / "trl-run")  # always the same: it is in the name of TRL's cache
-    command = [sys.executable, "-m", "benchmarks.trl_start", json.dumps(script)]
+    command = [sys.executable, "-m", "benchmarks.trl.start", json.dumps(script)]
     environment = dict(environment) | SEEN["trl"] | {"HF_DATASETS_CACHE": str(Path(job["folder"]) / cache)}
     found = run_until(command, folder / "told", 1, folder / "log", environment, job["limit"])
     return found | json.loads((folder / "told").read_text())

@@ -1,6 +1,6 @@
 """Show what many rows cost before the first step: seconds by phase, and memory.
 
-    python benchmarks/rows.py --rows 10000 100000 1000000
+    python benchmarks/memory/rows.py --rows 10000 100000 1000000
 
 Writes files of short string pairs (random words, about 20 tokens a part with the tests' small tokenizer) and measures
 each size in a process of its own: reading, tokenizing, reading the pairs back as the next start does, planning, and
@@ -38,7 +38,7 @@ from dpo_cli.models.locate import find_model
 from dpo_cli.reference.shards import Entry
 from dpo_cli.reference.store import ReferenceCache, pair_keys
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FINGERPRINT = "0" * 64
 WORDS_A_PART = 5
 SHARD_PAIRS = 20_000

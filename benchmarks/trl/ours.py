@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.meter import Message, Meter, serve
+from benchmarks.trl.meter import Message, Meter, serve
 from dpo_cli.config.options import TrainOptions, resolve
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation import drift

@@ -1,6 +1,6 @@
 """What a known reward costs in KL: the first figure of the DPO paper (arXiv 2305.18290) in small.
 
-    python -m benchmarks.frontier --output FOLDER        # the default model, three seeds
+    python -m benchmarks.studies.frontier --output FOLDER        # the default model, three seeds
 
 A policy completes openings of answers, as the paper's completes film reviews. The reward is a program that anyone can
 run: how plainly a completion speaks, by naive Bayes over the sample data's chosen and rejected answers. For each seed
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.frontier_report import draw, markdown, summary
+from benchmarks.studies.frontier_report import draw, markdown, summary
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import build_schedule
 from dpo_cli.data.pairs import Ids, Pair, Pairs
@@ -49,7 +49,7 @@ from dpo_cli.models.adapters import attach, make_config
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.loading import default_device, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
-from dpo_cli.models.logprobs import Scorer
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import choose_targets
 from dpo_cli.training.optimizer import make_optimizer
 from dpo_cli.training.step import StopSignal, Trainer, learning_rate
@@ -58,7 +58,7 @@ from dpo_cli.utils.distributed import started
 from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.files import write_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WATCH = Watch(Reporter(quiet=True), "frontier")
 SHARPNESS = 12.0  # of the reward: nats of preference a nat of evidence a word
 MAX_TOKENS = 2048
@@ -216,7 +216,7 @@ class Lab:
         self.tokenizer, loaded = load_tokenizer(source), load_model(source).to(default_device())
         self.own_attention = loaded.config._attn_implementation
         loaded.set_attn_implementation(PREFIX_SHARED)
-        self.reference = Scorer(loaded, "shared", getattr(torch, sizes.dtype), MAX_TOKENS, default_device())
+        self.reference = ModelRunner(loaded, "shared", getattr(torch, sizes.dtype), MAX_TOKENS, default_device())
         rows = {name: read_rows(ROOT / "sample_data" / f"{name}.jsonl") for name in ("train", "heldout")}
         self.reward = Plainness(*([row[side][-1]["content"] for row in rows["train"]] for side in SIDES))
         self.openings = self._openings(rows["train"], sizes.prompts)
@@ -234,7 +234,7 @@ class Lab:
             raise UsageError(f"{count} different openings are wanted, and the sample data has {len(found)}")
         return list(found.values())[:count]
 
-    def completions(self, scorer: Scorer, prompts: Sequence[Ids], copies: int, seed: int) -> list[list[Response]]:
+    def completions(self, scorer: ModelRunner, prompts: Sequence[Ids], copies: int, seed: int) -> list[list[Response]]:
         """Drawn at temperature 1: -> for each prompt its ``copies``."""
         model: Any = scorer.model
         how: dict[str, Any] = {"sampled": True, "copies": copies, "seed": seed}
@@ -267,7 +267,7 @@ class Lab:
         rewards = self.rewards(self.completions(self.reference, self.held_out, self.sizes.copies, seed))
         return Prepared(seed, pairs, logps, rewards)
 
-    def train(self, method: Method, given: Prepared) -> Iterator[tuple[int, Scorer]]:
+    def train(self, method: Method, given: Prepared) -> Iterator[tuple[int, ModelRunner]]:
         """The policy after each of the steps at which it is measured."""
         sizes, seed, pairs = self.sizes, given.seed, given.pairs
         checkpoints = [method.times * step for step in sizes.checkpoints]
@@ -294,7 +294,7 @@ class Lab:
                 if step in checkpoints:
                     yield step, scorer
 
-    def measure(self, policy: Scorer, given: Prepared) -> dict[str, Any]:
+    def measure(self, policy: ModelRunner, given: Prepared) -> dict[str, Any]:
         """KL of a policy from the reference by its completions of the held-out openings, and what reward they gain.
 
         They are held against the reference's own, drawn with the same noise.

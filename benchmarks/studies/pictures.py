@@ -1,4 +1,4 @@
-"""The pictures of README.md, made from a real run: ``python -m benchmarks.pictures``, some five minutes on two cores.
+"""The pictures of README.md, made from a real run: ``python -m benchmarks.studies.pictures``; five minutes on a CPU.
 
 It trains the demo in a pseudo-terminal, draws what stood there as ``docs/images/terminal.svg``, and photographs the
 run's report as ``docs/images/report.png``, which takes a Chromium, playwright and Pillow.
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-IMAGES = Path(__file__).parent.parent / "docs" / "images"
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
 COLUMNS = 110
 COMMAND = (
     "dpo train --data sample_data/train.jsonl --eval-data sample_data/heldout.jsonl --output runs/demo "

@@ -1,6 +1,6 @@
 """Does a run here end where one of TRL's ends? Small trainings on several data sets, compared on held-out pairs.
 
-    python -m benchmarks.same_learning --data sample=sample_data/train.jsonl --data polite=polite.json
+    python -m benchmarks.studies.same_learning --data sample=sample_data/train.jsonl --data polite=polite.json
 
 Of each file the shortest pairs with prompts of their own are taken. Some are held out; the others are one epoch of
 training, whole and with LoRA, here and with TRL's DPOTrainer, from several seeds. Each side shuffles as its own seed
@@ -35,8 +35,8 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from transformers.utils import logging
 
-from benchmarks.cases import Record, step_order, write_records
-from benchmarks.theirs import make_trainer, pairs_of, trl_config
+from benchmarks.trl.cases import Record, step_order, write_records
+from benchmarks.trl.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.config.options import EvalOptions, TrainOptions
 from dpo_cli.data.formats import Reading, Row, read_rows
 from dpo_cli.data.pairs import Pairs

@@ -1,7 +1,7 @@
 """Run a command on several hosts that are network namespaces of this machine, joined by a switch.
 
-``sudo python -m benchmarks.hosts --hosts 3 -- -m dpo_cli train --data /abs/pairs.jsonl …``: each host has an address, a
-folder and a home of its own, and starts the launcher as docs/scale.md says. Linux, root and iproute2.
+``sudo python -m benchmarks.memory.hosts --hosts 3 -- -m dpo_cli train --data /abs/pairs.jsonl …``: each host has an
+address, a folder and a home of its own, and starts the launcher as docs/scale.md says. Linux, root and iproute2.
 """
 
 import argparse

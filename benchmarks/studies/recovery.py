@@ -1,7 +1,7 @@
 """Does DPO find what its theory says? A language whose every response is known, and preferences by Bradley and Terry.
 
-    python -m benchmarks.recovery                        # prints the tables; writes docs/images/recovery.png
-    python -m benchmarks.recovery --seeds 1 --quick      # the population's loss alone, no picture
+    python -m benchmarks.studies.recovery                        # prints the tables; writes docs/images/recovery.png
+    python -m benchmarks.studies.recovery --seeds 1 --quick      # the population's loss alone, no picture
 
 The policy is a small transformer over 4 letters; a response is 3 of them, so that a prompt has 64, whose probabilities
 sum to 1. Each has a true reward of its own, standard normal, that no other tells anything of. People prefer by
@@ -39,7 +39,7 @@ from dpo_cli.data.collate import collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.losses.preference import Objective, Preferences
-from dpo_cli.models.logprobs import Scorer, response_logps
+from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.reporting.plots import Colours, Plot, quieten, write_png
 from dpo_cli.training.optimizer import make_optimizer
 from dpo_cli.training.step import learning_rate
@@ -56,14 +56,14 @@ BATCH = collate([Pair("", prompt, *two) for prompt in PROMPTS for two in RESPONS
 STEPS, LR = 400, 5e-3
 BETAS, USUAL = (0.2, 0.5, 1.0), 0.5
 DRAWN = (1_000, 10_000, 100_000, 1_000_000)  # preferences a prompt
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "recovery.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "recovery.png"
 
 
 @dataclass(frozen=True)
 class Toy:
     """A reference policy, and what its responses are worth: (prompts, R)."""
 
-    reference: Scorer
+    reference: ModelRunner
     rewards: Table
 
     @property
@@ -112,11 +112,11 @@ def make_toy(seed: int) -> Toy:
     return Toy(scorer_of(model), rewards)
 
 
-def scorer_of(model: torch.nn.Module) -> Scorer:
-    return Scorer(model, "padded", torch.float32, 2**20, torch.device("cpu"))
+def scorer_of(model: torch.nn.Module) -> ModelRunner:
+    return ModelRunner(model, "padded", torch.float32, 2**20, torch.device("cpu"))
 
 
-def log_probs(scorer: Scorer) -> Tensor:
+def log_probs(scorer: ModelRunner) -> Tensor:
     """Log-prob of every response to every prompt, with its graph: (prompts, R) nats."""
     chosen, rejected = response_logps(scorer.token_logps(BATCH), BATCH.lengths).chunk(2)
     return torch.stack([chosen, rejected], 1).view(len(PROMPTS), -1)

@@ -1,7 +1,7 @@
 """What training takes of each GPU's memory, by the estimator of ``dpo train``; prints the table of docs/scale.md.
 
-``python -m benchmarks.scale``, with ``--cards`` the one of README.md: a few seconds on a CPU. What a forward keeps a
-token is counted on small models of the same kind, and follows from their widths; the large ones are never made.
+``python -m benchmarks.memory.scale``, with ``--cards`` the one of README.md: a few seconds on a CPU. What a forward
+keeps per token is counted on small models of the same kind and follows from their widths; no large one is made.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.adapters import attach, make_config, trained
-from dpo_cli.models.logprobs import HEAD_BYTES, Scorer
+from dpo_cli.models.logprobs import LOGITS_BUDGET_BYTES, ModelRunner
 from dpo_cli.models.lora_targets import choose_targets
 from dpo_cli.models.sharding import gathered_parameters
 from dpo_cli.training.memory import FRAGMENTED, LOGIT_BYTES, USABLE, StepBytes, count_bytes
@@ -76,7 +76,7 @@ def bytes_by_width(adapter: bool = False) -> np.ndarray:
     for layers, hidden, mlp, groups in itertools.product((1, 3), (64, 128), (96, 256), (1, 2)):
         torch.manual_seed(0)
         model = make(hidden, layers, mlp, hidden // 32, groups, 384, True, adapter)
-        scorer = Scorer(model, "packed", torch.bfloat16, TOKENS, torch.device("cpu"))
+        scorer = ModelRunner(model, "packed", torch.bfloat16, TOKENS, torch.device("cpu"))
         ids = np.arange(3, 203, dtype=np.int32)
         pairs = [Pair("long", ids, ids, ids[:100]), Pair("short", ids[:50], ids[:60], ids[:40])]
         rows.append(widths(model.config))
@@ -108,7 +108,7 @@ def step_bytes(model: PreTrainedModel, shards: int = 1) -> StepBytes:
 
 def peak(model: PreTrainedModel, mode: str, shards: int = 1) -> int:
     """Bytes of each GPU, with activations recomputed."""
-    at_head = min(TOKENS // 2, HEAD_BYTES["cuda"] // (4 * model.config.vocab_size))
+    at_head = min(TOKENS // 2, LOGITS_BUDGET_BYTES["cuda"] // (4 * model.config.vocab_size))
     return step_bytes(model, shards).peak(mode, True, (TOKENS, at_head), (TOKENS, at_head))
 
 

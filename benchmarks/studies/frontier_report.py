@@ -1,4 +1,4 @@
-"""What ``benchmarks.frontier`` measured, as numbers at equal KL, as a table and as a picture.
+"""What ``benchmarks.studies.frontier`` measured, as numbers at equal KL, as a table and as a picture.
 
 Legend: S seeds, L levels of KL.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from dpo_cli.evaluation.scores import Table
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.reporting.plots import ON_PAPER, quieten
-from dpo_cli.utils.files import whole_file
+from dpo_cli.utils.files import atomic_write
 
 Point = Mapping[str, Any]
 LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # nats, at which methods are compared
@@ -133,7 +133,7 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
         axes.plot(*_columns(mine), "o", color=colour, ms=3.5, alpha=0.6)
         band = np.array([student(column) or (np.nan, np.nan) for column in curve.T])
         axes.fill_between(levels, *band.T, color=colour, alpha=0.12, lw=0)
-    with rc_context({"font.size": 10}), whole_file(file) as temporary:
+    with rc_context({"font.size": 10}), atomic_write(file) as temporary:
         quieten(axes, ON_PAPER, "")
         axes.set_xlabel("KL from the reference, nats a completion (the scale is of its root)", color=muted)
         axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))

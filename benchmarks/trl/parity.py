@@ -1,6 +1,6 @@
 """Train the same pairs here and with TRL's DPOTrainer, and show how far the numbers lie apart.
 
-    python -m benchmarks.trl_parity --data pairs.jsonl --columns prompt=instruction --rows 16 --steps 4
+    python -m benchmarks.trl.parity --data pairs.jsonl --columns prompt=instruction --rows 16 --steps 4
 
 Both sides get the same start weights, the same rows as strings in the same order, float32 and the same optimizer and
 schedule; each runs its own loop. Rows that cannot be used or would be truncated are passed over: the two truncate
@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from trl import DPOTrainer
 
-from benchmarks.cases import Record, as_record, step_order, usable_rows, write_records
-from benchmarks.theirs import make_trainer, pairs_of, trl_config
+from benchmarks.trl.cases import Record, as_record, step_order, usable_rows, write_records
+from benchmarks.trl.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.loop import train
 from dpo_cli.utils.console import Reporter
+from trl import DPOTrainer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Speed and numbers, side by side with TRL's DPOTrainer."""
