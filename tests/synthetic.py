@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_cli.evaluation.diagnostics import judged
 from dpo_cli.evaluation.scores import Distributions, Evaluation, Scores, ShownPair, Token, means, values
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from tests.conftest import SAMPLE
 
 WORDS = re.compile(r" ?[\w'’]{1,6}|\s|[^\w\s]")

@@ -12,7 +12,7 @@ import pytest
 from dpo_cli.evaluation.diagnostics import ENOUGH, ROWS, judged, suspects, verdict
 from dpo_cli.evaluation.margins import sections
 from dpo_cli.evaluation.scores import Distributions, Scores
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.utils.files import to_json
 from tests.test_margins import make_scores
 

@@ -19,7 +19,7 @@ from dpo_cli.data.pairs import Pair, Pairs, carries_loss, model_input_ids
 from dpo_cli.evaluation.drift import COLUMNS, FOLD, TOP, Compared, TokenFile, Watch, compare, divergences, record, score
 from dpo_cli.evaluation.outcome import scores_of
 from dpo_cli.evaluation.scores import Scores, values
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter

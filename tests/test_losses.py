@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_cli.losses.preference import DIVERGENCES, LOSSES, Loss, Objective, Preferences, divergence, objective_of
+from dpo_cli.losses.objective import Objective, parse_objective
+from dpo_cli.losses.preference import DIVERGENCES, LOSSES, Loss, Preferences, divergence
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import sigmoid_loss
 
@@ -196,7 +197,7 @@ def test_every_gradient_is_that_of_its_value(name: str, f_divergence: str) -> No
     if f_divergence != "reverse_kl" and "f_divergence" not in LOSSES[name].reads:
         return
     eps = 0.1 if "label_smoothing" in LOSSES[name].reads else 0.0
-    objective, p = objective_of(name, beta=0.4, label_smoothing=eps, f_divergence=f_divergence), pairs_of(5)
+    objective, p = parse_objective(name, beta=0.4, label_smoothing=eps, f_divergence=f_divergence), pairs_of(5)
 
     def compute(logps: Tensor, whole: Tensor) -> Tensor:
         return objective(dataclasses.replace(p, logps=logps, whole=whole))
@@ -208,7 +209,7 @@ def test_every_gradient_is_that_of_its_value(name: str, f_divergence: str) -> No
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if not loss.couples])
 def test_a_pairs_loss_is_its_own_times_its_weight(name: str) -> None:
     eps = 0.1 if name == "exo_pair" else 0.0
-    objective, p = objective_of(name, label_smoothing=eps), pairs_of(4)
+    objective, p = parse_objective(name, label_smoothing=eps), pairs_of(4)
     one = [dataclasses.replace(p, weights=1.0, margins=p.margins[i : i + 1], **of(p, i)) for i in range(4)]
     alone = torch.cat([objective(each) for each in one])
     torch.testing.assert_close(objective(p), p.weights * alone)
@@ -243,7 +244,7 @@ def test_every_loss_is_finite_far_from_the_reference(name: str) -> None:
     for far in (1000.0, -1000.0):
         logps = (torch.tensor([-1001.0, -1001.0]) + torch.tensor([far, -far])).clamp(max=0).requires_grad_()
         p = Preferences(logps, torch.full((2,), -1001.0), torch.ones(2), logps, 1.0)
-        loss = objective_of(name, label_smoothing=eps)(p).sum()
+        loss = parse_objective(name, label_smoothing=eps)(p).sum()
         (gradient,) = torch.autograd.grad(loss, logps)
         assert gradient.isfinite().all() and (loss.isfinite() or name == "discopop")  # e^200 is no float32
 
@@ -262,23 +263,23 @@ def test_f_divergences_by_hand(name: str, wanted: float) -> None:
 def test_f_divergences_of_responses_that_became_very_rare_are_finite(name: str) -> None:
     """e^100 is no float32, of which the difference of two would be no number."""
     logps = torch.full((2,), -200.0, requires_grad=True)
-    loss = objective_of(f_divergence=name)(Preferences(logps, logps.detach() + 100, torch.ones(2), logps, 1.0)).sum()
+    loss = parse_objective(f_divergence=name)(Preferences(logps, logps.detach() + 100, torch.ones(2), logps, 1.0)).sum()
     (gradient,) = torch.autograd.grad(loss, logps)
     assert float(loss.detach()) == pytest.approx(math.log(2)) and gradient.isfinite().all()
 
 
 def test_what_sft_does_not_read_is_no_obstacle() -> None:
-    made = objective_of("sigmoid,sft", label_smoothing=0.1, f_divergence="js_divergence")
-    assert made.ignored_by("margins") is None and objective_of("sigmoid,ipo").ignored_by("margins") == "ipo"
+    made = parse_objective("sigmoid,sft", label_smoothing=0.1, f_divergence="js_divergence")
+    assert made.ignored_by("margins") is None and parse_objective("sigmoid,ipo").ignored_by("margins") == "ipo"
 
 
 def test_a_combination_is_the_weighted_sum() -> None:
     p = pairs_of(6)
     parts = [Objective({name: 1.0})(p) for name in ("sigmoid", "ipo", "sft")]
     torch.testing.assert_close(
-        objective_of("sigmoid=2, ipo=0.5,sft=1e-1")(p), 2 * parts[0] + 0.5 * parts[1] + 0.1 * parts[2]
+        parse_objective("sigmoid=2, ipo=0.5,sft=1e-1")(p), 2 * parts[0] + 0.5 * parts[1] + 0.1 * parts[2]
     )
-    assert objective_of("sigmoid,sft=0.2").name == "sigmoid=1,sft=0.2"
+    assert parse_objective("sigmoid,sft=0.2").name == "sigmoid=1,sft=0.2"
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ def test_a_combination_is_the_weighted_sum() -> None:
 )  # fmt: skip
 def test_what_does_not_fit_together_is_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        objective_of(**options)
+        parse_objective(**options)
     assert told in str(caught.value)
 
 

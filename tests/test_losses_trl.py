@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from dpo_cli.losses.preference import LOSSES, Objective, Preferences, objective_of
+from dpo_cli.losses.objective import Objective, parse_objective
+from dpo_cli.losses.preference import LOSSES, Preferences
 from dpo_cli.models.logprobs import Said
 
 PAIRS, WIDTH, BETA = 7, 24, 0.3
@@ -117,7 +118,7 @@ def test_all_of_theirs_are_compared() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_losses(name: str) -> None:
     eps = EPS.get(name, 0.0)
-    check(make_tokens(), objective_of(name, beta=BETA, label_smoothing=eps), loss_types=[name], label_smoothing=eps)
+    check(make_tokens(), parse_objective(name, beta=BETA, label_smoothing=eps), loss_types=[name], label_smoothing=eps)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence", "alpha_divergence=1.5"])
@@ -125,7 +126,7 @@ def test_losses(name: str) -> None:
 def test_f_divergences(name: str, divergence: str) -> None:
     kind, _, alpha = divergence.partition("=")
     eps = EPS.get(name, 0.0)
-    objective = objective_of(name, beta=BETA, label_smoothing=eps, f_divergence=divergence)
+    objective = parse_objective(name, beta=BETA, label_smoothing=eps, f_divergence=divergence)
     about = {"f_divergence_type": kind, "f_alpha_divergence_coef": float(alpha or 0.5), "label_smoothing": eps}
     tokens = make_tokens(torch.float32)  # theirs knows no other
     (got, gradient), (wanted, their_gradient) = ours(tokens, objective), theirs(tokens, loss_types=[name], **about)
@@ -137,7 +138,7 @@ def test_f_divergences(name: str, divergence: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "sft"])
 def test_ld_dpo(name: str, alpha: float) -> None:
     eps = EPS.get(name, 0.0)
-    objective = objective_of(name, beta=BETA, label_smoothing=eps, ld_alpha=alpha)
+    objective = parse_objective(name, beta=BETA, label_smoothing=eps, ld_alpha=alpha)
     check(make_tokens(), objective, loss_types=[name], label_smoothing=eps, ld_alpha=alpha)
 
 
@@ -148,7 +149,7 @@ NO_WPO = ("hinge", "aot", "aot_unpaired", "sft")
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_WPO])
 def test_wpo(name: str) -> None:
     eps = EPS.get(name, 0.0)
-    objective = objective_of(name, beta=BETA, label_smoothing=eps, wpo=True)
+    objective = parse_objective(name, beta=BETA, label_smoothing=eps, wpo=True)
     tokens = make_tokens()
     tokens.collisions += 0.3 * tokens.mask  # weights around 1
     check(tokens, objective, loss_types=[name], label_smoothing=eps, use_weighting=True)
@@ -163,7 +164,7 @@ def test_wpo(name: str) -> None:
     ],
 )
 def test_combinations(loss: str, more: dict[str, Any]) -> None:
-    objective = objective_of(loss, beta=BETA, **more)
+    objective = parse_objective(loss, beta=BETA, **more)
     names = {"f_divergence_type" if name == "f_divergence" else name: value for name, value in more.items()}
     weights = list(objective.terms.values())
     check(make_tokens(), objective, loss_types=list(objective.terms), loss_weights=weights, **names)

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from dpo_cli.evaluation.margins import compared, sections
 from dpo_cli.evaluation.scores import Distributions, Scores, means, values
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.reporting.text import as_text
 from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.files import to_json

@@ -19,7 +19,7 @@ from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.diagnostics import suspects, verdict
 from dpo_cli.evaluation.margins import sections
 from dpo_cli.evaluation.scores import Distributions, Scores
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.logprobs import ModelRunner, Said, hidden_states
 from tests.conftest import make_model, sigmoid_loss
 

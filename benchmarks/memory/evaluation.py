@@ -35,7 +35,7 @@ from dpo_cli.data.token_cache import Tokenized
 from dpo_cli.evaluation import drift
 from dpo_cli.evaluation.drift import Watch
 from dpo_cli.evaluation.outcome import evaluation, scores_of
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.loading import compute_dtype, default_device, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model

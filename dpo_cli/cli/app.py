@@ -377,9 +377,9 @@ def check(*, flags: dict[str, Any], voice: Voice, config: ConfigFile = None, jso
 @app.command()
 def losses(json_: Json = False, debug: Debug = False) -> None:
     """List what --loss knows: formulas, when to use which, papers."""
-    from dpo_cli.losses.preference import as_text, listed
+    from dpo_cli.losses.objective import as_text, list_losses
 
-    _guarded(lambda: _show(listed(), json_, as_text), debug)
+    _guarded(lambda: _show(list_losses(), json_, as_text), debug)
 
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look after cached reference log-probs and pairs.")

@@ -13,7 +13,8 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
-from dpo_cli.losses.preference import DIVERGENCES, LOSSES, Objective, divergence, objective_of
+from dpo_cli.losses.objective import Objective, parse_objective
+from dpo_cli.losses.preference import DIVERGENCES, LOSSES, divergence
 from dpo_cli.utils.errors import UsageError, did_you_mean, name_beside
 
 CACHE_DIR = Path("~/.cache/dpo")
@@ -390,7 +391,7 @@ class TrainOptions(WeightsOptions):
     def objective(self) -> Objective:
         """What is minimised."""
         names = ("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo")
-        return objective_of(self.loss, self.loss_options, **{name: getattr(self, name) for name in names})
+        return parse_objective(self.loss, self.loss_options, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -447,7 +448,7 @@ class SweepOptions(SampleOptions, TrainOptions):
             raise UsageError("--eval-fraction: a sweep compares its runs on --eval-data; leave it out")
         if self.push_to_hub:
             raise UsageError(f"--push-to-hub {self.push_to_hub}: a sweep trains several models; dpo push uploads one")
-        if not self.objective.reads("beta"):
+        if not self.objective.uses("beta"):
             raise UsageError(f"--loss {self.loss}: reads no beta, so there is nothing to compare")
         if self.reward and not self.samples:
             raise UsageError(f"--reward {self.reward}: it judges sampled answers; add --samples, for example 4")

@@ -167,7 +167,7 @@ def _memorised(
     The start is what the run measured at step 0, of other pairs ln 2, where the loss begins there.
     """
     known = {line["step"]: line["eval_loss"] for line in history if held_out and line.get("eval_loss") is not None}
-    plain = scores.objective.plain and bool((scores.terms == (1, 0)).all())
+    plain = scores.objective.is_vanilla_dpo and bool((scores.terms == (1, 0)).all())
     start = known.get(0, math.log(2) if plain else math.inf)
     losses = [line["loss"] for line in trained]
     last, now = float(np.mean(losses[-LINES:])), float(scores.losses.mean())
@@ -369,7 +369,7 @@ def _label_noise(scores: Scores) -> Finding | None:
     if len(places) < FLIPS or share < FLIPPED:
         return None
     margins, unit, digits = gap_of(scores.gains), "nats", 1
-    if scores.objective.averaged:
+    if scores.objective.length_normalized:
         unit, digits = "nats a token", 2
     text = (
         f"In {len(places):,} of {len(scores.where):,} pairs ({share:.1%}) the reference finds the rejected response "

@@ -28,7 +28,7 @@ from torch import Tensor
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation.scores import Distributions
-from dpo_cli.models.logprobs import Head, ModelRunner, head_pieces
+from dpo_cli.models.logprobs import Head, ModelRunner, max_logit_rows, split_pairs
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from dpo_cli.utils.files import writing
@@ -148,7 +148,7 @@ class Compared:
 def score(scorer: ModelRunner, pairs: Pairs, watch: Watch) -> Tensor | None:
     """Log-probs of all pairs: (P, 2) float32 nats on the host, chosen and rejected; None when it was stopped."""
     table = torch.full((len(pairs), 2), math.nan)
-    for places, (logps, _) in _watched(scorer, pairs, lambda _, batch: scorer.scored(batch), watch):
+    for places, logps in _watched(scorer, pairs, lambda _, batch: scorer.response_logps(batch), watch):
         table[list(places)] = logps.view(2, -1).T.cpu()
     return None if watch.stopped() else table
 
@@ -160,7 +160,7 @@ def record(scorer: ModelRunner, pairs: Pairs, folder: Path, watch: Watch) -> Rec
         NotWrittenError: the disk has no room for it and for what ``compare`` will write.
     """
     kept: list[TokenFile] = []
-    for places, states in _watched(scorer, pairs, lambda _, batch: scorer.states(batch), watch):
+    for places, states in _watched(scorer, pairs, lambda _, batch: scorer.body(batch).head_inputs(), watch):
         if not kept:
             kept.append(TokenFile(pairs, states.shape[1], states.dtype, folder, 4 * len(COLUMNS)))
         kept[0].write(places, states)
@@ -193,7 +193,7 @@ def compare(
 
     def both(places: Sequence[int], batch: MicroBatch) -> Tensor:
         other = recorded.states.read(places).to(scorer.device)
-        states = other if same else scorer.states(batch)
+        states = other if same else scorer.body(batch).head_inputs()
         return torch.cat([*_columns(scorer, batch, states, other, there, policy_runs)]).cpu()
 
     for places, rows in _watched(scorer, pairs, both, watch):
@@ -235,7 +235,7 @@ def _columns(
 
     Each head meets the same tokens at a time as when it scores, so that the log-probs are equal to the bit.
     """
-    for _, tokens in head_pieces(scorer.model, batch):
+    for _, tokens in split_pairs(batch.pair_tokens, max_logit_rows(scorer.model)):
         here, elsewhere = scorer.head.logits(states[tokens]), there.logits(other[tokens])  # (n, V)
         if here.shape != elsewhere.shape:
             sizes = f"{here.shape[1]:,} and {elsewhere.shape[1]:,}"

@@ -28,7 +28,7 @@ from dpo_cli.evaluation.margins import compared as compare_scores
 from dpo_cli.evaluation.metrics import best_step, evaluations, read_metrics
 from dpo_cli.evaluation.outcome import evaluation, loss_input, policy_read, scores_of
 from dpo_cli.evaluation.scores import Evaluation, LossInput
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint, same_weights
 from dpo_cli.models.loading import compile_layers, default_device, dtype_name, load_model, release
 from dpo_cli.models.locate import ModelSource, start_model
@@ -246,9 +246,13 @@ class _Judge:
     def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: ModelRunner) -> Tensor:
         """Log-probs under the reference (P, 2) as LD-DPO reads them: of the cache, where it has all of them."""
         alpha = self.objective.ld_alpha
-        if alpha is None:
+        if alpha == 1:
             return logps
-        return scorer.read(self.pairs, alpha).discounted if logps.isnan().any() else cache.discounted(self.pairs, alpha)
+        if not logps.isnan().any():
+            return cache.weighted(self.pairs, alpha)
+        read = policy_read(scorer, self.pairs, dataclasses.replace(self.objective, wpo=False))
+        assert read is not None
+        return torch.from_numpy(read.logps)
 
     def _watch(self, what: str) -> Watch:
         return Watch(self.reporter, what)

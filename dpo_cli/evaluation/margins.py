@@ -28,7 +28,7 @@ from dpo_cli.evaluation.statistics import (
     spearman,
     standardised_mean,
 )
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.formatting import nice
 
@@ -90,13 +90,13 @@ def _not_compared(a: Objective, b: Objective) -> dict[str, str]:
     if a != dataclasses.replace(b, beta=a.beta):
         more = "" if a.name != b.name else ", with other options"
         found["loss"] = f"a's is of --loss {a.name}, b's of --loss {b.name}{more}: they have no unit in common"
-    if (a.reference, a.averaged) != (b.reference, b.averaged):
+    if (a.reference, a.length_normalized) != (b.reference, b.length_normalized):
         found["rewards"] = f"a's are of {_gained(a)}, b's of {_gained(b)}: they have no unit in common"
     return found
 
 
 def _gained(objective: Objective) -> str:
-    return f"{'log-ratios' if objective.reference else 'log-probs'}{' a token' * objective.averaged}"
+    return f"{'log-ratios' if objective.reference else 'log-probs'}{' a token' * objective.length_normalized}"
 
 
 # ---- intervals --------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pairs, model_input_ids
 from dpo_cli.evaluation.diagnostics import verdict
 from dpo_cli.evaluation.drift import Compared
@@ -19,24 +21,35 @@ from dpo_cli.evaluation.examples import drift_tokens, shown_pairs
 from dpo_cli.evaluation.margins import sections
 from dpo_cli.evaluation.metrics import step_rewards
 from dpo_cli.evaluation.scores import Evaluation, LossInput, Scores, values
-from dpo_cli.losses.preference import Objective
-from dpo_cli.models.logprobs import ModelRunner, Read
+from dpo_cli.losses.objective import Objective
+from dpo_cli.losses.preference import Preferences
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.quality.checks import thinks
 
 
-def policy_read(scorer: ModelRunner, pairs: Pairs, objective: Objective) -> Read | None:
-    """What the objective reads of the policy's tokens, by one more pass over the pairs; None where it reads nothing."""
-    if not objective.by_tokens:
+def policy_read(runner: ModelRunner, pairs: Pairs, objective: Objective) -> LossInput | None:
+    """What the objective reads of the policy's tokens, by one more pass; None where log-probs are all that it reads.
+
+    The reference's side is still that of the policy.
+    """
+    if objective.ld_alpha == 1 and not objective.wpo:
         return None
-    return dataclasses.replace(scorer, wpo=objective.wpo).read(pairs, objective.ld_alpha)
+    logps, likelihoods = torch.empty(len(pairs), 2), torch.empty(len(pairs))
+
+    def compute(_: Sequence[int], batch: MicroBatch) -> Preferences:
+        batch = dataclasses.replace(batch, weights=torch.ones_like(batch.weights))
+        return Preferences.concatenate([*runner.body(batch).head_pieces(objective.wpo)])
+
+    for places, found in runner.forwards(pairs, compute, ld_alpha=objective.ld_alpha):
+        logps[list(places)] = found.logps.view(2, -1).T.cpu()
+        likelihoods[list(places)] = torch.as_tensor(found.weights).cpu()
+    table = logps.double().numpy()
+    return LossInput(table, table, likelihoods.double().numpy())
 
 
-def loss_input(read: Read | None, reference: Tensor) -> LossInput | None:
-    """That, with the reference as the loss reads it, (P, 2); None where log-probs are all that it reads."""
-    if read is None:
-        return None
-    tables = (read.discounted, reference, read.likelihoods)
-    return LossInput(*(table.double().numpy() for table in tables))
+def loss_input(read: LossInput | None, reference: Tensor) -> LossInput | None:
+    """That, with the reference as the loss reads it, (P, 2)."""
+    return read and dataclasses.replace(read, ref_logps=reference.double().numpy())
 
 
 def scores_of(

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_cli.losses.preference import Objective, Preferences
+from dpo_cli.losses.objective import Objective
+from dpo_cli.losses.preference import Preferences
 
 Table = npt.NDArray[np.float64]
 Groups = npt.NDArray[np.int64]
@@ -81,7 +82,7 @@ class Scores:
     def gains(self) -> Table:
         """What beta makes rewards of: log-ratios; without a reference log-probs, for some losses a token's. (P, 2)."""
         gains = self.logratios if self.objective.reference else self.logps
-        return gains / self.tokens if self.objective.averaged else gains
+        return gains / self.tokens if self.objective.length_normalized else gains
 
     @property
     def rewards(self) -> Table:
@@ -96,7 +97,7 @@ class Scores:
     @property
     def tie(self) -> Table | float:
         """What two gains of a pair may differ by from arithmetic alone."""
-        return TIE / self.tokens.min(1) if self.objective.averaged else TIE
+        return TIE / self.tokens.min(1) if self.objective.length_normalized else TIE
 
     @property
     def wins(self) -> Table:

@@ -23,7 +23,7 @@ class Objective:
     beta: float = 0.1
     label_smoothing: float = 0.0
     f_divergence: str = "reverse_kl"
-    ld_alpha: float | None = None  # LD-DPO: weight of the tokens beyond the length of the shorter response
+    ld_alpha: float = 1.0  # LD-DPO: weight of the tokens beyond the length of the shorter response
     wpo: bool = False  # WPO: weight pairs by how likely the policy itself finds their responses
     options: Mapping[str, float] = field(default_factory=dict)
 
@@ -73,6 +73,9 @@ class Objective:
         return next((loss.name for loss in comparing if name not in loss.reads), None)
 
 
+DPO = Objective()
+
+
 def list_losses() -> dict[str, Any]:
     """`dpo losses`: the description of each loss."""
     return {
@@ -115,7 +118,8 @@ def parse_objective(
         UsageError: an unknown loss or loss option, or an option that the losses would ignore.
     """
     terms, options = _parse_terms(loss), _parse_numbers("--loss-options", loss_options or "")
-    objective = Objective(terms, beta, label_smoothing, f_divergence, ld_alpha, wpo, options)
+    alpha = 1.0 if ld_alpha is None else ld_alpha
+    objective = Objective(terms, beta, label_smoothing, f_divergence, alpha, wpo, options)
     _check_loss_options(objective, f"--loss-options {loss_options}")
     for each in objective.losses:
         if each.reads.get("label_smoothing") is inspect.Parameter.empty and not label_smoothing:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpo_cli.data.collate import length_weights
 from dpo_cli.data.pairs import Ids, Pair, Pairs, count_loss_tokens
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference import shards
@@ -72,25 +73,25 @@ class ReferenceCache:
         values = [self.values.get(key, math.nan) for pair in pairs for key in pair_keys(pair)]
         return torch.tensor(values, dtype=torch.float32).view(-1, 2)
 
-    def discounted(self, pairs: Pairs, alpha: float) -> Tensor:
-        """Log-probs as LD-DPO reads them: (P, 2) nats; tokens beyond the shorter response count ``alpha`` times.
+    def weighted(self, pairs: Pairs, alpha: float) -> Tensor:
+        """Log-probs with the token weights of LD-DPO, see ``length_weights``: (P, 2) nats.
 
         Raises:
-            DpoError: the shards have lost some since they were looked up.
+            DpoError: entries were removed since they were looked up.
         """
-        shared, found = pairs.loss_lengths.min(1).tolist(), torch.full((len(pairs), 2), torch.nan)
+        lengths, logps = pairs.loss_lengths, torch.full((len(pairs), 2), torch.nan)
         wanted: dict[bytes, list[tuple[int, int]]] = {}
         for place, pair in enumerate(pairs):
             for side, key in enumerate(pair_keys(pair)):
                 wanted.setdefault(key, []).append((place, side))
         for key, token_logps in shards.responses(self.folder):
             for place, side in wanted.get(key, ()):
-                until, beyond = token_logps.double().tensor_split([shared[place]])
-                found[place, side] = until.sum() + alpha * beyond.sum()
-        found = distributed.all_reduce_known(found)
-        if found.isnan().any():
+                weights = length_weights(torch.from_numpy(lengths[place]), alpha).split(lengths[place].tolist())[side]
+                logps[place, side] = (token_logps * weights).double().sum()
+        logps = distributed.all_reduce_known(logps)
+        if logps.isnan().any():
             raise DpoError(f"{self.folder}: log-probs were removed while they were read; start again")
-        return found
+        return logps
 
     def open_for_writing(self) -> None:
         """Make the folder ready for shards, and remove what killed processes left there.

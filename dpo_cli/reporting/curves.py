@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_cli.evaluation.scores import SIDES
-from dpo_cli.losses.preference import DPO, Objective
+from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.reporting.plots import Colours, Column, Plot, limits, quieten, write_png
 from dpo_cli.utils.formatting import is_number, number, percent, share_tick, tick
 
@@ -114,7 +114,7 @@ def curves(history: History, objective: Objective = DPO) -> list[Plot]:
     """A plot of each quantity that the history has: training lines, and held-out ones (``eval_`` names) over them."""
     found = []
     for curve in CURVES:
-        if curve.name == "loss" and objective.plain:
+        if curve.name == "loss" and objective.is_vanilla_dpo:
             dashed = f"Dashed: ln 2, the reference's own, but for weights and margins of the pairs. {curve.caption}"
             curve = dataclasses.replace(curve, level=math.log(2), caption=dashed)
         named = curve.names.items()

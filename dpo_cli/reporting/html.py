@@ -21,7 +21,7 @@ from jinja2 import Environment, Template
 from markupsafe import Markup
 
 from dpo_cli.evaluation.scores import Evaluation, ShownPair, Token
-from dpo_cli.losses.preference import DPO, Objective
+from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.reporting.charts import charts
 from dpo_cli.reporting.curves import curves
 from dpo_cli.reporting.plots import Plot, svg
@@ -141,9 +141,13 @@ def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[Headl
         return found
 
     sides = ("chosen", "rejected")
-    meaning = {"loss": f"Of --loss {objective.name}, as the policy was trained."} if not objective.plain else {}
+    meaning = (
+        {"loss": f"Of --loss {objective.name}, as the policy was trained."} if not objective.is_vanilla_dpo else {}
+    )
     if not objective.reference:
-        meaning["rewards"] = f"Beta times the log-prob{' a token' * objective.averaged}: the loss reads no reference."
+        meaning["rewards"] = (
+            f"Beta times the log-prob{' a token' * objective.length_normalized}: the loss reads no reference."
+        )
     meaning = _MEANING | meaning
     items = [
         Headline("Accuracy", figures({"rewards/accuracies": ""}, percent), _MEANING["accuracy"]),

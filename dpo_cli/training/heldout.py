@@ -48,9 +48,7 @@ class HeldOut:
         self.recorded: Recorded | None = None
         if run.reference:
             self.recorded = run.reference.recorded
-        self.discounted = self.reference  # as LD-DPO reads it
-        if run.options.ld_alpha is not None and run.cache:
-            self.discounted = run.cache.discounted(run.held_out, run.options.ld_alpha)
+        self.weighted = run.weighted_ref_logps(run.held_out, reference)
 
     @property
     def metrics(self) -> Path:
@@ -72,7 +70,7 @@ class HeldOut:
             watch = Watch(self.reporter, "reference")
             self.recorded = drift.record(run.scorer, run.held_out, run.options.cache_dir, watch)
         if not run.options.objective.reference:
-            self.reference = self.discounted = torch.full((len(run.held_out), 2), math.nan)
+            self.reference = self.weighted = torch.full((len(run.held_out), 2), math.nan)
 
     def evaluate(
         self, step: int, scorer: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
@@ -99,7 +97,7 @@ class HeldOut:
             reference = compared.ref_logps
         agreed = distributed.on_rank_0 if scorer.sharded else _alone
         history = agreed(self._history)
-        read = loss_input(policy_read(scorer, run.held_out, objective), self.discounted)
+        read = loss_input(policy_read(scorer, run.held_out, objective), self.weighted)
         scores = scores_of(run.held_out, policy, reference, objective, compared, read, history)
         found, known = agreed(lambda: values(scores)), evaluations(history)
         if (metric := run.options.save_best) and best_step(known | {step: found}, metric) == step:
