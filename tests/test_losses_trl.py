@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
+from dpo_cli.data.collate import length_weights
 from dpo_cli.losses.objective import Objective, parse_objective
 from dpo_cli.losses.preference import LOSSES, Preferences
-from dpo_cli.models.logprobs import Said
+from dpo_cli.models.logprobs import response_logps
 
 PAIRS, WIDTH, BETA = 7, 24, 0.3
 NAMES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 OF_DIVERGENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
-EPS = {"exo_pair": 0.01, "robust": 0.1, "aot": 0.1, "aot_unpaired": 0.1}  # those where TRL reads it, too
+EPS = {"exo_pair": 0.01, "robust": 0.1}  # those where TRL reads it, too
 
 
 @dataclasses.dataclass
@@ -86,16 +87,23 @@ def ours(tokens: Tokens, objective: Objective) -> tuple[float, Tensor]:
         order = [row for pair in range(PAIRS) for row in (pair, PAIRS + pair)]
         return torch.cat([table[row][tokens.mask[row]] for row in order])
 
-    lengths = tokens.mask.sum(1).view(2, -1).T.reshape(-1)
-    said = Said(flat(leaf), lengths, flat(tokens.collisions) if objective.wpo else None)
-    reference = Said(flat(tokens.reference), lengths)
+    def order(lengths: Tensor) -> Tensor:  # the same
+        return lengths.view(2, -1).T.reshape(-1)
+
+    lengths = tokens.mask.sum(1)  # chosen first
+    token_weights = length_weights(order(lengths), objective.ld_alpha)
+
+    def logps(table: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+        return response_logps(flat(table) * weights, order(lengths))
+
+    aligned = ((logps(leaf.detach()) - logps(tokens.collisions)) / lengths).exp().chunk(2)
     pairs = Preferences(
-        logps=said.discounted(objective.ld_alpha),
-        ref_logps=reference.discounted(objective.ld_alpha),
-        lengths=said.tokens,
-        whole=said.logps,
-        tokens=float(said.tokens[:PAIRS].double().mean()),
-        weights=said.likelihoods(),
+        logps=logps(leaf, token_weights),
+        ref_logps=logps(tokens.reference, token_weights),
+        lengths=lengths,
+        full_logps=logps(leaf),
+        mean_chosen_length=float(lengths[:PAIRS].double().mean()),
+        weights=aligned[0] * aligned[1] if objective.wpo else 1.0,
     )
     loss = objective(pairs).mean()
     (gradient,) = torch.autograd.grad(loss, leaf)
@@ -111,7 +119,7 @@ def check(tokens: Tokens, objective: Objective, **options: Any) -> None:
 
 def test_all_of_theirs_are_compared() -> None:
     text = " ".join((DPOConfig.__doc__ or "").split("loss_type (")[1].split("loss_weights (")[0].split())
-    assert all(f"`'{name}'`" in text for name in NAMES) and text.count("`'") == len(NAMES)
+    assert all(f"`'{name}'`" in text for name in NAMES) and text.count("`'") == len(NAMES) + 2  # aot, aot_unpaired
     assert set(NAMES) <= set(LOSSES)
 
 
@@ -143,7 +151,7 @@ def test_ld_dpo(name: str, alpha: float) -> None:
 
 
 # Theirs cannot: hinge's gradient, whose value they overwrite. They weight the mean of sft, here its pairs are weighted.
-NO_WPO = ("hinge", "aot", "aot_unpaired", "sft")
+NO_WPO = ("hinge", "sft")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_WPO])
@@ -159,7 +167,7 @@ def test_wpo(name: str) -> None:
     ("loss", "more"),
     [
         ("sigmoid=0.8,bco_pair=0.2,sft=1", {}),  # MPO
-        ("aot=1,sft=0.2", {"ld_alpha": 0.3}),
+        ("ipo=1,sft=0.2", {"ld_alpha": 0.3}),
         ("sigmoid=1,sft=0.5", {"f_divergence": "js_divergence"}),
     ],
 )

@@ -20,7 +20,7 @@ from dpo_cli.evaluation.scores import Scores, values
 from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.logprobs import response_logps, target_logps
-from dpo_cli.training.step import learning_rate
+from dpo_cli.training.optimizer import learning_rate
 from tests.conftest import ROOT, sigmoid_loss
 
 QUOTES = re.findall(

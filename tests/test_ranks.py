@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from benchmarks.memory import hosts, scale
 from dpo_cli.cli.app import app
 from dpo_cli.reference.shards import read_folder
-from dpo_cli.training.step import StopSignal
+from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
 from tests.conftest import LONG, ROOT, SAMPLE, cli_environment, make_model

@@ -24,8 +24,9 @@ from dpo_cli.evaluation.reward import Reward, load_reward
 from dpo_cli.reporting.frontier import frontier
 from dpo_cli.reporting.plots import svg, write_svg
 from dpo_cli.training import prepare
+from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.loop import train
-from dpo_cli.training.step import StopSignal, Trainer
+from dpo_cli.training.step import Trainer
 from dpo_cli.training.sweep import as_text
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import SAMPLE, make_model, write_rows
