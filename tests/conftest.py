@@ -229,9 +229,11 @@ def dpo_process(tmp_path: Path) -> Cli:
     return run
 
 
-@pytest.fixture
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the pictures of reports empty: to draw them takes half of a tiny training."""
+@pytest.fixture(autouse=True)
+def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the pictures of reports empty: drawing them takes most of a tiny training. ``pictures`` marks who looks."""
+    if request.node.get_closest_marker("pictures"):
+        return
     from matplotlib.figure import Figure
 
     def save(_self: Figure, file: Any, **_how: Any) -> None:

@@ -27,8 +27,6 @@ from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model, make_tokenizer, write_rows
 from tests.test_adapters import Place, no_reports, plain_logps  # noqa: F401  # a fixture
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 NATS = {"rtol": 0, "atol": 1e-4}
 ATTENTION = ["q_proj", "v_proj"]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}

@@ -39,8 +39,6 @@ from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 IDS = torch.arange(3, 40)[None]
 ROWS = 14
 

@@ -14,7 +14,7 @@ from dpo_cli.reporting.html import ReportInput, shown, write_report
 from tests.payloads import PAYLOADS, report_of
 from tests.synthetic import make_evaluation, make_history
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.pictures]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 THEMES = ("light", "dark")
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}

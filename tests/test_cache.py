@@ -58,8 +58,6 @@ from tests.test_reference import (
     shards,
 )
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 DAY = 24 * 60 * 60.0
 LINES = {1, 2, 3, 4, 5, 6}  # of the file of rows; the last is a conversation of several turns, the fifth has a system
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from dpo_cli.data.formats import BadRow, Reading, read_rows
-from dpo_cli.data.records import find_sources
+from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.utils.errors import RowError
 from tests.conftest import size, write_rows

@@ -22,30 +22,15 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import CheckOptions
 from dpo_cli.data.formats import Reading, Row
-from dpo_cli.data.records import REST, find_sources
-from dpo_cli.quality import near_duplicates as near
-from dpo_cli.quality.check import as_text, run_check
-from dpo_cli.quality.checks import (
-    RowFindings,
-    Texts,
-    _damage,
-    _without_code,
-    few_edits,
-    is_refusal,
-    next_turn,
-    normalized,
-    same_words,
-    texts_of,
-)
-from dpo_cli.quality.duplicates import contradictions, copies, cycles
-from dpo_cli.quality.issue_types import KINDS
+from dpo_cli.data.sources import find_sources
+from dpo_cli.quality.check import DataCheck, as_text, run_check
+from dpo_cli.quality.checks import ISSUE_TYPES, RowChecks, find_damage, normalize, texts_of
+from dpo_cli.quality.duplicates import find_copies, find_matches
 from dpo_cli.quality.lengths import length_bias
-from dpo_cli.quality.scripts import script_mismatch
-from dpo_cli.quality.survey import Survey
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
 from tests.clean import CLEAN, clean_rows
-from tests.conftest import CHATML, SAMPLE, Cli, write_rows
+from tests.conftest import CHATML, SAMPLE, write_rows
 from tests.planted import Record, get, plant, put
 
 EACH, SEEDS = 20, 5  # defects of every kind in one file; files
@@ -99,9 +84,9 @@ def test_the_sample_data_has_no_problem(tiny: Path, name: str) -> None:
 def test_what_looks_like_a_defect_is_none(tiny: Path, tmp_path: Path, messages: bool) -> None:
     rows = clean_rows(messages)
     found = places(check(tiny, write_rows(tmp_path / "rows.jsonl", rows)))
-    wrong = {kind: [CLEAN[place] for place in at] for kind, at in found.items() if KINDS[kind].problem}
+    wrong = {kind: [CLEAN[place] for place in at] for kind, at in found.items() if ISSUE_TYPES[kind].problem}
     assert len(rows) > 50 and not wrong
-    assert set(found) <= {"few_edits", "control_tokens", "boundary_moved", "length_bias"}
+    assert set(found) <= {"same_words", "control_tokens", "other", "length_bias"}
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train-strings.jsonl"])
@@ -170,114 +155,6 @@ def test_control_tokens_in_messages_are_noted(tiny: Path, tmp_path: Path, train_
 
 # ---- detectors of one row ---------------------------------------------------------------------------------------
 
-LONG = "The quick brown fox jumps over the lazy dog, and then it sleeps in the sun until somebody calls it for supper. "
-
-
-SUM = "If we take away the smaller number from the larger one, what is left is the answer that we were looking for: "
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected"),
-    [
-        ("It is four.", "It is four"),
-        ("Yes, it is", "Yes , it  is !"),
-        ("say “hello”", 'say "hello"'),
-        ("\tA b", "A  b\n"),
-        (LONG, " " + LONG.replace("dog,", "dog")),
-        ("Caf\u00e9, bitte.", "Cafe\u0301, bitte!"),
-    ],
-)
-def test_responses_of_the_same_words(chosen: str, rejected: str) -> None:
-    assert same_words(chosen, rejected)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected"),
-    [
-        ("It is four.", "it is Four"),
-        ("HELLO WORLD", "Hello world"),
-        (LONG + "It is in Paris.", LONG + "It is in Lyon."),
-        (SUM + "x - y", SUM + "x + y"),
-        (SUM + "x < y", SUM + "x > y"),
-        (LONG * 2, LONG * 2 + "Really."),
-        (LONG, LONG.replace("quick", "qiuck")),
-        ("f(x);", "f(x)"),
-        ("for x in y:\n    a()\n    b()", "for x in y:\n    a()\nb()"),
-        ("The function `f` is pure.", "The function `f` is pure"),
-    ],
-)
-def test_responses_that_differ_in_few_characters(chosen: str, rejected: str) -> None:
-    assert same_words(chosen, rejected) is None and few_edits(chosen, rejected)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected"),
-    [
-        ("Yes", "No"),
-        ("It is 4.", "It is 5."),
-        ("3.5", "35"),
-        ("-5", "5"),
-        ("a - b", "a + b"),
-        ("x < y", "x > y"),
-        ("10⁵", "105"),
-        (SUM + "10⁵", SUM + "105"),
-        ("Paris is the capital of France.", "Lyon is the capital of France."),
-        (LONG + "So the answer is (B).", LONG + "So the answer is (C)."),
-        (LONG + "It costs 12 euros.", LONG + "It costs 13 euros."),
-        (LONG * 2 + "That is true.", LONG * 2 + "That is not true."),
-        (LONG, LONG + LONG),
-        ("if (!x)", "if (x)"),
-    ],
-)
-def test_a_small_difference_that_means_something(chosen: str, rejected: str) -> None:
-    assert same_words(chosen, rejected) is None and few_edits(chosen, rejected) is None
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I'm sorry to hear that. Rest, and drink a lot of water.",
-        "I can't wait to help you with this!",
-        "I'm sorry, but I can't help with that. However, you could ask a doctor.",
-        "You cannot open this jar because of the vacuum; I would tap the lid.",
-        "Sorry, I have no idea.",
-        "I would not do that.",
-    ],
-)
-def test_what_is_no_refusal(text: str) -> None:
-    assert not is_refusal(normalized(text))
-
-
-LATIN, CYRILLIC = "Close the tap first, then take out the washer.", "Сначала закройте кран, потом снимите прокладку."
-
-
-@pytest.mark.parametrize(
-    ("question", "chosen", "rejected", "told"),
-    [
-        ("Which tap do I close before I mend it?", CYRILLIC, LATIN, "prompt Latin, chosen Cyrillic"),
-        ("Какой кран мне закрыть, чтобы его починить?", CYRILLIC, LATIN, "prompt Cyrillic, rejected Latin"),
-        (
-            "Which tap do I close — “left” or “right”?",
-            LATIN,
-            "先把水龙头关上，然后取下垫圈。",
-            "prompt Latin, rejected Chinese or Japanese",
-        ),
-        ("Which tap do I close, and how do I say it in Russian?", CYRILLIC, LATIN, None),
-        ("Which tap do I close, and how do I say it in French?", CYRILLIC, LATIN, "prompt Latin, chosen Cyrillic"),
-        ("What does «Сначала закройте кран» say to a plumber?", CYRILLIC, LATIN, None),
-        (
-            "Как вывести список файлов в текущей папке на экран?",
-            "```\nimport os\nprint(os.listdir())\n```",
-            CYRILLIC,
-            None,
-        ),
-        ("Naïve café — “quotes” and so on, all in letters of ours", LATIN, LATIN + "…", None),
-        ("Which tap do I close before I mend it?", "да", LATIN, None),
-    ],
-)
-def test_another_script(question: str, chosen: str, rejected: str, told: str | None) -> None:
-    assert script_mismatch(question, chosen, rejected) == told
-
 
 @pytest.mark.parametrize(
     "text",
@@ -301,21 +178,6 @@ def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path)
     assert "markers" not in places(check(tiny, write_rows(tmp_path / "rows.jsonl", [rendered])))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Here is the code:\n```\nprint(1)\n```\n\nHuman: Thanks!",
-        "Note: it is late.\nAll shops are closed by now.\n\nAssistant: Also, it rains.",
-        "It is four.\nUser: And two more?\nAssistant: Six.\nUser: And then?",
-        "It is four.\n\n### Instruction:\nAdd two.\n\n### Response:\nSix.",
-    ],
-)
-def test_a_turn_behind_an_answer(text: str) -> None:
-    assert next_turn("What is it?", _without_code(text))
-    assert not next_turn("Write a dialogue, please.", _without_code(text))
-    assert not next_turn("What is it?", _without_code(f"```\n{text}\n```"))
-
-
 def test_markers_are_those_around_turns(tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(["<think>", "</think>", "<turn>", "<filename>", "<|fim|>"], special_tokens=True)
@@ -323,7 +185,7 @@ def test_markers_are_those_around_turns(tokenizer: Any) -> None:
 
     def found(text: str) -> bool:
         row = Row("", "", "Why?", text, "No.")
-        return "markers" in dict(RowFindings(tokenizer).of(row, texts_of(row), texts_of(row)))
+        return "markers" in RowChecks(tokenizer).issues(row, texts_of(row), texts_of(row))
 
     assert all(map(found, ["a <|im_end|> b", "a <turn>", "Here:\n```\na\n```\n[INST] b", "`a` <|im_start|>user"]))
     assert not any(map(found, ["<think>a</think> b", "-- <filename>", "<|fim|>", "`<turn>`", "```\n[INST]\n```"]))
@@ -340,7 +202,7 @@ def test_markers_are_those_around_turns(tokenizer: Any) -> None:
     ],
 )
 def test_what_is_no_damage(text: str) -> None:
-    assert _damage(text) is None
+    assert find_damage(text) is None
 
 
 HOSTILE = [
@@ -376,76 +238,21 @@ def test_hostile_text_takes_no_time(tokenizer: Any, piece: str) -> None:
     row = Row("", "", "Why?", f"x{text}", f"x{text}y")
     texts = texts_of(row)
     began = time.process_time()
-    plain = Texts(*map(normalized, texts))
-    list(RowFindings(tokenizer).of(row, texts, plain))
-    near.is_near(plain, plain._replace(prompt="Who?"))
-    near.band_keys([plain])
-    assert time.process_time() - began < 20
+    RowChecks(tokenizer).issues(row, texts, normalize(row, texts))
+    assert time.process_time() - began < 5
 
 
 # ---- between rows -----------------------------------------------------------------------------------------------
 
 
-def hashes(*rows: tuple[int, int, int]) -> Any:
-    return np.array(rows, np.uint64)
-
-
-def test_copies_contradictions_and_cycles_by_hand() -> None:
-    rows = hashes((1, 2, 3), (1, 2, 3), (1, 3, 2), (1, 4, 5), (2, 4, 5), (2, 5, 6), (2, 6, 4), (2, 6, 7), (3, 8, 8))
-    everything, none = np.arange(len(rows)), np.zeros(len(rows), bool)
-    assert [each.tolist() for each in copies(rows[:, 0] * 100 + rows[:, 1] * 10 + rows[:, 2], everything, none)] == [
-        [1],
-        [0],
-    ]
-    opposed, others = contradictions(rows, everything)
-    assert opposed.tolist() == [0, 1, 2] and others[2] in (0, 1) and others[0] == others[1] == 2
-    assert cycles(rows, np.setdiff1d(everything, opposed)).tolist() == [4, 5, 6]
-    assert cycles(rows, everything[3:4]).tolist() == []
-
-
-def test_one_cycle_leads_into_another() -> None:
-    rows = [(1, 1, 2), (1, 2, 3), (1, 3, 1), (1, 3, 4), (1, 4, 5), (1, 5, 6), (1, 6, 4), (1, 6, 7), (1, 8, 1)]
-    assert cycles(hashes(*rows), np.arange(len(rows))).tolist() == [0, 1, 2, 4, 5, 6]
-
-
-def test_a_question_that_differs_is_no_near_copy() -> None:
-    long = "You are given a task. Read the question with care and answer it as well as you can. "
-    yes, no = "Yes, that is right.", "No, that is not right."
-    assert not near.is_near(
-        Texts(long * 3 + "is a whale a mammal?", yes, no), Texts(long * 3 + "is a shark a mammal?", yes, no)
-    )
-    assert not near.is_near(Texts(long, LONG + "7", LONG[:50]), Texts(long, LONG + "8", LONG[:50]))
-    assert not near.is_near(Texts(long, LONG, LONG[::-1]), Texts(long, LONG[::-1], LONG))
-    assert near.is_near(Texts(long, LONG, LONG[::-1]), Texts(long + "please", LONG.replace("brown", "red"), LONG[::-1]))
-
-
-def test_candidates_are_those_that_share() -> None:
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefghij"), 6)) for _ in range(500)]
-    rows = [Texts(*(" ".join(rng.choice(words, 20)) for _ in range(3))) for _ in range(300)]
-    copies = [Texts(row.prompt, row.chosen, " ".join(["other", *row.rejected.split()[1:]])) for row in rows]
-    keys = near.band_keys(rows + copies)
-    found = {tuple(pair) for pair in near.candidates(keys, np.arange(600)).tolist()}
-    assert sum((i, i + 300) in found for i in range(300)) >= 297 and len(found) < 400
-    across = {tuple(pair) for pair in near.across(keys, np.arange(300), np.arange(300, 600)).tolist()}
-    assert sum((i, i + 300) in across for i in range(300)) >= 297 and len(across) < 400
-
-
-def test_what_is_common_to_all_rows_makes_no_candidates() -> None:
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefghij"), 6)) for _ in range(500)]
-
-    def some(count: int) -> str:
-        return " ".join(rng.choice(words, count))
-
-    boilerplate = some(60)
-    rows = [Texts(f"{boilerplate} {some(5)}", *answers) for answers in [(some(4), some(4)), ("yes", "no")] * 200]
-    assert len(near.candidates(near.band_keys(rows), np.arange(400))) < 10
-
-
-def test_candidates_stay_few_where_all_rows_share() -> None:
-    keys = np.ones((5000, near.BANDS), np.uint32)
-    assert len(near.candidates(keys, np.arange(5000))) <= 5000 * near.NEIGHBOURS
+def test_copies_and_matches_by_hand() -> None:
+    keys, places = np.array([7, 7, 5, 7, 6, 5], np.uint64), np.arange(6)
+    bad = np.array([True, False, False, False, False, False])
+    assert [each.tolist() for each in find_copies(keys, places, bad)] == [[0, 3, 5], [1, 1, 2]]
+    assert [each.tolist() for each in find_copies(keys, places[3:5], bad)] == [[], []]
+    others = np.array([6, 9, 7, 7], np.uint64)
+    assert [each.tolist() for each in find_matches(keys, places[2:], others, np.array([1, 2, 3]))] == [[3], [2]]
+    assert [each.tolist() for each in find_matches(keys, places, others, places[:0])] == [[], []]
 
 
 # ---- lengths ----------------------------------------------------------------------------------------------------
@@ -472,9 +279,9 @@ def test_length_that_tells_is_noted(tiny: Path, tmp_path: Path, longer: int, sai
     assert result["length_bias"]["accuracy_prefer_longer"] == longer / 100
 
 
-def test_the_budget_is_that_of_a_training(dpo: Cli, tiny: Path) -> None:
+def test_the_budget_is_that_of_a_training(tiny: Path) -> None:
     data = SAMPLE / "train.jsonl"
-    out = dpo(
+    out = here(
         "train", "--dry-run", "--model", tiny, "--data", data, "--batch-size", 8, "--epochs", 2, "--max-tokens", 900
     )
     result = check(tiny, data, batch_size=8, epochs=2, max_tokens=900)["budget"]
@@ -486,10 +293,10 @@ def test_the_budget_is_that_of_a_training(dpo: Cli, tiny: Path) -> None:
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-def test_json_is_one_object_with_everything(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_json_is_one_object_with_everything(tiny: Path, tmp_path: Path) -> None:
     rows = plant(read_records("train.jsonl"), 0, 5).rows
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    out = dpo(
+    out = here(
         "check", "--model", tiny, "--data", data, "--eval-data", SAMPLE / "heldout.jsonl", "--json", "--examples", 2
     )
     assert out.returncode == 0, out.stderr
@@ -507,7 +314,7 @@ def test_json_is_one_object_with_everything(dpo: Cli, tiny: Path, tmp_path: Path
         assert finding["share"] == pytest.approx(finding["count"] / total)
         assert finding["kind"] == "length_bias" or len(finding["examples"]) == min(2, finding["count"])
         for example in finding["examples"]:
-            assert set(example) <= {"where", "text", "other"} and example["where"].startswith(str(data))
+            assert set(example) <= {"where", "text", "other", "reason"} and example["where"].startswith(str(data))
 
 
 def test_strict_fails_on_problems_only(tiny: Path, tmp_path: Path) -> None:
@@ -525,7 +332,7 @@ def test_strict_fails_on_problems_only(tiny: Path, tmp_path: Path) -> None:
     assert of_eval.returncode == 3 and "copies of other rows (in --eval-data)" in of_eval.stdout
     note = [
         *records,
-        {**records[7], "chosen": [{"role": "assistant", "content": "I'm sorry, but I can't help with that."}]},
+        {**records[7], "chosen": [{"role": "assistant", "content": "..."}]},
     ]
     assert here("check", "--model", tiny, "--data", write_rows(data, note), "--strict").returncode == 0
 
@@ -540,7 +347,7 @@ def test_what_is_fixed_is_clean_and_else_as_it_was(tiny: Path, tmp_path: Path) -
         before = data.read_bytes()
         result = check(tiny, data, fix=fixed)
         assert data.read_bytes() == before
-        bad = set().union(*(found for kind, found in places(result).items() if KINDS[kind].problem))
+        bad = set().union(*(found for kind, found in places(result).items() if ISSUE_TYPES[kind].problem))
         left = [row for number, row in enumerate(planted.rows) if number not in bad]
         kept = [json.loads(line) for line in fixed.read_text().splitlines()]
         assert kept == left and [list(row) for row in kept] == [list(row) for row in left]
@@ -548,7 +355,7 @@ def test_what_is_fixed_is_clean_and_else_as_it_was(tiny: Path, tmp_path: Path) -
         assert len(kept) + sum(result["fixed"]["dropped"].values()) == len(planted.rows)
         again = check(tiny, fixed)
         assert not again["problems"]
-        with pytest.raises(UsageError, match="is there already"):
+        with pytest.raises(UsageError, match="already exists"):
             check(tiny, data, fix=fixed)
 
 
@@ -570,34 +377,6 @@ def test_rows_of_tables_are_fixed(tiny: Path, tmp_path: Path, kind: str) -> None
     assert [json.loads(line) for line in fixed.read_text().splitlines()] == records
 
 
-@pytest.mark.parametrize("kind", ["json", "csv"])
-def test_a_file_that_is_not_read_to_its_end_is_not_fixed(tiny: Path, tmp_path: Path, kind: str) -> None:
-    records, data = read_records("train-strings.jsonl")[:9], tmp_path / f"rows.{kind}"
-    if kind == "json":
-        data.write_text(json.dumps([*records[:4], 0, *records[4:]], indent=0).replace("\n0,", "\n{,"))
-    else:
-        Dataset.from_list(records[:4]).to_csv(data)
-        data.write_text(data.read_text() + 'a,b,"c"d\n' + "a,b,c\n" * 9)
-    bad = write_rows(tmp_path / "bad.jsonl", [{f"prompt{'x' * n}": "a"} | {str(n): {}} for n in range(60)])
-    (finding,) = (f for f in check(tiny, bad, data)["findings"] if f["title"].endswith(REST))
-    assert finding["kind"] == "refused" and finding["count"] == 1
-    where = finding["examples"][0]["where"]
-    with pytest.raises(UsageError, match=f"^{re.escape(where)}: not .*; mend that first, nothing is written"):
-        check(tiny, data, fix=tmp_path / "fixed.jsonl")
-    assert not (tmp_path / "fixed.jsonl").exists()
-
-
-def test_near_copies_are_noted_and_kept(tiny: Path, tmp_path: Path) -> None:
-    end = "Then pour it away, and wash the pan with hot water and a brush."
-    chain = [prompt("How do I clean it?", f"{LONG} {word} {end}", f"{end} {LONG}") for word in ("Well", "So", "Good")]
-    data, fixed = write_rows(tmp_path / "rows.jsonl", chain), tmp_path / "fixed.jsonl"
-    result = check(tiny, data, fix=fixed)
-    assert places(result)["near_duplicate"] == {1, 2}
-    assert result["fixed"]["kept"] == 3 and fixed.read_text() == data.read_text()
-    broken = [{**chain[0], "chosen": chain[0]["chosen"] + " \ufffd"}, *chain[1:]]
-    assert places(check(tiny, write_rows(data, broken)))["near_duplicate"] == {2}  # what is dropped condemns no other
-
-
 def test_of_copies_the_one_stays_that_is_clean(tiny: Path, tmp_path: Path) -> None:
     good = prompt("Which is it?", "The left one, I think.", "The right one.")
     bad = {**good, "chosen": "The left\x1cone, I think."}  # a space to Python, and damage to a reader
@@ -606,11 +385,6 @@ def test_of_copies_the_one_stays_that_is_clean(tiny: Path, tmp_path: Path) -> No
     result = check(tiny, data, fix=fixed)
     assert places(result) == {"encoding": {0}, "duplicate": {0, 3}}
     assert [json.loads(line) for line in fixed.read_text().splitlines()] == [good, other]
-
-
-def test_negations_make_another_row() -> None:
-    some = Texts("is it open?", LONG + "it is open on sundays, as far as i know.", LONG[::-1])
-    assert not near.is_near(some, some._replace(chosen=some.chosen.replace("is open", "is not open")))
 
 
 def test_other_tools_make_another_prompt(tiny: Path, tmp_path: Path) -> None:
@@ -654,17 +428,17 @@ def test_lengths_count_what_carries_loss(tiny: Path, tmp_path: Path) -> None:
 
 def test_the_documentation_has_every_kind() -> None:
     table = (SAMPLE.parent / "docs" / "data.md").read_text()
-    for kind in KINDS.values():
+    for kind in ISSUE_TYPES.values():
         title = f"**{kind.title}**" if kind.problem else kind.title
-        assert kind.name == "other" or f"| {title} | {kind.what} |\n" in table
+        assert f"| {title} | {kind.what} |\n" in table
 
 
 @pytest.mark.parametrize("name", ["fixed.json", "rows.jsonl", "link.jsonl"])
-def test_fix_writes_over_nothing(dpo: Cli, tiny: Path, tmp_path: Path, name: str) -> None:
+def test_fix_writes_over_nothing(tiny: Path, tmp_path: Path, name: str) -> None:
     data = write_rows(tmp_path / "rows.jsonl", read_records("train.jsonl")[:5])
     (tmp_path / "link.jsonl").symlink_to("nowhere")
     before = data.read_bytes()
-    out = dpo("check", "--model", tiny, "--data", data, "--fix", tmp_path / name)
+    out = here("check", "--model", tiny, "--data", data, "--fix", tmp_path / name)
     assert out.returncode == 2 and f"--fix {tmp_path / name}" in out.stderr and not out.stdout
     assert data.read_bytes() == before and not (tmp_path / "nowhere").exists()
 
@@ -673,7 +447,7 @@ def test_nothing_is_written_where_no_row_is_clean(tiny: Path, tmp_path: Path) ->
     data = write_rows(tmp_path / "rows.jsonl", [prompt("a", "b", "b")])
     result = check(tiny, data, fix=tmp_path / "fixed.jsonl")
     assert result["fixed"]["kept"] == 0 and not (tmp_path / "fixed.jsonl").exists()
-    assert "no row is clean, so there is no" in as_text(result)
+    assert "no row is clean; not written: " in as_text(result)
     result = check(tiny, data)
     assert "lengths" not in result and as_text(result).splitlines()[-1] == "1 problem in 1 of 1 rows"
 
@@ -704,14 +478,14 @@ def test_the_datas_control_characters_do_not_reach_the_terminal(tiny: Path, tmp_
         assert "encoding" in out.stdout
 
 
-def test_wrong_options_start_nothing(dpo: Cli, tmp_path: Path) -> None:
+def test_wrong_options_start_nothing() -> None:
     for flags in (
         ["--data", "none.jsonl"],
         [],
         ["--data", "x", "--batch-size", "0"],
         ["--data", "x", "--examples", "-1"],
     ):
-        out = dpo("check", *flags)
+        out = here("check", *flags)
         assert out.returncode == 2 and "error: " in out.stderr and not out.stdout
 
 
@@ -720,13 +494,13 @@ def test_rows_that_change_between_the_readings_are_told(
 ) -> None:
     records = read_records("train.jsonl")[:20]
     data = write_rows(tmp_path / "rows.jsonl", [*records, records[0]])
-    compare = Survey.compare
+    compare = DataCheck.compare
 
-    def after_a_change(survey: Survey) -> None:
+    def after_a_change(data_check: DataCheck) -> None:
         write_rows(data, records)
-        compare(survey)
+        compare(data_check)
 
-    monkeypatch.setattr(Survey, "compare", after_a_change)
+    monkeypatch.setattr(DataCheck, "compare", after_a_change)
     with pytest.raises(UsageError, match="changed while they were read"):
         check(tiny, data)
 
@@ -735,23 +509,16 @@ def test_a_row_takes_few_bytes(tokenizer: Any, tmp_path: Path) -> None:
     """Its numbers are kept, and nothing else of it."""
     words = [get(record, "chosen") for record in read_records("train.jsonl")]
     held = []
-    for rows in (1000, 5000):
+    for rows in (600, 2600):
         with (tmp_path / "rows.jsonl").open("w") as stream:
             for n in range(rows):
                 row = prompt(f"{n}: {words[n % 328]}", f"{n} {words[n % 41]}", f"{words[n % 37]} {n}")
                 stream.write(json.dumps(row) + "\n")
-        survey = Survey({"data": find_sources([str(tmp_path / "rows.jsonl")])}, Reading(), Reporter(quiet=True), 3)
+        data_check = DataCheck(
+            {"data": find_sources([str(tmp_path / "rows.jsonl")])}, Reading(), Reporter(quiet=True), 3
+        )
         tracemalloc.start()
-        survey.read(tokenizer)
+        data_check.read(tokenizer)
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    assert (held[1] - held[0]) / 4000 < 200
-
-
-def test_the_budget_estimates_the_time_of_a_model_whose_configuration_is_there(tiny: Path) -> None:
-    """More epochs take longer in proportion; the machine's speed is measured anew each time."""
-    seconds = []
-    for epochs in (1, 50):
-        out = here("check", "--model", tiny, "--data", SAMPLE / "heldout.jsonl", "--epochs", epochs, "--json")
-        seconds.append(json.loads(out.stdout)["budget"]["seconds"])
-    assert 0 < seconds[0] < 60 and 5 * seconds[0] < seconds[1] < 500 * seconds[0]
+    assert (held[1] - held[0]) / 2000 < 200

@@ -27,8 +27,6 @@ from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.utils.console import Reporter
 from tests.conftest import SAMPLE, cli_environment, write_gguf
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 TEXTS = [
     "",
     "Hello there",

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cli.config import options as config
-from dpo_cli.data import records
+from dpo_cli.data import readers
 from dpo_cli.data.formats import FORMATS as READERS
 from dpo_cli.data.formats import BadRow, Row, is_rendered, read_rows
-from dpo_cli.data.records import MAX_DEPTH, find_sources
+from dpo_cli.data.readers import MAX_DEPTH
+from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import refusal
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import write_rows
@@ -111,25 +112,21 @@ FORMS: dict[str, tuple[dict[str, Any], str, Any, Any, Any]] = {
         [assistant("No.")],
     ),
 }
-SUFFIXES = tuple(kind + packing for kind in ("jsonl", "json", "csv", "parquet") for packing in ("", ".gz", ".zst"))
-PLACES = {"jsonl": "1 2", "json": "2 3", "csv": "2 3", "parquet": "row 1,row 2"}
+SUFFIXES = tuple(kind + packing for kind in ("jsonl", "json", "csv", "parquet") for packing in ("", ".gz"))
+PLACES = {"jsonl": ["1", "2"], "json": ["row 1", "row 2"], "csv": ["2", "3"], "parquet": ["row 1", "row 2"]}
 
 
 def packed(content: bytes, name: str) -> bytes:
     """The content as a file of that name holds it."""
-    if name.endswith(".gz"):
-        return gzip.compress(content, 1, mtime=0)
-    return pa.compress(content, codec="zstd", asbytes=True) if name.endswith(".zst") else content
+    return gzip.compress(content, 1, mtime=0) if name.endswith(".gz") else content
 
 
 def unpacked(path: Path) -> bytes:
-    if path.suffix == ".zst":
-        return pa.CompressedInputStream(pa.BufferReader(path.read_bytes()), "zstd").read()
     return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
 
 
 def kind_of(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    return name.removesuffix(".gz").rpartition(".")[2]
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
@@ -160,8 +157,7 @@ def test_every_form_of_row_is_read_from_every_kind_of_file(form: str, suffix: st
     kind = kind_of(suffix)
     path = tmp_path / f"rows.{suffix}"
     write_records(path, [record, record])
-    places = PLACES[kind].split("," if kind == "parquet" else None)
-    assert read(path) == [Row(f"{path}:{place}", named, prompt, chosen, rejected) for place in places]
+    assert read(path) == [Row(f"{path}:{place}", named, prompt, chosen, rejected) for place in PLACES[kind]]
 
 
 def test_several_files_are_read_in_order(tmp_path: Path) -> None:
@@ -712,10 +708,10 @@ def test_a_bad_line_does_not_move_the_others(tmp_path: Path) -> None:
         (b"prompt,chosen,rejected", "not JSON: Expecting value (column 1)"),
         (LINE + LINE, f"not JSON: Extra data (column {len(LINE) + 1})"),
         (b'{"prompt": "a"', "not JSON: Expecting ',' delimiter (column 15)"),
-        (b'{"prompt": NaN}', "not JSON: NaN is no JSON value"),
-        (b'{"chosen": -Infinity}', "not JSON: -Infinity is no JSON value"),
-        (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "not JSON: the key 'prompt' is there twice"),
-        (b'{"x": [{"a": 1, "a": 1}]}', "not JSON: the key 'a' is there twice"),
+        (b'{"prompt": NaN}', "not JSON: NaN is not a JSON value"),
+        (b'{"chosen": -Infinity}', "not JSON: -Infinity is not a JSON value"),
+        (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "not JSON: the key 'prompt' occurs twice"),
+        (b'{"x": [{"a": 1, "a": 1}]}', "not JSON: the key 'a' occurs twice"),
         (b'{"prompt": "\xe4"}', "not UTF-8 (byte 13 of the line)"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"chosen":' * 100_000, "nested too deeply"),
@@ -724,9 +720,9 @@ def test_a_bad_line_does_not_move_the_others(tmp_path: Path) -> None:
         (b"9" * 5000, "not JSON: Exceeds the limit"),
         (
             b'{"' + b"k" * 10**6 + b'": 1, "' + b"k" * 10**6 + b'": 2}',
-            f"not JSON: the key '{'k' * 40}…' is there twice",
+            f"not JSON: the key '{'k' * 40}…' occurs twice",
         ),
-        (b'{"a\\n\\u001b": 1, "a\\n\\u001b": 2}', "not JSON: the key 'a �' is there twice"),
+        (b'{"a\\n\\u001b": 1, "a\\n\\u001b": 2}', "not JSON: the key 'a �' occurs twice"),
         (b"\x00", "not JSON: Expecting value (column 1)"),
         (LINE.replace(b"Why", b"W\x00y"), "not JSON: Invalid control character at"),
         (BOM + LINE, "not JSON: Expecting value (column 1)"),
@@ -784,58 +780,37 @@ def test_what_is_done_with_a_row_takes_time_in_proportion_to_it(tmp_path: Path) 
     rows = read_bytes(tmp_path, "rows.jsonl", "\n".join([twice, hh, cjk]))
     assert [type(row) for row in rows] == [BadRow, Row, Row]
     header = ",".join(map(str, range(200_000)))
-    with pytest.raises(UsageError, match="the column '199999' is there twice"):
+    with pytest.raises(UsageError, match="the column '199999' occurs twice"):
         read_bytes(tmp_path, "rows.csv", header + ",199999\n1,2\n")
 
 
 # ---- sizes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end", [b"\n", b""])
-def test_a_line_that_is_too_long_is_refused_and_the_next_keep_their_numbers(
-    end: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(records, "MAX_LINE", 100)
-    fits = LINE + b" " * (100 - len(LINE))
-    lines = [fits, fits + b" ", b" " * 101, b"[" * 5_000_000, LINE, b"a" * 102, fits, b"a" * 101]
-    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
-        rows = read_bytes(tmp_path, name, packed(b"\n".join(lines) + end, name))
-        kinds = [Row, BadRow, BadRow, BadRow, Row, BadRow, Row, BadRow]
-        assert where_and_kind(rows) == list(zip("12345678", kinds, strict=True))
-        assert {row.reason for row in rows if isinstance(row, BadRow)} == {"longer than 64 MiB"}
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
+def test_a_line_that_is_too_long_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open quote of a CSV file would else take the rest of the file into one cell."""
+    monkeypatch.setattr(readers, "MAX_LINE", 100)
+    first, row = (HEADER.encode(), b"p,a,b") if name == "a.csv" else (b"\n", LINE)
+    fits = row + b" " * (99 - len(row)) + b"\n"
+    assert len(read_bytes(tmp_path, name, packed(first + fits * 3, name))) == 3
+    with pytest.raises(UsageError, match=f"{name}: line 3 is longer than"):
+        read_bytes(tmp_path, name, packed(first + fits + b"a" * 5000 + b"\n" + fits, name))
+    if name == "a.csv":
+        with pytest.raises(UsageError, match="line 3: not CSV in UTF-8: field larger than field limit"):
+            read_bytes(tmp_path, name, first + fits + b'p,"\n' + fits * 3)
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst"])
-def test_a_line_of_65_mib_in_a_small_file_is_refused(name: str, tmp_path: Path) -> None:
-    rows = read_bytes(tmp_path, name, packed(b"a" * (65 * 2**20) + b"\n" + LINE, name))
-    assert where_and_kind(rows) == [("1", BadRow), ("2", Row)]
-    assert isinstance(rows[0], BadRow) and rows[0].reason == "longer than 64 MiB"
-
-
-@pytest.mark.parametrize(
-    "row",
-    ['"' + "a" * 101 + '",b,c', '"' + "a\n" * 51 + '",b,c', '"' + "a" * 50 + '","' + "b" * 50 + '",c', "p\ra\r" * 30],
-)
-def test_a_csv_row_that_is_too_long_is_refused(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An open quote would else take the rest of the file into one cell."""
-    monkeypatch.setattr(records, "MAX_LINE", 100)
-    good = "p,a,b\n" * 20
-    rows = read_bytes(tmp_path, "rows.csv", HEADER + good + row + "\n" + good)
-    assert [type(each) for each in rows] == [Row] * 20 + [BadRow]
-    assert isinstance(rows[20], BadRow) and rows[20].where.endswith(":22")
-    assert rows[20].reason == "not CSV in UTF-8: longer than 64 MiB; the rest of the file is not read"
-
-
-@pytest.mark.parametrize("suffix", ["json", "json.gz", "json.zst", "parquet.gz", "parquet.zst"])
+@pytest.mark.parametrize("suffix", ["json", "json.gz", "parquet.gz"])
 def test_a_file_too_long_to_be_read_as_a_whole_is_refused(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / f"rows.{suffix}"
     write_records(path, [STRINGS] * 5)
     whole = unpacked(path)
-    monkeypatch.setattr(records, "MAX_WHOLE", len(whole))
+    monkeypatch.setattr(readers, "MAX_FILE", len(whole))
     assert len(read(path)) == 5
-    monkeypatch.setattr(records, "MAX_WHOLE", len(whole) - 1)
+    monkeypatch.setattr(readers, "MAX_FILE", len(whole) - 1)
     with pytest.raises(UsageError, match=r"longer than 0 MiB; write it as .jsonl"):
         read(path)
 
@@ -843,44 +818,31 @@ def test_a_file_too_long_to_be_read_as_a_whole_is_refused(
 # ---- JSON arrays ------------------------------------------------------------------------------------------------
 
 
-def test_an_element_of_a_pretty_printed_array_is_told_by_its_first_line(tmp_path: Path) -> None:
-    records = [STRINGS, STRINGS | {"chosen": ""}, MESSAGES, {"prompt": "a\nb"}]
-    text = "\n" + json.dumps(records, indent=2)
-    lines = [number for number, line in enumerate(text.split("\n"), 1) if line in ("  {", "  },{")]
+def test_an_element_of_an_array_is_reported_by_its_number(tmp_path: Path) -> None:
+    text = "\n" + json.dumps([STRINGS, STRINGS | {"chosen": ""}, MESSAGES, {"prompt": "a\nb"}], indent=2)
     for content in (text, BOM.decode() + text.replace("\n", "\r\n")):
         rows = read_bytes(tmp_path, "rows.json", content)
-        assert where_and_kind(rows) == list(zip(map(str, lines), [Row, BadRow, Row, BadRow], strict=True))
-
-
-def test_a_broken_element_is_told_by_the_line_that_is_broken(tmp_path: Path) -> None:
-    """The column is that of the line in the place, so the two point at one character."""
-    text = '[\n  {"prompt": "p", "chosen": "a", "rejected": "b"},\n  {\n    "prompt": "p",\n    "chosen": a\n  }\n]\n'
-    rows = read_bytes(tmp_path, "rows.json", text)
-    assert where_and_kind(rows) == [("2", Row), ("5", BadRow)]
-    assert isinstance(rows[1], BadRow) and rows[1].reason.startswith("not JSON: Expecting value (column 15)")
+        kinds = [Row, BadRow, Row, BadRow]
+        assert where_and_kind(rows) == [(f"row {number}", kind) for number, kind in enumerate(kinds, 1)]
 
 
 @pytest.mark.parametrize(
-    ("tail", "line", "told"),
+    ("text", "told"),
     [
-        (',\n{"chosen": NaN}]', "3", "not JSON: NaN is no JSON value"),
-        (',\n{"chosen": 1, "chosen": 2}]', "3", "not JSON: the key 'chosen' is there twice"),
-        (",\n" + "[" * 100_000, "3", "nested too deeply"),
-        ("", "2", "not JSON: the array has no end"),
-        (",\n", "3", "not JSON: the array has no end"),
+        ('[\n{},\n{"chosen": a}]', r"not JSON: Expecting value: line 3 column 12 \(char 17\)"),
+        ('[{}, {"chosen": NaN}]', "not JSON: NaN is not a JSON value"),
+        ('[{"chosen": 1, "chosen": 2}]', "not JSON: the key 'chosen' occurs twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[{}", "not JSON: Expecting ',' delimiter: line 1"),
+        ("[{},", "not JSON: "),
+        ("[{}]\n[{}]", "not JSON: Extra data: line 2 column 1"),
+        ("[{} {}]", "not JSON: Expecting ',' delimiter: line 1"),
+        ("{}\n{}", "not JSON: Extra data: line 2 .*; name a file with one object per line .jsonl"),
     ],
 )
-def test_a_broken_array_is_refused_with_its_place(tail: str, line: str, told: str, tmp_path: Path) -> None:
-    rows = read_bytes(tmp_path, "rows.json", "[\n" + LINE.decode() + tail)
-    assert where_and_kind(rows) == [("2", Row), (line, BadRow)]
-    assert isinstance(rows[1], BadRow) and rows[1].reason.startswith(told)
-
-
-@pytest.mark.parametrize("between", ["]\n[", " ", ",,", "] {"])
-def test_rows_behind_a_broken_separator_are_not_dropped_in_silence(between: str, tmp_path: Path) -> None:
-    """Above all the second of two arrays written one after the other."""
-    rows = read_bytes(tmp_path, "rows.json", "[" + LINE.decode() + between + LINE.decode() + "]")
-    assert isinstance(rows[-1], BadRow) and rows[-1].reason.startswith("not JSON")
+def test_a_broken_array_is_refused_as_a_whole(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"rows.json: {told}"):
+        read_bytes(tmp_path, "rows.json", text)
 
 
 # ---- CSV --------------------------------------------------------------------------------------------------------
@@ -927,7 +889,7 @@ def test_a_csv_row_with_a_cell_too_many_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
-    """As a key that is there twice in JSON is."""
+    """As a key that occurs twice in JSON is."""
     with pytest.raises(UsageError, match="chosen"):
         read_bytes(tmp_path, "rows.csv", "prompt,chosen,chosen,rejected\np,a,b,c\n")
 
@@ -937,26 +899,9 @@ def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> No
 )
 @pytest.mark.parametrize("before", [b"", b"p,a,b\n", b"p,a,b\n\n\n", b'p,"a\na",b\n'])
 def test_broken_csv_is_refused_with_its_place(before: bytes, broken: bytes, tmp_path: Path) -> None:
-    rows = read_bytes(tmp_path, "rows.csv", HEADER.encode() + before + broken)
-    last = rows[-1]
-    assert isinstance(last, BadRow) and last.reason.startswith("not CSV in UTF-8: ")
-    assert last.where == f"{tmp_path / 'rows.csv'}:{2 + len(before.splitlines())}"
-    assert len(rows) == 1 + bool(before)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("rows.json", "[" + LINE.decode() + ', {"chosen": NaN}, ' + LINE.decode() + "]"),
-        ("rows.json", "[" + LINE.decode() + " " + LINE.decode() + "]"),
-        ("rows.csv", HEADER + 'p,a,b\np,"a"x,b\np,c,d\n'),
-    ],
-)
-def test_rows_that_are_not_read_are_told(name: str, content: str, tmp_path: Path) -> None:
-    """One who skips bad rows must see that behind a broken one all of the file is lost, not one row."""
-    rows = read_bytes(tmp_path, name, content)
-    assert [type(row) for row in rows] == [Row, BadRow]
-    assert isinstance(rows[1], BadRow) and "the rest of the file is not read" in rows[1].reason
+    line = 2 + len(before.splitlines())
+    with pytest.raises(UsageError, match=f"rows.csv: line {line}: not CSV in UTF-8: "):
+        read_bytes(tmp_path, "rows.csv", HEADER.encode() + before + broken)
 
 
 # ---- columns ----------------------------------------------------------------------------------------------------
@@ -991,7 +936,6 @@ def test_malformed_columns_are_refused(columns: str, tmp_path: Path) -> None:
 
 ZIPPED = gzip.compress(LINE * 2000, mtime=0)
 GARBLED = ZIPPED[:40] + b"\x00\x01\x02\xff" + ZIPPED[44:]  # the deflate stream itself is broken
-ZST = packed(LINE * 2000, ".zst")
 
 
 @pytest.mark.parametrize(
@@ -1006,25 +950,14 @@ ZST = packed(LINE * 2000, ".zst")
         ("rows.csv", b"", "has no rows"),
         ("rows.csv", HEADER.encode(), "has no rows"),
         ("rows.jsonl.gz", gzip.compress(b"", mtime=0), "has no rows"),
-        ("rows.json", LINE, "must be one array of rows; for one object a line, name it .jsonl"),
+        ("rows.json", LINE, "must be one array of rows; name a file with one object per line .jsonl"),
         ("rows.json", b'["\xff"]', r"not UTF-8 \(byte 3\)"),
-        ("rows.txt", LINE, r"unknown kind of file; use .jsonl, .json, .parquet, .csv, each also .gz or .zst"),
+        ("rows.txt", LINE, r"unknown kind of file; use .jsonl, .json, .parquet, .csv, each optionally with .gz"),
         ("rows", LINE, "unknown kind of file"),
         ("rows.gz", gzip.compress(LINE, mtime=0), "unknown kind of file"),
         ("rows.jsonl.gz", LINE, "cannot be read .*[Nn]ot a gzipped file"),
         ("rows.jsonl.gz", gzip.compress(LINE, mtime=0)[:-9], "cannot be read"),
         ("rows.jsonl.gz", GARBLED, "cannot be read"),
-        ("rows.zst", ZST, "unknown kind of file"),
-        ("rows.jsonl.gz.zst", ZST, "unknown kind of file"),
-        ("rows.jsonl.zst", b"", "has no rows"),
-        ("rows.jsonl.zst", packed(b"", ".zst"), "has no rows"),
-        ("rows.jsonl.zst", LINE, "cannot be read"),
-        ("rows.jsonl.zst", ZST[:-9], "cannot be read"),
-        ("rows.jsonl.zst", ZST[:6] + b"\xff" * 4 + ZST[10:], "cannot be read"),
-        ("rows.json.zst", ZST[:-9], "cannot be read"),
-        ("rows.csv.zst", ZST[:3], "cannot be read"),
-        ("rows.parquet.zst", LINE, "cannot be read"),
-        ("rows.parquet.zst", ZST, "not a readable parquet file"),
         ("rows.parquet", b"PAR1", "not a readable parquet file"),
         ("rows.parquet", LINE, "not a readable parquet file"),
     ],
@@ -1063,7 +996,7 @@ def test_a_parquet_row_that_is_no_text_is_told_by_its_number(tmp_path: Path) -> 
 def test_a_parquet_file_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
     columns = [pa.array(["p"]), pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
     pq.write_table(pa.table(columns, names=["prompt", "chosen", "rejected", "chosen"]), tmp_path / "rows.parquet")
-    with pytest.raises(UsageError, match="the column 'chosen' is there twice"):
+    with pytest.raises(UsageError, match="the column 'chosen' occurs twice"):
         read(tmp_path / "rows.parquet")
 
 
@@ -1102,8 +1035,8 @@ KNOWN: dict[str, tuple[bytes | str, str]] = {
     ),
     "not UTF-8": (b'{"prompt": "\xff"}', "not UTF-8 (byte 13 of the line)"),
     "half a surrogate pair": ('{"prompt": "\\ud800", ' + SAID, "prompt has half of a surrogate pair"),
-    "NaN": ('{"prompt": NaN, ' + SAID, "not JSON: NaN is no JSON value"),
-    "a key twice": ('{"prompt": "a", "prompt": "d", ' + SAID, "not JSON: the key 'prompt' is there twice"),
+    "NaN": ('{"prompt": NaN, ' + SAID, "not JSON: NaN is not a JSON value"),
+    "a key twice": ('{"prompt": "a", "prompt": "d", ' + SAID, "not JSON: the key 'prompt' occurs twice"),
     "nested deeply": ("[" * 100_000, "nested too deeply"),
     "a huge number": ('{"prompt": ' + "1" * 5000 + ", " + SAID, "not JSON: Exceeds the limit"),
     "an unknown role": (
@@ -1189,13 +1122,13 @@ def test_any_records_give_rows_and_bad_rows_and_nothing_else(folder: Path, recor
     lines = read(folder / "rows.jsonl")
     assert len(lines) == len(records)
     assert [row.where for row in lines] == [f"{folder / 'rows.jsonl'}:{n}" for n in range(1, len(records) + 1)]
-    elements = read(folder / "rows.json")
+    if any(word in json.dumps(records) for word in ("NaN", "Infinity")):  # the array is no JSON
+        elements: list[Row | BadRow] = []
+    else:
+        elements = read(folder / "rows.json")
+        assert [type(row) for row in elements] == [type(row) for row in lines]
     for row in lines + elements:
         check_row(row)
-    whole = [not any(word in json.dumps(each) for word in ("NaN", "Infinity")) for each in records]
-    if all(whole):  # else the array ends at the element that is no JSON
-        assert [type(row) for row in elements] == [type(row) for row in lines]
-        assert len(elements) == len(records)
 
 
 chunk = st.binary(max_size=12) | st.sampled_from(
@@ -1207,7 +1140,7 @@ chunk = st.binary(max_size=12) | st.sampled_from(
 @given(content=st.lists(chunk, max_size=8).map(b"".join))
 def test_any_bytes_give_rows_bad_rows_or_a_usage_error(folder: Path, content: bytes) -> None:
     lines = [line for line in content.split(b"\n") if line.strip() not in (b"", BOM)]
-    for name in ("any.jsonl", "any.json", "any.csv", "any.jsonl.gz", "any.jsonl.zst", "any.parquet"):
+    for name in ("any.jsonl", "any.json", "any.csv", "any.jsonl.gz", "any.parquet"):
         try:
             rows = read_bytes(folder, name, content)
         except UsageError as error:

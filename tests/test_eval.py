@@ -18,8 +18,6 @@ from dpo_cli.cli.app import app
 from dpo_cli.models.loading import load_model
 from tests.conftest import SAMPLE, Cli, make_model, write_rows
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 EITHER = ("chosen", "rejected")
 BY_RESPONSE = ("rewards", "logps", "ref_logps", "logratio", "data_kl_change", "cross_entropy", "ref_cross_entropy")
 BY_RESPONSE = (*BY_RESPONSE, "perplexity", "ref_perplexity")

@@ -408,6 +408,7 @@ def test_options_that_make_no_sense(place: Place, runs: dict[str, Path], tmp_pat
 # ---- reports ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_a_run_has_its_report_at_each_evaluation_and_at_its_end(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +437,7 @@ def test_a_run_without_held_out_pairs_has_its_curves(place: Place, tmp_path: Pat
     assert (tmp_path / "run" / "curves.png").is_file()
 
 
+@pytest.mark.pictures
 def test_a_resumed_run_refreshes_its_report(place: Place, runs: dict[str, Path], tmp_path: Path) -> None:
     """Also one that was complete: its last evaluation, which is in no memory now, stays in the report."""
     run = shutil.copytree(runs["loss"], tmp_path / "run")

@@ -18,14 +18,12 @@ from typer.testing import CliRunner
 import dpo_cli.hub.push
 import dpo_cli.training.loop
 from dpo_cli.cli.app import app
-from dpo_cli.data.records import hub_id
+from dpo_cli.data.sources import hub_id
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.hub.model_card import SELF, hub_name
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import DEFAULT_MODEL, PACKAGED, ModelSource, find_model
 from tests.conftest import SAMPLE, make_model, random_pairs
-
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
 
 Train = Callable[..., Any]
 

@@ -19,8 +19,6 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from tests.conftest import SAMPLE, TINY, make_model, write_gguf, write_rows
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 ALTERNATING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}

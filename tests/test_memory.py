@@ -25,8 +25,6 @@ from dpo_cli.data.collate import MicroBatch
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner
 from tests.conftest import SAMPLE, size, write_rows
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 ROWS = 12
 Train = Callable[..., Any]
 

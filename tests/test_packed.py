@@ -23,8 +23,6 @@ from dpo_cli.models.locate import find_model
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model, make_tokenizer
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 IDS = torch.arange(3, 40)[None]
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 16]}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}

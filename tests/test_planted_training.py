@@ -23,8 +23,6 @@ from dpo_cli.losses.objective import Objective
 from dpo_cli.models.logprobs import ModelRunner, hidden_states
 from tests.conftest import make_model, sigmoid_loss
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 CPU = torch.device("cpu")
 EOS, FIRST, WORDS = 2, 4, 64  # ids below FIRST are special
 

@@ -22,8 +22,6 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from tests.conftest import SAMPLE, TINY, make_model
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 IDS = torch.arange(5, 69)[None]
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.config.options import TrainOptions, resolve
-from dpo_cli.data.records import hub_id
+from dpo_cli.data.sources import hub_id
 from dpo_cli.evaluation.statistics import wilson
 from tests.conftest import ROOT, bar_network
 

@@ -17,8 +17,6 @@ from dpo_cli.training import prepare
 from tests.conftest import make_model
 from tests.test_adapters import CLOSE, Place, make_place, no_reports, plain_logps
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 __all__ = ["no_reports"]
 
 

@@ -37,8 +37,6 @@ from dpo_cli.reference.shards import KEY_BYTES
 from dpo_cli.reference.store import ReferenceCache, compute_missing, missing_places, pair_keys, response_key
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 # Processes of their own that need not load the libraries again.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(

@@ -28,8 +28,6 @@ from dpo_cli.training.prepare import hold_out
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import Cli, cli_environment, make_model, random_pairs, write_rows
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
 # name: (a line of a file, the reason that is told)
 BAD_LINES: dict[str, tuple[str, str]] = {

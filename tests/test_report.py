@@ -30,6 +30,7 @@ from tests.conftest import ROOT
 from tests.payloads import PAYLOADS, report_of
 from tests.synthetic import make_evaluation, make_history, make_result, make_scores, make_tokens
 
+pytestmark = pytest.mark.pictures
 TOKEN = "data-t"  # the one attribute that holds text of the data
 VOID = {"meta", "br", "img", "input", "link", "base", "use", "path", "rect"}
 

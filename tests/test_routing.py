@@ -22,8 +22,6 @@ from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.moe import Routed, auxiliary_loss, routed
 from tests.conftest import SAMPLE, make_model, random_pairs
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 CPU = torch.device("cpu")
 TWO_OF_FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
 MIXTURES: dict[str, dict[str, Any]] = {

@@ -70,9 +70,9 @@ def test_pure_layers_know_torch_only() -> None:
     light = (
         "utils.errors",
         "config.options",
-        "data.tables",
+        "data.readers",
         "data.hub",
-        "data.records",
+        "data.sources",
         "data.formats",
         "models.locate",
     )
@@ -161,7 +161,7 @@ def test_a_module_and_what_it_offers_say_what_they_are(module: str) -> None:
 # ---- help is instant --------------------------------------------------------------------------------------------
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "numpy", "safetensors", "tokenizers", "pyarrow"}
-HEAVY |= {"ftfy", "networkx", "rapidfuzz", "rensa", "scipy", "matplotlib", "jinja2"}
+HEAVY |= {"scipy", "matplotlib", "jinja2"}
 
 
 def loaded(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:

@@ -24,7 +24,6 @@ from dpo_cli.evaluation.reward import Reward, load_reward
 from dpo_cli.reporting.frontier import frontier
 from dpo_cli.reporting.plots import svg, write_svg
 from dpo_cli.training import prepare
-from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.loop import train
 from dpo_cli.training.step import Trainer
 from dpo_cli.training.sweep import as_text
@@ -202,11 +201,11 @@ def test_later_runs_settle_as_the_first(place: Path, monkeypatch: pytest.MonkeyP
 def test_an_interrupted_sweep_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
     taken = []
 
-    def step(trainer: Trainer, indices: Any, rate: float, stop: StopSignal) -> Any:
+    def step(trainer: Trainer, *rest: Any) -> Any:
         taken.append(trainer.options.beta)
         if len(taken) == 5 and trainer.options.beta == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return own(trainer, indices, rate, stop)
+        return own(trainer, *rest)
 
     own = Trainer.step
     monkeypatch.setattr(Trainer, "step", step)
@@ -341,6 +340,7 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.pictures
 def test_kl_by_sampling_and_a_reward(swept: tuple[Path, Any, Any], rewards: Path, seen: Seen) -> None:
     folder, copy = swept[0], Path(shutil.copytree(swept[0] / "sweep", rewards / "sweep"))
     judged = ("--reward", "own_rewards:length", "--output", copy)
@@ -443,6 +443,7 @@ def svg_texts(file: Path) -> list[str]:
     return ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
+@pytest.mark.pictures
 def test_files_of_the_frontier(swept: tuple[Path, Any, Any]) -> None:
     folder, result, _ = swept
     texts = svg_texts(folder / "sweep" / "frontier.svg")
@@ -488,6 +489,7 @@ def point(beta: float, kl: float, value: float, spread: float | None = 0.1) -> d
         [point(0.03, float("nan"), 0.9), point(1, 0.2, float("nan"))],
     ],
 )
+@pytest.mark.pictures
 def test_odd_frontiers_are_drawn(points: list[dict[str, Any]], tmp_path: Path) -> None:
     plots = frontier(points, "nats a token", 0.4)
     assert [plot.title for plot in plots] == ["Reward and KL", "Margin and KL", "Accuracy and KL"]

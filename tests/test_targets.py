@@ -19,8 +19,6 @@ from dpo_cli.models.lora_targets import choose_targets, counted, kind_of
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 DOCS = Path(__file__).parents[1] / "docs" / "adapters.md"
 SHARED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
 SHARED |= {"first_k_dense_replace": 1, "n_shared_experts": 1}

@@ -25,8 +25,6 @@ from dpo_cli.models.loading import choose_layout
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import make_model, random_pairs, write_rows
 
-pytestmark = pytest.mark.usefixtures("without_pictures")  # no test here looks at them
-
 LETTERS = "~^|#@"  # each is a token, and two of them never are one
 T = 64
 CPU = torch.device("cpu")

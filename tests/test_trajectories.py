@@ -174,7 +174,6 @@ def assert_close(found: Any, recorded: Any, where: str) -> None:
         assert found == pytest.approx(recorded, rel=TOLERANCE, abs=TOLERANCE), where
 
 
-@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("case", [*CASES, *OTHERS])
 def test_a_trajectory_is_as_recorded(case: str, tmp_path: Path) -> None:
     assert_close(compute(case, tmp_path), json.loads(RECORDED.read_text())[case], case)

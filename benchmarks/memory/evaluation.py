@@ -30,7 +30,7 @@ import torch
 from benchmarks.memory.rows import forget_peak, peak_mib
 from dpo_cli.data.formats import Reading
 from dpo_cli.data.pairs import Pairs
-from dpo_cli.data.records import find_sources
+from dpo_cli.data.sources import find_sources
 from dpo_cli.data.token_cache import Tokenized
 from dpo_cli.evaluation import drift
 from dpo_cli.evaluation.drift import Watch

@@ -42,8 +42,7 @@ from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.reporting.plots import Colours, Plot, quieten, write_png
-from dpo_cli.training.optimizer import make_optimizer
-from dpo_cli.training.step import learning_rate
+from dpo_cli.training.optimizer import learning_rate, make_optimizer
 
 Table = npt.NDArray[np.float64]
 

@@ -40,7 +40,7 @@ from benchmarks.trl.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.config.options import EvalOptions, TrainOptions
 from dpo_cli.data.formats import Reading, Row, read_rows
 from dpo_cli.data.pairs import Pairs
-from dpo_cli.data.records import find_sources
+from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.evaluation.evaluate import evaluated
 from dpo_cli.evaluation.statistics import Table, bootstrap, interval, ratios, share, student

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dpo_cli.data.columns import REASONING, Message, answer_of, has_surrogate
 from dpo_cli.data.formats import FORMATS, HH_ASSISTANT, Row, common_prefix, is_rendered
-from dpo_cli.data.records import shortened
+from dpo_cli.data.readers import shortened
 from dpo_cli.data.template import ControlTokens, plain_template, render
 from dpo_cli.utils.errors import RowError
 

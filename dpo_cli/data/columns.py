@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from dpo_cli.data.records import json_value, shortened
+from dpo_cli.data.readers import json_value, shortened
 from dpo_cli.utils.errors import RowError, did_you_mean
 
 Message = dict[str, Any]

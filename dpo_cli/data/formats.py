@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cli.data.columns import Columns, Message, MissingColumnError, Text, answer_of, has_surrogate, without_nulls
-from dpo_cli.data.records import Source, json_value, shortened
+from dpo_cli.data.readers import json_value, shortened
+from dpo_cli.data.sources import Source
 from dpo_cli.utils.errors import RowError, UsageError, did_you_mean
 
 Three = tuple[Text, Text, Text]  # prompt, chosen, rejected

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_cli.data.columns import REASONING, REASONING_KEYS, Message
-from dpo_cli.data.records import shortened
+from dpo_cli.data.readers import shortened
 from dpo_cli.utils.errors import RowError
 
 # For a model that has no template: dialogues as base models have read many.

@@ -16,7 +16,7 @@ from typing import Any
 from dpo_cli.config.options import DataOptions
 from dpo_cli.data.formats import read_rows
 from dpo_cli.data.hub import is_path, kept_of_hub, unreachable
-from dpo_cli.data.records import check_sources, hub_id
+from dpo_cli.data.sources import find_sources, hub_id
 from dpo_cli.utils.errors import UsageError, name_beside
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -259,7 +259,7 @@ def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
     """
     data = {"--data": options.data, "--eval-data": getattr(options, "eval_data", None) or []}
     for option, typed in data.items():
-        check_sources(typed, option)
+        find_sources(typed, option)
     next(read_rows([], options.columns), None)  # of no source: the names of columns alone are parsed
     models = options.model if isinstance(options.model, list) else [options.model]
     base = options.base_model

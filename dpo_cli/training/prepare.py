@@ -23,7 +23,7 @@ from dpo_cli.data.batching import row_costs
 from dpo_cli.data.chat import NO_TEMPLATE
 from dpo_cli.data.formats import Reading
 from dpo_cli.data.pairs import Pair, Pairs, count_loss_tokens, model_input_ids
-from dpo_cli.data.records import REST, find_sources
+from dpo_cli.data.sources import find_sources
 from dpo_cli.data.token_cache import Tokenized, merged
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal
 from dpo_cli.losses.objective import Objective
@@ -185,8 +185,6 @@ def read_pairs(
     found = merged([part for part, _ in parts])
     if found.refused and (not skip or not found.pairs):
         raise refusal(found.refused, found.rows)
-    if broken := [f"{bad.where}: {bad.reason}" for bad in found.refused if bad.reason.endswith(REST)]:
-        raise UsageError("\n".join([*broken, "--on-bad-row skip cannot go on behind such a place: mend it"]))
     counts = f"{found.rows:,} rows, {len(found.pairs):,} pairs, {len(found.refused):,} refused"
     reporter.info(name, f"{', '.join(data)}: {counts} ({', '.join(found.formats)})")
     reporter.info("", f"the first: {_understood(found.pairs[0], tokenizer)}")
