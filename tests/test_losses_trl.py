@@ -119,7 +119,9 @@ def check(tokens: Tokens, objective: Objective, **options: Any) -> None:
 
 def test_all_of_theirs_are_compared() -> None:
     text = " ".join((DPOConfig.__doc__ or "").split("loss_type (")[1].split("loss_weights (")[0].split())
-    assert all(f"`'{name}'`" in text for name in NAMES) and text.count("`'") == len(NAMES) + 2  # aot, aot_unpaired
+    assert (
+        all(f"`'{name}'`" in text for name in NAMES) and text.count("`'") == len(NAMES) + 2
+    )  # beside the two AOT losses
     assert set(NAMES) <= set(LOSSES)
 
 
