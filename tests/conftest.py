@@ -189,6 +189,16 @@ def random_pairs(count: int, seed: int = 0, longest: int = 20, vocabulary: int =
     return [Pair(f"row {i}", ids(), ids(), ids()) for i in range(count)]
 
 
+def cached_logps(folder: Path) -> dict[bytes, float]:
+    """The log-probs in a folder of the reference cache, by response key; none of its files may be damaged."""
+    from dpo_cli.reference.shards import read_folder
+
+    found: dict[bytes, float] = {}
+    for keys, logps, _, _ in read_folder(folder, pytest.fail):
+        found.update(zip(keys, logps.tolist(), strict=True))
+    return found
+
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -234,13 +244,11 @@ def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """Leave the pictures of reports empty: drawing them takes most of a tiny training. ``pictures`` marks who looks."""
     if request.node.get_closest_marker("pictures"):
         return
-    from matplotlib.figure import Figure
 
-    def save(_self: Figure, file: Any, **_how: Any) -> None:
-        if isinstance(file, Path):
-            file.touch()
+    def save(target: Any, *_args: Any, **_how: Any) -> None:
+        if isinstance(target, Path):
+            target.touch()
         else:
-            file.write("<svg></svg>")
+            target.write("<svg></svg>")
 
-    monkeypatch.setattr("dpo_cli.reporting.plots._figure", lambda *_args, **_more: Figure())
-    monkeypatch.setattr(Figure, "savefig", save)
+    monkeypatch.setattr("dpo_cli.reporting.plots._save", save)

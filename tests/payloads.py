@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from dpo_cli.evaluation.scores import Evaluation, Scores, ShownPair, Token
+from dpo_cli.evaluation.examples import ShownPair, Token
 from dpo_cli.reporting.html import ReportInput
 from tests.synthetic import make_evaluation
 
@@ -79,22 +80,24 @@ def report_of(text: str, plots: bool = False) -> ReportInput:
     scores = like.scores
     if not plots:
         nothing = scores.logps * float("nan")
-        scores = Scores(scores.where, scores.tokens, nothing, nothing, scores.terms, scores.objective)
-    result = {name: value for name, value in like.result.items() if plots or name not in ("buckets", "calibration")}
-    result |= {"model": text, "reference": text, "refused": {text: 2}, text: 1.5, "text": {text: 1.5}}
+        scores = dataclasses.replace(scores, logps=nothing, ref_logps=nothing, distributions=None)
     words = dict.fromkeys(("kind", "title", "text", "advice"), text)
-    result["findings"] = [words | {"numbers": {text: 1.0}, "rows": [text, text]}]
+    findings = [words | {"numbers": {text: 1.0}, "rows": [text, text]}]
     place: dict[str, Any] = dict.fromkeys(("row", "response", "before", "token", "after"), text)
-    result["drift"] = {
+    drift: dict[str, Any] = {
         "tokens": 9,
-        "moved": 1,
+        "shifted": 1,
         "share": 0.1,
         "top": [place | {"place": 3, "logp": -1.0, "ref_logp": -9.0}],
     }
     sample = dict.fromkeys(("prompt", "reference", "policy"), text)
-    result["samples"] = [sample | {"reference_sampled": [text], "policy_sampled": [text]}]
+    samples = [sample | {"reference_sampled": [text], "policy_sampled": [text]}]
     tokens = [Token(text, -1.0, -2.0, 0.5, 0.6, 0.1), Token(text)]
     shown = [ShownPair("best", text, 1.0, [Token(text)], tokens, tokens)]
     history: list[dict[str, Any]] = [{"step": 1, "loss": 0.5, text: 1.0}, {"step": text, "loss": text}] if plots else []
     manifest = {text: text, "more": {text: [text, text]}}
-    return ReportInput(text, Evaluation(scores, result, shown), history, manifest, {"data": [text], text: text})
+    about = like.about | {"model": text, "reference": text, "refused": {text: 2}, text: 1.5, "text": {text: 1.5}}
+    evaluation = dataclasses.replace(
+        like, scores=scores, about=about, findings=findings, drift=drift, samples=samples, shown=shown
+    )
+    return ReportInput(text, evaluation, history, manifest, {"data": [text], text: text})

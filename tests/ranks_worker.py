@@ -82,7 +82,9 @@ def main() -> None:
             out = CliRunner().invoke(app, json.loads((folder / f"{case}.json").read_text()))
         if out.exception and not isinstance(out.exception, SystemExit):
             raise out.exception
+        recorded = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
         about = {"exit_code": out.exit_code, "stdout": out.stdout, "stderr": out.stderr}
+        about["recorded"] = recorded.read_text() if recorded.exists() else ""
         (folder / f"{case}.{RANK}.json").write_text(json.dumps(about))
 
 

@@ -9,11 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.evaluation.diagnostics import judged
-from dpo_cli.evaluation.scores import Distributions, Evaluation, Scores, ShownPair, Token, means, values
+from dpo_cli.evaluation import statistics
+from dpo_cli.evaluation.diagnostics import judge
+from dpo_cli.evaluation.evaluator import EvalResult
+from dpo_cli.evaluation.examples import ShownPair, Token
+from dpo_cli.evaluation.metrics import Distributions, PairScores
 from dpo_cli.losses.objective import Objective
 from tests.conftest import SAMPLE
 
+ABOUT = {"model": "runs/first/model", "reference": "HuggingFaceTB/SmolLM2-135M-Instruct", "beta": 0.1}
+ABOUT |= {"refused": {"empty response": 2}}
+SEQUENCE_KL = {"prompts": 50, "samples": 8, "max_new_tokens": 128, "ended": 0.91, "token_kl": 2.9}
+SEQUENCE_KL |= {"token_kl_interval": [2.3, 3.6]}
 WORDS = re.compile(r" ?[\w'’]{1,6}|\s|[^\w\s]")
 
 
@@ -45,7 +52,7 @@ def make_history(steps: int = 500, every: int = 50, seed: int = 0) -> list[dict[
     return lines
 
 
-def make_scores(pairs: int = 300, seed: int = 0) -> Scores:
+def make_scores(pairs: int = 300, seed: int = 0) -> PairScores:
     """Log-probs whose margins grow with the length of the chosen response, and a fifth of which are wrong."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(12, 180, (pairs, 2)).astype(float)
@@ -55,63 +62,10 @@ def make_scores(pairs: int = 300, seed: int = 0) -> Scores:
     logps = ref_logps + np.stack([fall, fall - gap], 1)
     kl = tokens * rng.gamma(2.0, 0.03, (pairs, 2))
     entropy, ref_entropy = tokens * rng.uniform(1, 2, (pairs, 2)), tokens * rng.uniform(1.2, 2.2, (pairs, 2))
-    exact = Distributions(
-        entropy, ref_entropy, entropy + kl, ref_entropy + kl, kl, 1.1 * kl, rng.poisson(0.3, (pairs, 2)) * 1.0, 2e-7
-    )
+    exact = Distributions(entropy, ref_entropy, kl, 1.1 * kl, rng.poisson(0.3, (pairs, 2)) * 1.0)
     where = [f"heldout.jsonl:{i + 1}" for i in range(pairs)]
     terms = np.stack([np.ones(pairs), np.zeros(pairs)], 1)
-    return Scores(where, tokens, logps, ref_logps, terms, Objective(), exact)
-
-
-def make_result(scores: Scores) -> dict[str, Any]:
-    """What ``dpo eval --json`` would say of the scores, with intervals of a normal approximation."""
-    found: dict[str, Any] = {
-        "rows": len(scores.where) + 2,
-        "refused": {"empty response": 2},
-        "pairs": len(scores.where),
-    }
-    found |= {
-        "model": "runs/first/model",
-        "reference": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "beta": scores.objective.beta,
-    }
-    found |= values(scores)
-    spread = {name: 1.96 * float(np.std(top / below)) / len(top) ** 0.5 for name, (top, below) in means(scores).items()}
-    found["intervals"] = {name: [found[name] - by, found[name] + by] for name, by in spread.items()}
-    for side in ("chosen", "rejected"):
-        for name in ("", "ref_"):
-            key, entropy = f"{name}perplexity/{side}", f"{name}cross_entropy/{side}"
-            found[key] = math.exp(found[entropy])
-            found["intervals"][key] = [math.exp(end) for end in found["intervals"][entropy]]
-    at = (0.05, 0.25, 0.5, 0.75, 0.95)
-    found["rewards/margins_quantiles"] = {str(q): float(np.quantile(scores.margins, q)) for q in at}
-    found["effect"] = {"margin_d": 0.81, "margin_d_interval": [0.68, 0.95], "rank/policy": 0.66, "rank/reference": 0.58}
-    found["effect"] |= {"rank/change": 0.08, "rank/change_interval": [0.03, 0.12]}
-    found["buckets"] = {
-        "margin": make_buckets(np.abs(scores.margins), scores.wins),
-        "length": make_buckets(scores.tokens[:, 0] - scores.tokens[:, 1], scores.wins),
-    }
-    sure = 1 / (1 + np.exp(-np.abs(scores.margins)))
-    curve = [row | {"predicted": (row["from"] + row["to"]) / 2} for row in make_buckets(sure, scores.wins, 10)]
-    curve = [row | {"observed": row["accuracy"]} for row in curve]
-    found["calibration"] = {"brier": 0.171, "brier_interval": [0.15, 0.19], "ece": 0.041, "curve": curve}
-    found["length"] = {"margin_length_correlation": 0.31, "margin_length_correlation_interval": [0.21, 0.41]}
-    found["length"] |= {"accuracy_prefer_longer": 0.55, "accuracy_prefer_longer_interval": [0.49, 0.61]}
-    found["sequence_kl"] = {"prompts": 50, "samples": 8, "max_new_tokens": 128, "ended": 0.91, "logratio": 2.94}
-    found["sequence_kl"] |= {"logratio_interval": [2.3, 3.6], "k3": 2.81, "k3_interval": [2.6, 3.05]}
-    found["judged"] = judged(len(scores.where), 2, ["not_finite"])
-    return found | {"findings": make_findings(), "drift": make_drift(), "samples": make_samples()}
-
-
-def make_buckets(by: Any, wins: Any, parts: int = 5) -> list[dict[str, Any]]:
-    """Accuracy with Wilson intervals in equal parts of the pairs."""
-    rows = []
-    for part in np.array_split(np.argsort(by, kind="stable"), min(parts, len(by))):
-        n, p = len(part), float(wins[part].mean())
-        middle, half = (p + 1.92 / n) / (1 + 3.84 / n), 1.96 / (1 + 3.84 / n) * (p * (1 - p) / n + 0.96 / n**2) ** 0.5
-        ends = {"from": float(by[part].min()), "to": float(by[part].max())}
-        rows.append(ends | {"pairs": n, "accuracy": p, "interval": [max(middle - half, 0.0), min(middle + half, 1.0)]})
-    return rows
+    return PairScores(where, tokens, logps, ref_logps, terms, distributions=exact)
 
 
 def make_findings() -> list[dict[str, Any]]:
@@ -166,7 +120,7 @@ def make_drift() -> dict[str, Any]:
     for row in found:
         change = row["logp"] - row["ref_logp"]
         row["fold"] = math.copysign(math.exp(abs(change)), change)
-    return {"tokens": 41_233, "moved": 312, "share": 312 / 41_233, "identity_error": 2e-7, "top": found}
+    return {"tokens": 41_233, "shifted": 312, "share": 312 / 41_233, "fold": 20.0, "top": found}
 
 
 def make_samples() -> list[dict[str, Any]]:
@@ -208,6 +162,32 @@ def make_shown(count: int = 3) -> list[ShownPair]:
     return found
 
 
-def make_evaluation(pairs: int = 300, seed: int = 0, shown: int = 3) -> Evaluation:
-    scores = make_scores(pairs, seed)
-    return Evaluation(scores, make_result(scores), make_shown(shown))
+def scores_of(logratios: Any, tokens: Any = None, ref_logps: Any = None, beta: float = 1.0, **more: Any) -> PairScores:
+    """Scores of pairs with these log-ratios (P, 2); responses of 10 tokens and -20 nats where not given."""
+    logratios = np.asarray(logratios, float)
+    tokens = np.full(logratios.shape, 10.0) if tokens is None else np.asarray(tokens, float)
+    ref_logps = np.full(logratios.shape, -20.0) if ref_logps is None else np.asarray(ref_logps, float)
+    terms = np.tile([1.0, 0.0], (len(logratios), 1))
+    where = [f"rows.jsonl:{line + 1}" for line in range(len(logratios))]
+    more = {"objective": Objective(beta=beta)} | more
+    return PairScores(where, tokens, ref_logps + logratios, ref_logps, terms, **more)
+
+
+def make_evaluation(pairs: int = 300, seed: int = 0, shown: int = 3, scores: PairScores | None = None) -> EvalResult:
+    """What ``dpo eval`` would say of the scores, with findings, shifted tokens and samples from here."""
+    scores = scores or make_scores(pairs, seed)
+    with np.errstate(all="ignore"):
+        return EvalResult(
+            scores=scores,
+            means=scores.means(),
+            intervals=statistics.intervals(scores),
+            margin_quantiles=statistics.quantiles(scores),
+            length=statistics.length_bias(scores),
+            findings=make_findings(),
+            judged=judge(len(scores.where), 2, ["not_finite"]),
+            about=ABOUT | {"rows": pairs + 2, "pairs": pairs},
+            drift=make_drift(),
+            sequence_kl=SEQUENCE_KL,
+            samples=make_samples(),
+            shown=make_shown(shown),
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import signal
@@ -20,7 +19,6 @@ from typer.testing import CliRunner
 import dpo_cli
 from dpo_cli import DpoError, Interrupted, UsageError, evaluate, precompute, train
 from dpo_cli.cli.app import app
-from dpo_cli.config.options import EvalOptions, PrecomputeOptions, TrainOptions
 from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils.files import to_json
@@ -85,14 +83,6 @@ def test_results_are_those_of_the_commands(tiny: Path, rows: list[Any], options:
     kept = precompute(data, model=tiny, verify=2)
     assert kept == filled | {"hits": 24, "misses": 0, "tokens": 0, "seconds": 0}
     assert all(map(is_plain, (trained, found, kept)))
-
-
-def test_signatures_and_help_have_every_option() -> None:
-    for function, kind in ((train, TrainOptions), (evaluate, EvalOptions), (precompute, PrecomputeOptions)):
-        parameters = inspect.signature(function).parameters
-        defaults = {f.name: f.default for f in kind.__dataclass_fields__.values() if f.name != "data"}
-        assert {name: parameters[name].default for name in defaults} == defaults
-        assert all(f"    {name}: " in str(function.__doc__) for name in defaults)
 
 
 # ---- rows in memory ---------------------------------------------------------------------------------------------

@@ -10,10 +10,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,27 +31,25 @@ import dpo_cli.reference.shards
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.collate import padded
-from dpo_cli.data.pairs import Pair, Pairs
-from dpo_cli.evaluation import drift
+from dpo_cli.data.pairs import Pairs
+from dpo_cli.evaluation import kl
 from dpo_cli.models.fingerprint import WeightsHashCache, hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner, token_logps
-from dpo_cli.reference.manage import references
-from dpo_cli.reference.shards import Entry, merge_small, read_folder, read_shard, write_shard
+from dpo_cli.reference.shards import read_shard
 from dpo_cli.reference.store import compute_missing, pair_keys
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
-from dpo_cli.utils.files import atomic_dir, atomic_write, file_lock
-from tests.conftest import CHATML, ROOT, make_model, random_pairs, write_rows
+from dpo_cli.utils.files import file_lock
+from tests.conftest import CHATML, ROOT, cached_logps, make_model, random_pairs, write_rows
 from tests.test_reference import (
     NOISE,
     changed_config,
     changed_weight,
     dpo,
     make_scorer,
-    missing,
     open_cache,
     shards,
 )
@@ -378,10 +374,10 @@ def test_a_prompt_that_was_cut_is_another_prompt(place: Place, monkeypatch: pyte
     assert uncut.prompt.tolist() == before.prompt.tolist() and len(cut.prompt) < len(before.prompt)
     assert uncut.chosen.tolist() == before.chosen.tolist() == cut.chosen.tolist()
     place.precompute()
-    kept = read_folder(only_reference(place), pytest.fail)
+    kept = cached_logps(only_reference(place))
     assert len(kept) == 12 + 1
     place.precompute(*arguments)
-    kept = read_folder(only_reference(place), pytest.fail)
+    kept = cached_logps(only_reference(place))
     assert len(kept) == 12 + 1 + 2
     old, new = (pair_keys(pair)[0] for pair in (before, cut))
     assert abs(kept[old] - kept[new]) > NOISE
@@ -450,7 +446,7 @@ def test_an_adapters_numbers_are_those_of_the_adapter(place: Place) -> None:
     folder = Path(place.precompute("--model", adapter)["cache_dir"])
     keys, logps, tokens, lengths = read_shard(shards(folder)[0])
     found = dict(zip(keys, tokens.split(lengths.tolist()), strict=True))
-    base = read_folder(next(f for f in (place.cache / "reference").iterdir() if f != folder), pytest.fail)
+    base = cached_logps(next(f for f in (place.cache / "reference").iterdir() if f != folder))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.model), adapter).eval()
     for pair in place.pairs():
         for key, response in zip(pair_keys(pair), (pair.chosen, pair.rejected), strict=True):
@@ -759,14 +755,14 @@ def test_files_that_change_while_they_are_evaluated_are_not_remembered(
     place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The policy is loaded, another model takes its place, and then its log-probs are looked up as the reference."""
-    original = drift.score
+    original = kl.score
 
     def score(*arguments: Any) -> Tensor | None:
         put_other_weights_in_place_of(place)
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(drift, "score", score)
+        patch.setattr(kl, "score", score)
         place.told("eval", "--kl", "none")
     assert place.precompute()["misses"] == len(LINES)
     assert place.precompute("--verify", 6)["misses"] == 0
@@ -841,275 +837,28 @@ def test_weights_that_cannot_be_remembered_are_hashed_each_time(place: Place, ha
     assert (place.cache / "weights").read_text() == "in the way"
 
 
-# ---- small shards are merged ------------------------------------------------------------------------------------
-
-Content = dict[bytes, tuple[float, list[float]]]
-
-
-def content_of(folder: Path) -> Content:
-    """Every response's log-prob, and those of its tokens, of all shards below a folder."""
-    found: Content = {}
-    for shard in shards(folder):
-        keys, logps, tokens, lengths = read_shard(shard)
-        parts = tokens.split(lengths.tolist())
-        found |= {key: (logp, part.tolist()) for key, logp, part in zip(keys, logps.tolist(), parts, strict=True)}
-    return found
-
-
-def entries_of(content: Content) -> dict[bytes, Entry]:
-    """The same as a shard is written from."""
-    return {key: Entry(logp, torch.tensor(tokens)) for key, (logp, tokens) in content.items()}
-
-
-@dataclass(frozen=True)
-class Several:
-    """A cache of several shards, none of which was merged."""
-
-    folder: Path
-    pairs: list[Pair]
-    content: Content
-
-
-@pytest.fixture(scope="module")
-def unmerged(tmp_path_factory: pytest.TempPathFactory) -> Several:
-    folder, pairs = tmp_path_factory.mktemp("unmerged"), random_pairs(16, seed=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_cli.reference.store.SHARD_SECONDS", -1.0)
-        compute_missing(open_cache(folder), pairs, make_scorer())
-    assert len(shards(folder)) >= 5
-    return Several(folder, pairs, content_of(folder))
-
-
-@pytest.fixture
-def several(tmp_path: Path, unmerged: Several, monkeypatch: pytest.MonkeyPatch) -> Several:
-    """A copy of it, in which two are many."""
-    monkeypatch.setattr("dpo_cli.reference.shards.MANY", 2)
-    return Several(shutil.copytree(unmerged.folder, tmp_path / "several"), unmerged.pairs, unmerged.content)
-
-
-def test_many_small_shards_become_one(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When something is added; with every value and every token's, to the bit."""
-    monkeypatch.setattr("dpo_cli.reference.store.SHARD_SECONDS", -1.0)
-    new = random_pairs(3, seed=9, longest=40)
-    cache = open_cache(several.folder)
-    filled = compute_missing(cache, [*several.pairs, *new], make_scorer())
-    assert filled.misses == 3 and len(shards(several.folder)) == 1
-    merged = content_of(several.folder)
-    assert {key: merged[key] for key in several.content} == several.content
-    assert merged.keys() - several.content.keys() == {key for pair in new for key in pair_keys(pair)}
-    assert torch.equal(open_cache(several.folder).lookup([*several.pairs, *new]), filled.logps)
-    assert [p for p in several.folder.rglob("*") if p.is_file()] == shards(several.folder)
-
-
-def test_few_small_shards_are_left_alone(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = shards(several.folder)
-    monkeypatch.setattr("dpo_cli.reference.shards.MANY", len(before) + 1)
-    open_cache(several.folder).merge()
-    assert shards(several.folder) == before
-
-
-def test_a_large_shard_is_left_alone(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is merged is not merged again and again."""
-    large = max(shards(several.folder), key=lambda shard: shard.stat().st_size)
-    before = large.stat()
-    monkeypatch.setattr("dpo_cli.reference.shards.SMALL_BYTES", before.st_size)
-    open_cache(several.folder).merge()
-    assert large in shards(several.folder) and large.stat().st_mtime_ns == before.st_mtime_ns
-    assert len(shards(several.folder)) == 2 and content_of(several.folder) == several.content
-
-
-def test_what_is_merged_is_bounded(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many bytes become several shards: each takes in what there is until it has enough."""
-    before = shards(several.folder)
-    enough = sum(shard.stat().st_size for shard in before[:3])
-    groups: list[set[bytes]] = [set()]
-    taken = 0
-    for shard in before:
-        if taken >= enough:
-            groups.append(set())
-            taken = 0
-        groups[-1].update(read_shard(shard)[0])
-        taken += shard.stat().st_size
-    assert len(groups) > 1
-    monkeypatch.setattr("dpo_cli.reference.shards.MERGED_BYTES", enough)
-    open_cache(several.folder).merge()
-    assert sorted(map(sorted, groups)) == sorted(sorted(read_shard(shard)[0]) for shard in shards(several.folder))
-    assert content_of(several.folder) == several.content
-
-
-def test_a_response_in_several_shards_is_in_the_merged_one_once(several: Several) -> None:
-    folder = shards(several.folder)[0].parent
-    entries = entries_of(several.content)
-    keys = sorted(entries)
-    for some in (keys[:9], keys[5:20], keys[::3]):
-        write_shard(folder, {key: entries[key] for key in some})
-    open_cache(several.folder).merge()
-    (merged,) = shards(several.folder)
-    assert sorted(read_shard(merged)[0]) == keys
-    assert content_of(several.folder) == several.content
-
-
-def test_merging_what_is_merged_keeps_it(several: Several) -> None:
-    """A shard that all others are a part of is written anew under its own name: it is none of those to remove."""
-    open_cache(several.folder).merge()
-    (merged,) = shards(several.folder)
-    entries = entries_of(several.content)
-    for keys in itertools.chain(*(itertools.combinations(entries, count) for count in (1, 2, 3))):
-        part = write_shard(merged.parent, {key: entries[key] for key in keys})
-        if part.name < merged.name:  # of a response in several the last one counts
-            break
-        part.unlink()
-    open_cache(several.folder).merge()
-    assert shards(several.folder) == [merged]
-    assert content_of(several.folder) == several.content
-
-
-def test_a_reader_finds_all_while_shards_are_merged(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before each of the shards that it has listed, all are merged."""
-    count = len(shards(several.folder))
-    for when in range(1, count + 1):
-        copy = shutil.copytree(several.folder, several.folder.with_name(f"merged before {when}"))
-        folder = shards(copy)[0].parent
-        calls = itertools.count(1)
-
-        def read(shard: Path, calls: Any = calls, when: int = when, folder: Path = folder) -> Any:
-            if next(calls) == when:
-                merge_small(folder)
-            return read_shard(shard)
-
-        with monkeypatch.context() as patch:
-            patch.setattr("dpo_cli.reference.shards.read_shard", read)
-            found = read_folder(folder, pytest.fail)
-        assert len(shards(copy)) == 1
-        assert found == {key: logp for key, (logp, _) in several.content.items()}
-
-
-class Death(BaseException):
-    """A process ends."""
-
-
-def test_death_between_merging_and_removing_loses_nothing(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the next that adds something tidies up."""
-    count, unlink = len(shards(several.folder)), Path.unlink
-    for when in range(count):
-        copy = shutil.copytree(several.folder, several.folder.with_name(f"died after {when}"))
-        left = itertools.count()
-
-        def dying(self: Path, missing_ok: bool = False, left: Any = left, when: int = when) -> None:
-            if self.suffix == dpo_cli.reference.shards.SUFFIX and next(left) == when:
-                raise Death
-            unlink(self, missing_ok)
-
-        cache = open_cache(copy)
-        with monkeypatch.context() as patch, pytest.raises(Death):
-            patch.setattr(Path, "unlink", dying)
-            cache.merge()
-        assert len(shards(copy)) == count - when + 1
-        assert content_of(copy) == several.content
-        again = open_cache(copy)
-        compute_missing(again, random_pairs(1, seed=8), make_scorer())
-        assert len(shards(copy)) == 1
-        assert content_of(copy).items() >= several.content.items() and len(content_of(copy)) == len(several.content) + 2
-
-
-def test_a_damaged_shard_is_not_merged(several: Several) -> None:
-    """It stays for the next reader, who sets it aside and tells; its pairs are scored again."""
-    cache = open_cache(several.folder)
-    damaged = shards(several.folder)[1]
-    lost = set(read_shard(damaged)[0])
-    content = bytearray(damaged.read_bytes())
-    content[-1] ^= 1
-    damaged.write_bytes(content)
-    cache.merge()
-    assert len(shards(several.folder)) == 2 and damaged.read_bytes() == content
-    told: list[str] = []
-    after = open_cache(several.folder, told)
-    assert len(told) == 1 and damaged.name[:12] in told[0] and damaged.with_suffix(".damaged").exists()
-    assert after.values == {key: logp for key, (logp, _) in several.content.items() if key not in lost}
-    scorer = make_scorer()
-    assert compute_missing(after, several.pairs, scorer).misses == len(lost) // 2
-    assert missing(open_cache(several.folder), several.pairs) == []
-
-
-@pytest.fixture
-def full_when_merging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk has room for every shard but the merged one."""
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def merge(folder: Path) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", full)
-            merge_small(folder)
-
-    monkeypatch.setattr("dpo_cli.reference.shards.merge_small", merge)
-
-
-@pytest.mark.usefixtures("full_when_merging")
-def test_a_disk_too_full_to_merge_is_told_and_does_no_harm(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command ends well, and every shard is where it was."""
-    monkeypatch.setattr("dpo_cli.reference.shards.MANY", 2)
-    monkeypatch.setattr("dpo_cli.reference.store.SHARD_SECONDS", -1.0)
-    arguments = ("--dtype", "bfloat16", "--max-tokens", 400)
-    result, told = dpo("precompute-ref", *place.common(*arguments))
-    assert result["misses"] == 6
-    assert f"warning: reference cache: its small files are not merged ({result['cache_dir']}" in told
-    assert os.strerror(errno.ENOSPC) in told
-    folder = Path(result["cache_dir"])
-    assert len(shards(folder)) >= 3 and not list(folder.glob(".*"))
-    assert place.precompute(*arguments)["misses"] == 0
-
-
-def test_a_shard_of_someone_else_that_cannot_be_removed_stays(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a folder of several users with a sticky bit. The command ends well."""
-    (theirs,) = shards(place.cache)
-    unlink = Path.unlink
-
-    def refusing(self: Path, missing_ok: bool = False) -> None:
-        if self == theirs:
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(self))
-        unlink(self, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", refusing)
-    monkeypatch.setattr("dpo_cli.reference.shards.MANY", 2)
-    appended(place)
-    assert place.precompute()["misses"] == 1
-    monkeypatch.undo()
-    assert theirs.exists() and place.precompute()["misses"] == 0
-
-
 # ---- dpo cache --------------------------------------------------------------------------------------------------
 
 
 def cache(place: Place, *arguments: Any, code: int = 0) -> tuple[str, str]:
-    """Run ``dpo cache``: what it prints and what it tells."""
+    """Run ``dpo cache``: what it prints on stdout and stderr."""
     result = CliRunner().invoke(app, ["cache", *map(str, arguments), "--cache-dir", str(place.cache)])
     assert result.exit_code == code, (result.exit_code, result.output, result.exception)
     return result.stdout, result.stderr
 
 
 def listed(place: Place) -> list[dict[str, Any]]:
+    """The references of a cache as `dpo cache list` shows them."""
     result = json.loads(cache(place, "list", "--json")[0])
     assert result["cache_dir"] == str(place.cache)
-    return list(result["references"])
+    return [entry for entry in result["entries"] if entry["kind"] == "reference"]
 
 
-def responses(place: Place) -> int:
-    return sum(reference["responses"] for reference in listed(place))
-
-
-def verified(place: Place, code: int = 0, **found: list[Path]) -> tuple[tuple[int, int], str]:
-    """Verify a cache in which this and no more is to be found: how many shards and responses, and what it tells."""
-    shown, told = cache(place, "verify", "--json", code=code)
-    result = json.loads(shown)
-    counts = result.pop("shards"), result.pop("responses")
-    assert result.pop("tokenized") == 0
-    expected: dict[str, list[Path]] = {"damaged": [], "unreadable": [], "foreign": []}
-    assert {kind: sorted(files) for kind, files in result.items()} == {
-        kind: sorted(map(str, files)) for kind, files in (expected | found).items()
-    }
-    return counts, told
+def verified(place: Place, *damaged: Path) -> int:
+    """Verify a cache in which these files and no more are damaged; how many were checked."""
+    result = json.loads(cache(place, "verify", "--json", code=3 if damaged else 0)[0])
+    assert result["damaged"] == sorted(map(str, damaged))
+    return int(result["checked"])
 
 
 def folders(place: Place) -> list[Path]:
@@ -1128,36 +877,16 @@ def age(folder: Path, days: float) -> None:
         os.utime(path, (then, then))
 
 
-def flip(file: Path, place: int = -1) -> None:
-    content = bytearray(file.read_bytes())
-    content[place] ^= 4
-    file.write_bytes(content)
-
-
 def test_list_shows_every_reference(place: Place) -> None:
-    """The one used last first."""
     age(only_reference(place), 12.34)
-    second = Path(place.precompute("--dtype", "bfloat16")["cache_dir"])
-    first = next(folder for folder in folders(place) if folder != second)
-    shutil.copy(shards(second)[0], second / "old.damaged")
-    new, old = listed(place)
-    assert [new["reference"], old["reference"]] == [second.name, first.name]
-    assert [new["how"], old["how"]] == ["shared bfloat16 cpu", "shared float32 cpu"]
-    assert [new["responses"], old["responses"]] == [12, 12] and [new["shards"], old["shards"]] == [1, 1]
-    assert [new["damaged"], old["damaged"]] == [1, 0]
-    assert [new["days_unused"], old["days_unused"]] == [0, 12.3]
-    for reference, folder in ((new, second), (old, first)):
-        assert reference["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
-    assert new["model"] == old["model"] == place.model.name
-
-
-def test_list_is_a_table_for_a_person(place: Place) -> None:
-    (only_reference(place) / "old.damaged").write_bytes(b"")
-    age(only_reference(place), 3)
-    header, line = cache(place, "list")[0].splitlines()
-    assert header.split() == ["reference", "size", "responses", "unused", "model"]
-    about = f"{listed(place)[0]['model']} (shared float32 cpu; 1 damaged files)"
-    assert line.split(maxsplit=6) == [only_reference(place).name, "0.0", "MiB", "12", "3.0", "d", about]
+    first, second = only_reference(place), Path(place.precompute("--dtype", "bfloat16")["cache_dir"])
+    found = {entry["name"]: entry for entry in listed(place)}
+    assert {name: entry["days_unused"] for name, entry in found.items()} == {first.name: 12.3, second.name: 0}
+    for folder in (first, second):
+        assert found[folder.name]["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+        assert found[folder.name]["model"] == place.model.name
+    header, *lines = cache(place, "list")[0].splitlines()
+    assert header.split() == ["kind", "name", "size", "unused", "model"] and len(lines) == 2
 
 
 @pytest.mark.parametrize("there", ["nothing", "empty", "file"])
@@ -1167,184 +896,56 @@ def test_an_empty_cache_is_no_error(place: Place, there: str) -> None:
         (place.cache / "reference").mkdir(parents=True)
     if there == "file":
         place.cache.write_text("no folder")
-    assert listed(place) == []
-    assert len(cache(place, "list")[0].splitlines()) == 1
-    assert verified(place)[0] == (0, 0)
+    assert listed(place) == [] and verified(place) == 0
     assert json.loads(cache(place, "prune", "--older-than", 0, "--yes", "--json")[0]) == {"removed": [], "bytes": 0}
     assert place.cache.exists() == (there != "nothing")
 
 
-def test_list_bears_what_is_not_ours(place: Place) -> None:
-    """Files and folders that someone put there are no references and change no number."""
-    (ours,) = listed(place)
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"model": null, "layout": [1]}', "[" * 100_000])
+def test_the_description_of_a_reference_decides_nothing(place: Place, content: str | None) -> None:
+    """It is listed, used, and removed, whatever became of that file; other files do no harm."""
     folder = only_reference(place)
-    (place.cache / "notes.txt").write_text("mine")
+    (folder / "about.json").unlink()
+    if content is not None:
+        (folder / "about.json").write_text(content)
     (place.cache / "reference" / "notes.txt").write_text("mine")
-    (folder / "backup.safetensors").mkdir()
-    (folder / "other.safetensors").write_bytes(b"mine")
     save_file({"weight": torch.ones(3)}, folder / "weights.safetensors")
-    save_file({"keys": torch.tensor(3)}, folder / "scalar.safetensors")
-    (found,) = listed(place)
-    assert found["responses"] == ours["responses"] and found["shards"] == 4
-    assert found["model"] == ours["model"]
-
-
-ABOUTS = ["", "{", "[1]", "null", '"text"', '{"model": null, "layout": [1]}', "\ufeff{}"]
-DEEP = "[" * 100_000
-
-
-@pytest.mark.parametrize("content", [*ABOUTS, DEEP], ids=lambda content: content[:12])
-def test_what_a_reference_says_of_itself_decides_nothing(place: Place, content: str) -> None:
-    """It is listed, used, and removed by its name, whatever became of that file."""
-    folder = only_reference(place)
-    (folder / "about.json").write_text(content)
-    (found,) = listed(place)
-    assert found["reference"] == folder.name and found["responses"] == 12
-    assert found["model"] == ("None" if "null," in content else "unknown")
-    cache(place, "list")
-    cache(place, "verify")
-    assert place.precompute()["misses"] == 0
-    cache(place, "prune", "--model", folder.name[:8], "--yes")
-    assert folders(place) == []
-
-
-@pytest.mark.parametrize("what", ["gone", "folder", "bytes"])
-def test_a_reference_that_says_nothing_of_itself_is_listed(place: Place, what: str) -> None:
-    file = only_reference(place) / "about.json"
-    file.unlink()
-    if what == "folder":
-        file.mkdir()
-    if what == "bytes":
-        file.write_bytes(b"\xff\xfe\x00")
-    assert [(r["model"], r["responses"]) for r in listed(place)] == [("unknown", 12)]
-    assert place.precompute()["misses"] == 0
+    (entry,) = listed(place)
+    assert entry["name"] == folder.name and place.precompute()["misses"] == 0 and verified(place) == 1
+    age(folder, 9)
+    assert json.loads(cache(place, "prune", "--older-than", 5, "--yes", "--json")[0])["removed"] == [folder.name]
 
 
 def test_names_in_a_cache_do_not_steer_a_terminal(place: Place) -> None:
-    about = {"model": "a\x1b[31m\rb\nc\u202e[bold]", "layout": "\x07"}
-    (only_reference(place) / "about.json").write_text(json.dumps(about))
-    shown, _ = cache(place, "list")
-    assert "[bold]" in shown and not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", shown)
+    (only_reference(place) / "about.json").write_text(json.dumps({"model": "\x1b]0;x\x07\x1b[2J"}))
+    assert "\x1b" not in cache(place, "list")[0] and "\x07" not in cache(place, "list")[0]
 
 
-def test_list_bears_shards_that_are_merged_meanwhile(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another process, between its look at the folder and at each file."""
-    monkeypatch.setattr("dpo_cli.reference.shards.MANY", 2)
-    folder = only_reference(place)
-    content = content_of(folder)
-    entries = entries_of(content)
-    write_shard(folder, {key: entries[key] for key in sorted(entries)[:4]})
-    is_file = Path.is_file
-
-    def merging(self: Path, **options: Any) -> bool:
-        there = is_file(self, **options)
-        if self.parent == folder and self.suffix == dpo_cli.reference.shards.SUFFIX:
-            merge_small(folder)
-        return there
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "is_file", merging)
-        (found,) = listed(place)
-    assert found["model"] == listed(place)[0]["model"]
-    assert content_of(folder) == content
+def linked(shard: Path) -> None:
+    shard.rename(shard.with_name("elsewhere"))
+    shard.symlink_to("elsewhere")
 
 
-@pytest.mark.parametrize("place_", [0, 7, 100, -1], ids=lambda place_: f"byte {place_}")
-def test_verify_finds_a_flipped_bit(place: Place, place_: int) -> None:
-    """Exit code 3; the file is named and set aside, so that a second look finds nothing."""
+def flipped(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[7] ^= 4
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [linked, flipped])
+def test_verify_removes_what_is_damaged(place: Place, harm: Callable[[Path], None]) -> None:
     (shard,) = shards(place.cache)
-    assert verified(place)[0] == (1, 12)
-    flip(shard, place_)
-    counts, told = verified(place, code=3, damaged=[shard])
-    assert counts == (1, 0)
-    aside = shard.with_suffix(".damaged")
-    assert f"warning: {shard} is damaged; set aside as {aside}" in told
-    assert aside.exists() and not shard.exists()
-    assert verified(place)[0] == (0, 0)
-    assert listed(place)[0]["damaged"] == 1
-    assert place.precompute()["misses"] == 6
+    assert verified(place) == 1
+    harm(shard)
+    assert verified(place, shard) == 1 and not shard.exists()
+    assert verified(place) == 0 and place.precompute()["misses"] == len(LINES)
 
 
-def test_verify_looks_at_every_reference(place: Place) -> None:
-    place.precompute("--dtype", "bfloat16")
-    damaged = shards(place.cache)
-    assert len(damaged) == 2
-    for shard in damaged:
-        flip(shard)
-    assert verified(place, code=3, damaged=damaged)[0] == (2, 0)
-
-
-def test_verify_tells_a_person(place: Place) -> None:
-    flip(shards(place.cache)[0])
-    shown = dict(line.split(maxsplit=1) for line in cache(place, "verify", code=3)[0].splitlines())
-    assert shown["shards"] == "1" and shown["damaged"].endswith(".safetensors") and shown["foreign"] == "none"
-
-
-def test_verify_tells_a_damaged_file_that_it_cannot_set_aside(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Again and again."""
+def test_a_shard_of_another_reference_is_damaged(place: Place) -> None:
     (shard,) = shards(place.cache)
-    flip(shard)
-    with monkeypatch.context() as patch:
-        make_read_only(place.cache, patch)
-        for _ in range(2):
-            assert "cannot be set aside" in cache(place, "verify", code=3)[1]
-    assert shard.exists()
-
-
-def test_verify_tells_a_foreign_file_and_lets_it_be(place: Place) -> None:
-    foreign = only_reference(place) / "notes.safetensors"
-    foreign.write_bytes(b"mine")
-    counts, told = verified(place, foreign=[foreign])
-    assert counts == (2, 12)
-    assert f"warning: {foreign} is no shard of ours" in told
-    assert foreign.read_bytes() == b"mine"
-
-
-def test_verify_tells_a_file_that_cannot_be_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 3. It is let be, for it may be read another time."""
-    (shard,) = shards(place.cache)
-    read_bytes = Path.read_bytes
-
-    def failing(self: Path) -> bytes:
-        if self == shard:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
-        return read_bytes(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", failing)
-        _, told = verified(place, code=3, unreadable=[shard])
-        assert f"{shard} cannot be read ({os.strerror(errno.EIO)})" in told
-        assert f"{shard} cannot be read and is ignored" in place.told("precompute-ref")
-    assert shard.exists() and "warning" not in verified(place)[1]
-
-
-def test_a_shard_of_another_reference_is_foreign(place: Place) -> None:
-    """Whoever copied it there: its numbers are of another computation."""
-    own = shards(place.cache)
-    other = Path(place.precompute("--dtype", "bfloat16")["cache_dir"])
-    (shard,) = set(shards(place.cache)) - set(own)
-    copy = own[0].with_name(shard.name)
-    shutil.copy(shard, copy)
-    own[0].unlink()
-    _, told = verified(place, foreign=[copy])
-    assert f"warning: {copy} is no shard of ours (it is of another reference)" in told
-    assert place.precompute()["misses"] == len(LINES) and place.precompute("--verify", 6)["misses"] == 0
-    assert shards(other) == [shard]
-
-
-def test_verify_bears_shards_that_are_merged_meanwhile(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = Place(several.folder.parent)
-    several.folder.rename(place.cache)
-    folder = only_reference(place)
-
-    def read(shard: Path) -> Any:
-        monkeypatch.setattr("dpo_cli.reference.shards.read_shard", read_shard)
-        merge_small(folder)
-        return read_shard(shard)
-
-    monkeypatch.setattr("dpo_cli.reference.shards.read_shard", read)
-    _, told = verified(place)
-    assert "warning" not in told
+    second = Path(place.precompute("--dtype", "bfloat16")["cache_dir"])
+    shutil.copy(shard, second)
+    assert verified(place, second / shard.name) == 3
 
 
 @pytest.fixture
@@ -1359,157 +960,67 @@ def two(place: Place) -> tuple[Place, Path, Path]:
     return place, old, new
 
 
-def test_prune_wants_to_know_what(two: tuple[Place, Path, Path]) -> None:
+def test_prune_must_be_told_what(two: tuple[Place, Path, Path]) -> None:
+    """And where nobody can be asked, to do so; of nothing it needs no answer."""
     place, old, new = two
-    for more in ((), ("--yes",)):
-        _, told = cache(place, "prune", *more, code=2)
-        assert "--older-than" in told and "--model" in told
-    assert {old, new} == set(folders(place))
+    assert "--older-than DAYS" in cache(place, "prune", code=2)[1]
+    assert "--model: the name is empty" in cache(place, "prune", "--model", "", "--yes", code=2)[1]
+    assert "add --yes" in cache(place, "prune", "--older-than", 1, code=2)[1]
+    cache(place, "prune", "--older-than", 50)
+    assert set(folders(place)) == {old, new}
 
 
-def test_prune_of_no_name_removes_nothing(two: tuple[Place, Path, Path]) -> None:
-    """As from a script whose variable is not set."""
-    place, old, new = two
-    CliRunner().invoke(app, ["cache", "prune", "--model", "", "--yes", "--cache-dir", str(place.cache)])
-    assert {old, new} == set(folders(place))
-
-
-def test_prune_asks_nobody_where_nobody_is(two: tuple[Place, Path, Path]) -> None:
-    place, old, new = two
-    _, told = cache(place, "prune", "--older-than", 0, code=2)
-    assert "2 references would be removed" in told and "--yes" in told
-    assert {old, new} == set(folders(place))
-
-
-def test_prune_of_nothing_needs_no_answer(two: tuple[Place, Path, Path]) -> None:
-    place, old, new = two
-    for which in (("--older-than", 41), ("--model", "none of these"), ("--older-than", 30, "--model", "Fresh")):
-        assert json.loads(cache(place, "prune", *which, "--json")[0]) == {"removed": [], "bytes": 0}
-    assert {old, new} == set(folders(place))
-
-
-@pytest.mark.parametrize("by", ["age", "name", "both"])
-def test_prune_removes_one_and_tells_which_and_how_much(two: tuple[Place, Path, Path], by: str) -> None:
-    place, old, new = two
-    begins = next(old.name[:n] for n in range(1, 33) if old.name[:n] != new.name[:n])
-    more: dict[str, tuple[Any, ...]] = {
-        "age": ("--older-than", 39.9),
-        "name": ("--model", begins),
-        "both": ("--older-than", 39.9, "--model", old.name[:4]),
-    }
-    size = sum(file.stat().st_size for file in old.iterdir())
-    shown, _ = cache(place, "prune", *more[by], "--yes", "--json")
-    assert json.loads(shown) == {"removed": [old.name], "bytes": size}
-    assert folders(place) == [new]
-    assert place.precompute()["misses"] == 6  # it is computed again when it is needed
-
-
-def test_prune_finds_a_model_by_a_part_of_its_name(two: tuple[Place, Path, Path]) -> None:
-    place, old, new = two
-    assert json.loads(cache(place, "prune", "--model", "Fresh", "--yes", "--json")[0])["removed"] == [new.name]
-    assert folders(place) == [old]
+@pytest.mark.parametrize(("by", "removed"), [(("--older-than", 30), 0), (("--model", "Fresh"), 1)])
+def test_prune_removes_by_age_or_model(two: tuple[Place, Path, Path], by: tuple[Any, ...], removed: int) -> None:
+    place, *both = two
+    size = sum(file.stat().st_size for file in both[removed].iterdir())
+    result = json.loads(cache(place, "prune", *by, "--yes", "--json")[0])
+    assert result == {"removed": [both[removed].name], "bytes": size} and folders(place) == [both[1 - removed]]
 
 
 def test_a_reference_that_was_used_is_not_old(two: tuple[Place, Path, Path]) -> None:
-    """Reading it is enough."""
-    place, old, new = two
+    place, old, _ = two
     assert place.precompute()["misses"] == 0
     assert json.loads(cache(place, "prune", "--older-than", 30, "--yes", "--json")[0])["removed"] == []
-    assert {old, new} == set(folders(place))
-    assert listed(place)[0]["reference"] == old.name and listed(place)[0]["days_unused"] == 0
+    assert old.exists()
 
 
-@pytest.fixture
-def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """Run a command with someone at a terminal, who types an answer: ``at_a_terminal("n", …)``."""
-    opened: list[int] = []
-
-    def run(answer: str, *arguments: Any) -> int:
-        keyboard, terminal = os.openpty()
-        opened.extend((keyboard, terminal))
-        os.write(keyboard, f"{answer}\n".encode())
-        with os.fdopen(os.dup(terminal)) as stdin, monkeypatch.context() as patch:
-            patch.setattr(sys, "stdin", stdin)
-            with pytest.raises(SystemExit) as ended:
-                app([*map(str, arguments)])
-        return int(ended.value.code or 0)
-
-    yield run
-    for descriptor in opened:
-        os.close(descriptor)
-
-
-@pytest.mark.parametrize(("answer", "code"), [("n", 1), ("", 1), ("no", 1), ("y", 0)])
+@pytest.mark.parametrize("answer", ["n", "", "y"])
 def test_prune_asks_first(
-    two: tuple[Place, Path, Path],
-    at_a_terminal: Callable[..., int],
-    capsys: pytest.CaptureFixture[str],
-    answer: str,
-    code: int,
+    two: tuple[Place, Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
-    """Showing what would go; only a yes is one."""
+    """At a terminal, showing what would go; only a yes is one."""
     place, old, new = two
-    found = at_a_terminal(answer, "cache", "prune", "--older-than", 30, "--cache-dir", place.cache, "--json")
-    shown, told = capsys.readouterr()
-    assert found == code
-    assert "Remove these 1 references?" in told and old.name in told and new.name not in told
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, f"{answer}\n".encode())
+    with os.fdopen(terminal) as stdin, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        app(["cache", "prune", "--older-than", "30", "--cache-dir", str(place.cache), "--json"])
+    os.close(keyboard)
+    err = capsys.readouterr().err
+    assert "Remove these 1 entries?" in err and old.name[:30] in err and new.name not in err
+    assert int(ended.value.code or 0) == (answer != "y")
     assert folders(place) == ([new] if answer == "y" else sorted([old, new]))
-    assert shown.strip() == "" if code else json.loads(shown)["removed"] == [old.name]
 
 
-def test_prune_tells_what_it_cannot_remove(two: tuple[Place, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    place, old, new = two
-    with monkeypatch.context() as patch:
-        make_read_only(place.cache, patch)
-        shown, told = cache(place, "prune", "--older-than", 30, "--yes", "--json")
-    assert f"{old} cannot be removed ({os.strerror(errno.EROFS)})" in told
-    assert json.loads(shown) == {"removed": [], "bytes": 0}
-    assert {old, new} == set(folders(place))
+def test_prune_reports_what_it_cannot_remove(two: tuple[Place, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    place, old, _ = two
+
+    def rename(self: Path, _: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    shown, err = cache(place, "prune", "--older-than", 30, "--yes", "--json")
+    assert json.loads(shown)["removed"] == [] and f"{old} cannot be removed (Permission denied)" in err
 
 
-def test_prune_that_was_killed_stands_in_nobodys_way(
-    two: tuple[Place, Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It goes when the next one comes."""
-    place, old, new = two
-
-    def dying(*_: Any, **__: Any) -> None:
-        raise Death
-
-    with monkeypatch.context() as patch, pytest.raises(Death):
-        patch.setattr(shutil, "rmtree", dying)
-        app(["cache", "prune", "--older-than", "30", "--yes", "--cache-dir", str(place.cache)])
-    assert place.precompute()["misses"] == 6
-    age(old, 40)
-    assert json.loads(cache(place, "prune", "--older-than", 30, "--yes", "--json")[0])["removed"] == [old.name]
-    assert folders(place) == [new]
-
-
-def test_what_is_pruned_while_it_is_filled_is_filled_on(several: Several) -> None:
-    """What comes after is kept; what was removed is scored again by the next."""
-    cache_ = open_cache(several.folder)
-    new = random_pairs(2, seed=9)
-    shutil.rmtree(cache_.folder)
-    assert not compute_missing(cache_, [*several.pairs, *new], make_scorer()).logps.isnan().any()
-    assert missing(open_cache(several.folder), [*new, *several.pairs]) == list(range(2, 2 + len(several.pairs)))
-
-
-def test_a_shard_whose_folder_is_pruned_while_it_is_written_is_written_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between making the folder and making the file in it."""
-    make, calls, pairs = tempfile.mkstemp, itertools.count(), random_pairs(3)
-    cache_ = open_cache(tmp_path)
-
-    def late(suffix: str, prefix: str, folder: Path) -> tuple[int, str]:
-        if next(calls) == 0:
-            shutil.rmtree(folder)
-        return make(suffix, prefix, folder)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "mkstemp", late)
-        compute_missing(cache_, pairs, make_scorer())
-    assert next(calls) == 2 and missing(open_cache(tmp_path), pairs) == []
+def test_a_reference_that_is_pruned_while_it_is_filled_is_filled_further(tmp_path: Path) -> None:
+    pairs, scorer = random_pairs(6, seed=9), make_scorer()
+    cache = open_cache(tmp_path)
+    compute_missing(cache, pairs[:3], scorer)
+    shutil.rmtree(cache.folder)
+    assert compute_missing(cache, pairs, scorer).misses == 3
+    assert not compute_missing(open_cache(tmp_path), pairs[3:], scorer).misses
 
 
 # ---- where nothing can be written, and when the clock jumps -----------------------------------------------------
@@ -1566,7 +1077,7 @@ def test_a_reference_from_the_future_is_not_old(place: Place) -> None:
     assert place.precompute()["misses"] == 0
     assert listed(place)[0]["days_unused"] == 0
     cache(place, "prune", "--model", "model", "--yes")
-    assert references(place.cache) == []
+    assert listed(place) == []
 
 
 def test_files_from_the_future_are_not_remembered(place: Place, hashed: list[str], monkeypatch: Any) -> None:
@@ -1610,10 +1121,10 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_second_holder_is_refused_and_told_who_has_it(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    told = f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}"
+def test_a_second_holder_is_refused(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     for _ in range(2):
-        with pytest.raises(UsageError, match=re.escape(told)), file_lock(tmp_path / "lock"):
+        message = re.escape(f"{tmp_path} is in use by another process")
+        with pytest.raises(UsageError, match=message), file_lock(tmp_path / "lock"):
             pytest.fail("two hold it")
     assert (tmp_path / "lock").exists() and holder.poll() is None
 
@@ -1621,22 +1132,18 @@ def test_a_second_holder_is_refused_and_told_who_has_it(tmp_path: Path, holder: 
 def test_a_lock_is_free_when_its_holder_has_ended(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     holder.communicate("")
     assert holder.returncode == 0 and not (tmp_path / "lock").exists()
-    with file_lock(tmp_path / "lock"):
-        assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
-        with pytest.raises(UsageError, match=f"process {os.getpid()} "), file_lock(tmp_path / "lock"):
-            pytest.fail("two hold it")
+    with file_lock(tmp_path / "lock"), pytest.raises(UsageError), file_lock(tmp_path / "lock"):
+        pytest.fail("two hold it")
     assert not (tmp_path / "lock").exists()
 
 
 def test_a_lock_is_free_when_its_holder_was_killed(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    """Though its file is still there, with its name and whatever else; nothing of that stays."""
+    """Though its file is still there."""
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with (tmp_path / "lock").open("a") as stream:
-        stream.write("more\n" * 50)
-    assert f"process {holder.pid} " in (tmp_path / "lock").read_text()
+    assert (tmp_path / "lock").exists()
     with file_lock(tmp_path / "lock"):
-        assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+        pass
     assert not (tmp_path / "lock").exists()
 
 
@@ -1650,38 +1157,16 @@ def test_a_lock_is_free_after_an_error(tmp_path: Path, error: type[BaseException
 
 
 def test_a_lock_whose_file_was_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last holder removed it when it was opened and not yet locked: a third one would lock another file."""
-    flock, calls = fcntl.flock, itertools.count()
+    """Its last holder removed it after it was opened and before it was locked: a third one would lock another file."""
+    flock = fcntl.flock
 
     def late(descriptor: int, operation: int) -> None:
-        if next(calls) < 2:
-            (tmp_path / "lock").unlink()
+        (tmp_path / "lock").unlink()
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with file_lock(tmp_path / "lock"):
-        assert (tmp_path / "lock").exists() and next(calls) == 3
-        with pytest.raises(UsageError, match="in use by process"), file_lock(tmp_path / "lock"):
-            pytest.fail("two hold it")
-
-
-@pytest.mark.parametrize("whole", [atomic_write, atomic_dir])
-def test_what_was_swept_before_it_was_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Any
-) -> None:
-    """Another process took it for a dead one's."""
-    flock, calls = fcntl.flock, itertools.count()
-
-    def late(descriptor: int, operation: int) -> None:
-        if next(calls) == 0:
-            (left,) = tmp_path.glob(".*.tmp")
-            (left.rmdir if left.is_dir() else left.unlink)()
-        flock(descriptor, operation)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with whole(tmp_path / "made") as temporary:
-        assert temporary.exists() and next(calls) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    with pytest.raises(UsageError, match="try again"), file_lock(tmp_path / "lock"):
+        pytest.fail("it holds a file that is gone")
 
 
 def test_a_file_system_without_locks_does_not_stop_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1718,7 +1203,7 @@ for line in sys.stdin:
 
 
 def test_of_two_that_make_a_folder_one_does(tmp_path: Path) -> None:
-    """Each has written its own, and both give it the name at once; twenty times."""
+    """Each has written its own, and both give it the name at once; ten times."""
     makers = [run_python(MAKE, name) for name in ("0", "1")]
 
     def say(text: str) -> None:
@@ -1731,7 +1216,7 @@ def test_of_two_that_make_a_folder_one_does(tmp_path: Path) -> None:
         return [maker.stdout.readline().strip() for maker in makers if maker.stdout]
 
     try:
-        for round_ in range(20):
+        for round_ in range(10):
             folder = tmp_path / f"round {round_}"
             say(str(folder))
             assert answers() == ["ready", "ready"]

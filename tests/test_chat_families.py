@@ -20,7 +20,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from dpo_cli.data.formats import BadRow, Reading, read_rows
+from dpo_cli.data.rows import BadRow, Reading, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.utils.errors import RowError

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import CheckOptions
-from dpo_cli.data.formats import Reading, Row
+from dpo_cli.data.rows import Reading, Row
 from dpo_cli.data.sources import find_sources
 from dpo_cli.quality.check import DataCheck, as_text, run_check
 from dpo_cli.quality.checks import ISSUE_TYPES, RowChecks, find_damage, normalize, texts_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_cli.config.options import (
-    RESUME_MUTABLE,
-    EvalOptions,
-    Options,
-    PrecomputeOptions,
-    TrainOptions,
-    resolve,
-    resolve_resumed,
-    to_yaml,
-)
+from dpo_cli.config.options import EvalOptions, Options, PrecomputeOptions, TrainOptions
+from dpo_cli.config.resolve import RESUME_MUTABLE, resolve, resolve_resumed, to_yaml
 from dpo_cli.utils.errors import UsageError
 
 DATA = {"data": ["pairs.jsonl"]}
@@ -274,6 +265,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "modules_to_save": (["norm", "model.norm,lm_head"], ["", ",norm"]),
     "export": (["adapter", "merged"], ["both", ""]),
     "export_dtype": (["float32", "bfloat16", "auto"], ["float16", "bf16", ""]),
+    "report_to": (["none", "wandb", "tensorboard,mlflow"], ["tensorbord", "mlflow,W&B", "none,mlflow", ""]),
     "kl": (["exact", "none"], ["Exact", "", "sampled"]),
     "save_best": (["loss", "rewards/margins", "rewards/accuracies"], ["accuracy", "", "rewards/chosen"]),
     "samples": NOT_NEGATIVE,
@@ -449,13 +441,6 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(to_yaml(BEGAN), encoding="utf-8")
     (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
     return tmp_path
-
-
-def test_a_run_that_is_older_than_the_memory_modes_goes_on_in_full(run: Path) -> None:
-    (run / "config.yaml").write_text(re.sub("memory: .*\n", "", to_yaml(BEGAN)), encoding="utf-8")
-    assert resolve_resumed({}, run) == BEGAN
-    with pytest.raises(UsageError, match="cannot change --memory split"):
-        resolve_resumed({"memory": "split"}, run)
 
 
 def test_a_run_goes_on_with_the_options_it_began_with(run: Path) -> None:

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_cli.evaluation.diagnostics import ENOUGH, ROWS, judged, suspects, verdict
-from dpo_cli.evaluation.margins import sections
-from dpo_cli.evaluation.scores import Distributions, Scores
+from dpo_cli.evaluation.diagnostics import ENOUGH, ROWS, Evidence, diagnose, judge
+from dpo_cli.evaluation.metrics import Distributions, PairScores
+from dpo_cli.evaluation.statistics import intervals, length_bias
 from dpo_cli.losses.objective import Objective
 from dpo_cli.utils.files import to_json
-from tests.test_margins import make_scores
+from tests.synthetic import scores_of
 
 PAIRS = 300
 
 
-def healthy(seed: int = 0, pairs: int = PAIRS, shift: float = 4.0, beta: float = 0.1, **drift: float) -> Scores:
+def healthy(seed: int = 0, pairs: int = PAIRS, shift: float = 4.0, beta: float = 0.1, **drift: float) -> PairScores:
     """Normal margins, right in about 70 % of the pairs; the chosen responses rise as the rejected ones fall.
 
     ``drift``: KL a token and shares of moved tokens, of both sides or one.
@@ -28,27 +28,30 @@ def healthy(seed: int = 0, pairs: int = PAIRS, shift: float = 4.0, beta: float =
     tokens = rng.integers(20, 200, (pairs, 2)).astype(float)
     logratios = rng.normal([shift / 2, -shift / 2], 5, (pairs, 2))
     ref_logps = -tokens * rng.normal(1.5, 0.2, (pairs, 2))
-    kl, moved_chosen, moved_rejected = (drift.get(name, 0.002) for name in ("kl", "moved_chosen", "moved_rejected"))
+    kl, shifted_chosen, shifted_rejected = (
+        drift.get(name, 0.002) for name in ("kl", "shifted_chosen", "shifted_rejected")
+    )
     exact = Distributions(
         entropy=tokens,
         ref_entropy=tokens,
-        cross_entropy=tokens * (1 + kl),
-        reverse_cross_entropy=tokens * (1 + kl),
         kl=tokens * kl * rng.uniform(0.9, 1.1, tokens.shape),
         reverse_kl=tokens * kl,
-        moved=rng.binomial(tokens.astype(int), [moved_chosen, moved_rejected]).astype(float),
-        identity_error=1e-6,
+        shifted=rng.binomial(tokens.astype(int), [shifted_chosen, shifted_rejected]).astype(float),
     )
-    return make_scores(logratios, tokens, ref_logps, beta, distributions=exact)
+    return scores_of(logratios, tokens, ref_logps, beta, distributions=exact)
 
 
-def with_logratios(scores: Scores, logratios: Any) -> Scores:
+def with_logratios(scores: PairScores, logratios: Any) -> PairScores:
     return dataclasses.replace(scores, logps=scores.ref_logps + logratios)
 
 
-def found(scores: Scores, history: Any = (), chance: bool = False, **more: Any) -> list[dict[str, Any]]:
+def judged_and_found(scores: PairScores, history: Any = (), **more: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    return diagnose(Evidence(scores, intervals(scores), length_bias(scores), history, **more))
+
+
+def found(scores: PairScores, history: Any = (), chance: bool = False, **more: Any) -> list[dict[str, Any]]:
     """Without what is said of a policy that is no better than ``chance``, unless it is asked for."""
-    every: list[dict[str, Any]] = verdict(scores, sections(scores), history, **more)["findings"]
+    every = judged_and_found(scores, history, **more)[0]
     told = [finding for finding in every if chance or not finding["kind"].endswith("_chance")]
     for finding in told:
         assert finding.keys() == {"kind", "title", "text", "advice", "numbers", "rows"}
@@ -57,7 +60,7 @@ def found(scores: Scores, history: Any = (), chance: bool = False, **more: Any) 
     return told
 
 
-def only(scores: Scores, history: Any = (), **more: Any) -> dict[str, Any]:
+def only(scores: PairScores, history: Any = (), **more: Any) -> dict[str, Any]:
     (finding,) = found(scores, history, **more)
     return finding
 
@@ -65,7 +68,7 @@ def only(scores: Scores, history: Any = (), **more: Any) -> dict[str, Any]:
 # ---- nothing is wrong -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_ordinary_noise_has_no_finding(seed: int) -> None:
     scores = healthy(seed)
     assert 0.6 < scores.wins.mean() < 0.8
@@ -74,15 +77,15 @@ def test_ordinary_noise_has_no_finding(seed: int) -> None:
 
 def test_a_model_that_is_the_reference_has_no_finding() -> None:
     """Be it to the bit or but for arithmetic."""
-    scores = healthy(kl=0.0, moved_chosen=0.0, moved_rejected=0.0)
+    scores = healthy(kl=0.0, shifted_chosen=0.0, shifted_rejected=0.0)
     noise = np.random.default_rng(0).normal(-2e-4, 1e-4, scores.tokens.shape)
     assert found(with_logratios(scores, 0.0)) == found(with_logratios(scores, noise)) == []
 
 
 def test_few_pairs_have_no_finding_that_needs_an_interval() -> None:
-    sunk = healthy(pairs=ENOUGH - 1, kl=9, moved_chosen=0.9)
+    sunk = healthy(pairs=ENOUGH - 1, kl=9, shifted_chosen=0.9)
     assert found(with_logratios(sunk, sunk.logratios - 50)) == []
-    assert found(make_scores([[1, 0]])) == []
+    assert found(scores_of([[1, 0]])) == []
 
 
 # ---- what was judged --------------------------------------------------------------------------------------------
@@ -91,7 +94,7 @@ def test_few_pairs_have_no_finding_that_needs_an_interval() -> None:
 @pytest.mark.parametrize("pairs", [1, 6, ENOUGH - 1])
 def test_too_few_pairs_are_no_clean_result(pairs: int) -> None:
     scores = healthy(pairs=pairs)
-    told = verdict(scores, sections(scores), run([0.69, 0.6]))["judged"]
+    told = judged_and_found(scores, run([0.69, 0.6]))[1]
     plural = "s" * (pairs > 1)
     assert told["text"] == f"Only {pairs} pair{plural}: too few to judge ({pairs}; 20 needed)"
     assert (told["pairs"], told["needed"], told["enough"]) == (pairs, 20, False)
@@ -100,39 +103,37 @@ def test_too_few_pairs_are_no_clean_result(pairs: int) -> None:
 
 def test_a_clean_result_names_what_was_looked_for_on_how_many_pairs() -> None:
     scores = healthy()
-    told = verdict(scores, sections(scores))["judged"]
-    passed = ["worse_than_chance", "not_finite", "length_bias", "displaced_chosen", "token_drift", "kl_drift"]
-    passed += ["label_noise", "at_chance"]
+    told = judged_and_found(scores)[1]
+    passed = ["not_finite", "length_bias", "displaced_chosen", "token_drift", "kl_drift", "worse_than_chance"]
+    passed += ["at_chance"]
     assert told == {"pairs": PAIRS, "needed": 20, "enough": True, "passed": passed, "text": told["text"]}
-    names = (
-        "worse than chance, not finite, length bias, displaced chosen, token drift, kl drift, label noise, at chance"
-    )
-    assert told["text"] == f"No problems found: 8 checks passed on 300 pairs (not found: {names})"
+    names = "not finite, length bias, displaced chosen, token drift, kl drift, worse than chance, at chance"
+    assert told["text"] == f"No problems found: 7 checks passed on 300 pairs (not found: {names})"
     less = dataclasses.replace(scores, distributions=None)
-    assert verdict(less, sections(less))["judged"]["passed"] == [name for name in passed if "drift" not in name]
-    more = verdict(scores, sections(scores), run([0.69, 0.5]), thinking=np.zeros((PAIRS, 2), bool))["judged"]["passed"]
-    assert set(more) == {*passed, "thinking", "memorised", "nothing_learned", "over_optimised"}
+    assert judged_and_found(less)[1]["passed"] == [name for name in passed if "drift" not in name]
+    more = judged_and_found(scores, run([0.69, 0.5]))[1]["passed"]
+    assert set(more) == {*passed, "memorised", "nothing_learned", "over_optimised"}
 
 
 def test_what_was_found_did_not_pass() -> None:
     scores = healthy(kl=0.8)
-    told = verdict(scores, sections(scores))["judged"]
-    assert told["text"].startswith("1 problem found: 7 checks passed on 300 pairs (not found: ")
-    assert told["enough"] and "kl_drift" not in told["passed"] and len(told["passed"]) == 7
+    told = judged_and_found(scores)[1]
+    assert told["text"].startswith("1 problem found: 6 checks passed on 300 pairs (not found: ")
+    assert told["enough"] and "kl_drift" not in told["passed"] and len(told["passed"]) == 6
 
 
 def test_of_pairs_of_one_prompt_no_check_that_needs_an_interval_has_passed() -> None:
     scores = dataclasses.replace(healthy(), groups=np.zeros(PAIRS, int))
-    assert verdict(scores, sections(scores))["judged"]["passed"] == ["not_finite"]
+    assert judged_and_found(scores)[1]["passed"] == ["not_finite"]
 
 
 def test_pairs_that_were_trained_on_do_not_count() -> None:
-    told = judged(30, 0, ["not_finite"], trained_on=24)
+    told = judge(30, 0, ["not_finite"], trained_on=24)
     assert told["text"] == "Only 6 pairs that were not trained on: too few to judge (6; 20 needed)"
     assert not told["enough"] and told["pairs"] == 6
-    told = judged(50, 2, ["not_finite"], trained_on=24)
+    told = judge(50, 2, ["not_finite"], trained_on=24)
     assert told["enough"] and told["text"].startswith("2 problems found: 1 check passed on 50 pairs, 24 of which were")
-    told = judged(0)
+    told = judge(0)
     assert (
         not told["enough"]
         and told["text"].startswith("No pairs were held out: ")
@@ -156,7 +157,7 @@ def test_memorised_training_pairs(pairs: int) -> None:
     assert finding["kind"] == "memorised" and "0.0013 on them and 2.1" in finding["title"]
     numbers = {"training_loss": 0.0013, "loss": 2.1269, "start_loss": 0.6931}
     assert finding["numbers"] == pytest.approx(numbers, abs=1e-3)
-    assert "ranked right in 0.0%" in finding["text"] and "--save-best loss" in finding["advice"]
+    assert "0.0% of them are ranked right" in finding["text"] and "--save-best loss" in finding["advice"]
     line = {"step": 12, "eval_loss": 0.61}
     again = only(scores, [*trained_to(0.0013), line])
     assert "lowest at step 12 (0.6100)" in again["advice"]
@@ -215,7 +216,7 @@ def test_no_better_than_chance(shift: float) -> None:
     assert only(scores, chance=True)["kind"] == finding["kind"]  # of a model without a training, too
     itself = with_logratios(scores, np.zeros((PAIRS, 2)))
     assert found(itself, chance=True) == [] and not {"at_chance", "worse_than_chance"} & {
-        *verdict(itself, sections(itself))["judged"]["passed"]
+        *judged_and_found(itself)[1]["passed"]
     }
     few = with_logratios(healthy(pairs=ENOUGH - 1), np.tile([[1.0, -1.0], [-1.0, 1.0], [0, 0]], (7, 1))[: ENOUGH - 1])
     assert found(few, trained_to(0.5)) == []
@@ -225,25 +226,6 @@ def test_what_explains_chance_is_told_in_its_place() -> None:
     scores = healthy()
     by_length = with_logratios(scores, (scores.tokens - 110) / 10)
     assert only(by_length, trained_to(0.5))["kind"] == "length_bias"
-
-
-# ---- thinking ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("side", "word"), [(0, "chosen"), (1, "rejected")])
-@pytest.mark.parametrize("pairs", [5, PAIRS])
-def test_thinking_on_one_side_only(pairs: int, side: int, word: str) -> None:
-    scores, thinking = healthy(pairs=pairs), np.zeros((pairs, 2), bool)
-    thinking[: pairs * 2 // 5, side] = True
-    finding = only(scores, thinking=thinking)
-    assert finding["kind"] == "thinking" and finding["title"] == f"Only the {word} response thinks in 40% of the pairs"
-    assert finding["numbers"] == {"pairs": pairs * 2 // 5, "share": 0.4}
-    assert finding["rows"] == scores.where[: pairs * 2 // 5][:ROWS]
-    thinking[:, 1 - side] = thinking[:, side]
-    assert found(scores, thinking=thinking) == []  # on both sides
-    thinking[pairs // 10 :] = False
-    thinking[:, side] = False
-    assert found(scores, thinking=thinking) == []  # in a pair of ten
 
 
 # ---- numbers that are none --------------------------------------------------------------------------------------
@@ -278,17 +260,8 @@ def test_displaced_chosen(beta: float) -> None:
     numbers = finding["numbers"]
     assert finding["kind"] == "displaced_chosen"
     assert numbers["chosen"] == pytest.approx(-8, abs=1) and numbers["rejected"] == pytest.approx(-12, abs=1)
-    assert numbers["chosen_low"] < numbers["chosen"] < numbers["chosen_high"] < 0  # in nats, whatever beta is
-    assert numbers["margin_from_chosen"] + numbers["margin_from_rejected"] == pytest.approx(1)
-    assert numbers["margin_from_rejected"] == pytest.approx(3, abs=0.5) and numbers["fell"] > 0.9
+    assert numbers["fell"] > 0.9  # all in nats, whatever beta is
     assert ("--beta" in finding["advice"] and "8." in finding["title"]) or "7." in finding["title"]
-
-
-def test_a_small_margin_of_two_large_falls_is_told_in_nats() -> None:
-    scores = healthy()
-    moved = scores.logratios - scores.logratios.mean(0) - [10, 10.2]
-    text = only(with_logratios(scores, moved))["text"]
-    assert "The margin of 0.2 nats is a fall of 10.2 less a fall of 10.0." in text
 
 
 def test_a_fall_that_is_small_or_unsure_is_not_told() -> None:
@@ -311,7 +284,6 @@ def test_length_bias(prefers: str, sign: int) -> None:
     assert finding["kind"] == "length_bias" and f"prefers the {prefers}" in finding["title"]
     assert numbers[f"accuracy_chosen_{prefers}"] > numbers[f"accuracy_chosen_{against}"] + 0.3
     assert sign * numbers["correlation"] > 0.5
-    assert numbers["accuracy_prefer_longer"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_preference_that_length_goes_with_is_no_bias() -> None:
@@ -329,7 +301,7 @@ def test_a_preference_that_length_goes_with_is_no_bias() -> None:
 @pytest.mark.parametrize(("chosen", "rejected", "told"), [(0.05, 0.0, True), (0.0, 0.2, True), (0.01, 0.05, False)])
 def test_token_drift(chosen: float, rejected: float, told: bool) -> None:
     """Tokens of rejected responses are to fall; many of the chosen ones' should not."""
-    scores = healthy(moved_chosen=chosen, moved_rejected=rejected)
+    scores = healthy(shifted_chosen=chosen, shifted_rejected=rejected)
     if not told:
         assert found(scores) == []
         return
@@ -337,78 +309,18 @@ def test_token_drift(chosen: float, rejected: float, told: bool) -> None:
     assert only(scores)["kind"] == "token_drift"
     assert numbers["share_chosen"] == pytest.approx(chosen, abs=0.01)
     assert numbers["share_rejected"] == pytest.approx(rejected, abs=0.01)
-    assert numbers["share"] == pytest.approx(numbers["moved"] / scores.tokens.sum())
 
 
 def test_kl_drift() -> None:
     finding = only(healthy(kl=0.8))
     assert finding["kind"] == "kl_drift" and "0.8" in finding["title"]
     assert finding["numbers"]["kl_chosen"] == pytest.approx(0.8, abs=0.01)
-    assert "at the positions of these responses" in finding["text"] and "nats a response" not in finding["text"]
     assert found(healthy(kl=0.4)) == []
 
 
 def test_what_was_not_computed_is_not_judged() -> None:
-    scores = healthy(kl=0.8, moved_chosen=0.5)
+    scores = healthy(kl=0.8, shifted_chosen=0.5)
     assert found(dataclasses.replace(scores, distributions=None)) == []
-
-
-# ---- flipped labels ---------------------------------------------------------------------------------------------
-
-
-def flipped(seed: int, scale: float = 1.0, pairs: int = PAIRS) -> tuple[Scores, Any]:
-    """Margins that tell good from bad well, a reference that leans so already; 5 % of the labels are flipped."""
-    rng = np.random.default_rng(seed)
-    flips = rng.permutation(pairs) < round(0.05 * pairs)
-    sides = np.where(flips, -1, 1)[:, None] * np.array([1, -1])
-    scores = healthy(seed, pairs)
-    ref_logps = -scores.tokens * (2 - 0.5 * sides * rng.normal(1, 0.5, (pairs, 1)))
-    logratios = scale * sides * rng.normal(1.5, 0.5, (pairs, 1))
-    return dataclasses.replace(scores, ref_logps=ref_logps, logps=ref_logps + logratios), flips
-
-
-@pytest.mark.parametrize("scale", [0.1, 1, 10])
-@pytest.mark.parametrize("seed", range(3))
-def test_flipped_labels_are_found_however_long_was_trained(seed: int, scale: float) -> None:
-    scores, flips = flipped(seed, scale)
-    finding = only(scores)
-    assert finding["kind"] == "label_noise" and "likelier per token" in finding["text"]
-    places, far = suspects(scores)
-    assert flips[places].sum() >= 0.8 * flips.sum() and flips[places].mean() >= 0.8
-    assert (np.diff(far[places]) >= 0).all()  # strongest first
-    assert finding["rows"] == [scores.where[place] for place in places][:ROWS]
-    assert finding["numbers"]["share"] == len(places) / PAIRS
-
-
-def test_flipped_labels_are_found_by_the_margins_of_any_loss() -> None:
-    """Without a reference in the loss the policy's log-probs a token are its witness, not their log-ratios."""
-    scores, flips = flipped(0)
-    a_token = scores.logratios * [0.5, 0.5] - 3
-    scores = dataclasses.replace(scores, objective=Objective({"simpo": 1.0}), logps=a_token * scores.tokens)
-    places, far = suspects(scores)
-    assert flips[places].sum() >= 0.8 * flips.sum() and flips[places].all()
-    gap = a_token[:, 0] - a_token[:, 1]
-    assert far[places[0]] == pytest.approx((gap - np.median(gap))[places[0]] / _spread(gap))
-    (finding,) = [each for each in found(scores) if each["kind"] == "label_noise"]
-    assert f"median: {gap[places].mean():.2f} nats a token on average" in finding["text"]
-
-
-def _spread(gap: Any) -> float:
-    return 1.4826 * float(np.median(np.abs(gap - np.median(gap))))
-
-
-def test_at_most_twenty_rows_are_named() -> None:
-    finding = only(flipped(0, pairs=1000)[0])
-    assert len(finding["rows"]) == 20 and finding["numbers"]["pairs"] >= 40
-
-
-def test_a_reference_that_does_not_agree_is_no_witness() -> None:
-    """It takes two; with a reference of no lean long tails are only long."""
-    scores, _ = flipped(0)
-    assert found(dataclasses.replace(scores, ref_logps=-scores.tokens, logps=scores.logratios - scores.tokens)) == []
-    for seed in range(20):
-        tails = np.random.default_rng(seed + 1000).laplace(1, 2, (PAIRS, 1)) * [1, -1]
-        assert found(with_logratios(healthy(seed), tails)) == []
 
 
 # ---- over-training ----------------------------------------------------------------------------------------------
@@ -430,7 +342,6 @@ def test_over_optimised() -> None:
     assert finding["kind"] == "over_optimised" and "since step 40" in finding["title"]
     assert (numbers["best_step"], numbers["best_loss"]) == (40, 0.55)
     assert (numbers["last_step"], numbers["last_loss"]) == (100, 0.8)
-    assert numbers["margin_at_best"] < 1.7 and numbers["margin_at_last"] > 3.7
     assert "--save-best loss" in finding["advice"] and "40 steps" in finding["advice"]
 
 
@@ -441,7 +352,7 @@ def test_other_pairs_say_nothing_of_the_held_out_loss() -> None:
 
 def test_held_out_loss_that_only_ever_rose() -> None:
     finding = only(healthy(), run([0.69, 0.7, 0.75, 0.8, 0.9, 1.0]))
-    assert finding["numbers"]["best_step"] == finding["numbers"]["margin_at_best"] == 0
+    assert finding["numbers"]["best_step"] == 0
     assert "never better" in finding["advice"]
 
 

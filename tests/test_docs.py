@@ -15,13 +15,11 @@ from typing import Any
 
 import pytest
 import typer
-from matplotlib.figure import Figure
 from rich.text import Text
 from typer.testing import CliRunner
 
 from benchmarks.studies.pictures import IMAGES, draw, lines_of
 from dpo_cli.cli.app import app
-from dpo_cli.reporting import plots
 from tests.conftest import ROOT, SAMPLE
 from tests.pages import (
     EXECUTED,
@@ -85,7 +83,6 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def reader(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which one page is read, with a home of its own. Plots stay empty: other tests draw them."""
-    monkeypatch.setattr(plots, "_figure", lambda *_, **__: Figure(figsize=(1, 1)))
     for file in few.iterdir():
         (tmp_path / file.name).symlink_to(file)
     monkeypatch.chdir(tmp_path)

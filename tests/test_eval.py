@@ -19,17 +19,16 @@ from dpo_cli.models.loading import load_model
 from tests.conftest import SAMPLE, Cli, make_model, write_rows
 
 EITHER = ("chosen", "rejected")
-BY_RESPONSE = ("rewards", "logps", "ref_logps", "logratio", "data_kl_change", "cross_entropy", "ref_cross_entropy")
+BY_RESPONSE = ("rewards", "logps", "ref_logps", "delta_kl_data", "cross_entropy", "ref_cross_entropy")
 BY_RESPONSE = (*BY_RESPONSE, "perplexity", "ref_perplexity")
-FROM_BOTH = ("entropy", "ref_entropy", "kl", "reverse_kl", "kl_cross_entropy", "reverse_kl_cross_entropy")
-FROM_BOTH = (*FROM_BOTH, "moved_tokens")
+FROM_BOTH = ("entropy", "ref_entropy", "kl", "reverse_kl", "shifted_tokens")
 MEANS = {"loss", "rewards/margins", "rewards/accuracies", "rewards/ties"}
+MEANS |= {"logp_accuracy/policy", "logp_accuracy/reference"}
 MEANS |= {f"{name}/{side}" for name in BY_RESPONSE for side in EITHER}
 EXACT = {f"{name}/{side}" for name in FROM_BOTH for side in EITHER}  # what needs both models
 EVALUATED = MEANS | EXACT
 ABOUT = {"trained_on", "model", "reference", "rows", "refused", "pairs", "beta"}
-SECTIONS = {"intervals", "rewards/margins_quantiles", "effect", "buckets", "calibration", "length", "findings"}
-SECTIONS |= {"judged"}
+SECTIONS = {"intervals", "rewards/margins_quantiles", "length", "findings", "judged"}
 SHOWN = EVALUATED | ABOUT | SECTIONS | {"drift"}
 PER_PAIR = [
     "row", "logps/chosen", "logps/rejected", "ref_logps/chosen", "ref_logps/rejected", "rewards/chosen",
@@ -383,10 +382,10 @@ def test_a_person_gets_a_table(trained: tuple[Path, Any]) -> None:
             value, low, to, high = shown[name][1:5]
             assert read_number(value) == pytest.approx(trained[1]["after"][name], abs=1e-3)
             assert to == "to" and read_number(low) <= read_number(value) <= read_number(high)
-        for name in ("cross_entropy", "data_kl_change", "perplexity", *(FROM_BOTH[:4] if kl == "exact" else ())):
+        for name in ("cross_entropy", "delta_kl_data", "perplexity", *(FROM_BOTH[:4] if kl == "exact" else ())):
             assert read_number(shown[name][1]) == pytest.approx(trained[1]["after"][f"{name}/chosen"], rel=1e-3)
         assert ("kl" in shown) == (kl == "exact")
-        assert {"policy", "reference", "effect", "calibration", "length"} <= shown.keys()
+        assert {"policy", "reference", "logp", "accuracy", "margin"} <= shown.keys()
         assert [line for line in result.stdout.splitlines() if len(line) > 160 and str(folder) not in line] == []
 
 

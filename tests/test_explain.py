@@ -11,8 +11,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.data.formats import Reading, Row, read_rows
 from dpo_cli.data.pairs import model_input_ids
+from dpo_cli.data.rows import Reading, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from tests.conftest import write_rows

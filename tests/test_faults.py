@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.data.collate import MicroBatch
-from dpo_cli.evaluation import drift
-from dpo_cli.evaluation.metrics import append_metrics
+from dpo_cli.evaluation import kl
+from dpo_cli.evaluation.metrics_log import append_metrics
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner, split_pairs
 from dpo_cli.training.step import Trainer
@@ -221,16 +221,16 @@ def test_held_out_numbers_that_are_not_finite_are_written_as_null(
     train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     """The training itself is sound, so it comes to its end."""
-    original = drift.compare
+    original = kl.compare
 
-    def spoilt(*arguments: Any, **more: Any) -> drift.Compared | None:
+    def spoilt(*arguments: Any, **more: Any) -> kl.ModelComparison | None:
         found = original(*arguments, **more)
         assert found is not None
         found.logps[3, 1], found.distributions.kl[3, 1], found.distributions.reverse_kl[3, 1] = math.nan, math.inf, -1
-        found.tokens.write([3], torch.full((int(found.tokens.lengths[3].sum()), found.tokens.width), math.nan))
+        found.tokens[int(found.starts[3]) :] = math.nan
         return found
 
-    monkeypatch.setattr(drift, "compare", spoilt)
+    monkeypatch.setattr(kl, "compare", spoilt)
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text((tmp_path / "rows.jsonl").read_text().replace("Assistant:", "Assistant: Well,"))
     result = train("--eval-data", held_out, "--save-best", "loss", form)

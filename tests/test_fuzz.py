@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_cli.data.formats import Reading, read_rows
 from dpo_cli.data.readers import MAX_LINE
+from dpo_cli.data.rows import Reading, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import PairSet, tokenize_rows
 from dpo_cli.utils.errors import UsageError

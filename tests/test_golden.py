@@ -14,8 +14,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dpo_cli.data.formats import Reading, Row, read_rows
 from dpo_cli.data.pairs import Pair, model_input_ids
+from dpo_cli.data.rows import Reading, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.models.loading import load_tokenizer

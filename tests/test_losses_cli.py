@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.config.options import TrainOptions, resolve
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.config.resolve import resolve
 from dpo_cli.data.batching import build_schedule
 from dpo_cli.losses.preference import LOSSES, Preferences
 from dpo_cli.models.logprobs import ModelRunner, likelihoods, response_logps, target_logps

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from dpo_cli.data.collate import MicroBatch, collate
 from dpo_cli.data.pairs import Pair, count_loss_tokens
-from dpo_cli.evaluation.diagnostics import suspects, verdict
-from dpo_cli.evaluation.margins import sections
-from dpo_cli.evaluation.scores import Distributions, Scores
+from dpo_cli.evaluation.diagnostics import Evidence, diagnose
+from dpo_cli.evaluation.metrics import Distributions, PairScores
+from dpo_cli.evaluation.statistics import intervals, length_bias
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.logprobs import ModelRunner, hidden_states
 from tests.conftest import make_model, sigmoid_loss
@@ -83,16 +83,16 @@ class Trained:
     beta: float
     history: list[dict[str, Any]]
 
-    def scores(self, pairs: Sequence[Pair]) -> Scores:
+    def scores(self, pairs: Sequence[Pair]) -> PairScores:
         logps, ref_logps = (table(model, pairs).double().numpy() for model in (self.policy, self.reference))
         tokens = np.array([[count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)] for pair in pairs], float)
         terms, exact = np.tile([1.0, 0.0], (len(pairs), 1)), distributions(self.policy, self.reference, pairs)
-        return Scores([p.where for p in pairs], tokens, logps, ref_logps, terms, Objective(beta=self.beta), exact)
+        where, objective = [p.where for p in pairs], Objective(beta=self.beta)
+        return PairScores(where, tokens, logps, ref_logps, terms, objective=objective, distributions=exact)
 
     def found(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         scores = self.scores(pairs)
-        found: list[dict[str, Any]] = verdict(scores, sections(scores), self.history)["findings"]
-        return found
+        return diagnose(Evidence(scores, intervals(scores), length_bias(scores), self.history))[0]
 
 
 @torch.no_grad()
@@ -104,11 +104,11 @@ def distributions(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Se
         for model in (policy, reference)
     )
     changed = (p - q).gather(1, batch.targets[:, None])[:, 0]
-    moved = (changed.abs() > np.log(20)).double()
+    shifted = (changed.abs() > np.log(20)).double()
     entropies = [-(a.exp() * b).sum(-1) for a, b in ((p, p), (q, q), (p, q), (q, p))]
-    each = [*entropies, entropies[2] - entropies[0], entropies[3] - entropies[1], moved]  # (N,) each
+    each = [*entropies[:2], entropies[2] - entropies[0], entropies[3] - entropies[1], shifted]  # (N,) each
     sums = [torch.segment_reduce(x, "sum", lengths=batch.lengths, unsafe=True).view(-1, 2).numpy() for x in each]
-    return Distributions(*sums, 0.0)
+    return Distributions(*sums)
 
 
 def train(
@@ -189,7 +189,6 @@ def test_length_biased_data() -> None:
     assert finding["kind"] == "length_bias" and "longer" in finding["title"]
     numbers = finding["numbers"]
     assert numbers["accuracy_chosen_longer"] > 0.9 and numbers["accuracy_chosen_shorter"] < 0.1
-    assert numbers["accuracy_prefer_longer"] == pytest.approx(0.7, abs=0.1)
     assert numbers["correlation"] > 0.7
 
 
@@ -204,23 +203,7 @@ def test_displaced_chosen_responses() -> None:
     numbers = finding["numbers"]
     assert finding["kind"] == "displaced_chosen"
     assert numbers["rejected"] < numbers["chosen"] < -1 and numbers["fell"] > 0.6
-    assert numbers["margin_from_rejected"] > 1 > 0 > numbers["margin_from_chosen"]
     assert trained.scores(unseen).wins.mean() > 0.75  # which looks like success
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_flipped_labels(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    data, flips = styled(rng, 400, 0.85, flipped=0.05)
-    model = start()
-    pretrain(model, styled(rng, 1000, 0.7)[0], 20, 3e-3)
-    trained = train(model, data, styled(rng, 100, 0.85)[0], 50, 3e-4, beta=0.3)
-    (finding,) = trained.found(data)
-    assert finding["kind"] == "label_noise"
-    found, _ = suspects(trained.scores(data))
-    assert flips[found].sum() >= 0.8 * flips.sum() and flips[found].mean() >= 0.8
-    assert finding["numbers"]["pairs"] == len(found)
-    assert finding["rows"] == [data[place].where for place in found[:20]]
 
 
 def test_over_trained_run() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.config.options import TrainOptions, resolve
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.config.resolve import resolve
 from dpo_cli.data.sources import hub_id
 from dpo_cli.evaluation.statistics import wilson
 from tests.conftest import ROOT, bar_network

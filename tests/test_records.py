@@ -24,7 +24,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from dpo_cli.data import token_cache as tokenized
-from dpo_cli.data.formats import Reading, Row, read_rows
+from dpo_cli.data.rows import Reading, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.token_cache import Tokenized, kept
 from dpo_cli.utils.errors import RowError, UsageError

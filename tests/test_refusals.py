@@ -22,7 +22,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from dpo_cli.cli.app import main
-from dpo_cli.config.options import TrainOptions, to_yaml
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.config.resolve import to_yaml
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.training.prepare import hold_out
 from dpo_cli.utils.errors import UsageError

@@ -854,8 +854,16 @@ def test_names_and_answers_cannot_steer_a_terminal(here: Here, hostile: list[Any
 
 
 BAD = [
-    {"prompt": "Why?", "chosen": [{"role": MARKUP, "content": "x"}], "rejected": "No."},
-    {"prompt": "Why?", "chosen": [{"role": "[/foo]", "content": "x"}], "rejected": "No."},
+    {
+        "prompt": "Why?",
+        "chosen": [{"role": MARKUP, "content": "x"}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    },
+    {
+        "prompt": "Why?",
+        "chosen": [{"role": "[/foo]", "content": "x"}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    },
     {"prompt": "Why?", "chosen": "Because.", MARKUP: "No."},
     {"prompt": MARKUP, "chosen": MARKUP, "rejected": MARKUP},
 ]

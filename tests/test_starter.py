@@ -11,7 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.config.options import Check, TrainOptions, option, resolve
+from dpo_cli.config.options import Check, TrainOptions, option
+from dpo_cli.config.resolve import resolve
 from dpo_cli.config.template import WIDTH, commented, write_config
 
 FIELDS = dataclasses.fields(TrainOptions)
@@ -60,7 +61,7 @@ def test_the_command_fills_in_data_and_replaces_nothing(tmp_path: Path, monkeypa
     assert told.exit_code == 0 and told.stdout == "run.yaml is written. Now: dpo train --config run.yaml\n"
     assert resolve(TrainOptions, {}, Path("run.yaml")).data == ["a.jsonl", "b: c.jsonl"]
     told = CliRunner().invoke(app, ["init"])
-    assert told.exit_code == 2 and told.stderr.startswith("error: run.yaml: is there already; ")
+    assert told.exit_code == 2 and told.stderr.startswith("error: run.yaml: exists already; ")
     assert resolve(TrainOptions, {}, Path("run.yaml")).data == ["a.jsonl", "b: c.jsonl"]
     told = CliRunner().invoke(app, ["init", "--force", "--json"])
     assert told.exit_code == 0 and json.loads(told.stdout) == {"config": "run.yaml"}

@@ -74,6 +74,7 @@ def test_pure_layers_know_torch_only() -> None:
         "data.hub",
         "data.sources",
         "data.formats",
+        "data.rows",
         "models.locate",
     )
     for module in light:

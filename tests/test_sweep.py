@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.config.options import SweepOptions, TrainOptions, resolve
+from dpo_cli.config.options import SweepOptions, TrainOptions
+from dpo_cli.config.resolve import resolve
 from dpo_cli.evaluation.reward import Reward, load_reward
-from dpo_cli.reporting.frontier import frontier
-from dpo_cli.reporting.plots import svg, write_svg
+from dpo_cli.reporting.plots import frontier, svg, write_plots
 from dpo_cli.training import prepare
 from dpo_cli.training.loop import train
 from dpo_cli.training.step import Trainer
@@ -121,6 +121,20 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 # ---- the runs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
+def test_files_of_the_frontier(swept: tuple[Path, Any, Any]) -> None:
+    """First of all: later tests overwrite them with empty pictures."""
+    folder, result, _ = swept
+    texts = svg_texts(folder / "sweep" / "frontier.svg")
+    for beta in BETAS:
+        assert texts.count(f"β {beta:g}") == 2
+    assert {"Margin and KL · beta × nats", "Accuracy and KL", "KL from the reference, nats per token"} <= set(texts)
+    with Image.open(folder / "sweep" / "frontier.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width > 1000 and len(image.convert("RGB").getcolors(2**20) or []) > 20
+    assert json.loads((folder / "sweep" / "sweep.json").read_text()) == result
+
+
 def test_one_reference_pass_and_one_model_at_a_time(swept: tuple[Path, Any, Seen]) -> None:
     _, _, seen = swept
     assert seen.misses == [24, 0, 0, 0]
@@ -213,7 +227,7 @@ def test_an_interrupted_sweep_goes_on(place: Path, monkeypatch: pytest.MonkeyPat
     out = invoke(*common)
     assert out.exit_code == 130
     assert "beta-1: interrupted after step 1 of 3; a checkpoint was written" in out.stderr
-    assert "the same command again" in out.stderr and "--resume" in out.stderr and out.stdout == ""
+    assert "run the same sweep command again" in out.stderr and "--resume" in out.stderr and out.stdout == ""
     assert len(taken) == 5  # three of the first, one of the second, and the one that the signal came in
     result = dpo(*common)
     assert taken[5:] == [1, 1]
@@ -226,7 +240,7 @@ def test_an_interrupted_sweep_goes_on(place: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--lr", "0.5"], "beta-0.1 is there and was trained otherwise: --lr 0.5 (it began with 0.0003)"),
+        (["--lr", "0.5"], "beta-0.1 exists with other options: --lr 0.5 (it began with 0.0003)"),
         (["--max-steps", "9"], "--max-steps 9 (it began with None)"),
         (["--max-length", "64"], "--max-length 64 (it began with 1024)"),
         (["--eval-data", str(SAMPLE / "heldout.jsonl")], "heldout.jsonl'] (it began with"),
@@ -234,7 +248,7 @@ def test_an_interrupted_sweep_goes_on(place: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_runs_of_other_options_are_refused(swept: tuple[Path, Any, Any], more: list[str], told: str) -> None:
     out = invoke(*command(swept[0], *more, beta="0.1,1"))
-    assert out.exit_code == 2 and told in out.stderr and "name another folder" in out.stderr
+    assert out.exit_code == 2 and told in out.stderr and "choose another folder" in out.stderr
 
 
 def test_an_option_left_out_is_another(swept: tuple[Path, Any, Any]) -> None:
@@ -248,7 +262,7 @@ def test_a_folder_that_holds_something_else_is_refused(place: Path) -> None:
     (place / "sweep").mkdir()
     write_rows(place / "sweep" / "thesis.tex", [])
     out = invoke(*short(place))
-    assert out.exit_code == 2 and "something else than a sweep (thesis.tex)" in out.stderr
+    assert out.exit_code == 2 and "something other than a sweep (thesis.tex)" in out.stderr
     (place / "sweep" / "thesis.tex").unlink()
     (place / "sweep" / "beta-0.1").mkdir()
     out = invoke(*short(place))
@@ -281,7 +295,7 @@ def test_without_an_output_the_same_command_finds_its_folder(place: Path, monkey
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--beta", "0.1,x"], "--beta 0.1,x: must be different numbers greater than 0, with commas between"),
+        (["--beta", "0.1,x"], "--beta 0.1,x: must be different numbers greater than 0, separated by commas"),
         (["--beta", "0.1,0.10"], "--beta 0.1,0.10: must be different"),
         (["--beta", "0,1"], "--beta 0,1: must be"),
         (["--beta", "nan"], "--beta nan: must be"),
@@ -346,7 +360,7 @@ def test_kl_by_sampling_and_a_reward(swept: tuple[Path, Any, Any], rewards: Path
     judged = ("--reward", "own_rewards:length", "--output", copy)
     result = dpo(*command(folder, *SAMPLES, *judged, beta="0.03,1"))
     assert seen.models == []  # what is measured may differ, what was trained stays
-    assert result["kl"]["unit"] == "nats a response" and result["reward"] == "own_rewards:length"
+    assert result["kl"]["unit"] == "nats per response" and result["reward"] == "own_rewards:length"
     assert (result["kl"]["prompts"], result["kl"]["samples"]) == (4, 3)
     data = ("--data", folder / "held-out.jsonl", "--cache-dir", folder / "cache")
     for point in result["points"]:
@@ -361,7 +375,9 @@ def test_kl_by_sampling_and_a_reward(swept: tuple[Path, Any, Any], rewards: Path
     shown = as_text(result)
     assert "reward" in shown.splitlines()[0] and "own_rewards:length; the reference's own answers have" in shown
     texts = svg_texts(copy / "frontier.svg")
-    assert texts.count("β 0.03") == 3 and "Reward and KL" in texts and "KL from the reference, nats a response" in texts
+    assert (
+        texts.count("β 0.03") == 3 and "Reward and KL" in texts and "KL from the reference, nats per response" in texts
+    )
 
 
 ANSWERS = ("policy_sampled", "reference_sampled")
@@ -388,7 +404,7 @@ def test_a_reward_that_fails_loses_no_run(place: Path, rewards: Path, seen: Seen
     common = short(place, *SAMPLES)
     out = invoke(*common, "--reward", "own_rewards:broken", "--json")
     assert out.exit_code == 1 and out.stdout == ""
-    assert "--reward own_rewards:broken: it raised ValueError: no judge today. What was trained is kept" in out.stderr
+    assert "--reward own_rewards:broken: it raised ValueError: no judge today. Trained runs are kept" in out.stderr
     assert len(seen.models) == 1
     assert len(dpo(*common, "--reward", "own_rewards:length")["points"]) == 2
     assert len(seen.models) == 2
@@ -398,15 +414,15 @@ def test_a_reward_that_fails_loses_no_run(place: Path, rewards: Path, seen: Seen
     ("name", "told"),
     [
         ("short", "it returned 1 values for 4 answers"),
-        ("words", "value 1 of the 4 it returned is 'good', no finite number"),
-        ("nan", "value 1 of the 4 it returned is nan, no finite number"),
+        ("words", "value 1 of the 4 it returned is 'good', not a finite number"),
+        ("nan", "value 1 of the 4 it returned is nan, not a finite number"),
         ("broken", "it raised ValueError: no judge today"),
     ],
 )
 def test_what_a_reward_may_do_wrong(rewards: Path, name: str, told: str) -> None:
     samples = [{"prompt": "p", "policy_sampled": ["a", "b"]}, {"prompt": "q", "policy_sampled": ["c", "d"]}]
     with pytest.raises(DpoError, match="same command again") as error:
-        load_reward(f"own_rewards:{name}").of(samples, "policy_sampled")
+        load_reward(f"own_rewards:{name}").mean(samples, "policy_sampled")
     assert told in str(error.value)
 
 
@@ -416,12 +432,12 @@ def test_the_interval_of_a_reward_is_over_prompts() -> None:
     means = rng.normal(size=40)
     samples = [{"prompt": "p", "a": [str(mean)] * 50} for mean in means]
     judge = Reward("m:f", lambda prompts, answers: np.array([float(answer) for answer in answers]))
-    mean, ends = judge.of(samples, "a")
+    mean, ends = judge.mean(samples, "a")
     assert mean == pytest.approx(means.mean()) and ends is not None
     half = 2.02 * means.std(ddof=1) / 40**0.5  # Student's
-    assert ends == pytest.approx([mean - half, mean + half], abs=0.15 * half)
-    assert judge.of([{"prompt": "p", "a": ["1"]}], "a") == (1.0, None)
-    mean, ends = judge.of([{"prompt": "p", "a": ["1", "2", "3"]}], "a")
+    assert ends == pytest.approx([mean - half, mean + half], abs=0.01 * half)
+    assert judge.mean([{"prompt": "p", "a": ["1"]}], "a") == (1.0, None)
+    mean, ends = judge.mean([{"prompt": "p", "a": ["1", "2", "3"]}], "a")
     assert mean == 2 and ends is not None and ends[0] < 2 < ends[1]
 
 
@@ -443,34 +459,21 @@ def svg_texts(file: Path) -> list[str]:
     return ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
-@pytest.mark.pictures
-def test_files_of_the_frontier(swept: tuple[Path, Any, Any]) -> None:
-    folder, result, _ = swept
-    texts = svg_texts(folder / "sweep" / "frontier.svg")
-    for beta in BETAS:
-        assert texts.count(f"β {beta:g}") == 2
-    assert {"Margin and KL", "Accuracy and KL", "KL from the reference, nats a token", "reference"} <= set(texts)
-    with Image.open(folder / "sweep" / "frontier.png") as image:
-        image.load()
-        assert image.format == "PNG" and image.width > 1000 and len(image.convert("RGB").getcolors(2**20) or []) > 20
-    assert json.loads((folder / "sweep" / "sweep.json").read_text()) == result
-
-
 def test_the_table_says_what_the_json_says(swept: tuple[Path, Any, Any], seen: Seen) -> None:
     """Also where options differ that change no training."""
     folder, result, _ = swept
     out = invoke(*command(folder, "--save-steps", 7, "--logging-steps", 3))
     assert out.exit_code == 0 and seen.models == []
     head, *lines = out.stdout.splitlines()
-    assert head.split() == ["beta", "KL", "95", "%", "interval", "margin", "accuracy", "loss", "run"]
+    assert head.split() == ["beta", "KL", "95", "%", "interval", *SHOWN, "run"]
     for line, point in zip(lines, result["points"], strict=False):
-        beta, kl, low, to, high, margin, accuracy, loss, run = line.split()
+        beta, kl, low, to, high, loss, margin, accuracy, run = line.split()
         assert (float(beta), to, run) == (point["beta"], "to", point["run"])
         found = [float(text.replace("−", "-")) for text in (kl, low, high, margin, loss)]
         wanted = [point["kl"], *point["intervals"]["kl"], point["rewards/margins"], point["loss"]]
         assert found == pytest.approx(wanted, rel=5e-3)
         assert accuracy == f"{point['rewards/accuracies']:.1%}"
-    assert "nats a token" in out.stdout and str(folder / "sweep" / "frontier.svg") in out.stdout
+    assert "nats per token" in out.stdout and str(folder / "sweep" / "frontier.svg") in out.stdout
 
 
 def point(beta: float, kl: float, value: float, spread: float | None = 0.1) -> dict[str, Any]:
@@ -491,10 +494,10 @@ def point(beta: float, kl: float, value: float, spread: float | None = 0.1) -> d
 )
 @pytest.mark.pictures
 def test_odd_frontiers_are_drawn(points: list[dict[str, Any]], tmp_path: Path) -> None:
-    plots = frontier(points, "nats a token", 0.4)
+    plots = frontier(points, "nats per token", 0.4)
     assert [plot.title for plot in plots] == ["Reward and KL", "Margin and KL", "Accuracy and KL"]
-    write_svg(tmp_path / "a.svg", plots)
-    write_svg(tmp_path / "b.svg", plots)
+    write_plots(tmp_path / "a.svg", plots)
+    write_plots(tmp_path / "b.svg", plots)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     drawn = [each for each in points if np.isfinite([each["kl"], each["reward"]]).all()]
     assert all(svg_texts(tmp_path / "a.svg").count(f"β {each['beta']:g}") == 3 for each in drawn)

@@ -28,8 +28,7 @@ from dpo_cli.data.batching import Layout, build_schedule
 from dpo_cli.data.collate import collate
 from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.data.tokenize import PairSet, tokenize_rows
-from dpo_cli.evaluation.outcome import scores_of
-from dpo_cli.evaluation.scores import values
+from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import ModelRunner, token_logps
@@ -252,9 +251,9 @@ def test_evaluate_by_the_formula() -> None:
     policy, reference = torch.randn(2, 50, 2, generator=torch.Generator().manual_seed(0)) * 20 - 60
     plain = Pairs(random_pairs(50))
     weighted = Pairs(replace(pair, weight=w, margin=m) for pair, (w, m) in zip(plain, terms_of(50), strict=True))
+    objective = Objective(beta=BETA, label_smoothing=SMOOTHING)
     found, without = (
-        values(scores_of(pairs, policy, reference, Objective(beta=BETA, label_smoothing=SMOOTHING), None))
-        for pairs in (weighted, plain)
+        Evaluator(pairs, None, objective).scores(policy, reference).means() for pairs in (weighted, plain)
     )
     losses, _ = formula(policy.double(), reference.double(), torch.tensor(terms_of(50)).double())
     assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data import token_cache as tokenized
-from dpo_cli.data.formats import Reading, read_rows
+from dpo_cli.data.rows import Reading, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.token_cache import Tokenized, kept, merged
 from dpo_cli.data.tokenize import PairSet, tokenize_rows

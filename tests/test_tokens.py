@@ -29,9 +29,9 @@ from dpo_cli.data.chat import (
     TOOLS_UNSEEN,
     TURNS_WITHOUT_LOSS,
 )
-from dpo_cli.data.columns import Message
-from dpo_cli.data.formats import BadRow, Reading, Row
+from dpo_cli.data.messages import Message
 from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
+from dpo_cli.data.rows import BadRow, Reading, Row
 from dpo_cli.data.tokenize import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder, refusal, tokenize_rows
 from dpo_cli.utils.errors import RowError, UsageError
 from tests.conftest import CHATML, SAMPLE, random_pairs

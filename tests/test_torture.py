@@ -23,17 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_cli.config.options import PrecomputeOptions
-from dpo_cli.reference import shards
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.checkpoint import newest_checkpoint
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.files import remove_leftovers
 from tests.conftest import LONG, SAMPLE, size, write_rows
 from tests.faults import (
     NEEDS_ROOM,
@@ -53,7 +50,6 @@ from tests.faults import (
     truncate,
     zero_page,
 )
-from tests.test_reference import PROCESSES
 from tests.test_resume import Place, assert_equal, make_place, newest_step, told_command
 
 pytestmark = [
@@ -643,7 +639,7 @@ def test_no_damaged_shard_is_ever_served(place: Place, several: Path, scored: Un
             assert again.end() == 0, again.told
             assert json.loads(again.told.splitlines()[-1])["misses"] == len(lost) // 2, about
             assert cached(several) == scored.content, about
-        for file in [*folder.glob("*.safetensors"), *folder.glob("*.damaged")]:
+        for file in folder.glob("*.safetensors"):
             file.unlink()
         for shard, content in whole.items():
             shard.write_bytes(content)
@@ -654,7 +650,7 @@ def test_damage_beside_the_shards_changes_no_number(place: Place, several: Path,
     rng = random.Random(10)
     for _ in range(2):
         assert precompute(place, several, watching(place, "beside")).end() == 0
-    others = [p for p in several.rglob("*") if p.is_file() and p.suffix not in (".safetensors", ".damaged")]
+    others = [p for p in several.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
     assert len(others) >= 2
     for number in range(size(4, 30)):
         file = others[number % len(others)]
@@ -751,51 +747,8 @@ def test_processes_that_fill_one_cache_side_by_side(place: Place, scored: Undist
     assert cached(place.folder / cache) == scored.content
 
 
-def _add_and_merge(folder: Path, number: int, rounds: int, told: Path) -> None:
-    """In a process of its own: add small shards, merge whatever is there, and find all that was ever added."""
-    shards.MANY = 4
-    os.fsync = lambda descriptor: None  # nothing loses its power here, and they meet more often
-    warned: list[str] = []
-    mine: dict[bytes, float] = {}
-    for turn in range(rounds):
-        keys = [hashlib.blake2b(f"{name} {turn}".encode(), digest_size=16).digest() for name in ("all", number)]
-        entries = {key: shards.Entry(key[0] + key[1] / 256, torch.arange(key[2] % 3 + 1.0)) for key in keys}
-        shards.write_shard(folder, entries)
-        mine |= {key: entry.logp for key, entry in entries.items()}
-        shards.merge_small(folder)
-        found = shards.read_folder(folder, warned.append)
-        assert not warned, warned
-        lost = [key.hex() for key in mine if found.get(key) != mine[key]]
-        assert not lost, f"process {number}, turn {turn}: {lost} are gone"
-        wrong = [key.hex() for key, value in found.items() if value != key[0] + key[1] / 256]
-        assert not wrong, f"process {number}, turn {turn}: {wrong} are wrong"
-    told.write_text("all was found")
-
-
-def test_small_shards_are_merged_by_all_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
-    """Every process merges after every shard; two are killed meanwhile."""
-    count, rounds = size(4, 6), size(60, 1000)
-    folder, rng = tmp_path / "cache", random.Random(13)
-    folder.mkdir()
-    told = [tmp_path / f"told-{number}.txt" for number in range(count)]
-    processes = [PROCESSES.Process(target=_add_and_merge, args=(folder, n, rounds, told[n])) for n in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes[:2]:
-        while process.is_alive() and len(list(folder.glob("*.safetensors"))) < 2:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05) * size(1, 10))
-        process.kill()
-    for process in processes:
-        process.join(300)
-    assert [file.exists() for file in told[2:]] == [True] * (count - 2), [process.exitcode for process in processes]
-    remove_leftovers(folder)
-    assert leftovers(folder) == []
-    assert len(cached(folder)) >= rounds + (count - 2) * rounds
-
-
 def test_one_process_stands_still_while_another_fills_the_same_cache(place: Place, scored: Undisturbed) -> None:
-    """Stopped at any boundary, and woken when the other has scored, merged and swept: both find all."""
+    """Stopped at any boundary, and woken when the other has scored: both find all."""
     rng = random.Random(14)
     points = rng.sample(scored.boundaries, size(4, 120))
 

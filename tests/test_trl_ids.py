@@ -12,8 +12,8 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from benchmarks.trl.theirs import make_trainer, pairs_of, trl_config
-from dpo_cli.data.formats import BadRow, Reading, read_rows
 from dpo_cli.data.pairs import Pair
+from dpo_cli.data.rows import BadRow, Reading, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.utils.errors import RowError

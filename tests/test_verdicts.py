@@ -101,7 +101,7 @@ def test_the_result_has_the_verdict(place: Path, tmp_path: Path) -> None:
     result = json.loads(out.stdout)
     assert [finding["kind"] for finding in result["findings"]] == ["nothing_learned"]
     assert result["judged"] == {"pairs": 6, "needed": 20, "enough": False} | {
-        "passed": ["not_finite", "thinking", "memorised"], "text": FEW
+        "passed": ["not_finite", "memorised"], "text": FEW
     }  # fmt: skip
     assert result["trained_on"] == {"pairs": 0, "prompts": 0, "text": ""}
 
@@ -246,26 +246,6 @@ def test_a_sweep_says_what_was_trained_on_and_judged(place: Path, tmp_path: Path
     assert found["trained_on"]["pairs"] == 24
     assert [point["judged"]["pairs"] for point in found["points"]] == [6, 6]
     assert all(isinstance(point["findings"], list) for point in found["points"])
-
-
-# ---- thinking ---------------------------------------------------------------------------------------------------
-
-
-def test_thinking_on_one_side_is_found(place: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in (place / "both.jsonl").read_text().splitlines()]
-    for row in rows[:12]:
-        answer = row["chosen"][-1]
-        answer["content"] = f"<think>\nLet me see.\n</think>\n\n{answer['content']}"
-    for row in rows[12:]:  # nothing between the tags is no thinking
-        row["chosen"][-1]["content"] = "<think>\n\n</think>\n\n" + row["chosen"][-1]["content"]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    result = json.loads(dpo("eval", "--model", place / "start", "--data", data, "--json", "--kl", "none").stdout)
-    (finding,) = result["findings"]
-    assert finding["kind"] == "thinking" and finding["numbers"]["pairs"] == 12
-    assert finding["title"] == "Only the chosen response thinks in 40% of the pairs"
-    checked = json.loads(dpo("check", "--model", place / "start", "--data", data, "--json").stdout)
-    (noted,) = [each for each in checked["findings"] if each["kind"] == "thinking"]
-    assert noted["count"] == 12 and noted["severity"] == "note"
 
 
 # ---- steps that move nothing ------------------------------------------------------------------------------------

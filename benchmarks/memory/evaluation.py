@@ -28,13 +28,13 @@ from typing import Any
 import torch
 
 from benchmarks.memory.rows import forget_peak, peak_mib
-from dpo_cli.data.formats import Reading
 from dpo_cli.data.pairs import Pairs
+from dpo_cli.data.rows import Reading
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.token_cache import Tokenized
-from dpo_cli.evaluation import drift
-from dpo_cli.evaluation.drift import Watch
-from dpo_cli.evaluation.outcome import evaluation, scores_of
+from dpo_cli.evaluation import kl
+from dpo_cli.evaluation.evaluator import Evaluator
+from dpo_cli.evaluation.kl import Progress
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.loading import compute_dtype, default_device, load_model, load_tokenizer
@@ -43,7 +43,7 @@ from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
 
 ROOT = Path(__file__).parents[2]
-WATCH = Watch(Reporter(quiet=True), "benchmark")
+PROGRESS = Progress(Reporter(quiet=True), "benchmark")
 MAX_TOKENS = 2048
 
 
@@ -60,10 +60,10 @@ def moved(model: Any, by: float = 0.01) -> Any:
     return model
 
 
-def exact(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path) -> drift.Compared:
-    recorded = drift.record(policy, pairs, folder, WATCH)
+def exact(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path) -> kl.ModelComparison:
+    recorded = kl.record(policy, pairs, folder, PROGRESS)
     assert recorded is not None
-    compared = drift.compare(reference, recorded, pairs, folder, WATCH, policy_runs=False)
+    compared = kl.compare(reference, recorded, pairs, PROGRESS, policy_runs=False)
     assert compared is not None
     return compared
 
@@ -78,7 +78,7 @@ def times(name: str | None, count: int, repeats: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Callable[[], Any]] = {
             "a pass (precompute)": lambda: list(reference.score(pairs)),
-            "evaluation, --kl none": lambda: drift.score(policy, pairs, WATCH),
+            "evaluation, --kl none": lambda: kl.score(policy, pairs, PROGRESS),
             "evaluation, exact": lambda: exact(policy, reference, pairs, Path(folder)),
         }
         taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
@@ -114,13 +114,13 @@ def memory(count: int) -> str:
         before = peak_mib()
         compared = exact(policy, reference, pairs, Path(folder))
         forwards = peak_mib() - before
-        policy_logps = drift.score(policy, pairs, WATCH)
+        policy_logps = kl.score(policy, pairs, PROGRESS)
         assert policy_logps is not None
-        scores = scores_of(pairs, policy_logps, compared.logps, Objective(), compared)
-        evaluation(scores, compared, pairs, tokenizer, [])
-        files = compared.tokens.row_bytes * int(compared.tokens.ends[-1]) / 2**20
+        evaluator = Evaluator(pairs, tokenizer, Objective())
+        evaluator.result(evaluator.scores(policy_logps, compared.ref_logps, compared), compared, [])
+        tokens = compared.tokens.nbytes / 2**20
     return (
-        f"| {count:,} | {int(pairs.loss_lengths.sum()):,} | {forwards:.0f} | {peak_mib() - before:.0f} | {files:.0f} |"
+        f"| {count:,} | {int(pairs.loss_lengths.sum()):,} | {forwards:.0f} | {peak_mib() - before:.0f} | {tokens:.0f} |"
     )
 
 
@@ -134,7 +134,7 @@ def main() -> None:
     if not arguments.memory:
         times(arguments.model, arguments.pairs, arguments.repeats)
         return
-    print("| pairs | tokens with loss | both passes, MiB more | the whole evaluation, MiB more | token file, MiB |")
+    print("| pairs | tokens with loss | passes, MiB more | whole evaluation, MiB more | of these the token table |")
     print("|---:|---:|---:|---:|---:|")
     for count in arguments.memory:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:

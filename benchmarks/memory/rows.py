@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from dpo_cli.data.batching import build_schedule, row_costs
-from dpo_cli.data.formats import Reading, read_rows
 from dpo_cli.data.pairs import Pairs
+from dpo_cli.data.rows import Reading, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.token_cache import Tokenized
 from dpo_cli.models.loading import load_tokenizer

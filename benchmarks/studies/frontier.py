@@ -39,10 +39,9 @@ from benchmarks.studies.frontier_report import draw, markdown, summary
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import build_schedule
 from dpo_cli.data.pairs import Ids, Pair, Pairs
-from dpo_cli.evaluation import drift
-from dpo_cli.evaluation.drift import Watch
+from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generate, sequence_kl, text
-from dpo_cli.evaluation.scores import Table
+from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.losses.preference import Preferences, preference_loss
 from dpo_cli.models.adapters import attach, make_config
@@ -60,7 +59,7 @@ from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.files import write_json
 
 ROOT = Path(__file__).parents[2]
-WATCH = Watch(Reporter(quiet=True), "frontier")
+PROGRESS = kl.Progress(Reporter(quiet=True), "frontier")
 SHARPNESS = 12.0  # of the reward: nats of preference a nat of evidence a word
 MAX_TOKENS = 2048
 BEST_OF = (2, 4, 8, 16)
@@ -238,11 +237,8 @@ class Lab:
     def completions(self, scorer: ModelRunner, prompts: Sequence[Ids], copies: int, seed: int) -> list[list[Response]]:
         """Drawn at temperature 1: -> for each prompt its ``copies``."""
         model: Any = scorer.model
-        how: dict[str, Any] = {"sampled": True, "copies": copies, "seed": seed}
-        room, dtype = 2 * MAX_TOKENS, scorer.dtype
-        return generate(
-            model, self.tokenizer, prompts, self.own_attention, self.sizes.tokens, **how, room=room, dtype=dtype
-        )
+        how: dict[str, Any] = {"copies": copies, "seed": seed, "max_tokens": 2 * MAX_TOKENS, "dtype": scorer.dtype}
+        return generate(model, self.tokenizer, prompts, self.own_attention, self.sizes.tokens, sampled=True, **how)
 
     def rewards(self, responses: Sequence[Sequence[Response]]) -> Table:
         """The reward of each: (prompts, K)."""
@@ -263,7 +259,7 @@ class Lab:
     def prepared(self, seed: int) -> Prepared:
         """What all trainings of a seed share."""
         pairs = self.preferences(seed)
-        logps = drift.score(self.reference, pairs, WATCH)
+        logps = kl.score(self.reference, pairs, PROGRESS)
         assert logps is not None
         rewards = self.rewards(self.completions(self.reference, self.held_out, self.sizes.copies, seed))
         return Prepared(seed, pairs, logps, rewards)
@@ -299,20 +295,21 @@ class Lab:
     def measure(self, policy: ModelRunner, given: Prepared) -> dict[str, Any]:
         """KL of a policy from the reference by its completions of the held-out openings, and what reward they gain.
 
-        They are held against the reference's own, drawn with the same noise.
+        They are compared with the reference's own, sampled with the same seed.
         """
         copies = self.sizes.copies
         responses = self.completions(policy, self.held_out, copies, given.seed)
         gains = self.rewards(responses) - given.rewards
         pairs = as_pairs(self.held_out, responses)
-        recorded = drift.record(policy, pairs, self.folder, WATCH)
+        recorded = kl.record(policy, pairs, self.folder, PROGRESS)
         assert recorded is not None
-        compared = drift.compare(self.reference, recorded, pairs, self.folder, WATCH, policy_runs=False)
+        compared = kl.compare(self.reference, recorded, pairs, PROGRESS, policy_runs=False)
         assert compared is not None
-        tables = compared.logps.numpy(), compared.ref_logps.numpy(), compared.distributions.kl
-        kl = sequence_kl(*(by_prompt(table.astype(float), copies) for table in tables))
+        estimate = sequence_kl(by_prompt(compared.distributions.kl, copies))
+        logratios = by_prompt((compared.logps - compared.ref_logps).numpy(), copies)
         found = {"gain": float(gains.mean()), "gain_interval": student(gains.mean(1))}
-        found |= {"kl": kl["token_kl"], "kl_interval": kl["token_kl_interval"], "logratio": kl["logratio"]}
+        found |= {"kl": estimate["token_kl"], "kl_interval": estimate["token_kl_interval"]}
+        found["logratio"] = float(logratios.mean())
         return found | {"texts": [text(self.tokenizer, mine[0].ids) for mine in responses[:4]]}
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.evaluation.scores import Table
+from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.statistics import student
-from dpo_cli.reporting.plots import ON_PAPER, quieten
+from dpo_cli.reporting.plots import MUTED, THEME
 from dpo_cli.utils.files import atomic_write
 
 Point = Mapping[str, Any]
@@ -114,7 +114,7 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points, muted = result["points"], ON_PAPER["muted"]
+    points, muted = result["points"], MUTED
     far = max(point["kl"] for point in points) * 1.04
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -133,8 +133,7 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
         axes.plot(*_columns(mine), "o", color=colour, ms=3.5, alpha=0.6)
         band = np.array([student(column) or (np.nan, np.nan) for column in curve.T])
         axes.fill_between(levels, *band.T, color=colour, alpha=0.12, lw=0)
-    with rc_context({"font.size": 10}), atomic_write(file) as temporary:
-        quieten(axes, ON_PAPER, "")
+    with rc_context(THEME), atomic_write(file) as temporary:
         axes.set_xlabel("KL from the reference, nats a completion (the scale is of its root)", color=muted)
         axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
         axes.set_xticks(ticks := [0.0, *(kl for kl in (*LEVELS, 8.0, 16.0) if kl <= far)], [f"{kl:g}" for kl in ticks])

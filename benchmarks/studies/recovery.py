@@ -41,7 +41,7 @@ from dpo_cli.evaluation.statistics import student
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.logprobs import ModelRunner, response_logps
-from dpo_cli.reporting.plots import Colours, Plot, quieten, write_png
+from dpo_cli.reporting.plots import COLORS, Plot, write_plots
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
 
 Table = npt.NDArray[np.float64]
@@ -211,33 +211,33 @@ HEAD = (
 )
 
 
-def draw_policy(axes: Axes, colours: Colours, found: Found) -> None:
+def draw_policy(axes: Axes, found: Found) -> None:
     """Every response's probability: found against the optimum's."""
     low, high = 1e-6, 1.0
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-    axes.plot([low, high], [low, high], color=colours["muted"], lw=0.8, dashes=(3, 3))
-    axes.plot(found.optimum.ravel(), found.policy.ravel(), "o", color=colours["chosen"], ms=3, alpha=0.6)
-    quieten(axes, colours, "optimum")
+    axes.plot([low, high], [low, high], color=COLORS["muted"], lw=0.8, dashes=(3, 3))
+    axes.plot(found.optimum.ravel(), found.policy.ravel(), "o", color=COLORS["chosen"], ms=3, alpha=0.6)
+    axes.set_xlabel("optimum")
     logarithmic(axes, (1e-6, 1e-4, 1e-2, 1), (1e-6, 1e-4, 1e-2, 1))
 
 
-def draw_differences(axes: Axes, colours: Colours, population: Found, few: Found) -> None:
+def draw_differences(axes: Axes, population: Found, few: Found) -> None:
     """Implicit against true reward differences, of the population and of few draws."""
-    axes.plot(few.true, few.implicit, ".", color=colours["rejected"], ms=1.5, alpha=0.35)
-    axes.plot(population.true, population.implicit, ".", color=colours["chosen"], ms=1.5)
+    axes.plot(few.true, few.implicit, ".", color=COLORS["rejected"], ms=1.5, alpha=0.35)
+    axes.plot(population.true, population.implicit, ".", color=COLORS["chosen"], ms=1.5)
     axes.set(xlim=(-5, 5), ylim=(-8, 8))
-    quieten(axes, colours, "true difference")
+    axes.set_xlabel("true difference")
 
 
-def draw_variations(axes: Axes, colours: Colours, variations: Table) -> None:
+def draw_variations(axes: Axes, variations: Table) -> None:
     """Total variation over the number of draws: seeds as dots, their means as a line."""
     axes.set(xscale="log", yscale="log", ylim=(3e-4, 1))
-    axes.axhline(0.02, color=colours["muted"], lw=0.8, dashes=(3, 3))
-    axes.text(1.02, 0.02, "0.02", color=colours["muted"], size=9, va="center", transform=axes.get_yaxis_transform())
+    axes.axhline(0.02, color=COLORS["muted"], lw=0.8, dashes=(3, 3))
+    axes.text(1.02, 0.02, "0.02", color=COLORS["muted"], size=9, va="center", transform=axes.get_yaxis_transform())
     for each in variations.T:
-        axes.plot(DRAWN, each, "o", color=colours["chosen"], ms=3, alpha=0.5)
-    axes.plot(DRAWN, variations.mean(1), color=colours["chosen"], lw=1.2)
-    quieten(axes, colours, "preferences drawn, a prompt")
+        axes.plot(DRAWN, each, "o", color=COLORS["chosen"], ms=3, alpha=0.5)
+    axes.plot(DRAWN, variations.mean(1), color=COLORS["chosen"], lw=1.2)
+    axes.set_xlabel("preferences drawn, a prompt")
     logarithmic(axes, DRAWN, (1e-3, 1e-2, 1e-1, 1))
 
 
@@ -284,7 +284,7 @@ def main() -> None:
             "Total variation": partial(draw_variations, variations=variations),
         }
         PICTURE.parent.mkdir(exist_ok=True)
-        write_png(PICTURE, [Plot(title, title, "", "", drawing) for title, drawing in drawings.items()])
+        write_plots(PICTURE, [Plot(title, "", "", drawing) for title, drawing in drawings.items()])
     print(f"\n{time.perf_counter() - began:.0f} seconds, {torch.get_num_threads()} threads")
 
 

@@ -38,12 +38,13 @@ from transformers.utils import logging
 from benchmarks.trl.cases import Record, step_order, write_records
 from benchmarks.trl.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.config.options import EvalOptions, TrainOptions
-from dpo_cli.data.formats import Reading, Row, read_rows
 from dpo_cli.data.pairs import Pairs
+from dpo_cli.data.rows import Reading, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
-from dpo_cli.evaluation.evaluate import evaluated
-from dpo_cli.evaluation.statistics import Table, bootstrap, interval, ratios, share, student
+from dpo_cli.evaluation.evaluate import evaluate
+from dpo_cli.evaluation.metrics import Table
+from dpo_cli.evaluation.statistics import share_interval, student
 from dpo_cli.models.loading import load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.training.loop import train
@@ -158,7 +159,7 @@ class Lab:
         """Margins of the held-out pairs (P,), as `dpo eval` has them of any model's folder."""
         data = [str(self.folder / "held-out.jsonl")]
         options = EvalOptions(**self._common(), ref_model=str(self.base), data=data)
-        return evaluated(str(policy), options, Reporter(quiet=True))[0].scores.margins
+        return evaluate(str(policy), options, Reporter(quiet=True))[0].scores.margins
 
     def _common(self) -> dict[str, Any]:
         cache = self.folder / "cache"
@@ -231,8 +232,8 @@ def figures(margins: Table) -> dict[str, Figure]:
     """
     seeds, pairs = margins.shape
     wins = (margins > 0) + 0.5 * (margins == 0)
-    right = share(wins.ravel(), np.tile(np.arange(pairs), seeds))
-    apart = interval(bootstrap(ratios(margins.mean(0)[:, None], np.ones((pairs, 1))), pairs)[0])
+    right = share_interval(wins.ravel(), np.tile(np.arange(pairs), seeds))
+    apart = student(margins.mean(0))
     assert right and apart
     return {
         "accuracy": Figure(wins.mean(1).tolist(), float(wins.mean()), *right),

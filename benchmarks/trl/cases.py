@@ -17,8 +17,8 @@ import numpy as np
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import build_schedule
-from dpo_cli.data.formats import BadRow, Row, read_rows
 from dpo_cli.data.pairs import Pair
+from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.models.loading import load_tokenizer

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from benchmarks.trl.meter import Message, Meter, serve
-from dpo_cli.config.options import TrainOptions, resolve
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.config.resolve import resolve
 from dpo_cli.data.pairs import Pairs
-from dpo_cli.evaluation import drift
-from dpo_cli.evaluation.drift import Watch
-from dpo_cli.evaluation.outcome import scores_of
+from dpo_cli.evaluation import kl
+from dpo_cli.evaluation.evaluator import Evaluator
+from dpo_cli.evaluation.kl import Progress
 from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.loop import _make_trainer
 from dpo_cli.training.optimizer import learning_rate
@@ -100,9 +101,10 @@ class Ours:
         held_out = self.run.held_out
         for _ in blocks:
             self.meter.begin()
-            policy = drift.score(trainer.runner, held_out, Watch(self.reporter, "held out"))
+            policy = kl.score(trainer.runner, held_out, Progress(self.reporter, "held out"))
             assert policy is not None
-            scores = scores_of(held_out, policy, self.held_out_reference, options.objective, None)
+            evaluator = Evaluator(held_out, self.run.tokenizer, options.objective)
+            scores = evaluator.scores(policy, self.held_out_reference)
             losses.append(float(scores.losses.mean()))
             self.meter.end()
         return {"losses": losses}

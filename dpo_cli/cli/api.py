@@ -5,26 +5,17 @@ Heavy imports stand inside the functions, so that importing the package is insta
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from dpo_cli.config.options import (
-    DataOptions,
-    EvalOptions,
-    PrecomputeOptions,
-    TrainOptions,
-    from_keywords,
-    resolve,
-    resolve_training,
-)
+from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, TrainOptions, as_flag
+from dpo_cli.config.resolve import from_keywords, resolve, resolve_training
 from dpo_cli.utils.errors import DpoError, UsageError
 
 if TYPE_CHECKING:
@@ -32,29 +23,10 @@ if TYPE_CHECKING:
 
 Name = str | os.PathLike[str]
 Data = Name | Iterable[Name] | Iterable[Mapping[str, Any]]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
-ROWS = Path("runs")  # where rows that are in memory are written down
-
-
-def _with_options(kind: type[DataOptions]) -> Callable[[Function], Function]:
-    """Show a command's options in the signature of the function that takes them, and their help in its docstring."""
-
-    def decorate(function: Function) -> Function:
-        signature = inspect.signature(function)
-        *own, _ = signature.parameters.values()
-        fields = [f for f in dataclasses.fields(kind) if f.name not in signature.parameters]
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        shown = [inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type) for f in fields]
-        told = [f"    {f.name}: {f.metadata['help']} [{f.metadata['shown'] or f.default}]" for f in fields]
-        function.__signature__ = signature.replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
-        function.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options, with their defaults:", *told])
-        return function
-
-    return decorate
+ROWS = Path("runs")  # folder for rows that are in memory
 
 
-@_with_options(TrainOptions)
 def train(
     data: Data | None = None,
     *,
@@ -66,91 +38,88 @@ def train(
 ) -> dict[str, Any]:
     """Train a model on chosen/rejected pairs, as ``dpo train`` does; returns what that prints with ``--json``.
 
-    ``data``, and the option ``eval_data``, are what ``--data`` names; or rows, as dicts, which are written to a file
-    below ``runs`` first, for a run is resumed and repeated from its folder, which names its data. ``resume`` goes on
-    with the run in that folder, ``config`` is a YAML file with any of the options, ``dry_run`` stops before the first
-    step. With ``progress`` all that the command tells is told, on stderr; without, only its warnings, as Python's.
+    ``options`` are those of the command, as in ``lr=1e-5``. ``data``, and the option ``eval_data``, are what ``--data``
+    takes, or rows as dicts: those are first written to a file below ``runs``, since a run is resumed and repeated from
+    its folder, which names its data. ``resume`` continues the run in that folder, ``config`` is a YAML file of options,
+    ``dry_run`` stops before the first step. With ``progress`` everything is reported on stderr, as by the command;
+    without, warnings only, as Python's.
 
-    Of the result, ``model`` is the folder of the trained model; ``before`` and ``after`` are means over the held-out
+    In the result, ``model`` is the folder of the trained model; ``before`` and ``after`` are means over the held-out
     pairs, by the names of ``metrics.jsonl``. The random generators of Python, NumPy and torch are seeded.
 
     Raises:
         UsageError: an option or the data cannot be used; nothing was trained.
-        Interrupted: a signal came, such as a notebook's stop button sends; a checkpoint was written.
-        DpoError: the run failed, and its last checkpoint is untouched; or it is complete and could not be uploaded.
+        Interrupted: a signal came, as from a notebook's stop button; a checkpoint was written.
+        DpoError: the run failed, and its last checkpoint is whole; or it is complete and could not be uploaded.
     """
-    flags, folder = _flags(TrainOptions, data, options), Path(resume) if resume is not None else None
-    found = resolve_training(flags, folder, _path(config))
-    with _reporter(progress, found) as reporter:
+    flags, folder, file = _flags(TrainOptions, data, options), _path(resume), _path(config)
+    resolved = resolve_training(flags, folder, file)
+    with _reporter(progress, resolved) as reporter:
         from dpo_cli.training.loop import train as run
 
-        result = run(
-            found, folder, _as_command("train", flags | {"resume": folder, "config": _path(config)}), reporter, dry_run
-        )
+        given = {
+            name: value for name, value in (flags | {"resume": folder, "config": file}).items() if value is not None
+        }
+        command = ["dpo", "train", *(word for name, value in given.items() for word in as_flag(name, value))]
+        result = run(resolved, folder, command, reporter, dry_run)
     if error := result.pop("push_error", None):
         raise DpoError(error)
     return result
 
 
-@_with_options(EvalOptions)
 def evaluate(
     data: Data | None = None, *, config: Name | None = None, progress: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """Say what a model learned, as ``dpo eval`` does; returns what that prints with ``--json``.
+    """Report what a model learned, as ``dpo eval`` does; returns what that prints with ``--json``.
 
-    ``model`` is a run's folder, or what else ``--model`` names; of a list of two, the second is held against the first.
+    ``model`` is a run's folder, or whatever ``--model`` takes; of a list of two, the second is compared with the first.
     ``data``, ``config`` and ``progress`` are as in ``train``.
 
     Raises:
         UsageError: an option or the data cannot be used.
         DpoError: the evaluation failed.
     """
-    found = resolve(EvalOptions, _flags(EvalOptions, data, options), _path(config))
-    shown: list[dict[str, Any]] = []
-    with _reporter(progress, found) as reporter:
+    resolved = resolve(EvalOptions, _flags(EvalOptions, data, options), _path(config))
+    results: list[dict[str, Any]] = []
+    with _reporter(progress, resolved) as reporter:
         from dpo_cli.evaluation.evaluate import run_eval
 
-        run_eval(found, reporter, shown.append)
-    return shown[0]
+        run_eval(resolved, reporter, results.append)
+    return results[0]
 
 
-@_with_options(PrecomputeOptions)
 def precompute(
     data: Data | None = None, *, config: Name | None = None, progress: bool = False, **options: Any
 ) -> dict[str, Any]:
     """Fill the cache of reference log-probs, as ``dpo precompute-ref`` does; returns what that prints with ``--json``.
 
-    ``data``, ``config`` and ``progress`` are as in ``train``. What was scored before an interruption is kept.
+    ``data``, ``config`` and ``progress`` are as in ``train``. Log-probs from before an interruption are kept.
 
     Raises:
         UsageError: an option or the data cannot be used.
         DpoError: with ``verify``, a cached log-prob is off by more than arithmetic explains.
     """
-    found = resolve(PrecomputeOptions, _flags(PrecomputeOptions, data, options), _path(config))
-    with _reporter(progress, found) as reporter:
+    resolved = resolve(PrecomputeOptions, _flags(PrecomputeOptions, data, options), _path(config))
+    with _reporter(progress, resolved) as reporter:
         from dpo_cli.training.prepare import precompute as run
 
-        return run(found, reporter)
-
-
-# ---- options ----------------------------------------------------------------------------------------------------
+        return run(resolved, reporter)
 
 
 def _flags(kind: type[DataOptions], data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are given, as a command has them; rows are written down once the other ones are right."""
+    """Return the options as a command has them; rows are written to a file after the other options were checked."""
     given = {**options, "data": data}
     words = ("config", "progress", *(("resume", "dry_run") if kind is TrainOptions else ()))
-    plain = {name: value for name, value in given.items() if name not in ("data", "eval_data")}
-    flags = from_keywords(kind, plain, words)
-    named = {name: _names(given[name]) for name in ("data", "eval_data") if given.get(name) is not None}
-    return flags | from_keywords(kind, named)
+    flags = from_keywords(kind, {k: v for k, v in given.items() if k not in ("data", "eval_data")}, words)
+    sources = {k: _sources(given[k]) for k in ("data", "eval_data") if given.get(k) is not None}
+    return flags | from_keywords(kind, sources)
 
 
-def _names(data: Data) -> list[Any]:
-    """What to read, by name; rows in memory get one by their content.
+def _sources(data: Data) -> list[Any]:
+    """Return names of data; rows in memory are written to a file named by their content.
 
     Raises:
-        UsageError: there are none, or they cannot be written down.
+        UsageError: there are none, or they cannot be written.
     """
     if isinstance(data, (str, os.PathLike)):
         return [data]
@@ -178,25 +147,12 @@ def _path(name: Name | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _as_command(command: str, flags: Mapping[str, Any]) -> list[str]:
-    """The command line that does the same: what a run's manifest tells of how it was started."""
-    words = ["dpo", command]
-    for name, value in flags.items():
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and each is not False:
-                words += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
-    return words
-
-
-# ---- what is told -----------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _reporter(progress: bool, options: DataOptions) -> Iterator[Reporter]:
-    """A reporter, while transformers shows no progress of its own; the memory of models is given back behind it.
+    """Yield a reporter while transformers shows no progress of its own; models' memory is released afterwards.
 
     Raises:
-        UsageError: a launcher started this process as one of several; or the options name what is not there.
+        UsageError: a launcher started several processes; or a name in the options does not exist.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("the functions run in one process; several run the command: torchrun … -m dpo_cli train …")
@@ -209,7 +165,7 @@ def _reporter(progress: bool, options: DataOptions) -> Iterator[Reporter]:
     from dpo_cli.utils.console import Reporter
 
     reporter = Reporter(quiet=not progress)
-    if not progress:  # without a registry, which would let the same text through once a session
+    if not progress:  # without a registry, which would show a text once per session only
         reporter.warning = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)  # type: ignore[method-assign]
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from dpo_cli.data.columns import REASONING, Message, answer_of, has_surrogate
-from dpo_cli.data.formats import FORMATS, HH_ASSISTANT, Row, common_prefix, is_rendered
+from dpo_cli.data.formats import FORMATS, HH_ASSISTANT, common_prefix
+from dpo_cli.data.messages import REASONING, Message, answer_of, check_encodable
 from dpo_cli.data.readers import shortened
+from dpo_cli.data.rows import Row, is_rendered
 from dpo_cli.data.template import ControlTokens, plain_template, render
 from dpo_cli.utils.errors import RowError
 
@@ -133,8 +134,7 @@ class Chat:
         """The template's text; what in it is to be read as text is marked."""
         arguments = row.template_arguments
         text = render(self.tokenizer, messages, generation, self.template, arguments)
-        if has_surrogate(text):
-            raise RowError("the messages have half of a surrogate pair, which is no text")
+        check_encodable(text, "the messages")
         if self.control_tokens != "sanitize" or not self.control.first([messages, arguments]):
             return text
         try:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpo_cli.data.columns import REASONING, REASONING_KEYS, Message
+from dpo_cli.data.messages import REASONING, REASONING_KEYS, Message
 from dpo_cli.data.readers import shortened
 from dpo_cli.utils.errors import RowError
 

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from dpo_cli.data.formats import BadRow, Reading, read_rows
 from dpo_cli.data.pairs import Pairs
+from dpo_cli.data.rows import BadRow, Reading, read_rows
 from dpo_cli.data.sources import Source
 from dpo_cli.data.tokenize import PairSet, only_asks_its_backend, tokenize_rows
 from dpo_cli.utils.errors import NotWrittenError

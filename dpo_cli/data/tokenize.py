@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_cli.data.chat import REASONING_UNSEEN, Chat, Conversation, Side
-from dpo_cli.data.formats import BadRow, Reading, Row
 from dpo_cli.data.pairs import Ids, Pair, Pairs
+from dpo_cli.data.rows import BadRow, Reading, Row
 from dpo_cli.utils.errors import RowError, UsageError
 
 Text = tuple[str, bool]  # and whether the chat template wrote it, special tokens included
@@ -83,7 +83,7 @@ def refusal(refused: list[BadRow], rows: int) -> UsageError:
         counts = reasons(refused[10:])
         most = [f"{n} × {why}" for why, n in list(counts.items())[:10]] + ["…"] * (len(counts) > 10)
         lines.append(f"and {len(refused) - 10} more: " + "; ".join(most))
-    lines.append(f"{len(refused)} of {rows} rows cannot be used. Mend them, or go on without them: --on-bad-row skip")
+    lines.append(f"{len(refused)} of {rows} rows cannot be used. Fix them, or skip them with --on-bad-row skip")
     return UsageError("\n".join(lines))
 
 

@@ -1,4 +1,4 @@
-"""`dpo eval`: what a policy learned and how far it is from its reference, one model in memory at a time.
+"""``dpo eval``: what a policy learned and how far it is from its reference, with one model in memory at a time.
 
 Legend: P pairs.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,14 +20,12 @@ from transformers import PreTrainedModel
 from dpo_cli.config.options import EvalOptions, TrainOptions
 from dpo_cli.data.pairs import Ids, Pairs, trained_on
 from dpo_cli.data.tokenize import reasons
-from dpo_cli.evaluation import drift
-from dpo_cli.evaluation.drift import Compared, Recorded, Watch
+from dpo_cli.evaluation import kl, statistics
+from dpo_cli.evaluation.evaluator import EvalResult, Evaluator, loss_input
 from dpo_cli.evaluation.examples import write_per_pair
-from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generate, sequence_kl, side_by_side
-from dpo_cli.evaluation.margins import compared as compare_scores
-from dpo_cli.evaluation.metrics import best_step, evaluations, read_metrics
-from dpo_cli.evaluation.outcome import evaluation, loss_input, policy_read, scores_of
-from dpo_cli.evaluation.scores import Evaluation, LossInput
+from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generate, sequence_kl, text
+from dpo_cli.evaluation.metrics import LossInput
+from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint, same_weights
 from dpo_cli.models.loading import compile_layers, default_device, dtype_name, load_model, release
@@ -55,80 +53,76 @@ Show = Callable[[dict[str, Any]], None]
 
 
 def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
-    """`dpo eval`: evaluate a model on pairs, or two on the same ones, and show the result.
+    """Evaluate a model on pairs, or compare two on the same pairs, and show the result.
 
     A run brings its own beta, truncation, control tokens, precision and reference, so that the numbers are those of
-    its training. They are shown before any file is written: a full disk costs no evaluation.
+    its training. They are shown before any file is written, so that a full disk costs no evaluation.
     """
     names: list[str | None] = [*(options.model or ())] or [None]
     if len(names) > 2:
-        raise UsageError("--model: one model is evaluated, or two are compared")
+        raise UsageError("--model: name one model to evaluate, or two to compare")
     if len(names) == 1:
-        evaluated(names[0], options, reporter, show)
+        evaluate(names[0], options, reporter, show)
         return
     if options.per_pair or options.report or options.samples or options.base_model:
-        raise UsageError(
-            "--per-pair, --report, --samples and --base-model are of one model: evaluate each on its own for them"
-        )
-    (first, pairs), (second, others) = (evaluated(name, options, reporter) for name in names)
+        raise UsageError("--per-pair, --report, --samples and --base-model take one --model: evaluate each on its own")
+    (first, pairs), (second, others) = (evaluate(name, options, reporter) for name in names)
     if first.scores.where != second.scores.where:
-        raise UsageError("the two models use other rows: what one truncates away the other reads; set --max-length")
-    told: dict[str, Any] = {"pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
-    for name, each in (("a", first.result), ("b", second.result)):
-        told[name] = {about: each[about] for about in ("trained_on", "model", "reference", "beta") if about in each}
-    if told["a"]["reference"] != told["b"]["reference"]:
-        reporter.warning("the two models have other references: their rewards and KLs are measured from other points")
-    show(told | compare_scores(first.scores, second.scores, options.seed))
+        raise UsageError("the two models read different rows, because of truncation: set --max-length")
+    result: dict[str, Any] = {"pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
+    for name, each in (("a", first.to_dict()), ("b", second.to_dict())):
+        result[name] = {key: each[key] for key in ("trained_on", "model", "reference", "beta") if key in each}
+    if result["a"]["reference"] != result["b"]["reference"]:
+        reporter.warning("the two models have different references: their rewards and KLs are not comparable")
+    show(result | statistics.compare(first.scores, second.scores))
 
 
-def evaluated(
+def evaluate(
     name: str | None, options: EvalOptions, reporter: Reporter, show: Show = lambda result: None
-) -> tuple[Evaluation, Pairs]:
+) -> tuple[EvalResult, Pairs]:
     """Evaluate one model, show its result, and write the files that were asked for."""
     source = choose_model(name, options, reporter, base=options.base_model)
     began = trained_with(source.run) if source.run else None
     source = _as_in_run(source, began)
     options = _as_trained(options, source, began)
     tokenizer = choose_tokenizer(source, options)
-    found = read_pairs(options.data, options, tokenizer, reporter)
-    pairs = found.pairs
-    judge = _Judge(options, source, began, tokenizer, pairs, reporter)
-    refuse_unread_terms(judge.objective, pairs)
-    more: dict[str, Any] = {}
-    compared: Compared | None = None
+    rows = read_pairs(options.data, options, tokenizer, reporter)
+    pairs = rows.pairs
+    objective = dataclasses.replace(began.objective if began else Objective(), beta=cast(float, options.beta))
+    evaluator = Evaluator(pairs, tokenizer, objective)
+    refuse_unread_terms(objective, pairs)
+    both = _TwoModels(options, source, began, evaluator, reporter)
+    compared, samples = None, _Samples({}, [])
     if options.kl == "none":
-        policy, reference = judge.logps()
+        policy, reference = both.logps()
     else:
-        policy, reference, compared, more = judge.distributions()
-    assert options.beta is not None
+        policy, reference, compared, samples = both.distributions()
     history = read_metrics(source.run / "metrics.jsonl") if source.run else []
     step = _step(source, began, history)
-    so_far = [line for line in history if step is None or line["step"] <= step]
-    at = began.beta if began else None
-    scores = scores_of(pairs, policy, reference, judge.objective, compared, judge.loss_input, so_far, at)
+    history = [line for line in history if step is None or line["step"] <= step]
+    scores = evaluator.scores(policy, reference, compared, both.loss_input, history, began.beta if began else None)
     manifest = read_manifest(source.run) if source.run else None
-    same = manifest is not None and began is not None and options.beta == began.beta and options.ref_model is None
-    its_own = same and manifest is not None and manifest["held_out"]["sha256"] == pairs.digest()
+    as_in_run = began is not None and options.beta == began.beta and options.ref_model is None
+    held_out = as_in_run and manifest is not None and manifest["held_out"]["sha256"] == pairs.digest()
     trained = trained_hashes(source.run, manifest, reporter.warning) if source.run and manifest else None
-    known = trained_on(pairs, trained) if trained is not None else None
-    done = evaluation(scores, compared, pairs, tokenizer, so_far, options.seed, held_out=its_own, trained_on=known)
-    about: dict[str, Any] = {"trained_on": known} if known else {}
-    about |= {"model": source.description, "reference": judge.told, "beta": options.beta}
-    about |= {"rows": found.rows, "refused": reasons(found.refused), "pairs": len(pairs)}
-    done = dataclasses.replace(done, result=about | done.result | more)
-    show(dict(done.result))
+    overlap = trained_on(pairs, trained) if trained is not None else None
+    about: dict[str, Any] = {"model": source.description, "reference": both.reference_name, "beta": options.beta}
+    about |= {"rows": rows.rows, "refused": reasons(rows.refused), "pairs": len(pairs)}
+    result = evaluator.result(scores, compared, history, held_out, overlap, about)
+    result = dataclasses.replace(result, sequence_kl=samples.kl, samples=samples.answers)
+    show(result.to_dict())
     if options.per_pair:
         write_per_pair(options.per_pair, pairs, scores)
     if options.report:
         write_report(
-            options.report, ReportInput(source.description, done, history, manifest, vars(options), judge.objective)
+            options.report, ReportInput(source.description, result, history, manifest, vars(options), objective)
         )
         reporter.info("report", str(options.report))
-    return done, pairs
+    return result, pairs
 
 
-def _step(source: ModelSource, began: TrainOptions | None, history: Sequence[dict[str, Any]]) -> int | None:
-    """The step after which a run had this model; None of its last one."""
+def _step(source: ModelSource, began: TrainOptions | None, history: History) -> int | None:
+    """The step after which a run had this model; None for its last one."""
     if source.checkpoint:
         return int(source.checkpoint.name.removeprefix("step-"))
     exported = source.adapter or Path(source.path)
@@ -138,19 +132,19 @@ def _step(source: ModelSource, began: TrainOptions | None, history: Sequence[dic
 
 
 def _as_in_run(source: ModelSource, began: TrainOptions | None) -> ModelSource:
-    """A policy or start model as a run had it: with the adapter attached, its base quantized."""
+    """A policy or start model as a run had it: with its adapter attached and its base quantized."""
     if began is None or began.lora_rank is None:
         return source
     return dataclasses.replace(source, attached=source.adapter is not None, quantize=began.quantize)
 
 
 def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions | None) -> EvalOptions:
-    """The options with what a run was trained with, where they leave it open."""
+    """The options, filled in with what the run was trained with."""
     if options.samples and options.kl == "none":
         raise UsageError("--samples needs both models, as the exact KL does: leave out --kl none")
     reading = reading_as_trained(options, source)
     if options.compile and began and not began.compile:
-        raise UsageError("--compile: the run was not trained so, and its numbers would be others")
+        raise UsageError("--compile: the run was trained without it, and its numbers would differ")
     return dataclasses.replace(
         options,
         max_length=reading.max_length,
@@ -164,7 +158,7 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A model that is ready to score, the attention that it came with, and its log-probs' name in the cache."""
+    """A model that is ready to score, the attention that it came with, and its fingerprint in the cache."""
 
     scorer: ModelRunner
     own_attention: str
@@ -172,34 +166,39 @@ class _Loaded:
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """What the policy answers to some prompts, greedily and drawn; the drawn ones as pairs, and recorded."""
+class _PolicySamples:
+    """What the policy answers to some prompts, greedily and sampled; the samples as pairs, with their hidden states."""
 
     prompts: list[Ids]
     greedy: list[list[Response]]
     sampled: list[list[Response]]
     pairs: Pairs
-    recorded: Recorded
+    recorded: kl.RecordedStates
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The KL of whole responses, and the answers of both models."""
+
+    kl: dict[str, Any]
+    answers: list[dict[str, Any]]
 
 
 @dataclass
-class _Judge:
+class _TwoModels:
     """A policy and its reference over the same pairs; a loaded reference takes the policy's place in memory."""
 
     options: EvalOptions
     source: ModelSource
-    began: TrainOptions | None  # what the policy was trained with, if it is of a run
-    tokenizer: Any
-    pairs: Pairs
+    began: TrainOptions | None  # the policy's training options, if it is of a run
+    evaluator: Evaluator
     reporter: Reporter
-    told: str = ""  # where the reference is from
-    loss_input: LossInput | None = None  # known when the policy was scored
+    reference_name: str = ""
+    loss_input: LossInput | None = None  # set when the policy was scored
 
     @property
-    def objective(self) -> Objective:
-        """What the policy was trained with, at the beta that is asked for."""
-        objective = self.began.objective if self.began else Objective()
-        return dataclasses.replace(objective, beta=cast(float, self.options.beta))
+    def pairs(self) -> Pairs:
+        return self.evaluator.pairs
 
     @property
     def itself(self) -> bool:
@@ -208,57 +207,61 @@ class _Judge:
 
     def logps(self) -> tuple[Tensor, Tensor]:
         """Log-probs (P, 2) of policy and reference, whose model is loaded only if the cache lacks pairs."""
-        policy = self._load(self.source, named=self.itself)
-        logps = drift.score(policy.scorer, self.pairs, self._watch("evaluate"))
+        policy, objective = self._load(self.source, named=self.itself), self.evaluator.objective
+        logps = kl.score(policy.scorer, self.pairs, self._progress("evaluate"))
         assert logps is not None
-        read = policy_read(policy.scorer, self.pairs, self.objective)
-        if not self.objective.reference and self.options.ref_model is None:
-            self.told = f"none: --loss {self.objective.name} reads none"
+        read = self.evaluator.policy_read(policy.scorer)
+        if not objective.reference and self.options.ref_model is None:
+            self.reference_name = f"none: --loss {objective.name} reads none"
             self.loss_input = loss_input(read, logps)
             return logps, torch.full_like(logps, math.nan)
-        cache, reference = self._kept(policy.scorer), policy
+        cache, reference = self._complete_cache(policy.scorer), policy
         if cache is None:
             reference, cache = self._reference(policy)
-        known = fill_reference(cache, self.pairs, reference.scorer, self.reporter).logps
-        self.loss_input = loss_input(read, self._discounted(cache, known, reference.scorer))
-        return logps, known
+        ref_logps = fill_reference(cache, self.pairs, reference.scorer, self.reporter).logps
+        self.loss_input = loss_input(read, self._discounted(cache, ref_logps, reference.scorer))
+        return logps, ref_logps
 
-    def distributions(self) -> tuple[Tensor, Tensor, Compared, dict[str, Any]]:
-        """The same with their whole distributions, for which both models run; and what samples tell, if there are any.
+    def distributions(self) -> tuple[Tensor, Tensor, kl.ModelComparison, _Samples]:
+        """The same with their whole distributions, for which both models run; and samples, if asked for.
 
         The reference's log-probs are those of the cache, as in training, unless it lacks some.
         """
-        policy, folder = self._load(self.source, named=self.itself), self.options.cache_dir
-        recorded = drift.record(policy.scorer, self.pairs, folder, self._watch("policy"))
+        policy = self._load(self.source, named=self.itself)
+        recorded = kl.record(policy.scorer, self.pairs, self.options.cache_dir, self._progress("policy"))
         drawn = self._draw(policy) if self.options.samples else None
         assert recorded is not None
-        read = policy_read(policy.scorer, self.pairs, self.objective)
-        kept = self._kept(policy.scorer)
-        reference, cache = self._reference(policy, kept is not None)
-        about: dict[str, Any] = {"policy_runs": False, "same": self.itself}
-        compared = drift.compare(reference.scorer, recorded, self.pairs, folder, self._watch("reference"), **about)
+        read = self.evaluator.policy_read(policy.scorer)
+        complete = self._complete_cache(policy.scorer)
+        reference, cache = self._reference(policy, complete is not None)
+        compared = self._compare(reference, recorded, self.pairs, "reference")
+        cached = compared.ref_logps if self.itself else (complete or cache).lookup(self.pairs)
+        self.loss_input = loss_input(read, self._discounted(complete or cache, cached, reference.scorer))
+        samples = self._samples(drawn, reference) if drawn else _Samples({}, [])
+        return compared.logps, compared.ref_logps if cached.isnan().any() else cached, compared, samples
+
+    def _compare(self, reference: _Loaded, policy: kl.RecordedStates, pairs: Pairs, name: str) -> kl.ModelComparison:
+        progress = self._progress(name)
+        compared = kl.compare(reference.scorer, policy, pairs, progress, policy_runs=False, same=self.itself)
         assert compared is not None
-        known = compared.ref_logps if self.itself else (kept or cache).lookup(self.pairs)
-        self.loss_input = loss_input(read, self._discounted(kept or cache, known, reference.scorer))
-        told = self._of_samples(drawn, reference, about) if drawn else {}
-        return compared.logps, compared.ref_logps if known.isnan().any() else known, compared, told
+        return compared
 
     def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: ModelRunner) -> Tensor:
-        """Log-probs under the reference (P, 2) as LD-DPO reads them: of the cache, where it has all of them."""
-        alpha = self.objective.ld_alpha
+        """Log-probs under the reference (P, 2) as LD-DPO reads them: from the cache, if it has all of them."""
+        alpha = self.evaluator.objective.ld_alpha
         if alpha == 1:
             return logps
         if not logps.isnan().any():
             return cache.weighted(self.pairs, alpha)
-        read = policy_read(scorer, self.pairs, dataclasses.replace(self.objective, wpo=False))
+        read = self.evaluator.policy_read(scorer)  # the same pass over the reference
         assert read is not None
         return torch.from_numpy(read.logps)
 
-    def _watch(self, what: str) -> Watch:
-        return Watch(self.reporter, what)
+    def _progress(self, name: str) -> kl.Progress:
+        return kl.Progress(self.reporter, name)
 
     def _load(self, source: ModelSource, named: bool) -> _Loaded:
-        """A model on the device; it is hashed only where it is to be ``named``."""
+        """Load a model onto the device; it is hashed only if ``named``."""
         began, device = self.began, default_device()
         frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
         memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
@@ -273,88 +276,98 @@ class _Judge:
             compile_layers(model)
         return _Loaded(scorer, own_attention, fingerprint(model, weights, scorer.layout, scorer.dtype) if named else "")
 
-    def _kept(self, scorer: ModelRunner) -> ReferenceCache | None:
-        """What the run was trained with of the reference, if it was computed as here and has all of these pairs."""
+    def _complete_cache(self, scorer: ModelRunner) -> ReferenceCache | None:
+        """The run's cached reference, if it was computed as here and has all of these pairs."""
         if self.options.ref_model is not None or self.source.run is None:
             return None
         manifest = read_manifest(self.source.run)
-        began = manifest["reference"]
-        here = (scorer.layout, dtype_name(scorer.dtype), scorer.device.type)
-        if here != (began["layout"], began["dtype"], manifest["device"]):
+        reference = manifest["reference"]
+        computed = (scorer.layout, dtype_name(scorer.dtype), scorer.device.type)
+        if computed != (reference["layout"], reference["dtype"], manifest["device"]):
             return None
-        cache = ReferenceCache(self.options.cache_dir, began["fingerprint"], self.reporter.warning)
-        self.told = str(began["model"] or manifest["start_model"])
+        cache = ReferenceCache(self.options.cache_dir, reference["fingerprint"], self.reporter.warning)
+        self.reference_name = str(reference["model"] or manifest["start_model"])
         return None if cache.lookup(self.pairs).isnan().any() else cache
 
-    def _reference(self, policy: _Loaded, known: bool = False) -> tuple[_Loaded, ReferenceCache]:
-        """The reference's model, and the cache of its log-probs; the policy's weights are gone unless it is that.
+    def _reference(self, policy: _Loaded, cached: bool = False) -> tuple[_Loaded, ReferenceCache]:
+        """Load the reference and open its cache; the policy's weights are released, unless it is its own reference.
 
-        ``known``: its log-probs are in the cache, so that an evaluation could do without the model.
+        ``cached``: the cache has its log-probs, so that the evaluation could do without the model.
 
         Raises:
-            UsageError: it cannot be loaded, or is another one than the run began with.
+            UsageError: it cannot be loaded, or is not the model that the run began with.
         """
         if self.itself:
-            self.told = "the model itself"
-            self.reporter.info("reference", "the model itself: it is no run, and there is no --ref-model")
+            self.reference_name = "the model itself"
+            self.reporter.info("reference", "the model itself: it is not a run, and there is no --ref-model")
             return policy, open_cache(self.options, policy.fingerprint, self.source, policy.scorer, self.reporter)
         release(policy.scorer.model)
         gc.collect()
-        began = (
-            read_manifest(self.source.run)["reference"] if self.source.run and self.options.ref_model is None else None
-        )
+        of_run = self.source.run is not None and self.options.ref_model is None
+        recorded = read_manifest(cast(Path, self.source.run))["reference"] if of_run else None
         try:
-            name, base = start_model(began, self.options.base_model) if began else (self.options.ref_model, None)
+            name, base = start_model(recorded, self.options.base_model) if recorded else (self.options.ref_model, None)
             source = choose_model(name, self.options, self.reporter, "reference", base)
-            if began and self.began and self.began.ref_model is None:
+            if recorded and self.began and self.began.ref_model is None:
                 source = _as_in_run(source, self.began)
             loaded = self._load(source, named=True)
         except UsageError as error:
-            other = ", or add --kl none: its log-probs are cached" if known else ""
+            other = ", or add --kl none: its log-probs are cached" if cached else ""
             raise UsageError(f"the reference cannot be loaded; name it with --ref-model{other}\n{error}") from error
-        self.told = source.description
-        if began and not same_weights(loaded.fingerprint, began["fingerprint"]):
+        self.reference_name = source.description
+        if recorded and not same_weights(loaded.fingerprint, recorded["fingerprint"]):
             raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref-model")
         return loaded, open_cache(self.options, loaded.fingerprint, source, loaded.scorer, self.reporter)
 
     # ---- samples ----
 
-    def _draw(self, policy: _Loaded) -> _Drawn:
-        """Let the policy answer the first prompts of the data, none twice, and record the drawn answers."""
+    def _draw(self, policy: _Loaded) -> _PolicySamples:
+        """Let the policy answer the first distinct prompts of the data, and record the sampled answers."""
         prompts = list({pair.prompt.tobytes(): pair.prompt for pair in self.pairs}.values())
         prompts = prompts[: self.options.sample_prompts]
-        self.reporter.info("samples", f"{self.options.samples} answers drawn to each of {len(prompts)} prompts")
+        self.reporter.info("samples", f"{self.options.samples} answers to each of {len(prompts)} prompts")
         greedy, sampled = (self._answers(policy, prompts, sampled) for sampled in (False, True))
         pairs = as_pairs(prompts, sampled)
-        recorded = drift.record(policy.scorer, pairs, self.options.cache_dir, self._watch("samples"))
+        recorded = kl.record(policy.scorer, pairs, self.options.cache_dir, self._progress("samples"))
         assert recorded is not None
-        return _Drawn(prompts, greedy, sampled, pairs, recorded)
+        return _PolicySamples(prompts, greedy, sampled, pairs, recorded)
 
     def _answers(self, model: _Loaded, prompts: list[Ids], sampled: bool) -> list[list[Response]]:
         options, scorer = self.options, model.scorer
         return generate(
             cast(PreTrainedModel, scorer.model),
-            self.tokenizer,
+            self.evaluator.tokenizer,
             prompts,
             model.own_attention,
             options.sample_tokens,
             sampled=sampled,
             copies=options.samples if sampled else 1,
             seed=options.seed,
-            room=scorer.max_tokens,
+            max_tokens=scorer.max_tokens,
             dtype=scorer.dtype,
         )
 
-    def _of_samples(self, drawn: _Drawn, reference: _Loaded, about: dict[str, Any]) -> dict[str, Any]:
-        """KL of whole responses, and what both models answer."""
-        folder, watch = self.options.cache_dir, self._watch("samples")
-        compared = drift.compare(reference.scorer, drawn.recorded, drawn.pairs, folder, watch, **about)
-        assert compared is not None
-        tables = compared.logps.numpy(), compared.ref_logps.numpy(), compared.distributions.kl
-        found = sequence_kl(*(by_prompt(table.astype(float), self.options.samples) for table in tables))
-        ended = [response.ended for each in drawn.sampled for response in each]
-        found |= {"max_new_tokens": self.options.sample_tokens, "ended": sum(ended) / len(ended)}
-        theirs = (self._answers(reference, drawn.prompts, sampled) for sampled in (False, True))
-        greedy, sampled = (drawn.greedy, drawn.sampled) if self.itself else theirs
-        shown = side_by_side(self.tokenizer, drawn.prompts, greedy, drawn.greedy, sampled, drawn.sampled)
-        return {"sequence_kl": found, "samples": shown}
+    def _samples(self, policy: _PolicySamples, reference: _Loaded) -> _Samples:
+        """Estimate the KL of whole responses, and let the reference answer too."""
+        compared = self._compare(reference, policy.recorded, policy.pairs, "samples")
+        estimate = sequence_kl(by_prompt(compared.distributions.kl, self.options.samples))
+        ended = [response.ended for each in policy.sampled for response in each]
+        estimate |= {"max_new_tokens": self.options.sample_tokens, "ended": sum(ended) / len(ended)}
+        greedy, sampled = policy.greedy, policy.sampled
+        if not self.itself:
+            greedy, sampled = (self._answers(reference, policy.prompts, sampled) for sampled in (False, True))
+
+        def texts(responses: list[Response]) -> list[str]:
+            return [text(self.evaluator.tokenizer, response.ids) for response in responses]
+
+        answers = [
+            {
+                "prompt": text(self.evaluator.tokenizer, prompt),
+                "reference": texts(greedy[place])[0],
+                "policy": texts(policy.greedy[place])[0],
+                "reference_sampled": texts(sampled[place]),
+                "policy_sampled": texts(policy.sampled[place]),
+            }
+            for place, prompt in enumerate(policy.prompts)
+        ]
+        return _Samples(estimate, answers)

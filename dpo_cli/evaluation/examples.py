@@ -1,9 +1,9 @@
-"""Evaluated pairs to look at: token by token, tokens that moved in their context, and a line a pair for scripts."""
+"""Evaluated pairs to read: token by token, shifted tokens in their context, and one line per pair for scripts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,42 +11,66 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.data.pairs import Ids, Pairs, carries_loss, model_input_ids
-from dpo_cli.evaluation.drift import FOLD, Compared, TokenFile
-from dpo_cli.evaluation.scores import SIDES, Scores, ShownPair, Token
+from dpo_cli.evaluation.kl import FOLD, ModelComparison
+from dpo_cli.evaluation.metrics import SIDES, PairScores
 from dpo_cli.utils.files import atomic_write, to_json
 
-SHOWN = 2  # pairs of each kind
-AROUND = 8  # tokens before and after one that moved
+PAIRS_OF_EACH_KIND = 2
+CONTEXT = 8  # tokens before and after a shifted one
+TOP = 12  # shifted tokens shown of those that became likelier, and of those that became less likely
 
 
-def shown_pairs(scores: Scores, pairs: Pairs, tokens: TokenFile, tokenizer: Any) -> list[ShownPair]:
-    """The pairs with the largest, the middle and the smallest margin; none twice."""
-    order = np.argsort(-scores.margins, kind="stable")
-    middle = max(0, (len(order) - SHOWN) // 2)
-    kinds = {"best": order[:SHOWN], "median": order[middle : middle + SHOWN], "worst": order[::-1][:SHOWN]}
-    seen: set[int] = set()
-    shown = []
-    for why, places in kinds.items():
-        for place in map(int, places):
-            if place not in seen:
-                seen.add(place)
-                shown.append(_shown(why, place, float(scores.margins[place]), pairs, tokens, tokenizer))
-    return shown
+@dataclass(frozen=True)
+class Token:
+    """A token as it is shown; without numbers in a prompt and where it carries no loss.
+
+    Units: nats; ``kl`` is KL(policy||reference) at its position.
+    """
+
+    text: str
+    logp: float | None = None
+    ref_logp: float | None = None
+    entropy: float | None = None
+    ref_entropy: float | None = None
+    kl: float | None = None
 
 
-def _shown(why: str, place: int, margin: float, pairs: Pairs, tokens: TokenFile, tokenizer: Any) -> ShownPair:
-    pair, rows = pairs[place], iter(tokens.read([place]).tolist())
-    sides = []
+@dataclass(frozen=True)
+class ShownPair:
+    """A pair to read token by token; ``kind``: best, median or worst, by its margin."""
+
+    kind: str
+    where: str
+    margin: float
+    prompt: list[Token]
+    chosen: list[Token]
+    rejected: list[Token]
+
+
+def shown_pairs(scores: PairScores, pairs: Pairs, compared: ModelComparison, tokenizer: Any) -> list[ShownPair]:
+    """Choose the pairs with the largest, the median and the smallest margin; none twice."""
+    order = np.argsort(-scores.margins, kind="stable").tolist()
+    n, middle = PAIRS_OF_EACH_KIND, max(0, (len(order) - PAIRS_OF_EACH_KIND) // 2)
+    shown: dict[int, ShownPair] = {}
+    for kind, places in (("best", order[:n]), ("median", order[middle : middle + n]), ("worst", order[::-1][:n])):
+        for place in places:
+            if place not in shown:
+                sides = _token_sides(place, pairs, compared, tokenizer)
+                shown[place] = ShownPair(kind, pairs[place].where, float(scores.margins[place]), *sides)
+    return list(shown.values())
+
+
+def _token_sides(place: int, pairs: Pairs, compared: ModelComparison, tokenizer: Any) -> list[list[Token]]:
+    """Prompt, chosen and rejected tokens of a pair."""
+    pair, row = pairs[place], int(compared.starts[place])
+    sides = [[Token(text) for text in token_texts(pair.prompt, tokenizer)]]
     for ids in (pair.chosen, pair.rejected):
-        texts = zip(token_texts(ids, tokenizer), carries_loss(ids), strict=True)
-        sides.append([_token(text, next(rows)) if loss else Token(text) for text, loss in texts])
-    prompt = [Token(text) for text in token_texts(pair.prompt, tokenizer)]
-    return ShownPair(why, pair.where, margin, prompt, *sides)
-
-
-def _token(text: str, row: Sequence[float]) -> Token:
-    logp, ref_logp, entropy, ref_entropy, _, _, kl, _ = row
-    return Token(text, logp, ref_logp, entropy, ref_entropy, kl)
+        tokens = []
+        for text, loss in zip(token_texts(ids, tokenizer), carries_loss(ids), strict=True):
+            tokens.append(Token(text, *compared.tokens[row, :5].tolist()) if loss else Token(text))
+            row += int(loss)
+        sides.append(tokens)
+    return sides
 
 
 def token_texts(ids: Ids, tokenizer: Any) -> list[str]:
@@ -57,43 +81,38 @@ def token_texts(ids: Ids, tokenizer: Any) -> list[str]:
     return alone[:1] + [two[len(first) :] for first, two in zip(alone, both, strict=False)]
 
 
-def drift_tokens(compared: Compared, pairs: Pairs, tokenizer: Any) -> dict[str, Any]:
-    """How many response tokens moved, and those that moved farthest in their context."""
-    moved, tokens = float(compared.distributions.moved.sum()), int(compared.tokens.ends[-1])
-    return {
-        "fold": FOLD,
-        "tokens": tokens,
-        "moved": int(moved),
-        "share": moved / tokens,
-        "identity_error": compared.distributions.identity_error,
-        "top": [
-            _in_context(token.pair, token.row, compared, pairs, tokenizer)
-            for token in compared.moved
-            if abs(token.logratio) > math.log(FOLD)
-        ],
-    }
-
-
-def _in_context(place: int, row: int, compared: Compared, pairs: Pairs, tokenizer: Any) -> dict[str, Any]:
-    """A token with the text around it. ``fold``: how many times likelier it became, negative where less likely."""
-    pair, chosen = pairs[place], int(compared.tokens.lengths[place, 0])
-    side = SIDES[row >= chosen]
-    ids: Ids = getattr(pair, side)
-    at = int(np.flatnonzero(carries_loss(ids))[row - chosen * (row >= chosen)])
-    logp, ref_logp = compared.tokens.read([place])[row, :2].tolist()
-    fold = math.exp(min(abs(logp - ref_logp), 700))  # the next ones overflow
-    whole = np.concatenate([model_input_ids(pair.prompt), model_input_ids(ids)])
-    here = len(pair.prompt) + at
-    before, token, after = (
-        tokenizer.decode(whole[start:end], clean_up_tokenization_spaces=False)
-        for start, end in ((max(0, here - AROUND), here), (here, here + 1), (here + 1, here + 1 + AROUND))
+def shifted_tokens(compared: ModelComparison, pairs: Pairs, tokenizer: Any) -> dict[str, Any]:
+    """Count the response tokens whose probability changed more than 20-fold; ``top``: the largest, in context."""
+    logratios = compared.logratios.nan_to_num().numpy()
+    shifted = np.abs(logratios) > math.log(FOLD)
+    order = np.argsort(-logratios, kind="stable")
+    rose, fell = (
+        rows[shifted[rows]] for rows in (order[logratios[order] > 0], order[::-1][logratios[order[::-1]] < 0])
     )
-    about = {"row": pair.where, "response": side, "place": at, "before": before, "token": token, "after": after}
-    return about | {"logp": logp, "ref_logp": ref_logp, "fold": fold if logp > ref_logp else -fold}
+    top = [_in_context(int(row), compared, pairs, tokenizer) for row in [*rose[:TOP], *fell[:TOP]]]
+    counts = {"tokens": len(logratios), "shifted": int(shifted.sum()), "share": float(shifted.mean())}
+    return {"fold": FOLD} | counts | {"top": top}
 
 
-def write_per_pair(file: Path, pairs: Pairs, scores: Scores) -> None:
-    """One line a pair; ``tokens`` of a response are those that carry loss, which its log-probs are sums over."""
+def _in_context(row: int, compared: ModelComparison, pairs: Pairs, tokenizer: Any) -> dict[str, Any]:
+    """A token with the text around it. ``fold``: how many times likelier it became, negative if less likely."""
+    pair_index = int(np.searchsorted(compared.starts, row, "right")) - 1
+    pair, offset = pairs[pair_index], row - int(compared.starts[pair_index])
+    chosen = int(compared.lengths[pair_index, 0])
+    side, offset = ("chosen", offset) if offset < chosen else ("rejected", offset - chosen)
+    ids: Ids = getattr(pair, side)
+    place = int(np.flatnonzero(carries_loss(ids))[offset])
+    logp, ref_logp = compared.tokens[row, :2].tolist()
+    fold = math.copysign(math.exp(min(abs(logp - ref_logp), 700)), logp - ref_logp)
+    text, at = np.concatenate([model_input_ids(pair.prompt), model_input_ids(ids)]), len(pair.prompt) + place
+    spans = (slice(max(0, at - CONTEXT), at), slice(at, at + 1), slice(at + 1, at + 1 + CONTEXT))
+    before, token, after = (tokenizer.decode(text[span], clean_up_tokenization_spaces=False) for span in spans)
+    about = {"row": pair.where, "response": side, "place": place, "before": before, "token": token, "after": after}
+    return about | {"logp": logp, "ref_logp": ref_logp, "fold": fold}
+
+
+def write_per_pair(file: Path, pairs: Pairs, scores: PairScores) -> None:
+    """Write one line per pair; ``tokens`` of a response are those that carry loss."""
     tables = {"logps": scores.logps, "ref_logps": scores.ref_logps, "rewards": scores.rewards}
     if (exact := scores.distributions) is not None:
         tables |= {"kl": exact.kl / scores.tokens, "reverse_kl": exact.reverse_kl / scores.tokens}

@@ -1,33 +1,42 @@
-"""Add up steps and evaluations, and write them to ``metrics.jsonl``.
+"""Metrics of preference pairs, defined once for training steps, evaluations and sweeps.
 
-Legend: P pairs.
+Legend: P pairs; columns of (P, 2) are chosen and rejected.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_cli.config.options import BEST
-from dpo_cli.evaluation.scores import TIE
-from dpo_cli.utils.files import atomic_write, to_json, writing
+from dpo_cli.losses.objective import Objective
+from dpo_cli.losses.preference import Preferences
 
-SUMS = ("loss", "rewards/chosen", "rewards/rejected", "wins", "ties", "logps/chosen", "logps/rejected", "pairs")
+Table = npt.NDArray[np.float64]
+Groups = npt.NDArray[np.int64]
+SIDES = ("chosen", "rejected")
+TIE = 1e-3  # nats: a smaller difference of a pair's log-ratios is arithmetic noise and has no order
+METRICS = (
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties"),
+    *("logps/chosen", "logps/rejected"),
+)
+SUMS = (*METRICS, "pairs")
 
 
-def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float, lengths: Tensor | None = None) -> Tensor:
-    """Sums over P pairs of everything that is reported, so that a step needs one reduce and one read-back.
+def pair_metrics(
+    losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float, lengths: Tensor | None = None
+) -> Tensor:
+    """Compute ``METRICS`` for each pair. A tie counts half a win in the accuracy.
 
-    Weights and margins of the pairs are in the losses alone. With ``lengths`` (2P,) rewards are a token's.
+    ``lengths`` makes rewards per-token; ``ref_logps`` are 0 where the loss reads no reference.
 
-    Shapes: ``losses`` (P,), ``logps`` and ``ref_logps`` (2P,), chosen first -> (8,), float64, named by ``SUMS``.
+    Shapes: ``losses`` (P,); ``logps``, ``ref_logps``, ``lengths`` (2P,), chosen first -> (8, P), float64.
     Units: nats.
     """
     logratios = (logps - ref_logps).double()
@@ -35,85 +44,159 @@ def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float, len
     if lengths is not None:
         logratios, tie = logratios / lengths, TIE / lengths.view(2, -1).min(0).values
     chosen, rejected = logratios.chunk(2)
-    h = chosen - rejected  # (P,)
-    logps_chosen, logps_rejected = logps.double().chunk(2)
-    columns = [losses.double(), beta * chosen, beta * rejected, h > tie, h.abs() <= tie, logps_chosen, logps_rejected]
-    sums = [column.sum() for column in columns]
-    return torch.stack([*(s.double() for s in sums), torch.full_like(sums[0], len(losses))]).detach()
+    gap = chosen - rejected  # (P,)
+    ties = (gap.abs() <= tie).double() + 0 * gap  # NaN where the gap is
+    wins = (gap > tie).double() + ties / 2
+    return torch.stack(
+        [losses.double(), beta * chosen, beta * rejected, beta * gap, wins, ties, *logps.double().chunk(2)]
+    )
 
 
-def summarize(sums: list[float]) -> dict[str, float]:
-    """Means over pairs under their public names. A tie counts half a win in the accuracy and is reported beside it."""
-    total = dict(zip(SUMS, sums, strict=True))
-    mean = {name: value / total["pairs"] for name, value in total.items()}
-    return {
-        "loss": mean["loss"],
-        "rewards/chosen": mean["rewards/chosen"],
-        "rewards/rejected": mean["rewards/rejected"],
-        "rewards/margins": mean["rewards/chosen"] - mean["rewards/rejected"],
-        "rewards/accuracies": mean["wins"] + mean["ties"] / 2,
-        "rewards/ties": mean["ties"],
-        "logps/chosen": mean["logps/chosen"],
-        "logps/rejected": mean["logps/rejected"],
-    }
+def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float, lengths: Tensor | None = None) -> Tensor:
+    """Sum ``pair_metrics`` over the pairs, so that a step needs one reduce and one read-back.
+
+    Shapes: as in ``pair_metrics`` -> (9,), float64, in the order of ``SUMS``.
+    """
+    sums = pair_metrics(losses, logps, ref_logps, beta, lengths).sum(1)
+    return torch.cat([sums, sums.new_tensor([len(losses)])]).detach()
 
 
-def mean_reward(values: Mapping[str, float]) -> float:
-    """Mean reward of a step over both sides."""
-    return (values["rewards/chosen"] + values["rewards/rejected"]) / 2
+def summarize(sums: Sequence[float]) -> dict[str, float]:
+    """Turn sums in the order of ``SUMS`` into means over pairs."""
+    *totals, pairs = sums
+    return {name: total / pairs for name, total in zip(METRICS, totals, strict=True)}
 
 
-def step_rewards(history: Sequence[Mapping[str, Any]]) -> list[float]:
-    """``mean_reward`` of every step that is among the lines."""
-    return [mean_reward(line) for line in history if "rewards/chosen" in line]
+@dataclass(frozen=True)
+class Distributions:
+    """Policy p and reference q compared over the whole vocabulary, summed over each response's tokens.
+
+    Shapes: (P, 2) each; ``shifted``: the number of tokens whose probability changed more than 20-fold.
+    Units: nats.
+    """
+
+    entropy: Table  # H(p)
+    ref_entropy: Table  # H(q)
+    kl: Table  # KL(p||q)
+    reverse_kl: Table  # KL(q||p)
+    shifted: Table
 
 
-def append_metrics(file: Path, step: int, values: dict[str, float], prefix: str = "") -> None:
-    """Add one line; a value that is no finite number is written as null."""
-    with writing(file), file.open("a", encoding="utf-8") as stream:
-        stream.write(to_json({"step": step} | {prefix + name: value for name, value in values.items()}) + "\n")
+@dataclass(frozen=True)
+class LossInput:
+    """What some losses read beyond the log-probs: those that LD-DPO discounts, (P, 2), and WPO's weights, (P,)."""
+
+    logps: Table
+    ref_logps: Table
+    likelihoods: Table
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of the file but one that is cut short; a number that was not finite is None."""
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+@dataclass(frozen=True)
+class PairScores:
+    """Log-probs of P pairs under policy and reference, and what else their loss reads.
 
+    Shapes: ``tokens`` (those that carry loss), ``logps``, ``ref_logps``, ``terms`` (weight and margin): (P, 2);
+    ``groups`` (P,): the number of each pair's prompt; None: no two pairs share one. ``ref_logps`` are NaN where the
+    objective reads no reference and none was scored. ``shift``: the mean reward of earlier steps.
+    Units: nats.
+    """
 
-def evaluations(history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """The held-out metrics that are among the lines, by step; one that was not finite is NaN."""
-    return {
-        line["step"]: {
-            name.removeprefix("eval_"): math.nan if value is None else value
-            for name, value in line.items()
-            if name.startswith("eval_")
+    where: list[str]
+    tokens: Table
+    logps: Table
+    ref_logps: Table
+    terms: Table
+    groups: Groups | None = None
+    objective: Objective = field(default_factory=Objective)
+    distributions: Distributions | None = None
+    loss_input: LossInput | None = None
+    shift: float = 0.0
+
+    @property
+    def logratios(self) -> Table:
+        """(P, 2) nats."""
+        return self.logps - self.ref_logps
+
+    @property
+    def gains(self) -> Table:
+        """Rewards before beta: log-ratios, or (per-token) log-probs for losses without a reference. (P, 2)."""
+        gains = self.logratios if self.objective.reference else self.logps
+        return gains / self.tokens if self.objective.length_normalized else gains
+
+    @property
+    def rewards(self) -> Table:
+        """Implicit rewards, beta times the gains: (P, 2)."""
+        return self.objective.beta * self.gains
+
+    @property
+    def margins(self) -> Table:
+        """Chosen reward minus rejected reward: (P,)."""
+        return self.metrics["rewards/margins"]
+
+    @property
+    def wins(self) -> Table:
+        """1 where the chosen response has the higher reward, 1/2 for a tie, else 0: (P,)."""
+        return self.metrics["rewards/accuracies"]
+
+    @cached_property
+    def metrics(self) -> dict[str, Table]:
+        """``METRICS`` by name: (P,) each."""
+        logps, ref_logps, lengths = (
+            torch.from_numpy(table.T.reshape(-1)) for table in (self.logps, self.ref_logps, self.tokens)
+        )
+        reference = ref_logps if self.objective.reference else torch.zeros_like(logps)
+        averaged = lengths if self.objective.length_normalized else None
+        rows = pair_metrics(torch.from_numpy(self.losses), logps, reference, self.objective.beta, averaged)
+        return dict(zip(METRICS, rows.numpy(), strict=True))
+
+    @cached_property
+    def losses(self) -> Table:
+        """The loss of each pair, as if all pairs were one step: (P,)."""
+        read = self.loss_input or LossInput(self.logps, self.ref_logps, np.ones(len(self.where)))
+        tables = (read.logps, read.ref_logps, self.tokens, self.logps)
+        logps, ref_logps, lengths, whole = (torch.from_numpy(table.T.reshape(-1)) for table in tables)
+        weights, margins = torch.from_numpy(self.terms.T)
+        weights = weights * torch.from_numpy(read.likelihoods)
+        tokens = float(self.tokens[:, 0].mean())
+        pairs = Preferences(logps, ref_logps, lengths, whole, tokens, margins, weights, self.shift)
+        losses: Table = self.objective(pairs).numpy()
+        return losses
+
+    @cached_property
+    def ratios(self) -> dict[str, tuple[Table, Table]]:
+        """Every reported mean as numerators and denominators (P,) of a ratio of sums over pairs.
+
+        Means over pairs have the denominator 1; per-token means have the number of tokens.
+        """
+        ones = np.ones(len(self.where))
+        ratios = {name: (values, ones) for name, values in self.metrics.items()}
+        ratios |= {f"ref_logps/{side}": (self.ref_logps[:, c], ones) for c, side in enumerate(SIDES)}
+        for name, table in (("policy", self.logps), ("reference", self.ref_logps)):
+            ratios[f"logp_accuracy/{name}"] = wins(table[:, 0] - table[:, 1]), ones
+        per_token = {
+            "cross_entropy": -self.logps,
+            "ref_cross_entropy": -self.ref_logps,
+            "delta_kl_data": -self.logratios,  # H(data, policy) - H(data, reference): the data's entropy cancels
         }
-        for line in history
-        if "eval_loss" in line
-    }
+        if (exact := self.distributions) is not None:
+            per_token |= {"entropy": exact.entropy, "ref_entropy": exact.ref_entropy}
+            per_token |= {"kl": exact.kl, "reverse_kl": exact.reverse_kl, "shifted_tokens": exact.shifted}
+        for name, table in per_token.items():
+            ratios |= {f"{name}/{side}": (table[:, c], self.tokens[:, c]) for c, side in enumerate(SIDES)}
+        return ratios
+
+    def means(self) -> dict[str, float]:
+        """Every reported mean by its public name, and the perplexities of the cross-entropies."""
+        means = {name: float(above.sum() / below.sum()) for name, (above, below) in self.ratios.items()}
+        crosses = [name for name in means if "cross_entropy/" in name]
+        return means | {name.replace("cross_entropy", "perplexity"): perplexity(means[name]) for name in crosses}
 
 
-def best_step(found: Mapping[int, Mapping[str, float]], metric: str) -> int:
-    """The step of the best of ``evaluations``, the first of equals; one that was not finite is none."""
-
-    def goodness(step: int) -> float:
-        value = BEST[metric] * found[step][metric]
-        return -math.inf if math.isnan(value) else value
-
-    return max(sorted(found), key=goodness)
+def wins(gap: Table) -> Table:
+    """1 where a difference of log-probs is above 0, 1/2 where it is arithmetic noise, else 0; NaN stays: (P,)."""
+    return np.where(np.isnan(gap), np.nan, (gap > TIE) + 0.5 * (np.abs(gap) <= TIE))
 
 
-def truncate_metrics(file: Path, step: int) -> None:
-    """Drop the lines of steps after ``step``, and a last line that a crash cut short."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    with atomic_write(file) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+def perplexity(cross_entropy: float) -> float:
+    """The exponential of nats per token; infinite where it overflows."""
+    return math.exp(cross_entropy) if cross_entropy < 700 else cross_entropy * math.inf

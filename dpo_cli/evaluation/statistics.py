@@ -1,201 +1,182 @@
-"""95 % intervals: of what is computed from rows by resampling the rows, of a share, and of a mean.
+"""95 % intervals of what an evaluation reports, and the comparison of two evaluations.
 
-Rows that belong together, as the pairs of one prompt do, are not so many observations: they are drawn together, and
-an interval is as wide as the number of such groups makes it.
+Pairs of one prompt are not independent observations: they are added up first, so that a prompt counts once.
 
-Everything that is asked of one set of rows is computed from the same resamples, each of which is how often it has
-every row: a mean is then a product of matrices, and ranks come from counts without sorting again.
-
-Legend: B resamples, P rows (pairs, where no other are meant), G groups of them, K numbers that are computed from them.
+Legend: P pairs (or other rows), G prompts (or other groups).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from scipy.special import ndtr, stdtrit
-from scipy.stats import t
+from scipy.stats import spearmanr, t
 
-Table = npt.NDArray[np.float64]
-Groups = npt.NDArray[np.int64]
-Statistic = Callable[[Table], Table]  # (B, P) counts -> (B, K)
-Interval = list[float] | None  # [low, high]; None, null in JSON, where there is none
+from dpo_cli.evaluation.metrics import Groups, PairScores, Table, perplexity, wins
+from dpo_cli.losses.objective import Objective
+from dpo_cli.utils.errors import UsageError
 
+Interval = list[float] | None  # [low, high]; None where there is none
 LEVEL = 0.95
 Z = 1.959964  # the normal quantile of that level
-MOST, LEAST = 2000, 400  # resamples; with the least of them an interval's ends are off by 1/7 standard error
-DRAWS = 40_000_000  # rows drawn in all resamples, about: what takes seconds
-BLOCK = 2**18  # counts that are there at a time: 2 MiB, so that they stay in the processor's cache
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def bootstrap(statistic: Statistic, rows: int, seed: int = 0, groups: Groups | None = None) -> Table:
-    """Intervals of K numbers, each of which is computed from P rows in G exchangeable groups, or each on its own.
+def by_group(values: Table, groups: Groups | None) -> Table:
+    """Add up values (P,) of each group: (G,); each row is its own group where there are none."""
+    if groups is None:
+        return values
+    return np.asarray(np.bincount(np.unique(groups, return_inverse=True)[1], values), np.float64)
 
-    The levels of the percentiles are expanded so that the interval of a mean is about as wide as Student's, where
-    percentiles of few groups are too narrow. The resamples depend on ``rows``, ``groups`` and ``seed`` alone.
 
-    Shapes: ``statistic`` takes counts (B, P) and gives (B, K) -> (K, 2); NaN where the statistic is, and of one group.
-    ``groups`` (P,) says of which group each row is.
-    Source: Hesterberg, "What Teachers Should Know about the Bootstrap", arXiv 1411.5279, section 4.2.
+def ratio_interval(above: Table, below: Table, groups: Groups | None = None) -> Interval:
+    """Student's interval of a ratio of sums over rows in exchangeable groups; None for a single group.
+
+    Source: Cochran, Sampling Techniques (1977), sections 6.4 and 9A.5: the linearised ratio over clusters.
     """
-    if (n := independent(rows, groups)) < 2:
-        return np.full((len(point(statistic, rows)), 2), np.nan)
-    found = np.concatenate([statistic(counts) for counts in resamples(rows, seed, groups)])  # (B, K)
-    low = float(ndtr(math.sqrt(n / (n - 1)) * t.ppf((1 - LEVEL) / 2, n - 1)))
-    ends: Table = np.quantile(found, (low, 1 - low), axis=0).T
-    return ends
-
-
-def resamples(rows: int, seed: int = 0, groups: Groups | None = None) -> Iterator[Table]:
-    """How often each of P rows is in each resample of G groups, in blocks of (b, P)."""
-    rng = np.random.default_rng(seed)
-    members = _members(rows, groups)
-    units = rows if members is None else int(members.max()) + 1
-    left = min(MOST, max(LEAST, DRAWS // rows))
-    while left:
-        some = min(left, max(1, BLOCK // rows))
-        drawn = rng.integers(units, size=(some, units)) + units * np.arange(some)[:, None]
-        counts = np.bincount(drawn.reshape(-1), minlength=some * units).reshape(some, units).astype(float)
-        yield counts if members is None else np.take(counts, members, axis=1)
-        left -= some
-
-
-def independent(rows: int, groups: Groups | None) -> int:
-    """The number of groups G, which is P where each row stands on its own."""
-    return rows if groups is None else len(np.unique(groups))
-
-
-def _members(rows: int, groups: Groups | None) -> npt.NDArray[np.intp] | None:
-    """Places of the rows' groups, (P,), or None where no two rows share one."""
-    if groups is None or independent(rows, groups) == rows:
-        return None
-    return np.unique(groups, return_inverse=True)[1]
-
-
-def ratios(above: Table, below: Table) -> Statistic:
-    """K ratios of sums over rows; means are those over rows of ones.
-
-    Shapes: ``above``, ``below`` (P, K).
-    """
-    return lambda counts: np.asarray((counts @ above) / (counts @ below))
-
-
-def standardised_mean(values: Table) -> Statistic:
-    """The mean over the standard deviation, Cohen's d of a difference; NaN where all is equal.
-
-    Shapes: ``values`` (P,); K = 1.
-    """
-    values = values - values.mean() if values.size and not np.ptp(values) else values  # exactly 0, so that it shows
-    powers = np.stack([values, values**2], 1)
-
-    def statistic(counts: Table) -> Table:
-        n = counts.sum(1)
-        mean, square = (counts @ powers / n[:, None]).T
-        with np.errstate(invalid="ignore", divide="ignore"):
-            spread = np.sqrt(np.maximum(square - mean**2, 0) * n / (n - 1))
-            return np.asarray(np.where(spread > 0, mean / spread, np.nan))[:, None]
-
-    return statistic
-
-
-def spearman(first: Table, second: Table, rows: npt.NDArray[np.intp] | None = None) -> Statistic:
-    """Spearman's rank correlation, ties by their mean rank; NaN where one side is all equal.
-
-    ``rows`` says of which resampled row each value is, where a row has several: a pair has two responses.
-
-    Shapes: ``first``, ``second``, ``rows`` (N,); K = 1.
-    """
-    rows = np.arange(len(first)) if rows is None else rows
-    if np.isnan(first).any() or np.isnan(second).any():
-        return lambda counts: np.full((len(counts), 1), np.nan)  # sorted, they would have ranks
-    order = np.argsort(first, kind="stable")  # so that the ranks of one side need no rearranging
-    first, second, rows = first[order], second[order], rows[order]
-    ranks_first, ranks_second = _ranking(first), _ranking(second)
-
-    def statistic(counts: Table) -> Table:
-        counts = np.take(counts, rows, axis=1)  # (B, N)
-        middle = (counts.sum(1, keepdims=True) + 1) / 2
-        x, y = ranks_first(counts) - middle, ranks_second(counts) - middle
-        weighted = counts * x
-        both, xx = np.vecdot(weighted, y), np.vecdot(weighted, x)
-        yy = np.vecdot(counts * y, y)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(both / np.sqrt(xx * yy))[:, None]
-
-    return statistic
-
-
-def _ranking(values: Table) -> Statistic:
-    """Ranks of all N values in resamples that have them so often: (B, N) counts -> (B, N)."""
-    order = np.argsort(values, kind="stable")
-    _, starts, group = np.unique(values[order], return_index=True, return_inverse=True)
-    place = np.empty_like(order)
-    place[order] = group
-    in_order, distinct = bool((order == np.arange(len(order))).all()), len(starts) == len(order)
-
-    def ranks(counts: Table) -> Table:
-        counts = counts if in_order else np.take(counts, order, axis=1)
-        equal = counts if distinct else np.add.reduceat(counts, starts, axis=1)  # (B, groups)
-        ranked = np.cumsum(equal, 1) - (equal - 1) / 2
-        return ranked if in_order and distinct else np.take(ranked, place, axis=1)
-
-    return ranks
-
-
-def point(statistic: Statistic, rows: int) -> Table:
-    """The statistic of the rows as they are: (K,)."""
-    found: Table = statistic(np.ones((1, rows)))[0]
-    return found
-
-
-def interval(ends: Table) -> Interval:
-    """Low and high end (2,) as they are reported."""
-    return [float(end) for end in ends] if np.isfinite(ends).all() else None
-
-
-def share(hits: Table, groups: Groups | None = None) -> Interval:
-    """The interval of the mean of hits (P,) between 0 and 1: Wilson's, where each row stands on its own.
-
-    Rows in groups count as the number of independent ones whose share would scatter as much, and by Student's
-    quantile as groups are few; where all are equal, and nothing shows how they scatter, as the groups.
-
-    Source: Korn and Graubard (1998), Dean and Pagano (2015): intervals of shares in clustered samples.
-    """
-    n, mean = float(len(hits)), float(hits.mean()) if len(hits) else math.nan
-    if not math.isfinite(mean):
-        return None
-    if (members := _members(len(hits), groups)) is not None:
-        few = independent(len(hits), groups)
-        off = np.bincount(members, hits - mean)  # (G,)
-        scatter = float(off @ off) * few / max(few - 1, 1) / n**2  # the mean's variance
-        narrower = float(Z / stdtrit(max(few - 1, 1), (1 + LEVEL) / 2)) ** 2
-        n = min(n, mean * (1 - mean) / scatter * narrower) if few > 1 and scatter else few
-    return list(wilson(float(hits.sum()) * (n / len(hits)), n))
-
-
-def seldom(n: int) -> Interval:
-    """The interval of a share that is 0 in all of n groups: no certainty, but up to about 4 / n."""
-    return list(wilson(0, n))
+    ratio = above.sum() / below.sum()
+    return _student(ratio, by_group((above - ratio * below) / below.sum(), groups))
 
 
 def student(values: Table) -> Interval:
-    """Student's interval of the mean of values (P,); none of a single one."""
-    if len(values) < 2:
+    """Student's interval of the mean of independent values (P,); None for a single one."""
+    return ratio_interval(values, np.ones_like(values))
+
+
+def _student(center: float, deviations: Table) -> Interval:
+    """The interval around a sum of G independent deviations, each already divided by the number of rows."""
+    n = len(deviations)
+    error = math.sqrt(n / (n - 1) * float(deviations @ deviations)) if n > 1 else math.nan
+    if not math.isfinite(error + center):
         return None
-    half = float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * values.std(ddof=1) / math.sqrt(len(values))
-    return interval(values.mean() + np.array([-half, half]))
+    return [float(end) for end in t.interval(LEVEL, n - 1, center, error)] if error else [float(center)] * 2
+
+
+def share_interval(hits: Table, groups: Groups | None = None) -> Interval:
+    """Wilson's interval of the mean of hits (P,), each 0, 1/2 or 1, where every group is one observation."""
+    if not len(hits) or not np.isfinite(hits).all():
+        return None
+    n = len(hits) if groups is None else len(np.unique(groups))
+    return list(wilson(hits.mean() * n, n))
 
 
 def wilson(hits: float, of: float) -> tuple[float, float]:
-    """The interval of a share; a tie may count as half a hit, which can only make it wider than it need be.
+    """Wilson's score interval of a share; ties may count as half a hit.
 
-    Source: Wilson (1927), the score interval: all shares p with |hits / of - p| <= z sqrt(p (1 - p) / of).
+    Source: Wilson (1927): all shares p with |hits / of - p| <= z sqrt(p (1 - p) / of).
     """
     if not of:
         return 0.0, 1.0
     share, z2 = hits / of, Z * Z / of
     middle, half = share + z2 / 2, Z * math.sqrt(share * (1 - share) / of + z2 / of / 4)
     return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
+
+
+def intervals(scores: PairScores) -> dict[str, Interval]:
+    """The interval of every mean in ``PairScores.means``, by name."""
+    ends = {name: ratio_interval(*ratio, scores.groups) for name, ratio in scores.ratios.items()}
+    for name, (above, below) in scores.ratios.items():
+        if name.startswith(("rewards/accuracies", "rewards/ties", "logp_accuracy")):
+            ends[name] = share_interval(above, scores.groups)
+        elif name.startswith("shifted_tokens") and not above.any():  # none shifted: that is not certain of other pairs
+            ends[name] = share_interval(np.zeros_like(below), scores.groups)
+    for name in [name for name in ends if "cross_entropy/" in name]:
+        high = perplexity((ends[name] or [math.nan])[-1])
+        exponential = [perplexity(end) for end in ends[name] or ()] if math.isfinite(high) else None
+        ends[name.replace("cross_entropy", "perplexity")] = exponential
+    return ends
+
+
+def quantiles(scores: PairScores) -> dict[str, float]:
+    """Quantiles of the margin over pairs."""
+    return {str(q): float(np.quantile(scores.margins, q)) for q in QUANTILES}
+
+
+# ---- length -----------------------------------------------------------------------------------------------------
+
+
+def length_bias(scores: PairScores) -> dict[str, Any]:
+    """Whether margins go with length, and the accuracy where the chosen response is the longer or the shorter one.
+
+    Lengths are tokens that carry loss.
+    """
+    gap = scores.tokens[:, 0] - scores.tokens[:, 1]
+    rho, ends = spearman(np.where(scores.metrics["rewards/ties"] == 1, 0.0, scores.margins), gap, scores.groups)
+    section: dict[str, Any] = {"margin_length_correlation": rho, "margin_length_correlation_interval": ends}
+    for name, inside in (("chosen_longer", gap > 0), ("chosen_shorter", gap < 0)):
+        hits, key = scores.wins[inside], f"accuracy_{name}"
+        groups = None if scores.groups is None else scores.groups[inside]
+        section[key] = float(hits.mean()) if len(hits) else math.nan
+        section |= {f"{key}_interval": share_interval(hits, groups), f"{key}_pairs": len(hits)}
+    longer = (gap > 0) + 0.5 * (gap == 0)
+    section["accuracy_prefer_longer"] = float(longer.mean())
+    return section | {"accuracy_prefer_longer_interval": share_interval(longer, scores.groups)}
+
+
+def spearman(first: Table, second: Table, groups: Groups | None = None) -> tuple[float, Interval]:
+    """Spearman's rank correlation of (P,) values and its interval; NaN and None where one side is constant.
+
+    Source: Bonett and Wright (2000): Fisher's z with the variance (1 + rho^2 / 2) / (n - 3); n is the number of groups.
+    """
+    n = len(first) if groups is None else len(np.unique(groups))
+    if len(first) < 2 or not np.ptp(first) or not np.ptp(second) or not np.isfinite(first).all():
+        return math.nan, None
+    rho = float(spearmanr(first, second).statistic)
+    if n <= 3:
+        return rho, None
+    with np.errstate(divide="ignore"):
+        half = Z * math.sqrt((1 + rho**2 / 2) / (n - 3))
+        return rho, [float(end) for end in np.tanh(np.arctanh(rho) + np.array([-half, half]))]
+
+
+# ---- two models -------------------------------------------------------------------------------------------------
+
+
+def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
+    """Paired differences b - a on the same pairs, and the share of pairs whose log-ratio margin is larger in b.
+
+    Where the betas differ, reward margins have no common unit, and log-ratio margins stand beside them. What the two
+    objectives measure in other units is left out; ``not_compared`` says why.
+
+    Raises:
+        UsageError: they are not the same pairs.
+    """
+    if a.where != b.where:
+        raise UsageError("two models are compared on the same pairs, in the same order; these are not")
+    left_out = _not_compared(a.objective, b.objective)
+    ratios, means = [dict(a.ratios), dict(b.ratios)], [a.means(), b.means()]
+    margins = [each.logratios[:, 0] - each.logratios[:, 1] for each in (a, b)]
+    if a.objective.beta != b.objective.beta or "rewards" in left_out:
+        for ratio, mean, margin in zip(ratios, means, margins, strict=True):
+            ratio["logratios/margins"] = margin, np.ones_like(margin)
+            mean["logratios/margins"] = float(margin.mean())
+    differences = {}
+    for name in ratios[0]:
+        if name not in ratios[1] or name.partition("/")[0] in left_out:
+            continue
+        deviations = [
+            (above - above.sum() / below.sum() * below) / below.sum() for above, below in (r[name] for r in ratios)
+        ]
+        difference = means[1][name] - means[0][name]
+        ends = _student(difference, by_group(deviations[1] - deviations[0], a.groups))
+        differences[name] = {"a": means[0][name], "b": means[1][name], "difference": difference, "interval": ends}
+    better = wins(margins[1] - margins[0])
+    share = {"share": float(better.mean()), "interval": share_interval(better, a.groups)}
+    return {"differences": differences, "not_compared": left_out, "pairs_b_better": share}
+
+
+def _not_compared(a: Objective, b: Objective) -> dict[str, str]:
+    """``loss`` or ``rewards`` where two objectives measure them in other units, and why."""
+    why = {}
+    if a != dataclasses.replace(b, beta=a.beta):
+        more = "" if a.name != b.name else ", with other options"
+        why["loss"] = f"a's is of --loss {a.name}, b's of --loss {b.name}{more}: they have no unit in common"
+    if (a.reference, a.length_normalized) != (b.reference, b.length_normalized):
+        why["rewards"] = f"a's are of {_reward_unit(a)}, b's of {_reward_unit(b)}: they have no unit in common"
+    return why
+
+
+def _reward_unit(objective: Objective) -> str:
+    return f"{'log-ratios' if objective.reference else 'log-probs'}{' per token' * objective.length_normalized}"

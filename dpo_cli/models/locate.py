@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.options import DataOptions
-from dpo_cli.data.formats import read_rows
 from dpo_cli.data.hub import is_path, kept_of_hub, unreachable
+from dpo_cli.data.rows import read_rows
 from dpo_cli.data.sources import find_sources, hub_id
 from dpo_cli.utils.errors import UsageError, name_beside
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from dpo_cli.config.options import CheckOptions
 from dpo_cli.data.chat import CONTROL_KEPT, CONTROL_SANITIZED
-from dpo_cli.data.formats import BadRow, Reading, Row, read_rows
 from dpo_cli.data.readers import shortened
+from dpo_cli.data.rows import BadRow, Reading, Row, read_rows
 from dpo_cli.data.sources import Source, find_sources
 from dpo_cli.data.tokenize import PROMPT_CUT, RESPONSE_CUT, Encoder
 from dpo_cli.models.loading import default_device

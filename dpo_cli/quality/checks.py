@@ -7,9 +7,9 @@ import re
 import unicodedata
 from typing import Any, NamedTuple
 
-from dpo_cli.data.columns import REASONING, Text
-from dpo_cli.data.formats import Row
+from dpo_cli.data.messages import REASONING, Text
 from dpo_cli.data.readers import shortened
+from dpo_cli.data.rows import Row
 from dpo_cli.data.template import ControlTokens
 
 CONTEXT = 30  # characters shown on either side of a match

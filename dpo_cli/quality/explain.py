@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from dpo_cli.config.options import ExplainOptions
-from dpo_cli.data.formats import BadRow, Row, read_rows
 from dpo_cli.data.pairs import Pair, model_input_ids
+from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.training.prepare import choose_model, choose_tokenizer

@@ -1,179 +1,138 @@
-"""`dpo cache`: what reference log-probs and tokenized pairs are on disk, whether they are whole, and which can go."""
+"""`dpo cache`: reference log-probs, tokenized pairs and converted models on disk; checked and removed."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from dpo_cli.data import token_cache as tokenized
+from dpo_cli.data import token_cache
 from dpo_cli.models import converted
 from dpo_cli.reference import shards
-from dpo_cli.reference.shards import DAMAGED, SUFFIX
-from dpo_cli.reference.store import ABOUT
+from dpo_cli.reference.store import ABOUT, DAY
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.files import remove_leftovers
 
-DAY = 24 * 60 * 60.0
-
 
 @dataclass(frozen=True)
-class Kept:
-    """One reference on disk."""
+class CacheEntry:
+    """One reference, one file of tokenized pairs, or one converted model."""
 
-    folder: Path
-    about: dict[str, str]
-    shards: int
-    responses: int
-    damaged: int
+    kind: str
+    path: Path
+    model: str  # empty of tokenized pairs, which belong to no one model
     bytes: int
-    used: float  # seconds since the epoch
+    last_used: float  # seconds since the epoch
 
-    def words(self) -> dict[str, Any]:
-        """What is shown of it."""
-        how = " ".join(self.about.get(name, "") for name in ("layout", "dtype", "device")).strip()
+    def shown(self) -> dict[str, Any]:
+        """Return the entry as plain values."""
+        unused = round(max(time.time() - self.last_used, 0) / DAY, 1)
         return {
-            "reference": self.folder.name,
-            "model": self.about.get("model", "unknown"),
-            "how": how,
-            "responses": self.responses,
-            "shards": self.shards,
-            "damaged": self.damaged,
+            "kind": self.kind,
+            "name": self.path.name,
+            "model": self.model,
             "bytes": self.bytes,
-            "days_unused": round(max(time.time() - self.used, 0) / DAY, 1),
+            "days_unused": unused,
         }
 
 
-def references(cache_dir: Path) -> list[Kept]:
-    """Every reference in a cache, the one used last first."""
-    found = [each for each in (cache_dir.expanduser() / "reference").glob("*") if each.is_dir()]
-    ours = [each for each in found if re.fullmatch("[0-9a-f]{32}", each.name) and not each.is_symlink()]
-    return sorted(map(_kept, ours), key=lambda kept: kept.used, reverse=True)
+def entries(cache_dir: Path) -> Iterator[CacheEntry]:
+    """Return everything in a cache."""
+    for folder in sorted((cache_dir.expanduser() / "reference").glob("[0-9a-f]" * 32)):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        model = "unknown"
+        with suppress(OSError, ValueError, AttributeError, RecursionError):  # only a description
+            model = str(json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("model", model))
+        stats = []
+        for file in folder.iterdir():
+            with suppress(FileNotFoundError):  # pruned meanwhile
+                stats.append(file.lstat())
+        used = max((stat.st_mtime for stat in stats), default=folder.stat().st_mtime)
+        yield CacheEntry("reference", folder, model, sum(stat.st_size for stat in stats), used)
+    for file, stat in token_cache.kept(cache_dir).items():
+        yield CacheEntry("pairs", file, "", stat.st_size, stat.st_mtime)
+    for copy in converted.kept(cache_dir):
+        yield CacheEntry("model", copy.folder, copy.model, copy.bytes, copy.used)
 
 
-def _kept(folder: Path) -> Kept:
-    about: dict[str, str] = {}
-    try:
-        content = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        about = {str(name): str(value) for name, value in content.items()}
-    except (OSError, ValueError, AttributeError, RecursionError):  # it says nothing that is needed
-        pass
-    stats = []
-    for file in folder.iterdir():
-        with suppress(FileNotFoundError):  # merged or pruned meanwhile
-            if file.is_file():
-                stats.append((file, file.stat()))
-    found = [file for file, _ in stats if file.suffix == SUFFIX]
-    return Kept(
-        folder,
-        about,
-        shards=len(found),
-        responses=sum(map(_responses, found)),
-        damaged=sum(file.suffix == DAMAGED for file, _ in stats),
-        bytes=sum(stat.st_size for _, stat in stats),
-        used=max((stat.st_mtime for _, stat in stats), default=folder.stat().st_mtime),
-    )
+def listed(cache_dir: Path) -> dict[str, Any]:
+    """Return the result of `dpo cache list`."""
+    return {"cache_dir": str(cache_dir.expanduser()), "entries": [entry.shown() for entry in entries(cache_dir)]}
 
 
-def _responses(shard: Path) -> int:
-    """How many responses a shard holds by its header alone; none where it cannot be read."""
-    try:
-        with safe_open(shard, framework="pt") as file:
-            return int(file.get_slice("keys").get_shape()[0])
-    except (OSError, SafetensorError, IndexError):
-        return 0
-
-
-def list_references(cache_dir: Path) -> dict[str, Any]:
-    """`dpo cache list`."""
-    sizes, copies = [stat.st_size for stat in tokenized.kept(cache_dir).values()], converted.kept(cache_dir)
-    return {
-        "cache_dir": str(cache_dir.expanduser()),
-        "references": [kept.words() for kept in references(cache_dir)],
-        "tokenized": {"files": len(sizes), "bytes": sum(sizes)},
-        "models": [{"copy": copy.folder.name, "model": copy.model, "bytes": copy.bytes} for copy in copies],
-    }
+def as_text(result: dict[str, Any]) -> str:
+    """Format entries as a table."""
+    lines = [f"{'kind':<11}{'name':<34}{'size':>12}{'unused':>10}  model"]
+    for entry in result["entries"]:
+        size, unused = f"{entry['bytes'] / 2**20:,.1f} MiB", f"{entry['days_unused']:.1f} d"
+        lines.append(f"{entry['kind']:<11}{entry['name'][:32]:<34}{size:>12}{unused:>10}  {entry['model']}")
+    return "\n".join(lines)
 
 
 def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
-    """`dpo cache verify`: hash every file anew; what is damaged is set aside or removed, and will be made again."""
-    kept = references(cache_dir)
-    total, files = sum(each.shards for each in kept), tokenized.kept(cache_dir)
-    damaged, foreign, unreadable, responses = list[str](), list[str](), list[str](), 0
-    with reporter.progress("verify", total + len(files)) as progress:
-        for shard in (shard for each in kept for shard in sorted(each.folder.glob(f"*{SUFFIX}"))):
+    """Check every cached file against its hash; damaged ones are removed, and will be computed again."""
+    checked, damaged = 0, list[str]()
+    everything = [path for entry in entries(cache_dir) for path in _files(entry)]
+    with reporter.progress("verify", len(everything)) as progress:
+        for path in everything:
+            reason = ""
             try:
-                responses += len(shards.read_shard(shard)[0])
-            except shards.DamagedError:
-                damaged.append(str(shard))
-                reporter.warning(f"{shard} is damaged; {shards.set_aside(shard)}")
-            except FileNotFoundError:  # merged meanwhile
-                pass
-            except shards.ForeignError as error:
-                foreign.append(str(shard))
-                reporter.warning(f"{shard} is no shard of ours ({error})")
-            except OSError as error:
-                unreadable.append(str(shard))
-                reporter.warning(f"{shard} cannot be read ({error.strerror})")
-            progress.advance(1)
-        for file in files:
-            try:
-                tokenized.checked(file)
-            except ValueError:
-                damaged.append(str(file))
-                with suppress(OSError):
-                    file.unlink()
-                reporter.warning(f"{file} is damaged; its data is tokenized again when it is used")
+                _check(path)
             except FileNotFoundError:  # pruned meanwhile
-                pass
-            except OSError as error:
-                unreadable.append(str(file))
-                reporter.warning(f"{file} cannot be read ({error.strerror})")
+                continue
+            except (shards.DamagedError, ValueError, OSError) as error:
+                reason = str(error)
+            checked += 1
+            if reason:
+                damaged.append(str(path))
+                with suppress(OSError):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                reporter.warning(f"{path} was removed: {reason}" if not path.exists() else f"{path}: {reason}")
             progress.advance(1)
-    found = {"damaged": damaged, "unreadable": unreadable, "foreign": foreign}
-    return {"shards": total, "responses": responses, "tokenized": len(files), **found}
+    return {"checked": checked, "damaged": damaged}
 
 
-def old_or_of(cache_dir: Path, days: float | None, model: str | None) -> list[Kept]:
-    """References not used for so many days, if given, and of a model or fingerprint that ``model`` names, if given."""
+def _files(entry: CacheEntry) -> list[Path]:
+    return sorted(entry.path.glob(shards.NAMES)) if entry.kind == "reference" else [entry.path]
+
+
+def _check(path: Path) -> None:
+    if path.is_dir():
+        if not converted.is_whole(path):
+            raise ValueError("its files were changed")
+    elif path.parent.name == token_cache.FOLDER:
+        token_cache.checked(path)
+    else:
+        shards.read_shard(path)
+
+
+def select(cache_dir: Path, days: float | None, model: str | None) -> list[CacheEntry]:
+    """Return the entries not used for so many days, if given, and of a model with this part of a name, if given."""
     return [
-        kept
-        for kept in references(cache_dir)
-        if (days is None or time.time() - kept.used > days * DAY)
-        and (model is None or model in kept.about.get("model", "") or kept.folder.name.startswith(model))
+        entry
+        for entry in entries(cache_dir)
+        if (days is None or time.time() - entry.last_used > days * DAY) and (model is None or model in entry.model)
     ]
 
 
-def unused(cache_dir: Path, days: float | None, model: str | None) -> dict[Path, int]:
-    """Tokenized pairs, which are of no one model, and copies of models, chosen in the same way; their bytes."""
-    before = math.inf if days is None else time.time() - days * DAY
-    files = tokenized.kept(cache_dir) if model is None else {}
-    copies = [each for each in converted.kept(cache_dir) if each.used < before and (model or "") in each.model]
-    pairs = {file: stat.st_size for file, stat in files.items() if stat.st_mtime < before}
-    return pairs | {each.folder: each.bytes for each in copies}
-
-
-def prune(chosen: list[Kept], others: dict[Path, int], reporter: Reporter) -> dict[str, Any]:
-    """`dpo cache prune`: remove references, pairs and copies of models; they are made again when they are needed."""
-    sizes = {kept.folder: kept.bytes for kept in chosen} | others
-    for folder in {path.parent for path in sizes}:
-        remove_leftovers(folder)  # also what a prune that was killed had renamed
-    removed = list[Path]()
-    for path in sizes:
-        aside = path.with_name(f".{path.name}.pruned.tmp")  # a writer may make the folder again
+def prune(chosen: Sequence[CacheEntry], reporter: Reporter) -> dict[str, Any]:
+    """Remove entries; they are computed again when they are needed."""
+    for folder in {entry.path.parent for entry in chosen}:
+        remove_leftovers(folder, older_than=DAY)
+    removed = list[CacheEntry]()
+    for entry in chosen:
+        aside = entry.path.with_name(f".{entry.path.name}.pruned.tmp")  # a writer may create the folder again
         try:
-            path.rename(aside) if path.is_dir() else path.unlink()
+            entry.path.rename(aside) if entry.path.is_dir() else entry.path.unlink()
         except OSError as error:
-            reporter.warning(f"{path} cannot be removed ({error.strerror})")
+            reporter.warning(f"{entry.path} cannot be removed ({error.strerror})")
             continue
-        removed.append(path)
+        removed.append(entry)
         shutil.rmtree(aside, ignore_errors=True)
-    return {"removed": [path.name for path in removed], "bytes": sum(sizes[path] for path in removed)}
+    return {"removed": [entry.path.name for entry in removed], "bytes": sum(entry.bytes for entry in removed)}

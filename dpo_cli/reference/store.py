@@ -1,7 +1,7 @@
-"""Reference log-probs: computed once, kept on disk, never wrong.
+"""Reference log-probs: computed once and kept on disk.
 
-A folder a reference, named by its fingerprint; in it shards of log-probs by response. Appended rows are all that is
-computed, and a crash costs at most the shard in flight.
+Each reference has a folder, named by its fingerprint, with shards of log-probs by response. Only rows that are not
+cached are computed, and a crash loses at most the shard in flight.
 
 Legend: R responses, N response tokens that carry loss, P pairs.
 """
@@ -32,69 +32,74 @@ from dpo_cli.utils.errors import DpoError, NotWrittenError, UsageError
 from dpo_cli.utils.files import remove_leftovers, write_json
 
 SHARD_SECONDS = 30.0  # a crash costs at most this much work
+DAY = 24 * 60 * 60.0
 ABOUT = "about.json"
 
 
 def response_key(prompt: Ids, response: Ids) -> bytes:
-    """Name of a response's log-prob within one reference: a hash of all ids as in ``Pair`` and of where it begins."""
+    """Hash all ids, as in ``Pair``, and where the response begins: the key of a log-prob within one reference."""
     content = len(prompt).to_bytes(4, "little") + prompt.tobytes() + response.tobytes()
     return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
 
 
 def pair_keys(pair: Pair) -> tuple[bytes, bytes]:
-    """Keys of the chosen and of the rejected response."""
+    """Return the keys of the chosen and of the rejected response."""
     return response_key(pair.prompt, pair.chosen), response_key(pair.prompt, pair.rejected)
 
 
 def tokens_of(pair: Pair) -> int:
-    """Tokens of a pair, its prompt counted once."""
+    """Count the tokens of a pair, its prompt once."""
     return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
 class ReferenceCache:
     """The log-probs of one reference, by response key: those on disk, and those that this process adds.
 
-    ``about`` says to a person what the reference is; it decides nothing.
+    ``about`` describes the reference to a person; nothing depends on it.
     """
 
     def __init__(
         self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None], about: Mapping[str, str] | None = None
     ) -> None:
-        if not re.fullmatch(r"[0-9a-f]{64}", fingerprint):  # it comes from a run's manifest too, and names a folder
+        if not re.fullmatch(r"[0-9a-f]{64}", fingerprint):  # it names a folder, and may come from an edited manifest
             raise UsageError(f"'{fingerprint[:80]}' is no fingerprint of a reference")
         self.folder = cache_dir.expanduser() / "reference" / fingerprint[:32]
         self.about, self.warn = about, warn
-        self.values = shards.read_folder(self.folder, warn)
+        self.values: dict[bytes, float] = {}
+        for keys, logps, _, _ in shards.read_folder(self.folder, warn):
+            self.values.update(zip(keys, logps.tolist(), strict=True))
         with suppress(OSError):
-            os.utime(self.folder / ABOUT)  # when it was last used
+            os.utime(self.folder / ABOUT)  # the time of its last use
 
     def lookup(self, pairs: Sequence[Pair]) -> Tensor:
-        """Reference log-probs of pairs: (P, 2) float32 nats, chosen and rejected; NaN where they are not cached."""
+        """Return log-probs of pairs: (P, 2) float32 nats, chosen and rejected; NaN where they are not cached."""
         values = [self.values.get(key, math.nan) for pair in pairs for key in pair_keys(pair)]
         return torch.tensor(values, dtype=torch.float32).view(-1, 2)
 
     def weighted(self, pairs: Pairs, alpha: float) -> Tensor:
-        """Log-probs with the token weights of LD-DPO, see ``length_weights``: (P, 2) nats.
+        """Return log-probs with the token weights of LD-DPO, see ``length_weights``: (P, 2) nats.
 
         Raises:
-            DpoError: entries were removed since they were looked up.
+            DpoError: shards have been removed since they were looked up.
         """
-        lengths, logps = pairs.loss_lengths, torch.full((len(pairs), 2), torch.nan)
-        wanted: dict[bytes, list[tuple[int, int]]] = {}
+        loss_lengths, logps = pairs.loss_lengths, torch.full((len(pairs), 2), torch.nan)
+        places: dict[bytes, list[tuple[int, int]]] = {}
         for place, pair in enumerate(pairs):
             for side, key in enumerate(pair_keys(pair)):
-                wanted.setdefault(key, []).append((place, side))
-        for key, token_logps in shards.responses(self.folder):
-            for place, side in wanted.get(key, ()):
-                weights = length_weights(torch.from_numpy(lengths[place]), alpha).split(lengths[place].tolist())[side]
-                logps[place, side] = (token_logps * weights).double().sum()
+                places.setdefault(key, []).append((place, side))
+        for keys, _, token_logps, lengths in shards.read_folder(self.folder):
+            for key, of_response in zip(keys, token_logps.split(lengths.tolist()), strict=True):
+                for place, side in places.get(key, ()):
+                    counts = torch.from_numpy(loss_lengths[place])
+                    weights = length_weights(counts, alpha).split(counts.tolist())[side]
+                    logps[place, side] = (of_response * weights).double().sum()
         logps = distributed.all_reduce_known(logps)
         if logps.isnan().any():
             raise DpoError(f"{self.folder}: log-probs were removed while they were read; start again")
         return logps
 
     def open_for_writing(self) -> None:
-        """Make the folder ready for shards, and remove what killed processes left there.
+        """Create the folder, and remove temporary files that killed processes left there.
 
         Raises:
             UsageError: nothing can be written there.
@@ -107,36 +112,23 @@ class ReferenceCache:
                 write_json(self.folder / ABOUT, dict(self.about))
         except (OSError, NotWrittenError) as error:
             raise UsageError(f"--cache-dir: no reference log-probs can be kept in {self.folder} ({error})") from error
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, older_than=DAY)  # other processes may be writing
 
     def add(self, entries: Mapping[bytes, Entry]) -> None:
         """Write a shard.
 
         Raises:
-            NotWrittenError: what was written before is kept.
+            NotWrittenError: earlier shards are kept.
         """
         try:
-            try:
-                shards.write_shard(self.folder, entries)
-            except NotWrittenError as error:
-                if not isinstance(error.__cause__, FileNotFoundError):
-                    raise
-                shards.write_shard(self.folder, entries)  # the folder was pruned meanwhile
+            shards.write_shard(self.folder, entries)
         except NotWrittenError as error:
-            told = f"{error}. What was kept before is whole; the same command goes on from there"
-            raise NotWrittenError(told) from error
+            raise NotWrittenError(f"{error}. Earlier log-probs are kept; rerun the command to continue") from error
         self.values.update((key, entry.logp) for key, entry in entries.items())
-
-    def merge(self) -> None:
-        """Merge small shards if there are many; where that cannot be done they stay as they are."""
-        try:
-            shards.merge_small(self.folder)
-        except (OSError, NotWrittenError) as error:
-            self.warn(f"reference cache: its small files are not merged ({error})")
 
 
 def missing_places(logps: Tensor, pairs: Sequence[Pair]) -> list[int]:
-    """Places of the pairs that a ``lookup`` did not find; of equal pairs only the first."""
+    """Return the places of pairs that ``lookup`` did not find; of equal pairs only the first."""
     first: dict[tuple[bytes, bytes], int] = {}
     for place in logps.isnan().any(dim=1).nonzero().flatten().tolist():
         first.setdefault(pair_keys(pairs[place]), place)
@@ -145,7 +137,7 @@ def missing_places(logps: Tensor, pairs: Sequence[Pair]) -> list[int]:
 
 @dataclass
 class ReferenceLogps:
-    """Reference log-probs of P pairs (P, 2) in nats, and what they took. Hits and misses count pairs."""
+    """Reference log-probs of P pairs (P, 2) in nats, and what they cost. Hits and misses count pairs."""
 
     logps: Tensor
     hits: int
@@ -162,12 +154,12 @@ def compute_missing(
 ) -> ReferenceLogps:
     """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
 
-    Several ranks share the work. Each writes its own shards, to the one folder or, where hosts have no common disk, to
-    its host's; what the others scored comes over the network.
+    Ranks share the work. Each writes its own shards, to one folder or, on hosts without a common disk, to its host's;
+    log-probs of other ranks come over the network.
 
     Raises:
         UsageError: the cache cannot be written to.
-        DpoError: a log-prob is not finite, or the disk is full; what was scored before is kept.
+        DpoError: a log-prob is not finite, or the disk is full; earlier log-probs are kept.
     """
     logps = distributed.all_reduce_known(cache.lookup(pairs))
     todo = Pairs(pairs[place] for place in missing_places(logps, pairs))
@@ -207,8 +199,6 @@ def compute_missing(
     finally:
         flush()
     logps = distributed.all_reduce_known(cache.lookup(pairs))
-    if distributed.rank() == 0:
-        cache.merge()
     return ReferenceLogps(
         logps, len(pairs) - misses, misses, sum(distributed.all_gather(tokens)), time.monotonic() - began
     )

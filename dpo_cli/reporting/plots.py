@@ -1,198 +1,374 @@
-"""Quiet plots: SVG whose colours are the page's own variables, and the same plots as a PNG.
-
-Each is of the size of a phone's column, so that its text is as large as the page's wherever it is shown.
-"""
+"""Plots by matplotlib in one quiet theme: SVG for the report, whose colours follow the page, and pictures as files."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dpo_cli.evaluation.metrics import SIDES, PairScores
+from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.utils.files import atomic_write
-from dpo_cli.utils.formatting import tick
+from dpo_cli.utils.formatting import is_number, number, percent
 
 if TYPE_CHECKING:  # matplotlib takes a second to load
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Column = npt.NDArray[np.float64]
-Colours = Mapping[str, str]
+History = Sequence[Mapping[str, Any]]
 
-WIDTH, HEIGHT = 350, 216  # CSS pixels, as are the margins
-LEFT, RIGHT, TOP, BOTTOM = 44, 58, 10, 38
-HEADING = 26  # above each plot of a PNG; on a page it is HTML
-ON_PAPER: Colours = {
-    "ink": "#23221f",
-    "muted": "#6a665e",
-    "rule": "#e3dfd6",
-    "chosen": "#1c6bb0",
-    "rejected": "#b4560a",
+WIDTH, HEIGHT = 350, 216  # CSS pixels of one plot
+COLORS = {"ink": "#23221f", "muted": "#6a665e", "rule": "#e3dfd6", "chosen": "#1c6bb0", "rejected": "#b4560a"}
+INK, MUTED = COLORS["ink"], COLORS["muted"]
+THEME: Any = {
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": COLORS["rule"],
+    "grid.linewidth": 0.8,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.labelcolor": MUTED,
+    "text.color": INK,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dpo",
+    "text.usetex": False,
+    "text.parse_math": False,
+    "savefig.bbox": None,
+    "figure.constrained_layout.use": False,
+    "figure.autolayout": False,
 }
-NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # of an SVG
-STAND_INS: Colours = {role: f"#0102{number:02x}" for number, role in enumerate(ON_PAPER, 3)}
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+FAR = 30  # ratio of the largest to the smallest value from which an axis is logarithmic
+MAX_POINTS = 1000  # of a line or cloud that are drawn one by one
+SMOOTHED = 40  # steps from which on a running mean is drawn
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot that is still to be drawn. Its words are the package's own, never the data's."""
+    """A plot to be drawn. Its words are the package's own, never the data's."""
 
-    name: str
     title: str
-    what: str  # the height of the plot counts; stands beside the title
+    unit: str
     caption: str
-    draw: Callable[[Axes, Colours], None]
+    draw: Callable[[Axes], None]
+
+
+# ---- output -----------------------------------------------------------------------------------------------------
 
 
 def svg(plot: Plot) -> str:
-    """The plot as an SVG element: no style, script, address or text of the data in it, colours by CSS variables.
-
-    The same plot gives the same bytes.
-    """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
+    """Draw a plot as an SVG element whose colours are CSS variables, without styles, scripts or text of the data."""
     text = io.StringIO()
-    with rc_context(_style(plot.name)):
-        figure = _figure([plot], STAND_INS, heading=0)
-        FigureCanvasSVG(figure)
-        figure.savefig(text, format="svg", metadata=NO_METADATA, transparent=True)
+    _save(text, [plot], titles=False, format="svg", metadata=NO_METADATA, transparent=True)
     return _for_a_page(text.getvalue())
 
 
-def write_png(file: Path, plots: Sequence[Plot]) -> None:
-    """Write the plots as one picture, three in a row.
+def write_plots(file: Path, plots: Sequence[Plot]) -> None:
+    """Write plots as one picture, three in a row: SVG or PNG, by the file's name.
 
     Raises:
         NotWrittenError: the disk is full or the folder is closed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    _write(file, plots, FigureCanvasAgg, format="png", dpi=144, metadata={"Software": None})
-
-
-def write_svg(file: Path, plots: Sequence[Plot]) -> None:
-    """Write the same picture as an SVG file that stands alone; its text is text. The same plots give the same bytes.
-
-    Raises:
-        NotWrittenError: the disk is full or the folder is closed.
-    """
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    _write(file, plots, FigureCanvasSVG, format="svg", metadata=NO_METADATA)
+    kind = file.suffix[1:]
+    how: dict[str, Any] = {"metadata": NO_METADATA} if kind == "svg" else {"dpi": 144, "metadata": {"Software": None}}
+    with atomic_write(file) as temporary:
+        _save(temporary, plots, titles=True, format=kind, facecolor="white", **how)
 
 
-def _write(file: Path, plots: Sequence[Plot], canvas: Callable[[Figure], object], **how: Any) -> None:
+def write_curves(file: Path, history: History, objective: Objective = DPO) -> None:
+    """Write the curves of a training as one PNG."""
+    write_plots(file, curves(history, objective))
+
+
+def _save(target: Any, plots: Sequence[Plot], titles: bool, **how: Any) -> None:
     from matplotlib import rc_context
-
-    with rc_context(_style("picture")), atomic_write(file) as temporary:
-        figure = _figure(plots, ON_PAPER, HEADING)
-        canvas(figure)
-        figure.savefig(temporary, facecolor="white", **how)
-
-
-def _figure(plots: Sequence[Plot], colours: Colours, heading: int) -> Figure:
-    """A figure of one inch for every 72 CSS pixels, with each plot drawn at its place."""
     from matplotlib.figure import Figure
 
-    wide, high = max(min(len(plots), 3), 1) * WIDTH, max(math.ceil(len(plots) / 3), 1) * (HEIGHT + heading)
-    figure = Figure(figsize=(wide / 72, high / 72), dpi=72)
-    for place, plot in enumerate(plots):
-        row, column = divmod(place, 3)
-        left, top = column * WIDTH, high - row * (HEIGHT + heading)
-        bottom, size = top - heading - HEIGHT + BOTTOM, (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
-        axes = figure.add_axes(((left + LEFT) / wide, bottom / high, size[0] / wide, size[1] / high))
-        plot.draw(axes, colours)
-        if heading:
-            figure.text((left + 14) / wide, (top - 20) / high, plot.title, weight="bold", color=colours["ink"])
-    return figure
-
-
-def _style(salt: str = "") -> Any:
-    """What a matplotlibrc of the user's could turn to the worse; ``salt`` keeps the ids of two plots apart."""
-    return {
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-        "text.usetex": False,
-        "text.parse_math": False,
-        "font.family": ["sans-serif"],
-        "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; the page shows its own font
-        "font.size": 10.5,
-        "path.sketch": None,
-        "path.effects": [],
-        "axes.grid": False,
-        "figure.autolayout": False,
-        "figure.constrained_layout.use": False,
-        "savefig.bbox": None,
-    }
+    columns, rows = max(min(len(plots), 3), 1), max(math.ceil(len(plots) / 3), 1)
+    width, height = columns * WIDTH, rows * (HEIGHT + 26 * titles)
+    with rc_context(THEME | {"svg.hashsalt": plots[0].title if plots else ""}):  # ids unique on the page
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+        for place, plot in enumerate(plots):
+            row, column = divmod(place, 3)
+            bottom = 1 - (row + 1) / rows + 38 / height
+            axes = figure.add_axes(
+                ((column * WIDTH + 50) / width, bottom, (WIDTH - 66) / width, (HEIGHT - 60) / height)
+            )
+            plot.draw(axes)
+            if titles:
+                axes.set_title(" · ".join(filter(None, (plot.title, plot.unit))), pad=20, color=INK)
+        figure.savefig(target, **how)
 
 
 def _for_a_page(text: str) -> str:
-    """What matplotlib wrote, as part of an HTML page that forbids styles of its own: they become attributes."""
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    """Turn matplotlib's file into an element of a page whose policy forbids inline styles: they become attributes."""
+    text = re.sub(
+        r"<style.*?</style>|<defs>\s*</defs>|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S
+    )
     text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
     text = re.sub(r'<g id="[^"]*"', "<g", text).replace("xlink:href", "href")
-    text = re.sub(r' style="([^"]*)"', lambda found: _as_attributes(found[1]), text)
-    text = re.sub(r'"[^"]*"', lambda found: _shorter(found[0]), text)
-    for role, colour in STAND_INS.items():
-        text = text.replace(colour, f"var(--{role})")
-    text = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", text))
-    return re.sub(r"<(g|defs)></\1>", "", text)
+    text = re.sub(r' style="([^"]*)"', lambda style: _as_attributes(style[1]), text)
+    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
+    for role, color in COLORS.items():
+        text = text.replace(color, f"var(--{role})")
+    return re.sub(r">\s+<", "><", re.sub(r"\s+", " ", text))
 
 
 def _as_attributes(style: str) -> str:
     named = (part.partition(":")[::2] for part in style.split(";") if ":" in part)
-    kept = ((name.strip(), value.strip()) for name, value in named if name.strip() != "font-family")
-    return "".join(f' {name}="{value}"' for name, value in kept)
+    return "".join(f' {n.strip()}="{v.strip()}"' for n, v in named if not n.strip().startswith("font-family"))
 
 
-def _shorter(attribute: str) -> str:
-    """An attribute without the decimals that no screen shows."""
-    return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), attribute)
+# ---- curves of a training ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity over the steps; ``names`` are its metrics, each with its colour; ``level`` is a dashed line."""
+
+    title: str
+    unit: str
+    caption: str
+    names: dict[str, str]
+    level: float | None = None
+    percent: bool = False
+
+
+CURVES = (
+    Curve(
+        "Loss",
+        "",
+        "Held-out loss that rises while the training loss falls means over-optimised: use an earlier checkpoint.",
+        {"loss": "ink"},
+    ),
+    Curve(
+        "Margin",
+        "beta × nats",
+        "Chosen reward minus rejected reward. Held-out pairs far behind training pairs: memorised.",
+        {"rewards/margins": "ink"},
+        0.0,
+    ),
+    Curve(
+        "Accuracy",
+        "",
+        "Share of pairs whose chosen response has the higher reward. A coin gets half (dashed).",
+        {"rewards/accuracies": "ink"},
+        0.5,
+        percent=True,
+    ),
+    Curve(
+        "Rewards",
+        "beta × nats",
+        "The gap between the two is the margin. Where both fall, the chosen responses become less likely too.",
+        {f"rewards/{side}": side for side in SIDES},
+        0.0,
+    ),
+    Curve(
+        "KL from the reference",
+        "nats per token",
+        "Exact, on each kind of response: what the preference has cost in drift.",
+        {f"kl/{side}": side for side in SIDES},
+        0.0,
+    ),
+    Curve(
+        "Gradient norm",
+        "",
+        "Before clipping. One spike is an odd batch; a rising floor is a run that becomes unstable.",
+        {"grad_norm": "ink"},
+    ),
+)
+
+
+def curves(history: History, objective: Objective = DPO) -> list[Plot]:
+    """Plot each quantity in the lines of ``metrics.jsonl``; held-out ones (``eval_``) as rings."""
+    plots = []
+    for curve in CURVES:
+        if curve.title == "Loss" and objective.is_vanilla_dpo:
+            dashed = f"Dashed: ln 2, the start model's, but for weights and margins of the pairs. {curve.caption}"
+            curve = dataclasses.replace(curve, level=math.log(2), caption=dashed)
+        lines = {name: (points(history, name), points(history, f"eval_{name}")) for name in curve.names}
+        if any(len(steps) for line in lines.values() for steps, _ in line):
+            plots.append(Plot(curve.title, curve.unit, curve.caption, partial(_draw_curve, curve=curve, lines=lines)))
+    return plots
+
+
+def points(history: History, name: str) -> tuple[Column, Column]:
+    """Steps and finite values of a metric, in the order of steps; the last of a step counts."""
+    values = {line["step"]: line[name] for line in history if is_number(line.get(name)) and is_number(line.get("step"))}
+    steps = sorted(step for step, value in values.items() if abs(value) < 1e30)  # what can be drawn
+    return np.array(steps, float), np.array([values[step] for step in steps], float)
+
+
+def _draw_curve(axes: Axes, curve: Curve, lines: Mapping[str, Any]) -> None:
+    show = percent if curve.percent else number
+    for name, (training, held_out) in lines.items():
+        color, side = COLORS[curve.names[name]], name.partition("/")[2] if len(lines) > 1 else ""
+        if len(training[0]):
+            last = _draw_training(axes, color if side or not len(held_out[0]) else MUTED, *training)
+            axes.plot([], [], color=axes.lines[-1].get_color(), label=f"{side or 'training'} {show(last)}")
+        if len(held_out[0]):
+            label = None if side and len(training[0]) else f"{side or 'held out'} {show(held_out[1][-1])}"
+            axes.plot(*held_out, "o-", color=color, lw=0.8, ms=4, mfc="none", label=label)
+    if curve.level is not None:
+        axes.axhline(curve.level, color=MUTED, lw=0.8, dashes=(3, 3), zorder=1)
+    low, high = axes.dataLim.intervaly
+    if curve.title == "Gradient norm" and low > 0 and high > FAR * low:
+        axes.set_yscale("log")
+    _finish(axes, "step", y_percent=curve.percent)
+
+
+def _draw_training(axes: Axes, color: str, steps: Column, values: Column) -> float:
+    """Draw each step faint, or the range of several of a long run, and a running mean firm; returns its last value."""
+    if len(steps) < SMOOTHED:
+        axes.plot(steps, values, color=color, marker="o" if len(steps) == 1 else "", ms=4)
+        return float(values[-1])
+    if len(steps) > MAX_POINTS:
+        x, low, _, high = _binned(steps, values, MAX_POINTS // 2)
+        axes.fill_between(x, low, high, color=color, alpha=0.25, lw=0)
+    else:
+        axes.plot(steps, values, color=color, lw=0.7, alpha=0.35)
+    x, _, mean, _ = _binned(steps, values, 20)
+    axes.plot(x, mean, color=color)
+    return float(mean[-1])
+
+
+def _binned(steps: Column, values: Column, bins: int) -> tuple[Column, Column, Column, Column]:
+    """The mean step, and the least, mean and largest value, of consecutive steps."""
+    starts = np.unique(np.linspace(0, len(steps), bins, endpoint=False).astype(int))
+    counts = np.diff(np.append(starts, len(steps)))
+    mean_step, mean = (np.add.reduceat(column, starts) / counts for column in (steps, values))
+    return mean_step, np.minimum.reduceat(values, starts), mean, np.maximum.reduceat(values, starts)
+
+
+# ---- plots of an evaluation -------------------------------------------------------------------------------------
+
+
+def pair_plots(scores: PairScores) -> list[Plot]:
+    """Plots of the pairs whose margin is finite: their margins, and margin against length."""
+    with np.errstate(all="ignore"):
+        margins, wins = scores.margins, scores.wins
+    keep = np.isfinite(margins) & (np.abs(margins) < 1e30)  # what can be drawn
+    if not keep.any():
+        return []
+    margins, wins, gaps = margins[keep], wins[keep], (scores.tokens[:, 0] - scores.tokens[:, 1])[keep]
+    low, median, high = (number(end, signed=True) for end in np.quantile(margins, [0.05, 0.5, 0.95]))
+    histogram = (
+        f"Right of 0 the chosen response has the higher reward. Median {median} (dashed), 90 % between {low} and "
+        f"{high}; the outermost bars include everything beyond."
+    )
+    return [
+        Plot("Margins", "pairs", histogram, partial(_draw_margins, margins=margins, wins=wins)),
+        Plot(
+            "Margin and length",
+            "margin",
+            "One dot per pair. A slope is a length bias.",
+            partial(_draw_lengths, gaps=gaps, margins=margins, wins=wins),
+        ),
+    ]
+
+
+def _draw_margins(axes: Axes, margins: Column, wins: Column) -> None:
+    low, high = np.quantile(np.append(margins, 0.0), [0.005, 0.995])
+    edges = np.linspace(low, high, 33) if high - low > 1e-9 else np.linspace(-0.1, 0.1, 5)
+    for value, role in ((0, "rejected"), (0.5, "muted"), (1, "chosen")):
+        part = np.clip(margins[wins == value], edges[0], edges[-1])
+        axes.hist(part, edges.tolist(), color=COLORS[role], rwidth=0.9, lw=0)
+    for x, side, share, word, role in (
+        (0.0, "left", (wins == 0).mean(), "wrong", "rejected"),
+        (1.0, "right", (wins == 1).mean(), "right", "chosen"),
+    ):
+        axes.text(x, 1.03, f"{percent(share, 0)} {word}", color=COLORS[role], ha=side, transform=axes.transAxes)
+    axes.axvline(float(np.median(margins)), color=INK, lw=1, dashes=(3, 3))
+    _finish(axes, "margin")
+
+
+def _draw_lengths(axes: Axes, gaps: Column, margins: Column, wins: Column) -> None:
+    every = slice(None, None, -(-len(margins) // MAX_POINTS))
+    roles = np.array([COLORS["rejected"], MUTED, COLORS["chosen"]])[(2 * wins[every]).astype(int)]
+    axes.scatter(gaps[every], margins[every], 11, color=roles.tolist(), alpha=0.6, lw=0)
+    axes.axhline(0, color=MUTED, lw=0.8)
+    axes.axvline(0, color=MUTED, lw=0.8, dashes=(3, 3))
+    _finish(axes, "← chosen shorter · tokens · chosen longer →")
+
+
+# ---- the frontier of a sweep ------------------------------------------------------------------------------------
+
+
+def frontier(points: Sequence[Mapping[str, Any]], unit: str, reference_reward: float | None = None) -> list[Plot]:
+    """Plots over KL of margin and accuracy, and of the sampled answers' reward if the reference has one.
+
+    ``points`` have ``beta``, ``kl`` and the quantities' names, each with its interval under ``intervals``.
+    """
+    points = sorted(points, key=lambda point: float(point["beta"]))
+    quantities = [
+        ("rewards/margins", "Margin", "beta × nats", 0.0, "It contains beta, so compare accuracies between betas."),
+        ("rewards/accuracies", "Accuracy", "", 0.5, "Share of held-out pairs ranked right. A coin gets half (dashed)."),
+    ]
+    if reference_reward is not None:
+        caption = "Mean reward of sampled answers; dashed: the reference's own answers."
+        quantities.insert(0, ("reward", "Reward", "", reference_reward, caption))
+    return [
+        Plot(
+            f"{title} and KL", what, caption, partial(_draw_frontier, points=points, unit=unit, name=name, level=level)
+        )
+        for name, title, what, level, caption in quantities
+    ]
+
+
+def _draw_frontier(axes: Axes, points: Sequence[Mapping[str, Any]], unit: str, name: str, level: float) -> None:
+    (x, x_errors), (y, y_errors) = (_with_errors(points, each) for each in ("kl", name))
+    axes.axhline(level, color=MUTED, lw=0.8, dashes=(3, 3), zorder=1)
+    axes.errorbar(x, y, y_errors, x_errors, fmt="o-", color=INK, ecolor=MUTED, elinewidth=0.9, lw=1.2, ms=4)
+    for at, height, point in zip(x, y, points, strict=True):
+        axes.annotate(f"β {point['beta']:g}", (at, height), (4, 4), textcoords="offset points", color=INK, size=9)
+    if min(x) > 0 and max(x) > FAR * min(x):
+        axes.set_xscale("log")
+    axes.margins(x=0.12)
+    _finish(axes, f"KL from the reference, {unit}", y_percent=name == "rewards/accuracies")
+
+
+def _with_errors(points: Sequence[Mapping[str, Any]], name: str) -> tuple[Column, Column]:
+    """Values (N,) of one name and how far their intervals reach below and above, (2, N)."""
+    values = np.array([point[name] for point in points], float)
+    ends = [point["intervals"][name] or (value, value) for point, value in zip(points, values, strict=True)]
+    return values, np.abs(np.array(ends, float).T - values)
 
 
 # ---- what all plots share ---------------------------------------------------------------------------------------
 
 
-def limits(values: Column, pad: float = 0.06) -> tuple[float, float]:
-    """Axis limits that hold all finite values with some air, also where they are all one or there is none."""
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    air = (high - low) * pad
-    if air <= 1e-9 * max(abs(low), abs(high)):
-        air = abs(high) * 0.1 or 0.5
-    return low - air, high + air
+def _finish(axes: Axes, x: str, y_percent: bool = False) -> None:
+    """Name the x axis and show few ticks; a legend stands above the axes if a line has a label."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-
-def quieten(
-    axes: Axes,
-    colours: Colours,
-    x: str,
-    x_format: Callable[..., str] = tick,
-    y_format: Callable[..., str] = tick,
-    whole: bool = False,
-    ticks: int = 5,
-) -> None:
-    """No frame, no tick marks, few lines, the name of x below. ``whole``: x counts something; ``ticks``: at most."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-
-    axes.spines[:].set_visible(False)
-    axes.grid(axis="y", color=colours["rule"], lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, which="both", colors=colours["muted"], labelsize=10.5, pad=5)
-    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=whole, steps=[1, 2, 2.5, 5, 10]))
+    axes.set_xlabel(x)
+    if axes.get_xscale() == "linear":
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     if axes.get_yscale() == "linear":
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(x_format))
-    axes.yaxis.set_major_formatter(FuncFormatter(y_format))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    below = -30 / (HEIGHT - TOP - BOTTOM)
-    axes.text(0.5, below, x, color=colours["muted"], ha="center", va="center", transform=axes.transAxes)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    if y_percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, borderaxespad=0, fontsize=9, labelcolor=MUTED)

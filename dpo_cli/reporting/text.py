@@ -1,59 +1,63 @@
-"""An evaluation, and a comparison of two, as a person reads them on a terminal."""
+"""An evaluation, and a comparison of two, as text for a terminal."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from dpo_cli.evaluation.scores import SIDES
-from dpo_cli.utils import formatting as numerals
+from dpo_cli.evaluation.metrics import SIDES
+from dpo_cli.utils import formatting
 from dpo_cli.utils.formatting import NONE, between, number
 
 Result = Mapping[str, Any]
 WIDTH = 110
-A_PAIR = (*("loss", "rewards/margins", "rewards/accuracies"), *(f"rewards/{side}" for side in SIDES))
-A_TOKEN = {
+PER_PAIR = ("loss", "rewards/margins", "rewards/accuracies", *(f"rewards/{side}" for side in SIDES))
+PER_TOKEN = {
     "cross_entropy": "H(data, policy), nats",
     "ref_cross_entropy": "H(data, reference)",
-    "data_kl_change": "their difference: the change of KL(data || model)",
+    "delta_kl_data": "their difference: the change of KL(data || model)",
     "perplexity": "exp H(data, policy)",
     "ref_perplexity": "exp H(data, reference)",
     "entropy": "H(policy)",
     "ref_entropy": "H(reference)",
-    "kl": "KL(policy || reference) = H(policy, reference) - H(policy)",
+    "kl": "KL(policy || reference)",
     "reverse_kl": "KL(reference || policy)",
-    "moved_tokens": "share of tokens whose probability changed 20-fold",
-    "logratio": "mean log-ratio on the data, which is no KL",
+    "shifted_tokens": "share of tokens whose probability changed 20-fold",
 }
 
 
 def as_text(result: Result) -> str:
-    """The result of `dpo eval` in full: numbers with their 95 % intervals, findings, tokens that moved."""
+    """The result of `dpo eval`: numbers with their 95 % intervals, findings, shifted tokens."""
     if "differences" in result:
         return "\n".join(_comparison(result))
-    lines = [*known(result), *_about(result), "", *_a_pair(result), "", *_a_token(result), "", *_sections(result)]
-    for part in (_sequence_kl(result), _moved(result), [""], verdict(result)):
+    lines = [*overlap(result), *_about(result), "", *_per_pair(result), "", *_per_token(result), ""]
+    for part in (_length(result), _sequence_kl(result), _shifted(result), [""], verdict(result)):
         lines += part
     return "\n".join(lines)
 
 
-def known(result: Result) -> Iterator[str]:
-    """What of the pairs was trained on, if any: it comes before every number."""
-    if told := result.get("trained_on", {}).get("text"):
-        yield f"warning: {told}"
+def overlap(result: Result) -> Iterator[str]:
+    """How many of the pairs were trained on, if any: it comes before every number."""
+    if text := result.get("trained_on", {}).get("text"):
+        yield f"warning: {text}"
 
 
 def verdict(result: Result) -> Iterator[str]:
-    """The findings, and on how many pairs was looked for which."""
+    """The findings, and which checks passed on how many pairs."""
     for finding in result.get("findings", ()):
         yield f"finding: {finding['title']}"
-        for text in (finding["text"], f"To try: {finding['advice']}"):
+        rows = [f"Rows: {', '.join(finding['rows'])}"] if finding["rows"] else []
+        for text in (finding["text"], f"To try: {finding['advice']}", *rows):
             yield textwrap.indent(textwrap.fill(text, WIDTH), "  ")
-        if finding["rows"]:
-            yield textwrap.indent(textwrap.fill(f"Rows: {', '.join(finding['rows'])}", WIDTH), "  ")
     if "judged" in result:
         yield textwrap.fill(result["judged"]["text"], WIDTH)
+
+
+def percent(value: Any, decimals: int = 1) -> str:
+    """A share in per cent, without the hard space that a terminal may not know."""
+    return formatting.percent(value, decimals).replace("\N{NO-BREAK SPACE}", "")
 
 
 def _about(result: Result) -> Iterator[str]:
@@ -64,72 +68,54 @@ def _about(result: Result) -> Iterator[str]:
     yield f"{'beta':<24}{result['beta']:g}"
 
 
-def _a_pair(result: Result) -> Iterator[str]:
+def _per_pair(result: Result) -> Iterator[str]:
     yield f"{'mean over pairs':<24}{'':>10}  95 % interval"
-    for name in A_PAIR:
+    for name in PER_PAIR:
         ties = f"   {percent(result['rewards/ties'])} ties" if name == "rewards/accuracies" else ""
         yield f"{name:<24}{number(result[name]):>10}  {between(result['intervals'][name])}{ties}"
     quantiles = result["rewards/margins_quantiles"].items()
     yield f"{'margin quantiles':<24}" + "   ".join(f"{percent(float(q), 0)}: {number(at)}" for q, at in quantiles)
+    policy, reference = (percent(result[f"logp_accuracy/{name}"]) for name in ("policy", "reference"))
+    yield f"{'logp accuracy':<24}chosen has the higher log-prob under the policy in {policy}, reference {reference}"
 
 
-def _a_token(result: Result) -> Iterator[str]:
-    yield f"{'a response token':<24}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
-    for name, meaning in A_TOKEN.items():
-        if f"{name}/chosen" not in result:
-            continue
-        cells = ""
-        for side in SIDES:
-            ends = between(result["intervals"][f"{name}/{side}"])
-            cells += f"{number(result[f'{name}/{side}']):>10}  {ends:<20}"
-        yield f"{name:<24}{cells}{meaning}"
+def _per_token(result: Result) -> Iterator[str]:
+    yield f"{'mean over tokens':<24}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
+    for name, meaning in PER_TOKEN.items():
+        if f"{name}/chosen" in result:
+            keys = [f"{name}/{side}" for side in SIDES]
+            cells = "".join(f"{number(result[key]):>10}  {between(result['intervals'][key]):<20}" for key in keys)
+            yield f"{name:<24}{cells}{meaning}"
 
 
-def _sections(result: Result) -> Iterator[str]:
-    effect, calibration, length = (result[name] for name in ("effect", "calibration", "length"))
-    d, ends = number(effect["margin_d"]), between(effect["margin_d_interval"])
-    yield f"{'effect':<24}the margin lies {d} of its standard deviations above 0 ({ends})"
-    ranked = f"policy {percent(effect['rank/policy'])}, reference {percent(effect['rank/reference'])}"
-    change = f"{number(effect['rank/change'], signed=True)} ({between(effect['rank/change_interval'])})"
-    yield f"{'':<24}chosen has the higher log-prob: {ranked}; change {change}"
-    for name, what in (("margin", "|margin|"), ("length", "length gap")):
-        buckets = "   ".join(
-            f"{b['from']:.3g} to {b['to']:.3g}: {percent(b['accuracy'], 0)} of {b['pairs']:,}"
-            for b in result["buckets"][name]
-        )
-        yield f"{'accuracy by ' + what:<24}{buckets}"
-    perfect = f" ({number(calibration['ece_expected'])} if perfect)" if "ece_expected" in calibration else ""
-    brier = f"Brier {number(calibration['brier'])} ({between(calibration['brier_interval'])})"
-    yield f"{'calibration':<24}{brier}, expected calibration error {number(calibration['ece'])}{perfect}"
-    counts = {which: length.get(f"accuracy_chosen_{which}_pairs") for which in ("longer", "shorter")}
-    shares = {which: percent(length[f"accuracy_chosen_{which}"]) for which, count in counts.items() if count}
-    sides = ", ".join(f"{share} of {counts[which]:,} where it is {which}" for which, share in shares.items())
-    rule = f"the rule 'the longer one' is right in {percent(length['accuracy_prefer_longer'])}"
-    yield f"{'length':<24}chosen preferred in {sides or NONE}; {rule}"
-    ends = between(length["margin_length_correlation_interval"])
-    yield f"{'':<24}margin and length gap correlate by {number(length['margin_length_correlation'])} ({ends})"
+def _length(result: Result) -> Iterator[str]:
+    length = result["length"]
+    accuracies = ", ".join(
+        f"{percent(length[f'accuracy_chosen_{which}'])} of {count:,} where chosen is {which}"
+        for which in ("longer", "shorter")
+        if (count := length.get(f"accuracy_chosen_{which}_pairs"))
+    )
+    rule = percent(length["accuracy_prefer_longer"])
+    yield f"{'accuracy by length':<24}{accuracies or NONE}; 'the longer one' gets {rule}"
+    rho, ends = number(length["margin_length_correlation"]), between(length["margin_length_correlation_interval"])
+    yield f"{'':<24}rank correlation of margin and length gap: {rho} ({ends})"
 
 
 def _sequence_kl(result: Result) -> Iterator[str]:
-    if (found := result.get("sequence_kl")) is None:
-        return
-    told = "   ".join(
-        f"{what} {number(found[name])} ({between(found[f'{name}_interval'])})"
-        for name, what in (("token_kl", "exact by token"), ("logratio", "log-ratio"), ("k3", "k3"))
-    )
-    yield f"{'KL of responses':<24}{told}"
-    yield (
-        f"{'':<24}nats a response, from {found['samples']} samples to each of {found['prompts']} prompts, their first "
-        f"{found['max_new_tokens']} tokens; {percent(found['ended'], 0)} ended before"
-    )
+    if kl := result.get("sequence_kl"):
+        yield (
+            f"{'KL per response':<24}{number(kl['token_kl'])} ({between(kl['token_kl_interval'])}) nats, from "
+            f"{kl['samples']} samples of each of {kl['prompts']} prompts, cut at {kl['max_new_tokens']} tokens; "
+            f"{percent(kl['ended'], 0)} ended before"
+        )
 
 
-def _moved(result: Result) -> Iterator[str]:
+def _shifted(result: Result) -> Iterator[str]:
     if (drift := result.get("drift")) is None:
         return
     yield (
-        f"{'tokens that moved':<24}{drift['moved']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) became "
-        f"{drift['fold']:g} times likelier or rarer{'; the farthest:' if drift['top'] else ''}"
+        f"{'shifted tokens':<24}{drift['shifted']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) became "
+        f"{drift['fold']:g} times likelier or rarer{'; the largest changes:' if drift['top'] else ''}"
     )
     for token in drift["top"]:
         text = f"{token['before']}[{token['token']}]{token['after']}".replace("\n", "\\n")
@@ -139,24 +125,19 @@ def _moved(result: Result) -> Iterator[str]:
 def _comparison(result: Result) -> Iterator[str]:
     for name in "ab":
         about = result[name]
-        yield from known(about)
+        yield from overlap(about)
         yield f"{name:<34}{about['model']}, beta {about['beta']:g}, reference {about['reference']}"
-    tokens = (
-        "the same for both" if result["same_tokens"] else "read as other tokens: what is told a token is not comparable"
+    same = (
+        "the same tokens in both" if result["same_tokens"] else "tokenized differently: per-token means not comparable"
     )
-    yield f"{'pairs':<34}{result['pairs']:,}, {tokens}"
+    yield f"{'pairs':<34}{result['pairs']:,}, {same}"
     better = result["pairs_b_better"]
     share = f"{percent(better['share'])} of the pairs ({between(better['interval'], percent)})"
     yield f"{'larger log-ratio margin':<34}in b in {share}"
     for name, why in result["not_compared"].items():
         yield f"{f'{name} not compared':<34}{why}"
-    yield ""
-    yield f"{'':<34}{'a':>10}{'b':>10}{'b - a':>10}  95 % interval of the paired difference"
-    for name, found in result["differences"].items():
-        cells = f"{number(found['a']):>10}{number(found['b']):>10}{number(found['difference'], signed=True):>10}"
-        yield f"{name:<34}{cells}  {between(found['interval'])}"
-
-
-def percent(value: Any, decimals: int = 1) -> str:
-    """A share in per cent, without the hard space that a terminal need not know."""
-    return numerals.percent(value, decimals).replace("\N{NO-BREAK SPACE}", "")
+    yield f"\n{'':<34}{'a':>10}{'b':>10}{'b - a':>10}  95 % interval of the paired difference"
+    for name, values in result["differences"].items():
+        signed = partial(number, signed=True)
+        cells = f"{number(values['a']):>10}{number(values['b']):>10}{signed(values['difference']):>10}"
+        yield f"{name:<34}{cells}  {between(values['interval'])}"

@@ -23,7 +23,7 @@ from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.pairs import model_input_ids
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation.generation import generate, text
-from dpo_cli.evaluation.metrics import append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
+from dpo_cli.evaluation.metrics_log import append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.hub.export import NotReadBackError, export_model, response_logps
 from dpo_cli.hub.model_card import model_card
 from dpo_cli.hub.push import check_base, check_login, push
@@ -448,8 +448,14 @@ def _answers(run: Run) -> list[str]:
     """Greedy answers to the first held-out prompts, as many as are shown."""
     shown = range(min(run.options.show_answers, len(run.held_out)))
     prompts = [run.held_out[place].prompt for place in shown]
-    room, dtype = run.scorer.max_tokens, run.scorer.dtype
-    found = generate(
-        run.model, run.tokenizer, prompts, run.own_attention, ANSWER_TOKENS, sampled=False, room=room, dtype=dtype
+    responses = generate(
+        run.model,
+        run.tokenizer,
+        prompts,
+        run.own_attention,
+        ANSWER_TOKENS,
+        sampled=False,
+        max_tokens=run.scorer.max_tokens,
+        dtype=run.scorer.dtype,
     )
-    return [text(run.tokenizer, response.ids) for (response,) in found]
+    return [text(run.tokenizer, response.ids) for (response,) in responses]

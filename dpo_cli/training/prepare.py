@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from dpo_cli.config.options import CACHE_DIR, DataOptions, EvalOptions, Options, PrecomputeOptions, TrainOptions
 from dpo_cli.data.batching import row_costs
 from dpo_cli.data.chat import NO_TEMPLATE
-from dpo_cli.data.formats import Reading
 from dpo_cli.data.pairs import Pair, Pairs, count_loss_tokens, model_input_ids
+from dpo_cli.data.rows import Reading
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.token_cache import Tokenized, merged
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal

@@ -27,14 +27,15 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config.options import RESUME_MUTABLE, DataOptions, TrainOptions, resolve, to_yaml
+from dpo_cli.config.options import DataOptions, TrainOptions
+from dpo_cli.config.resolve import RESUME_MUTABLE, resolve, to_yaml
 from dpo_cli.data.batching import Layout, Step, build_schedule, row_costs, step_pairs
-from dpo_cli.data.formats import BadRow, Reading
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
-from dpo_cli.evaluation import drift
+from dpo_cli.data.rows import BadRow, Reading
+from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
-from dpo_cli.evaluation.drift import Recorded, Watch
 from dpo_cli.evaluation.generation import generation_config
+from dpo_cli.evaluation.kl import Progress, RecordedStates
 from dpo_cli.models.adapter_files import settings, trainable_config
 from dpo_cli.models.adapters import attach, describe_adapter, is_adapted, is_quantized, make_config, try_backward
 from dpo_cli.models.fingerprint import fingerprint
@@ -88,7 +89,7 @@ class Reference:
     layout: Layout
     cache: ReferenceCache
     logps: Tensor | None
-    recorded: Recorded | None
+    recorded: RecordedStates | None
     vocabulary: int  # that its head knows
 
 
@@ -407,9 +408,9 @@ def _scored_reference(
     if not dry_run:
         logps = fill_reference(cache, scored, scorer, reporter).logps
         if held_out and options.kl == "exact":  # the first rank evaluates
-            states: list[Recorded | None] = []
-            watch = Watch(reporter, "reference")
-            distributed.on_rank_0(lambda: states.append(drift.record(scorer, held_out, options.cache_dir, watch)))
+            states: list[RecordedStates | None] = []
+            progress = Progress(reporter, "reference")
+            distributed.on_rank_0(lambda: states.append(kl.record(scorer, held_out, options.cache_dir, progress)))
             recorded = states[0] if states else None
     vocabulary = _vocabulary(model)
     release(model)

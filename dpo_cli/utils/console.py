@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from textwrap import fill
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich import progress as rich_progress
+from rich.console import Console
 from rich.text import Text
 
 from dpo_cli.utils.errors import printable
@@ -20,17 +18,15 @@ from dpo_cli.utils.files import to_json
 
 
 class _Console(Console):
-    """Falls silent when who read it has gone: a training goes on, and its result is still told on stdout."""
-
-    def on_broken_pipe(self) -> None:
+    def on_broken_pipe(self) -> None:  # rich would exit: a training outlives the reader of its log
         self.quiet = True
 
 
 class Reporter:
-    """Tells a person what happens, on stderr: with a bar on a terminal, in lines elsewhere.
+    """Report what happens on stderr: with a bar on a terminal, in lines elsewhere.
 
-    ``quiet``: nothing but warnings. ``log_json``: each line is a JSON object with its kind under ``event``.
-    ``mute``: nothing at all, for a rank that another one speaks for.
+    ``quiet``: only warnings. ``log_json``: each line is a JSON object with its kind under ``event``.
+    ``mute``: nothing at all, for ranks other than 0.
     """
 
     def __init__(self, quiet: bool = False, log_json: bool = False, mute: bool = False) -> None:
@@ -40,24 +36,24 @@ class Reporter:
             quiet=mute,
             highlight=False,
             soft_wrap=True,
-            force_terminal=sys.stderr.isatty(),  # FORCE_COLOR makes no terminal of a file: bars have no place there
-            force_jupyter=False,  # there it is stderr as well
+            force_terminal=sys.stderr.isatty(),  # with FORCE_COLOR rich would draw bars into a file
+            force_jupyter=False,
         )
         self.live = self.console.is_interactive and not self.quiet and not log_json
-        self.name = ""  # of the last fact
+        self.name = ""  # of the last line
 
     def info(self, name: str, text: str, values: Mapping[str, float] | None = None) -> None:
-        """One line under a name; an empty name goes on with the one before. A log has the ``values`` beside it."""
+        """Print one line under a name; an empty name continues the last one. A JSON log also gets the ``values``."""
         self.name = name or self.name
         event: dict[str, Any] = {"event": "info", "name": self.name, "text": text}
         self.emit(event | dict(values or {}), text, f"{name:<12}", "bold")
 
     def warning(self, text: str) -> None:
-        """Something that does not stop the run and that the user should know."""
+        """Print something that does not stop the run but that the user should know."""
         self.emit({"event": "warning", "text": text}, text, "warning: ", "yellow")
 
     def emit(self, event: Mapping[str, Any], text: str, head: str = "", style: str = "") -> None:
-        """Show an event: as JSON, or as its text behind a head; wrapped on a terminal alone."""
+        """Print an event: as JSON, or as its text after a head, wrapped on a terminal."""
         if self.quiet and event["event"] != "warning":
             return
         if self.log_json:
@@ -81,16 +77,12 @@ class Reporter:
         unit: str = "",
         stopping: Callable[[], bool] = lambda: False,
     ) -> Iterator[Progress]:
-        """Show how far ``total`` units are done: by a bar, or lines, every ``every`` units and 30 s, else every 10 s.
+        """Show progress towards ``total`` units: by a bar, or a line per ``every`` units and per 30 s, else per 10 s.
 
-        A ``unit`` named tok is shown with its rate. The bar says so once the job is ``stopping`` for a signal.
+        With the unit ``tok`` the rate is shown too. ``stopping``: whether a signal asked the job to stop.
         """
         progress = Progress(self, what, total, done, every, unit, stopping)
-        if not self.live:
-            yield progress
-            return
-        with Live(progress, console=self.console, transient=True, redirect_stdout=sys.stdout.isatty()):
-            self.console.show_cursor()  # a process that is killed could not
+        with progress.bar or nullcontext():
             yield progress
 
 
@@ -100,18 +92,15 @@ WORDS = {
     "rewards/accuracies": "accuracy {:.3f}",
     "tokens_per_second": "{:,.0f} tok/s",
 }
-# What a bar goes without where there is no room, the first of them first.
-SPARED = ("rewards/accuracies", "rewards/margins", "tokens_per_second", "loss")
 
 
-def brief(values: Mapping[str, float], spared: Sequence[str] = ()) -> str:
-    """The metrics that are shown while they come in."""
-    shown = (name for name in WORDS if name in values and name not in spared)
-    return "  ".join(WORDS[name].format(values[name]) for name in shown)
+def brief(values: Mapping[str, float]) -> str:
+    """Format the metrics that are shown during training."""
+    return "  ".join(text.format(values[name]) for name, text in WORDS.items() if name in values)
 
 
 def clock(seconds: float) -> str:
-    """A duration as m:ss, or h:mm:ss."""
+    """Format a duration as m:ss, or h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -130,55 +119,51 @@ class Progress:
         unit: str,
         stopping: Callable[[], bool],
     ) -> None:
-        self.reporter, self.what, self.total, self.every = reporter, what, total, every
-        self.unit, self.stopping = unit, stopping
-        self.patience = 30 if every else 10  # seconds without a line
-        self.done = done
-        self.started = self.told = time.monotonic()
-        self.values: Mapping[str, float] = {}
-        self.eta: float | None = None  # seconds
-        self.began: tuple[float, int] | None = None  # when the clock began, and what was done by then
+        self.reporter, self.what, self.total, self.done, self.unit = reporter, what, total, done, unit
+        self.every, self.patience = every, 30 if every else 10  # seconds without a line
+        self.printed = time.monotonic()
+        self.started: tuple[float, int] | None = None  # time and units done after the first, slow, ones
+        self.bar: rich_progress.Progress | None = None
+        if reporter.live:
+            columns = (rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(30), _Status(stopping))
+            self.bar = rich_progress.Progress(*columns, console=reporter.console, transient=True)
+            self.task = self.bar.add_task(self._count(), total=total, completed=done, status="")
 
     def advance(self, units: int, values: Mapping[str, float] | None = None) -> None:
-        """Count units as done, with metrics to show beside them. The first ones start the clock: they warm up."""
-        if self.began and self.done == self.total:
-            return  # of several ranks one counts for all, and had a little more than its share
-        self.done = min(self.done + units, self.total)
-        self.values, now = values or {}, time.monotonic()
-        if self.began:
-            pace = (self.done - self.began[1]) / max(now - self.began[0], 1e-9)
-            self.eta = (self.total - self.done) / pace
+        """Count units as done, with metrics to show beside them."""
+        self.done, values, now = min(self.done + units, self.total), dict(values or {}), time.monotonic()
+        eta = None
+        if self.started:
+            pace = max(self.done - self.started[1], 1) / max(now - self.started[0], 1e-9)  # units per second
+            eta = (self.total - self.done) / pace
             if self.unit == "tok":
-                self.values = {"tokens_per_second": pace}
+                values["tokens_per_second"] = pace
         else:
-            self.began, self.eta = (now, self.done), None if self.done < self.total else 0.0
-        counted = self.done == self.total or (self.every and self.done % self.every == 0)
-        if self.reporter.live or not (counted or now - self.told >= self.patience):
-            return
-        self.told = now
-        event: dict[str, Any] = {"event": "progress", "what": self.what, "done": self.done, "total": self.total}
-        more = {"unit": self.unit or None, "eta_seconds": self.eta}
-        self.reporter.emit(event | more | dict(self.values), f"{self._count()}  {self._told()}")
+            self.started = now, self.done
+        status = "  ".join(filter(None, (brief(values), f"eta {clock(eta)}" if eta is not None else "")))
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, description=self._count(), status=status)
+        elif (
+            self.done == self.total
+            or (self.every and self.done % self.every == 0)
+            or now - self.printed >= self.patience
+        ):
+            self.printed = now
+            event: dict[str, Any] = {"event": "progress", "what": self.what, "done": self.done, "total": self.total}
+            more = {"unit": self.unit or None, "eta_seconds": eta}
+            self.reporter.emit(event | more | values, f"{self._count()}  {status}".rstrip())
 
     def _count(self) -> str:
         return f"{self.what} {self.done:,}/{self.total:,} {self.unit}".rstrip()
 
-    def _told(self, spared: Sequence[str] = ()) -> str:
-        elapsed = time.monotonic() - self.started
-        when = f"{clock(elapsed)} elapsed" if self.eta is None else f"eta {clock(self.eta)}"
-        return "  ".join(filter(None, (brief(self.values, spared), when)))
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The bar: a line, with room behind it for the ``^C`` of an interrupt. A narrow one leaves metrics out."""
-        count, widest = self._count(), options.max_width - 3
-        if self.stopping():
-            yield Text(f"{count}  stopping after this forward; once more to end at once", no_wrap=True, overflow="crop")
-            return
-        for fewer in range(len(SPARED) + 1):
-            told = self._told(SPARED[:fewer])
-            width = min(widest - len(f"{count}  {told}"), 40)
-            if width >= (3 if fewer else 10):
-                break
-        line = Table.grid()
-        line.add_row(f"{count} ", ProgressBar(self.total, self.done, max(width, 1)), f" {told}")
-        yield line
+class _Status(rich_progress.ProgressColumn):
+    """The metrics, or that the job stops."""
+
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        super().__init__()
+        self.stopping = stopping
+
+    def render(self, task: rich_progress.Task) -> Text:
+        stopping = "stopping after this forward; once more to end at once"
+        return Text(stopping if self.stopping() else task.fields["status"], no_wrap=True, overflow="crop")

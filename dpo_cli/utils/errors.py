@@ -1,4 +1,4 @@
-"""The exceptions whose message is written for the user; the nearest right word; text that is safe to show."""
+"""Exceptions whose messages are written for the user, spelling suggestions, text that is safe to print."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from types import MappingProxyType
 
 
 def did_you_mean(word: str, known: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The end of a message about a word that is not known: the nearest that is, or nothing where none is near.
+    """End a message about an unknown word with the nearest known one, if any is near.
 
-    ``elsewhere``: words of others and the known ones that mean the same.
+    ``elsewhere`` maps other tools' words to the known ones that mean the same.
     """
     near = difflib.get_close_matches(word, [*known, *elsewhere], n=1)
     return f"; did you mean '{elsewhere.get(near[0], near[0])}'?" if near else ""
 
 
 def name_beside(path: Path) -> str:
-    """The same of a file or folder and what is beside it; nothing if it is there."""
+    """Do the same for a missing file or folder, with the names beside it."""
     try:
         return "" if path.exists() else did_you_mean(path.name, (other.name for other in path.parent.iterdir()))
     except (OSError, ValueError):  # no such folder either, or a name that cannot be
@@ -26,7 +26,7 @@ def name_beside(path: Path) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with control characters replaced: names, data and answers must not steer a terminal."""
+    """Replace control characters: names, data and answers must not steer a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
@@ -34,7 +34,6 @@ class DpoError(Exception):
     """The run failed; ``str(error)`` is the whole message, cause and remedy included."""
 
     exit_code = 1
-    cut_off = False  # whether it came from outside the process, so that another process knows more of it
 
 
 class UsageError(DpoError):
@@ -44,14 +43,14 @@ class UsageError(DpoError):
 
 
 class NotWrittenError(DpoError):
-    """A file could not be written; what had its name before is as it was."""
+    """A file could not be written; an old one of its name is unchanged."""
 
 
-class Interrupted(DpoError):  # noqa: N818  (no error: someone asked for it)
-    """A signal ended the run; the message says what was saved and how to go on."""
+class Interrupted(DpoError):  # noqa: N818  (no error: the user asked for it)
+    """A signal ended the run; the message says what was saved and how to continue."""
 
     exit_code = 130
 
 
 class RowError(ValueError):
-    """A row is bad; the message is the reason, without its place."""
+    """A row is bad; the message is the reason, without its location."""

@@ -16,18 +16,19 @@ from transformers import PreTrainedModel
 
 from dpo_cli.data.batching import Layout
 from dpo_cli.data.pairs import Pair, Pairs, carries_loss, model_input_ids
-from dpo_cli.evaluation.drift import COLUMNS, FOLD, TOP, Compared, TokenFile, Watch, compare, divergences, record, score
-from dpo_cli.evaluation.outcome import scores_of
-from dpo_cli.evaluation.scores import Scores, values
+from dpo_cli.evaluation.evaluator import Evaluator
+from dpo_cli.evaluation.examples import TOP, shifted_tokens
+from dpo_cli.evaluation.kl import FOLD, HiddenStates, ModelComparison, Progress, compare, divergences, record, score
+from dpo_cli.evaluation.metrics import PairScores
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
-from dpo_cli.models.logprobs import HiddenStates, ModelRunner
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError, UsageError
-from tests.conftest import make_model, random_pairs
+from tests.conftest import make_model, make_tokenizer, random_pairs
 
 CPU = torch.device("cpu")
-WATCH = Watch(Reporter(quiet=True), "test")
+PROGRESS = Progress(Reporter(quiet=True), "test")
 
 
 def scorer_of(
@@ -39,19 +40,21 @@ def scorer_of(
     return ModelRunner(model, layout, dtype, 256, CPU, apart)
 
 
-def compared(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path, policy_runs: bool) -> Compared:
+def compared(
+    policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path, policy_runs: bool
+) -> ModelComparison:
     first, last = (reference, policy) if policy_runs else (policy, reference)
-    recorded = record(first, pairs, folder, WATCH)
+    recorded = record(first, pairs, folder, PROGRESS)
     assert recorded is not None
-    found = compare(last, recorded, pairs, folder, WATCH, policy_runs=policy_runs)
+    found = compare(last, recorded, pairs, PROGRESS, policy_runs=policy_runs)
     assert found is not None
     return found
 
 
-def scores_between(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path) -> Scores:
-    both = score(policy, pairs, WATCH), score(reference, pairs, WATCH)
+def scores_between(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path) -> PairScores:
+    both = score(policy, pairs, PROGRESS), score(reference, pairs, PROGRESS)
     assert both[0] is not None and both[1] is not None
-    return scores_of(pairs, *both, Objective(), compared(policy, reference, pairs, folder, False))
+    return Evaluator(pairs, None, Objective()).scores(*both, compared(policy, reference, pairs, folder, False))
 
 
 # ---- everything enumerated --------------------------------------------------------------------------------------
@@ -98,7 +101,6 @@ def test_the_sum_of_token_kls_over_all_responses_is_the_sequence_kl(
     reverse = torch.from_numpy(found.distributions.reverse_kl.reshape(-1))
     assert float((q.exp().flatten() * reverse).sum()) == pytest.approx(float((q.exp() * (q - p)).sum()), abs=1e-5)
     assert exact > 0.1
-    assert found.distributions.identity_error < 1e-5
 
 
 def test_token_kls_and_entropies_are_those_enumerated(
@@ -111,14 +113,13 @@ def test_token_kls_and_entropies_are_those_enumerated(
     expected = []
     for context, target in zip(contexts, targets, strict=True):
         p, q = next_logps(policy, context), next_logps(reference, context)
-        crosses = [-(p.exp() * q).sum(), -(q.exp() * p).sum()]
         kls = [(p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum()]
-        expected.append([p[target], q[target], -(p.exp() * p).sum(), -(q.exp() * q).sum(), *crosses, *kls])
-    rows = found.tokens.read([0])
+        expected.append([p[target], q[target], -(p.exp() * p).sum(), -(q.exp() * q).sum(), *kls])
+    rows = found.tokens
     assert torch.allclose(rows.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
-    sums = np.array([[rows[:2, c].sum(), rows[2, c]] for c in range(8)])
-    for name, table in zip(COLUMNS[2:], sums[2:], strict=True):
-        assert getattr(found.distributions, name)[0] == pytest.approx(table, abs=1e-5)
+    for name, column in (("entropy", 2), ("ref_entropy", 3), ("kl", 4), ("reverse_kl", 5)):
+        sums = [float(rows[:2, column].sum()), float(rows[2, column])]
+        assert getattr(found.distributions, name)[0] == pytest.approx(sums, abs=1e-5)
 
 
 def test_the_change_of_cross_entropy_is_the_change_of_kl(
@@ -131,12 +132,12 @@ def test_the_change_of_cross_entropy_is_the_change_of_kl(
     chosen[30:] = chosen[:10]
     other = np.array([1, 2], np.int32)
     pairs = Pairs(Pair(f"row {i}", PROMPT, ids.astype(np.int32), other) for i, ids in enumerate(chosen))
-    found = values(scores_between(scorer_of(policy), scorer_of(reference), pairs, tmp_path))
+    found = scores_between(scorer_of(policy), scorer_of(reference), pairs, tmp_path).means()
     share = torch.zeros(50, 50, dtype=torch.float64)
     for first, second in chosen:
         share[first, second] += 1 / len(chosen)
     kls = [float(torch.special.xlogy(share, share).sum() - (share * log).sum()) for log in (p, q)]
-    assert 2 * found["data_kl_change/chosen"] == pytest.approx(kls[0] - kls[1], abs=1e-5)  # two tokens a response
+    assert 2 * found["delta_kl_data/chosen"] == pytest.approx(kls[0] - kls[1], abs=1e-5)  # two tokens a response
     assert abs(kls[0] - kls[1]) > 0.05
 
 
@@ -167,74 +168,70 @@ def test_every_layout_gives_the_same_either_way_round(layout: Layout, apart: boo
     scorers = [scorer_of(model, layout, apart) for model in (policy, reference)]
     for policy_runs in (False, True):
         found = compared(*scorers, pairs, tmp_path, policy_runs)
-        assert torch.allclose(found.tokens.read(range(len(pairs))), torch.cat(expected), rtol=0, atol=2e-5)
+        assert torch.allclose(found.tokens, torch.cat(expected), rtol=0, atol=2e-5)
         for scorer, logps in zip(scorers, (found.logps, found.ref_logps), strict=True):
-            alone = score(scorer, pairs, WATCH)
+            alone = score(scorer, pairs, PROGRESS)
             assert alone is not None and torch.equal(logps, alone)  # to the bit: step 0 is exactly ln 2
-        assert found.distributions.identity_error < 1e-5
 
 
 def test_in_bfloat16_the_log_probs_are_those_of_scoring_too(tmp_path: Path) -> None:
     scorers = [scorer_of(make_model(seed=seed), dtype=torch.bfloat16) for seed in (0, 1)]
     pairs = pairs_with_silent_tokens()
-    recorded = record(scorers[0], pairs, tmp_path, WATCH)
+    recorded = record(scorers[0], pairs, tmp_path, PROGRESS)
     assert recorded is not None and recorded.states.dtype == torch.bfloat16
-    found = compare(scorers[1], recorded, pairs, tmp_path, WATCH, policy_runs=True)
-    plain = [score(scorer, pairs, WATCH) for scorer in scorers]
+    found = compare(scorers[1], recorded, pairs, PROGRESS, policy_runs=True)
+    plain = [score(scorer, pairs, PROGRESS) for scorer in scorers]
     assert found is not None and plain[0] is not None and plain[1] is not None
     assert torch.equal(found.ref_logps, plain[0]) and torch.equal(found.logps, plain[1])
-    assert found.distributions.identity_error < 1e-4
 
 
 def test_a_model_against_itself_is_zero_and_needs_no_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer, pairs = scorer_of(make_model()), pairs_with_silent_tokens()
-    recorded = record(scorer, pairs, tmp_path, WATCH)
+    recorded = record(scorer, pairs, tmp_path, PROGRESS)
     assert recorded is not None
-    monkeypatch.setattr(ModelRunner, "body", lambda *_: pytest.fail("the body ran"))
-    found = compare(scorer, recorded, pairs, tmp_path, WATCH, policy_runs=True, same=True)
+    monkeypatch.setattr(ModelRunner, "states", lambda *_: pytest.fail("the body ran"))
+    found = compare(scorer, recorded, pairs, PROGRESS, policy_runs=True, same=True)
     assert found is not None and torch.equal(found.logps, found.ref_logps)
     exact = found.distributions
-    assert not exact.kl.any() and not exact.reverse_kl.any() and not exact.moved.any() and not found.moved
+    assert not exact.kl.any() and not exact.reverse_kl.any() and not exact.shifted.any()
     assert np.array_equal(exact.entropy, exact.ref_entropy) and (exact.entropy > 0).all()
 
 
 def test_memory_that_runs_out_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorers, pairs = [scorer_of(make_model(seed=seed)) for seed in (0, 1)], pairs_with_silent_tokens()
     whole = compared(*scorers, pairs, tmp_path, True)
-    body, failed = ModelRunner.body, []
+    states, failed = ModelRunner.states, []
 
-    def limited(scorer: ModelRunner, batch: object) -> HiddenStates:
+    def limited(scorer: ModelRunner, batch: object) -> Tensor:
         if batch.input_ids.numel() > 100:  # type: ignore[attr-defined]
             failed.append(batch)
             raise torch.OutOfMemoryError
-        return body(scorer, batch)  # type: ignore[arg-type]
+        return states(scorer, batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ModelRunner, "body", limited)
+    monkeypatch.setattr(ModelRunner, "states", limited)
     found = compared(*scorers, pairs, tmp_path, True)
     assert failed and torch.allclose(found.logps, whole.logps, rtol=0, atol=1e-4)
     assert np.allclose(found.distributions.kl, whole.distributions.kl, atol=1e-5)
 
 
-# ---- tokens that moved ------------------------------------------------------------------------------------------
+# ---- shifted tokens ---------------------------------------------------------------------------------------------
 
 
-def test_tokens_that_moved_are_the_farthest_of_all(tmp_path: Path) -> None:
+def test_shifted_tokens_are_those_with_the_largest_changes(tmp_path: Path) -> None:
     policy, reference = make_model(seed=0, scale=14.0), make_model(seed=1, scale=14.0)
     pairs = Pairs(random_pairs(40, seed=1))
     found = compared(scorer_of(policy), scorer_of(reference), pairs, tmp_path, False)
-    rows = [found.tokens.read([place]) for place in range(len(pairs))]
-    every = sorted((float(row[0] - row[1]), place, i) for place, each in enumerate(rows) for i, row in enumerate(each))
-    assert [token.logratio for token in found.moved[:TOP]] == [logratio for logratio, _, _ in every[::-1][:TOP]]
-    assert [(token.logratio, token.pair, token.row) for token in found.moved[TOP:]] == every[:TOP]
-    far = sum(abs(logratio) > math.log(FOLD) for logratio, _, _ in every)
-    assert found.distributions.moved.sum() == far > 2 * TOP
-
-
-def test_few_tokens_are_each_told_once(tmp_path: Path) -> None:
-    pairs = Pairs([Pair("row", PROMPT, np.array([4, 9], np.int32), np.array([30], np.int32))])
-    scorers = [scorer_of(make_model(seed=seed, **SMALL)) for seed in (0, 1)]
-    found = compared(*scorers, pairs, tmp_path, False)
-    assert sorted((token.pair, token.row) for token in found.moved) == [(0, 0), (0, 1), (0, 2)]
+    drift = shifted_tokens(found, pairs, make_tokenizer())
+    every = np.sort(found.logratios.numpy())
+    changes = [token["logp"] - token["ref_logp"] for token in drift["top"]]
+    assert changes == pytest.approx([*every[::-1][:TOP], *every[:TOP]], abs=1e-5)
+    far = int((np.abs(every) > math.log(FOLD)).sum())
+    assert found.distributions.shifted.sum() == drift["shifted"] == far > 2 * TOP
+    assert drift["share"] == far / len(every)
+    for token in drift["top"]:
+        pair = next(pair for pair in pairs if pair.where == token["row"])
+        text = make_tokenizer().decode(int(getattr(pair, token["response"])[token["place"]]))
+        assert token["token"] == text
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -244,7 +241,7 @@ def test_rows_come_back_as_they_went_in_whatever_the_order(tmp_path: Path) -> No
     pairs = pairs_with_silent_tokens()
     counts = pairs.loss_lengths.sum(1)
     assert list(counts) == [carries_loss(p.chosen).sum() + carries_loss(p.rejected).sum() for p in pairs]
-    file = TokenFile(pairs, 3, torch.bfloat16, tmp_path)
+    file = HiddenStates(pairs, 3, torch.bfloat16, tmp_path)
     rows = [torch.randn(count, 3).bfloat16() for count in counts]
     order = np.random.default_rng(0).permutation(len(pairs)).tolist()
     for some in (order[:9], order[9:10], order[10:]):
@@ -256,9 +253,9 @@ def test_rows_come_back_as_they_went_in_whatever_the_order(tmp_path: Path) -> No
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 100})()
-    monkeypatch.setattr("dpo_cli.evaluation.drift.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("dpo_cli.evaluation.kl.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(NotWrittenError, match="--kl none"):
-        record(scorer_of(make_model()), pairs_with_silent_tokens(), tmp_path, WATCH)
+        record(scorer_of(make_model()), pairs_with_silent_tokens(), tmp_path, PROGRESS)
 
 
 def test_other_vocabularies_have_no_kl(tmp_path: Path) -> None:
@@ -275,5 +272,5 @@ def test_it_stops_when_asked(after: int, tmp_path: Path) -> None:
         asked.append(1)
         return len(asked) > after
 
-    assert score(scorer, pairs, Watch(Reporter(quiet=True), "test", stopped)) is None
+    assert score(scorer, pairs, Progress(Reporter(quiet=True), "test", stopped)) is None
     assert len(asked) == after + 2  # once more at its end

@@ -1,0 +1,240 @@
+"""Records as rows: one preference each, with its weight, margin and template arguments; bad rows have a reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_cli.data.formats import (
+    ANSWERS,
+    COLUMNS,
+    FORMATS,
+    OTHERS,
+    PROMPTS,
+    PreferenceTexts,
+    Record,
+    detect_format,
+    number,
+    parsed,
+)
+from dpo_cli.data.messages import CONVERSATIONS, Text, answer_of, check_encodable, unwrap, user_turn, without_nulls
+from dpo_cli.data.readers import TOO_DEEP, json_value, shortened
+from dpo_cli.data.sources import Source
+from dpo_cli.utils.errors import RowError, UsageError, did_you_mean
+
+# A prompt that a chat template rendered: it begins with a template's marker, or ends with what opens an answer.
+_BEGINS = re.compile(
+    r"\s*(?:<\|[\w ]+\|>|<｜[^｜\s]+｜>|\[gMASK\]|<bos>|<s>\s*(?:\[INST\]|<\|)|\[INST\]|<start_of_turn>|<\|turn>"
+    r"|\n\nHuman:)"
+)
+_OPENS = re.compile(
+    r"(?:<\|assistant\|>|<｜Assistant｜>|<\|CHATBOT_TOKEN\|>|<\|im_start\|>assistant|assistant<\|end_header_id\|>|\[/INST\]"
+    r"|<start_of_turn>model|### ?(?:Response|Assistant):|\n(?:Assistant|ASSISTANT):)\s*(?:<think>\s*)?\Z"
+)
+# Arguments of apply_chat_template that a row must not set.
+RESERVED = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+    *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+}
+UNREAD = ("image", "images", "video", "videos", "audio", "audios")  # parts of a question that are not text
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How records become pairs: all that defines a pair besides the record and the tokenizer."""
+
+    columns: str | None = None
+    format: str | None = None
+    max_length: int = 1024
+    control_tokens: str = "keep"
+    train_turns: str = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One preference: all three texts are strings, or all three are message lists.
+
+    ``template_arguments`` are passed to the chat template with the messages. ``weight`` multiplies the pair's loss;
+    ``margin`` is the difference that its rewards should have at least. A chat template never wraps ``raw`` strings.
+    """
+
+    where: str
+    format: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    margin: float = 0.0
+    raw: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    where: str
+    reason: str
+    record: Any = None
+
+
+def read_rows(
+    sources: Iterable[Source], columns: str | None = None, format_: str | None = None
+) -> Iterator[Row | BadRow]:
+    """Yield every row of every source in order, bad ones included.
+
+    Raises:
+        UsageError: a source is unreadable or empty, or ``columns`` is malformed.
+    """
+    names = _parse_columns(columns)
+    for source in sources:
+        for where, record in source.records():
+            if isinstance(record, RowError):
+                yield BadRow(where, str(record))
+                continue
+            try:
+                yield _parse_row(record, where, names, format_)
+            except RecursionError:
+                yield BadRow(where, TOO_DEEP)
+            except RowError as error:
+                reason = str(error)
+                for ours, theirs in names.items():
+                    reason = re.sub(rf"^{ours}\b", lambda _: f"{ours} (column '{theirs}')", reason)  # noqa: B023
+                yield BadRow(where, reason, record)
+
+
+def _parse_columns(columns: str | None) -> dict[str, str]:
+    """Parse ``--columns``: the data's names of our columns."""
+    names = {}
+    for part in filter(None, (columns or "").split(",")):
+        ours, _, theirs = (piece.strip() for piece in part.partition("="))
+        if ours not in COLUMNS or not theirs:
+            hint = "" if ours in COLUMNS else did_you_mean(ours, COLUMNS)
+            others = ", ".join(column for column in COLUMNS if column not in ("prompt", "chosen", "rejected"))
+            usage = f"write it as prompt=NAME,chosen=NAME,rejected=NAME; also {others}"
+            raise UsageError(f"--columns {columns}: {usage}{hint}")
+        names[ours] = theirs
+    return names
+
+
+def _parse_row(record: Any, where: str, names: dict[str, str], format_: str | None) -> Row:
+    if not isinstance(record, dict):
+        hint = "; a file that is one array of rows is named .json" if isinstance(record, list) else ""
+        raise RowError(f"not an object with the columns prompt, chosen, rejected{hint}")
+    if missing := [c for c in names if c not in OTHERS and record.get(names[c]) is None]:
+        raise RowError(f"{missing[0]} is missing{did_you_mean(names[missing[0]], record)}")
+    if unread := [column for column in UNREAD if record.get(column)]:
+        raise RowError(f"has the column '{unread[0]}', and only text is read")
+    row = {name: value for name, value in record.items() if value is not None and name not in names.values()}
+    row |= {ours: record[theirs] for ours, theirs in names.items() if record.get(theirs) is not None}
+    if mapped := names.keys() & {*PROMPTS}:  # then no other column is the prompt; ``input`` belongs to an instruction
+        row = {name: value for name, value in row.items() if name not in {*PROMPTS} - mapped - {"input"}}
+    row |= {column: unwrap(row[column], column) for column in ("prompt", *CONVERSATIONS, *ANSWERS) if column in row}
+    raw = format_ == "strings"  # as TRL's standard format
+    format_ = format_ or detect_format(row)
+    label, read, columns = FORMATS[format_]
+    if unread := sorted(names.keys() - {*columns, *OTHERS}):
+        why = f"a row of the format '{format_}' has no {unread[0]}; name its format by --format"
+        raise RowError(f"--columns {unread[0]}={names[unread[0]]}: {why}")
+    answers = [row[name] for name in ("chosen", "rejected") if isinstance(row.get(name), (str, list, dict))]
+    if "chosen" in columns and len({isinstance(answer, str) for answer in answers}) == 2:
+        raise RowError("chosen and rejected differ in kind: one is a string, the other a message list")
+    prompt, chosen, rejected = _without_prompt(*read(row))
+    arguments = _template_arguments(row)
+    if {names.get("system", "system"), "system_prompt"} & record.keys() or arguments:
+        label += ", made into turns" * isinstance(prompt, str)
+        prompt, chosen, rejected = _with_system(row.get("system", row.get("system_prompt")), prompt, chosen, rejected)
+    _check_content(prompt, chosen, rejected)
+    weight, margin = number(row, "weight", 1.0), number(row, "margin", 0.0)
+    if weight < 0:
+        raise RowError("weight must not be negative")
+    if isinstance(name := row.get("id"), (str, int)) and name != "":
+        where = f"{where} (id {shortened(str(name))})"
+    return Row(where, label, prompt, chosen, rejected, arguments, weight, margin, raw)
+
+
+def is_rendered(prompt: str) -> bool:
+    """Return whether a chat template, of whichever model, was applied to a prompt before it was stored."""
+    return bool(_BEGINS.match(prompt) or _OPENS.search(prompt, max(0, len(prompt) - 80)))
+
+
+# ---- what is common to all formats ------------------------------------------------------------------------------
+
+
+def _without_prompt(prompt: Text, chosen: Text, rejected: Text) -> PreferenceTexts:
+    """Remove the messages of the prompt where both responses repeat them."""
+    n = len(prompt)
+    if isinstance(prompt, list) and prompt and chosen[:n] == prompt == rejected[:n]:
+        return prompt, chosen[n:], rejected[n:]
+    return prompt, chosen, rejected
+
+
+def _template_arguments(row: Record) -> dict[str, Any]:
+    """Collect what the chat template gets beside the messages; tools are wrapped as functions."""
+    arguments: dict[str, Any] = without_nulls(parsed(row, "chat_template_kwargs", dict))
+    if taken := sorted(arguments.keys() & RESERVED):
+        raise RowError(f"chat_template_kwargs has '{taken[0]}', which a row cannot set")
+    tools = [json_value(tool) if isinstance(tool, str) else tool for tool in parsed(row, "tools", list)]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("tools must be a list of JSON objects")
+    if not tools:
+        return arguments
+    tools = [without_nulls(tool) for tool in tools]
+    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    if not all(isinstance(tool["function"], dict) for tool in wrapped):
+        raise RowError("tools has a tool whose function is no object")
+    return arguments | {"tools": wrapped}
+
+
+def _with_system(system: Any, prompt: Text, chosen: Text, rejected: Text) -> PreferenceTexts:
+    """Begin the conversation with a system message; strings become turns of it."""
+    if system is not None and not isinstance(system, str):
+        raise RowError("system must be a string")
+    check_encodable(system or "", "system")
+    if isinstance(prompt, str) and is_rendered(prompt):
+        raise RowError("a prompt that is rendered already has no place for a system message or tools; write messages")
+    turns = user_turn(prompt) if isinstance(prompt, str) else prompt
+    has_system = bool(turns) and turns[0]["role"] == "system"
+    if system and has_system and turns[0]["content"] != system:
+        raise RowError("the conversation has a system message, and the column 'system' another")
+    if system and not has_system:
+        turns = [{"role": "system", "content": system}, *turns]
+    return turns, answer_of(chosen), answer_of(rejected)
+
+
+def _check_content(prompt: Text, chosen: Text, rejected: Text) -> None:
+    if not prompt:
+        raise RowError("prompt is empty: the conversations share no first message")
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        _check_response(response, name)
+    if chosen == rejected:
+        raise RowError("chosen equals rejected")
+    if all(isinstance(each, str) and _is_list(each) for each in (prompt, chosen, rejected)):
+        raise RowError("prompt, chosen and rejected are lists of strings written as text; write a row for each of them")
+    if isinstance(prompt, list) and any(m["role"] == "user" and not m["content"].strip() for m in prompt):
+        raise RowError("prompt has a user turn without text")
+    if isinstance(prompt, list) and prompt[-1]["role"] not in ("user", "tool"):
+        raise RowError(f"prompt ends with the role '{prompt[-1]['role']}'; it must end with user or tool")
+
+
+def _is_list(text: str) -> bool:
+    value = json_value(text) if text.startswith("[") else None
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(each, str) for each in value)
+
+
+def _check_response(response: Text, name: str) -> None:
+    if isinstance(response, str):
+        if not response.strip():
+            raise RowError(f"{name} is empty")
+        return
+    for message in response:
+        if message["role"] not in ("assistant", "tool", "user"):
+            raise RowError(f"{name} has a '{message['role']}' turn; it may stand before all answers only")
+    if not response or response[-1]["role"] != "assistant":
+        raise RowError(f"{name} does not end with an assistant turn")
+    if not response[-1].get("tool_calls") and not response[-1]["content"].strip():
+        raise RowError(f"{name} is empty")
