@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.pairs import Pair
-from dpo_cli.models.adapter_files import CONFIG, WEIGHTS
+from dpo_cli.models.adapter_files import CONFIG, WEIGHTS, attach_saved, save_adapter
 from dpo_cli.models.locate import find_model
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
@@ -179,6 +179,24 @@ def test_experts_of_an_adapter_are_what_peft_computes(here: Place) -> None:
     check_merging(here, base, adapter, "merged-experts")
     before, after = (load_file(folder / WEIGHTS) for folder in (adapter, run / "model"))
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_names_that_transformers_renames_once_more_are_what_peft_loads(here: Place, tmp_path: Path) -> None:
+    """laguna renames ``mlp.shared_expert.`` as a pattern, whose dot also matches the s of ``shared_experts``."""
+    base = here.folder / "laguna"
+    save(make_model("laguna", scale=3.0, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32), base)
+    by_peft_saved = make_adapter(tmp_path / "peft", base, lora(target_modules=["shared_experts.up_proj", "q_proj"]))
+    model = load(base)
+    attach_saved(model, by_peft_saved, str(base))
+    (tmp_path / "ours").mkdir()
+    save_adapter(model, tmp_path / "ours")
+    ours, peft = (load_file(folder / WEIGHTS) for folder in (tmp_path / "ours", by_peft_saved))
+    assert all(torch.equal(t, peft[n.replace("shared_expert.", "shared_experts.")]) for n, t in ours.items())
+    assert len(ours) == len(peft) and any("shared_expert." in name for name in ours)
+    ids = torch.arange(3, 43)[None]
+    expected = model.eval()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(by_peft(base, tmp_path / "ours")(input_ids=ids, use_cache=False).logits, expected)
+    assert (load(base)(input_ids=ids, use_cache=False).logits - expected).abs().max() > 1e-3
 
 
 def test_experts_of_transformers_4_are_what_peft_computes(here: Place) -> None:

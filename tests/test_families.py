@@ -299,6 +299,29 @@ def test_what_a_state_keeps_of_the_sequence_before_is_seen_behind_long_prompts(f
     check_equal(score(model, pairs, layout), score(model, pairs, None))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_refuses_a_model_whose_own_forward_fails(pairs: list[Pair], training: bool) -> None:
+    def broken(module: Any, inputs: Any) -> None:
+        if module.training is training:
+            raise AssertionError("split sizes do not sum\nto 4")
+
+    model = make("llama")
+    model.model.layers[0].register_forward_pre_hook(broken)
+    with pytest.raises(UsageError, match=r"the model's own forward fails .*: AssertionError: split sizes do not sum$"):
+        choose_layout(model, pairs, 256, CPU, torch.float32)
+
+
+def test_what_a_layout_fails_by_is_not_shown_in_the_library_s_words(pairs: list[Pair]) -> None:
+    def broken(module: Any, inputs: Any, given: Any) -> None:
+        if given.get("segments") is not None:
+            raise TypeError("'NoneType' object is not subscriptable")
+
+    model = make("llama")
+    model.model.layers[0].register_forward_pre_hook(broken, with_kwargs=True)
+    layout, _, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    assert layout == "packed" and told.endswith("(shared: not supported by the code of this model)")
+
+
 def test_refuses_a_model_that_reads_ahead(pairs: list[Pair]) -> None:
     with pytest.raises(UsageError, match="no causal language model: a token's log-prob changes by"):
         choose_layout(small("bert"), pairs, 256, CPU, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
+from dpo_cli.models import adapter_files
 from tests.conftest import SAMPLE, TINY, make_model
 
 IDS = torch.arange(5, 69)[None]
@@ -95,6 +97,27 @@ def test_a_wrong_export_is_said_and_the_checkpoint_kept(
     monkeypatch.undo()
     resumed = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])
     assert resumed.exit_code == 0 and (tmp_path / "run" / "model").exists(), resumed.output
+
+
+def test_an_adapter_is_merged_where_no_layer_attends(train: Train, tmp_path: Path) -> None:
+    """The cache of transformers raises in a forward of such a model."""
+    result = train(make_model("lfm2", scale=3.0, layer_types=["conv", "conv"]), "--lora-rank", 4, "--export", "merged")
+    assert result.exit_code == 0 and (tmp_path / "run" / "model" / "model.safetensors").exists(), result.output
+
+
+@pytest.mark.parametrize("export", ["adapter", "merged"])
+def test_no_temporary_folder_is_named_where_an_adapter_cannot_be_loaded_again(
+    export: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Any, folder: Path) -> None:
+        raise ValueError(f"{folder}/adapter_model.safetensors is broken")
+
+    monkeypatch.setattr(adapter_files, "put_adapter", broken)
+    result = train(make_model("llama"), "--lora-rank", 4, "--export", export)
+    message = result.stderr[result.stderr.index("error: ") :]
+    assert result.exit_code == 1 and ".tmp" not in message and tempfile.gettempdir() + "/tmp" not in message, message
+    assert "adapter_model.safetensors is broken" in message and "The trained weights are in " in message
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").exists()
 
 
 def test_two_matrices_are_untied_whatever_the_config_says(train: Train, tokenizer: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.loading import compile_layers
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.errors import DpoError
+from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import make_model
 from tests.test_families import make
 
@@ -114,8 +114,15 @@ def test_what_does_not_fit_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(DpoError, match=r"2 answers \(11 \+ 9 tokens each\) do not fit.*--max-tokens"):
         answer(model, prompts, 9)
     monkeypatch.setattr(model, "generate", lambda *_, **__: torch.zeros(1) @ torch.zeros(2))
-    with pytest.raises(RuntimeError, match="size"):  # any other error is not memory's
+    with pytest.raises(UsageError, match="size"):  # any other error is not memory's
         answer(model, prompts, 9)
+
+
+def test_a_model_that_cannot_generate_is_refused() -> None:
+    """The cache of transformers raises where no layer attends."""
+    model = make_model("lfm2", vocab_size=V, scale=3.0, layer_types=["conv", "conv"])
+    with pytest.raises(UsageError, match=r"the model cannot generate answers: ValueError: .* leave out --samples"):
+        answer(model, random_prompts((5,)), 4)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils import transformers_weight_conversion
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -124,6 +125,19 @@ def test_what_cannot_be_adapted_is_refused_before_scoring(
 ) -> None:
     result, folder = train(family, *more, **config)
     assert result.exit_code == 2 and told in result.stderr.replace("\n", " "), result.stderr
+    assert not folder.parent.exists() and "reference " not in result.stderr
+
+
+def test_what_peft_would_not_load_again_is_refused_before_scoring(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+    monkeypatch.setattr(
+        transformers_weight_conversion,
+        "convert_peft_adapter_state_dict_for_transformers",
+        lambda *a, **b: {name.replace("q_proj", "q.proj"): t for name, t in convert(*a, **b).items()},
+    )
+    result, folder = train("llama")
+    told = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and "would not load the adapter of self_attn.q_proj from its file" in told, told
     assert not folder.parent.exists() and "reference " not in result.stderr
 
 

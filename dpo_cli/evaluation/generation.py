@@ -21,7 +21,7 @@ from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.models.attention import attention
-from dpo_cli.models.logprobs import out_of_memory, precision
+from dpo_cli.models.logprobs import forward_errors, precision
 from dpo_cli.utils.errors import DpoError
 
 ENDS_OF = 256  # pairs whose last token is looked at
@@ -95,14 +95,13 @@ def _generate_batch(
         max_new_tokens=tokens, do_sample=sampled, use_cache=True, eos_token_id=eos or None, pad_token_id=0, **shape
     )
     try:
-        out = model.generate(  # type: ignore[operator]  # a mixin that hides the method from the checker
-            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-        )
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        told = f"{len(prompts)} answers ({width} + {tokens} tokens each) do not fit the device's memory"
-        raise DpoError(f"{told}: set a lower --max-tokens or --sample-tokens") from error
+        with forward_errors("the model cannot generate answers", "; leave out --samples and --show-answers"):
+            out = model.generate(  # type: ignore[operator]  # a mixin that hides the method from the checker
+                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
+    except RuntimeError as error:  # out of memory
+        size = f"{len(prompts)} answers ({width} + {tokens} tokens each) do not fit the device's memory"
+        raise DpoError(f"{size}: set a lower --max-tokens or --sample-tokens") from error
     return [_until_eos(row.astype(np.int32), eos) for row in out[:, width:].cpu().numpy()]
 
 

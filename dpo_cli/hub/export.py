@@ -79,9 +79,10 @@ def export_model(
             try:
                 found = _read_back(temporary, model, source, pair)
             except NotReadBackError as error:
-                raise NotReadBackError(f"{folder}: {error}") from error
+                raise NotReadBackError(f"{folder}: {error}".replace(str(temporary), str(folder))) from error
             except Exception as error:  # of whatever type, such as of code that runs on CUDA only
-                warn(f"{folder} was not read back: {str(error).splitlines()[0]}")
+                reason = str(error).replace(str(temporary), str(folder)).splitlines()[0]
+                warn(f"{folder} was not read back: {reason}")
                 return
             logps, precision = expected
             exact = dtype == precision == torch.float32 and logps.device == CPU

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_cli.models.adapters import attach, is_tied
+from dpo_cli.models.lora_targets import kind_of
 from dpo_cli.utils.errors import DpoError, UsageError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
@@ -263,14 +264,10 @@ def put_adapter(model: nn.Module, folder: Path) -> None:
     Raises:
         DpoError: they are of another adapter.
     """
-    from peft import set_peft_model_state_dict
-
     saved = _weights(model, folder)
     with _fitting(folder):
-        result: Any = set_peft_model_state_dict(model, saved)
-    trained = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    given = {number for name, number in trained.items() if name not in result.missing_keys}
-    if lacking := [name for name, number in trained.items() if number not in given]:
+        result, lacking = _put(model, saved)
+    if lacking:
         raise _other(folder, f"it has no {_in_file(lacking[0])}")
     # peft writes some of what it saves with an embedding under a second name
     known = [tensor for name, tensor in saved.items() if name not in result.unexpected_keys]
@@ -284,6 +281,63 @@ def put_adapter(model: nn.Module, folder: Path) -> None:
     )
 
 
+def check_loadable(model: PreTrainedModel) -> None:
+    """Check that peft would load all of an attached adapter from its file.
+
+    Raises:
+        UsageError: it would not, so that the adapter could be trained and then neither resumed nor used.
+    """
+    try:
+        weights = {name.removeprefix(PREFIX): tensor for name, tensor in adapter_weights(model).items()}
+        lacking = [name.partition(".lora_")[0] for name in _put(model, weights)[1]]
+    except Exception as error:  # of whatever type peft raises
+        raise UsageError(f"--lora-targets: {_peft()} cannot save and load this adapter: {_line(error)}") from error
+    if lacking:
+        kinds = ", ".join(sorted({kind_of(name) for name in lacking}))
+        raise UsageError(
+            f"--lora-targets: {_peft()} would not load the adapter of {kinds} from its file, because it renames those "
+            "weights; leave them out"
+        )
+
+
+def _put(model: nn.Module, weights: dict[str, Tensor]) -> tuple[Any, list[str]]:
+    """Load weights into an attached adapter; returns peft's result and the trained parameters that got none."""
+    from peft import set_peft_model_state_dict
+
+    with _quiet():
+        result: Any = set_peft_model_state_dict(model, weights)
+    trained = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    given = {number for name, number in trained.items() if name not in result.missing_keys}
+    return result, [name for name, number in trained.items() if number not in given]
+
+
+def _loadable_names(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an adapter, named so that peft loads them.
+
+    peft renames an adapter's weights as transformers renames those of a checkpoint. Some of these patterns also match
+    names that are right already (laguna's ``mlp.shared_expert.`` matches ``mlp.shared_experts``), and what such a
+    pattern spoils is named as in a checkpoint of the base.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    def loaded(names: Iterable[tuple[str, str]]) -> set[str]:
+        shapes = {stored: weights[name].to("meta") for name, stored in names}
+        return {*convert_peft_adapter_state_dict_for_transformers(model, model.peft_config["default"], shapes)}
+
+    spoilt = weights.keys() - loaded((name, name) for name in weights)
+    if not spoilt:
+        return weights
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    renamings = [each for each in get_model_conversion_mapping(base) if isinstance(each, WeightRenaming)]
+    stored = {name: name for name in weights}
+    for renaming in (each.reverse_transform() for each in reversed(renamings)):
+        stored |= {name: renaming.rename_source_key(stored[name])[0] for name in spoilt}
+    mended = spoilt & loaded(stored.items())
+    return {stored[name] if name in mended else name: tensor for name, tensor in weights.items()}
+
+
 def _weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     """What an adapter's file holds, under the names that it has in this model, which may be a ``PeftModel``."""
     from peft import PeftModel
@@ -292,7 +346,8 @@ def _weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     mapping = getattr(model, "_checkpoint_conversion_mapping", None)
     prefix = PREFIX if isinstance(model, PeftModel) else ""
     found = load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
-    return {prefix + name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+    named = _loadable_names(model, {PREFIX + name.removeprefix(PREFIX): tensor for name, tensor in found.items()})
+    return {prefix + name.removeprefix(PREFIX): tensor for name, tensor in named.items()}
 
 
 @contextmanager
@@ -329,7 +384,7 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
         found = get_peft_model_state_dict(model, save_embedding_layers=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found |= {name: parameters[name] for name in getattr(model, "of_base", ())}
-    return {PREFIX + name: tensor.detach().contiguous() for name, tensor in found.items()}
+    return _loadable_names(model, {PREFIX + name: tensor.detach().contiguous() for name, tensor in found.items()})
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
@@ -382,7 +437,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     put_adapter(adapted, folder)
     adapted.eval()
     ids = torch.arange(-8, 8)[None] % model.config.get_text_config().vocab_size
-    expected = adapted(input_ids=ids).logits
+    expected = adapted(input_ids=ids, use_cache=False).logits
     if tied:  # an adapter may be of one of them alone
         head.weight = nn.Parameter(head.weight.detach().clone())
     try:
@@ -395,7 +450,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if tied:
         _tie_if_equal(whole)
     whole.eval().requires_grad_(True)  # peft froze what is trained now
-    off = float((whole(input_ids=ids).logits - expected).abs().max())
+    off = float((whole(input_ids=ids, use_cache=False).logits - expected).abs().max())
     if not off <= 1e-3 * float(expected.abs().max()):
         reason = f"merged into its base it computes something else (logits are off by {off:.2g})"
         raise UsageError(f"{folder}: {reason}; train it further with --lora-rank")

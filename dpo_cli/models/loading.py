@@ -40,9 +40,9 @@ from dpo_cli.data.collate import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models import adapter_files
 from dpo_cli.models.adapters import is_tied
-from dpo_cli.models.attention import PREFIX_SHARED, attention
+from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention
 from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource, gguf_value
-from dpo_cli.models.logprobs import body_states, token_logps
+from dpo_cli.models.logprobs import body_states, forward_errors, token_logps
 from dpo_cli.models.moe import auxiliary_loss, routed
 from dpo_cli.models.quantized import SCALES, packing_of, settle
 from dpo_cli.models.sharding import shard_like
@@ -450,16 +450,18 @@ def choose_layout(
 
     Raises:
         DpoError: no layout gives the numbers of single sequences.
-        UsageError: a token's log-prob depends on the tokens behind it, is another in training, or changes when the
-            model has read a longer sequence.
+        UsageError: the model's own forward fails; a token's log-prob depends on the tokens behind it, is another in
+            training, or changes when the model has read a longer sequence.
     """
     groups, limit = _tried(model, pairs, max_tokens, device)
     alone, places = _responses([pair for group in groups for pair in group], device)
     precisions = dict.fromkeys((torch.float32, dtype))
-    expected = {p: _scored(model, alone, p)[places] for p in precisions}
+    with forward_errors("the model's own forward fails on a pair of the data"):
+        expected = {p: _scored(model, alone, p)[places] for p in precisions}
     if not all(logps.isfinite().all() for logps in expected.values()):
         raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
-    _check_alone(model, alone[-1])
+    with forward_errors("the model's own forward fails in training mode"):
+        _check_alone(model, alone[-1])
     try:
         together = _scored(model, alone, torch.float32, apart=True)[places]
         apart = bool((together - expected[torch.float32]).abs().nan_to_num(math.inf).max() < 1e-3)
@@ -481,7 +483,8 @@ def choose_layout(
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-            reasons.append(f"{layout}: {str(error).splitlines()[0][:120]}")
+            known = isinstance(error, UnsupportedAttentionError)
+            reasons.append(f"{layout}: {error if known else 'not supported by the code of this model'}")
             continue
         if off[torch.float32].max() < 1e-3 and off[dtype].mean() < 0.1:
             reasons += [] if apart else ["the head cannot run apart from the body"]

@@ -11,7 +11,7 @@ piece of the head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from dpo_cli.data.batching import Layout, pack, row_costs
 from dpo_cli.data.collate import MicroBatch, collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.preference import Preferences
-from dpo_cli.utils.errors import DpoError
+from dpo_cli.utils.errors import DpoError, UsageError
 
 WINDOW = 512  # pairs of similar length that are packed together where order does not matter
 # Bytes of float32 logits computed at a time, unless a single pair needs more. A GPU wants large matrix products.
@@ -278,6 +278,24 @@ class ModelRunner:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether the device ran out of memory: torch's own error, or that of a library below it."""
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
+@contextmanager
+def forward_errors(message: str, remedy: str = "") -> Iterator[None]:
+    """Report whatever a model's own code raises in a forward in one line after ``message``; not out-of-memory errors.
+
+    Raises:
+        UsageError: with the library's reason.
+    """
+    try:
+        yield
+    except DpoError:
+        raise
+    except Exception as error:  # of whatever type
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(f"{message}: {type(error).__name__}: {reason}{remedy}") from error
 
 
 def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, chunked_lm_head: bool = False) -> Tensor:

@@ -382,7 +382,13 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
     if run.options.export == "merged":
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(run.model, Path(folder))
-            merged = load_model(dataclasses.replace(run.source, adapter=Path(folder), attached=False, checkpoint=None))
+            source = dataclasses.replace(run.source, adapter=Path(folder), attached=False, checkpoint=None)
+            try:
+                merged = load_model(source)
+            except DpoError as error:
+                reason = str(error).removeprefix("--model ").replace(folder, "the trained adapter")
+                kept = run.folder / "checkpoints"
+                raise DpoError(f"--export merged: {reason}. The trained weights are in {kept}") from error
         merged.generation_config = run.model.generation_config
         try:
             export(merged)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dpo_cli.data.batching import Step, probe_pairs, row_costs
 from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
 from dpo_cli.models.adapters import is_adapted
-from dpo_cli.models.logprobs import ModelRunner, hidden_states, max_logit_rows, token_logps
+from dpo_cli.models.logprobs import ModelRunner, forward_errors, hidden_states, max_logit_rows, token_logps
 from dpo_cli.models.sharding import gathered_parameters, local_shard
 from dpo_cli.training.optimizer import BYTES, SPLIT
 from dpo_cli.utils import distributed
@@ -125,7 +125,8 @@ def _kept(scorer: ModelRunner, pairs: Sequence[Pair]) -> int:
         return tensor.detach()  # the tensor itself would never be freed
 
     forward = hidden_states if scorer.chunked_lm_head else token_logps
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    graph = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with forward_errors("the model's own forward fails where gradients are wanted"), torch.enable_grad(), graph:
         forward(scorer.model, scorer.batch(pairs), scorer.dtype)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())  # of a gathered weight nothing is left
 

@@ -36,12 +36,12 @@ from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.evaluation.kl import Progress, RecordedStates
-from dpo_cli.models.adapter_files import settings, trainable_config
+from dpo_cli.models.adapter_files import check_loadable, settings, trainable_config
 from dpo_cli.models.adapters import attach, describe_adapter, is_adapted, is_quantized, make_config, try_backward
 from dpo_cli.models.fingerprint import fingerprint
 from dpo_cli.models.loading import compile_layers, dtype_name, experts_a_token, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.models.logprobs import ModelRunner
+from dpo_cli.models.logprobs import ModelRunner, forward_errors
 from dpo_cli.models.lora_targets import choose_targets, counted
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.memory import Fit, fit, process_bytes, usable_bytes
@@ -331,10 +331,12 @@ def _attach(
     if new:
         rank, kind, alpha, names = options.lora_rank, options.lora_type, options.lora_alpha, options.lora_targets
         assert rank and kind and alpha and names
-        targets = choose_targets(model, names, lambda: scorer.token_logps(batch))
+        with forward_errors("the model's own forward fails where gradients are wanted"):
+            targets = choose_targets(model, names, lambda: scorer.token_logps(batch))
         whole = options.modules_to_save
         config = make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
         attach(model, config, options.seed)
+        check_loadable(model)
         left = targets.left
     about = f"{options.lora_type} of rank {options.lora_rank}, alpha {options.lora_alpha}"
     reporter.info("adapter", f"{about}, on {describe_adapter(model)}")
