@@ -112,6 +112,10 @@ class ControlTokens:
             return {key: self.mark(each) for key, each in value.items()}
         return [self.mark(each) for each in value] if isinstance(value, (list, tuple)) else value
 
+    def unmark(self, text: str) -> str:
+        """Remove the marks."""
+        return text.replace(self.OPEN, "").replace(self.CLOSE, "")
+
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text."""
         first, *rest = self.marked.split(text)

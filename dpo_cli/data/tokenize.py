@@ -16,9 +16,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dpo_cli.data.chat import REASONING_UNSEEN, Chat, Conversation, Side
+from dpo_cli.data.chat import Chat, Conversation, Side
 from dpo_cli.data.pairs import Ids, Pair, Pairs
 from dpo_cli.data.rows import BadRow, Reading, Row
+from dpo_cli.data.visible import REASONING_UNSEEN
 from dpo_cli.utils.errors import RowError, UsageError
 
 Text = tuple[str, bool]  # and whether the chat template wrote it, special tokens included
