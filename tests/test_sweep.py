@@ -18,23 +18,34 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from dpo_cli.cli.app import app
 from dpo_cli.config.options import SweepOptions, TrainOptions
 from dpo_cli.config.resolve import resolve
 from dpo_cli.evaluation.reward import Reward, load_reward
 from dpo_cli.reporting.plots import frontier, svg, write_plots
 from dpo_cli.training import prepare
 from dpo_cli.training.loop import train
-from dpo_cli.training.step import StopSignal, Trainer
+from dpo_cli.training.step import Trainer
 from dpo_cli.training.sweep import as_text
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import SAMPLE, make_model, write_rows
-from tests.test_eval import dpo, invoke
 
 BETAS = (0.03, 0.1, 0.3, 1.0)
 RUNS = [f"beta-{beta:g}" for beta in BETAS]
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
 SAMPLES = ("--samples", 3, "--sample-prompts", 4, "--sample-tokens", 6)
+
+
+def invoke(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def dpo(*arguments: Any) -> Any:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
 
 
 def training(folder: Path) -> list[Any]:
@@ -215,11 +226,11 @@ def test_later_runs_settle_as_the_first(place: Path, monkeypatch: pytest.MonkeyP
 def test_an_interrupted_sweep_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
     taken = []
 
-    def step(trainer: Trainer, indices: Any, rate: float, stop: StopSignal) -> Any:
+    def step(trainer: Trainer, *rest: Any) -> Any:
         taken.append(trainer.options.beta)
         if len(taken) == 5 and trainer.options.beta == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return own(trainer, indices, rate, stop)
+        return own(trainer, *rest)
 
     own = Trainer.step
     monkeypatch.setattr(Trainer, "step", step)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,11 @@ class Evidence:
     history: History = ()
     held_out: bool = True
     trained_on: int = 0
-    training: History = field(init=False)  # the steps' lines
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "training", [line for line in self.history if line.get("loss") is not None])
+    @cached_property
+    def training(self) -> History:
+        """The lines of training steps."""
+        return [line for line in self.history if line.get("loss") is not None]
 
     @property
     def pairs(self) -> int:
@@ -144,7 +146,7 @@ def _memorised(about: Evidence) -> Finding | None:
     Their start is what the run measured at step 0; for other pairs it is ln 2, if the loss begins there.
     """
     scores, held_out = about.scores, about.held_out_losses()
-    from_ln_2 = scores.objective.plain and bool((scores.terms == (1, 0)).all())
+    from_ln_2 = scores.objective.is_vanilla_dpo and bool((scores.terms == (1, 0)).all())
     start = held_out.get(0, math.log(2) if from_ln_2 else math.inf)
     losses = [line["loss"] for line in about.training]
     last, now = float(np.mean(losses[-LAST_STEPS:])), float(scores.losses.mean())
