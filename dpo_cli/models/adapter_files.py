@@ -218,8 +218,8 @@ def check_loadable(model: PreTrainedModel) -> None:
     if lacking:
         kinds = ", ".join(sorted({kind_of(name) for name in lacking}))
         raise UsageError(
-            f"--lora-targets: peft {__version__} would not load the adapter of {kinds} from its file, because it renames "
-            "those weights; leave them out"
+            f"--lora-targets: peft {__version__} would not load the adapter of {kinds} from its file, because it "
+            "renames those weights; leave them out"
         )
 
 
