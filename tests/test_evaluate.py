@@ -509,24 +509,19 @@ def test_a_report_of_any_model(place: Place, runs: dict[str, Path], tmp_path: Pa
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[divergence.HiddenStates]:
-    """Every file that was opened for hidden states."""
-    files: list[divergence.HiddenStates] = []
-    original = divergence.HiddenStates.__init__
-
-    def opening(self: divergence.HiddenStates, *arguments: Any) -> None:
-        original(self, *arguments)
-        files.append(self)
-
-    monkeypatch.setattr(divergence.HiddenStates, "__init__", opening)
-    return files
+def folders(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every folder that a file of hidden states was made in."""
+    found: list[Path] = []
+    original = divergence._writable
+    monkeypatch.setattr(divergence, "_writable", lambda folder: (found.append(original(folder)), found[-1])[1])
+    return found
 
 
 @pytest.mark.parametrize("end", ["success", "error", "interrupt"])
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_no_temporary_file_is_left(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None, command: str, end: str,
-    opened: list[divergence.HiddenStates],
+    folders: list[Path],
 ) -> None:  # fmt: skip
     """They have no name from the start, so that not even a kill leaves one."""
     cache = shutil.copytree(place.cache, tmp_path / "cache")
@@ -538,7 +533,7 @@ def test_no_temporary_file_is_left(
     data = place.rows if command == "train" else place.held_out
     result = place(command, "--model", place.model, "--data", data, "--cache-dir", cache, "--max-tokens", 256, *more)
     assert (result.exit_code == 0) == (end == "success"), result.output
-    assert opened and all(file.name.parent == cache for file in opened)
+    assert folders and set(folders) == {cache}
     after = {path for path in cache.rglob("*") if "reference" not in path.parts and "weights" not in path.parts}
     assert {path for path in after - before if "tokenized" not in path.parts} == set()
     assert not list(tmp_path.rglob("*.tmp"))
@@ -548,18 +543,18 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
     place: Place,
     runs: dict[str, Path],
     tmp_path: Path,
-    opened: list[divergence.HiddenStates],
+    folders: list[Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The files are where the system's temporary ones are."""
     expected = place.eval(runs["loss"])
     (tmp_path / "cache").write_text("a file, so that no folder can be made")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    opened.clear()
+    folders.clear()
     common = ("eval", "--model", runs["loss"], "--data", place.held_out, "--json")
     result = place(*common, "--cache-dir", tmp_path / "cache")
     assert result.exit_code == 0, result.output
-    assert {file.name.parent for file in opened} == {tmp_path}
+    assert set(folders) == {tmp_path}
     assert json.loads(result.stdout) == {
         name: pytest.approx(value) if isinstance(value, float) else value for name, value in expected.items()
     }

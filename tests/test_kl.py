@@ -18,7 +18,7 @@ from dpo_cli.data.batching import Layout
 from dpo_cli.data.pairs import Pair, Pairs, carries_loss, model_input_ids
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.examples import TOP, shifted_tokens
-from dpo_cli.evaluation.kl import FOLD, HiddenStates, ModelComparison, Progress, compare, divergences, record, score
+from dpo_cli.evaluation.kl import FOLD, ModelComparison, Progress, compare, divergences, record, score
 from dpo_cli.evaluation.metrics import PairScores
 from dpo_cli.losses.preference import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
@@ -237,18 +237,13 @@ def test_shifted_tokens_are_those_with_the_largest_changes(tmp_path: Path) -> No
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
-def test_rows_come_back_as_they_went_in_whatever_the_order(tmp_path: Path) -> None:
-    pairs = pairs_with_silent_tokens()
-    counts = pairs.loss_lengths.sum(1)
-    assert list(counts) == [carries_loss(p.chosen).sum() + carries_loss(p.rejected).sum() for p in pairs]
-    file = HiddenStates(pairs, 3, torch.bfloat16, tmp_path)
-    rows = [torch.randn(count, 3).bfloat16() for count in counts]
-    order = np.random.default_rng(0).permutation(len(pairs)).tolist()
-    for some in (order[:9], order[9:10], order[10:]):
-        file.write(some, torch.cat([rows[place] for place in some]))
-    assert torch.equal(file.read(range(len(pairs))), torch.cat(rows))
-    assert torch.equal(file.read([5, 2]), torch.cat([rows[5], rows[2]]))
-    assert not list(tmp_path.iterdir())  # nobody else sees it, and nothing is left
+def test_hidden_states_are_in_the_order_of_the_pairs_in_a_file_without_a_name(tmp_path: Path) -> None:
+    runner, pairs = scorer_of(make_model()), pairs_with_silent_tokens()
+    recorded = record(runner, pairs, tmp_path, PROGRESS)
+    assert recorded is not None and not list(tmp_path.iterdir())
+    alone = [record(runner, pairs[place : place + 1], tmp_path, PROGRESS) for place in range(len(pairs))]
+    expected = torch.cat([each.states for each in alone if each is not None])
+    assert torch.allclose(recorded.states, expected, rtol=0, atol=1e-4)
 
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,6 @@ UNMOVED = 0.1  # nats per pair: the odds of its responses changed by less than a
 MEMORISED = 0.5  # of the first step's loss: half the training loss is gone, and the held-out loss shows nothing of it
 FALL = math.log(2)  # nats per response: half as likely as before; less is true of many good models, and harmless
 CORRELATED = 0.3  # Spearman's: Cohen's (1988) medium effect
-SHIFTED = {"chosen": 0.02, "rejected": 0.1}  # share of tokens; rejected ones are meant to fall
 KL = 0.5  # nats per token: by Pinsker's inequality up to half of a next token's probability may have moved
 RISE = 0.02  # nats of held-out loss: 3 % of ln 2
 LAST_STEPS = 10  # whose mean is taken, since single batches scatter
@@ -76,7 +75,7 @@ def diagnose(about: Evidence) -> tuple[list[Finding], dict[str, Any]]:
         if reference:
             results["displaced_chosen"] = _displaced_chosen(about)
         if scores.distributions is not None:
-            results |= {"token_drift": _token_drift(about), "kl_drift": _kl_drift(about)}
+            results["kl_drift"] = _kl_drift(about)
         if about.held_out and about.training:
             results["over_optimised"] = over = _over_optimised(about)
             if over and results.get(
@@ -84,10 +83,8 @@ def diagnose(about: Evidence) -> tuple[list[Finding], dict[str, Any]]:
             ):  # one cause; the former if the model was ever better than at its start
                 del results["memorised" if over["numbers"]["best_step"] else "over_optimised"]
         if not reference or _mean_change(scores) >= UNMOVED:  # else the policy is as good as its reference
-            results["worse_than_chance"] = _worse_than_chance(about)
-            causes = ("worse_than_chance", "memorised", "nothing_learned", "length_bias", "over_optimised")
-            if not any(results.get(kind) for kind in causes):
-                results["at_chance"] = _at_chance(about)
+            causes = ("memorised", "nothing_learned", "length_bias", "over_optimised")
+            results |= _chance(about, explained=any(results.get(kind) for kind in causes))
     findings = [finding for finding in results.values() if finding]
     passed = [kind for kind, finding in results.items() if finding is None]
     return findings, judge(about.pairs, len(findings), passed, about.trained_on)
@@ -146,9 +143,9 @@ def _memorised(about: Evidence) -> Finding | None:
 
     Their start is what the run measured at step 0; for other pairs it is ln 2, if the loss begins there.
     """
-    scores, known = about.scores, about.held_out_losses()
+    scores, held_out = about.scores, about.held_out_losses()
     from_ln_2 = scores.objective.plain and bool((scores.terms == (1, 0)).all())
-    start = known.get(0, math.log(2) if from_ln_2 else math.inf)
+    start = held_out.get(0, math.log(2) if from_ln_2 else math.inf)
     losses = [line["loss"] for line in about.training]
     last, now = float(np.mean(losses[-LAST_STEPS:])), float(scores.losses.mean())
     if not (last < MEMORISED * losses[0] and now > start + RISE):
@@ -162,8 +159,8 @@ def _memorised(about: Evidence) -> Finding | None:
         "Train for fewer steps, on more pairs or with a lower --lr; --eval-steps with --save-best loss keeps the best "
         "model. If no pair was trained on twice, these pairs are of another kind than the training pairs."
     )
-    if (best := min(known, key=lambda step: known[step], default=0)) > 0:
-        advice = f"The loss of these pairs was lowest at step {best} ({known[best]:.4f}). " + advice
+    if (best := min(held_out, key=lambda step: held_out[step], default=0)) > 0:
+        advice = f"The loss of these pairs was lowest at step {best} ({held_out[best]:.4f}). " + advice
     numbers = {"training_loss": last, "loss": now, "start_loss": start}
     title = f"The training pairs were memorised: loss {last:.2g} on them and {now:.2f} on these"
     return _finding("memorised", title, text, advice, numbers)
@@ -184,30 +181,29 @@ def _nothing_learned(about: Evidence) -> Finding | None:
     return _finding("nothing_learned", title, text, advice, {"moved": moved, "steps": steps})
 
 
-def _worse_than_chance(about: Evidence) -> Finding | None:
-    if (ends := about.intervals["rewards/accuracies"]) is None or ends[1] >= 0.5:
-        return None
-    text = f"On these {about.pairs:,} pairs the accuracy is {ends[0]:.1%} to {ends[1]:.1%} (95 % interval)."
-    advice = "Are chosen and rejected exchanged, here or in the training data? dpo explain shows a row."
-    title = "The model prefers the rejected responses"
-    return _finding("worse_than_chance", title, text, advice, {"accuracy_low": ends[0], "accuracy_high": ends[1]})
-
-
-def _at_chance(about: Evidence) -> Finding | None:
+def _chance(about: Evidence, explained: bool) -> dict[str, Finding | None]:
+    """The accuracy is below a coin's; or neither it nor the margin is certainly above, which nothing else explains."""
     accuracy, margin = (about.intervals[f"rewards/{name}"] for name in ("accuracies", "margins"))
-    if accuracy is None or margin is None or accuracy[0] > 0.5 or margin[0] > 0:
-        return None
+    if accuracy is None or margin is None:
+        return {}
     low, high = accuracy
-    text = (
-        f"The accuracy on these {about.pairs:,} pairs is {low:.1%} to {high:.1%} (95 % interval), and the interval of "
-        "the mean margin reaches 0 too."
-    )
-    advice = (
-        "Evaluate more pairs, which narrows the interval. If the training accuracy rises, there are too few pairs, or "
-        "their labels are too noisy, to learn what generalises; if it does not, raise --lr or the number of steps."
-    )
-    title = f"The accuracy cannot be distinguished from chance: {low:.0%} to {high:.0%}"
-    return _finding("at_chance", title, text, advice, {"accuracy_low": low, "accuracy_high": high})
+    text = f"The accuracy on these {about.pairs:,} pairs is {low:.1%} to {high:.1%} (95 % interval)."
+    numbers = {"accuracy_low": low, "accuracy_high": high}
+    if high < 0.5:
+        advice = "Are chosen and rejected exchanged, here or in the training data? dpo explain shows a row."
+        title = "The model prefers the rejected responses"
+        return {"worse_than_chance": _finding("worse_than_chance", title, text, advice, numbers)}
+    results: dict[str, Finding | None] = {"worse_than_chance": None}
+    if not explained:
+        advice = (
+            "Evaluate more pairs, which narrows the interval. If the training accuracy rises, there are too few pairs, "
+            "or their labels are too noisy, to learn what generalises; if not, raise --lr or the number of steps."
+        )
+        title = f"The accuracy cannot be distinguished from chance: {low:.0%} to {high:.0%}"
+        text += " The interval of the mean margin reaches 0 too."
+        unsure = low <= 0.5 and margin[0] <= 0
+        results["at_chance"] = _finding("at_chance", title, text, advice, numbers) if unsure else None
+    return results
 
 
 def _displaced_chosen(about: Evidence) -> Finding | None:
@@ -259,41 +255,25 @@ def _length_bias(about: Evidence) -> Finding | None:
     return _finding("length_bias", f"The model prefers the {kept} response, right or wrong", text, advice, numbers)
 
 
-def _token_drift(about: Evidence) -> Finding | None:
+def _kl_drift(about: Evidence) -> Finding | None:
     exact, tokens = about.scores.distributions, about.scores.tokens.sum(0)
     assert exact is not None
-    ends = {side: about.intervals[f"shifted_tokens/{side}"] for side in SIDES}
-    if not any(end and end[0] > SHIFTED[side] for side, end in ends.items()):
+    ends = [about.intervals[f"kl/{side}"] for side in SIDES]
+    if not any(end and end[0] > KL for end in ends):
         return None
-    chosen, rejected = exact.shifted.sum(0) / tokens
-    share = exact.shifted.sum() / tokens.sum()
-    text = (
-        f"{share:.1%} of the response tokens became more than 20 times as likely or as unlikely as under the "
-        f"reference: {chosen:.1%} of the chosen responses' and {rejected:.1%} of the rejected ones'."
-    )
-    advice = (
-        "Read the tokens that changed most, in their context: often it is one phrase or the end of the answer. A "
-        "higher --beta, a lower --lr or fewer steps keep the policy nearer."
-    )
-    numbers = {"share": share, "share_chosen": chosen, "share_rejected": rejected}
-    title = f"{share:.1%} of the tokens changed their probability more than 20-fold"
-    return _finding("token_drift", title, text, advice, numbers)
-
-
-def _kl_drift(about: Evidence) -> Finding | None:
-    exact = about.scores.distributions
-    assert exact is not None
-    ends = {side: about.intervals[f"kl/{side}"] for side in SIDES}
-    if not any(end and end[0] > KL for end in ends.values()):
-        return None
-    chosen, rejected = exact.kl.sum(0) / about.scores.tokens.sum(0)
+    (chosen, rejected), shifted = exact.kl.sum(0) / tokens, exact.shifted.sum() / tokens.sum()
     text = (
         f"KL(policy||reference) is {chosen:.2f} nats per token on the chosen responses and {rejected:.2f} on the "
-        "rejected ones. So far away the policy does much that no pair covers."
+        f"rejected ones; {shifted:.1%} of the tokens changed their probability more than 20-fold. So far away the "
+        "policy does much that no pair covers."
     )
-    advice = "Try a higher --beta first, which is meant for this; then a lower --lr or fewer steps."
+    advice = (
+        "Read the tokens that changed most, in their context: often it is one phrase or the end of the answer. Try a "
+        "higher --beta first, which is meant for this; then a lower --lr or fewer steps."
+    )
     title = f"The policy is {max(chosen, rejected):.2f} nats per token away from its reference"
-    return _finding("kl_drift", title, text, advice, {"kl_chosen": chosen, "kl_rejected": rejected})
+    numbers = {"kl_chosen": chosen, "kl_rejected": rejected, "shifted_tokens": shifted}
+    return _finding("kl_drift", title, text, advice, numbers)
 
 
 def _over_optimised(about: Evidence) -> Finding | None:

@@ -92,11 +92,7 @@ def evaluate(
     evaluator = Evaluator(pairs, tokenizer, objective)
     refuse_unread_terms(objective, pairs)
     both = _TwoModels(options, source, began, evaluator, reporter)
-    compared, samples = None, _Samples({}, [])
-    if options.kl == "none":
-        policy, reference = both.logps()
-    else:
-        policy, reference, compared, samples = both.distributions()
+    policy, reference, compared, samples = both.score()
     history = read_metrics(source.run / "metrics.jsonl") if source.run else []
     step = _step(source, began, history)
     history = [line for line in history if step is None or line["step"] <= step]
@@ -109,7 +105,7 @@ def evaluate(
     about: dict[str, Any] = {"model": source.description, "reference": both.reference_name, "beta": options.beta}
     about |= {"rows": rows.rows, "refused": reasons(rows.refused), "pairs": len(pairs)}
     result = evaluator.result(scores, compared, history, held_out, overlap, about)
-    result = dataclasses.replace(result, sequence_kl=samples.kl, samples=samples.answers)
+    result = dataclasses.replace(result, **samples)
     show(result.to_dict())
     if options.per_pair:
         write_per_pair(options.per_pair, pairs, scores)
@@ -176,14 +172,6 @@ class _PolicySamples:
     recorded: kl.RecordedStates
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """The KL of whole responses, and the answers of both models."""
-
-    kl: dict[str, Any]
-    answers: list[dict[str, Any]]
-
-
 @dataclass
 class _TwoModels:
     """A policy and its reference over the same pairs; a loaded reference takes the policy's place in memory."""
@@ -205,40 +193,37 @@ class _TwoModels:
         """Whether the model is its own reference."""
         return self.options.ref_model is None and self.source.run is None
 
-    def logps(self) -> tuple[Tensor, Tensor]:
-        """Log-probs (P, 2) of policy and reference, whose model is loaded only if the cache lacks pairs."""
-        policy, objective = self._load(self.source, named=self.itself), self.evaluator.objective
-        logps = kl.score(policy.scorer, self.pairs, self._progress("evaluate"))
-        assert logps is not None
+    def score(self) -> tuple[Tensor, Tensor, kl.ModelComparison | None, dict[str, Any]]:
+        """Log-probs (P, 2) of policy and reference, their comparison for ``--kl exact``, and what was sampled.
+
+        The reference's log-probs are those of the cache, as in training, where it has them; without the exact KL its
+        model is loaded only where the cache lacks pairs.
+        """
+        options, objective, exact = self.options, self.evaluator.objective, self.options.kl == "exact"
+        policy = self._load(self.source, named=self.itself)
+        recorded = kl.record(policy.scorer, self.pairs, options.cache_dir, self._progress("policy")) if exact else None
+        logps = None if exact else kl.score(policy.scorer, self.pairs, self._progress("evaluate"))
+        drawn = self._draw(policy) if options.samples else None
         read = self.evaluator.policy_read(policy.scorer)
-        if not objective.reference and self.options.ref_model is None:
+        if logps is not None and not objective.reference and options.ref_model is None:
             self.reference_name = f"none: --loss {objective.name} reads none"
             self.loss_input = loss_input(read, logps)
-            return logps, torch.full_like(logps, math.nan)
-        cache, reference = self._complete_cache(policy.scorer), policy
-        if cache is None:
-            reference, cache = self._reference(policy)
-        ref_logps = fill_reference(cache, self.pairs, reference.scorer, self.reporter).logps
+            return logps, torch.full_like(logps, math.nan), None, {}
+        complete, reference = self._complete_cache(policy.scorer), policy
+        cache = complete
+        if exact or cache is None:
+            reference, opened = self._reference(policy, complete is not None)
+            cache = complete or opened
+        compared = self._compare(reference, recorded, self.pairs, "reference") if recorded else None
+        if compared:
+            logps, ref_logps = compared.logps, cache.lookup(self.pairs)
+            if self.itself or ref_logps.isnan().any():
+                ref_logps = compared.ref_logps
+        else:
+            ref_logps = fill_reference(cache, self.pairs, reference.scorer, self.reporter).logps
+        assert logps is not None
         self.loss_input = loss_input(read, self._discounted(cache, ref_logps, reference.scorer))
-        return logps, ref_logps
-
-    def distributions(self) -> tuple[Tensor, Tensor, kl.ModelComparison, _Samples]:
-        """The same with their whole distributions, for which both models run; and samples, if asked for.
-
-        The reference's log-probs are those of the cache, as in training, unless it lacks some.
-        """
-        policy = self._load(self.source, named=self.itself)
-        recorded = kl.record(policy.scorer, self.pairs, self.options.cache_dir, self._progress("policy"))
-        drawn = self._draw(policy) if self.options.samples else None
-        assert recorded is not None
-        read = self.evaluator.policy_read(policy.scorer)
-        complete = self._complete_cache(policy.scorer)
-        reference, cache = self._reference(policy, complete is not None)
-        compared = self._compare(reference, recorded, self.pairs, "reference")
-        cached = compared.ref_logps if self.itself else (complete or cache).lookup(self.pairs)
-        self.loss_input = loss_input(read, self._discounted(complete or cache, cached, reference.scorer))
-        samples = self._samples(drawn, reference) if drawn else _Samples({}, [])
-        return compared.logps, compared.ref_logps if cached.isnan().any() else cached, compared, samples
+        return logps, ref_logps, compared, self._samples(drawn, reference) if drawn else {}
 
     def _compare(self, reference: _Loaded, policy: kl.RecordedStates, pairs: Pairs, name: str) -> kl.ModelComparison:
         progress = self._progress(name)
@@ -251,7 +236,9 @@ class _TwoModels:
         alpha = self.evaluator.objective.ld_alpha
         if alpha is None:
             return logps
-        return scorer.read(self.pairs, alpha).discounted if logps.isnan().any() else cache.discounted(self.pairs, alpha)
+        if cache.lookup(self.pairs).isnan().any():
+            return scorer.read(self.pairs, alpha).discounted
+        return cache.discounted(self.pairs, alpha)
 
     def _progress(self, name: str) -> kl.Progress:
         return kl.Progress(self.reporter, name)
@@ -343,7 +330,7 @@ class _TwoModels:
             dtype=scorer.dtype,
         )
 
-    def _samples(self, policy: _PolicySamples, reference: _Loaded) -> _Samples:
+    def _samples(self, policy: _PolicySamples, reference: _Loaded) -> dict[str, Any]:
         """Estimate the KL of whole responses, and let the reference answer too."""
         compared = self._compare(reference, policy.recorded, policy.pairs, "samples")
         estimate = sequence_kl(by_prompt(compared.distributions.kl, self.options.samples))
@@ -366,4 +353,4 @@ class _TwoModels:
             }
             for place, prompt in enumerate(policy.prompts)
         ]
-        return _Samples(estimate, answers)
+        return {"sequence_kl": estimate, "samples": answers}

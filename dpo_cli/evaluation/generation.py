@@ -100,8 +100,8 @@ def _generate_batch(
                 ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )
     except RuntimeError as error:  # out of memory
-        told = f"{len(prompts)} answers ({width} + {tokens} tokens each) do not fit the device's memory"
-        raise DpoError(f"{told}: set a lower --max-tokens or --sample-tokens") from error
+        size = f"{len(prompts)} answers ({width} + {tokens} tokens each) do not fit the device's memory"
+        raise DpoError(f"{size}: set a lower --max-tokens or --sample-tokens") from error
     return [_until_eos(row.astype(np.int32), eos) for row in out[:, width:].cpu().numpy()]
 
 

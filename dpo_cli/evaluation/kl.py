@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,62 +50,11 @@ class Progress:
     stopped: Callable[[], bool] = lambda: False
 
 
-class HiddenStates:
-    """Rows of (N, width) for pairs in a temporary file: a pair's chosen, then its rejected response tokens.
-
-    Raises:
-        NotWrittenError: the disk has no room, or the folder takes no file.
-    """
-
-    def __init__(self, pairs: Pairs, width: int, dtype: torch.dtype, folder: Path) -> None:
-        self.ends = np.cumsum(pairs.loss_lengths.sum(1))
-        self.width, self.dtype, self.row_bytes = width, dtype, width * dtype.itemsize
-        folder = _writable(folder.expanduser())
-        need, free = int(self.ends[-1]) * self.row_bytes, shutil.disk_usage(folder).free
-        if need > free:
-            raise NotWrittenError(
-                f"the exact KL needs {need / 2**30:.1f} GiB of temporary space and {folder} has {free / 2**30:.1f}: "
-                "choose a larger disk with --cache-dir, evaluate fewer pairs, or use --kl none"
-            )
-        self.name = folder / "a temporary file"
-        with writing(self.name):  # unbuffered, so that the write itself fails on a full disk
-            self.file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115  # it lives as long as this
-        weakref.finalize(self, self.file.close)
-
-    def write(self, places: Sequence[int], rows: Tensor) -> None:
-        """Keep the rows (N, width) of some pairs, in their order.
-
-        Raises:
-            NotWrittenError: the disk is full.
-        """
-        content = rows.to("cpu", self.dtype).contiguous().view(torch.uint8).flatten().numpy().data
-        with writing(self.name):
-            for offset, size in self._spans(places):
-                self.file.seek(offset)
-                part, content = content[:size], content[size:]
-                while part:
-                    part = part[self.file.write(part) :]
-
-    def read(self, places: Sequence[int]) -> Tensor:
-        """The rows of some pairs, in their order: (N, width)."""
-        content = bytearray()
-        for offset, size in self._spans(places):
-            self.file.seek(offset)
-            content += self.file.read(size)
-        return torch.frombuffer(content, dtype=self.dtype).view(-1, self.width)
-
-    def _spans(self, places: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Offset and size in bytes of each pair's rows."""
-        for place in places:
-            start, end = int(self.ends[place - 1]) if place else 0, int(self.ends[place])
-            yield start * self.row_bytes, (end - start) * self.row_bytes
-
-
 @dataclass(frozen=True)
 class RecordedStates:
-    """One model's side of a comparison: what its head reads at every response token, and the head."""
+    """One model's side of a comparison: what its head reads at every response token, (N, H), and the head."""
 
-    states: HiddenStates
+    states: Tensor
     head: Head
 
 
@@ -137,32 +85,30 @@ class ModelComparison:
         return self.tokens[:, 0] - self.tokens[:, 1]
 
 
-def score(scorer: ModelRunner, pairs: Pairs, progress: Progress) -> Tensor | None:
+def score(runner: ModelRunner, pairs: Pairs, progress: Progress) -> Tensor | None:
     """Compute log-probs of all pairs: (P, 2) float32 nats on the host; None if stopped."""
     table = torch.full((len(pairs), 2), math.nan)
-    for places, (logps, _) in _forwards(scorer, pairs, lambda _, batch: scorer.scored(batch), progress):
+    for places, (logps, _) in _forwards(runner, pairs, lambda _, batch: runner.scored(batch), progress):
         table[list(places)] = logps.view(2, -1).T.cpu()
     return None if progress.stopped() else table
 
 
-def record(scorer: ModelRunner, pairs: Pairs, folder: Path, progress: Progress) -> RecordedStates | None:
-    """Run a model over all pairs and keep what its head reads, in a file below ``folder``; None if stopped.
+def record(runner: ModelRunner, pairs: Pairs, folder: Path, progress: Progress) -> RecordedStates | None:
+    """Run a model over all pairs and keep what its head reads, in a temporary file below ``folder``; None if stopped.
 
     Raises:
         NotWrittenError: the disk has no room for it.
     """
-    states: HiddenStates | None = None
-    for places, rows in _forwards(scorer, pairs, lambda _, batch: scorer.states(batch), progress):
-        states = states or HiddenStates(pairs, rows.shape[1], rows.dtype, folder)
-        states.write(places, rows)
-    if progress.stopped():
-        return None
-    assert states is not None
-    return RecordedStates(states, scorer.head.copied())
+    spans, states = _spans(pairs), torch.empty(0)
+    for places, rows in _forwards(runner, pairs, lambda _, batch: runner.states(batch), progress):
+        if not len(states):
+            states = _on_disk(spans[-1].stop, rows.shape[1], rows.dtype, folder)
+        _write(states, [spans[place] for place in places], rows.to("cpu"))
+    return None if progress.stopped() else RecordedStates(states, runner.head.copied())
 
 
 def compare(
-    scorer: ModelRunner,
+    runner: ModelRunner,
     recorded: RecordedStates,
     pairs: Pairs,
     progress: Progress,
@@ -178,19 +124,16 @@ def compare(
     Raises:
         UsageError: the two have different vocabularies.
     """
-    other_head = recorded.head.to(scorer.device)
-    lengths = pairs.loss_lengths
-    ends = np.cumsum(lengths.sum(1))
-    tokens = torch.full((int(ends[-1]), len(COLUMNS)), math.nan)
+    other_head, spans, lengths = recorded.head.to(runner.device), _spans(pairs), pairs.loss_lengths
+    tokens = torch.full((spans[-1].stop, len(COLUMNS)), math.nan)
 
     def both(places: Sequence[int], batch: MicroBatch) -> Tensor:
-        other = recorded.states.read(places).to(scorer.device)
-        states = other if same else scorer.states(batch)
-        return torch.cat([*_compare_heads(scorer, batch, states, other, other_head, policy_runs)]).cpu()
+        other = torch.cat([recorded.states[spans[place]] for place in places]).to(runner.device)
+        states = other if same else runner.states(batch)
+        return torch.cat([*_compare_heads(runner, batch, states, other, other_head, policy_runs)]).cpu()
 
-    for places, rows in _forwards(scorer, pairs, both, progress):
-        for place, part in zip(places, rows.split(lengths[list(places)].sum(1).tolist()), strict=True):
-            tokens[ends[place] - len(part) : ends[place]] = part
+    for places, rows in _forwards(runner, pairs, both, progress):
+        _write(tokens, [spans[place] for place in places], rows)
     if progress.stopped():
         return None
     shifted = ((tokens[:, 0] - tokens[:, 1]).abs() > math.log(FOLD))[:, None]
@@ -202,11 +145,11 @@ def compare(
 
 
 def _forwards(
-    scorer: ModelRunner, pairs: Pairs, compute: Callable[[Sequence[int], MicroBatch], Result], progress: Progress
+    runner: ModelRunner, pairs: Pairs, compute: Callable[[Sequence[int], MicroBatch], Result], progress: Progress
 ) -> Iterator[tuple[tuple[int, ...], Result]]:
     """What is computed of each forward, until stopped."""
     with progress.reporter.progress(progress.name, len(pairs)) as bar:
-        for places, result in scorer.forwards(pairs, compute):
+        for places, result in runner.forwards(pairs, compute):
             yield places, result
             bar.advance(len(places))
             if progress.stopped():
@@ -214,19 +157,19 @@ def _forwards(
 
 
 def _compare_heads(
-    scorer: ModelRunner, batch: MicroBatch, states: Tensor, other: Tensor, other_head: Head, policy_runs: bool
+    runner: ModelRunner, batch: MicroBatch, states: Tensor, other: Tensor, other_head: Head, policy_runs: bool
 ) -> Iterator[Tensor]:
     """Compare the model that runs with the ``other`` one: (n, 6) of ``COLUMNS``, piece by piece.
 
     Each head gets as many tokens at a time as when it scores, so that the log-probs are equal to the bit.
     """
-    for _, tokens in head_pieces(scorer.model, batch):
-        logits, other_logits = scorer.head.logits(states[tokens]), other_head.logits(other[tokens])  # (n, V)
+    for _, tokens in head_pieces(runner.model, batch):
+        logits, other_logits = runner.head.logits(states[tokens]), other_head.logits(other[tokens])  # (n, V)
         if logits.shape != other_logits.shape:
             sizes = f"{logits.shape[1]:,} and {other_logits.shape[1]:,}"
             raise UsageError(f"the two models have vocabularies of {sizes} tokens, so there is no KL: add --kl none")
         p, q = (logits, other_logits) if policy_runs else (other_logits, logits)
-        rows = max(1, PIECE_BYTES[scorer.device.type] // (4 * p.shape[1]))
+        rows = max(1, PIECE_BYTES[runner.device.type] // (4 * p.shape[1]))
         yield from map(divergences, p.split(rows), q.split(rows), batch.targets[tokens].split(rows))
 
 
@@ -242,6 +185,39 @@ def divergences(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> Tensor:
     dot, at = torch.linalg.vecdot, targets[:, None]
     columns = [log_p.gather(1, at)[:, 0], log_q.gather(1, at)[:, 0], -dot(p, log_p), -dot(q, log_q)]
     return torch.stack([*columns, dot(p, log_ratio), -dot(q, log_ratio)], 1)
+
+
+# ---- tables of response tokens ----------------------------------------------------------------------------------
+
+
+def _spans(pairs: Pairs) -> list[slice]:
+    """The rows of each pair in a table of all response tokens: chosen, then rejected."""
+    ends = np.cumsum(pairs.loss_lengths.sum(1)).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _write(table: Tensor, spans: Sequence[slice], rows: Tensor) -> None:
+    for span, part in zip(spans, rows.split([span.stop - span.start for span in spans]), strict=True):
+        table[span] = part
+
+
+def _on_disk(rows: int, width: int, dtype: torch.dtype, folder: Path) -> Tensor:
+    """A tensor (rows, width) in a temporary file without a name, whose room is reserved.
+
+    Raises:
+        NotWrittenError: the disk has no room.
+    """
+    folder, size = _writable(folder.expanduser()), rows * width * dtype.itemsize
+    if size > (free := shutil.disk_usage(folder).free):
+        raise NotWrittenError(
+            f"the exact KL needs {size / 2**30:.1f} GiB of temporary space and {folder} has {free / 2**30:.1f}: "
+            "choose a larger disk with --cache-dir, evaluate fewer pairs, or use --kl none"
+        )
+    with writing(folder / "a temporary file"), tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and not a signal when a page is written
+            os.posix_fallocate(file.fileno(), 0, size)
+        content = np.memmap(file, np.uint8, "r+", shape=(size,))
+    return torch.from_numpy(content).view(dtype).view(rows, width)
 
 
 def _writable(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, Template
 from markupsafe import Markup
@@ -110,50 +110,38 @@ def shown(value: Any) -> Any:
 # ---- headline and tables ----------------------------------------------------------------------------------------
 
 
-class Headline(NamedTuple):
-    """A quantity that everybody asks for: (name or side, value, interval) each, and what it means."""
-
-    name: str
-    figures: list[tuple[str, str, str]]
-    meaning: str
-
-
-def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[Headline]:
-    intervals = result.get("intervals") or {}
-
-    def figures(names: Mapping[str, str], show: Callable[[Any], str] = number) -> list[tuple[str, str, str]]:
-        return [
-            (side, show(result[name]), between(intervals.get(name), show, none=""))
-            for name, side in names.items()
-            if name in result
-        ]
-
-    def sides(name: str) -> dict[str, str]:
-        return {f"{name}/{side}": side for side in SIDES}
-
+def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[dict[str, Any]]:
+    """What everybody asks for: a name, (side, value, interval) each, and what it means."""
+    sampled: Mapping[str, Any] = result.get("sequence_kl") or {}
+    values = {**result, "sequence_kl": sampled.get("token_kl")}
+    intervals = {**(result.get("intervals") or {}), "sequence_kl": sampled.get("token_kl_interval")}
     loss = "The DPO loss; ln 2 = 0.693 where policy and reference are equal, but for weights and margins of the pairs."
     reward = "Beta times the log-ratio. Below 0 the responses became less likely than under the reference."
     if not objective.plain:
         loss = f"Of --loss {objective.name}, as the policy was trained."
     if not objective.reference:
         reward = f"Beta times the log-prob{' per token' * objective.averaged}: the loss reads no reference."
-    kl = "KL(policy ‖ reference) over the whole vocabulary at the positions of the responses, in nats."
-    sampled = result.get("sequence_kl") or {}
     of = f"{number(sampled.get('samples'))} samples of each of {number(sampled.get('prompts'))} prompts"
-    kl_figure = ("", number(sampled.get("token_kl")), between(sampled.get("token_kl_interval"), none=""))
-    items = [
-        Headline(
-            "Accuracy", figures({"rewards/accuracies": ""}, percent), "Share of pairs ranked right. A coin gets half."
+    items: list[tuple[str, str, Callable[[Any], str], str]] = [
+        ("Accuracy", "rewards/accuracies", percent, "Share of pairs ranked right. A coin gets half."),
+        ("Margin", "rewards/margins", _signed, "Mean of chosen reward minus rejected reward."),
+        ("Loss", "loss", number, loss),
+        ("Rewards", "rewards/", _signed, reward),
+        (
+            "KL per token",
+            "kl/",
+            number,
+            "KL(policy ‖ reference) over the whole vocabulary at the responses' tokens, in nats.",
         ),
-        Headline("Margin", figures({"rewards/margins": ""}, _signed), "Mean of chosen reward minus rejected reward."),
-        Headline("Loss", figures({"loss": ""}), loss),
-        Headline("Rewards", figures(sides("rewards"), _signed), reward),
-        Headline("KL per token", figures(sides("kl")), kl),
-        Headline("KL per response", [kl_figure] if sampled else [], f"Of whole responses, in nats, from {of}."),
-        Headline("Perplexity before", figures(sides("ref_perplexity")), "The reference's, on these responses."),
-        Headline("Perplexity after", figures(sides("perplexity")), "The policy's, on these responses."),
+        ("KL per response", "sequence_kl", number, f"Of whole responses, in nats, from {of}."),
+        ("Perplexity before", "ref_perplexity/", number, "The reference's, on these responses."),
+        ("Perplexity after", "perplexity/", number, "The policy's, on these responses."),
     ]
-    yield from (item for item in items if item.figures)
+    for name, key, show, meaning in items:
+        sides = SIDES if key.endswith("/") else ("",)
+        if values.get(key + sides[0]) is not None:
+            figures = [(s, show(values[key + s]), between(intervals.get(key + s), show, none="")) for s in sides]
+            yield {"name": name, "figures": figures, "meaning": meaning}
 
 
 def _signed(value: Any) -> str:
@@ -196,17 +184,6 @@ def _drawn(plot: Plot) -> dict[str, Any]:
     return {"title": plot.title, "unit": plot.unit, "caption": caption, "svg": Markup(svg(plot))}  # noqa: S704 (no text of the data)
 
 
-class Cell(NamedTuple):
-    """One token of the heat map; ``shade`` is None where it carries no loss."""
-
-    text: str
-    shade: int | None
-    change: str = ""
-    logps: str = ""
-    entropies: str = ""
-    kl: str = ""
-
-
 def _pair(pair: ShownPair) -> dict[str, Any]:
     return {
         "kind": pair.kind.capitalize(),
@@ -217,30 +194,29 @@ def _pair(pair: ShownPair) -> dict[str, Any]:
     }
 
 
-def _side(name: str, tokens: list[Token]) -> dict[str, Any]:
-    ratios = [ratio for token in tokens if (ratio := _logratio(token)) is not None]
-    return {
-        "name": name,
-        "tokens": len(ratios),
-        "logratio": _signed(math.fsum(ratios)),
-        "cells": [_cell(token) for token in tokens[:MAX_TOKENS]],
-        "more": max(len(tokens) - MAX_TOKENS, 0),
-    }
+def _side(name: str, tokens: Sequence[Token]) -> dict[str, Any]:
+    cells = [_cell(token) for token in tokens]
+    ratios = [cell["ratio"] for cell in cells if cell["shade"] is not None]
+    about = {"name": name, "tokens": len(ratios), "logratio": _signed(math.fsum(ratios))}
+    return about | {"cells": cells[:MAX_TOKENS], "more": max(len(tokens) - MAX_TOKENS, 0)}
 
 
-def _logratio(token: Token) -> float | None:
-    if token.logp is None or token.ref_logp is None or not math.isfinite(token.logp - token.ref_logp):
-        return None
-    return token.logp - token.ref_logp
-
-
-def _cell(token: Token) -> Cell:
+def _cell(token: Token) -> dict[str, Any]:
+    """One token of the heat map; ``shade`` is None where it carries no loss."""
     text = token.text.replace("\r", "").replace("\n", "↵\n")
-    if (ratio := _logratio(token)) is None:
-        return Cell(text, None)
-    logps = f"{nats(token.ref_logp)} → {nats(token.logp)}"
-    entropies = f"{nats(token.ref_entropy)} → {nats(token.entropy)}"
-    return Cell(text, shade(ratio), fold(ratio), logps, entropies, number(token.kl) if is_number(token.kl) else "")
+    if not (is_number(token.logp) and is_number(token.ref_logp)):
+        return {"text": text, "shade": None}
+    assert token.logp is not None and token.ref_logp is not None
+    ratio = token.logp - token.ref_logp
+    return {
+        "text": text,
+        "ratio": ratio,
+        "shade": shade(ratio),
+        "change": fold(ratio),
+        "logps": f"{nats(token.ref_logp)} → {nats(token.logp)}",
+        "entropies": f"{nats(token.ref_entropy)} → {nats(token.entropy)}",
+        "kl": number(token.kl) if is_number(token.kl) else "",
+    }
 
 
 def shade(logratio: float) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 import re
@@ -10,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -144,59 +143,34 @@ def _as_attributes(style: str) -> str:
 # ---- curves of a training ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A quantity over the steps; ``names`` are its metrics, each with its colour; ``level`` is a dashed line."""
+class Curve(NamedTuple):
+    """A quantity over the steps: its metrics with their colours, and where a dashed line is drawn."""
 
     title: str
     unit: str
-    caption: str
     names: dict[str, str]
-    level: float | None = None
-    percent: bool = False
+    level: float | None
+    caption: str
 
 
 CURVES = (
+    Curve("Loss", "", {"loss": "ink"}, None, "Held-out loss that rises while the training loss falls: over-optimised."),
     Curve(
-        "Loss",
-        "",
-        "Held-out loss that rises while the training loss falls means over-optimised: use an earlier checkpoint.",
-        {"loss": "ink"},
+        "Margin", "beta × nats", {"rewards/margins": "ink"}, 0, "Held-out pairs far behind training pairs: memorised."
     ),
     Curve(
-        "Margin",
-        "beta × nats",
-        "Chosen reward minus rejected reward. Held-out pairs far behind training pairs: memorised.",
-        {"rewards/margins": "ink"},
-        0.0,
+        "Accuracy", "", {"rewards/accuracies": "ink"}, 0.5, "Share of pairs ranked right. A coin gets half (dashed)."
     ),
-    Curve(
-        "Accuracy",
-        "",
-        "Share of pairs whose chosen response has the higher reward. A coin gets half (dashed).",
-        {"rewards/accuracies": "ink"},
-        0.5,
-        percent=True,
-    ),
-    Curve(
-        "Rewards",
-        "beta × nats",
-        "The gap between the two is the margin. Where both fall, the chosen responses become less likely too.",
-        {f"rewards/{side}": side for side in SIDES},
-        0.0,
-    ),
+    Curve("Rewards", "beta × nats", {f"rewards/{s}": s for s in SIDES}, 0, "The gap between the two is the margin."),
     Curve(
         "KL from the reference",
         "nats per token",
-        "Exact, on each kind of response: what the preference has cost in drift.",
-        {f"kl/{side}": side for side in SIDES},
-        0.0,
+        {f"kl/{s}": s for s in SIDES},
+        0,
+        "What the preference cost in drift.",
     ),
     Curve(
-        "Gradient norm",
-        "",
-        "Before clipping. One spike is an odd batch; a rising floor is a run that becomes unstable.",
-        {"grad_norm": "ink"},
+        "Gradient norm", "", {"grad_norm": "ink"}, None, "Before clipping. A rising floor: the run becomes unstable."
     ),
 )
 
@@ -206,8 +180,8 @@ def curves(history: History, objective: Objective = DPO) -> list[Plot]:
     plots = []
     for curve in CURVES:
         if curve.title == "Loss" and objective.plain:
-            dashed = f"Dashed: ln 2, the start model's, but for weights and margins of the pairs. {curve.caption}"
-            curve = dataclasses.replace(curve, level=math.log(2), caption=dashed)
+            dashed = f"{curve.caption} Dashed: ln 2, the start model's, but for weights and margins of the pairs."
+            curve = curve._replace(level=math.log(2), caption=dashed)
         lines = {name: (points(history, name), points(history, f"eval_{name}")) for name in curve.names}
         if any(len(steps) for line in lines.values() for steps, _ in line):
             plots.append(Plot(curve.title, curve.unit, curve.caption, partial(_draw_curve, curve=curve, lines=lines)))
@@ -222,7 +196,8 @@ def points(history: History, name: str) -> tuple[Column, Column]:
 
 
 def _draw_curve(axes: Axes, curve: Curve, lines: Mapping[str, Any]) -> None:
-    show = percent if curve.percent else number
+    as_percent = curve.title == "Accuracy"
+    show = percent if as_percent else number
     for name, (training, held_out) in lines.items():
         color, side = COLORS[curve.names[name]], name.partition("/")[2] if len(lines) > 1 else ""
         if len(training[0]):
@@ -236,7 +211,7 @@ def _draw_curve(axes: Axes, curve: Curve, lines: Mapping[str, Any]) -> None:
     low, high = axes.dataLim.intervaly
     if curve.title == "Gradient norm" and low > 0 and high > FAR * low:
         axes.set_yscale("log")
-    _finish(axes, "step", y_percent=curve.percent)
+    _finish(axes, "step", y_percent=as_percent)
 
 
 def _draw_training(axes: Axes, color: str, steps: Column, values: Column) -> float:
@@ -278,14 +253,10 @@ def pair_plots(scores: PairScores) -> list[Plot]:
         f"Right of 0 the chosen response has the higher reward. Median {median} (dashed), 90 % between {low} and "
         f"{high}; the outermost bars include everything beyond."
     )
+    by_length = partial(_draw_lengths, gaps=gaps, margins=margins, wins=wins)
     return [
         Plot("Margins", "pairs", histogram, partial(_draw_margins, margins=margins, wins=wins)),
-        Plot(
-            "Margin and length",
-            "margin",
-            "One dot per pair. A slope is a length bias.",
-            partial(_draw_lengths, gaps=gaps, margins=margins, wins=wins),
-        ),
+        Plot("Margin and length", "margin", "One dot per pair. A slope is a length bias.", by_length),
     ]
 
 
@@ -322,18 +293,12 @@ def frontier(points: Sequence[Mapping[str, Any]], unit: str, reference_reward: f
     ``points`` have ``beta``, ``kl`` and the quantities' names, each with its interval under ``intervals``.
     """
     points = sorted(points, key=lambda point: float(point["beta"]))
-    quantities = [
-        ("rewards/margins", "Margin", "beta × nats", 0.0, "It contains beta, so compare accuracies between betas."),
-        ("rewards/accuracies", "Accuracy", "", 0.5, "Share of held-out pairs ranked right. A coin gets half (dashed)."),
-    ]
+    quantities = [("rewards/margins", "Margin", "beta × nats", 0.0), ("rewards/accuracies", "Accuracy", "", 0.5)]
     if reference_reward is not None:
-        caption = "Mean reward of sampled answers; dashed: the reference's own answers."
-        quantities.insert(0, ("reward", "Reward", "", reference_reward, caption))
+        quantities.insert(0, ("reward", "Reward", "", reference_reward))
     return [
-        Plot(
-            f"{title} and KL", what, caption, partial(_draw_frontier, points=points, unit=unit, name=name, level=level)
-        )
-        for name, title, what, level, caption in quantities
+        Plot(f"{title} and KL", own_unit, "", partial(_draw_frontier, points=points, unit=unit, name=name, level=level))
+        for name, title, own_unit, level in quantities
     ]
 
 

@@ -50,7 +50,9 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
         like = started.get(run) or next(iter(started.values()), None)
         _train(run, inherit_auto_options(training, like) if like else training, command, reporter)
         started[run] = trained_with(run)
-        _check_same_start(run, next(iter(runs)))
+        first, expected = next(iter(runs)), _starting_point(next(iter(runs)))
+        if moved := [name for name, value in _starting_point(run).items() if value != expected[name]]:
+            raise UsageError(f"{run}: {' and '.join(moved)} changed since {first.name} began; choose another --output")
         evaluation = _evaluate(run, options, reporter)
         if not points:
             result |= _about(evaluation, reward)
@@ -105,17 +107,11 @@ def _folder(options: SweepOptions) -> Path:
     return folder
 
 
-def _check_same_start(run: Path, first: Path) -> None:
-    """Refuse to compare runs of other data, another start model or another reference than the first one's.
-
-    Raises:
-        UsageError: one of them changed.
-    """
-    checks = {"the data": lambda m: m["data"]["sha256"], "the start model": lambda m: start_of(m)["fingerprint"]}
-    checks["the reference"] = lambda m: m["reference"]["fingerprint"]
-    manifest, expected = read_manifest(run), read_manifest(first)
-    if changed := [what for what, of in checks.items() if of(manifest) != of(expected)]:
-        raise UsageError(f"{run}: {' and '.join(changed)} changed since {first.name} began; choose another --output")
+def _starting_point(run: Path) -> dict[str, str]:
+    """What the runs of a sweep must share, by name."""
+    manifest = read_manifest(run)
+    start, reference = start_of(manifest)["fingerprint"], manifest["reference"]["fingerprint"]
+    return {"the data": manifest["data"]["sha256"], "the start model": start, "the reference": reference}
 
 
 def _train(run: Path, options: TrainOptions, command: Sequence[str], reporter: Reporter) -> None:
@@ -148,12 +144,12 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> EvalResul
 
 def _about(evaluation: EvalResult, reward: Reward | None) -> dict[str, Any]:
     """What holds for all points: the reference and the prompts."""
-    result = evaluation.to_dict()
+    result, kl = evaluation.to_dict(), evaluation.sequence_kl
     about: dict[str, Any] = {name: result[name] for name in ("trained_on", "reference", "pairs") if name in result}
     about["kl"] = {"of": "at each token of the chosen responses", "unit": "nats per token"}
-    if kl := evaluation.sequence_kl:
-        sizes = {name: kl[name] for name in ("prompts", "samples", "max_new_tokens")}
-        about["kl"] = {"of": "over responses sampled from the policy", "unit": "nats per response"} | sizes
+    if kl:
+        about["kl"] = {"of": "over responses sampled from the policy", "unit": "nats per response"}
+        about["kl"] |= {name: kl[name] for name in ("prompts", "samples", "max_new_tokens")}
     if reward:
         mean, ends = reward.mean(evaluation.samples, "reference_sampled")
         about |= {"reward": reward.name, "reference_reward": mean, "reference_reward_interval": ends}
