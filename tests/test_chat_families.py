@@ -140,7 +140,7 @@ WRITTEN = "tool calls are written into an answer's text"
 NO_TOOLS = "tools the chat template does not show"
 EMPTY = "without reasoning, closed by"
 LAST_USER = "system message begins the last user turn"
-MASKED = "turns behind the prompt that carry no loss"
+MASKED = "turns after the prompt that carry no loss"
 MERGED = "boundary moved back"
 INLINE = "<think>\n%s\n</think>\n\n%s"
 CLOSED = "%s\n</think>\n\n%s"
@@ -202,7 +202,7 @@ FAMILIES = {
         called=OPEN_IM + QWEN_CALL + "<|im_end|>\n",  # no last turn, and no reasoning: without <think>
         result=QWEN_RESULT + OPEN_IM,
         thoughtless=OPEN_IM + "<think>\n\n</think>\n\n",
-        refused=refused("writes a turn otherwise when others follow", "steps_all")
+        refused=refused("renders a turn differently when others follow", "steps_all")
         | refused("enable_thinking", "thoughtless_reasoning"),
     ),
     "qwen3_5_think": Family(
@@ -305,7 +305,7 @@ FAMILIES = {
         result="<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>%s<｜tool▁output▁end｜><｜tool▁outputs▁end｜>",
         shows_tools=False,
         note_thoughtless=True,
-        refused=refused("writes a turn otherwise when others follow", "steps_all"),
+        refused=refused("renders a turn differently when others follow", "steps_all"),
     ),
     "gemma3": Family(
         template="gemma3.jinja",
@@ -466,7 +466,7 @@ FAMILIES = {
         result="<|im_start|>environment\n%s<|im_end|>\n" + OPEN_IM + "<think>",
         shows_tools=False,
         note_thoughtless=True,
-        refused=refused("writes a turn otherwise when others follow", "steps_all"),
+        refused=refused("renders a turn differently when others follow", "steps_all"),
     ),
 }
 
@@ -982,7 +982,7 @@ def test_a_prompt_that_opened_a_thought_before_an_answer_without(tmp_path: Path)
     step = [{**calls(ELM), "reasoning": THOUGHT}, gave("12:05")]
     found = train("gemma4", pair(USER, *step, **SIMPLE, chat_template_kwargs={"enable_thinking": True}), tmp_path)
     assert isinstance(found, str), found.loss
-    assert "the chat template writes the prompt otherwise" in found
+    assert "the chat template renders the prompt differently" in found
 
 
 def test_what_a_prompt_opened_is_no_answer_beside_a_response_of_several_turns(tmp_path: Path) -> None:

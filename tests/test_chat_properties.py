@@ -171,7 +171,7 @@ def check_text(name: str, row: Record, texts: dict[str, str], notes: set[str]) -
             rest = whole[len(asked) :] + eos * (name == "glm4")
             assert rest.removeprefix(answer) in BEHIND, (name, rest, answer)
         else:
-            changes = any("kept as inference has them" in note for note in notes)
+            changes = any("kept as at inference" in note for note in notes)
             assert changes or name in ("r1distill", "olmo3"), (name, whole, asked)
             assert answer.endswith(whole.removesuffix("\n")[-len(eos) - 1 :]), (name, whole, answer)
 
@@ -203,7 +203,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 REFUSED = re.compile(
     r"the chat template (?:refuses the messages|leaves out (?:the answer's|a \w+'s) "
-    r"|writes (?:the prompt|a turn) otherwise )"
+    r"|renders (?:the prompt|a turn) differently )"
     r"|chosen and rejected (?:give the same tokens|have the same last answer)|chosen equals rejected"
     r"|(?:chosen|rejected) has no answer that differs|(?:chosen|rejected) is empty"
 )

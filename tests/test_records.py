@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dpo_cli.data import token_cache as tokenized
+from dpo_cli.data import token_cache
 from dpo_cli.data.rows import Reading, Row, read_rows
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import Tokenized, kept
+from dpo_cli.data.token_cache import TokenCache, cached_files
 from dpo_cli.utils.errors import RowError, UsageError
 from tests.conftest import Cli, bar_network, cli_environment, make_tokenizer, size, write_rows
 from tests.test_data import STRINGS, write_records
@@ -382,11 +382,11 @@ def test_a_data_set_that_the_hub_refuses(
 @pytest.fixture
 def tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[list[str], bool]]]:
     """Where the pairs of each source come from, and whether they were read back."""
-    monkeypatch.setattr(tokenized, "SMALL_BYTES", 0)
-    how = Tokenized(tmp_path / "kept", make_tokenizer(), Reading(), pytest.fail)
+    monkeypatch.setattr(token_cache, "SMALL_BYTES", 0)
+    how = TokenCache(tmp_path / "kept", make_tokenizer(), Reading(), pytest.fail)
 
     def read(*data: Any) -> list[tuple[list[str], bool]]:
-        parts = [how.read(source, keep_refused=True) for source in find_sources(list(map(str, data)))]
+        parts = [how.tokenize(source, keep_refused=True) for source in find_sources(list(map(str, data)))]
         return [([pair.where for pair in found.pairs], again) for found, again in parts]
 
     return read
@@ -416,7 +416,7 @@ def test_pairs_of_stdin_are_not_kept(tokenize: Any, tmp_path: Path, monkeypatch:
     piped(monkeypatch, LINES.encode())
     for _ in range(2):
         assert tokenize("-") == [([f"stdin:{number}" for number in range(1, 6)], False)]
-    assert not kept(tmp_path / "kept")
+    assert not cached_files(tmp_path / "kept")
 
 
 def test_the_same_rows_come_from_everywhere(hub: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Pairs read back from an earlier start: the same as tokenized anew, or not read back at all."""
+"""Pairs read back from an earlier start: the same as tokenized again, or not read back at all."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
-from dpo_cli.data import token_cache as tokenized
+from dpo_cli.data import token_cache
 from dpo_cli.data.rows import Reading, read_rows
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import Tokenized, kept, merged
+from dpo_cli.data.token_cache import TokenCache, cached_files, merge
 from dpo_cli.data.tokenize import PairSet, tokenize_rows
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
@@ -36,7 +36,7 @@ BAD = [{"prompt": "Why?", "chosen": "a", "rejected": "a"}, {"prompt": "", "chose
 @pytest.fixture(autouse=True)
 def every_file_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small it is."""
-    monkeypatch.setattr(tokenized, "SMALL_BYTES", 0)
+    monkeypatch.setattr(token_cache, "SMALL_BYTES", 0)
 
 
 def rows(first: int = 0, count: int = 8) -> list[Any]:
@@ -58,7 +58,7 @@ def plain(found: PairSet) -> Any:
     return pairs, refused, list(found.formats.items()), list(found.notes.items())
 
 
-def anew(file: Path, tokenizer: Any, keep_refused: bool = True, **changed: Any) -> PairSet:
+def tokenize(file: Path, tokenizer: Any, keep_refused: bool = True, **changed: Any) -> PairSet:
     reading = Reading(**SETTINGS | changed)
     found = read_rows(find_sources([str(file)]), reading.columns)
     return tokenize_rows(found, tokenizer, reading, keep_refused)
@@ -68,7 +68,7 @@ def read(
     folder: Path, file: Path, tokenizer: Any, keep_refused: bool = True, told: list[str] | None = None, **changed: Any
 ) -> tuple[PairSet, bool]:
     warn: Callable[[str], Any] = pytest.fail if told is None else told.append
-    return Tokenized(folder, tokenizer, Reading(**SETTINGS | changed), warn).read(
+    return TokenCache(folder, tokenizer, Reading(**SETTINGS | changed), warn).tokenize(
         find_sources([str(file)])[0], keep_refused
     )
 
@@ -84,7 +84,7 @@ def test_what_is_read_back_is_what_was_tokenized(name: str, tmp_path: Path) -> N
     lines = [*rows(), *BAD, *rows(8, 2)]
     content = json.dumps(lines) if ".json" in name and "jsonl" not in name else "\n".join(map(json.dumps, lines))
     file.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
-    expected = plain(anew(file, tokenizer))
+    expected = plain(tokenize(file, tokenizer))
     assert len(expected[0]) == 20 and len(expected[1]) == 2 and len(expected[2]) == 2 and len(expected[3]) > 1
     for known in (False, True, True):
         found, again = read(tmp_path / "cache", file, tokenizer)
@@ -97,7 +97,7 @@ def test_a_renamed_file_is_known_by_its_new_name(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     moved = file.rename(tmp_path / "deep" / "new.name.jsonl")
     found, again = read(tmp_path, moved, tokenizer)
-    assert again and plain(found) == plain(anew(moved, tokenizer))
+    assert again and plain(found) == plain(tokenize(moved, tokenizer))
     assert found.pairs[0].where == f"{moved}:1" and found.refused[1].where == f"{moved}:18"
 
 
@@ -128,7 +128,7 @@ def test_another_tokenizer_has_its_own_pairs(change: Callable[[Any], None], tmp_
     change(changed)
     for known in (False, True):
         found, again = read(tmp_path, file, changed)
-        assert again == known and plain(found) == plain(anew(file, changed))
+        assert again == known and plain(found) == plain(tokenize(file, changed))
     assert read(tmp_path, file, fresh())[1]
 
 
@@ -145,7 +145,7 @@ def test_other_options_have_their_own_pairs(changed: dict[str, Any], tmp_path: P
     file, tokenizer = write_rows(tmp_path / "rows.jsonl", rows()), fresh()
     read(tmp_path, file, tokenizer)
     found, again = read(tmp_path, file, tokenizer, **changed)
-    assert not again and plain(found) == plain(anew(file, tokenizer, **changed))
+    assert not again and plain(found) == plain(tokenize(file, tokenizer, **changed))
 
 
 def test_a_changed_byte_is_another_file(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_changed_byte_is_another_file(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b"Because", b"BecausE", 1))
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     found, again = read(tmp_path, file, tokenizer)
-    assert not again and plain(found) == plain(anew(file, tokenizer))
+    assert not again and plain(found) == plain(tokenize(file, tokenizer))
 
 
 def test_the_kind_of_a_file_counts(tmp_path: Path) -> None:
@@ -172,10 +172,10 @@ def test_the_kind_of_a_file_counts(tmp_path: Path) -> None:
 def test_other_versions_have_their_own_pairs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, tokenizer = write_rows(tmp_path / "rows.jsonl", rows()), fresh()
     read(tmp_path, file, tokenizer)
-    right = tokenized.version
-    monkeypatch.setattr(tokenized, "version", lambda package: "0" if package == name else right(package))
+    right = token_cache.version
+    monkeypatch.setattr(token_cache, "version", lambda package: "0" if package == name else right(package))
     if name == "ours":
-        monkeypatch.setattr(tokenized, "TOKENIZING_VERSION", 0)
+        monkeypatch.setattr(token_cache, "TOKENIZING_VERSION", 0)
     assert not read(tmp_path, file, tokenizer)[1]
 
 
@@ -186,14 +186,14 @@ def test_swapped_files_give_their_pairs_in_the_new_order(tmp_path: Path) -> None
         parts = [read(tmp_path, file, tokenizer) for file in files]
         together = tokenize_rows(read_rows(find_sources([*map(str, files)])), tokenizer, Reading(max_length=64))
         assert {again for _, again in parts} == {known}
-        assert plain(merged([part for part, _ in parts])) == plain(together)
+        assert plain(merge([part for part, _ in parts])) == plain(together)
 
 
 def test_what_ends_in_a_refusal_is_not_kept(tmp_path: Path) -> None:
     """And what was kept with its refused rows serves those who want to know the reasons only."""
     file, tokenizer = write_rows(tmp_path / "rows.jsonl", [*rows(), *BAD]), fresh()
     read(tmp_path, file, tokenizer, keep_refused=False)
-    assert not kept(tmp_path)
+    assert not cached_files(tmp_path)
     read(tmp_path, file, tokenizer)
     found, again = read(tmp_path, file, tokenizer, keep_refused=False)
     assert again and [bad.where for bad in found.refused] == [f"{file}:17", f"{file}:18"]
@@ -210,8 +210,8 @@ def test_what_depends_on_more_than_can_be_seen_is_not_kept(tmp_path: Path) -> No
     slow.__class__ = Own
     for tokenizer in (dated, slow):
         found, again = read(tmp_path, file, tokenizer)
-        assert not again and plain(found) == plain(anew(file, fresh()))
-    assert not kept(tmp_path)
+        assert not again and plain(found) == plain(tokenize(file, fresh()))
+    assert not cached_files(tmp_path)
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,22 +221,22 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path: Path, monkey
         write_rows(file, rows(50))
         return tokenize_rows(*arguments)
 
-    monkeypatch.setattr(tokenized, "tokenize_rows", slowly)
+    monkeypatch.setattr(token_cache, "tokenize_rows", slowly)
     read(tmp_path, file, tokenizer)
-    assert not kept(tmp_path)
+    assert not cached_files(tmp_path)
 
 
 def test_small_files_are_tokenized_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, tokenizer = write_rows(tmp_path / "rows.jsonl", rows()), fresh()
-    monkeypatch.setattr(tokenized, "SMALL_BYTES", file.stat().st_size + 1)
-    assert [read(tmp_path, file, tokenizer)[1] for _ in range(2)] == [False, False] and not kept(tmp_path)
+    monkeypatch.setattr(token_cache, "SMALL_BYTES", file.stat().st_size + 1)
+    assert [read(tmp_path, file, tokenizer)[1] for _ in range(2)] == [False, False] and not cached_files(tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     file, tokenizer = write_rows(tmp_path / "rows.jsonl", rows()), fresh()
     (tmp_path / "file").write_text("no folder")
     found, again = read(tmp_path / "file", file, tokenizer)
-    assert not again and plain(found) == plain(anew(file, tokenizer))
+    assert not again and plain(found) == plain(tokenize(file, tokenizer))
 
 
 def damage_bytes(content: bytes, rng: random.Random) -> bytes:
@@ -250,10 +250,10 @@ def damage_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def test_no_damaged_file_is_ever_served(tmp_path: Path) -> None:
-    """It is told and made anew."""
+    """It is reported and made again."""
     file, tokenizer, rng = write_rows(tmp_path / "rows.jsonl", [*rows(), *BAD]), fresh(), random.Random(0)
     expected = plain(read(tmp_path, file, tokenizer)[0])
-    (ours,) = kept(tmp_path)
+    (ours,) = cached_files(tmp_path)
     whole = ours.read_bytes()
     for _ in range(size(60, 1000)):
         changed = damage_bytes(whole, rng)
@@ -261,22 +261,20 @@ def test_no_damaged_file_is_ever_served(tmp_path: Path) -> None:
         told: list[str] = []
         found, again = read(tmp_path, file, tokenizer, told=told)
         assert plain(found) == expected and again == (changed == whole)
-        assert again or (len(told) == 1 and str(ours) in told[0] and "is tokenized anew" in told[0])
-        assert ours.read_bytes() == whole and list(kept(tmp_path)) == [ours]
+        assert again or (len(told) == 1 and str(ours) in told[0] and "is tokenized again" in told[0])
+        assert ours.read_bytes() == whole and list(cached_files(tmp_path)) == [ours]
 
 
 def test_a_file_under_another_s_name_is_not_served(tmp_path: Path) -> None:
     one, two = write_rows(tmp_path / "one.jsonl", rows()), write_rows(tmp_path / "two.jsonl", rows(20))
     tokenizer, told = fresh(), list[str]()
     read(tmp_path, one, tokenizer)
-    (ours,) = kept(tmp_path)
+    (ours,) = cached_files(tmp_path)
     expected = plain(read(tmp_path, two, tokenizer)[0])
-    (other,) = kept(tmp_path).keys() - {ours}
-    swapped = ours.with_name(other.name[:32] + ours.name[32:])
-    shutil.copy(ours, swapped)
-    other.unlink()
+    (other,) = cached_files(tmp_path).keys() - {ours}
+    shutil.copy(ours, other)
     assert plain(read(tmp_path, two, tokenizer, told=told)[0]) == expected
-    assert "it is of other data" in told[0]
+    assert "it is damaged" in told[0]
 
 
 def command(*arguments: Any, code: int = 0) -> Any:
@@ -288,10 +286,10 @@ def command(*arguments: Any, code: int = 0) -> Any:
 def test_cache_list_verify_and_prune_know_it(tmp_path: Path) -> None:
     file, tokenizer, here = write_rows(tmp_path / "rows.jsonl", rows()), fresh(), ("--cache-dir", tmp_path)
     read(tmp_path, file, tokenizer)
-    (ours,) = kept(tmp_path)
-    assert command("cache", "list", *here)["tokenized"] == {"files": 1, "bytes": ours.stat().st_size}
-    assert "of 1 data files" in CliRunner().invoke(app, ["cache", "list", *map(str, here)]).stdout
-    assert command("cache", "verify", *here)["tokenized"] == 1
+    (ours,) = cached_files(tmp_path)
+    (entry,) = command("cache", "list", *here)["entries"]
+    assert (entry["kind"], entry["name"], entry["bytes"]) == ("pairs", ours.name, ours.stat().st_size)
+    assert command("cache", "verify", *here) == {"checked": 1, "damaged": []}
     days_ago = time.time() - 40 * 24 * 60 * 60
     os.utime(ours, (days_ago, days_ago))
     assert read(tmp_path, file, tokenizer)[1]  # which is a use
@@ -299,22 +297,22 @@ def test_cache_list_verify_and_prune_know_it(tmp_path: Path) -> None:
     assert command(*prune) == {"removed": [], "bytes": 0}
     os.utime(ours, (days_ago, days_ago))
     refused = CliRunner().invoke(app, ["cache", "prune", "--older-than", "30", *map(str, here)])
-    assert refused.exit_code == 2 and "the pairs of 1 data files would be removed" in refused.stderr
+    assert refused.exit_code == 2 and "1 entries would be removed" in refused.stderr
     assert command("cache", "prune", "--model", "any", "--yes", *here)["removed"] == []
-    assert command(*prune)["removed"] == [ours.name] and not kept(tmp_path)
+    assert command(*prune)["removed"] == [ours.name] and not cached_files(tmp_path)
 
 
 def test_cache_verify_removes_what_is_damaged(tmp_path: Path) -> None:
     file, tokenizer = write_rows(tmp_path / "rows.jsonl", rows()), fresh()
     read(tmp_path, file, tokenizer)
-    (ours,) = kept(tmp_path)
+    (ours,) = cached_files(tmp_path)
     ours.write_bytes(ours.read_bytes()[:-1])
     assert command("cache", "verify", "--cache-dir", tmp_path, code=3)["damaged"] == [str(ours)]
-    assert not kept(tmp_path) and not read(tmp_path, file, tokenizer)[1]
+    assert not cached_files(tmp_path) and not read(tmp_path, file, tokenizer)[1]
 
 
 def test_a_dry_run_keeps_nothing(tmp_path: Path) -> None:
     options = PrecomputeOptions(data=[str(write_rows(tmp_path / "rows.jsonl", rows()))], cache_dir=tmp_path)
     for remember, files in ((False, 0), (True, 1)):
         read_pairs(options.data, options, fresh(), Reporter(quiet=True), remember=remember)
-        assert len(kept(tmp_path)) == files
+        assert len(cached_files(tmp_path)) == files

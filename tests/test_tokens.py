@@ -19,20 +19,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_cli.data.chat import (
-    CALLS_WRITTEN,
-    CONTROL_KEPT,
-    CONTROL_SANITIZED,
-    NO_TEMPLATE,
-    REASONING_UNSEEN,
-    SYSTEM_FIRST,
-    TOOLS_UNSEEN,
-    TURNS_WITHOUT_LOSS,
-)
+from dpo_cli.data.adapt import CALLS_WRITTEN, SYSTEM_FIRST
+from dpo_cli.data.chat import CONTROL_KEPT, CONTROL_SANITIZED, NO_TEMPLATE, TURNS_WITHOUT_LOSS
 from dpo_cli.data.messages import Message
 from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
 from dpo_cli.data.rows import BadRow, Reading, Row
 from dpo_cli.data.tokenize import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder, refusal, tokenize_rows
+from dpo_cli.data.visible import REASONING_UNSEEN, TOOLS_UNSEEN
 from dpo_cli.utils.errors import RowError, UsageError
 from tests.conftest import CHATML, SAMPLE, random_pairs
 
@@ -446,7 +439,7 @@ def test_a_template_that_rewrites_turns_cannot_train_several() -> None:
     rewriting = CHATML.replace("message['content']", "(message['content'] if loop.last else 'gone')")
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", rewriting)
     turns = [assistant("call"), {"role": "tool", "content": "42"}, assistant("It is 42.")]
-    with pytest.raises(RowError, match=r"writes the prompt otherwise .*user\\nWhy\?.* becomes .*gone"):
+    with pytest.raises(RowError, match=r"renders the prompt differently .*user\\nWhy\?.* becomes .*gone"):
         pair_of(tokenizer, Row("w", "f", [user("Why?")], turns, [assistant("No idea.")]))
 
 
@@ -457,7 +450,7 @@ def test_a_template_that_writes_the_last_answer_otherwise_cannot_train_others() 
     )
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     sides = ([assistant(one), user("And?"), assistant(two)] for one, two in (("One.", "Two."), ("Eins.", "Zwei.")))
-    with pytest.raises(RowError, match=r"writes a turn otherwise when others follow: .*<think>One.' becomes"):
+    with pytest.raises(RowError, match=r"renders a turn differently when others follow: .*<think>One.' becomes"):
         Encoder(tokenizer, Reading(max_length=LONG, train_turns="all")).pair(Row("w", "f", [user("Why?")], *sides))
 
 
@@ -584,7 +577,7 @@ def test_pairs_are_selected_and_added() -> None:
 
 def test_the_digest_of_a_pair_is_that_of_its_lengths_and_ids() -> None:
     made = [Pair("anywhere", *(np.asarray(ids, np.int32) for ids in ([1, 2], [3], [4, 5, 6])))]
-    numbers = [2, 1, 2, 1, 3, 3, 4, 5, 6]
+    numbers = [2, 1, 3, 1, 2, 3, 4, 5, 6]
     expected = hashlib.sha256(b"".join(number.to_bytes(4, "little") for number in numbers)).hexdigest()
     assert Pairs(made).digest() == expected
 

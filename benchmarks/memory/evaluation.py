@@ -31,11 +31,11 @@ from benchmarks.memory.rows import forget_peak, peak_mib
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.rows import Reading
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import Tokenized
+from dpo_cli.data.token_cache import TokenCache
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import Progress
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.loading import compute_dtype, default_device, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
@@ -73,7 +73,9 @@ def times(name: str | None, count: int, repeats: int) -> None:
     tokenizer = load_tokenizer(source)
     rows = find_sources([str(ROOT / "sample_data" / "heldout.jsonl")])[0]
     with tempfile.TemporaryDirectory() as folder:
-        pairs = Tokenized(Path(folder), tokenizer, Reading(), print).read(rows, keep_refused=False)[0].pairs[:count]
+        pairs = (
+            TokenCache(Path(folder), tokenizer, Reading(), print).tokenize(rows, keep_refused=False)[0].pairs[:count]
+        )
     policy, reference = scorer_of(moved(load_model(source))), scorer_of(load_model(source))
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Callable[[], Any]] = {

@@ -32,7 +32,7 @@ from dpo_cli.data.batching import build_schedule, row_costs
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.rows import Reading, read_rows
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import Tokenized
+from dpo_cli.data.token_cache import TokenCache
 from dpo_cli.models.loading import load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.reference.shards import Entry
@@ -128,8 +128,8 @@ def measure(rows: int, model: str | None) -> Measured:
 
 
 def pairs_of(folder: Path, tokenizer: Any) -> Pairs:
-    how = Tokenized(folder, tokenizer, Reading(), print)
-    return how.read(find_sources([str(folder / "rows.jsonl")])[0], keep_refused=False)[0].pairs
+    how = TokenCache(folder, tokenizer, Reading(), print)
+    return how.tokenize(find_sources([str(folder / "rows.jsonl")])[0], keep_refused=False)[0].pairs
 
 
 def check(rows: int, model: str | None) -> str:

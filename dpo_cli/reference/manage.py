@@ -55,7 +55,7 @@ def entries(cache_dir: Path) -> Iterator[CacheEntry]:
                 stats.append(file.lstat())
         used = max((stat.st_mtime for stat in stats), default=folder.stat().st_mtime)
         yield CacheEntry("reference", folder, model, sum(stat.st_size for stat in stats), used)
-    for file, stat in token_cache.kept(cache_dir).items():
+    for file, stat in token_cache.cached_files(cache_dir).items():
         yield CacheEntry("pairs", file, "", stat.st_size, stat.st_mtime)
     for copy in converted.kept(cache_dir):
         yield CacheEntry("model", copy.folder, copy.model, copy.bytes, copy.used)
@@ -107,7 +107,7 @@ def _check(path: Path) -> None:
         if not converted.is_whole(path):
             raise ValueError("its files were changed")
     elif path.parent.name == token_cache.FOLDER:
-        token_cache.checked(path)
+        token_cache.check_file(path)
     else:
         shards.read_shard(path)
 

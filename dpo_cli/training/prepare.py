@@ -24,9 +24,10 @@ from dpo_cli.data.chat import NO_TEMPLATE
 from dpo_cli.data.pairs import Pair, Pairs, count_loss_tokens, model_input_ids
 from dpo_cli.data.rows import Reading
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import Tokenized, merged
+from dpo_cli.data.token_cache import TokenCache, merge
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal
-from dpo_cli.losses.preference import LOSSES, Objective
+from dpo_cli.losses.objective import Objective
+from dpo_cli.losses.preference import LOSSES
 from dpo_cli.models.adapter_files import CONFIG, unknown_keys
 from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantized
 from dpo_cli.models.attention import PREFIX_SHARED
@@ -176,12 +177,12 @@ def read_pairs(
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     skip = options.on_bad_row == "skip"
-    tokenized = Tokenized(options.cache_dir, tokenizer, reading_of(options), reporter.warning, remember)
+    tokenized = TokenCache(options.cache_dir, tokenizer, reading_of(options), reporter.warning, remember)
     sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
     if distributed.world_size() > 1 and "-" in data:
         raise UsageError("--data -: several processes cannot share one stdin; write the rows to a file")
-    parts = distributed.rank_0_first(lambda: [tokenized.read(source, keep_refused=skip) for source in sources])
-    found = merged([part for part, _ in parts])
+    parts = distributed.rank_0_first(lambda: [tokenized.tokenize(source, keep_refused=skip) for source in sources])
+    found = merge([part for part, _ in parts])
     if found.refused and (not skip or not found.pairs):
         raise refusal(found.refused, found.rows)
     counts = f"{found.rows:,} rows, {len(found.pairs):,} pairs, {len(found.refused):,} refused"
@@ -440,17 +441,14 @@ def _verify(
 
 
 def refuse_unread_terms(objective: Objective, pairs: Pairs) -> None:
-    """Refuse rows whose weights or margins the objective cannot take up.
+    """Refuse rows with margins that the objective does not read.
 
     Raises:
         UsageError: there are such rows.
     """
-    weights, margins = pairs.terms.T
-    if (margins != 0).any() and (ignoring := objective.ignored_by("margins")):
+    if (pairs.terms[:, 1] != 0).any() and (ignoring := objective.ignored_by("margins")):
         able = ", ".join(name for name, loss in LOSSES.items() if "margins" in loss.reads)
         raise UsageError(f"--loss {ignoring} has no place for the rows' margins; leave them out, or take {able}")
-    if (weights != 1).any() and objective.couples:
-        raise UsageError(f"--loss {objective.name} sorts the responses of a step, so that rows cannot have weights")
 
 
 def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
