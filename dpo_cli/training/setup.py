@@ -37,7 +37,15 @@ from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.evaluation.kl import Progress, RecordedStates
 from dpo_cli.models.adapter_files import check_loadable, settings, trainable_config
-from dpo_cli.models.adapters import attach, describe_adapter, is_adapted, is_quantized, make_config, try_backward
+from dpo_cli.models.adapters import (
+    attach,
+    describe_adapter,
+    experts_of_version_5,
+    is_adapted,
+    is_quantized,
+    make_config,
+    try_backward,
+)
 from dpo_cli.models.fingerprint import fingerprint
 from dpo_cli.models.loading import compile_layers, dtype_name, experts_a_token, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
@@ -45,7 +53,7 @@ from dpo_cli.models.logprobs import ModelRunner, forward_errors
 from dpo_cli.models.lora_targets import choose_targets, counted
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.memory import Fit, fit, process_bytes, usable_bytes
-from dpo_cli.training.optimizer import BYTES, SPLIT
+from dpo_cli.training.optimizer import BYTES, SPLIT, learning_rate
 from dpo_cli.training.prepare import (
     check_quantize,
     choose_model,
@@ -63,7 +71,6 @@ from dpo_cli.training.prepare import (
     tell_long,
     weights_mode,
 )
-from dpo_cli.training.step import learning_rate
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
@@ -132,6 +139,11 @@ class Run:
     def trained_on(self) -> dict[str, Any]:
         """How many of the held-out pairs are trained on too."""
         return trained_on(self.held_out, self.trained)
+
+    def weighted_ref_logps(self, pairs: Pairs, ref_logps: Tensor) -> Tensor:
+        """Reference log-probs of pairs with the token weights of LD-DPO: (P, 2) nats; ``ref_logps`` without."""
+        alpha = self.options.objective.ld_alpha
+        return ref_logps if alpha == 1 or self.cache is None else self.cache.weighted(pairs, alpha)
 
     def scored(self) -> Pairs:
         """The pairs that the reference scores: those that are used, then the held-out ones."""
@@ -336,6 +348,11 @@ def _attach(
         left = targets.left
     about = f"{options.lora_type} of rank {options.lora_rank}, alpha {options.lora_alpha}"
     reporter.info("adapter", f"{about}, on {describe_adapter(model)}")
+    if (experts := experts_of_version_5(model)) and options.export != "merged":
+        reporter.warning(
+            f"transformers 4 loads the exported adapter without its part on {', '.join(experts)}, or not at all: "
+            "it needs transformers 5; for other tools take --export merged, or dpo merge"
+        )
     for reason in dict.fromkeys(reason for reason, _ in left):
         kinds = Counter({kind: count for (why, kind), count in left.items() if why == reason})
         reporter.info("", f"without an adapter, {reason}: {counted(kinds)}")
@@ -356,7 +373,10 @@ def _check_routers_train(scorer: ModelRunner, pairs: Pairs) -> None:
     """
     costs = scorer.costs(pairs)
     shortest = pairs[costs.index(min(costs))]
-    if not any(logits.requires_grad for logits in scorer.router_logits(scorer.batch([shortest]))):
+    if not any(
+        logits.requires_grad
+        for logits in scorer.body(scorer.batch([shortest]), output_router_logits=True).router_logits
+    ):
         raise UsageError(
             "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; "
             "leave it out, or take other --lora-targets"
