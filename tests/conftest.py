@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.data.pairs import Pair
-from dpo_cli.losses.preference import Objective, Preferences
+from dpo_cli.losses.objective import Objective
+from dpo_cli.losses.preference import Preferences
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 ROOT = Path(__file__).parent.parent

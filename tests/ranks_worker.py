@@ -4,6 +4,7 @@
 command in FOLDER/CASE.json. What it printed and how it ended goes to FOLDER/CASE.RANK.json.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.models.logprobs import ModelRunner
+from dpo_cli.models.logprobs import HiddenStates
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
@@ -30,28 +31,28 @@ POISONED = 7  # the pair whose loss is not a number
 @contextmanager
 def memory_runs_out() -> Iterator[None]:
     """On the last rank, once, at a micro-batch of more than one pair."""
-    real, seen = ModelRunner.backward, []
+    real, seen = HiddenStates.backward, []
 
-    def backward(self: ModelRunner, batch: Any, *rest: Any) -> None:
-        if RANK == "1" and not seen and len(batch.pair_tokens) > 1:
-            seen.append(batch)
+    def backward(self: HiddenStates, *losses: Tensor) -> None:
+        if RANK == "1" and not seen and len(self.batch.pair_tokens) > 1:
+            seen.append(self.batch)
             raise torch.OutOfMemoryError("as if")
-        real(self, batch, *rest)
+        real(self, *losses)
 
-    with patch.object(ModelRunner, "backward", backward):
+    with patch.object(HiddenStates, "backward", backward):
         yield
 
 
 @contextmanager
 def a_loss_is_nan() -> Iterator[None]:
-    real = Trainer._measure
+    real = Trainer.batch
 
-    def measure(self: Trainer, indices: Any, said: Any) -> tuple[Tensor, Tensor]:
-        bad = torch.nan if POISONED in list(indices) else 1.0
-        losses, sums = real(self, indices, said)
-        return losses * bad, sums * bad
+    def batch(self: Trainer, places: Any, **step: float) -> Any:
+        made = real(self, places, **step)
+        bad = torch.tensor([torch.nan if place == POISONED else 1.0 for place in places])
+        return dataclasses.replace(made, weights=made.weights * bad)
 
-    with patch.object(Trainer, "_measure", measure):
+    with patch.object(Trainer, "batch", batch):
         yield
 
 

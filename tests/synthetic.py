@@ -14,7 +14,7 @@ from dpo_cli.evaluation.diagnostics import judge
 from dpo_cli.evaluation.evaluator import EvalResult
 from dpo_cli.evaluation.examples import ShownPair, Token
 from dpo_cli.evaluation.metrics import Distributions, PairScores
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from tests.conftest import SAMPLE
 
 ABOUT = {"model": "runs/first/model", "reference": "HuggingFaceTB/SmolLM2-135M-Instruct", "beta": 0.1}

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import dpo_cli
 from dpo_cli import DpoError, Interrupted, UsageError, evaluate, precompute, train
 from dpo_cli.cli.app import app
-from dpo_cli.training.step import StopSignal, Trainer
+from dpo_cli.training.interrupt import StopSignal
+from dpo_cli.training.step import Trainer
 from dpo_cli.utils.files import to_json
 from tests.conftest import ROOT, SAMPLE, write_rows
 

@@ -310,6 +310,6 @@ def test_every_tensor_moves(layout: Layout) -> None:
     parts = [part for part in (moved, moved.segments, *moved.alone) if part is not None]
     found = [getattr(part, name) for part in parts for name in part.__slots__]
     tensors = [value for value in found if isinstance(value, Tensor)]
-    assert len(tensors) == {"shared": 8, "packed": 5, "padded": 5, "alone": 5 + 6 * 4}[layout]
+    assert len(tensors) == {"shared": 13, "packed": 10, "padded": 10, "alone": 10 + 6 * 9}[layout]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert isinstance(moved, MicroBatch)

@@ -12,7 +12,7 @@ import pytest
 from dpo_cli.evaluation.diagnostics import ENOUGH, ROWS, Evidence, diagnose, judge
 from dpo_cli.evaluation.metrics import Distributions, PairScores
 from dpo_cli.evaluation.statistics import intervals, length_bias
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.utils.files import to_json
 from tests.synthetic import scores_of
 

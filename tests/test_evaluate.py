@@ -20,6 +20,7 @@ from dpo_cli.cli.app import app
 from dpo_cli.evaluation import kl as divergence
 from dpo_cli.evaluation.diagnostics import Evidence, judge
 from dpo_cli.evaluation.metrics_log import best_step
+from dpo_cli.models.logprobs import HiddenStates
 from dpo_cli.utils.errors import NotWrittenError
 from tests.conftest import SAMPLE, make_model, write_rows
 
@@ -565,8 +566,8 @@ def test_a_disk_without_room_is_told_before_the_work(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, undrawn: None
 ) -> None:
     forwards: list[int] = []
-    original = divergence.ModelRunner.states
-    monkeypatch.setattr(divergence.ModelRunner, "states", lambda *a: (forwards.append(1), original(*a))[1])
+    original = HiddenStates.head_inputs
+    monkeypatch.setattr(HiddenStates, "head_inputs", lambda *a: (forwards.append(1), original(*a))[1])
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr("dpo_cli.evaluation.kl.shutil.disk_usage", lambda folder: usage)
     if command == "train":

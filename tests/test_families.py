@@ -3,6 +3,7 @@
 Weights are scaled up, so that a token that sees too much or too little shows by far more than the tolerance.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ import dpo_cli.models.logprobs
 from dpo_cli.data.batching import Layout
 from dpo_cli.data.collate import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
 from dpo_cli.models.loading import _disable_dropout, choose_layout
-from dpo_cli.models.logprobs import ModelRunner, Said, response_logps, token_logps
+from dpo_cli.models.logprobs import ModelRunner, response_logps, token_logps
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import make_model, sigmoid_loss
 
@@ -102,20 +104,18 @@ def score(model: PreTrainedModel, pairs: list[Pair], layout: Layout | None) -> S
     model.zero_grad()
     whole = collate(pairs, layout or "packed")
     ref_logps = torch.linspace(-40, -20, 2 * len(pairs)).view(2, -1)  # chosen, rejected
-    found = torch.zeros(2, len(pairs))
-
-    def loss(places: slice, said: Said) -> Tensor:
-        logps = said.logps
-        found[:, places] = logps.detach().view(2, -1)
-        return sigmoid_loss(logps, ref_logps[:, places].reshape(-1), beta=0.02).sum()
-
+    ref_logps = ref_logps.reshape(-1)
     if layout:
+        whole = dataclasses.replace(whole, weighted_ref_logps=ref_logps)
         with attention(model, PREFIX_SHARED if layout == "shared" else None):
-            ModelRunner(model, layout, torch.float32, 256, CPU).backward(whole, loss)
+            hidden = ModelRunner(model, layout, torch.float32, 256, CPU).body(whole)
+            for piece in hidden.head_pieces():
+                Objective(beta=0.02)(piece).sum().backward()
+            hidden.backward()
+        logps = torch.cat(hidden.full_logps, dim=1).flatten()
     else:
-        tokens = torch.cat([token_logps(model, part, torch.float32) for part in alone(pairs)])
-        loss(slice(None), Said(tokens, whole.lengths)).backward()
-    logps = found.view(-1)
+        logps = response_logps(torch.cat([token_logps(model, b, torch.float32) for b in alone(pairs)]), whole.lengths)
+        sigmoid_loss(logps, ref_logps, beta=0.02).sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return logps.detach(), gradients
 

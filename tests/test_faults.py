@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from dpo_cli.cli.app import app
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.metrics_log import append_metrics
-from dpo_cli.models.logprobs import ModelRunner, Said
+from dpo_cli.losses.preference import Preferences
+from dpo_cli.models.logprobs import HiddenStates, ModelRunner, split_pairs
 from dpo_cli.training.step import Trainer
 from tests.conftest import SAMPLE, write_rows
 from tests.test_reference import plant
@@ -70,7 +71,7 @@ Fault = Callable[[Trainer, list[int]], list[int]]
 
 def parameter(value: float) -> Fault:
     def plant(trainer: Trainer, places: list[int]) -> list[int]:
-        trainer.scorer.model.lm_head.weight.data[5, 3] = value  # type: ignore[union-attr, operator, index]
+        trainer.runner.model.lm_head.weight.data[5, 3] = value  # type: ignore[union-attr, operator, index]
         return places
 
     return plant
@@ -78,7 +79,7 @@ def parameter(value: float) -> Fault:
 
 def reference(value: float) -> Fault:
     def plant(trainer: Trainer, places: list[int]) -> list[int]:
-        trainer.reference[places[1], 0] = value
+        trainer.ref_logps[places[1], 0] = trainer.weighted_ref_logps[places[1], 0] = value
         return [places[1]]
 
     return plant
@@ -91,33 +92,35 @@ def embedding(trainer: Trainer, places: list[int]) -> list[int]:
     for place in places:
         alone = ids[place] - set().union(*(everything[p] for p in places if p != place))
         if alone:
-            trainer.scorer.model.model.embed_tokens.weight.data[min(alone)] = math.nan  # type: ignore[union-attr, operator, index]
+            trainer.runner.model.model.embed_tokens.weight.data[min(alone)] = math.nan  # type: ignore[union-attr, operator, index]
             return [place]
     raise AssertionError("no pair has a token of its own")
 
 
 def gradient_of_one(trainer: Trainer, places: list[int]) -> list[int]:
     """The losses are finite; what one pair adds to the gradient is not."""
-    culprit, original = places[1], trainer.scorer.backward
-    rejected = torch.from_numpy(trainer.pairs[culprit].rejected).long()
+    culprit, head_pieces = places[1], HiddenStates.head_pieces
 
-    def spoilt(batch: MicroBatch, loss: Callable[[slice, Said], Tensor], *others: Any) -> None:
-        targets = batch.targets.split(batch.lengths.tolist())[1::2]
+    def spoilt(hidden: HiddenStates, *rest: Any) -> Iterator[Preferences]:
+        pieces = split_pairs(hidden.batch.pair_tokens, hidden.max_rows)
+        for (pairs, _), piece in zip(pieces, head_pieces(hidden, *rest), strict=True):
+            guilty = torch.tensor([place == culprit for place in hidden.batch.places[pairs]] * 2)
+            if piece.logps.requires_grad:
+                piece.logps.register_hook(lambda grad, guilty=guilty: torch.where(guilty, math.nan, grad))
+            yield piece
 
-        def spoilt_loss(pairs: slice, said: Said) -> Tensor:
-            guilty = [False] * (len(said.logps) // 2) + [torch.equal(ids, rejected) for ids in targets[pairs]]
-            said.logps.register_hook(lambda grad: torch.where(torch.tensor(guilty), math.nan, grad))
-            return loss(pairs, said)
-
-        original(batch, spoilt_loss, *others)
-
-    trainer.scorer.backward = spoilt  # type: ignore[method-assign]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(HiddenStates, "head_pieces", spoilt)
+    PATCHES.append(patch)
     return [culprit]
+
+
+PATCHES: list[pytest.MonkeyPatch] = []
 
 
 def gradient(trainer: Trainer, places: list[int]) -> list[int]:
     """The losses are finite; no gradient is."""
-    weight = trainer.scorer.model.model.norm.weight  # type: ignore[union-attr]
+    weight = trainer.runner.model.model.norm.weight  # type: ignore[union-attr]
     weight.register_hook(lambda grad: grad * math.inf)  # type: ignore[union-attr, operator]
     return places
 
@@ -151,23 +154,26 @@ def test_stops_before_the_step_and_names_the_rows(
     before: dict[str, Tensor] = {}
     trainers: list[Trainer] = []
 
-    def step(self: Trainer, micro_batches: Any, *rest: Any) -> Any:
-        places = [i for indices in micro_batches for i in indices]
-        steps.append(len(micro_batches))
+    def step(self: Trainer, planned: Any, micro_batches: Any, *rest: Any) -> Any:
+        places = [i for indices in planned for i in indices]
+        steps.append(len(planned))
         if len(steps) == 3:
             expected.update(self.pairs[place].where for place in fault(self, places))
-            before.update({name: p.detach().clone() for name, p in self.scorer.model.named_parameters()})
+            before.update({name: p.detach().clone() for name, p in self.runner.model.named_parameters()})
             trainers.append(self)
-        return original(self, micro_batches, *rest)
+            micro_batches = self.micro_batches(planned)  # of the reference that may be spoilt now
+        return original(self, planned, micro_batches, *rest)
 
     monkeypatch.setattr(Trainer, "step", step)
     result = train("--max-tokens", max_tokens)
+    while PATCHES:
+        PATCHES.pop().undo()
     assert result.exit_code == 1
     assert f"error: step 3: {told}" in result.stderr and "Traceback" not in result.output
     assert named(result) == expected and 1 <= len(expected) <= 4
     assert (steps[2] > 1) == (max_tokens == 300)
 
-    for name, p in trainers[0].scorer.model.named_parameters():  # nothing was stepped
+    for name, p in trainers[0].runner.model.named_parameters():  # nothing was stepped
         torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=0, equal_nan=True)
         assert p.grad is None or p.grad.isfinite().all()
     for moments in trainers[0].optimizer.state.values():
@@ -196,10 +202,10 @@ def test_goes_on_from_the_last_checkpoint_when_the_fault_is_gone(
     (tmp_path / "run").rename(tmp_path / "whole")
     original = Trainer.step
 
-    def step(self: Trainer, micro_batches: Any, lr: float, stop: Any) -> Any:
+    def step(self: Trainer, planned: Any, micro_batches: Any, lr: float, stop: Any) -> Any:
         if lr < 5e-4:  # the last of three steps
             parameter(math.nan)(self, [])
-        return original(self, micro_batches, lr, stop)
+        return original(self, planned, micro_batches, lr, stop)
 
     monkeypatch.setattr(Trainer, "step", step)
     assert train().exit_code == 1
@@ -334,7 +340,7 @@ def test_a_shard_with_a_number_that_is_not_finite_is_not_believed(
     plant(tmp_path / "cache", shifted({4: value}))
     result = train("--batch-size", ROWS)
     assert result.exit_code == 0, result.output
-    assert "is ignored" in result.stderr and f"0 of {ROWS} pairs cached" in result.stderr
+    assert "was removed" in result.stderr and f"0 of {ROWS} pairs cached" in result.stderr
 
 
 def test_step_0_lets_noise_pass(train: Callable[..., Any], tmp_path: Path) -> None:

@@ -128,5 +128,5 @@ def plain(point: dict[str, Any]) -> dict[str, Any]:
 
 def test_unlikelihood_by_hand() -> None:
     whole = torch.tensor([-2.0, -3.0, -5.0, -1.0])
-    p = Preferences(whole, torch.zeros(4), torch.ones(4), whole, tokens=2.0)
+    p = Preferences(whole, torch.zeros(4), torch.ones(4), whole, mean_chosen_length=2.0)
     assert unlikelihood(p).tolist() == [(-5 + 2) / 2, (-1 + 3) / 2]

@@ -20,7 +20,7 @@ from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.examples import TOP, shifted_tokens
 from dpo_cli.evaluation.kl import FOLD, ModelComparison, Progress, compare, divergences, record, score
 from dpo_cli.evaluation.metrics import PairScores
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
@@ -189,7 +189,7 @@ def test_a_model_against_itself_is_zero_and_needs_no_forward(tmp_path: Path, mon
     scorer, pairs = scorer_of(make_model()), pairs_with_silent_tokens()
     recorded = record(scorer, pairs, tmp_path, PROGRESS)
     assert recorded is not None
-    monkeypatch.setattr(ModelRunner, "states", lambda *_: pytest.fail("the body ran"))
+    monkeypatch.setattr(ModelRunner, "body", lambda *_: pytest.fail("the body ran"))
     found = compare(scorer, recorded, pairs, PROGRESS, policy_runs=True, same=True)
     assert found is not None and torch.equal(found.logps, found.ref_logps)
     exact = found.distributions
@@ -200,15 +200,15 @@ def test_a_model_against_itself_is_zero_and_needs_no_forward(tmp_path: Path, mon
 def test_memory_that_runs_out_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorers, pairs = [scorer_of(make_model(seed=seed)) for seed in (0, 1)], pairs_with_silent_tokens()
     whole = compared(*scorers, pairs, tmp_path, True)
-    states, failed = ModelRunner.states, []
+    body, failed = ModelRunner.body, []
 
-    def limited(scorer: ModelRunner, batch: object) -> Tensor:
+    def limited(scorer: ModelRunner, batch: object) -> object:
         if batch.input_ids.numel() > 100:  # type: ignore[attr-defined]
             failed.append(batch)
             raise torch.OutOfMemoryError
-        return states(scorer, batch)  # type: ignore[arg-type]
+        return body(scorer, batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ModelRunner, "states", limited)
+    monkeypatch.setattr(ModelRunner, "body", limited)
     found = compared(*scorers, pairs, tmp_path, True)
     assert failed and torch.allclose(found.logps, whole.logps, rtol=0, atol=1e-4)
     assert np.allclose(found.distributions.kl, whole.distributions.kl, atol=1e-5)

@@ -1,27 +1,22 @@
 """Log-probabilities of responses, scoring of many pairs, and the gradient of a step."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import dpo_cli.models.logprobs
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import Layout, build_schedule, row_costs
-from dpo_cli.data.collate import collate, padded
+from dpo_cli.data.collate import collate, length_weights, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
-from dpo_cli.models.logprobs import ModelRunner, Said, collision_logps, response_logps, token_logps
-from dpo_cli.training.step import StopSignal, Trainer
+from dpo_cli.models.logprobs import ModelRunner, likelihoods, response_logps, token_logps
 from tests.conftest import make_model, random_pairs, sigmoid_loss
+from tests.steps import make_trainer, relative, take_step
 
 LAYOUTS: list[Layout] = ["shared", "packed", "padded", "alone"]
 CPU = torch.device("cpu")
@@ -71,23 +66,24 @@ def test_token_logps_by_hand(family: str, layout: Layout) -> None:
     assert got.std() > 0.1  # far from the uniform -log V, which any mistake would give too
 
 
-def test_tokens_beyond_the_shorter_response_count_less_by_hand() -> None:
+def test_tokens_beyond_the_shorter_response_weigh_less_by_hand() -> None:
     """Two pairs, of 1 and 3 tokens and of 2 and 2: of the first rejected one the second and third token."""
-    said = Said(torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0]), torch.tensor([1, 3, 2, 2]))
-    assert said.logps.tolist() == [-1, -11, -9, -15] and said.tokens.tolist() == [1, 2, 3, 2]  # chosen first
-    assert said.discounted(0.5).tolist() == [-1, -11, -2 - 0.5 * 7, -15]
-    assert said.discounted(0.0).tolist() == [-1, -11, -2, -15]
+    lengths = torch.tensor([1, 3, 2, 2])
+    assert length_weights(lengths, 0.5).tolist() == [1, 1, 0.5, 0.5, 1, 1, 1, 1]
+    assert length_weights(lengths, 1.0).tolist() == [1] * 8
+    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0])
+    assert response_logps(logps * length_weights(lengths, 0.5), lengths).tolist() == [-1, -11, -2 - 0.5 * 7, -15]
 
 
-def test_weights_by_likelihood_by_hand() -> None:
-    """Of one pair: log p - log sum p^2 a token is -1 and -3, on average -2, and -4."""
-    said = Said(torch.tensor([-2.0, -5.0, -5.0]), torch.tensor([2, 1]), torch.tensor([-1.0, -2.0, -1.0]))
-    assert torch.as_tensor(said.likelihoods()).tolist() == pytest.approx([math.exp(-2) * math.exp(-4)])
-
-
-def test_collisions_are_of_two_draws() -> None:
+def test_weights_by_likelihood() -> None:
+    """Mean over the tokens of a response of log p - log sum p^2, exponentiated, both responses multiplied (WPO)."""
     logits = torch.randn(130, 7, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(collision_logps(logits), logits.softmax(-1).square().sum(-1).log())
+    lengths, targets = torch.tensor([100, 30]), torch.arange(130) % 7
+    log_p = logits.log_softmax(-1)
+    token_logps = log_p.gather(1, targets[:, None])[:, 0]
+    aligned = (token_logps - log_p.exp().square().sum(-1).log()).split([100, 30])
+    wanted = (aligned[0].mean() + aligned[1].mean()).exp()
+    assert likelihoods(token_logps, logits, lengths).tolist() == pytest.approx([float(wanted)], rel=1e-5)
 
 
 def test_response_logps_are_sums_chosen_first() -> None:
@@ -159,21 +155,6 @@ def test_score_of_nothing(model: PreTrainedModel) -> None:
 # ---- the gradient of a step ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class KeepGradients:
-    """An optimizer that takes no step and keeps the gradients it was given."""
-
-    model: PreTrainedModel
-    gradients: list[Tensor] = field(default_factory=list)
-    param_groups: list[dict[str, float]] = field(default_factory=lambda: [{"lr": 0.0}])
-
-    def step(self) -> None:
-        self.gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
-
-    def zero_grad(self) -> None:
-        self.model.zero_grad()
-
-
 PAIRS = random_pairs(64, longest=40)
 
 
@@ -188,23 +169,16 @@ def step_gradients(
     model: PreTrainedModel, reference: Tensor, layout: Layout, max_tokens: int
 ) -> tuple[list[Tensor], dict[str, float], list[tuple[int, ...]]]:
     """Gradients of one step over all pairs as the optimizer sees them, the step's metrics and its micro-batches."""
-    options = TrainOptions(data=["-"], beta=0.1, label_smoothing=0.05, max_grad_norm=0.0)
+    options = TrainOptions(data=["-"], beta=0.1, label_smoothing=0.05, max_grad_norm=0.0, max_tokens=max_tokens)
     costs = row_costs(PAIRS, layout)
     cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world_size": 1, "seed": 0}
     (step,) = build_schedule(costs, layout, max_tokens=max_tokens, **cut)
-    AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of another test
-    optimizer = KeepGradients(model)
-    scorer = ModelRunner(model, layout, torch.float32, max_tokens, CPU)
-    trainer = Trainer(Accelerator(cpu=True), scorer, optimizer, PAIRS, scorer.costs(PAIRS), reference, options)
+    runner = ModelRunner(model, layout, torch.float32, max_tokens, CPU)
+    trainer, optimizer = make_trainer(runner, PAIRS, options, reference)
     with attention(model, own(layout)):
-        values = trainer.step(step, 1e-3, StopSignal())
-    assert values is not None and optimizer.param_groups == [{"lr": 1e-3}]
+        values = take_step(trainer, step)
+    assert optimizer.param_groups == [{"lr": 1e-3}]
     return optimizer.gradients, values, step
-
-
-def relative(a: list[Tensor], b: list[Tensor]) -> Iterator[float]:
-    for x, y in zip(a, b, strict=True):
-        yield float((x - y).norm() / y.norm())
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from click.testing import Result
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -23,14 +21,14 @@ from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import resolve
 from dpo_cli.data.batching import build_schedule
 from dpo_cli.losses.preference import LOSSES, Preferences
-from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.training.step import StopSignal, Trainer
+from dpo_cli.models.logprobs import ModelRunner, likelihoods, response_logps, target_logps
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
-from tests.test_logps import CPU, KeepGradients, relative
+from tests.steps import make_trainer, relative, take_step
+from tests.test_logps import CPU
 
 # What a loss is at equal log-probs at beta 0.1, where the pairs do not decide it.
 STEP_0 = {
-    **dict.fromkeys(("sigmoid", "robust", "sigmoid_norm", "dpop", "aot", "aot_unpaired"), 0.693147),
+    **dict.fromkeys(("sigmoid", "robust", "sigmoid_norm", "dpop"), 0.693147),
     **dict.fromkeys(("hinge", "apo_zero", "apo_down"), 1.0),
     **dict.fromkeys(("nca_pair", "bco_pair", "bco"), 1.386294),
     "ipo": 25.0,
@@ -43,7 +41,6 @@ MORE = (  # beside each loss on its own
     ("bco=1,sft=0.3",),
     ("sigmoid", "--ld-alpha", "0.3"),
     ("sigmoid", "--wpo"),
-    ("aot=1,sft=0.2", "--ld-alpha", "0.5"),
     ("hinge", "--f-divergence", "alpha_divergence=0.3"),
     ("simpo=1,sft=0.1", "--loss-options", "simpo_gamma=1", "--wpo"),
 )
@@ -128,7 +125,7 @@ def test_rewards_of_averaged_losses_are_a_tokens(place: Path, tiny: Path, monkey
 
 @pytest.mark.parametrize(
     "options",
-    [("--loss", "bco=1,sft=0.3"), ("--loss", "aot=1,sft=0.2", "--ld-alpha", "0.5"), ("--loss", "cpo", "--wpo")],
+    [("--loss", "bco=1,sft=0.3"), ("--loss", "hinge=1,sft=0.2", "--ld-alpha", "0.5"), ("--loss", "cpo", "--wpo")],
     ids=" ".join,
 )
 def test_resumed_is_uninterrupted(
@@ -149,7 +146,7 @@ def test_resumed_is_uninterrupted(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_shift_is_the_mean_reward_of_earlier_steps(
+def test_the_baseline_is_the_mean_reward_of_earlier_steps(
     place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one pair a step the loss follows from the step's rewards and those before it."""
@@ -165,7 +162,7 @@ def test_the_shift_is_the_mean_reward_of_earlier_steps(
     assert abs(shift) > 0.01
 
 
-def test_at_another_beta_the_shift_is_another(place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_another_beta_the_baseline_is_another(place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the mean of rewards, which are as many times larger."""
     dpo(place, tiny, monkeypatch, "train", "--output", "bco-beta", "--loss", "bco", "--batch-size", 2, "--beta", 0.1)
     steps = [(line["rewards/chosen"] + line["rewards/rejected"]) / 2 for line in lines(place / "bco-beta")]
@@ -197,7 +194,6 @@ def test_a_sweep_is_over_the_beta_of_any_loss(place: Path, tiny: Path, monkeypat
     [
         ("ipo", "margin", "--loss ipo has no place for the rows' margins; leave them out, or take sigmoid, robust"),
         ("sigmoid=1,ipo=1,sft=1", "margin", "--loss ipo has no place for the rows' margins"),
-        ("aot=1,sft=1", "weight", "sorts the responses of a step, so that rows cannot have weights"),
     ],
 )
 def test_terms_of_rows_that_a_loss_does_not_take_up_are_refused(
@@ -233,28 +229,23 @@ Gradients = list[torch.Tensor]
 
 def step(model: PreTrainedModel, max_tokens: int, apart: bool, **options: Any) -> tuple[Gradients, dict[str, float]]:
     """Gradients and metrics of one step over all pairs."""
-    made = TrainOptions(data=["-"], max_grad_norm=0.0, **options)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    scorer = ModelRunner(model, "packed", torch.float32, max_tokens, CPU, apart, wpo=made.wpo)
+    made = TrainOptions(data=["-"], max_grad_norm=0.0, max_tokens=max_tokens, **options)
+    runner = ModelRunner(model, "packed", torch.float32, max_tokens, CPU, apart)
     (plan,) = build_schedule(
-        scorer.costs(PAIRS), "packed", batch_size=40, epochs=1, max_steps=1, max_tokens=max_tokens, world_size=1, seed=0
+        runner.costs(PAIRS), "packed", batch_size=40, epochs=1, max_steps=1, max_tokens=max_tokens, world_size=1, seed=0
     )
     reference = torch.linspace(-90, -50, 80).view(-1, 2)
-    optimizer = KeepGradients(model)
-    engine, costs = Accelerator(cpu=True), scorer.costs(PAIRS)
-    trainer = Trainer(engine, scorer, optimizer, PAIRS, costs, reference, made, discounted=reference + 1)
-    values = trainer.step(plan, 1e-3, StopSignal())
-    assert values is not None and (len(plan) == 1) == (max_tokens == 4096)
+    trainer, optimizer = make_trainer(runner, PAIRS, made, reference, reference + 1)
+    values = take_step(trainer, plan)
+    assert (len(plan) == 1) == (max_tokens == 4096)
     return optimizer.gradients, values
 
 
 @pytest.mark.parametrize(
     ("options", "apart"),
     [
-        ({"loss": "aot", "label_smoothing": 0.1}, True),
-        ({"loss": "aot_unpaired=1,sft=0.3", "ld_alpha": 0.4}, True),
-        ({"loss": "aot_unpaired=1,sft=0.3", "ld_alpha": 0.4}, False),
         ({"loss": "sigmoid=1,sft=0.5", "ld_alpha": 0.4}, True),
+        ({"loss": "sigmoid=1,sft=0.5", "ld_alpha": 0.4}, False),
         ({"loss": "hinge", "wpo": True}, True),
         ({"loss": "hinge", "wpo": True}, False),
         ({"loss": "orpo"}, True),
@@ -277,15 +268,19 @@ def test_a_steps_gradient_is_that_of_the_whole_however_it_is_cut(
 def by_formula(model: PreTrainedModel, **options: Any) -> tuple[Gradients, float]:
     """The same by one graph through all pairs, of which nothing is cut."""
     made = TrainOptions(data=["-"], **options)
-    scorer = ModelRunner(model, "packed", torch.float32, 4096, CPU, wpo=made.wpo)
-    said, tables = scorer.said(scorer.batch(PAIRS)), torch.linspace(-90, -50, 80).view(-1, 2).T.reshape(-1)
+    runner = ModelRunner(model, "packed", torch.float32, 4096, CPU)
+    batch = runner.batch(PAIRS, made.objective.ld_alpha)
+    hidden = runner.body(batch)
+    logits = hidden.head.logits(hidden.values)
+    token_logps = target_logps(logits, batch.targets)
+    lengths = batch.lengths.view(-1, 2).T.reshape(-1)
     pairs = Preferences(
-        logps=said.discounted(made.ld_alpha),
-        ref_logps=tables + 1,
-        lengths=said.tokens,
-        whole=said.logps,
-        tokens=float(said.tokens[:40].double().mean()),
-        weights=said.likelihoods(),
+        logps=response_logps(token_logps * batch.token_weights, batch.lengths),
+        ref_logps=torch.linspace(-90, -50, 80).view(-1, 2).T.reshape(-1) + 1,
+        lengths=lengths,
+        full_logps=response_logps(token_logps, batch.lengths),
+        mean_chosen_length=float(lengths[:40].double().mean()),
+        weights=likelihoods(token_logps.detach(), logits.detach(), batch.lengths) if made.wpo else 1.0,
     )
     model.zero_grad()
     loss = made.objective(pairs).mean()

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.losses.preference import LOSSES, listed
+from dpo_cli.losses.objective import list_losses
+from dpo_cli.losses.preference import LOSSES
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs" / "losses.md"
@@ -29,7 +30,7 @@ TABLE = re.compile(r"(?<=<!-- losses: written by `make docs` -->\n).*?(?=<!-- /l
 def table() -> str:
     """A line a loss."""
     lines = ["| `--loss` | when | loss of a pair | reads | source |", "|---|---|---|---|---|"]
-    for loss in listed()["losses"]:
+    for loss in list_losses()["losses"]:
         reads = [f"`{name}`" for name in loss["reads"]] + [f"`{n}` = {v:g}" for n, v in loss["options"].items()]
         formula = loss["formula"].replace("|", "\\|")
         paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", loss["paper"])

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from dpo_cli.losses.preference import LOSSES, Objective, Preferences, objective_of
-from dpo_cli.models.logprobs import Said
+from dpo_cli.data.collate import length_weights
+from dpo_cli.losses.objective import Objective, parse_objective
+from dpo_cli.losses.preference import LOSSES, Preferences
+from dpo_cli.models.logprobs import response_logps
 
 PAIRS, WIDTH, BETA = 7, 24, 0.3
 NAMES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 OF_DIVERGENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
-EPS = {"exo_pair": 0.01, "robust": 0.1, "aot": 0.1, "aot_unpaired": 0.1}  # those where TRL reads it, too
+EPS = {"exo_pair": 0.01, "robust": 0.1}  # those where TRL reads it, too
 
 
 @dataclasses.dataclass
@@ -85,16 +87,23 @@ def ours(tokens: Tokens, objective: Objective) -> tuple[float, Tensor]:
         order = [row for pair in range(PAIRS) for row in (pair, PAIRS + pair)]
         return torch.cat([table[row][tokens.mask[row]] for row in order])
 
-    lengths = tokens.mask.sum(1).view(2, -1).T.reshape(-1)
-    said = Said(flat(leaf), lengths, flat(tokens.collisions) if objective.wpo else None)
-    reference = Said(flat(tokens.reference), lengths)
+    def order(lengths: Tensor) -> Tensor:  # the same
+        return lengths.view(2, -1).T.reshape(-1)
+
+    lengths = tokens.mask.sum(1)  # chosen first
+    token_weights = length_weights(order(lengths), objective.ld_alpha)
+
+    def logps(table: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+        return response_logps(flat(table) * weights, order(lengths))
+
+    aligned = ((logps(leaf.detach()) - logps(tokens.collisions)) / lengths).exp().chunk(2)
     pairs = Preferences(
-        logps=said.discounted(objective.ld_alpha),
-        ref_logps=reference.discounted(objective.ld_alpha),
-        lengths=said.tokens,
-        whole=said.logps,
-        tokens=float(said.tokens[:PAIRS].double().mean()),
-        weights=said.likelihoods(),
+        logps=logps(leaf, token_weights),
+        ref_logps=logps(tokens.reference, token_weights),
+        lengths=lengths,
+        full_logps=logps(leaf),
+        mean_chosen_length=float(lengths[:PAIRS].double().mean()),
+        weights=aligned[0] * aligned[1] if objective.wpo else 1.0,
     )
     loss = objective(pairs).mean()
     (gradient,) = torch.autograd.grad(loss, leaf)
@@ -110,14 +119,16 @@ def check(tokens: Tokens, objective: Objective, **options: Any) -> None:
 
 def test_all_of_theirs_are_compared() -> None:
     text = " ".join((DPOConfig.__doc__ or "").split("loss_type (")[1].split("loss_weights (")[0].split())
-    assert all(f"`'{name}'`" in text for name in NAMES) and text.count("`'") == len(NAMES)
+    assert (
+        all(f"`'{name}'`" in text for name in NAMES) and text.count("`'") == len(NAMES) + 2
+    )  # beside the two AOT losses
     assert set(NAMES) <= set(LOSSES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses(name: str) -> None:
     eps = EPS.get(name, 0.0)
-    check(make_tokens(), objective_of(name, beta=BETA, label_smoothing=eps), loss_types=[name], label_smoothing=eps)
+    check(make_tokens(), parse_objective(name, beta=BETA, label_smoothing=eps), loss_types=[name], label_smoothing=eps)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence", "alpha_divergence=1.5"])
@@ -125,7 +136,7 @@ def test_losses(name: str) -> None:
 def test_f_divergences(name: str, divergence: str) -> None:
     kind, _, alpha = divergence.partition("=")
     eps = EPS.get(name, 0.0)
-    objective = objective_of(name, beta=BETA, label_smoothing=eps, f_divergence=divergence)
+    objective = parse_objective(name, beta=BETA, label_smoothing=eps, f_divergence=divergence)
     about = {"f_divergence_type": kind, "f_alpha_divergence_coef": float(alpha or 0.5), "label_smoothing": eps}
     tokens = make_tokens(torch.float32)  # theirs knows no other
     (got, gradient), (wanted, their_gradient) = ours(tokens, objective), theirs(tokens, loss_types=[name], **about)
@@ -137,18 +148,18 @@ def test_f_divergences(name: str, divergence: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "sft"])
 def test_ld_dpo(name: str, alpha: float) -> None:
     eps = EPS.get(name, 0.0)
-    objective = objective_of(name, beta=BETA, label_smoothing=eps, ld_alpha=alpha)
+    objective = parse_objective(name, beta=BETA, label_smoothing=eps, ld_alpha=alpha)
     check(make_tokens(), objective, loss_types=[name], label_smoothing=eps, ld_alpha=alpha)
 
 
 # Theirs cannot: hinge's gradient, whose value they overwrite. They weight the mean of sft, here its pairs are weighted.
-NO_WPO = ("hinge", "aot", "aot_unpaired", "sft")
+NO_WPO = ("hinge", "sft")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_WPO])
 def test_wpo(name: str) -> None:
     eps = EPS.get(name, 0.0)
-    objective = objective_of(name, beta=BETA, label_smoothing=eps, wpo=True)
+    objective = parse_objective(name, beta=BETA, label_smoothing=eps, wpo=True)
     tokens = make_tokens()
     tokens.collisions += 0.3 * tokens.mask  # weights around 1
     check(tokens, objective, loss_types=[name], label_smoothing=eps, use_weighting=True)
@@ -158,12 +169,12 @@ def test_wpo(name: str) -> None:
     ("loss", "more"),
     [
         ("sigmoid=0.8,bco_pair=0.2,sft=1", {}),  # MPO
-        ("aot=1,sft=0.2", {"ld_alpha": 0.3}),
+        ("ipo=1,sft=0.2", {"ld_alpha": 0.3}),
         ("sigmoid=1,sft=0.5", {"f_divergence": "js_divergence"}),
     ],
 )
 def test_combinations(loss: str, more: dict[str, Any]) -> None:
-    objective = objective_of(loss, beta=BETA, **more)
+    objective = parse_objective(loss, beta=BETA, **more)
     names = {"f_divergence_type" if name == "f_divergence" else name: value for name, value in more.items()}
     weights = list(objective.terms.values())
     check(make_tokens(), objective, loss_types=list(objective.terms), loss_weights=weights, **names)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.data.collate import MicroBatch
-from dpo_cli.models.logprobs import ModelRunner
+from dpo_cli.models.logprobs import HiddenStates, ModelRunner
 from tests.conftest import SAMPLE, size, write_rows
 
 ROWS = 12
@@ -65,31 +65,33 @@ class Limits:
         self.backwards: set[int] = set()
         self.seen = 0
         self.failed: list[int] = []  # tokens of each forward that failed, or whose backward did
-        backward = ModelRunner.backward
+        body, backward = ModelRunner.body, HiddenStates.backward
 
-        def limited(
-            forward: Callable[[ModelRunner, MicroBatch], Tensor],
-        ) -> Callable[[ModelRunner, MicroBatch], Tensor]:
-            def run(scorer: ModelRunner, batch: MicroBatch) -> Tensor:
-                if batch.input_ids.numel() > self.tokens:
-                    self._fail(batch.input_ids.numel())
-                return forward(scorer, batch)
-
-            return run
-
-        def limited_backward(scorer: ModelRunner, batch: MicroBatch, *rest: Any) -> None:
-            tokens, several = batch.input_ids.numel(), len(batch.lengths) > 2
+        def check(runner: ModelRunner, batch: MicroBatch) -> None:
+            tokens = batch.input_ids.numel()
+            several = runner.model.training and len(batch.lengths) > 2
             self.seen += several
             if tokens > self.tokens or (several and self.seen in self.forwards):
                 self._fail(tokens)
-            if several and self.seen in self.backwards:
-                weight = scorer.model.model.layers[0].mlp.down_proj.weight  # type: ignore[union-attr, index]
-                hook = weight.register_hook(lambda grad: (hook.remove(), self._fail(tokens)))  # type: ignore[union-attr, operator]
-            backward(scorer, batch, *rest)
 
-        for name in ("token_logps", "said", "states"):
-            patch.setattr(ModelRunner, name, limited(getattr(ModelRunner, name)))
-        patch.setattr(ModelRunner, "backward", limited_backward)
+        def limited_body(runner: ModelRunner, batch: MicroBatch, *rest: Any, **more: Any) -> HiddenStates:
+            check(runner, batch)
+            return body(runner, batch, *rest, **more)
+
+        def limited_token_logps(runner: ModelRunner, batch: MicroBatch) -> Tensor:
+            check(runner, batch)
+            return token_logps(runner, batch)
+
+        def limited_backward(hidden: HiddenStates, *losses: Tensor) -> None:
+            if len(hidden.batch.lengths) > 2 and self.seen in self.backwards:
+                self.backwards.discard(self.seen)
+                hidden.values.register_hook(lambda grad: self._fail(hidden.batch.input_ids.numel()))
+            backward(hidden, *losses)
+
+        token_logps = ModelRunner.token_logps
+        patch.setattr(ModelRunner, "token_logps", limited_token_logps)
+        patch.setattr(ModelRunner, "body", limited_body)
+        patch.setattr(HiddenStates, "backward", limited_backward)
 
     def _fail(self, tokens: int) -> None:
         self.failed.append(tokens)
@@ -130,7 +132,7 @@ def test_the_trajectory_is_that_of_a_run_with_memory_enough(
         assert result.exit_code == 0, result.output
         assert len(limits.failed) == 1, getattr(limits, where)
         (tokens,) = limits.failed
-        told = f"warning: out of memory at {tokens:,} tokens a forward; going on with --max-tokens {tokens // 2}"
+        told = f"warning: out of memory at {tokens:,} tokens per forward; continuing with --max-tokens {tokens // 2}"
         assert told in result.stderr
         assert_same_trajectory(run, whole)
 
@@ -140,7 +142,7 @@ def test_memory_that_is_short_all_the_time(start: Train, whole: Path, limits: Li
     limits.tokens = 500
     result = start(tmp_path / "run")
     assert result.exit_code == 0, result.output
-    told = [int(tokens) for tokens in re.findall(r"going on with --max-tokens (\d+)", result.stderr)]
+    told = [int(tokens) for tokens in re.findall(r"continuing with --max-tokens (\d+)", result.stderr)]
     assert told and len(told) == len(limits.failed) <= 2 and told[-1] <= 500
     assert_same_trajectory(tmp_path / "run", whole)
 

@@ -16,9 +16,10 @@ import torch
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.evaluation.kl import COLUMNS, divergences
 from dpo_cli.evaluation.metrics import PairScores, pair_sums, summarize
-from dpo_cli.losses.preference import DPO, Objective, Preferences
+from dpo_cli.losses.objective import DPO, Objective
+from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.logprobs import response_logps, target_logps
-from dpo_cli.training.step import learning_rate
+from dpo_cli.training.optimizer import learning_rate
 from tests.conftest import ROOT, sigmoid_loss
 
 QUOTES = re.findall(

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.models.logprobs import ModelRunner
+from dpo_cli.models.logprobs import HiddenStates, ModelRunner
 from dpo_cli.training.loop import Trainer
 from tests.conftest import SAMPLE, write_rows
 
@@ -125,15 +125,15 @@ def test_resumed_equals_uninterrupted(
     runs: dict[str, Path], dpo: Dpo, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal comes in the second step's backward pass; in-backward that step is finished all the same."""
-    original, calls = Trainer._backward, []
+    original, calls = HiddenStates.backward, []
 
-    def interrupting(self: Trainer, *arguments: Any) -> Any:
+    def interrupting(self: HiddenStates, *arguments: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGTERM)
         return original(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_backward", interrupting)
+    monkeypatch.setattr(HiddenStates, "backward", interrupting)
     options = ("--memory", mode, "--dtype", "bfloat16", "--eval-data", SAMPLE / "heldout-strings.jsonl")
     result = dpo("train", *COMMON, *options, "--output", tmp_path / "run")
     assert result.exit_code == 130, result.output
@@ -168,7 +168,7 @@ def test_a_gradient_that_is_not_finite_is_said_to_have_changed_weights(
     def spoiling(self: Trainer, *arguments: Any) -> Any:
         steps.append(arguments)
         if len(steps) == 3:
-            self.scorer.model.model.layers[0].mlp.down_proj.weight.register_hook(lambda grad: grad * math.nan)  # type: ignore[union-attr, index, operator]
+            self.runner.model.model.layers[0].mlp.down_proj.weight.register_hook(lambda grad: grad * math.nan)  # type: ignore[union-attr, index, operator]
         return original(self, *arguments)
 
     monkeypatch.setattr(Trainer, "step", spoiling)
@@ -184,15 +184,15 @@ def test_an_evaluation_that_lacks_memory_leaves_training_as_it_is(
     runs: dict[str, Path], dpo: Dpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on with less a forward; a training step that was one forward still is."""
-    original, failed = ModelRunner.attempt, []
+    original, failed = ModelRunner._attempt, []
 
-    def lacking(self: ModelRunner, pairs: Any, places: Any, compute: Any) -> Any:
+    def lacking(self: ModelRunner, pairs: Any, places: Any, *rest: Any) -> Any:
         if len(places) > 40:  # held-out ones: a step has 4
             failed.append(len(places))
             return None
-        return original(self, pairs, places, compute)
+        return original(self, pairs, places, *rest)
 
-    monkeypatch.setattr(ModelRunner, "attempt", lacking)
+    monkeypatch.setattr(ModelRunner, "_attempt", lacking)
     options = ("--memory", "in-backward", "--dtype", "bfloat16", "--eval-data", SAMPLE / "heldout-strings.jsonl")
     result = dpo("train", *COMMON, *options, "--eval-steps", 1, "--max-tokens", 16384, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output

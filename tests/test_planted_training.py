@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.diagnostics import Evidence, diagnose
 from dpo_cli.evaluation.metrics import Distributions, PairScores
 from dpo_cli.evaluation.statistics import intervals, length_bias
-from dpo_cli.losses.preference import Objective
-from dpo_cli.models.logprobs import ModelRunner, Said, hidden_states
+from dpo_cli.losses.objective import Objective
+from dpo_cli.models.logprobs import ModelRunner, hidden_states
 from tests.conftest import make_model, sigmoid_loss
 
 CPU = torch.device("cpu")
@@ -45,12 +45,25 @@ def scorer(model: PreTrainedModel) -> ModelRunner:
     return ModelRunner(model, "padded", torch.float32, 4096, CPU)
 
 
+SFT = Objective({"sft": 1.0})
+
+
+def backward(model: PreTrainedModel, batch: MicroBatch, objective: Objective, pairs: int) -> tuple[Tensor, Tensor]:
+    """Add the gradient of a batch; its losses (P,) and log-probs (2P,)."""
+    hidden, losses = scorer(model).body(batch), []
+    for piece in hidden.head_pieces():
+        losses.append(objective(piece))
+        (losses[-1].sum() / pairs).backward()
+    hidden.backward()
+    return torch.cat(losses).detach(), torch.cat(hidden.full_logps, 1).flatten()
+
+
 def pretrain(model: PreTrainedModel, pairs: Sequence[Pair], steps: int, lr: float) -> None:
     """Teach the model to answer like the chosen responses."""
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr, weight_decay=0), np.random.default_rng(0)
     for _ in range(steps):
         batch = collate([pairs[i] for i in rng.choice(len(pairs), 32)], "padded")
-        scorer(model).backward(batch, lambda _, said: -said.logps.chunk(2)[0].sum() / 32)
+        backward(model, batch, SFT, 32)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -108,19 +121,13 @@ def train(
     for step in range(steps + 1):
         if step:
             places = rng.choice(len(pairs), 16, replace=len(pairs) < 16)
-            margins: list[Tensor] = []
-
-            def loss(some: slice, said: Said, places: Any = places, margins: list[Tensor] = margins) -> Tensor:
-                logps = said.logps
-                reference = ref_logps[places[some]].T.reshape(-1)
-                margins.append(beta * (logps - reference).detach().view(2, -1).diff(dim=0).neg()[0])
-                return sigmoid_loss(logps, reference, beta).sum() / 16
-
-            scorer(policy).backward(collate([pairs[i] for i in places], "padded"), loss)
+            reference = ref_logps[places].T.reshape(-1)
+            batch = replace(collate([pairs[i] for i in places], "padded"), weighted_ref_logps=reference)
+            losses, logps = backward(policy, batch, Objective(beta=beta), 16)
             optimizer.step()
             optimizer.zero_grad()
-            found = torch.cat(margins)
-            means = {"loss": -torch.nn.functional.logsigmoid(found).mean(), "rewards/margins": found.mean()}
+            margins = beta * (logps - reference).view(2, -1).diff(dim=0).neg()[0]
+            means = {"loss": losses.mean(), "rewards/margins": margins.mean()}
             history.append({"step": step, "learning_rate": lr} | {name: float(mean) for name, mean in means.items()})
         if step % (steps // 10) == 0:
             held_out_loss = sigmoid_loss(table(policy, held_out).T.reshape(-1), ref_held_out, beta).mean()

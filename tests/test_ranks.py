@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from benchmarks.memory import hosts, scale
 from dpo_cli.cli.app import app
-from dpo_cli.training.step import StopSignal
+from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
 from tests.conftest import LONG, ROOT, SAMPLE, cached_logps, cli_environment, make_model
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(1500)  # `done` takes five minutes where two of
 PAIRS, STEPS = 13, 6  # with 5 pairs a step: an epoch's last step has fewer pairs than four ranks
 TRAIN = ["--batch-size", "5", "--epochs", "2", "--lr", "1e-3", "--save-steps", "3", "--eval-steps", "3"]
 TRAIN += ["--max-tokens", "600", "--max-length", "300", "--memory", "full"]
-COUPLED = ["--loss", "aot", "--ld-alpha", "0.5"]  # a step whose pairs are sorted; log-probs of tokens from the cache
+WEIGHTED = ["--loss", "sigmoid=1,sft=0.2", "--ld-alpha", "0.5"]  # reads log-probs of tokens from the cache
 
 
 def launch(folder: Path, ranks: int, *command: str) -> list[str]:
@@ -88,7 +88,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, di
         return ["precompute-ref", *data, "--cache-dir", str(folder / "cache" / name), "--max-tokens", "300", "--json"]
 
     alone(*words("one"))
-    alone(*words("coupled-one", *COUPLED))
+    alone(*words("coupled-one", *WEIGHTED))
     shutil.copytree(tiny, folder / "other")
     make_model(seed=1).save_pretrained(folder / "other")
     adapter, ref = ["--lora-rank", "4", "--export", "merged"], ["--ref-model", str(folder / "other")]
@@ -98,7 +98,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, di
     two = {"two": words("two"), "two-shards": words("two-shards", "--fsdp"), "oom": words("oom")}
     two |= {"nan": words("nan"), "usage": words("usage", "--memory", "in-backward", "--max-grad-norm", "0")}
     two |= {"adapter": words("adapter", *adapter), "ref": words("ref", *ref)}
-    two |= {"coupled": words("coupled", *COUPLED), "coupled-shards": words("coupled-shards", *COUPLED, "--fsdp")}
+    two |= {"coupled": words("coupled", *WEIGHTED), "coupled-shards": words("coupled-shards", *WEIGHTED, "--fsdp")}
     two["alone"] = words("alone")
     ends = on_ranks(folder, 2, {case: two[case] for case in sorted(two, key=("nan", "usage", "alone").count)})
     alone("train", "--resume", str(first_half(folder / "two-shards", folder / "from-2-to-1")))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.studies.recovery import BETAS, Toy, compare, expected_loss, log_probs, make_toy, train
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 
 
 @pytest.fixture(scope="module")

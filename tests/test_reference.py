@@ -29,6 +29,7 @@ import dpo_cli.reference.store
 from dpo_cli.cli.app import app
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
@@ -62,13 +63,13 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     pairs: list[int] = []
 
     def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(self: ModelRunner, batch: MicroBatch, *rest: Any) -> Any:
+        def run(self: ModelRunner, batch: MicroBatch, *rest: Any, **more: Any) -> Any:
             pairs.append(len(batch.lengths) // 2)
-            return forward(self, batch, *rest)
+            return forward(self, batch, *rest, **more)
 
         return run
 
-    for name in ("token_logps", "said", "states", "backward"):
+    for name in ("token_logps", "body"):
         monkeypatch.setattr(ModelRunner, name, counting(getattr(ModelRunner, name)))
     return pairs
 
@@ -270,8 +271,11 @@ def test_log_probs_as_ld_dpo_reads_them(tmp_path: Path, scorer: ModelRunner, alp
     pairs.append(Pair("row 12", pairs[0].prompt, pairs[0].chosen, pairs[0].chosen[:1]))
     cache = open_cache(tmp_path)
     whole = compute_missing(cache, pairs, scorer).logps
-    found = cache.discounted(Pairs(pairs), alpha)
-    torch.testing.assert_close(found, scorer.read(pairs, alpha).discounted, rtol=1e-6, atol=1e-5)
+    found, fresh = cache.weighted(Pairs(pairs), alpha), torch.empty(len(pairs), 2)
+    forwards = scorer.forwards(pairs, lambda _, batch: [*scorer.body(batch).head_pieces()], ld_alpha=alpha)
+    for places, pieces in forwards:
+        fresh[list(places)] = Preferences.concatenate(pieces).logps.view(2, -1).T
+    torch.testing.assert_close(found, fresh, rtol=1e-6, atol=1e-5)
     one = torch.tensor([len(pair.chosen) == len(pair.rejected) for pair in pairs])
     torch.testing.assert_close(found[one | (alpha == 1)], whole[one | (alpha == 1)])
     if alpha < 1:

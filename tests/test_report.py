@@ -19,7 +19,7 @@ from PIL import Image
 
 from dpo_cli.evaluation.diagnostics import judge
 from dpo_cli.evaluation.examples import ShownPair, Token
-from dpo_cli.losses.preference import objective_of
+from dpo_cli.losses.objective import parse_objective
 from dpo_cli.reporting import plots
 from dpo_cli.reporting.html import MAX_TOKENS, ReportInput, page, shade, shown, write_report
 from dpo_cli.reporting.plots import svg, write_curves
@@ -352,5 +352,5 @@ def test_a_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_of_another_loss_nothing_is_said_of_ln_2() -> None:
     about = ReportInput("run", make_evaluation(), make_history(60))
     assert "ln 2" in page(about)
-    told = page(dataclasses.replace(about, objective=objective_of("simpo")))
+    told = page(dataclasses.replace(about, objective=parse_objective("simpo")))
     assert "ln 2" not in told and "Of --loss simpo" in told and "Beta times the log-prob per token" in told

@@ -263,7 +263,7 @@ def test_killed_three_times_from_outside(
 @pytest.mark.parametrize(
     "strike",
     [
-        Strike("dpo_cli.training.loop:Trainer._backward", 13),  # between the micro-batches of a step
+        Strike("dpo_cli.models.logprobs:HiddenStates.backward", 13),  # between the micro-batches of a step
         Strike("dpo_cli.training.loop:append_metrics", 7),  # after a step, before its line
         Strike("dpo_cli.evaluation.kl:_compare_heads", 5),  # in an evaluation
         Strike("dpo_cli.training.heldout:append_metrics", 3),  # evaluated, before its line
@@ -337,7 +337,7 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
     places.append(place)
     code, told = place.train("whole")
     assert code == 0, told
-    code, told = place.train("run", strike=Strike("dpo_cli.training.loop:Trainer._backward", 10, (number,)))
+    code, told = place.train("run", strike=Strike("dpo_cli.models.logprobs:HiddenStates.backward", 10, (number,)))
     assert code == (130 if number == signal.SIGTERM else -number), told
     found = newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail)
     assert found and (found[1] % 2 == 1) == (number == signal.SIGTERM)  # else it was not written at the interruption
@@ -352,16 +352,16 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
 @pytest.mark.parametrize(
     ("phase", "call", "number"),
     [
-        ("kl:_compare_heads", 1, signal.SIGTERM),  # in the evaluation before the first step
-        ("training:Trainer.step", 1, signal.SIGINT),
-        ("training:Trainer._backward", 13, signal.SIGTERM),  # between the micro-batches of a step
-        ("training:Trainer._backward", 13, signal.SIGINT),
-        ("training:append_metrics", 6, signal.SIGTERM),
-        ("kl:_compare_heads", 5, signal.SIGINT),  # in an evaluation on the way
-        ("heldout:append_metrics", 3, signal.SIGTERM),
-        ("heldout:write_report", 2, signal.SIGINT),
-        ("training:save_checkpoint", 3, signal.SIGTERM),
-        ("training:export_model", 1, signal.SIGINT),
+        ("evaluation.kl:_compare_heads", 1, signal.SIGTERM),  # in the evaluation before the first step
+        ("training.loop:Trainer.step", 1, signal.SIGINT),
+        ("models.logprobs:HiddenStates.backward", 13, signal.SIGTERM),  # between the micro-batches of a step
+        ("models.logprobs:HiddenStates.backward", 13, signal.SIGINT),
+        ("training.loop:append_metrics", 6, signal.SIGTERM),
+        ("evaluation.kl:_compare_heads", 5, signal.SIGINT),  # in an evaluation on the way
+        ("training.heldout:append_metrics", 3, signal.SIGTERM),
+        ("training.heldout:write_report", 2, signal.SIGINT),
+        ("training.loop:save_checkpoint", 3, signal.SIGTERM),
+        ("training.loop:export_model", 1, signal.SIGINT),
     ],
 )
 def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, number: signal.Signals) -> None:
@@ -369,7 +369,7 @@ def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, 
     name = f"my {phase.partition(':')[2]} {call} {number.name}"
     run = place.folder / name
     code, told = place.train(name, strike=Strike(f"dpo_cli.{phase}", call, (number,)))
-    if phase != "training:export_model" or code:  # the work is done there: it may as well come to its end
+    if phase != "training.loop:export_model" or code:  # the work is done there: it may as well come to its end
         assert code == 130, told
         found = newest_checkpoint(run / "checkpoints", pytest.fail)
         assert found and found[1] == max(newest_step(run), 0)
@@ -381,9 +381,11 @@ def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, 
 
 
 def test_two_interruptions_in_a_row(place: Place) -> None:
-    code, told = place.train("twice", strike=Strike("dpo_cli.training.loop:Trainer._backward", 8, (signal.SIGINT,)))
+    code, told = place.train(
+        "twice", strike=Strike("dpo_cli.models.logprobs:HiddenStates.backward", 8, (signal.SIGINT,))
+    )
     assert code == 130, told
-    strike = Strike("dpo_cli.training.loop:Trainer._backward", 1, (signal.SIGTERM,))
+    strike = Strike("dpo_cli.models.logprobs:HiddenStates.backward", 1, (signal.SIGTERM,))
     code, told = place.dpo(*told_command(told), strike=strike)  # in the first step after resuming
     assert code == 130, told
     code, told = place.dpo(*told_command(told))
@@ -393,7 +395,7 @@ def test_two_interruptions_in_a_row(place: Place) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_second_signal_ends_at_once(place: Place, number: signal.Signals) -> None:
-    strike = Strike("dpo_cli.training.loop:Trainer._backward", 13, (number, number))
+    strike = Strike("dpo_cli.models.logprobs:HiddenStates.backward", 13, (number, number))
     code, told = place.train(f"impatient-{number.name}", strike=strike)
     assert code == -number, told
     assert "a checkpoint was written" not in told

@@ -47,20 +47,16 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def backward(model: PreTrainedModel, pairs: Sequence[Pair], layout: Layout) -> tuple[float, dict[str, Tensor]]:
     """The auxiliary loss of pairs in one forward, and its gradient alone."""
-    found: list[float] = []
-
-    def routing(logits: Sequence[Tensor]) -> Tensor:
-        part = routed(logits, batch, 2)
-        loss = auxiliary_loss(part, part.counts)
-        found.append(float(loss.detach()))
-        return loss
-
     model.zero_grad()
     with attention(model, PREFIX_SHARED if layout == "shared" else None):
-        engine = scorer(model, layout)
-        batch = engine.batch(pairs)
-        engine.backward(batch, lambda places, said: 0 * said.logps.sum(), routing=routing)
-    return found[0], gradients(model)
+        runner = scorer(model, layout)
+        hidden = runner.body(runner.batch(pairs), output_router_logits=True)
+        for piece in hidden.head_pieces():
+            (0 * piece.logps.sum()).backward()
+        part = routed(hidden.router_logits, hidden.batch, 2)
+        loss = auxiliary_loss(part, part.counts)
+        hidden.backward(loss)
+    return float(loss.detach()), gradients(model)
 
 
 def test_value_and_gradient_of_transformers_in_every_layout(model: PreTrainedModel) -> None:

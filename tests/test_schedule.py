@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.training.optimizer import make_optimizer
-from dpo_cli.training.step import learning_rate
+from dpo_cli.training.optimizer import learning_rate, make_optimizer
 from tests.conftest import make_model
 
 HALF, QUARTER = 0.5, 0.25

@@ -24,7 +24,7 @@ from dpo_cli.evaluation.statistics import (
     student,
     wilson,
 )
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.reporting.text import as_text
 from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.files import to_json
@@ -62,7 +62,7 @@ def test_a_step_and_an_evaluation_have_the_same_metrics(objective: Objective) ->
         torch.from_numpy(t.T.reshape(-1)) for t in (scores.logps, scores.ref_logps, scores.tokens)
     )
     reference = ref_logps if objective.reference else torch.zeros_like(logps)
-    averaged = lengths if objective.averaged else None
+    averaged = lengths if objective.length_normalized else None
     sums = pair_sums(torch.from_numpy(scores.losses), logps, reference, objective.beta, averaged)
     means = scores.means()
     assert summarize(sums.tolist()) == pytest.approx({name: means[name] for name in METRICS})

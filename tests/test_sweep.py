@@ -25,7 +25,7 @@ from dpo_cli.evaluation.reward import Reward, load_reward
 from dpo_cli.reporting.plots import frontier, svg, write_plots
 from dpo_cli.training import prepare
 from dpo_cli.training.loop import train
-from dpo_cli.training.step import StopSignal, Trainer
+from dpo_cli.training.step import Trainer
 from dpo_cli.training.sweep import as_text
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import SAMPLE, make_model, write_rows
@@ -215,11 +215,11 @@ def test_later_runs_settle_as_the_first(place: Path, monkeypatch: pytest.MonkeyP
 def test_an_interrupted_sweep_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
     taken = []
 
-    def step(trainer: Trainer, indices: Any, rate: float, stop: StopSignal) -> Any:
+    def step(trainer: Trainer, *rest: Any) -> Any:
         taken.append(trainer.options.beta)
         if len(taken) == 5 and trainer.options.beta == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return own(trainer, indices, rate, stop)
+        return own(trainer, *rest)
 
     own = Trainer.step
     monkeypatch.setattr(Trainer, "step", step)

@@ -16,8 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,16 +29,17 @@ from dpo_cli.data.collate import collate
 from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.data.tokenize import PairSet, tokenize_rows
 from dpo_cli.evaluation.evaluator import Evaluator
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import ModelRunner, token_logps
 from dpo_cli.reference.store import compute_missing, pair_keys
 from dpo_cli.training.memory import at_head, count_bytes
 from dpo_cli.training.prepare import _verify
-from dpo_cli.training.step import NotFiniteError, StopSignal, Trainer
+from dpo_cli.training.step import NotFiniteError, Trainer, compare_with_reference
 from dpo_cli.utils.errors import DpoError
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
-from tests.test_logps import LAYOUTS, KeepGradients, own, relative
+from tests.steps import KeepGradients, make_trainer, relative, take_step
+from tests.test_logps import LAYOUTS, own
 from tests.test_reference import dpo, open_cache, plant, shards
 
 CPU = torch.device("cpu")
@@ -205,12 +204,9 @@ def exact(model: PreTrainedModel) -> Exact:
     return Exact(model)
 
 
-def make_trainer(scorer: ModelRunner, reference: Tensor) -> tuple[Trainer, KeepGradients]:
-    AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of another test
-    optimizer = KeepGradients(scorer.model)  # type: ignore[arg-type]
-    options = TrainOptions(data=["-"], beta=BETA, label_smoothing=SMOOTHING, max_grad_norm=0.0)
-    pairs = Pairs(PAIRS)
-    return Trainer(Accelerator(cpu=True), scorer, optimizer, pairs, scorer.costs(pairs), reference, options), optimizer
+def trainer_of(runner: ModelRunner, reference: Tensor) -> tuple[Trainer, KeepGradients]:
+    about = {"beta": BETA, "label_smoothing": SMOOTHING, "max_grad_norm": 0.0, "max_tokens": runner.max_tokens}
+    return make_trainer(runner, PAIRS, TrainOptions(data=["-"], **about), reference)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "whole"])
@@ -221,13 +217,12 @@ def test_the_gradient_is_the_formulas_however_a_step_is_cut(
 ) -> None:
     monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4 * 384 * 40})  # a few pairs at a time
     scorer = ModelRunner(model, layout, torch.float32, max_tokens, CPU, apart)
-    trainer, optimizer = make_trainer(scorer, exact.reference)
+    trainer, optimizer = trainer_of(scorer, exact.reference)
     cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world_size": 1, "seed": 0}
     (step,) = build_schedule(trainer.costs, layout, max_tokens=max_tokens, **cut)
     assert len(step) == 1 if max_tokens == 4096 and layout != "alone" else len(step) > 5
     with attention(model, own(layout)):
-        values = trainer.step(step, 1e-3, StopSignal())
-    assert values is not None
+        values = take_step(trainer, step)
     assert max(relative([g.double() for g in optimizer.gradients], exact.gradients)) < 1e-5
     assert values["loss"] == pytest.approx(exact.loss, rel=1e-5)
     assert values["rewards/margins"] == pytest.approx(exact.margins.mean().item(), rel=1e-5)  # of all pairs alike
@@ -237,12 +232,13 @@ def test_the_gradient_is_the_formulas_however_a_step_is_cut(
 def test_the_comparison_of_step_0_is_by_tokens_with_loss(model: PreTrainedModel, exact: Exact) -> None:
     """One response that is off by a nat is off by that over the root of its tokens with loss."""
     scorer = ModelRunner(model, "packed", torch.float32, 120, CPU)
-    trainer, _ = make_trainer(scorer, exact.reference)
-    assert trainer.compare(range(len(PAIRS)))[0]["loss"] == pytest.approx(exact.loss, rel=1e-5)
+    trainer, _ = trainer_of(scorer, exact.reference)
+    assert compare_with_reference(trainer, range(len(PAIRS)))[0]["loss"] == pytest.approx(exact.loss, rel=1e-5)
     with torch.no_grad():
-        trainer.reference = torch.stack([plain(model, *each).sum() for each in responses(PAIRS)]).view(-1, 2)
-    trainer.reference[-1, 1] += 1  # MIDDLE's rejected, where 2 of 4 carry loss
-    values, largest, _ = trainer.compare(range(len(PAIRS)))
+        trainer.ref_logps = torch.stack([plain(model, *each).sum() for each in responses(PAIRS)]).view(-1, 2)
+    trainer.ref_logps[-1, 1] += 1  # MIDDLE's rejected, where 2 of 4 carry loss
+    trainer.weighted_ref_logps = trainer.ref_logps
+    values, largest, _ = compare_with_reference(trainer, range(len(PAIRS)))
     assert largest == pytest.approx(1 / math.sqrt(2), rel=1e-4)
     weights, margins = torch.tensor([[pair.weight, pair.margin] for pair in PAIRS[:-1]]).double().T
     off = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[MIDDLE.weight, MIDDLE.margin]])

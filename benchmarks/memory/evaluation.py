@@ -35,7 +35,7 @@ from dpo_cli.data.token_cache import TokenCache
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import Progress
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.loading import compute_dtype, default_device, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model

@@ -50,8 +50,9 @@ from dpo_cli.models.loading import default_device, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import choose_targets
-from dpo_cli.training.optimizer import make_optimizer
-from dpo_cli.training.step import StopSignal, Trainer, learning_rate
+from dpo_cli.training.interrupt import StopSignal
+from dpo_cli.training.optimizer import learning_rate, make_optimizer
+from dpo_cli.training.step import Trainer
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.distributed import started
 from dpo_cli.utils.errors import UsageError
@@ -115,8 +116,8 @@ def unlikelihood(p: Preferences) -> Tensor:
 
     Source: the baseline of section 6 of arXiv 2305.18290, with its coefficient of 1
     """
-    chosen, rejected = p.whole.chunk(2)
-    return (rejected - chosen) / p.tokens
+    chosen, rejected = p.full_logps.chunk(2)
+    return (rejected - chosen) / p.mean_chosen_length
 
 
 # ---- the reward and what is preferred by it ---------------------------------------------------------------------
@@ -284,9 +285,10 @@ class Lab:
         plan = build_schedule(costs, "shared", max_steps=steps, max_tokens=MAX_TOKENS, world_size=1, **how)
         with started() as accelerator:
             optimizer = accelerator.prepare_optimizer(make_optimizer(policy, 0.0))
-            trainer = Trainer(accelerator, scorer, optimizer, pairs, costs, given.logps, options)
-            for step, indices in enumerate(plan, 1):
-                trainer.step(indices, learning_rate(step, steps, options), StopSignal())
+            trainer = Trainer(accelerator, scorer, optimizer, pairs, costs, given.logps, given.logps, options)
+            for step, planned in enumerate(plan, 1):
+                lr = learning_rate(step, steps, options)
+                trainer.step(planned, trainer.micro_batches(planned), lr, StopSignal())
                 if step in checkpoints:
                     yield step, scorer
 

@@ -38,11 +38,11 @@ from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.collate import collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.evaluation.statistics import student
-from dpo_cli.losses.preference import Objective, Preferences
+from dpo_cli.losses.objective import Objective
+from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.reporting.plots import COLORS, Plot, write_plots
-from dpo_cli.training.optimizer import make_optimizer
-from dpo_cli.training.step import learning_rate
+from dpo_cli.training.optimizer import learning_rate, make_optimizer
 
 Table = npt.NDArray[np.float64]
 

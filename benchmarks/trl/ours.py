@@ -15,10 +15,11 @@ from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import Progress
+from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.loop import _make_trainer
+from dpo_cli.training.optimizer import learning_rate
 from dpo_cli.training.prepare import fill_reference
 from dpo_cli.training.setup import lay_out_run
-from dpo_cli.training.step import StopSignal, learning_rate
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.distributed import started
 
@@ -88,7 +89,8 @@ class Ours:
             self.meter.begin()
             for _ in range(count // options.batch_size):
                 step = len(losses) + 1
-                values = trainer.step(plan[step - 1], learning_rate(step, len(plan), options), StopSignal())
+                lr, planned = learning_rate(step, len(plan), options), plan[step - 1]
+                values = trainer.step(planned, trainer.micro_batches(planned), lr, StopSignal())
                 losses.append(values["loss"])
             self.meter.end()
         return {"losses": losses}
@@ -99,7 +101,7 @@ class Ours:
         held_out = self.run.held_out
         for _ in blocks:
             self.meter.begin()
-            policy = kl.score(trainer.scorer, held_out, Progress(self.reporter, "held out"))
+            policy = kl.score(trainer.runner, held_out, Progress(self.reporter, "held out"))
             assert policy is not None
             evaluator = Evaluator(held_out, self.run.tokenizer, options.objective)
             scores = evaluator.scores(policy, self.held_out_reference)

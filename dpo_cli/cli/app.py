@@ -230,9 +230,9 @@ def check(*, out: Output, flags: dict[str, Any], config: ConfigFile = None) -> N
 @command()
 def losses(*, out: Output) -> None:
     """List the losses of --loss: formulas, when to use which, papers."""
-    from dpo_cli.losses.preference import as_text, listed
+    from dpo_cli.losses.objective import as_text, list_losses
 
-    out.show(listed(), as_text)
+    out.show(list_losses(), as_text)
 
 
 cache_app = typer.Typer(no_args_is_help=True, help="Manage cached reference log-probs and pairs.")

@@ -10,7 +10,8 @@ from typing import Any
 
 from dpo_cli.config import checks
 from dpo_cli.config.checks import Check, not_negative, one_of, positive
-from dpo_cli.losses.preference import DIVERGENCES, LOSSES, Objective, objective_of
+from dpo_cli.losses.objective import Objective, parse_objective
+from dpo_cli.losses.preference import DIVERGENCES, LOSSES
 from dpo_cli.utils.errors import UsageError, did_you_mean
 
 CACHE_DIR = Path("~/.cache/dpo")
@@ -270,7 +271,7 @@ class TrainOptions(WeightsOptions):
             UsageError: its options do not fit together.
         """
         names = ("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo")
-        return objective_of(self.loss, self.loss_options, **{name: getattr(self, name) for name in names})
+        return parse_objective(self.loss, self.loss_options, **{name: getattr(self, name) for name in names})
 
     def _conflicts(self) -> list[str]:
         lora, merged, quantize = self.lora_rank is not None, self.export == "merged", self.quantize
@@ -349,7 +350,7 @@ class SweepOptions(SampleOptions, TrainOptions):
             "--eval-data is missing: a sweep compares its runs on held-out rows": not self.eval_data,
             "--eval-fraction: a sweep compares its runs on --eval-data; leave it out": bool(self.eval_fraction),
             "--push-to-hub {push_to_hub}: a sweep trains several models; dpo push uploads one": bool(self.push_to_hub),
-            "--loss {loss}: reads no beta, so there is nothing to compare": not self.objective.reads("beta"),
+            "--loss {loss}: reads no beta, so there is nothing to compare": not self.objective.uses("beta"),
             "--reward {reward}: it judges sampled answers; add --samples, for example 4": bool(self.reward)
             and not self.samples,
         }

@@ -50,6 +50,11 @@ class MicroBatch:
     own; ``logit_positions`` (N,) indices into the flattened rows, whose hidden states predict ``targets`` (N,);
     ``lengths`` (2P,) loss-bearing tokens of each response; ``pair_tokens`` their sum per pair, on the host.
     ``alone`` holds one batch per sequence if each runs in a forward of its own; the results are concatenated.
+
+    The rest is what the loss reads beside the policy's log-probs: ``token_weights`` (N,) of LD-DPO; ``weights`` and
+    ``margins`` (P,) of the pairs; ``ref_logps`` and ``weighted_ref_logps`` (2P,) nats, chosen first, the latter with
+    ``token_weights``; the mean length of the step's chosen responses in tokens, the mean reward of earlier steps.
+    ``places`` are the indices of the pairs in the run. A ``dummy`` keeps a rank in lockstep and counts for nothing.
     """
 
     input_ids: Tensor
@@ -60,6 +65,15 @@ class MicroBatch:
     lengths: Tensor
     pair_tokens: tuple[int, ...]
     segments: Segments | None
+    token_weights: Tensor
+    weights: Tensor
+    margins: Tensor
+    ref_logps: Tensor
+    weighted_ref_logps: Tensor
+    mean_chosen_length: float = 1.0
+    reward_baseline: float = 0.0
+    places: tuple[int, ...] = ()
+    dummy: bool = False
     alone: tuple[MicroBatch, ...] = ()
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -82,8 +96,29 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def collate(pairs: Sequence[Pair], layout: Layout) -> MicroBatch:
-    """Build the tensors of one forward over these pairs."""
+def collate(pairs: Sequence[Pair], layout: Layout, ld_alpha: float = 1.0) -> MicroBatch:
+    """Build the tensors of one forward over these pairs; their reference log-probs are zero until they are set."""
+    batch = _forward(pairs, layout)
+    return replace(
+        batch,
+        token_weights=length_weights(batch.lengths, ld_alpha),
+        weights=torch.tensor([pair.weight for pair in pairs]),
+        margins=torch.tensor([pair.margin for pair in pairs]),
+    )
+
+
+def length_weights(lengths: Tensor, alpha: float) -> Tensor:
+    """Weigh the tokens beyond the length of the shorter response of a pair by ``alpha``, all others by 1.
+
+    Shapes: ``lengths`` (2P,), chosen, rejected, … -> (N,), float32.
+    Source: LD-DPO, arXiv 2409.06411.
+    """
+    shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)  # (2P,)
+    counts = torch.stack([shared, lengths - shared], 1).flatten()  # (4P,)
+    return torch.tensor([1.0, alpha]).repeat(len(lengths)).repeat_interleave(counts)
+
+
+def _forward(pairs: Sequence[Pair], layout: Layout) -> MicroBatch:
     if layout == "shared":
         return _shared(pairs)
     sequences = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
@@ -160,7 +195,7 @@ def _micro_batch(
 ) -> MicroBatch:
     """Build the batch; ``logit_positions`` covers all response tokens, of which the loss-bearing ones are kept."""
     tokens, lengths = np.concatenate(responses), [count_loss_tokens(response) for response in responses]
-    has_loss = carries_loss(tokens)
+    has_loss, pairs = carries_loss(tokens), len(responses) // 2
     return MicroBatch(
         input_ids=_int64(ids),
         position_ids=None if positions is None else _int64(positions),
@@ -170,6 +205,11 @@ def _micro_batch(
         lengths=torch.tensor(lengths),
         pair_tokens=tuple(sum(lengths[i : i + 2]) for i in range(0, len(lengths), 2)),
         segments=segments,
+        token_weights=torch.ones(sum(lengths)),
+        weights=torch.ones(pairs),
+        margins=torch.zeros(pairs),
+        ref_logps=torch.zeros(2 * pairs),
+        weighted_ref_logps=torch.zeros(2 * pairs),
     )
 
 

@@ -144,7 +144,7 @@ def _memorised(about: Evidence) -> Finding | None:
     Their start is what the run measured at step 0; for other pairs it is ln 2, if the loss begins there.
     """
     scores, held_out = about.scores, about.held_out_losses()
-    from_ln_2 = scores.objective.plain and bool((scores.terms == (1, 0)).all())
+    from_ln_2 = scores.objective.is_vanilla_dpo and bool((scores.terms == (1, 0)).all())
     start = held_out.get(0, math.log(2) if from_ln_2 else math.inf)
     losses = [line["loss"] for line in about.training]
     last, now = float(np.mean(losses[-LAST_STEPS:])), float(scores.losses.mean())

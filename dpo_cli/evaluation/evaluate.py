@@ -26,7 +26,7 @@ from dpo_cli.evaluation.examples import write_per_pair
 from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generate, sequence_kl, text
 from dpo_cli.evaluation.metrics import LossInput
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint, same_weights
 from dpo_cli.models.loading import compile_layers, default_device, dtype_name, load_model, release
 from dpo_cli.models.locate import ModelSource, start_model
@@ -234,11 +234,13 @@ class _TwoModels:
     def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: ModelRunner) -> Tensor:
         """Log-probs under the reference (P, 2) as LD-DPO reads them: from the cache, if it has all of them."""
         alpha = self.evaluator.objective.ld_alpha
-        if alpha is None:
+        if alpha == 1:
             return logps
-        if cache.lookup(self.pairs).isnan().any():
-            return scorer.read(self.pairs, alpha).discounted
-        return cache.discounted(self.pairs, alpha)
+        if not cache.lookup(self.pairs).isnan().any():
+            return cache.weighted(self.pairs, alpha)
+        read = self.evaluator.policy_read(scorer)  # the same pass over the reference
+        assert read is not None
+        return torch.from_numpy(read.logps)
 
     def _progress(self, name: str) -> kl.Progress:
         return kl.Progress(self.reporter, name)

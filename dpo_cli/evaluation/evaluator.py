@@ -6,14 +6,16 @@ Legend: P pairs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation import statistics
 from dpo_cli.evaluation.diagnostics import Evidence, Finding, diagnose
@@ -22,8 +24,9 @@ from dpo_cli.evaluation.kl import ModelComparison
 from dpo_cli.evaluation.metrics import Groups, LossInput, PairScores
 from dpo_cli.evaluation.metrics_log import History, step_rewards
 from dpo_cli.evaluation.statistics import Interval
-from dpo_cli.losses.preference import Objective
-from dpo_cli.models.logprobs import ModelRunner, Read
+from dpo_cli.losses.objective import Objective
+from dpo_cli.losses.preference import Preferences
+from dpo_cli.models.logprobs import ModelRunner
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,24 @@ class Evaluator:
         prompts: dict[bytes, int] = {}
         return np.array([prompts.setdefault(pair.prompt.tobytes(), len(prompts)) for pair in self.pairs])
 
-    def policy_read(self, scorer: ModelRunner) -> Read | None:
-        """What the objective reads of the policy's tokens, by one more pass; None where it reads nothing."""
-        if not self.objective.by_tokens:
+    def policy_read(self, runner: ModelRunner) -> LossInput | None:
+        """What the objective reads of the policy's tokens, by one more pass; None where it reads nothing.
+
+        Its reference side is set by ``loss_input``.
+        """
+        if self.objective.ld_alpha == 1 and not self.objective.wpo:
             return None
-        return dataclasses.replace(scorer, wpo=self.objective.wpo).read(self.pairs, self.objective.ld_alpha)
+        logps, likelihoods = torch.empty(len(self.pairs), 2), torch.empty(len(self.pairs))
+
+        def compute(_: Sequence[int], batch: MicroBatch) -> Preferences:
+            batch = dataclasses.replace(batch, weights=torch.ones_like(batch.weights))
+            return Preferences.concatenate([*runner.body(batch).head_pieces(self.objective.wpo)])
+
+        for places, preferences in runner.forwards(self.pairs, compute, ld_alpha=self.objective.ld_alpha):
+            logps[list(places)] = preferences.logps.view(2, -1).T.cpu()
+            likelihoods[list(places)] = torch.as_tensor(preferences.weights).cpu()
+        table = logps.double().numpy()
+        return LossInput(table, table, likelihoods.double().numpy())
 
     def scores(
         self,
@@ -137,9 +153,6 @@ class Evaluator:
         )
 
 
-def loss_input(read: Read | None, reference: Tensor) -> LossInput | None:
-    """That, with the reference as the loss reads it, (P, 2); None where log-probs are all that it reads."""
-    if read is None:
-        return None
-    tables = (read.discounted, reference, read.likelihoods)
-    return LossInput(*(table.double().numpy() for table in tables))
+def loss_input(read: LossInput | None, reference: Tensor) -> LossInput | None:
+    """Set the reference side: log-probs with the token weights of LD-DPO, (P, 2)."""
+    return read and dataclasses.replace(read, ref_logps=reference.double().numpy())

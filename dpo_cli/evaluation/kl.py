@@ -27,7 +27,7 @@ from torch import Tensor
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation.metrics import Distributions
-from dpo_cli.models.logprobs import Head, ModelRunner, head_pieces
+from dpo_cli.models.logprobs import Head, ModelRunner, max_logit_rows, split_pairs
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from dpo_cli.utils.files import writing
@@ -88,7 +88,7 @@ class ModelComparison:
 def score(runner: ModelRunner, pairs: Pairs, progress: Progress) -> Tensor | None:
     """Compute log-probs of all pairs: (P, 2) float32 nats on the host; None if stopped."""
     table = torch.full((len(pairs), 2), math.nan)
-    for places, (logps, _) in _forwards(runner, pairs, lambda _, batch: runner.scored(batch), progress):
+    for places, logps in _forwards(runner, pairs, lambda _, batch: runner.response_logps(batch), progress):
         table[list(places)] = logps.view(2, -1).T.cpu()
     return None if progress.stopped() else table
 
@@ -100,7 +100,7 @@ def record(runner: ModelRunner, pairs: Pairs, folder: Path, progress: Progress) 
         NotWrittenError: the disk has no room for it.
     """
     spans, states = _spans(pairs), torch.empty(0)
-    for places, rows in _forwards(runner, pairs, lambda _, batch: runner.states(batch), progress):
+    for places, rows in _forwards(runner, pairs, lambda _, batch: runner.body(batch).head_inputs(), progress):
         if not len(states):
             states = _on_disk(spans[-1].stop, rows.shape[1], rows.dtype, folder)
         _write(states, [spans[place] for place in places], rows.to("cpu"))
@@ -129,7 +129,7 @@ def compare(
 
     def both(places: Sequence[int], batch: MicroBatch) -> Tensor:
         other = torch.cat([recorded.states[spans[place]] for place in places]).to(runner.device)
-        states = other if same else runner.states(batch)
+        states = other if same else runner.body(batch).head_inputs()
         return torch.cat([*_compare_heads(runner, batch, states, other, other_head, policy_runs)]).cpu()
 
     for places, rows in _forwards(runner, pairs, both, progress):
@@ -163,7 +163,7 @@ def _compare_heads(
 
     Each head gets as many tokens at a time as when it scores, so that the log-probs are equal to the bit.
     """
-    for _, tokens in head_pieces(runner.model, batch):
+    for _, tokens in split_pairs(batch.pair_tokens, max_logit_rows(runner.model)):
         logits, other_logits = runner.head.logits(states[tokens]), other_head.logits(other[tokens])  # (n, V)
         if logits.shape != other_logits.shape:
             sizes = f"{logits.shape[1]:,} and {other_logits.shape[1]:,}"

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_cli.losses.preference import Objective, Preferences
+from dpo_cli.losses.objective import Objective
+from dpo_cli.losses.preference import Preferences
 
 Table = npt.NDArray[np.float64]
 Groups = npt.NDArray[np.int64]
@@ -120,7 +121,7 @@ class PairScores:
     def gains(self) -> Table:
         """Rewards before beta: log-ratios, or (per-token) log-probs for losses without a reference. (P, 2)."""
         gains = self.logratios if self.objective.reference else self.logps
-        return gains / self.tokens if self.objective.averaged else gains
+        return gains / self.tokens if self.objective.length_normalized else gains
 
     @property
     def rewards(self) -> Table:
@@ -144,7 +145,7 @@ class PairScores:
             torch.from_numpy(table.T.reshape(-1)) for table in (self.logps, self.ref_logps, self.tokens)
         )
         reference = ref_logps if self.objective.reference else torch.zeros_like(logps)
-        averaged = lengths if self.objective.averaged else None
+        averaged = lengths if self.objective.length_normalized else None
         rows = pair_metrics(torch.from_numpy(self.losses), logps, reference, self.objective.beta, averaged)
         return dict(zip(METRICS, rows.numpy(), strict=True))
 

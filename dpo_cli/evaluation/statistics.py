@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr, t
 
 from dpo_cli.evaluation.metrics import Groups, PairScores, Table, perplexity, wins
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.utils.errors import UsageError
 
 Interval = list[float] | None  # [low, high]; None where there is none
@@ -173,10 +173,10 @@ def _not_compared(a: Objective, b: Objective) -> dict[str, str]:
     if a != dataclasses.replace(b, beta=a.beta):
         more = "" if a.name != b.name else ", with other options"
         why["loss"] = f"a's is of --loss {a.name}, b's of --loss {b.name}{more}: they have no unit in common"
-    if (a.reference, a.averaged) != (b.reference, b.averaged):
+    if (a.reference, a.length_normalized) != (b.reference, b.length_normalized):
         why["rewards"] = f"a's are of {_reward_unit(a)}, b's of {_reward_unit(b)}: they have no unit in common"
     return why
 
 
 def _reward_unit(objective: Objective) -> str:
-    return f"{'log-ratios' if objective.reference else 'log-probs'}{' per token' * objective.averaged}"
+    return f"{'log-ratios' if objective.reference else 'log-probs'}{' per token' * objective.length_normalized}"

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 from dpo_cli.data.sources import hub_id
-from dpo_cli.losses.preference import Objective
+from dpo_cli.losses.objective import Objective
 from dpo_cli.models.locate import DEFAULT_MODEL, ModelSource, find_model
 from dpo_cli.training.setup import Run
 from dpo_cli.utils.errors import printable

@@ -1,8 +1,8 @@
-"""How evenly a mixture of experts routes its tokens: the auxiliary loss of its routers.
+"""The load-balancing loss of a mixture of experts.
 
 The loss is a product of two means over all tokens of a step. So that its gradient does not depend on how the step is
-cut into micro-batches, the shares of the tokens that each expert gets, which have no gradient, are counted over the
-whole step before the first backward pass. A prompt counts twice, as both sequences of a pair have it, in every layout.
+cut into micro-batches, the share of the tokens that each expert gets, which has no gradient, is counted over the whole
+step before the first backward pass. A prompt counts twice in every layout, as both sequences of a pair contain it.
 
 Legend: B rows, T tokens of a row, E experts, L layers that have a router.
 """
@@ -22,24 +22,24 @@ from dpo_cli.data.collate import MicroBatch
 class Routed:
     """Sums over the layers and tokens of a forward.
 
-    Shapes: ``probabilities`` (E,), those that the routers give each expert, with their graph; ``counts`` (E + 1,), how
-    often each expert was chosen, and behind them the number of tokens, all times the layers.
+    Shapes: ``probabilities`` (E,) of the experts, with their graph; ``counts`` (E + 1,), how often each expert was
+    chosen, then the number of tokens, all times the layers.
     """
 
     probabilities: Tensor
     counts: Tensor
 
 
-def routed(router_logits: Sequence[Tensor], batch: MicroBatch, experts: int) -> Routed:
-    """Sum up what the routers of one forward say, whose tokens go to ``experts`` experts each.
+def routed(router_logits: Sequence[Tensor], batch: MicroBatch, num_experts_per_tok: int) -> Routed:
+    """Sum probabilities and choices of the routers of one forward; zeros for a dummy batch.
 
     Shapes: ``router_logits`` L of (B * T, E).
     """
-    times = _times(batch)  # (B * T,)
+    times = token_counts(batch)  # (B * T,)
     probabilities, chosen = [], []
     for logits in router_logits:
         each = logits.float().view(len(times), -1).softmax(-1)
-        best = torch.zeros_like(each).scatter_(1, each.topk(experts).indices, 1.0)
+        best = torch.zeros_like(each).scatter_(1, each.topk(num_experts_per_tok).indices, 1.0)
         probabilities.append(times @ each)
         chosen.append((times.double() @ best.double()).detach())
     tokens = times.double().sum()[None] * len(router_logits)
@@ -47,12 +47,12 @@ def routed(router_logits: Sequence[Tensor], batch: MicroBatch, experts: int) -> 
 
 
 def auxiliary_loss(part: Routed, counts: Tensor) -> Tensor:
-    """What a forward adds to the load-balancing loss of a step with these ``counts`` (E + 1,): ().
+    """Compute the share of a forward in the load-balancing loss of a step with these ``counts`` (E + 1,): ().
 
         loss = E * sum over experts of f * p,
-        f = share of the tokens that the expert is chosen for, p = mean probability that it is given
+        f = share of the tokens routed to the expert, p = mean of its probability
 
-    It is the number of experts a token goes to where all are used evenly, and more where they are not.
+    It equals ``num_experts_per_tok`` where all experts are used evenly, and is larger where they are not.
 
     Source: equations 4 to 6 of arXiv 2101.03961, over all layers at once as in transformers; over a whole step as in
         arXiv 2501.11873.
@@ -61,9 +61,11 @@ def auxiliary_loss(part: Routed, counts: Tensor) -> Tensor:
     return len(shares) * (shares * part.probabilities).sum() / counts[-1].to(part.probabilities)
 
 
-def _times(batch: MicroBatch) -> Tensor:
-    """How often a pair's two sequences have each token of a forward: (B * T,), float32."""
+def token_counts(batch: MicroBatch) -> Tensor:
+    """Count how many sequences contain each token of a forward: (B * T,), float32; 0 for padding and dummy batches."""
     ids = batch.input_ids
+    if batch.dummy:
+        return torch.zeros(ids.numel(), device=ids.device)
     if batch.segments:
         parts = torch.tensor([n for p, c, r in batch.segments.spans for n in (p, c + r)])
         return torch.tensor([2.0, 1.0]).repeat(len(parts) // 2).repeat_interleave(parts).to(ids.device)

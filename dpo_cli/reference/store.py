@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpo_cli.data.collate import length_weights
 from dpo_cli.data.pairs import Ids, Pair, Pairs, count_loss_tokens
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference import shards
@@ -75,13 +76,13 @@ class ReferenceCache:
         values = [self.values.get(key, math.nan) for pair in pairs for key in pair_keys(pair)]
         return torch.tensor(values, dtype=torch.float32).view(-1, 2)
 
-    def discounted(self, pairs: Pairs, alpha: float) -> Tensor:
-        """Return LD-DPO's log-probs: (P, 2) nats; tokens beyond the shorter response have the weight ``alpha``.
+    def weighted(self, pairs: Pairs, alpha: float) -> Tensor:
+        """Return log-probs with the token weights of LD-DPO, see ``length_weights``: (P, 2) nats.
 
         Raises:
             DpoError: shards have been removed since they were looked up.
         """
-        shared, logps = pairs.loss_lengths.min(1).tolist(), torch.full((len(pairs), 2), torch.nan)
+        loss_lengths, logps = pairs.loss_lengths, torch.full((len(pairs), 2), torch.nan)
         places: dict[bytes, list[tuple[int, int]]] = {}
         for place, pair in enumerate(pairs):
             for side, key in enumerate(pair_keys(pair)):
@@ -89,8 +90,9 @@ class ReferenceCache:
         for keys, _, token_logps, lengths in shards.read_folder(self.folder):
             for key, of_response in zip(keys, token_logps.split(lengths.tolist()), strict=True):
                 for place, side in places.get(key, ()):
-                    within, beyond = of_response.double().tensor_split([shared[place]])
-                    logps[place, side] = within.sum() + alpha * beyond.sum()
+                    counts = torch.from_numpy(loss_lengths[place])
+                    weights = length_weights(counts, alpha).split(counts.tolist())[side]
+                    logps[place, side] = (of_response * weights).double().sum()
         logps = distributed.all_reduce_known(logps)
         if logps.isnan().any():
             raise DpoError(f"{self.folder}: log-probs were removed while they were read; start again")

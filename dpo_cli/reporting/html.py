@@ -23,7 +23,7 @@ from markupsafe import Markup
 from dpo_cli.evaluation.evaluator import EvalResult
 from dpo_cli.evaluation.examples import ShownPair, Token
 from dpo_cli.evaluation.metrics import SIDES
-from dpo_cli.losses.preference import DPO, Objective
+from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.reporting.plots import Plot, curves, pair_plots, svg
 from dpo_cli.utils.files import atomic_write
 from dpo_cli.utils.formatting import NONE, between, fold, is_number, nats, number, percent, tick
@@ -117,10 +117,10 @@ def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[dict[
     intervals = {**(result.get("intervals") or {}), "sequence_kl": sampled.get("token_kl_interval")}
     loss = "The DPO loss; ln 2 = 0.693 where policy and reference are equal, but for weights and margins of the pairs."
     reward = "Beta times the log-ratio. Below 0 the responses became less likely than under the reference."
-    if not objective.plain:
+    if not objective.is_vanilla_dpo:
         loss = f"Of --loss {objective.name}, as the policy was trained."
     if not objective.reference:
-        reward = f"Beta times the log-prob{' per token' * objective.averaged}: the loss reads no reference."
+        reward = f"Beta times the log-prob{' per token' * objective.length_normalized}: the loss reads no reference."
     of = f"{number(sampled.get('samples'))} samples of each of {number(sampled.get('prompts'))} prompts"
     items: list[tuple[str, str, Callable[[Any], str], str]] = [
         ("Accuracy", "rewards/accuracies", percent, "Share of pairs ranked right. A coin gets half."),

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_cli.evaluation.metrics import SIDES, PairScores
-from dpo_cli.losses.preference import DPO, Objective
+from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.utils.files import atomic_write
 from dpo_cli.utils.formatting import is_number, number, percent
 
@@ -179,7 +179,7 @@ def curves(history: History, objective: Objective = DPO) -> list[Plot]:
     """Plot each quantity in the lines of ``metrics.jsonl``; held-out ones (``eval_``) as rings."""
     plots = []
     for curve in CURVES:
-        if curve.title == "Loss" and objective.plain:
+        if curve.title == "Loss" and objective.is_vanilla_dpo:
             dashed = f"{curve.caption} Dashed: ln 2, the start model's, but for weights and margins of the pairs."
             curve = curve._replace(level=math.log(2), caption=dashed)
         lines = {name: (points(history, name), points(history, f"eval_{name}")) for name in curve.names}

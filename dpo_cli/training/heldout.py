@@ -41,9 +41,7 @@ class HeldOut:
         self.evaluator = Evaluator(run.held_out, run.tokenizer, run.options.objective)
         self.last: tuple[int, PairScores, kl.ModelComparison | None] | None = None  # the last evaluation, by its step
         self.recorded = run.reference.recorded if run.reference else None
-        self.discounted = self.reference  # as LD-DPO reads it
-        if run.options.ld_alpha is not None and run.cache:
-            self.discounted = run.cache.discounted(run.held_out, run.options.ld_alpha)
+        self.weighted = run.weighted_ref_logps(run.held_out, reference)
 
     @property
     def metrics(self) -> Path:
@@ -65,7 +63,7 @@ class HeldOut:
             progress = kl.Progress(self.reporter, "reference")
             self.recorded = kl.record(run.scorer, run.held_out, run.options.cache_dir, progress)
         if not run.options.objective.reference:
-            self.reference = self.discounted = torch.full((len(run.held_out), 2), math.nan)
+            self.reference = self.weighted = torch.full((len(run.held_out), 2), math.nan)
 
     def evaluate(
         self, step: int, scorer: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
@@ -89,7 +87,7 @@ class HeldOut:
             return None
         on_rank_0 = distributed.on_rank_0 if scorer.sharded else _alone
         history = on_rank_0(lambda: read_metrics(self.metrics))
-        read = loss_input(self.evaluator.policy_read(scorer), self.discounted)
+        read = loss_input(self.evaluator.policy_read(scorer), self.weighted)
         scores = self.evaluator.scores(policy, reference, compared, read, history)
         metrics, earlier = on_rank_0(scores.means), evaluations(history)
         if (metric := run.options.save_best) and best_step(earlier | {step: metrics}, metric) == step:

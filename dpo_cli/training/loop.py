@@ -35,10 +35,11 @@ from dpo_cli.models.sharding import reshard
 from dpo_cli.models.split_weights import fp32_weights
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, rng_state, save_checkpoint
 from dpo_cli.training.heldout import HeldOut
-from dpo_cli.training.optimizer import make_optimizer
+from dpo_cli.training.interrupt import StopSignal
+from dpo_cli.training.optimizer import learning_rate, make_optimizer
 from dpo_cli.training.prepare import fill_reference, tell_cached
 from dpo_cli.training.setup import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, trained_with
-from dpo_cli.training.step import NotFiniteError, StopSignal, Trainer, learning_rate, unwrapped
+from dpo_cli.training.step import NotFiniteError, Trainer, compare_with_reference, unwrapped
 from dpo_cli.training.trackers import Trackers, check_installed
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter, brief
@@ -97,7 +98,7 @@ def train(
         done = _restore(run, trainer, reporter) if resume else 0
         trackers = holding.enter_context(Trackers(run.folder, run.options, reporter))
         try:
-            _Loop(run, trainer, held_out, trackers, stop, reporter).go_on_from(done)
+            _Loop(run, trainer, held_out, trackers, stop, reporter).run_from(done)
             _export(run, trainer, "model", len(run.plan))
             distributed.barrier()
         except NotWrittenError as error:
@@ -144,13 +145,11 @@ def _reference_logps(run: Run, reporter: Reporter) -> Tensor:
 
 def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[Trainer, Tensor]:
     """What a step needs, and the reference of the held-out pairs (P, 2); ``scored`` is that of ``run.scored()``."""
-    used, ld_alpha = run.used(), run.options.ld_alpha
-    reference = torch.full((len(run.pairs), 2), torch.nan)  # pairs that no step reads stay NaN
-    reference[used] = scored[: len(used)]
-    discounted = None
-    if ld_alpha is not None and run.cache:
-        discounted = reference.clone()
-        discounted[used] = run.cache.discounted(run.pairs.select(used), ld_alpha)
+    used = run.used()
+    ref_logps = torch.full((len(run.pairs), 2), torch.nan)  # pairs that no step reads stay NaN
+    weighted_ref_logps = ref_logps.clone()
+    ref_logps[used] = scored[: len(used)]
+    weighted_ref_logps[used] = run.weighted_ref_logps(run.pairs.select(used), scored[: len(used)])
     if run.options.gradient_checkpointing:
         # transformers 5.23 renamed it, and 5.17 has only the old name
         new = getattr(run.model, "activation_checkpointing_enable", None)
@@ -163,14 +162,14 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
     max_tokens = run.options.max_tokens or run.scorer.max_tokens  # as planned, whatever scoring came down to
     trainer = Trainer(
         accelerator=accelerator,
-        scorer=dataclasses.replace(run.scorer, model=prepared, max_tokens=max_tokens, wpo=run.options.wpo),
+        runner=dataclasses.replace(run.scorer, model=prepared, max_tokens=max_tokens),
         optimizer=optimizer,
         pairs=run.pairs,
         costs=run.costs,
-        reference=reference,
+        ref_logps=ref_logps,
+        weighted_ref_logps=weighted_ref_logps,
         options=run.options,
-        discounted=discounted,
-        experts=run.experts,
+        num_experts_per_tok=run.experts,
     )
     return trainer, scored[len(used) :]
 
@@ -184,7 +183,7 @@ def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
         reporter.info("resume", f"from the start: no whole checkpoint in {checkpoints}")
     else:
         checkpoint, done = newest
-        trainer.scorer.max_tokens = restore_checkpoint(checkpoint, run.model, trainer.optimizer)
+        trainer.runner.max_tokens = restore_checkpoint(checkpoint, run.model, trainer.optimizer)
         reporter.info("resume", f"after step {done} of {len(run.plan)}, from {checkpoint}")
     distributed.on_rank_0(lambda: remove_leftovers(run.folder))
     distributed.on_rank_0(lambda: truncate_metrics(run.folder / "metrics.jsonl", done))
@@ -202,10 +201,10 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
         DpoError: a response's log-probs differ by more than arithmetic explains.
     """
     indices = [i for micro_batch in run.plan[0] for i in micro_batch]
-    values, largest, expected = trainer.compare(indices)
+    values, largest, expected = compare_with_reference(trainer, indices)
     objective = trainer.objective
     like_others = bool((run.pairs.terms[indices] == (1, 0)).all())
-    usual = objective.plain and like_others
+    usual = objective.is_vanilla_dpo and like_others
     by = f"for --loss {objective.name}" if like_others else "by the weights and margins of its pairs"
     must = "ln 2 = 0.693147" if usual else f"{expected:.6f} {by}"
     told = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
@@ -244,14 +243,14 @@ class _Loop:
     stop: StopSignal
     reporter: Reporter
 
-    def go_on_from(self, done: int) -> None:
+    def run_from(self, done: int) -> None:
         """Take all steps after ``done``, and every evaluation that is due and not in the metrics yet.
 
-        Where a step's checkpoint is due it is written before its evaluation, so that what ends that costs no training.
+        A checkpoint that is due is written before the evaluation of its step, so that a failed one costs no training.
 
         Raises:
             Interrupted: a signal came; a checkpoint was written.
-            DpoError: the run failed, and goes on from its last checkpoint once the cause is gone.
+            DpoError: the run failed, and can be resumed from its last checkpoint once the cause is gone.
         """
         run, options, total = self.run, self.run.options, len(self.run.plan)
         evaluated = distributed.on_rank_0(lambda: set(evaluations(read_metrics(run.folder / "metrics.jsonl"))))
@@ -260,10 +259,17 @@ class _Loop:
         ) as progress:
             for step in range(done, total + 1):
                 if step > done:
-                    rng = rng_state(run.scorer.device)
-                    if distributed.all_reduce_max([self.stop.requested])[0] or (values := self._step(step)) is None:
+                    planned, started, rng = run.plan[step - 1], time.monotonic(), rng_state(run.scorer.device)
+                    if distributed.all_reduce_max([self.stop.requested])[0]:
                         raise self._interrupted(step - 1, rng)
-                    progress.advance(1, values)
+                    micro_batches, lr = self.trainer.micro_batches(planned), learning_rate(step, total, options)
+                    try:
+                        metrics = self.trainer.step(planned, micro_batches, lr, self.stop)
+                    except NotFiniteError as error:
+                        raise distributed.on_rank_0(partial(self._not_finite, step, error)) from error
+                    if metrics is None:
+                        raise self._interrupted(step - 1, rng)
+                    progress.advance(1, self._record(step, metrics, time.monotonic() - started))
                     if step == total or _due(options.save_steps, step):
                         self._save(step, rng_state(run.scorer.device))
                 due = run.held_out and (step in (0, total) or _due(options.eval_steps, step))
@@ -272,28 +278,21 @@ class _Loop:
                     raise self._interrupted(step, rng_state(run.scorer.device))
                 self.trackers.follow()
 
-    def _step(self, step: int) -> dict[str, float] | None:
-        """Take one step, write its line and return its metrics; None if a signal came first."""
-        run, indices = self.run, self.run.plan[step - 1]
-        began = time.monotonic()
-        try:
-            values = self.trainer.step(indices, learning_rate(step, len(run.plan), run.options), self.stop)
-        except NotFiniteError as error:
-            raise distributed.on_rank_0(partial(self._not_finite, step, error)) from error
-        if values is None:
-            return None
+    def _record(self, step: int, metrics: dict[str, float], seconds: float) -> dict[str, float]:
+        """Write the line of a step; returns its metrics with its speed."""
+        run = self.run
         if distributed.rank() == 0:
-            append_metrics(run.folder / "metrics.jsonl", step, values)
-        tokens = sum(run.costs[i] for micro_batch in indices for i in micro_batch)
-        return values | {"tokens_per_second": tokens / (time.monotonic() - began)}
+            append_metrics(run.folder / "metrics.jsonl", step, metrics)
+        tokens = sum(run.costs[i] for places in run.plan[step - 1] for i in places)
+        return metrics | {"tokens_per_second": tokens / seconds}
 
     def _evaluate(self, step: int) -> bool:
         """Evaluate the held-out pairs, tell it, and keep the model if it is the best; False if a signal came first."""
         run, trainer, stop = self.run, self.trainer, self.stop
         keep = partial(_export, run, trainer, "best", step)
-        agree = distributed.all_reduce_max if trainer.scorer.sharded else list
+        agree = distributed.all_reduce_max if trainer.runner.sharded else list
         try:
-            found = self.held_out.evaluate(step, trainer.scorer, lambda: any(agree([stop.requested])), keep)
+            found = self.held_out.evaluate(step, trainer.runner, lambda: any(agree([stop.requested])), keep)
         except NotReadBackError:
             self._save(step, rng_state(run.scorer.device))
             raise
@@ -305,7 +304,7 @@ class _Loop:
         return True
 
     def _save(self, step: int, rng: dict[str, Tensor]) -> None:
-        run, max_tokens = self.run, self.trainer.scorer.max_tokens
+        run, max_tokens = self.run, self.trainer.runner.max_tokens
         folder, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
         if metrics.exists() and distributed.rank() == 0:
             sync(metrics)  # its lines last as long as the checkpoint
@@ -335,12 +334,12 @@ class _Loop:
                 }
                 ids = {f"{name}_ids": getattr(pair, name).tolist() for name in texts}
                 about = {"row": pair.where, "to_blame": place in error.bad, "loss": loss}
-                about["ref_logps"] = self.trainer.reference[place].tolist() if run.cache else None
+                about["ref_logps"] = self.trainer.ref_logps[place].tolist() if run.cache else None
                 stream.write(to_json(about | texts | ids) + "\n")
         kept = f"Its pairs are in {file}" if file.exists() else f"Its pairs could not be written to {file}"
         everywhere = len(error.bad) == len(error.losses) > 1
         cause = f"--lr {run.options.lr} may be too high" if everywhere else "look at the named rows first"
-        touched = "Some weights were" if self.trainer.in_backward else "The weights were not"
+        touched = "Some weights were" if self.trainer.fused else "The weights were not"
         return DpoError(
             f"step {step}: {error}. Likely causes: {cause}; --dtype {run.options.dtype} may be too coarse. "
             f"{touched} changed by this step, and earlier checkpoints are whole. {kept}"

@@ -20,6 +20,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import StateDict
 
+from dpo_cli.config.options import TrainOptions
 from dpo_cli.models.split_weights import join, split
 
 # Of a parameter on the device: its weight, its gradient, its moments. "in-backward": no gradient outlives its update;
@@ -51,6 +52,17 @@ def make_optimizer(
     names = {p: name for name, p in model.named_parameters()}
     halves: dict[Tensor, Tensor] = {p: low.pop(name) for p, name in names.items() if name in low} if low else {}
     return SmallAdamW(groups, halves, torch.device("cpu") if memory == "offload" else None)
+
+
+def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
+    """Compute the learning rate of step 1, 2, …, ``steps``: a linear warm-up, then the schedule down to 0."""
+    warmup_steps = round(options.warmup_ratio * steps)
+    if step <= warmup_steps:
+        return options.lr * step / warmup_steps
+    done = (step - 1 - warmup_steps) / (steps - warmup_steps)  # 0 at the first step after the warm-up
+    if options.lr_scheduler == "linear":
+        return options.lr * (1 - done)
+    return options.lr * (0.5 + 0.5 * math.cos(math.pi * done) if options.lr_scheduler == "cosine" else 1)
 
 
 # ---- moments in 8 bits ------------------------------------------------------------------------------------------
@@ -154,7 +166,7 @@ class SmallAdamW(Optimizer):
                 self._update(group, p, None)
 
     @contextmanager
-    def updating(self, lr: float) -> Iterator[None]:
+    def fused_backward(self, lr: float) -> Iterator[None]:
         """Around the last backward pass of a step: update each parameter when its gradient is whole, and free that.
 
         Gradients of earlier passes count. What has one without getting more in this pass (an untied head) is updated
@@ -178,7 +190,7 @@ class SmallAdamW(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor:
-        """Norm of the gradient that ``updating`` consumed, (), on the device."""
+        """Norm of the gradient that ``fused_backward`` consumed, (), on the device."""
         return self._squares.sqrt()
 
     @torch.no_grad()

@@ -26,7 +26,8 @@ from dpo_cli.data.rows import Reading
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.token_cache import TokenCache, merge
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal
-from dpo_cli.losses.preference import LOSSES, Objective
+from dpo_cli.losses.objective import Objective
+from dpo_cli.losses.preference import LOSSES
 from dpo_cli.models.adapter_files import CONFIG, unknown_keys
 from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantized
 from dpo_cli.models.attention import PREFIX_SHARED
@@ -430,17 +431,14 @@ def _verify(
 
 
 def refuse_unread_terms(objective: Objective, pairs: Pairs) -> None:
-    """Refuse rows whose weights or margins the objective cannot take up.
+    """Refuse rows with margins that the objective does not read.
 
     Raises:
         UsageError: there are such rows.
     """
-    weights, margins = pairs.terms.T
-    if (margins != 0).any() and (ignoring := objective.ignored_by("margins")):
+    if (pairs.terms[:, 1] != 0).any() and (ignoring := objective.ignored_by("margins")):
         able = ", ".join(name for name, loss in LOSSES.items() if "margins" in loss.reads)
         raise UsageError(f"--loss {ignoring} has no place for the rows' margins; leave them out, or take {able}")
-    if (weights != 1).any() and objective.couples:
-        raise UsageError(f"--loss {objective.name} sorts the responses of a step, so that rows cannot have weights")
 
 
 def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:

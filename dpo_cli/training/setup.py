@@ -45,7 +45,7 @@ from dpo_cli.models.logprobs import ModelRunner, forward_errors
 from dpo_cli.models.lora_targets import choose_targets, counted
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.memory import Fit, fit, process_bytes, usable_bytes
-from dpo_cli.training.optimizer import BYTES, SPLIT
+from dpo_cli.training.optimizer import BYTES, SPLIT, learning_rate
 from dpo_cli.training.prepare import (
     check_quantize,
     choose_model,
@@ -63,7 +63,6 @@ from dpo_cli.training.prepare import (
     tell_long,
     weights_mode,
 )
-from dpo_cli.training.step import learning_rate
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
@@ -132,6 +131,11 @@ class Run:
     def trained_on(self) -> dict[str, Any]:
         """How many of the held-out pairs are trained on too."""
         return trained_on(self.held_out, self.trained)
+
+    def weighted_ref_logps(self, pairs: Pairs, ref_logps: Tensor) -> Tensor:
+        """Reference log-probs of pairs with the token weights of LD-DPO: (P, 2) nats; ``ref_logps`` without."""
+        alpha = self.options.objective.ld_alpha
+        return ref_logps if alpha == 1 or self.cache is None else self.cache.weighted(pairs, alpha)
 
     def scored(self) -> Pairs:
         """The pairs that the reference scores: those that are used, then the held-out ones."""
@@ -356,7 +360,10 @@ def _check_routers_train(scorer: ModelRunner, pairs: Pairs) -> None:
     """
     costs = scorer.costs(pairs)
     shortest = pairs[costs.index(min(costs))]
-    if not any(logits.requires_grad for logits in scorer.router_logits(scorer.batch([shortest]))):
+    if not any(
+        logits.requires_grad
+        for logits in scorer.body(scorer.batch([shortest]), output_router_logits=True).router_logits
+    ):
         raise UsageError(
             "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; "
             "leave it out, or take other --lora-targets"
