@@ -189,6 +189,8 @@ def test_the_length_that_is_named_works(made: Made, tokenizer: PreTrainedTokeniz
         out = run("eval", "--model", folder, "--kl", "none")
         said = out.stderr
         assert f"--max-length {T}" in said and (out.exit_code == 2) == (name == "dynamic")
+        if name == "dynamic":
+            assert "(max_position_embeddings in its config.json; beyond that its dynamic rope changes" in said
         check(evaluated(folder, "--max-length", T), plain(model, tokenizer, rows, T))
         assert SHARED in run("eval", "--model", folder, "--kl", "none", "--max-length", T).stderr
 

@@ -19,6 +19,9 @@ from dpo_cli.models.lora_targets import Targets, counted, kind_of, pattern_of
 from dpo_cli.models.split_weights import split
 from dpo_cli.utils.errors import UsageError
 
+# Families whose expert tensors transformers 4 has too; 4.57.6 with peft 0.17.1 computes the same with their adapters.
+SAME_EXPERTS = ("gpt_oss",)
+
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether an adapter is attached, so that nothing but that is trained."""
@@ -165,6 +168,14 @@ def describe_adapter(model: nn.Module) -> str:
         elif type(module).__name__ == "ModulesToSaveWrapper":
             whole[kind_of(name)] += 1
     return f"{kinds.total():,} matrices: {counted(kinds)}" + (f"; trained whole: {counted(whole)}" if whole else "")
+
+
+def experts_of_version_5(model: PreTrainedModel) -> list[str]:
+    """The kinds of adapted expert tensors that transformers 4 has as other modules, so that it cannot load them."""
+    if model.config.get_text_config().model_type in SAME_EXPERTS:
+        return []
+    parameters = [(name, getattr(module, "parameter_name", "weight")) for name, module in model.named_modules()]
+    return sorted({kind_of(f"{name.replace('.base_layer', '')}.{own}") for name, own in parameters if own != "weight"})
 
 
 def trained(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -107,7 +107,9 @@ def admit(source: ModelSource, name: str | None, options: Options | None = None,
     if not frozen and (quantize := getattr(options, "quantize", None)):
         raise UsageError(f"--load-in-{quantize}: {source.path} is packed already ({packing.name}); name {unpacked}")
     whose = f"--model {name}: {f'its base {source.name}' if source.adapter else 'it'} is packed ({packing.name})"
-    other = f"{'let its adapter_config.json name' if source.adapter else 'name'} {unpacked}"
+    other = f"name {unpacked}"
+    if source.adapter:
+        other = f"let its adapter_config.json name {unpacked}" if frozen else f"{other} with --base-model"
     if packing.method not in NAMES:
         raise UsageError(f"{whose}, which is neither scored nor trained here; {other}")
     if needs := [*_needs(packing, source, options, frozen)]:
