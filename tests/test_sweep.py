@@ -510,6 +510,7 @@ def test_odd_frontiers_are_drawn(points: list[dict[str, Any]], tmp_path: Path) -
     write_plots(tmp_path / "a.svg", plots)
     write_plots(tmp_path / "b.svg", plots)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "mathdefault" not in (tmp_path / "a.svg").read_text()  # a logarithmic axis has plain numbers
     drawn = [each for each in points if np.isfinite([each["kl"], each["reward"]]).all()]
     assert all(svg_texts(tmp_path / "a.svg").count(f"β {each['beta']:g}") == 3 for each in drawn)
     assert all("var(--ink)" in svg(plot) for plot in plots)
