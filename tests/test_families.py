@@ -14,14 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dpo_cli.models.attention
-import dpo_cli.models.loading
+import dpo_cli.models.layout
 import dpo_cli.models.logprobs
 from dpo_cli.data.batching import Layout
 from dpo_cli.data.collate import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention, prefix_shared_attention
-from dpo_cli.models.loading import _disable_dropout, choose_layout
+from dpo_cli.models.layout import choose_layout
+from dpo_cli.models.loading import _disable_dropout
 from dpo_cli.models.logprobs import ModelRunner, response_logps, token_logps
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import make_model, sigmoid_loss
@@ -233,7 +234,7 @@ def no_window(*arguments: Any) -> Tensor:
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     # Stock attention takes the restarting positions for a new document that cannot see the prompt.
-    "stock attention": lambda patch: patch.setattr(dpo_cli.models.loading, "PREFIX_SHARED", None),
+    "stock attention": lambda patch: patch.setattr(dpo_cli.models.layout, "PREFIX_SHARED", None),
     "chosen seen": lambda patch: patch.setattr(
         dpo_cli.models.attention, "_after_prompt", lambda first, prompt, rejected: torch.cat([first, rejected], dim=2)
     ),
@@ -255,7 +256,7 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
     model = make(family)
     wanted, _ = score(model, pairs, None)
     FAULTS[fault](monkeypatch)
-    assert difference(model, pairs, dpo_cli.models.loading.PREFIX_SHARED, wanted) > 0.1  # nats: far above the noise
+    assert difference(model, pairs, dpo_cli.models.layout.PREFIX_SHARED, wanted) > 0.1  # nats: far above the noise
     layout, _, told = choose_layout(model, pairs, 256, CPU, torch.float32)
     assert layout == "packed"
     assert "packed rows, the prompt computed once for each response; equal" in told and "shared: off by" in told
@@ -263,7 +264,7 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
 
 def test_falls_back_to_padded_batches(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """OPT takes a packed row for one document."""
-    monkeypatch.setattr(dpo_cli.models.loading, "PREFIX_SHARED", None)
+    monkeypatch.setattr(dpo_cli.models.layout, "PREFIX_SHARED", None)
     layout, _, told = choose_layout(make("opt"), pairs, 256, CPU, torch.float32)
     assert layout == "padded"
     assert "shared: off by" in told and "packed: off by" in told
@@ -343,7 +344,7 @@ def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPa
         tried.append(probes)
         return collate(probes, layout)
 
-    monkeypatch.setattr(dpo_cli.models.loading, "collate", spy)
+    monkeypatch.setattr(dpo_cli.models.layout, "collate", spy)
     for max_tokens, groups in ((256, [[2, 1, 1]]), (47, [[0, 1, 1], [2]]), (16, [[1, 1], [2]])):
         tried.clear()
         choose_layout(make("llama"), pairs, max_tokens, CPU, torch.float32)

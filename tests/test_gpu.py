@@ -28,7 +28,8 @@ from dpo_cli.evaluation.generation import generate
 from dpo_cli.evaluation.kl import Progress, compare, record
 from dpo_cli.hub.merge import merge
 from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention
-from dpo_cli.models.loading import choose_layout, compute_dtype, default_device
+from dpo_cli.models.layout import choose_layout
+from dpo_cli.models.loading import compute_dtype, default_device
 from dpo_cli.models.logprobs import ModelRunner, response_logps, token_logps
 from dpo_cli.training.loop import train
 from dpo_cli.training.step import Trainer

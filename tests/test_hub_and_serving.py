@@ -52,7 +52,7 @@ def test_the_card_tells_what_came_of_it(train: Train, tmp_path: Path) -> None:
         found = {each.metric_name: each.metric_value for each in card.data.eval_results}
         assert found["loss"] == pytest.approx(last["eval_loss"], abs=1e-6)
         assert found["implicit reward accuracy"] == pytest.approx(last["eval_rewards/accuracies"], abs=1e-6)
-        assert found["KL to the base model on chosen responses, nats a token"] == round(last["eval_kl/chosen"], 6)
+        assert found["KL to the base model on chosen responses, nats per token"] == round(last["eval_kl/chosen"], 6)
         assert f"| loss | 0.6931 | {last['eval_loss']:.4f} |" in card.text
     data = card.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")

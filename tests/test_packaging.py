@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import dpo_cli
 from dpo_cli.models.loading import load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.utils.errors import UsageError
@@ -85,7 +86,7 @@ def test_the_sdist_holds_what_its_tests_need(sdist: Path) -> None:
 
 
 def test_metadata_says_what_the_package_is(metadata: Message, wheel: Path) -> None:
-    assert metadata["Name"] == "dpo-cli" and metadata["Version"] == PROJECT["version"]
+    assert metadata["Name"] == "dpo-cli" and metadata["Version"] == PROJECT["version"] == dpo_cli.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert (next(wheel.glob("*.dist-info")) / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     assert metadata["Description-Content-Type"] == "text/markdown"
@@ -98,8 +99,7 @@ def test_metadata_says_what_the_package_is(metadata: Message, wheel: Path) -> No
 
 def test_every_import_is_a_declared_dependency() -> None:
     """What another package happens to bring today may be gone tomorrow."""
-    extras = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "dev"}
-    needed = [*PROJECT["dependencies"], *itertools.chain(*extras.values())]
+    needed = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
     declared = {re.split(r"[<>=\[ ]", line)[0].lower().replace("_", "-") for line in needed}
     outside = set().union(*(packages(tree(module)) for module in MODULES)) - sys.stdlib_module_names - {"dpo_cli", ""}
     owners = importlib.metadata.packages_distributions()

@@ -128,7 +128,6 @@ def test_a_model_that_cannot_generate_is_refused() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = make_model(attention_dropout=0.9)
     model.train()
-    model.model.layers[0].eval()
     model.set_attn_implementation(PREFIX_SHARED)
     config, modes = model.generation_config, [module.training for module in model.modules()]
     found = generate(model, NoTokenizer(), random_prompts((4,)), "sdpa", 9, sampled=False, max_tokens=100)

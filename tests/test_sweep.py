@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from dpo_cli.cli.app import app
 from dpo_cli.config.options import SweepOptions, TrainOptions
 from dpo_cli.config.resolve import resolve
 from dpo_cli.evaluation.reward import Reward, load_reward
@@ -29,12 +31,21 @@ from dpo_cli.training.step import Trainer
 from dpo_cli.training.sweep import as_text
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.conftest import SAMPLE, make_model, write_rows
-from tests.test_eval import dpo, invoke
 
 BETAS = (0.03, 0.1, 0.3, 1.0)
 RUNS = [f"beta-{beta:g}" for beta in BETAS]
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
 SAMPLES = ("--samples", 3, "--sample-prompts", 4, "--sample-tokens", 6)
+
+
+def invoke(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def dpo(*arguments: Any) -> Any:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
 
 
 def training(folder: Path) -> list[Any]:
@@ -499,6 +510,7 @@ def test_odd_frontiers_are_drawn(points: list[dict[str, Any]], tmp_path: Path) -
     write_plots(tmp_path / "a.svg", plots)
     write_plots(tmp_path / "b.svg", plots)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "mathdefault" not in (tmp_path / "a.svg").read_text()  # a logarithmic axis has plain numbers
     drawn = [each for each in points if np.isfinite([each["kl"], each["reward"]]).all()]
     assert all(svg_texts(tmp_path / "a.svg").count(f"β {each['beta']:g}") == 3 for each in drawn)
     assert all("var(--ink)" in svg(plot) for plot in plots)

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-import dpo_cli.models.loading
+import dpo_cli.models.layout
 from dpo_cli.cli.app import app
 from dpo_cli.data.pairs import Pair
-from dpo_cli.models.loading import choose_layout
+from dpo_cli.models.layout import choose_layout
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import make_model, random_pairs, write_rows
 
@@ -189,6 +189,8 @@ def test_the_length_that_is_named_works(made: Made, tokenizer: PreTrainedTokeniz
         out = run("eval", "--model", folder, "--kl", "none")
         said = out.stderr
         assert f"--max-length {T}" in said and (out.exit_code == 2) == (name == "dynamic")
+        if name == "dynamic":
+            assert "(max_position_embeddings in its config.json; beyond that its dynamic rope changes" in said
         check(evaluated(folder, "--max-length", T), plain(model, tokenizer, rows, T))
         assert SHARED in run("eval", "--model", folder, "--kl", "none", "--max-length", T).stderr
 
@@ -228,5 +230,5 @@ def test_rows_beyond_a_threshold_are_tried_where_no_sequence_is(monkeypatch: pyt
     model = make_model("llama4_text", **MODELS["chunks"][1] | {"floor_scale": 512, "attention_chunk_size": 4096})
     pairs = random_pairs(8, longest=20)
     assert choose_layout(model, pairs, 1024, CPU, torch.float32)[0] == "padded"
-    monkeypatch.setattr(dpo_cli.models.loading, "THRESHOLDS", ())
+    monkeypatch.setattr(dpo_cli.models.layout, "THRESHOLDS", ())
     assert choose_layout(model, pairs, 1024, CPU, torch.float32)[0] == "shared"  # what the rows are there for

@@ -82,10 +82,10 @@ def test_tensorboard_has_every_number_of_the_metrics(dpo: Cli, command: tuple[An
 @pytest.mark.parametrize(
     ("tracker", "message"),
     [
-        ("tensorbord", "--report-to tensorbord: must be one or more of tensorboard, wandb, mlflow, trackio, with "
-         "commas between, or none; did you mean 'tensorboard'?"),
-        ("mlflow,W&B", "--report-to W&B: must be"),
-        ("none,mlflow", "--report-to none: must be"),
+        ("tensorbord", "--report-to tensorbord: must be one or more of tensorboard, wandb, mlflow, trackio, "
+         "separated by commas, or none; did you mean 'tensorboard'?"),
+        ("mlflow,W&B", "--report-to mlflow,W&B: must be"),
+        ("none,mlflow", "--report-to none,mlflow: must be"),
         ("", "--report-to : must be"),
     ],
 )  # fmt: skip

@@ -53,9 +53,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from dpo_cli import __version__
 
-        print(f"dpo-cli {version('dpo-cli')}")
+        print(f"dpo-cli {__version__}")
         raise typer.Exit
 
 

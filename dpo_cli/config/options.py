@@ -317,7 +317,7 @@ class EvalOptions(SampleOptions, Options):
     )
     beta: float | None = option(None, "Scale of the implicit reward.", positive, shown="the run's, else 0.1")
     kl: str = kl_option()
-    seed: int = option(0, "Seed of the samples and of the intervals.", checks.valid_seed)
+    seed: int = option(0, "Seed of the samples.", checks.valid_seed)
     per_pair: Path | None = option(None, "Write one JSON line per pair to this file.")
     report: Path | None = option(None, "Write the report, one HTML file, to this file.")
 

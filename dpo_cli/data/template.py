@@ -1,4 +1,4 @@
-"""A model's chat template: messages as its text, and control tokens inside them as what they are wanted to be."""
+"""Rendering with a chat template, and the control tokens that may stand inside messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpo_cli.data.messages import REASONING, REASONING_KEYS, Message
 from dpo_cli.data.readers import shortened
 from dpo_cli.utils.errors import RowError
 
-# For a model that has no template: dialogues as base models have read many.
+# For a model without a template: dialogues as they are common in pretraining data.
 PLAIN = (
     "{% for message in messages %}{% if message.role == 'system' %}{{ message.content + '\\n\\n' }}"
     "{% elif message.role == 'assistant' %}{{ 'Assistant: ' + message.content + eos_token + '\\n\\n' }}"
@@ -20,7 +20,7 @@ PLAIN = (
 
 
 def plain_template(adds_bos: bool) -> str:
-    """The template of a model that has none; it brings the BOS that the tokenizer puts before a text."""
+    """Return the template for a model that has none, with the BOS that the tokenizer adds to a text."""
     return ("{{ bos_token }}" if adds_bos else "") + PLAIN
 
 
@@ -31,14 +31,15 @@ def render(
     template: str | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> str:
-    """The template's text for messages: the tokenizer's template unless another is given; ``arguments`` go to it.
+    """Render messages with the tokenizer's template unless another is given; ``arguments`` are passed to it.
 
     Raises:
         RowError: there is no template, or it refuses the messages.
     """
     if not (template or tokenizer.chat_template):
         raise RowError("the model has no chat template")
-    named = [message if REASONING not in message else _with_every_name(message) for message in messages]
+    # Reasoning under each name that a template may read, as transformers 5.23 has it and 5.17 does not.
+    named = [m | dict.fromkeys(REASONING_KEYS, m[REASONING]) if REASONING in m else m for m in messages]
     try:
         text: str = tokenizer.apply_chat_template(
             named,
@@ -52,20 +53,14 @@ def render(
     return text
 
 
-def _with_every_name(message: Message) -> Message:
-    """A message whose reasoning has each name that a template may read, as transformers 5.23 does and 5.17 does not."""
-    return message | dict.fromkeys(REASONING_KEYS, message[REASONING])
-
-
 class ControlTokens:
-    """The tokens with which a chat template parts turns, where they stand in messages; marks of thinking are none.
+    """The tokens with which a chat template separates turns, inside messages; tags of thinking do not count.
 
-    ``mark`` puts marks around them, which stay there when the messages are rendered; ``encode`` reads what is marked as
-    text. The ids are those of transformers' ``apply_chat_template(sanitize_control_tokens=True)``, which is too new to
-    be relied upon.
+    ``mark`` puts marks around them, which survive rendering; ``encode`` encodes what is marked as text. The ids equal
+    those of ``apply_chat_template(sanitize_control_tokens=True)`` of transformers, which 5.17 does not have.
     """
 
-    OPEN, CLOSE = "\ud800", "\udfff"  # halves of surrogate pairs, which no text has
+    OPEN, CLOSE = "\ud800", "\udfff"  # lone surrogates, which no text has
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -76,13 +71,13 @@ class ControlTokens:
         added = [(t, i) for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()]
         self.special = tuple({*(t.content for t, _ in added if t.special), tokenizer.eos_token})  # one ends each answer
         parting = [(t.content, i) for t, i in added if t.special or t.content in frame]
-        self.ids = {content: i for content, i in parting if "think" not in content.lower()}  # an answer's own words
+        self.ids = {content: i for content, i in parting if "think" not in content.lower()}  # part of an answer
         any_token = "|".join(map(re.escape, sorted(self.ids, key=len, reverse=True))) or "(?!)"
         self.token = re.compile(any_token)
         self.marked = re.compile(f"{self.OPEN}({any_token}){self.CLOSE}|[{self.OPEN}{self.CLOSE}]")
 
     def of_turns(self) -> set[str]:
-        """Those that the template writes around turns."""
+        """Return the tokens that the template writes around turns."""
         turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
         try:
             return set(self.token.findall(render(self.tokenizer, turns * 2)))
@@ -90,18 +85,18 @@ class ControlTokens:
             return set()
 
     def first(self, value: Any) -> str | None:
-        """The first control token in the strings of a value, however deeply it is nested."""
-        ahead = [value]
-        while ahead:
-            value = ahead.pop()
-            if isinstance(value, str) and (found := self.token.search(value)):
-                return found[0]
+        """Return the first control token in the strings of a nested value."""
+        queue = [value]
+        while queue:
+            value = queue.pop()
+            if isinstance(value, str) and (match := self.token.search(value)):
+                return match[0]
             if isinstance(value, (dict, list, tuple)):
-                ahead += reversed(value.values() if isinstance(value, dict) else value)
+                queue += reversed(value.values() if isinstance(value, dict) else value)
         return None
 
     def mark(self, value: Any) -> Any:
-        """The value with marks around the control tokens in its strings.
+        """Put marks around the control tokens in the strings of a value.
 
         Raises:
             RecursionError: it is nested too deeply.
@@ -117,7 +112,7 @@ class ControlTokens:
         return text.replace(self.OPEN, "").replace(self.CLOSE, "")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a rendered text."""
+        """Encode a rendered text."""
         first, *rest = self.marked.split(text)
         ids = self._ids(first)
         for token, behind in zip(rest[::2], rest[1::2], strict=True):
@@ -128,12 +123,12 @@ class ControlTokens:
         return ids
 
     def encode_inside(self, text: str) -> list[int]:
-        """Ids of a rendered text that follows another, with which no token is shared."""
+        """Encode a rendered text that follows another one and shares no token with it."""
         return self._ids_inside(text, self.encode)
 
     def _ids_inside(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """Ids of a text that does not begin there: SentencePiece puts a space before the first word."""
-        for before in ("\n", ":"):  # the first that makes no token with the text's beginning
+        """Encode text in the middle of another: SentencePiece would put a space before its first word."""
+        for before in ("\n", ":"):  # the first that does not merge with the text
             ids, own = encode(before + text), self._ids(before)
             if ids[: len(own)] == own:
                 return ids[len(own) :]
@@ -144,7 +139,7 @@ class ControlTokens:
         return ids
 
     def _ids_as_text(self, text: str) -> list[int]:
-        """What the tokenizer does but for looking for added tokens."""
+        """Encode without looking for added tokens."""
         backend = self.tokenizer.backend_tokenizer
         if backend.normalizer:
             text = backend.normalizer.normalize_str(text)

@@ -1,7 +1,7 @@
-"""Rows to pairs of token ids: chat template, prompt boundary, truncation.
+"""Rows as pairs of token ids: chat template, prompt boundary, truncation.
 
-A pair is ``prompt``, ``chosen`` and ``rejected``, each a vector of token ids. The boundary between prompt and response
-is found among tokens, not characters, and both responses end with the token that ends a turn.
+The boundary between prompt and response is determined among tokens, not characters, and both responses end with the
+token that ends a turn.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dpo_cli.data.rows import BadRow, Reading, Row
 from dpo_cli.data.visible import REASONING_UNSEEN
 from dpo_cli.utils.errors import RowError, UsageError
 
-Text = tuple[str, bool]  # and whether the chat template wrote it, special tokens included
-BATCH_CHARACTERS, BATCH_ROWS = 2**20, 512  # what meets the tokenizer in one call: more brings no speed
+Text = tuple[str, bool]  # and whether the chat template rendered it, special tokens included
+BATCH_CHARACTERS, BATCH_ROWS = 2**20, 512  # per call of the tokenizer; more is no faster
 
 
 @dataclass
 class PairSet:
-    """The pairs of some rows, what was refused, and what was changed on the way."""
+    """The pairs of some rows, the refused rows, and counts of formats and notes."""
 
     pairs: Pairs = field(default_factory=Pairs)
     refused: list[BadRow] = field(default_factory=list)
@@ -37,13 +37,13 @@ class PairSet:
 
     @property
     def rows(self) -> int:
-        """Rows that were read: those that became pairs and those that were refused."""
+        """The number of rows that were read."""
         return len(self.pairs) + len(self.refused)
 
 
 # What PairSet.notes counts.
-PROMPT_CUT = "prompts shortened from the left"
-RESPONSE_CUT = "pairs with a response cut at its end"
+PROMPT_CUT = "prompts truncated from the left"
+RESPONSE_CUT = "pairs with a response truncated at its end"
 BOUNDARY_MOVED = "pairs whose boundary moved back (tokens merge across it)"
 
 
@@ -53,10 +53,10 @@ def tokenize_rows(
     reading: Reading,
     keep_refused: bool = True,
 ) -> PairSet:
-    """Tokenize every row; those that cannot be trained on land in ``refused`` with the reason, and whole if kept."""
+    """Tokenize every row; those that cannot be used are ``refused`` with the reason, and with their record if kept."""
     encoder = Encoder(tokenizer, reading)
     out = PairSet()
-    if not keep_refused:  # what is held for a while is the reason only
+    if not keep_refused:
         rows = (BadRow(row.where, row.reason) if isinstance(row, BadRow) else row for row in rows)
     for row, result in encoder.pairs(rows):
         if isinstance(row, BadRow):
@@ -73,17 +73,17 @@ def tokenize_rows(
 
 
 def reasons(refused: list[BadRow]) -> dict[str, int]:
-    """How many rows were refused for which reason, the most frequent first."""
+    """Count the refused rows per reason, the most frequent first."""
     return dict(Counter(bad.reason for bad in refused).most_common())
 
 
 def refusal(refused: list[BadRow], rows: int) -> UsageError:
-    """One error for all bad rows: the first ten in full, the rest counted by reason."""
+    """Build one error for all bad rows: the first ten in full, the rest counted by reason."""
     lines = [f"{bad.where}: {bad.reason}" for bad in refused[:10]]
     if len(refused) > 10:
         counts = reasons(refused[10:])
-        most = [f"{n} × {why}" for why, n in list(counts.items())[:10]] + ["…"] * (len(counts) > 10)
-        lines.append(f"and {len(refused) - 10} more: " + "; ".join(most))
+        most_frequent = [f"{n} × {why}" for why, n in list(counts.items())[:10]] + ["…"] * (len(counts) > 10)
+        lines.append(f"and {len(refused) - 10} more: " + "; ".join(most_frequent))
     lines.append(f"{len(refused)} of {rows} rows cannot be used. Fix them, or skip them with --on-bad-row skip")
     return UsageError("\n".join(lines))
 
@@ -93,10 +93,10 @@ Encoded = tuple[Pair, set[str]]
 
 
 class Encoder:
-    """Turns rows into pairs with one tokenizer, no longer than ``reading.max_length`` tokens.
+    """Converts rows to pairs with one tokenizer, no longer than ``reading.max_length`` tokens.
 
-    ``reading.control_tokens`` says what becomes of those inside messages: ``keep`` them, ``sanitize`` (read them as
-    text), or ``refuse`` the row. Strings are taken as they are: they may have been rendered already.
+    ``reading.control_tokens``: ``keep`` those inside messages, ``sanitize`` them (read them as text), or ``refuse`` the
+    row. Those in strings are kept, since a template may have rendered them.
     """
 
     def __init__(self, tokenizer: Any, reading: Reading) -> None:
@@ -107,36 +107,36 @@ class Encoder:
         if reading.control_tokens == "sanitize" and not tokenizer.is_fast:
             raise UsageError("--control-tokens sanitize: the model's tokenizer cannot do it; use refuse")
         self.eos: int = tokenizer.eos_token_id
-        probe = tokenizer("a")["input_ids"]  # also leaves the backend as a call needs it: nothing truncated or padded
+        probe = tokenizer("a")["input_ids"]  # also resets truncation and padding of the backend
         self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
         self.backend = tokenizer.backend_tokenizer if only_asks_its_backend(tokenizer) else None
         self.chat = Chat(tokenizer, reading.control_tokens, self.adds_bos, reading.train_turns)
 
     def pairs(self, rows: Iterable[Row | BadRow]) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
-        """Each row in order, as it is read, with what ``pair`` makes of it, or why it is bad. Encodes many at once."""
-        waiting: list[tuple[Row | BadRow, Conversation | RowError]] = []
-        held = 0
+        """Yield each row in order, rendered if it is messages, with its pair and notes, or why it is bad."""
+        batch: list[tuple[Row | BadRow, Conversation | RowError]] = []
+        characters = 0
         for row in rows:
-            waiting.append(self._read(row))
-            texts = waiting[-1][1]
-            held += len(texts.chosen.text) + len(texts.rejected.text) if isinstance(texts, Conversation) else 0
-            if held >= BATCH_CHARACTERS or len(waiting) >= BATCH_ROWS:
-                yield from self._finish(waiting)
-                waiting, held = [], 0
-        yield from self._finish(waiting)
+            row, texts = self._render(row)
+            batch.append((row, texts))
+            characters += len(texts.chosen.text) + len(texts.rejected.text) if isinstance(texts, Conversation) else 0
+            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
+                yield from self._encode_batch(batch)
+                batch, characters = [], 0
+        yield from self._encode_batch(batch)
 
     def pair(self, row: Row) -> Encoded:
-        """The row's token ids, truncated, and which of the notes apply to it.
+        """Return the row's token ids, truncated, and its notes.
 
         Raises:
             RowError: as ``Chat.conversation``; or truncation leaves no difference between the responses.
         """
-        _, result = next(self._finish([self._read(row)]))
+        _, result = next(self.pairs([row]))
         if isinstance(result, RowError):
             raise result
         return result
 
-    def _read(self, row: Row | BadRow) -> tuple[Row | BadRow, Conversation | RowError]:
+    def _render(self, row: Row | BadRow) -> tuple[Row | BadRow, Conversation | RowError]:
         if isinstance(row, BadRow):
             return row, RowError(row.reason)
         row = self.chat.as_turns(row)
@@ -145,11 +145,11 @@ class Encoder:
         except RowError as error:
             return row, error
 
-    def _finish(
-        self, rows: list[tuple[Row | BadRow, Conversation | RowError]]
+    def _encode_batch(
+        self, batch: list[tuple[Row | BadRow, Conversation | RowError]]
     ) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
-        ids = self._encode([texts for _, texts in rows if isinstance(texts, Conversation)])
-        for row, texts in rows:
+        ids = self._encode([texts for _, texts in batch if isinstance(texts, Conversation)])
+        for row, texts in batch:
             if isinstance(row, BadRow) or isinstance(texts, RowError):
                 yield row, cast(RowError, texts)
                 continue
@@ -187,9 +187,9 @@ class Encoder:
         return f"chosen and rejected give the same tokens{why}"
 
     def _split(self, texts: Conversation, encoded: dict[Text, Part]) -> tuple[Ids, Ids, Ids, bool]:
-        """Untruncated ids: the prompt, both responses, with ``~id`` for what carries no loss, and if the cut moved.
+        """Return the untruncated ids of prompt, chosen and rejected, ``~id`` if without loss; and if the cut moved.
 
-        It is where the responses leave the prompt's own tokens: behind its text, but for a token that spans the two.
+        The boundary is where the responses leave the prompt's own tokens: its end, unless a token spans it.
         """
         prompt = _good(encoded[texts.prompt, texts.templated])
         if not len(prompt):
@@ -205,14 +205,14 @@ class Encoder:
         return prompt[:cut], responses[0], responses[1], cut < len(prompt)
 
     def _side(self, side: Side, templated: bool, encoded: dict[Text, Part]) -> Ids:
-        """Ids of a prompt and its answer, which end with the template's ending or EOS."""
+        """Return the ids of a prompt and its response, which end with the template's ending or EOS."""
         ids = _good(encoded[_first(side), templated])
         if side.cuts:
             ids = np.append(ids, self._pieces(side, len(side.text))[len(ids) :])
         return ids if side.complete or self.eos in ids[-1:] else np.append(ids, np.int32(self.eos))
 
     def _pieces(self, side: Side, end: int) -> Ids:
-        """Ids of a side's text up to a place, no token of which spans a cut."""
+        """Encode a side's text up to a place, such that no token spans a cut."""
         cuts = [cut for cut in side.cuts if cut < end]
         first, *others = (side.text[a:b] for a, b in pairwise([0, *cuts, end]))
         control = self.chat.control
@@ -220,7 +220,7 @@ class Encoder:
         return np.asarray(ids, dtype=np.int32)
 
     def _loss(self, side: Side, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Which tokens of a side carry loss, where these are not all behind the prompt."""
+        """Return the loss mask of a side's tokens."""
         carries = np.zeros(len(ids), dtype=bool)
         for begin, end in side.spans:
             stop = len(ids) if end == len(side.text) else _common_prefix(self._pieces(side, end), ids)
@@ -228,7 +228,7 @@ class Encoder:
         return carries
 
     def _encode(self, conversations: Sequence[Conversation]) -> dict[Text, Part]:
-        """Token ids of every text, or why it has none; each kind of text meets the tokenizer in one call."""
+        """Encode every text, those of each kind in one call of the tokenizer; or say why it cannot be encoded."""
         texts = {
             (text, each.templated): None
             for each in conversations
@@ -250,19 +250,19 @@ class Encoder:
             return error
 
     def _batch(self, texts: list[str], templated: bool) -> Iterator[Ids]:
-        """Token ids with exactly one BOS where the tokenizer wants one; a template brings its own."""
+        """Encode texts, with exactly one BOS if the tokenizer adds one; a template brings its own."""
         if self.backend is not None:
-            found = [each.ids for each in self.backend.encode_batch_fast(texts, add_special_tokens=not templated)]
+            encoded = [each.ids for each in self.backend.encode_batch_fast(texts, add_special_tokens=not templated)]
         else:
             call = partial(self.tokenizer, add_special_tokens=not templated, verbose=False)
-            found = [call(text)["input_ids"] for text in texts]
-        for text, ids in zip(texts, found, strict=True):
+            encoded = [call(text)["input_ids"] for text in texts]
+        for text, ids in zip(texts, encoded, strict=True):
             start = not templated and self.adds_bos and text.startswith(self.tokenizer.bos_token)  # brings its own
             end = not templated and self.adds_eos  # a prompt must not end with it, and a response gets its own
             yield np.asarray(ids[start : len(ids) - end], dtype=np.int32)
 
     def _shorten_prompt(self, row: Row, prompt: Ids, room: int) -> Ids:
-        """A prompt of ``room`` tokens or the next best: its end stays; a conversation loses its oldest turns."""
+        """Shorten a prompt to ``room`` tokens if possible: its end is kept; a conversation loses its oldest turns."""
         if isinstance(row.prompt, str):
             keep_bos = int(prompt[0]) == self.tokenizer.bos_token_id
             start = len(prompt) - room + keep_bos
@@ -279,7 +279,7 @@ class Encoder:
 
 
 def _first(side: Side) -> str:
-    """A side's text up to the first place that no token may span."""
+    """Return a side's text up to its first cut."""
     return side.text[: side.cuts[0]] if side.cuts else side.text
 
 
@@ -296,9 +296,9 @@ def _good(part: Part) -> Ids:
 
 
 def only_asks_its_backend(tokenizer: Any) -> bool:
-    """Whether a call does no more than pass a text on, so that the backend can be asked without it.
+    """Return whether a tokenizer only calls its backend, so that the backend can be called directly.
 
-    That is faster: asked by transformers it also says where in the text each token lies.
+    That is faster: transformers also asks it for the offsets of the tokens.
     """
     from transformers import PreTrainedTokenizerFast
 

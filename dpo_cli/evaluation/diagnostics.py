@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,11 @@ class Evidence:
     history: History = ()
     held_out: bool = True
     trained_on: int = 0
-    training: History = field(init=False)  # the steps' lines
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "training", [line for line in self.history if line.get("loss") is not None])
+    @cached_property
+    def training(self) -> History:
+        """The lines of training steps."""
+        return [line for line in self.history if line.get("loss") is not None]
 
     @property
     def pairs(self) -> int:

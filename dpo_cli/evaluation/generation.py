@@ -116,7 +116,7 @@ def _plain(model: PreTrainedModel) -> Iterator[None]:
 
     Compiled layers run uncompiled, since each length of the cache would be another graph.
     """
-    modes, own = [(module, module.training) for module in model.modules()], model.generation_config
+    training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()
     try:
@@ -124,8 +124,7 @@ def _plain(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.generation_config = own
-        for module, training in modes:
-            module.training = training
+        model.train(training)
 
 
 def text(tokenizer: Any, ids: Ids) -> str:

@@ -18,16 +18,14 @@ from dpo_cli.utils.errors import UsageError
 
 
 def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, reporter: Reporter) -> dict[str, Any]:
-    """`dpo merge`: write a model folder with an adapter's weights added to its base's.
-
-    ``base`` names the base, where it is not what the adapter names.
+    """Write a model folder with an adapter's weights added to its base's, which is ``base`` or what the adapter names.
 
     Raises:
-        UsageError: there is no adapter, it cannot be merged, or the folder is there already.
+        UsageError: there is no adapter, it cannot be merged, or the folder exists.
     """
     source = find_model(name, trust, base)
     if source.adapter is None or source.checkpoint not in (None, source.adapter):
-        raise UsageError(f"--model {name}: no adapter is there that could be merged")
+        raise UsageError(f"--model {name}: there is no adapter to merge")
     if source.checkpoint and verified_step(source.checkpoint) is None:
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     if output.exists():
@@ -38,8 +36,8 @@ def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, re
     trained = trained_with(source.run) if source.run else None
     if trained and trained.quantize:
         reporter.warning(
-            f"the adapter was trained on its base in {trained.quantize} and goes into that in float32: "
-            "not quite the same"
+            f"the adapter was trained on its base in {trained.quantize} and is merged into the float32 base: the "
+            "merged model is not quite the trained one"
         )
     model = load_model(source)
     card = merged_card(source, output.name, trained.objective if trained else None)

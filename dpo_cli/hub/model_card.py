@@ -18,20 +18,20 @@ from dpo_cli.models.locate import DEFAULT_MODEL, ModelSource, find_model
 from dpo_cli.training.setup import Run
 from dpo_cli.utils.errors import printable
 
-SELF = "path/to/this/folder"  # where the card speaks of its own model; the repository's name once it is pushed
-# Options that made the model what it is, as they are told; none of them is a path.
-_TOLD = (
+SELF = "path/to/this/folder"  # the model in its card; replaced by the repository when it is pushed
+# Options shown in the card; none of them is a path.
+_OPTIONS = (
     *("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo", "router_aux_loss_coef"),
     *("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "batch_size"),
     *("max_length", "train_turns", "dtype", "memory", "seed"),
 )
-# Metric of an evaluation: its name, and its kind for the hub.
+# Metrics of an evaluation shown in the card: name, and kind for the hub.
 _RESULTS = {
     "loss": ("loss", "loss"),
     "rewards/accuracies": ("implicit reward accuracy", "accuracy"),
     "rewards/margins": ("implicit reward margin", "reward_margin"),
-    "kl/chosen": ("KL to the base model on chosen responses, nats a token", "kl"),
-    "kl/rejected": ("KL to the base model on rejected responses, nats a token", "kl"),
+    "kl/chosen": ("KL to the base model on chosen responses, nats per token", "kl"),
+    "kl/rejected": ("KL to the base model on rejected responses, nats per token", "kl"),
 }
 
 
@@ -57,9 +57,9 @@ _RAW = """Its pairs were raw strings, without the chat template (`--format strin
 
 
 def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """The card as a README.md with the metadata that the hub reads; of no local path, and of nobody's name.
+    """Make the README.md with the metadata that the hub reads; it names no local path and no person.
 
-    ``before`` and ``after`` are the metrics of the held-out pairs, empty where there are none.
+    ``before`` and ``after`` are metrics of the held-out pairs, empty if there are none.
     """
     name, adapter = _line(run.folder.name), bool(run.options.lora_rank) and run.options.export != "merged"
     base, known = hub_name(run.source), _card_of(run.source)
@@ -75,12 +75,14 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
         tags=_tags(run.options.objective),
         **about,
     )
-    told = (
+    shown = (
         {"loss": run.options.objective.name}
-        | {key: getattr(run.options, key) for key in _TOLD}
+        | {key: getattr(run.options, key) for key in _OPTIONS}
         | {"steps": len(run.plan), "pairs": len(run.pairs)}
     )
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in told.items() if value not in (None, ""))
+    rows = "\n".join(
+        f"| {key.replace('_', ' ')} | {value} |" for key, value in shown.items() if value not in (None, "")
+    )
     return f"""---
 {data.to_yaml()}
 ---
@@ -107,9 +109,9 @@ model and of the data hold for this model too.
 
 
 def merged_card(source: ModelSource, name: str, objective: Objective | None) -> str:
-    """The card of an adapter's model merged into its base, with what the adapter's own card says of that base.
+    """Make the card of an adapter merged into its base, with license and base of the adapter's own card.
 
-    ``objective`` is what the adapter was trained by, where that is known.
+    ``objective``: the adapter's, if it is known.
     """
     known: dict[str, str] = {}
     with suppress(Exception):  # there is none, or whatever stands in it
@@ -143,7 +145,7 @@ def _tags(objective: Objective | None) -> list[str]:
 
 
 def _method(objective: Objective) -> str:
-    """What trained it, in words: a loss that reads no reference is no DPO."""
+    """Name the method: a loss without a reference is not DPO."""
     if not objective.reference:
         return f"preference optimization without a reference (loss {objective.name})"
     loss = "" if objective.name == "sigmoid" else f", loss {objective.name}"
@@ -151,7 +153,7 @@ def _method(objective: Objective) -> str:
 
 
 def _trained(run: Run) -> str:
-    """Which of its weights were trained."""
+    """Say which of its weights were trained."""
     options = run.options
     if options.lora_rank is None:
         return "All its weights were trained."
@@ -161,12 +163,12 @@ def _trained(run: Run) -> str:
 
 
 def hub_name(source: ModelSource) -> str | None:
-    """The base model's name on the hub; None where it came from elsewhere."""
+    """Return the base model's name on the hub; None if it came from elsewhere."""
     return source.base if source.base == DEFAULT_MODEL or source.path == source.base else None
 
 
 def _card_of(source: ModelSource) -> dict[str, Any]:
-    """The metadata of the base model's own card; empty where that cannot be had."""
+    """Return the metadata of the base model's own card; empty if it cannot be read."""
     with suppress(Exception):  # of the hub, or of whatever stands in the file
         if source.path == source.base:  # from the hub; no other is asked for there
             return _metadata(hf_hub_download(source.base, "README.md", etag_timeout=5))
@@ -175,9 +177,9 @@ def _card_of(source: ModelSource) -> dict[str, Any]:
 
 
 def _metadata(card: str | Path) -> dict[str, str]:
-    """What is a plain name in the metadata of a card."""
-    found = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    return {key: value for key, value in found.items() if isinstance(value, str) and _NAME.fullmatch(value)}
+    """Return the plain names in the metadata of a card."""
+    metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    return {key: value for key, value in metadata.items() if isinstance(value, str) and _NAME.fullmatch(value)}
 
 
 def _license(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,15 +206,15 @@ def _results(run: Run, results: Mapping[str, float]) -> list[EvalResult]:
 
 
 def _outcome(run: Run, results: Mapping[str, float], before: Mapping[str, float]) -> str:
-    """The held-out pairs before and after, as a table; empty where there are none."""
+    """Make a table of the held-out pairs before and after; empty if there are none."""
     if not results:
         return ""
     lines = [f"| on {len(run.held_out):,} held-out pairs | before | after |", "|---|---|---|"]
     for metric, value in results.items():
         was = f"{before[metric]:.4f}" if metric in before else "not measured"
         lines.append(f"| {_RESULTS[metric][0]} | {was} | {value:.4f} |")
-    told = "The implicit reward of a response is beta times the log-ratio of this model and the base model."
-    return "\n".join(["", *lines, "", told, ""])
+    reward = "The implicit reward of a response is beta times the log-ratio of this model and the base model."
+    return "\n".join(["", *lines, "", reward, ""])
 
 
 def _line(text: str) -> str:

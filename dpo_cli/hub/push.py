@@ -1,4 +1,4 @@
-"""A run's model on the Hugging Face hub: its files, and nothing else of the run."""
+"""Upload a run's model to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,53 +17,53 @@ from dpo_cli.models.locate import find_model
 from dpo_cli.utils.errors import DpoError, UsageError
 
 CARD = "README.md"
-SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of what an export consists of
+SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of an export's files, beside the card
 
 
 def check_login(name: str) -> None:
-    """Refuse at once what could not be pushed to ``name``, ORG/NAME, after hours of training.
+    """Refuse before hours of training what could not be pushed to ``name``, ORG/NAME.
 
     Raises:
-        UsageError: nobody is logged in, the hub cannot be reached, or the login may not write there.
+        UsageError: there is no login, the hub cannot be reached, or the login may not write there.
     """
     try:
         who = HfApi().whoami()
     except LocalTokenNotFoundError as error:
         raise UsageError(f"{name}: you are not logged in; run: hf auth login") from error
     except Exception as error:  # offline, or what the hub answers
-        raise UsageError(f"{name}: the hub does not know you now\n{_first_line(error)}") from error
-    owner, mine = name.partition("/")[0], [who["name"], *(each["name"] for each in who.get("orgs", []))]
-    if owner not in mine:
-        raise UsageError(f"{name}: your login may write to {', '.join(mine)}, not to {owner}")
+        raise UsageError(f"{name}: the hub rejects the login or cannot be reached\n{_first_line(error)}") from error
+    owner, writable = name.partition("/")[0], [who["name"], *(each["name"] for each in who.get("orgs", []))]
+    if owner not in writable:
+        raise UsageError(f"{name}: your login may write to {', '.join(writable)}, not to {owner}")
     if (who.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise UsageError(f"{name}: your token may only read; make one that may write: hf auth login")
 
 
 def model_folder(folder: Path) -> Path:
-    """The model of a run, or the folder itself, as its model/ or best/.
+    """Return the model of a run, or the folder itself if it is a run's model/ or best/.
 
     Raises:
         UsageError: there is no trained model there, or an adapter that nobody else could load.
     """
     model = folder / "model" if (folder / "manifest.json").is_file() else folder
     if not all((model / name).is_file() for name in (CARD, "tokenizer_config.json")):
-        raise UsageError(f"{folder}: no trained model there; name a run that is complete, or its model/ or best/")
+        raise UsageError(f"{folder}: no trained model there; name a complete run, or its model/ or best/")
     if (model / adapter_files.CONFIG).is_file():
         check_base(json.loads((model / adapter_files.CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
     return model
 
 
 def check_base(name: str) -> None:
-    """Refuse to push an adapter on a base that is not on the hub under that name: nobody else could load it.
+    """Refuse to push an adapter whose base is not on the hub under that name: nobody else could load it.
 
-    So it is of the default model's packaged copy too, whose weights are not quite those of the hub.
+    This includes the default model's packaged copy, whose weights differ from the hub's.
 
     Raises:
         UsageError: the base is a local one.
     """
     try:
         on_hub = hub_name(find_model(name)) == name
-    except UsageError:  # it is not even here any more
+    except UsageError:  # it was removed
         on_hub = False
     if not on_hub:
         raise UsageError(
@@ -73,16 +73,15 @@ def check_base(name: str) -> None:
 
 
 def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
-    """Upload a trained model in one commit; a repository that is made for it is private unless ``public``.
+    """Upload a trained model in one commit; a new repository is private unless ``public``.
 
     Raises:
-        DpoError: the hub does not take it; the message says how to try again.
+        DpoError: the upload failed; the message says how to try again.
     """
     model, api = model_folder(folder), HfApi()
+    files = sorted(path.name for path in model.iterdir() if path.is_file() and path.suffix in SUFFIXES)
     card = (model / CARD).read_text(encoding="utf-8").replace(SELF, name)
-    files = sorted(path for path in model.iterdir() if path.is_file() and path.suffix in SUFFIXES)
-    operations = [CommitOperationAdd(CARD, card.encode())]
-    operations += [CommitOperationAdd(path.name, path) for path in files]
+    operations = [CommitOperationAdd(CARD, card.encode()), *(CommitOperationAdd(each, model / each) for each in files)]
     try:
         api.create_repo(name, private=not public, exist_ok=True)
         done = api.create_commit(
@@ -92,7 +91,7 @@ def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
     except Exception as error:  # offline, or what the hub answers
         again = f"Try again with: dpo push {shlex.quote(str(folder))} {name}"
         raise DpoError(f"the model could not be pushed to {name}: {_first_line(error)}\n{again}") from error
-    return {"url": done.repo_url, "private": private, "files": [CARD, *(path.name for path in files)]}
+    return {"url": done.repo_url, "private": private, "files": [CARD, *files]}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Adapters on disk, as peft, Unsloth and LLaMA-Factory save them: read, attached with their weights, saved, merged."""
+"""Adapters on disk, as peft, Unsloth and LLaMA-Factory save them: read, attach, save, merge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,11 +22,11 @@ from dpo_cli.utils.errors import DpoError, UsageError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 PREFIX = "base_model.model."  # what peft puts before the names of a model's modules
-# Initializations that leave the base unchanged; others take something out of it.
+# Initializations that leave the base unchanged; others subtract from it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
-# Those that take the same out of it whenever the adapter is loaded, so that it can be merged.
+# Those that subtract the same whenever the adapter is loaded, so that it can be merged.
 REPEATED = (*HARMLESS, "pissa", "olora")
-# What its configuration holds beside what it computes.
+# Keys of a configuration that do not change what the adapter computes.
 NOT_COMPUTED = (
     "base_model_name_or_path",
     "revision",
@@ -36,7 +35,7 @@ NOT_COMPUTED = (
     "inference_mode",
     "init_lora_weights",
 )
-# Keys of peft's that make of a LoRA something that this does not compute in training.
+# Keys that make a LoRA something that is not trained here.
 VARIANTS = ("arrow_config", "kasa_config", "monteclora_config", "velora_config", "use_bdlora", "use_qalora")
 # Remedies that refusals end with.
 FROM_BASE = "start from its base"
@@ -45,18 +44,20 @@ CONVERT = "save it as a plain LoRA where it was trained: peft's path_initial_mod
 
 
 def read_config(folder: Path) -> Any:
-    """Read the ``peft.PeftConfig`` of an adapter of any kind; keys that are null are as peft has them by default.
+    """Read the ``peft.PeftConfig`` of an adapter of any kind; null keys have peft's defaults.
 
     Raises:
         UsageError: peft cannot compute what it describes.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, __version__
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     values = _values(folder)
     kind = values.get("peft_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise UsageError(f"{folder / CONFIG}: its peft_type is {kind}, which {_peft()} does not know; {FROM_BASE}")
+        raise UsageError(
+            f"{folder / CONFIG}: its peft_type is {kind}, which peft {__version__} does not know; {FROM_BASE}"
+        )
     if values.get("layer_replication"):
         raise UsageError(
             f"{folder / CONFIG}: layer_replication lets layers share their base's weights, which can be neither "
@@ -68,13 +69,13 @@ def read_config(folder: Path) -> Any:
             f"{folder / CONFIG}: it is an aLoRA (alora_invocation_tokens), which is off until a prompt invokes it, and "
             f"can be neither merged nor trained here; {FROM_BASE}"
         )
-    began = values.pop("init_lora_weights", True)  # which asks for packages and settings that its weights make needless
+    began = values.pop("init_lora_weights", True)  # some ask for packages that saved weights do not need
     try:
         known = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
         with _quiet():
             config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{name: values[name] for name in known & values.keys()})
     except (TypeError, ValueError, ImportError, AttributeError, KeyError) as error:
-        raise UsageError(f"{folder / CONFIG}: {_peft()} cannot read it: {_line(error)}") from error
+        raise UsageError(f"{folder / CONFIG}: peft {__version__} cannot read it: {_line(error)}") from error
     if isinstance(config, LoraConfig):
         config.init_lora_weights, config.lora_dropout = began, 0.0
         if odd := [name for name in ("r", "lora_alpha") if not isinstance(getattr(config, name), (int, float))]:
@@ -83,7 +84,7 @@ def read_config(folder: Path) -> Any:
 
 
 def unknown_keys(folder: Path) -> dict[str, Any]:
-    """What an adapter's configuration holds that the installed peft knows nothing of, and that is no name or version.
+    """Return the keys of an adapter's configuration that the installed peft does not know, but for versions.
 
     Raises:
         UsageError: as ``read_config``.
@@ -94,7 +95,7 @@ def unknown_keys(folder: Path) -> dict[str, Any]:
 
 
 def _values(folder: Path) -> dict[str, Any]:
-    """An adapter's configuration without the keys that are null."""
+    """Read an adapter's configuration without its null keys."""
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return {name: value for name, value in values.items() if value is not None and name != "runtime_config"}
@@ -102,27 +103,21 @@ def _values(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder / CONFIG}: cannot be read ({error})") from error
 
 
-def _peft() -> str:
-    from peft import __version__
-
-    return f"peft {__version__}"
-
-
 def _line(error: Exception) -> str:
-    """A library's message in one line without control characters."""
+    """Format a library's message as one line without control characters."""
     return re.sub(r"\x1b\[[\d;]*m|\s+", " ", str(error)).strip() or type(error).__name__
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence peft's and transformers' warnings: what they warn of is checked here, or changes nothing."""
+    """Silence peft's and transformers' warnings: their causes are checked here, or change nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def trainable_config(folder: Path) -> Any:
-    """Read the ``peft.LoraConfig`` of an adapter whose training can go on.
+    """Read the ``peft.LoraConfig`` of an adapter that can be trained further.
 
     Raises:
         UsageError: it is of another kind, or cannot be read.
@@ -145,7 +140,7 @@ def trainable_config(folder: Path) -> Any:
 
 
 def _mergeable(config: Any) -> bool:
-    """Whether adapters of its kind are matrices beside a base's own, which they can be added to."""
+    """Whether an adapter of this kind is a sum with the base's matrices."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -155,7 +150,7 @@ def _mergeable(config: Any) -> bool:
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """A ``peft.LoraConfig`` as options; what no option can say is None: targets that are no list, a broken alpha."""
+    """Convert a ``peft.LoraConfig`` to options; None where no option can express it."""
     names = {"lora_targets": config.target_modules, "modules_to_save": config.modules_to_save}
     lists = {o: ",".join(sorted(of)) or None if isinstance(of, (list, set)) else None for o, of in names.items()}
     kind = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
@@ -163,87 +158,11 @@ def settings(config: Any) -> dict[str, Any]:
     return {"lora_rank": config.r, "lora_type": kind, "lora_alpha": alpha, **lists}
 
 
-# ---- how many tokens it has ----
-
-
-def vocabulary(model: PreTrainedModel, folder: Path, tokens: int = 0) -> int:
-    """Find how many rows embedding and head of a base need for an adapter that was trained on more tokens, or on fewer.
-
-    ``tokens`` are those of the adapter's tokenizer, if the base's own has fewer.
-
-    Raises:
-        UsageError: the adapter's files do not say what the weights of new tokens are.
-    """
-    config, ends = read_config(folder), _ends(model)
-    base = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
-    found = {name: _rows_of_end(folder, name) for name in ends}
-    sizes = {rows for whole in found.values() for rows in whole.values()}
-    indices = {name: _token_indices(config, name, next(iter(ends))) for name in ends}
-    rows = max(sizes) if sizes else max(base, tokens, *(max(those, default=-1) + 1 for those in indices.values()))
-    new = set(range(base, rows))
-    whole = getattr(config, "modules_to_save", None) or ()
-    own = [name for name in ends if _ends_with(name, whole)]  # which are tied no longer
-    kept = [
-        (f"{name}.{kind}", name if name in own else id(p), kind in found[name] or (p.ndim > 1 and new <= indices[name]))
-        for name, end in ends.items()
-        for kind, p in end.named_parameters()
-    ]
-    known = {tensor for _, tensor, named in kept if named}
-    if new and (lacking := [name for name, tensor, _ in kept if tensor not in known]):
-        raise UsageError(
-            f"{folder}: the adapter has {rows:,} tokens, its base {base:,}, and nothing says what the {len(new):,} new "
-            f"rows of {' and '.join(lacking)} are; resize the base as it was for the adapter (transformers' "
-            f"resize_token_embeddings({rows})), save it, and name it with --base-model"
-        )
-    return rows
-
-
-def resize(model: PreTrainedModel, rows: int) -> None:
-    """Give embedding and head so many rows, in place; new ones are 0 until an adapter's weights take their place."""
-    before = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
-    if rows == before:
-        return
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    with torch.no_grad():
-        for end in _ends(model).values():
-            for parameter in end.parameters():
-                parameter[before:] = 0
-
-
-def _ends(model: PreTrainedModel) -> dict[str, Any]:
-    """Embedding and head by their names."""
-    names = {module: name for name, module in model.named_modules()}
-    return {names[end]: end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
-
-
-def _rows_of_end(folder: Path, end: str) -> dict[str, int]:
-    """Rows of the whole weight and bias that an adapter's file has for an embedding or a head."""
-    whole = re.compile(
-        rf"{re.escape(PREFIX + end)}\.(?:(?:token_adapter\.)?base_layer\.|modules_to_save\.)?(weight|bias)"
-    )
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        matched = ((whole.fullmatch(name), name) for name in file.keys())  # noqa: SIM118  # it is no mapping
-        return {match[1]: file.get_slice(name).get_shape()[0] for match, name in matched if match}
-
-
-def _token_indices(config: Any, end: str, embedding: str) -> set[int]:
-    """Tokens whose rows of an embedding or a head an adapter has of its own (``trainable_token_indices``)."""
-    indices = getattr(config, "trainable_token_indices", None) or {}
-    if not isinstance(indices, dict):
-        return set(indices) if end == embedding else set()
-    return {i for name, those in indices.items() if _ends_with(end, [name]) for i in those}
-
-
-def _ends_with(module: str, names: Iterable[str]) -> bool:
-    """Whether a module's name ends with one of these, as peft matches names."""
-    return any(f".{module}".endswith(f".{name}") for name in names)
-
-
-# ---- into a model and back ----
+# ---- load and save ----
 
 
 def attach_saved(model: PreTrainedModel, folder: Path, base: str) -> None:
-    """Put an adapter into a model, in place, with the weights it was saved with; ``base`` finds the model again.
+    """Attach a saved adapter to a model, in place; ``base`` names the model in its configuration.
 
     Raises:
         DpoError: it is not of this model, or of a kind that is not trained here.
@@ -259,7 +178,7 @@ def attach_saved(model: PreTrainedModel, folder: Path, base: str) -> None:
 
 
 def put_adapter(model: nn.Module, folder: Path) -> None:
-    """Give an attached adapter the weights of a folder, and its base those that are there beside them.
+    """Load a folder's weights into an attached adapter, and into its base those saved beside them.
 
     Raises:
         DpoError: they are of another adapter.
@@ -287,16 +206,20 @@ def check_loadable(model: PreTrainedModel) -> None:
     Raises:
         UsageError: it would not, so that the adapter could be trained and then neither resumed nor used.
     """
+    from peft import __version__
+
     try:
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in adapter_weights(model).items()}
         lacking = [name.partition(".lora_")[0] for name in _put(model, weights)[1]]
     except Exception as error:  # of whatever type peft raises
-        raise UsageError(f"--lora-targets: {_peft()} cannot save and load this adapter: {_line(error)}") from error
+        raise UsageError(
+            f"--lora-targets: peft {__version__} cannot save and load this adapter: {_line(error)}"
+        ) from error
     if lacking:
         kinds = ", ".join(sorted({kind_of(name) for name in lacking}))
         raise UsageError(
-            f"--lora-targets: {_peft()} would not load the adapter of {kinds} from its file, because it renames those "
-            "weights; leave them out"
+            f"--lora-targets: peft {__version__} would not load the adapter of {kinds} from its file, because it "
+            "renames those weights; leave them out"
         )
 
 
@@ -339,7 +262,7 @@ def _loadable_names(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def _weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """What an adapter's file holds, under the names that it has in this model, which may be a ``PeftModel``."""
+    """Read an adapter's file, under the names of this model, which may be a ``PeftModel``."""
     from peft import PeftModel
     from peft.utils import load_peft_weights
 
@@ -352,7 +275,7 @@ def _weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _fitting(folder: Path) -> Iterator[None]:
-    """Turn what torch and peft say of weights that are of other modules into one line."""
+    """Turn errors of torch and peft about weights of other modules into one line."""
     try:
         with _quiet():
             yield
@@ -369,15 +292,12 @@ def _other(folder: Path, reason: str) -> DpoError:
 
 
 def _in_file(name: str) -> str:
-    """A weight's name as it is in an adapter's file, but for what all of them begin with."""
+    """Return a weight's name in an adapter's file, without the common prefix."""
     return name.removeprefix(PREFIX).replace(".default", "")
 
 
 def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What an adapter's file holds of a model, under the names it has there.
-
-    That is what is trained, and what of the frozen base came with the adapter: an embedding of more tokens, say.
-    """
+    """Return the tensors of an adapter's file: what is trained, and parts of the base that came with the adapter."""
     from peft import get_peft_model_state_dict
 
     with _quiet():
@@ -388,7 +308,7 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter, its weights and its configuration, as peft does."""
+    """Write the adapter's weights and configuration, as peft does."""
     (folder / CONFIG).write_text(json.dumps(_plain(model) | {"inference_mode": True}, indent=2) + "\n")
     weights, seen = adapter_weights(model), set[int]()
     for name, tensor in weights.items():
@@ -398,9 +318,9 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def described(model: PreTrainedModel) -> str:
-    """All of an adapter's configuration that decides what it computes beside its weights.
+    """Return the configuration that decides what an adapter computes, without peft's defaults.
 
-    What is as peft has it by default is left out, so that a later peft's new fields change nothing.
+    So new fields of a later peft change nothing.
     """
     from peft import LoraConfig
 
@@ -410,14 +330,14 @@ def described(model: PreTrainedModel) -> str:
 
 
 def _plain(model: PreTrainedModel) -> dict[str, Any]:
-    """The adapter's configuration as JSON has it: the same each time."""
+    """Return the adapter's configuration as JSON values in a fixed order."""
     values = cast(Any, model).peft_config["default"].to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(values.items())}
 
 
 @torch.no_grad()
 def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with an adapter's weights added to its own.
+    """Add an adapter's weights to a model's own.
 
     Raises:
         DpoError: the adapter is not of this model.
@@ -458,7 +378,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def _tie_if_equal(model: PreTrainedModel) -> None:
-    """Let embedding and head be one matrix again, unless an adapter has parted them."""
+    """Tie embedding and head again, unless an adapter made them differ."""
     head, embedding = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
     equal = torch.equal(head.weight, embedding.weight)
     if equal:

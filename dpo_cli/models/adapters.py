@@ -1,6 +1,6 @@
 """LoRA adapters by peft: attached to a model's own modules.
 
-They go into the model itself and no wrapper goes around it, so that body and head are where they are without one. The
+They are injected into the model and no wrapper goes around it, so that body and head stay where they are. The
 adapter's weights are float32 and trained; those of the base are frozen.
 """
 
@@ -19,21 +19,24 @@ from dpo_cli.models.lora_targets import Targets, counted, kind_of, pattern_of
 from dpo_cli.models.split_weights import split
 from dpo_cli.utils.errors import UsageError
 
+# Families whose expert tensors transformers 4 has too; 4.57.6 with peft 0.17.1 computes the same with their adapters.
+SAME_EXPERTS = ("gpt_oss",)
+
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether an adapter is attached, so that nothing but that is trained."""
+    """Whether an adapter is attached, so that only that is trained."""
     return hasattr(model, "peft_config")
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether its matrices are packed, so that it can neither be moved nor cast."""
+    """Whether its matrices are packed, so that it cannot be moved or cast."""
     return bool(getattr(model, "is_quantized", False))
 
 
 def make_config(
     model: PreTrainedModel, *, rank: int, kind: str, alpha: int, targets: Targets, to_save: str | None, base: str
 ) -> Any:
-    """The ``peft.LoraConfig`` of a new adapter for this model, which ``base`` names to whoever loads it again.
+    """Make the ``peft.LoraConfig`` of a new adapter for this model, which ``base`` names.
 
     The layer's output is W x + s B A x, with s = alpha / rank, or alpha / sqrt(rank) of rslora.
 
@@ -66,7 +69,7 @@ def make_config(
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether embedding and head share one tensor, whatever the configuration says."""
+    """Whether embedding and head share one tensor."""
     head = model.get_output_embeddings()
     return head is not None and getattr(head, "weight", None) is getattr(_embedding(model), "weight", head)
 
@@ -76,7 +79,7 @@ def _embedding(model: PreTrainedModel) -> nn.Module:
 
 
 def _modules_to_save(model: PreTrainedModel, names: str, targets: Targets) -> list[str]:
-    """All modules whose name ends so, for ``--modules-to-save``."""
+    """Return all modules that ``--modules-to-save`` names by their ends."""
     found: list[str] = []
     for name in names.split(","):
         ending = [full for full, _ in model.named_modules() if full == name or full.endswith(f".{name}")]
@@ -106,9 +109,9 @@ def _refuse_tied(model: PreTrainedModel, option: str, names: list[str]) -> None:
 
 
 def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
-    """Put an adapter into a model, in place: its start, with which the model computes what it did before.
+    """Attach a new adapter to a model, in place; the model computes what it did before.
 
-    A base in bfloat16 stays that. ``seed`` draws what of the start is random, whatever was drawn before.
+    A base in bfloat16 stays that. ``seed`` draws the random part, whatever was drawn before.
 
     Raises:
         UsageError: peft cannot adapt a module or train it whole.
@@ -156,7 +159,7 @@ def try_backward(model: PreTrainedModel, logps: Callable[[], Tensor]) -> list[st
 
 
 def describe_adapter(model: nn.Module) -> str:
-    """How many matrices of a model have an adapter, by kind, and what is trained whole beside them."""
+    """Describe how many matrices have an adapter, by kind, and what is trained in full beside them."""
     kinds, whole = Counter[str](), Counter[str]()
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
@@ -167,14 +170,22 @@ def describe_adapter(model: nn.Module) -> str:
     return f"{kinds.total():,} matrices: {counted(kinds)}" + (f"; trained whole: {counted(whole)}" if whole else "")
 
 
+def experts_of_version_5(model: PreTrainedModel) -> list[str]:
+    """The kinds of adapted expert tensors that transformers 4 has as other modules, so that it cannot load them."""
+    if model.config.get_text_config().model_type in SAME_EXPERTS:
+        return []
+    parameters = [(name, getattr(module, "parameter_name", "weight")) for name, module in model.named_modules()]
+    return sorted({kind_of(f"{name.replace('.base_layer', '')}.{own}") for name, own in parameters if own != "weight"})
+
+
 def trained(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that are trained."""
+    """Return the parameters that are trained."""
     return (p for p in model.parameters() if p.requires_grad)
 
 
 @torch.no_grad()
 def cast_frozen_to_bf16(model: nn.Module) -> None:
-    """Leave the frozen weights of an adapter's base the bfloat16 halves that ``split`` gives."""
+    """Cast the frozen weights of an adapter's base to bfloat16, rounded as by ``split``."""
     for p in model.parameters():
         if not p.requires_grad and p.dtype == torch.float32:
             p.data = split(p.detach().contiguous())[0]

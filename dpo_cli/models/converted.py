@@ -1,4 +1,4 @@
-"""GGUF models as safetensors: dequantised once and kept in the cache, for a GGUF takes ten times as long to load."""
+"""GGUF models converted to safetensors once and cached: a GGUF file takes ten times as long to load."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError
 from dpo_cli.utils.files import atomic_dir, load_checksummed, sha256, with_checksum
 
-# Raise it when the same GGUF file is written otherwise than before.
+# Increase it when the conversion changes.
 CONVERSION_VERSION = 1
 FOLDER, MANIFEST = "models", "copy.json"
 LARGEST = 2**30  # bytes of a GGUF file whose weights are copied, which take up to eight times as much in float32
 
 
 def use_converted(source: ModelSource, cache_dir: Path, weights: bool, reporter: Reporter) -> ModelSource:
-    """The source of a GGUF model with its copy in the cache, which is made now if there is none; any other as it is.
+    """Return the source of a GGUF model with its cached copy, which is made if there is none; others as they are.
 
-    Tokenizer and config are a copy of their own: what computes nothing has no use for the ``weights``. Of a
-    copy that cannot be written, or would not compute the same, a warning is given, and the GGUF file is read.
+    Tokenizer and config are a copy of their own, for commands that need no ``weights``. If a copy cannot be written, or
+    would not compute the same, the GGUF file is read, with a warning.
 
     Raises:
         UsageError: the GGUF file cannot be loaded.
@@ -56,10 +56,10 @@ def use_converted(source: ModelSource, cache_dir: Path, weights: bool, reporter:
 
 
 def _copy(folder: Path, source: ModelSource, write: Callable[[ModelSource, Path], None], reporter: Reporter) -> Path:
-    """The folder of a whole copy, made if it is not there or damaged."""
+    """Return the folder of a whole copy, made if it is missing or damaged."""
     if is_whole(folder):
         with suppress(OSError):
-            os.utime(folder / MANIFEST)  # when it was last used
+            os.utime(folder / MANIFEST)  # the time of its last use
         return folder
     if folder.exists():
         reporter.warning(f"{folder} is damaged; the GGUF file is converted again")
@@ -78,11 +78,11 @@ def _copy(folder: Path, source: ModelSource, write: Callable[[ModelSource, Path]
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a copy has the files that were written, and no others."""
+    """Whether a copy has the files that were written, unchanged, and no others."""
     try:
         files = load_checksummed((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        there = {file.name for file in folder.iterdir()} == {*files, MANIFEST}
-        return there and not folder.is_symlink() and all(sha256(folder / name) == told for name, told in files.items())
+        complete = {file.name for file in folder.iterdir()} == {*files, MANIFEST} and not folder.is_symlink()
+        return complete and all(sha256(folder / name) == expected for name, expected in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -94,7 +94,7 @@ def _write_tokenizer(source: ModelSource, folder: Path) -> None:
     both = tokenizer, load_tokenizer(replace(source, converted=folder))
     one, other = ((each.backend_tokenizer.to_str(), each.special_tokens_map, each.chat_template) for each in both)
     if one != other:
-        raise NotWrittenError(f"{source.gguf}: its tokenizer cannot be written as it is")
+        raise NotWrittenError(f"{source.gguf}: its tokenizer cannot be converted exactly")
 
 
 def _write_model(source: ModelSource, folder: Path) -> None:
@@ -103,7 +103,7 @@ def _write_model(source: ModelSource, folder: Path) -> None:
     began = _name(model)
     release(model)
     if _name(load_model(replace(source, weights=folder))) != began:
-        raise NotWrittenError(f"{source.gguf}: its weights cannot be written as they are")
+        raise NotWrittenError(f"{source.gguf}: its weights cannot be converted exactly")
 
 
 def _name(model: PreTrainedModel) -> str:
@@ -120,11 +120,11 @@ class Copy(NamedTuple):
 
 
 def kept(cache_dir: Path) -> list[Copy]:
-    """Every copy in a cache."""
-    found = []
+    """List every copy in a cache."""
+    copies = []
     for folder in sorted((cache_dir.expanduser() / FOLDER).glob(f"{'[0-9a-f]' * 32}-*")):
         with suppress(OSError, ValueError, KeyError, TypeError):  # it is none, or was pruned meanwhile
             model = str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["model"])
             size = sum(file.stat().st_size for file in folder.iterdir())
-            found.append(Copy(folder, model, size, (folder / MANIFEST).stat().st_mtime))
-    return found
+            copies.append(Copy(folder, model, size, (folder / MANIFEST).stat().st_mtime))
+    return copies

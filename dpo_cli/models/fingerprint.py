@@ -1,4 +1,4 @@
-"""The name of everything that decides a log-prob; the tokens are in a response's key."""
+"""Fingerprints of everything that decides a log-prob; the tokens are in a response's key."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from dpo_cli.models.locate import ModelSource
 from dpo_cli.utils.errors import DpoError
 from dpo_cli.utils.files import atomic_write, sha256
 
-# Raise it when log-probs are computed differently from before.
+# Increase it when log-probs are computed differently.
 SCORING_VERSION = 2
-# What a config holds beside what the forward computes.
+# Keys of a config that do not change the forward.
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "quantization_config")
-FRESH_SECONDS = 2.0  # a file changed so recently could change again within its time stamp
+FRESH_SECONDS = 2.0  # a file this new could change again within its time stamp
 
 
 def fingerprint(model: PreTrainedModel, weights: str, layout: Layout, dtype: torch.dtype) -> str:
-    """Hash of everything that decides a log-prob (hex): 16 digits of how it is computed, then 48 of the weights."""
+    """Hash everything that decides a log-prob (hex): 16 digits of how it is computed, then 48 of the weights."""
     config = {key: value for key, value in model.config.to_diff_dict().items() if key not in NOT_COMPUTED}
     about = {
         "config": config,
@@ -55,10 +55,7 @@ def same_weights(one: str, other: str) -> bool:
 
 
 def hash_weights(model: PreTrainedModel) -> str:
-    """Content hash of all parameters and saved buffers (hex), wherever and in how many files they lay.
-
-    Of an attached adapter that of what else decides what it computes, too.
-    """
+    """Hash the content of all parameters and saved buffers (hex), and an attached adapter's configuration."""
     content = hashlib.sha256(described(model).encode() if is_adapted(model) else b"")
     saved = model.state_dict()  # a buffer that is not there follows from the config
     tensors = [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]
@@ -72,10 +69,10 @@ def hash_weights(model: PreTrainedModel) -> str:
 
 
 class WeightsHashCache:
-    """Remembers the hash of a model's weights by the path, size, times and inode of the files they are loaded from.
+    """Caches the hash of a model's weights by the path, size, times and inode of their files.
 
-    Made before the model is loaded, so that files that change meanwhile are noticed. The change time (ctime) is what
-    an edit cannot set back.
+    Create it before the model is loaded, so that files that change meanwhile are noticed. An edit cannot set back the
+    change time (ctime).
     """
 
     def __init__(self, source: ModelSource, cache_dir: Path) -> None:
@@ -83,7 +80,7 @@ class WeightsHashCache:
         self.name = self._name()
 
     def hash(self, model: PreTrainedModel, remember: bool = True) -> str:
-        """``hash_weights`` of the model just loaded, from memory where its files are those of an earlier time."""
+        """Return ``hash_weights`` of the model just loaded, from the cache if its files are unchanged."""
         if self.name is None or self.name != self._name():
             return hash_weights(model)
         file = self.folder / self.name
@@ -93,12 +90,12 @@ class WeightsHashCache:
                 return weights
         weights = hash_weights(model)
         if remember:
-            with suppress(DpoError), atomic_write(file) as temporary:  # else it is hashed again next time
+            with suppress(DpoError), atomic_write(file) as temporary:  # without it the next start hashes again
                 temporary.write_text(f"{weights} {_check(self.name, weights)}\n", encoding="ascii")
         return weights
 
     def _name(self) -> str | None:
-        """Hash of what identifies the files without reading them; None where they cannot be told or are too new."""
+        """Hash what identifies the files without reading them; None if they are missing or too new."""
         try:
             stats = [(str(file), file.stat()) for file in _files(self.source)]
         except (OSError, ValueError):
@@ -112,7 +109,7 @@ class WeightsHashCache:
 
 
 def _files(source: ModelSource) -> list[Path]:
-    """All files that the loaded weights can depend on.
+    """Return all files that the loaded weights can depend on.
 
     Raises:
         OSError, ValueError: a hub model is not on this disk.

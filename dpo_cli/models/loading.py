@@ -1,20 +1,18 @@
-"""Load policy and tokenizer, adapters merged or attached, and say how the model's forward may be laid out."""
+"""Load policy and tokenizer, adapters merged or attached, choose device and precision."""
 
 from __future__ import annotations
 
 import gc
 import json
-import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,15 +33,9 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file
 
-from dpo_cli.data.batching import Layout, probe_pairs, row_costs
-from dpo_cli.data.collate import MicroBatch, collate, padded
-from dpo_cli.data.pairs import Pair, Pairs
-from dpo_cli.models import adapter_files
+from dpo_cli.models import adapter_files, adapter_vocabulary
 from dpo_cli.models.adapters import is_tied
-from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention
 from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource, gguf_value
-from dpo_cli.models.logprobs import body_states, forward_errors, token_logps
-from dpo_cli.models.moe import auxiliary_loss, routed
 from dpo_cli.models.quantized import SCALES, packing_of, settle
 from dpo_cli.models.sharding import shard_like
 from dpo_cli.utils.errors import DpoError, UsageError
@@ -65,7 +57,7 @@ def _reason(error: Exception) -> str:
 
 
 def count_parameters(source: ModelSource) -> int | None:
-    """Number of parameters, from the configuration; None where it cannot be derived, or of an unconverted GGUF."""
+    """Count parameters from the configuration; None if it cannot be derived, or for an unconverted GGUF."""
     if source.gguf and not source.converted:
         return None
     try:
@@ -75,16 +67,15 @@ def count_parameters(source: ModelSource) -> int | None:
 
 
 def _without_weights(source: ModelSource) -> PreTrainedModel:
-    """The model on the meta device, by its configuration."""
-    arguments = source.arguments() if not source.converted else {"pretrained_model_name_or_path": source.converted}
-    config = AutoConfig.from_pretrained(**arguments)
+    """Build the model on the meta device, from its configuration."""
+    config = AutoConfig.from_pretrained(**source.config_arguments())
     with torch.device("meta"):
         model: PreTrainedModel = declared_class(config).from_config(config, trust_remote_code=source.trust)
     return model
 
 
 def with_vocabulary(source: ModelSource) -> ModelSource:
-    """An adapter's source with the tokens that its base is to get, where the adapter was trained with others.
+    """Set the vocabulary size that an adapter's base needs, if the adapter was trained with another.
 
     Raises:
         UsageError: peft cannot compute the adapter, or nothing says what new tokens' weights are.
@@ -100,12 +91,12 @@ def with_vocabulary(source: ModelSource) -> ModelSource:
     own = _tokens(source)
     if own > rows and own <= _tokens(replace(source, tokenizer=None)):  # of no use to the base either
         own = 0
-    wanted = adapter_files.vocabulary(base, source.adapter, own)
+    wanted = adapter_vocabulary.vocabulary(base, source.adapter, own)
     return replace(source, tokens=wanted) if wanted != rows else source
 
 
 def _tokens(source: ModelSource) -> int:
-    """Ids that a model's tokenizer gives; 0 of one that cannot be loaded."""
+    """Count the ids of a model's tokenizer; 0 if it cannot be loaded."""
     try:
         return int(max(load_tokenizer(source).get_vocab().values(), default=-1)) + 1
     except UsageError:
@@ -113,15 +104,15 @@ def _tokens(source: ModelSource) -> int:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, chat template included."""
+    """Load the model's tokenizer, with its chat template."""
     arguments = source.arguments()
     if own := source.tokenizer or source.converted:
         arguments = {"pretrained_model_name_or_path": own, "trust_remote_code": source.trust}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # whatever a folder from elsewhere makes the library raise
-        told = f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}"
-        raise UsageError(told + (f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else "")) from error
+        remedy = f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else ""
+        raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}{remedy}") from error
     if source.gguf and not own:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer
@@ -141,9 +132,9 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:
-    """The model with float32 weights, on the CPU, in evaluation mode.
+    """Load the model with float32 weights, on the CPU, in evaluation mode.
 
-    A quantized one, on its device, where ``source.quantize`` asks for it or an adapter goes over a packed base.
+    It is quantized and on its device if ``source.quantize`` asks for it or an adapter is attached to a packed base.
 
     Raises:
         UsageError: no such model, or its weights cannot be read.
@@ -171,13 +162,13 @@ def load_model(source: ModelSource) -> PreTrainedModel:
 
 
 def declared_class(config: PretrainedConfig) -> Any:
-    """The auto class of the architecture that a checkpoint declares: one that reads images or sound too, if it does."""
+    """Return the auto class of the architecture that a checkpoint declares, multimodal or text only."""
     multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
     return AutoModelForMultimodalLM if multimodal in (config.architectures or ()) else AutoModelForCausalLM
 
 
 def load_exported(folder: Path, trust: bool, beside: Collection[str] = ()) -> PreTrainedModel:
-    """The model of a folder in the class that its config declares, with float32 weights.
+    """Load the model of a folder in the class that its config declares, with float32 weights.
 
     Raises:
         ValueError: its weights, but for those named ``beside``, are not those of the class, or something else fails.
@@ -199,7 +190,7 @@ def load_exported(folder: Path, trust: bool, beside: Collection[str] = ()) -> Pr
 
 
 def _from_pretrained(source: ModelSource) -> PreTrainedModel:
-    """The model as transformers loads it, without adapter and checkpoint.
+    """Load the model with transformers, without adapter and checkpoint.
 
     Raises:
         ValueError: some of its weights would be drawn at random or not be what they were; and whatever transformers
@@ -228,7 +219,7 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
 
 
 def _loading(source: ModelSource) -> tuple[Any, dict[str, Any]]:
-    """The auto class that loads a model, and the arguments of its ``from_pretrained``."""
+    """Return the auto class of a model and the arguments of its ``from_pretrained``."""
     arguments = source.arguments()
     if "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
         return AutoModelForCausalLM, arguments | {
@@ -248,14 +239,14 @@ def _loading(source: ModelSource) -> tuple[Any, dict[str, Any]]:
 
 
 def _not_loaded(model: PreTrainedModel, source: ModelSource, unexpected: set[str]) -> dict[str, Path | None]:
-    """Tensors of a checkpoint that its model does not have, and their files; None of one that is not found there."""
+    """Return tensors of a checkpoint that its model does not have, and their files, None if there is none."""
     stored, ignored = _stored_tensors(source), model._keys_to_ignore_on_load_unexpected or ()
     names = unexpected | {name for name in stored if any(re.search(pattern, name) for pattern in ignored)}
     return {name: stored.get(name) for name in sorted(names - model.state_dict().keys()) if not COMPUTED.search(name)}
 
 
 def _stored_tensors(source: ModelSource) -> dict[str, Path]:
-    """The file of each tensor of a checkpoint."""
+    """Return the file of each tensor of a checkpoint."""
     index, single = (
         cached_file(source.path, file, _raise_exceptions_for_missing_entries=False)
         for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
@@ -275,7 +266,7 @@ def is_multimodal(model: PreTrainedModel) -> bool:
 
 
 def freeze_unread(model: PreTrainedModel) -> None:
-    """Freeze what text never reaches: of a multimodal model all but its decoder, embeddings and head."""
+    """Freeze all of a multimodal model but its decoder, embeddings and head, which text passes through."""
     if is_multimodal(model):
         parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
         read = {id(p) for part in parts if part is not None for p in part.parameters()}
@@ -285,7 +276,7 @@ def freeze_unread(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def put_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Give a model the weights of a checkpoint.
+    """Load the weights of a checkpoint into a model.
 
     Raises:
         DpoError: it is a checkpoint of another model.
@@ -299,9 +290,9 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
-    """The model with the adapter or the weights that its source names beside it, and the adapter's ends of answers."""
+    """Add the adapter or the checkpoint that the source names, and the adapter's generation config."""
     if source.tokens:
-        adapter_files.resize(model, source.tokens)
+        adapter_vocabulary.resize(model, source.tokens)
     if source.adapter and source.attached:
         adapter_files.attach_saved(model, source.adapter, source.name)
     elif source.adapter:
@@ -326,13 +317,13 @@ def _bits(quantize: str) -> BitsAndBytesConfig:
 
 
 def release(model: nn.Module) -> None:
-    """Give back the memory of a model's weights, whoever still holds it."""
+    """Free the memory of a model's weights, even if the model is still referenced."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.new_empty(0)
 
 
 def free_memory() -> None:
-    """Give back what models and optimizers took that nobody holds any more; they are parts of cycles."""
+    """Free the memory of unreferenced models and optimizers, which are parts of cycles."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -355,7 +346,7 @@ def _disable_dropout(model: nn.Module) -> None:
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
+    """Return CUDA if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -367,22 +358,21 @@ def compute_dtype(name: str | None, device: torch.device, halved: bool = False) 
 
 
 def export_dtype(name: str, source: ModelSource) -> torch.dtype:
-    """The precision in which weights are written; ``auto``: that in which the start model is stored."""
+    """Return the precision of exported weights; ``auto``: that in which the start model is stored."""
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16
-    arguments = source.arguments() if not source.converted else {"pretrained_model_name_or_path": source.converted}
-    config = AutoConfig.from_pretrained(**arguments)
+    config = AutoConfig.from_pretrained(**source.config_arguments())
     stored = config.dtype or config.get_text_config().dtype
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The option's word for a precision."""
+    """Return the option's word for a precision."""
     return str(dtype).removeprefix("torch.")
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each layer on its own, in place: they are alike, and one graph serves rows of every length.
+    """Compile each layer in place: they are alike, and one graph serves rows of every length.
 
     Raises:
         UsageError: the model has no layers that are known as such.
@@ -401,196 +391,3 @@ def compile_layers(model: PreTrainedModel) -> None:
 def compiled(model: PreTrainedModel) -> bool:
     """Whether its layers were compiled."""
     return any(module._compiled_call_impl for module in model.modules())
-
-
-# ---- mixtures of experts ----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def experts_a_token(model: PreTrainedModel, pair: Pair) -> int:
-    """How many experts each token goes to in a mixture whose load-balancing loss is known.
-
-    Raises:
-        UsageError: the model is no mixture of experts, or its own loss of a pair is another than ours.
-    """
-    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]).to(model.device)
-    asked = {"output_router_logits": True, "use_cache": False, "attention_mask": batch.attention_mask}
-    try:
-        experts = int(model.config.get_text_config().num_experts_per_tok)
-        own = float(model(batch.input_ids, **asked).aux_loss)
-        part = routed(body_states(model, batch, torch.float32, output_router_logits=True).router_logits, batch, experts)
-        ours = float(auxiliary_loss(part, part.counts))
-    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        why = f"{type(model).__name__} is no mixture of experts whose routers can be read"
-        raise UsageError(f"--router-aux-loss-coef: {why}; leave it out") from error
-    if not math.isclose(own, ours, rel_tol=1e-4):
-        why = f"{type(model).__name__} balances its experts by another loss ({own:.6g}, not {ours:.6g})"
-        raise UsageError(f"--router-aux-loss-coef: {why}; leave it out")
-    return experts
-
-
-# ---- layout -----------------------------------------------------------------------------------------------------
-
-# Names in configurations of a length at which a forward changes: with its longest sequence (longrope) or with the
-# places in its rows (Llama 4).
-THRESHOLDS = ("original_max_position_embeddings", "attention_chunk_size", "floor_scale")
-
-
-@torch.no_grad()
-def choose_layout(
-    model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Layout, bool, str]:
-    """The most compact layout whose log-probs equal those of each response alone, and a sentence about it.
-
-    The bool says whether the head may run apart from the body, see ``ModelRunner``.
-
-    Real pairs are scored in forwards of each layout, see ``_tried``, in float32 and in the compute precision, and
-    compared with the plainest forward there is: one response, the model's own attention, no padding. Sparse attention
-    is not tried with sequences beyond ``index_topk`` tokens, of which it chooses: it breaks ties by the row's length.
-
-    Raises:
-        DpoError: no layout gives the numbers of single sequences.
-        UsageError: the model's own forward fails; a token's log-prob depends on the tokens behind it, is another in
-            training, or changes when the model has read a longer sequence.
-    """
-    groups, limit = _tried(model, pairs, max_tokens, device)
-    alone, places = _responses([pair for group in groups for pair in group], device)
-    precisions = dict.fromkeys((torch.float32, dtype))
-    with forward_errors("the model's own forward fails on a pair of the data"):
-        expected = {p: _scored(model, alone, p)[places] for p in precisions}
-    if not all(logps.isfinite().all() for logps in expected.values()):
-        raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
-    with forward_errors("the model's own forward fails in training mode"):
-        _check_alone(model, alone[-1])
-    try:
-        together = _scored(model, alone, torch.float32, apart=True)[places]
-        apart = bool((together - expected[torch.float32]).abs().nan_to_num(math.inf).max() < 1e-3)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # a body or a head of another kind
-        apart = False
-    chosen = getattr(model.config.get_text_config(), "index_topk", None) or math.inf
-    sparse = alone[-1].input_ids.shape[1] > chosen
-    limit = min(limit, chosen) if sparse else limit
-    reasons = ["its attention chooses tokens, and breaks ties by the row's length"] if sparse else []
-    layouts: list[Layout] = ["alone"] if sparse else [*_TOLD]
-    for layout in layouts:
-        forwards = [collate(group, layout).to(device) for group in groups]
-        try:
-            with attention(model, PREFIX_SHARED if layout == "shared" else None):
-                scored = {p: _scored(model, forwards, p, apart) for p in precisions}
-            off = {p: (logps - expected[p]).abs().nan_to_num(math.inf) for p, logps in scored.items()}
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-            known = isinstance(error, UnsupportedAttentionError)
-            reasons.append(f"{layout}: {error if known else 'not supported by the code of this model'}")
-            continue
-        if off[torch.float32].max() < 1e-3 and off[dtype].mean() < 0.1:
-            reasons += [] if apart else ["the head cannot run apart from the body"]
-            reasons += (
-                [f"--max-length {limit} lets sequences share one"] if limit < math.inf and layout == "alone" else []
-            )
-            why = f" ({'; '.join(reasons)})" if reasons else ""
-            largest = f"{off[torch.float32].max():.0e} nats a token"
-            return layout, apart, f"{_TOLD[layout]}; equal to single sequences within {largest}{why}"
-        reasons.append(f"{layout}: off by {max(float(each.max()) for each in off.values()):.2g} nats")
-    if limit < math.inf:
-        raise UsageError(
-            f"sequences longer than {limit} tokens change the model's log-probs of shorter ones, beside and after them "
-            f"({'; '.join(reasons)}); set --max-length {limit}"
-        )
-    raise DpoError(f"no layout gives this model's log-probs of single sequences: {'; '.join(reasons)}")
-
-
-def _tried(
-    model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int, device: torch.device
-) -> tuple[list[list[Pair]], float]:
-    """The pairs of each forward to try a layout on; and the length beyond which sequences change those of up to it.
-
-    Always two pairs, the longest that fits ``max_tokens`` among them, and a third that is the shorter with one token
-    of its prompt left: behind a long prompt nothing would be seen of what the state of a state-space model keeps of
-    the sequence before. The longest of all by itself, where it does not fit. For each threshold of the configuration
-    the longest pair beside one with a sequence up to it, or a longer row where no sequence is longer. The third is
-    left out where it alone would be on the other side of a threshold.
-
-    Infinity: no threshold lies between two sequences.
-    """
-    first = probe_pairs(pairs, "padded", max_tokens)
-    cut = replace(first[-1], prompt=first[-1].prompt[-1:])
-    lengths = (pairs if isinstance(pairs, Pairs) else Pairs(pairs)).lengths
-    sequences = lengths[:, :1] + lengths[:, 1:]  # (P, 2)
-    shorter, longest = sequences.min(1), int(sequences.max())
-    long = pairs[int(sequences.max(1).argmax())]
-    thresholds = sorted(_thresholds(model.config.get_text_config().to_dict()))
-    other_side = any(1 + min(len(cut.chosen), len(cut.rejected)) <= length < shorter.min() for length in thresholds)
-    groups = [first if other_side else [*first, cut]] + [[long]] * (2 * longest > max_tokens)
-    between = [length for length in thresholds if shorter.min() <= length < longest]
-    for length in between:
-        short = pairs[int(np.where(shorter <= length, shorter, 0).argmax())]
-        groups.append([long, short])
-    beyond = [length for length in thresholds if longest <= length < max_tokens]
-    groups += [[first[0]] * (length // row_costs(first, "shared")[0] + 1) + [first[-1]] for length in beyond]
-    return groups, min(between, default=math.inf)
-
-
-def _responses(tried: Sequence[Pair], device: torch.device) -> tuple[list[MicroBatch], Tensor]:
-    """A forward for each response of these pairs, equal ones once, and shorter ones before one that may leave state.
-
-    The tensor (N,) holds the place of each of the pairs' tokens among theirs.
-    """
-    sequences = [(pair.prompt, response) for pair in tried for response in (pair.chosen, pair.rejected)]
-    names = [(prompt.tobytes(), response.tobytes()) for prompt, response in sequences]
-    kept = dict(sorted(zip(names, sequences, strict=True), key=lambda each: sum(map(len, each[1]))))
-    batches = [padded([sequence]).to(device) for sequence in kept.values()]
-    counts = [len(batch.targets) for batch in batches]
-    places = dict(zip(kept, torch.arange(sum(counts), device=device).split(counts), strict=True))
-    return batches, torch.cat([places[name] for name in names])
-
-
-def _scored(model: PreTrainedModel, forwards: Sequence[MicroBatch], dtype: torch.dtype, apart: bool = False) -> Tensor:
-    """The token log-probs of one forward after the other: (N,) nats."""
-    return torch.cat([token_logps(model, batch, dtype, apart) for batch in forwards])
-
-
-def _thresholds(config: Mapping[str, Any]) -> set[int]:
-    """The lengths that a configuration names, or a part of it."""
-    found = {int(value) for name, value in config.items() if name in THRESHOLDS and isinstance(value, int | float)}
-    return found.union(*(_thresholds(part) for part in config.values() if isinstance(part, dict)))
-
-
-def _check_alone(model: PreTrainedModel, batch: MicroBatch) -> None:
-    """Refuse a model whose log-probs of one sequence are others in training, or with another last token.
-
-    Raises:
-        UsageError: it reads ahead, or draws at random while it trains.
-    """
-    expected, ids = token_logps(model, batch, torch.float32), batch.input_ids.clone()
-    ids[0, -1] = int(ids[0, -1] == 0)
-
-    def off() -> float:
-        logps = token_logps(model, replace(batch, input_ids=ids), torch.float32)
-        return float((logps - expected).abs().nan_to_num(math.inf).max())
-
-    model.train()
-    in_training = off()
-    model.eval()
-    if in_training < 1e-3:
-        return
-    if (ahead := off()) >= 1e-3:
-        raise UsageError(
-            f"the model is no causal language model: a token's log-prob changes by {ahead:.2g} nats with what stands "
-            "behind it. Take one that predicts each token from those before it"
-        )
-    raise UsageError(
-        f"in training the model's log-probs are others than in evaluation, by {in_training:.2g} nats a token: "
-        "something in it is drawn at random, so that the policy would not be its reference. Take another model"
-    )
-
-
-_TOLD: dict[Layout, str] = {
-    "shared": "packed rows, each prompt computed once for both responses",
-    "packed": "packed rows, the prompt computed once for each response",
-    "padded": "padded batches, the prompt computed once for each response",
-    "alone": "one sequence per forward",
-}

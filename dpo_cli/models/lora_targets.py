@@ -25,6 +25,7 @@ ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d)  # what can be named
 # Why a matrix gets no adapter.
 ROUTER, UNREACHED, OWN_FORWARD = "routers", "no log-prob of text depends on them", "more than a matrix product"
 READ_DIRECTLY, PACKED = "read by fused kernels", "packed"
+NOT_NAMED = "experts that --lora-targets does not name"
 # A weight that the layer around it reads, as fused kernels of state-space models do, and not only its dtype or device.
 READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))")
 
@@ -82,15 +83,21 @@ def choose_targets(model: PreTrainedModel, names: str, logps: Callable[[], Tenso
     if names != ALL_LINEAR and (beyond := [key for key in left if key[0] != UNREACHED]):
         raise UsageError(f"--lora-targets {names}: {beyond[0][1]} is {beyond[0][0]}, so that no adapter reaches it")
     if not modules and not parameters:
-        raise UsageError(f"--lora-targets {names}: nothing to adapt; {_linear_names(model)}")
+        raise UsageError(f"--lora-targets {names}: nothing to adapt; {_adaptable_names(model)}")
+    if names != ALL_LINEAR:
+        left.update((NOT_NAMED, kind_of(name)) for name in _similar_experts(model, names, tensors))
     return Targets(modules, parameters, left)
 
 
 def kind_of(name: str) -> str:
-    """A module's name without those of the stacks it is in: ``mlp.up_proj`` of ``model.layers.3.mlp.up_proj``."""
+    """A module's name without those of the stacks it is in: ``mlp.up_proj`` of ``model.layers.3.mlp.up_proj``.
+
+    Where nothing comes after the number, the name of the stack: ``merger.mlp`` of ``merger.mlp.0``.
+    """
     parts = name.split(".")
     first = next((place for place, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(part for part in parts[first + 1 :] if not part.isdigit())
+    own = [part for part in parts[first + 1 :] if not part.isdigit()]
+    return ".".join(own or [part for part in parts if not part.isdigit()])
 
 
 def counted(kinds: Counter[str]) -> str:
@@ -199,15 +206,26 @@ def _named(model: PreTrainedModel, names: str) -> tuple[dict[str, nn.Module], li
             why = f"no module's name ends with {name}"
             if ending:
                 why = f"{name} is a {type(every[ending[0]]).__name__}, which takes no adapter"
-            raise UsageError(f"--lora-targets {names}: {why}; {_linear_names(model)}")
+            raise UsageError(f"--lora-targets {names}: {why}; {_adaptable_names(model)}")
         modules |= those
         parameters += [full for full in stacked if full not in parameters]
     return modules, parameters
 
 
-def _linear_names(model: PreTrainedModel) -> str:
+def _similar_experts(model: PreTrainedModel, names: str, named: list[str]) -> Iterator[str]:
+    """Expert tensors that are not named, in whose group or name there is what is named: a ``gate_up_proj``."""
+    groups, ends = {name.rpartition(".")[0] for name in named}, [name.rpartition(".")[2] for name in names.split(",")]
+    for tensor in _expert_tensors(model):
+        group, _, own = tensor.rpartition(".")
+        if tensor not in named and (group in groups or any(end in own for end in ends)):
+            yield tensor
+
+
+def _adaptable_names(model: PreTrainedModel) -> str:
     ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LINEAR)}
-    return f"linear ones are {', '.join(sorted(ends))}"
+    experts = {kind_of(name) for name in _expert_tensors(model)}
+    stacked = f", and tensors of experts {', '.join(sorted(experts))}" if experts else ""
+    return f"linear ones are {', '.join(sorted(ends))}{stacked}"
 
 
 def _is_renamed(model: PreTrainedModel, end: str) -> bool:

@@ -83,13 +83,13 @@ def packing_of(source: ModelSource) -> Packing | None:
 
 
 def _made_from(source: ModelSource, packing: Packing) -> str:
-    """The model with plain weights in words, with what the model card or else the configuration says of it."""
-    told: dict[str, Any] = {"config.json": packing.named}
+    """Describe the model with plain weights by the model card, else by the configuration."""
+    names: dict[str, Any] = {"config.json": packing.named}
     with suppress(Exception):  # there is none, or whatever stands in it
         card = Path(source.path, "README.md")
         data = ModelCard.load(card if card.parent.is_dir() else source.path, ignore_metadata_errors=True).data
-        told = {"model card": data.base_model[0] if isinstance(data.base_model, list) else data.base_model} | told
-    named = [f" ({where}: {name})" for where, name in told.items() if isinstance(name, str) and name != source.path]
+        names = {"model card": data.base_model[0] if isinstance(data.base_model, list) else data.base_model} | names
+    named = [f" ({where}: {name})" for where, name in names.items() if isinstance(name, str) and name != source.path]
     return "the model that it was made from" + next(filter(None, named), "")
 
 
@@ -107,7 +107,9 @@ def admit(source: ModelSource, name: str | None, options: Options | None = None,
     if not frozen and (quantize := getattr(options, "quantize", None)):
         raise UsageError(f"--load-in-{quantize}: {source.path} is packed already ({packing.name}); name {unpacked}")
     whose = f"--model {name}: {f'its base {source.name}' if source.adapter else 'it'} is packed ({packing.name})"
-    other = f"{'let its adapter_config.json name' if source.adapter else 'name'} {unpacked}"
+    other = f"name {unpacked}"
+    if source.adapter:
+        other = f"let its adapter_config.json name {unpacked}" if frozen else f"{other} with --base-model"
     if packing.method not in NAMES:
         raise UsageError(f"{whose}, which is neither scored nor trained here; {other}")
     if needs := [*_needs(packing, source, options, frozen)]:

@@ -1,6 +1,6 @@
 """A model whose weights, gradients and moments lie in shards over the ranks: torch's ``fully_shard`` (FSDP2).
 
-Each layer is gathered when it runs and let go of afterwards; what is outside the layers (embeddings, last norm, head)
+Each layer is gathered when it runs and resharded afterwards; what is outside the layers (embeddings, last norm, head)
 is gathered with the body's forward and stays until the backward pass is over, so that the head can run in between.
 Everything is gathered and added up in float32: the numbers are those of a whole model but for the order of sums.
 
@@ -25,7 +25,7 @@ from dpo_cli.utils.errors import UsageError
 
 
 def shard(model: Any, device: torch.device) -> None:
-    """Put a whole model on the host in shards on the ranks' devices, in place: one layer after the other.
+    """Shard a model on the host over the ranks' devices, in place, one layer after the other.
 
     Raises:
         UsageError: the model has no layers that are known as such.
@@ -45,37 +45,37 @@ def shard(model: Any, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``shard`` was here."""
+    """Whether the model was sharded."""
     return isinstance(model, FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what the last forward gathered, so that the parameters are the shards."""
+    """Free what the last forward gathered, so that the parameters are the shards."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor gathered on all ranks, which all must ask for; one that is not sharded as it is."""
+    """Gather a tensor on all ranks, which must all call this; others are returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor; one that is not sharded as it is."""
+    """Return this rank's shard of a tensor; others are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which all ranks have, in shards where ``like`` is."""
+    """Shard a full tensor, which all ranks have, as ``like`` is."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers of a sharded model, gathered on the first rank's host; a tied one once.
+    """Gather parameters and saved buffers of a sharded model on rank 0's host; a tied one once.
 
-    All ranks must ask for it; the others get nothing.
+    All ranks must call this; the others get nothing.
     """
     reshard(model)
     gathered: dict[int, Tensor] = {}
@@ -89,15 +89,15 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def iter_full_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor whole and on the host, one after the other; all ranks must go through them."""
+    """Gather each tensor on the host, one after the other; all ranks must iterate."""
     for name, tensor in tensors.items():
         yield name, full_tensor(tensor.detach()).cpu()
 
 
 def gathered_parameters(model: Any) -> int:
-    """How many parameters a rank has whole at a time, gradients counted too.
+    """Count the parameters and gradients that a rank has gathered at a time.
 
-    Those outside the layers and their gradients, two layers on their way in, one's gradients and their way out.
+    Those outside the layers and their gradients, two layers being gathered, one's gradients and their reduction.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]

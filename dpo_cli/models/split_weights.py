@@ -1,4 +1,4 @@
-"""float32 weights as bfloat16 ones that compute, and the low halves that bring them back exactly."""
+"""float32 weights as bfloat16 weights that compute and 16 low bits that restore them exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut float32 values into the nearest bfloat16, which computes, and the int16 that is missing in it.
+    """Split float32 values into the nearest bfloat16 and the int16 that it lacks.
 
     Ties round away from zero: rounding them to even, as a cast does, could not be undone.
     """
@@ -21,16 +21,15 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
-    """The very float32 values that ``split`` cut."""
+    """Restore the float32 values that ``split`` took apart."""
     return ((high.view(torch.int16).int() << 16) + low).view(torch.float32)
 
 
 @torch.no_grad()
 def split_master_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Leave a float32 model its bfloat16 halves; returns the low ones by name, a tied weight once.
+    """Convert trained fp32 parameters to bf16 in place; returns the low 16 bits by name, a tied weight once.
 
-    Buffers and what is not trained stay as they are. To be done before the reference is scored, which is then that of
-    the same weights.
+    Call it before the reference is scored, which then has the same weights.
     """
     low = {}
     for name, p in model.named_parameters():
@@ -41,10 +40,7 @@ def split_master_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def fp32_weights(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Give a halved model its float32 weights back for a while, to be exported; on the host, where there is room.
-
-    A model that was not halved stays as it is.
-    """
+    """Restore the float32 weights of a split model on the host while the block runs, to export them."""
     halves = {p: p.data for p in model.parameters() if "low" in optimizer.state.get(p, {})}
     try:
         for p, high in halves.items():

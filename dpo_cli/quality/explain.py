@@ -1,4 +1,4 @@
-"""One row as it would be trained: its tokens, where the prompt ends, and which of them carry loss."""
+"""`dpo explain`: one row as it would be trained, token by token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
 
 
 def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
-    """`dpo explain`: what becomes of one row; a refused one has its reason instead of tokens.
+    """Tokenize one row as training would; a refused row has its reason instead of tokens.
 
     Raises:
         UsageError: the model or the data cannot be read, or there is no such row.
@@ -44,33 +44,33 @@ def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
 
 
 def _find(options: ExplainOptions) -> Row | BadRow:
-    """The row that is told by the number, or by file and number, that was asked for."""
+    """Find the row by its number, or by file and number."""
     wanted = options.row
     for row in read_rows(find_sources(options.data), options.columns, options.format):
         place = row.where.partition(" (id ")[0]
         if wanted in (None, place, place.rpartition(":")[2].removeprefix("row ")):
             return row
-    raise UsageError(f"--row {wanted}: {', '.join(options.data)} has no such row; rows are told as in pairs.jsonl:12")
+    raise UsageError(f"--row {wanted}: {', '.join(options.data)} has no such row; name it as in pairs.jsonl:12")
 
 
 def _side(pair: Pair, part: str, tokenizer: Any) -> dict[str, Any]:
-    """A part's text, and its tokens: id, text, whether it carries loss, and whether it is BOS or EOS."""
+    """Return a part's text and its tokens: id, text, whether it carries loss, and whether it is BOS or EOS."""
     ids = getattr(pair, part)
-    known = {tokenizer.eos_token_id: "EOS", tokenizer.bos_token_id: "BOS"}
+    special = {tokenizer.eos_token_id: "EOS", tokenizer.bos_token_id: "BOS"}
     tokens = [
         {
             "id": int(each),
             "text": tokenizer.decode([each], clean_up_tokenization_spaces=False),
-            "loss": part != "prompt" and bool(kept >= 0),
-            "special": known.get(int(each)),
+            "loss": part != "prompt" and bool(stored >= 0),
+            "special": special.get(int(each)),
         }
-        for each, kept in zip(model_input_ids(ids), ids, strict=True)
+        for each, stored in zip(model_input_ids(ids), ids, strict=True)
     ]
     return {"text": tokenizer.decode(model_input_ids(ids), clean_up_tokenization_spaces=False), "tokens": tokens}
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print it to stdout: facts, the three texts one after the other, a line a token."""
+    """Print the result to stdout: facts, the three texts, and one line per token."""
     console = Console(highlight=False, soft_wrap=True)
     for name, text in _facts(result):
         console.print(Text(printable(f"{name:<12}{text}")))

@@ -262,7 +262,8 @@ def pair_plots(scores: PairScores) -> list[Plot]:
 
 def _draw_margins(axes: Axes, margins: Column, wins: Column) -> None:
     low, high = np.quantile(np.append(margins, 0.0), [0.005, 0.995])
-    edges = np.linspace(low, high, 33) if high - low > 1e-9 else np.linspace(-0.1, 0.1, 5)
+    width = (high - low) / 32 if high - low > 1e-9 else 0.05
+    edges = np.arange(min(math.floor(low / width), -1), max(math.ceil(high / width), 1) + 1) * width  # 0 is one of them
     for value, role in ((0, "rejected"), (0.5, "muted"), (1, "chosen")):
         part = np.clip(margins[wins == value], edges[0], edges[-1])
         axes.hist(part, edges.tolist(), color=COLORS[role], rwidth=0.9, lw=0)
@@ -307,7 +308,7 @@ def _draw_frontier(axes: Axes, points: Sequence[Mapping[str, Any]], unit: str, n
     axes.axhline(level, color=MUTED, lw=0.8, dashes=(3, 3), zorder=1)
     axes.errorbar(x, y, y_errors, x_errors, fmt="o-", color=INK, ecolor=MUTED, elinewidth=0.9, lw=1.2, ms=4)
     for at, height, point in zip(x, y, points, strict=True):
-        axes.annotate(f"β {point['beta']:g}", (at, height), (4, 4), textcoords="offset points", color=INK, size=9)
+        axes.annotate(f"β {point['beta']:g}", (at, height), (5, -11), textcoords="offset points", color=INK, size=9)
     if min(x) > 0 and max(x) > FAR * min(x):
         axes.set_xscale("log")
     axes.margins(x=0.12)
@@ -326,13 +327,15 @@ def _with_errors(points: Sequence[Mapping[str, Any]], name: str) -> tuple[Column
 
 def _finish(axes: Axes, x: str, y_percent: bool = False) -> None:
     """Name the x axis and show few ticks; a legend stands above the axes if a line has a label."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
     axes.set_xlabel(x)
-    if axes.get_xscale() == "linear":
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    if axes.get_yscale() == "linear":
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    for axis, ticks in ((axes.xaxis, 5), (axes.yaxis, 4)):
+        if axis.get_scale() == "linear":
+            axis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
+        else:
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(NullFormatter())
     if y_percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if axes.get_legend_handles_labels()[1]:

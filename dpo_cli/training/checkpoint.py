@@ -36,7 +36,7 @@ ADAPTER_FILES = FILES - {WEIGHTS} | {adapter_files.CONFIG, adapter_files.WEIGHTS
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The states that whatever is random in a step draws from, as bytes."""
+    """Return the states of the random generators of a step, as bytes."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -54,14 +54,12 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after ``step`` optimizer steps, then drop all but the newest ``keep`` checkpoints.
 
-    Of a model with an adapter that is all that is written: its base does not change.
-
-    ``max_tokens`` is the token budget that the run has come down to, which decides the last bits of later steps.
-
-    The first rank writes, the same files whatever the ranks and their shards; of a sharded model all must take part.
+    Of a model with an adapter only the adapter is written: its base does not change. ``max_tokens`` is the current
+    token budget, which decides the last bits of later steps. Rank 0 writes the same files whatever the number of ranks;
+    for a sharded model all ranks must call this.
 
     Raises:
-        NotWrittenError: the checkpoints that were there still are.
+        NotWrittenError: earlier checkpoints are kept.
     """
     folder = checkpoints / _name(step)
     reshard(model)
@@ -89,7 +87,7 @@ def save_checkpoint(
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors as safetensors lays them out; sharded ones are gathered one at a time."""
+    """Write tensors in the format of safetensors; sharded ones are gathered one at a time."""
     if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         save_file(dict(tensors), file)
         return
@@ -118,24 +116,24 @@ def _folders(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path, warn: Callable[[str], None]) -> tuple[Path, int] | None:
-    """The newest checkpoint whose files are all as they were written, and its step; others are set aside and told."""
+    """Return the newest whole checkpoint and its step; damaged ones are set aside with a warning."""
     for folder in _folders(checkpoints):
         if (step := verified_step(folder)) is not None:
             return folder, step
         aside = checkpoints / f"damaged-{folder.name}"
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        warn(f"checkpoint {folder.name} is damaged; it was set aside as {aside}, and the one before is taken")
+        warn(f"checkpoint {folder.name} is damaged; it was set aside as {aside}, and the one before it is used")
     return None
 
 
 def verified_step(folder: Path) -> int | None:
-    """The step of a checkpoint that is whole, else None."""
+    """Return the step of a whole checkpoint, else None."""
     try:
         manifest = _read_manifest(folder)
         files = manifest["files"]
-        known = files.keys() in (FILES, ADAPTER_FILES)
-        whole = known and all(sha256(folder / name) == told["sha256"] for name, told in files.items())
+        complete = files.keys() in (FILES, ADAPTER_FILES)
+        whole = complete and all(sha256(folder / name) == entry["sha256"] for name, entry in files.items())
         return manifest["step"] if whole and folder.name == _name(manifest["step"]) else None
     except PermissionError:  # says nothing about what is in the file
         raise
@@ -152,7 +150,7 @@ def _name(step: int) -> str:
 
 
 def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> int:
-    """Bring weights, moments and random states back to what they were; returns the token budget of then.
+    """Restore weights, moments and random states; returns the token budget.
 
     Raises:
         DpoError: the checkpoint is of another model.

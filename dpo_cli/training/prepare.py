@@ -33,8 +33,8 @@ from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantize
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.converted import use_converted
 from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint
+from dpo_cli.models.layout import choose_layout
 from dpo_cli.models.loading import (
-    choose_layout,
     compile_layers,
     compute_dtype,
     dtype_name,
@@ -244,12 +244,22 @@ def make_scorer(
     longest = max(row_costs(pairs, "padded")) // 2  # there both responses have their prompt
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        raise UsageError(f"a pair has {longest} tokens and the model reads at most {limit}; set --max-length {limit}")
+        raise UsageError(
+            f"a pair has {longest} tokens and the model is made for at most {limit} "
+            f"(max_position_embeddings in its config.json{_dynamic(model)}); set --max-length {limit}"
+        )
     layout, apart, told = choose_layout(model, pairs + _sampled(pairs, options, limit), max_tokens, device, dtype)
     reporter.info("layout", told)
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
     return ModelRunner(model, layout, dtype, max_tokens, device, apart, reporter.warning)
+
+
+def _dynamic(model: PreTrainedModel) -> str:
+    """Why a model whose rotary embeddings stretch with a sequence is not given a longer one."""
+    ropes = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    stretched = ropes.get("rope_type") == "dynamic"
+    return "; beyond that its dynamic rope changes with the longest sequence of a forward" if stretched else ""
 
 
 def _sampled(pairs: Pairs, options: Options, limit: int | None) -> Pairs:

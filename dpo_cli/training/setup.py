@@ -37,9 +37,18 @@ from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.evaluation.kl import Progress, RecordedStates
 from dpo_cli.models.adapter_files import check_loadable, settings, trainable_config
-from dpo_cli.models.adapters import attach, describe_adapter, is_adapted, is_quantized, make_config, try_backward
+from dpo_cli.models.adapters import (
+    attach,
+    describe_adapter,
+    experts_of_version_5,
+    is_adapted,
+    is_quantized,
+    make_config,
+    try_backward,
+)
 from dpo_cli.models.fingerprint import fingerprint
-from dpo_cli.models.loading import compile_layers, dtype_name, experts_a_token, export_dtype, load_tokenizer, release
+from dpo_cli.models.layout import experts_a_token
+from dpo_cli.models.loading import compile_layers, dtype_name, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import ModelRunner, forward_errors
 from dpo_cli.models.lora_targets import choose_targets, counted
@@ -338,6 +347,11 @@ def _attach(
         left = targets.left
     about = f"{options.lora_type} of rank {options.lora_rank}, alpha {options.lora_alpha}"
     reporter.info("adapter", f"{about}, on {describe_adapter(model)}")
+    if (experts := experts_of_version_5(model)) and options.export != "merged":
+        reporter.warning(
+            f"transformers 4 loads the exported adapter without its part on {', '.join(experts)}, or not at all: "
+            "it needs transformers 5; for other tools take --export merged, or dpo merge"
+        )
     for reason in dict.fromkeys(reason for reason, _ in left):
         kinds = Counter({kind: count for (why, kind), count in left.items() if why == reason})
         reporter.info("", f"without an adapter, {reason}: {counted(kinds)}")

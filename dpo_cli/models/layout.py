@@ -1,0 +1,206 @@
+"""What a model's forward allows: the most compact layout that equals single sequences, and its routers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.data.batching import Layout, probe_pairs, row_costs
+from dpo_cli.data.collate import MicroBatch, collate, padded
+from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention
+from dpo_cli.models.logprobs import body_states, forward_errors, token_logps
+from dpo_cli.models.moe import auxiliary_loss, routed
+from dpo_cli.utils.errors import DpoError, UsageError
+
+# Names in configurations of a length at which a forward changes: with its longest sequence (longrope) or with the
+# places in its rows (Llama 4).
+THRESHOLDS = ("original_max_position_embeddings", "attention_chunk_size", "floor_scale")
+DESCRIPTIONS: dict[Layout, str] = {
+    "shared": "packed rows, each prompt computed once for both responses",
+    "packed": "packed rows, the prompt computed once for each response",
+    "padded": "padded batches, the prompt computed once for each response",
+    "alone": "one sequence per forward",
+}
+
+
+@torch.no_grad()
+def choose_layout(
+    model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Layout, bool, str]:
+    """Find the most compact layout whose log-probs equal those of each response alone, and describe it.
+
+    The bool says whether the head may run apart from the body, see ``ModelRunner``.
+
+    Real pairs are scored in forwards of each layout, see ``_tried``, in float32 and in the compute precision, and
+    compared with the plainest forward there is: one response, the model's own attention, no padding. Sparse attention
+    is not tried with sequences beyond ``index_topk`` tokens, of which it chooses: it breaks ties by the row's length.
+
+    Raises:
+        DpoError: no layout gives the numbers of single sequences.
+        UsageError: the model's own forward fails; a token's log-prob depends on the tokens behind it, is another in
+            training, or changes when the model has read a longer sequence.
+    """
+    groups, limit = _tried(model, pairs, max_tokens, device)
+    alone, places = _responses([pair for group in groups for pair in group], device)
+    precisions = dict.fromkeys((torch.float32, dtype))
+    with forward_errors("the model's own forward fails on a pair of the data"):
+        expected = {p: _scored(model, alone, p)[places] for p in precisions}
+    if not all(logps.isfinite().all() for logps in expected.values()):
+        raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
+    with forward_errors("the model's own forward fails in training mode"):
+        _check_alone(model, alone[-1])
+    try:
+        together = _scored(model, alone, torch.float32, apart=True)[places]
+        apart = bool((together - expected[torch.float32]).abs().nan_to_num(math.inf).max() < 1e-3)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # a body or a head of another kind
+        apart = False
+    chosen = getattr(model.config.get_text_config(), "index_topk", None) or math.inf
+    sparse = alone[-1].input_ids.shape[1] > chosen
+    limit = min(limit, chosen) if sparse else limit
+    reasons = ["its attention chooses tokens, and breaks ties by the row's length"] if sparse else []
+    layouts: list[Layout] = ["alone"] if sparse else [*DESCRIPTIONS]
+    for layout in layouts:
+        forwards = [collate(group, layout).to(device) for group in groups]
+        try:
+            with attention(model, PREFIX_SHARED if layout == "shared" else None):
+                scored = {p: _scored(model, forwards, p, apart) for p in precisions}
+            off = {p: (logps - expected[p]).abs().nan_to_num(math.inf) for p, logps in scored.items()}
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            known = isinstance(error, UnsupportedAttentionError)
+            reasons.append(f"{layout}: {error if known else 'not supported by the code of this model'}")
+            continue
+        if off[torch.float32].max() < 1e-3 and off[dtype].mean() < 0.1:
+            reasons += [] if apart else ["the head cannot run apart from the body"]
+            reasons += (
+                [f"--max-length {limit} lets sequences share one"] if limit < math.inf and layout == "alone" else []
+            )
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            largest = f"{off[torch.float32].max():.0e} nats a token"
+            return layout, apart, f"{DESCRIPTIONS[layout]}; equal to single sequences within {largest}{why}"
+        reasons.append(f"{layout}: off by {max(float(each.max()) for each in off.values()):.2g} nats")
+    if limit < math.inf:
+        raise UsageError(
+            f"sequences longer than {limit} tokens change the model's log-probs of shorter ones, beside and after them "
+            f"({'; '.join(reasons)}); set --max-length {limit}"
+        )
+    raise DpoError(f"no layout gives this model's log-probs of single sequences: {'; '.join(reasons)}")
+
+
+def _tried(
+    model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int, device: torch.device
+) -> tuple[list[list[Pair]], float]:
+    """The pairs of each forward to try a layout on; and the length beyond which sequences change those of up to it.
+
+    Always two pairs, the longest that fits ``max_tokens`` among them, and a third that is the shorter with one token
+    of its prompt left: behind a long prompt nothing would be seen of what the state of a state-space model keeps of
+    the sequence before. The longest of all by itself, where it does not fit. For each threshold of the configuration
+    the longest pair beside one with a sequence up to it, or a longer row where no sequence is longer. The third is
+    left out where it alone would be on the other side of a threshold.
+
+    Infinity: no threshold lies between two sequences.
+    """
+    first = probe_pairs(pairs, "padded", max_tokens)
+    cut = replace(first[-1], prompt=first[-1].prompt[-1:])
+    lengths = (pairs if isinstance(pairs, Pairs) else Pairs(pairs)).lengths
+    sequences = lengths[:, :1] + lengths[:, 1:]  # (P, 2)
+    shorter, longest = sequences.min(1), int(sequences.max())
+    long = pairs[int(sequences.max(1).argmax())]
+    thresholds = sorted(_thresholds(model.config.get_text_config().to_dict()))
+    other_side = any(1 + min(len(cut.chosen), len(cut.rejected)) <= length < shorter.min() for length in thresholds)
+    groups = [first if other_side else [*first, cut]] + [[long]] * (2 * longest > max_tokens)
+    between = [length for length in thresholds if shorter.min() <= length < longest]
+    for length in between:
+        short = pairs[int(np.where(shorter <= length, shorter, 0).argmax())]
+        groups.append([long, short])
+    beyond = [length for length in thresholds if longest <= length < max_tokens]
+    groups += [[first[0]] * (length // row_costs(first, "shared")[0] + 1) + [first[-1]] for length in beyond]
+    return groups, min(between, default=math.inf)
+
+
+def _responses(tried: Sequence[Pair], device: torch.device) -> tuple[list[MicroBatch], Tensor]:
+    """A forward for each response of these pairs, equal ones once, and shorter ones before one that may leave state.
+
+    The tensor (N,) holds the place of each of the pairs' tokens among theirs.
+    """
+    sequences = [(pair.prompt, response) for pair in tried for response in (pair.chosen, pair.rejected)]
+    names = [(prompt.tobytes(), response.tobytes()) for prompt, response in sequences]
+    kept = dict(sorted(zip(names, sequences, strict=True), key=lambda each: sum(map(len, each[1]))))
+    batches = [padded([sequence]).to(device) for sequence in kept.values()]
+    counts = [len(batch.targets) for batch in batches]
+    places = dict(zip(kept, torch.arange(sum(counts), device=device).split(counts), strict=True))
+    return batches, torch.cat([places[name] for name in names])
+
+
+def _scored(model: PreTrainedModel, forwards: Sequence[MicroBatch], dtype: torch.dtype, apart: bool = False) -> Tensor:
+    """The token log-probs of one forward after the other: (N,) nats."""
+    return torch.cat([token_logps(model, batch, dtype, apart) for batch in forwards])
+
+
+def _thresholds(config: Mapping[str, Any]) -> set[int]:
+    """The lengths that a configuration names, or a part of it."""
+    found = {int(value) for name, value in config.items() if name in THRESHOLDS and isinstance(value, int | float)}
+    return found.union(*(_thresholds(part) for part in config.values() if isinstance(part, dict)))
+
+
+def _check_alone(model: PreTrainedModel, batch: MicroBatch) -> None:
+    """Refuse a model whose log-probs of one sequence are others in training, or with another last token.
+
+    Raises:
+        UsageError: it reads ahead, or draws at random while it trains.
+    """
+    expected, ids = token_logps(model, batch, torch.float32), batch.input_ids.clone()
+    ids[0, -1] = int(ids[0, -1] == 0)
+
+    def off() -> float:
+        logps = token_logps(model, replace(batch, input_ids=ids), torch.float32)
+        return float((logps - expected).abs().nan_to_num(math.inf).max())
+
+    model.train()
+    in_training = off()
+    model.eval()
+    if in_training < 1e-3:
+        return
+    if (ahead := off()) >= 1e-3:
+        raise UsageError(
+            f"the model is no causal language model: a token's log-prob changes by {ahead:.2g} nats with what stands "
+            "behind it. Take one that predicts each token from those before it"
+        )
+    raise UsageError(
+        f"in training the model's log-probs are others than in evaluation, by {in_training:.2g} nats a token: "
+        "something in it is drawn at random, so that the policy would not be its reference. Take another model"
+    )
+
+
+@torch.no_grad()
+def experts_a_token(model: PreTrainedModel, pair: Pair) -> int:
+    """How many experts each token goes to in a mixture whose load-balancing loss is known.
+
+    Raises:
+        UsageError: the model is no mixture of experts, or its own loss of a pair is another than ours.
+    """
+    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]).to(model.device)
+    asked = {"output_router_logits": True, "use_cache": False, "attention_mask": batch.attention_mask}
+    try:
+        experts = int(model.config.get_text_config().num_experts_per_tok)
+        own = float(model(batch.input_ids, **asked).aux_loss)
+        part = routed(body_states(model, batch, torch.float32, output_router_logits=True).router_logits, batch, experts)
+        ours = float(auxiliary_loss(part, part.counts))
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        why = f"{type(model).__name__} is no mixture of experts whose routers can be read"
+        raise UsageError(f"--router-aux-loss-coef: {why}; leave it out") from error
+    if not math.isclose(own, ours, rel_tol=1e-4):
+        why = f"{type(model).__name__} balances its experts by another loss ({own:.6g}, not {ours:.6g})"
+        raise UsageError(f"--router-aux-loss-coef: {why}; leave it out")
+    return experts
