@@ -289,7 +289,7 @@ def test_an_earlier_checkpoint_is_evaluated_and_merged_as_it_was(place: Place) -
     torch.testing.assert_close(plain_logps(loaded, place.held_out()), own[:, :2], **CLOSE)
 
 
-@pytest.mark.parametrize("more", [(), ("--lora-type", "dora", "--modules-to-save", "embed_tokens", "--memory", "8bit")])
+@pytest.mark.parametrize("more", [(), ("--lora-type", "dora", "--modules-to-save", "embed_tokens", "--memory", "full")])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(more: tuple[str, ...], place: Place, tmp_path: Path) -> None:
     whole = place.folder / "lora"
     if more:
@@ -470,7 +470,7 @@ def test_a_later_peft_changes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--lora-rank", 4, "--modules-to-save", "lm_head"), "name the embedding in --modules-to-save"),
         (("--lora-rank", 4, "--modules-to-save", "nrm"), "no module's name ends with nrm"),
         (("--lora-rank", 4, "--lora-targets", "q proj"), "must be names of modules"),
-        *((("--lora-rank", 4, "--memory", mode), "use full or 8bit") for mode in ("split", "in-backward", "offload")),
+        *((("--lora-rank", 4, "--memory", mode), "use full") for mode in ("split", "in-backward")),
     ],
 )
 def test_what_makes_no_sense_is_refused(more: tuple[Any, ...], told: str, place: Place) -> None:
@@ -525,7 +525,6 @@ def test_memory_is_counted_by_what_is_trained() -> None:
         parameters=10, frozen=1000, largest=4, fixed=0, per_token=1, per_token_recomputed=1, per_logits=0, process=0
     )
     assert counted.peak("full", False, (0, 0), None) == 1000 + 10 * 12 + max(4 * 4 * 2, 10 * 4 + 4 * 4)
-    assert counted.peak("8bit", False, (0, 0), None) == 1000 + 10 * 6 + max(4 * 4 * 2, 10 * 4 + 4 * 4)
 
 
 def test_the_default_model_is_found_again_on_any_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "batch_size": POSITIVE,
     "lr": REAL_POSITIVE,
     "lr_scheduler": (["linear", "cosine", "constant"], ["Linear", "", "step"]),
-    "memory": (["auto", "full", "8bit", "split", "in-backward", "offload"], ["Full", "", "4bit"]),
+    "memory": (["auto", "full", "split", "in-backward"], ["Full", "", "4bit"]),
     "warmup_ratio": SHARE,
     "weight_decay": ([0.0, 0.1], [-0.1, math.inf, math.nan]),
     "max_grad_norm": ([0.0, 1.0], [-1.0, math.inf, math.nan]),

@@ -24,7 +24,7 @@ from dpo_cli.training.loop import Trainer
 from tests.conftest import SAMPLE, write_rows
 
 ROWS, STEPS = 16, 4
-MODES = ("full", "8bit", "split", "in-backward")
+MODES = ("full", "split", "in-backward")
 # One forward a step, nothing clipped: what the mode in-backward needs, and the others are compared with.
 COMMON = (
     "--batch-size",
@@ -120,7 +120,7 @@ def test_evaluated_as_in_training(runs: dict[str, Path], dpo: Dpo, mode: str) ->
     assert held_out == pytest.approx(last["eval_loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["8bit", "split", "in-backward"])
+@pytest.mark.parametrize("mode", ["split", "in-backward"])
 def test_resumed_equals_uninterrupted(
     runs: dict[str, Path], dpo: Dpo, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +150,6 @@ def test_resumed_equals_uninterrupted(
 def test_options_that_do_not_go_together(dpo: Dpo, tmp_path: Path) -> None:
     for options, told in (
         (("--memory", "split", "--dtype", "float32"), "weights that --memory split splits compute in bfloat16"),
-        (("--memory", "offload"), "a CPU has no other memory"),
         (("--memory", "in-backward"), "set --max-grad-norm 0"),
         (("--memory", "in-backward", "--max-grad-norm", 0, "--max-tokens", 128), "each step must be one forward"),
         (("--memory", "half"), "must be one of"),

@@ -44,7 +44,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train --data piars.jsonl --model {tiny}", "'pairs.jsonl'"),
         ("train --data pairs.jsonl --loss sigmod", "'sigmoid'"),
         ("train --data pairs.jsonl --format alpacca", "'alpaca'"),
-        ("train --data pairs.jsonl --memory offlode", "'offload'"),
+        ("train --data pairs.jsonl --memory splitt", "'split'"),
         ("train --data pairs.jsonl --lr-scheduler cosinus", "'cosine'"),
         ("train --data pairs.jsonl --f-divergence js_divergense", "'js_divergence'"),
         ("train --data pairs.jsonl --columns promt=question --model {tiny}", "'prompt'"),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.models.split_weights import split_master_weights
-from dpo_cli.training.optimizer import BYTES, SPLIT, make_optimizer
+from dpo_cli.training.optimizer import BYTES, SPLIT, SmallAdamW, make_optimizer
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -41,7 +41,7 @@ VALUES, STEPS = 32768, (20, 100, 500)  # of each tensor; when the updates are co
 
 def take_step(optimizer: Any, memory: str, lr: float) -> None:
     if memory == "in-backward":
-        with optimizer.updating(lr):
+        with optimizer.fused_backward(lr):
             pass
         return
     for group in optimizer.param_groups:
@@ -95,7 +95,8 @@ def gradients(folder: str, rows: int = 20) -> dict[str, Tensor]:
 def update_of(memory: str) -> Callable[[Tensor], Tensor]:
     """A function from the step's gradient to the update that it makes, in learning rates."""
     weight = nn.ParameterList([nn.Parameter(torch.zeros(VALUES // 256, 256))])
-    optimizer = make_optimizer(weight, 0.0, memory)
+    groups = [{"params": list(weight), "weight_decay": 0.0}]
+    optimizer = make_optimizer(weight, 0.0) if memory == "full" else SmallAdamW(groups, {})
 
     def update(gradient: Tensor) -> Tensor:
         weight[0].data.zero_()
@@ -127,7 +128,7 @@ def moments(folder: str) -> None:
     for name, grads in gradients(folder).items():
         torch.manual_seed(0)
         drift, signs = torch.randn(VALUES), torch.randint(0, 2, (64, VALUES)) * 2 - 1
-        updates = {"exact": update_of("full"), "8bit": update_of("8bit")}
+        updates = {"exact": update_of("full"), "8 bits": update_of("split")}
         try:
             updates["torchao"] = torchao_update()
         except ImportError:

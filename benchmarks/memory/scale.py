@@ -21,7 +21,7 @@ from dpo_cli.training.memory import FRAGMENTED, LOGIT_BYTES, USABLE, StepBytes, 
 
 GPU = 80e9  # bytes
 TOKENS = 4096  # of a forward
-MODES = ("full", "8bit", "split", "in-backward", "offload")
+MODES = ("full", "split", "in-backward")
 RANKS = (2, 4, 8, 16, 64)
 CARDS = (12, 16, 24, 48, 80, 141)  # GB
 RANK = 16  # of adapters

@@ -111,11 +111,10 @@ class WeightsOptions(Options):
 
     memory: str = option(
         "auto",
-        "How weights, gradients and moments are kept: full (float32, 16 bytes per parameter), 8bit (moments, 10), "
-        "split (bfloat16 and low halves of float32 weights, 8), in-backward (split, updated in the backward pass, 6), "
-        "offload (split, with all that no forward reads in host memory, 4), or auto: the first of full, split and "
-        "8bit that fits.",
-        one_of("auto", "full", "8bit", "split", "in-backward", "offload"),
+        "How weights, gradients and moments are kept: full (float32, 16 bytes per parameter), split (bfloat16 "
+        "and low halves of float32 weights, moments in 8 bits, 8), in-backward (split, updated in the backward pass, "
+        "6), or auto: full if it fits, else split where bfloat16 computes.",
+        one_of("auto", "full", "split", "in-backward"),
     )
     fsdp: bool = option(False, "Shard parameters, gradients and optimizer state across processes (FSDP2).")
     load_in_4bit: bool = option(False, "Quantize the adapter's base to 4 bits (QLoRA, by bitsandbytes): CUDA only.")
@@ -285,7 +284,7 @@ class TrainOptions(WeightsOptions):
             and bool(lora or self.ref_model),
             f"{flags}: no adapter is trained; add --lora-rank, for example 16, or leave it out": bool(unused),
             "--memory {memory}: an adapter's weights are few and stay float32, and its base is not trained and takes 2 "
-            "bytes per parameter on CUDA; use full or 8bit": lora and self.memory not in ("auto", "full", "8bit"),
+            "bytes per parameter on CUDA; use full": lora and self.memory not in ("auto", "full"),
             "--export-dtype {export_dtype}: an adapter is written in float32, in which it is trained; with --export "
             "merged the whole model can be in another": lora and self.export_dtype != "float32" and not merged,
             f"--export merged: a base in {quantize} cannot take up an adapter exactly; export the adapter, and merge "

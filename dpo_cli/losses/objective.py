@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.losses.preference import LOSSES, PAIR_FIELDS, RUN_OPTIONS, Loss, Preferences, divergence
@@ -29,14 +30,18 @@ class Objective:
 
     def __call__(self, p: Preferences) -> Tensor:
         """Compute the loss of each pair: (P,)."""
-        parts = [weight * LOSSES[name].compute(p, **self._arguments(name, p)) for name, weight in self.terms.items()]
+        values = {name: getattr(p, name) for name in PAIR_FIELDS} | self._run_values
+        parts = [
+            weight * LOSSES[name].compute(p, **{key: values[key] for key in LOSSES[name].reads if key in values})
+            for name, weight in self.terms.items()
+        ]
         return p.weights * sum(parts[1:], parts[0])
 
-    def _arguments(self, name: str, p: Preferences) -> dict[str, Any]:
-        values: dict[str, Any] = {name: getattr(p, name) for name in PAIR_FIELDS} | dict(self.options)
-        values |= {"beta": self.beta, "label_smoothing": self.label_smoothing}
-        values["f_divergence"] = divergence(self.f_divergence)
-        return {name: values[name] for name in LOSSES[name].reads if name in values}
+    @cached_property
+    def _run_values(self) -> dict[str, Any]:
+        """The parameters of losses that are the same for all pairs, by name."""
+        values = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        return {**self.options, **values, "f_divergence": divergence(self.f_divergence)}
 
     @property
     def losses(self) -> list[Loss]:

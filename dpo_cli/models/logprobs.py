@@ -171,7 +171,7 @@ class ModelRunner:
         states = body_states(self.model, batch, self.dtype, output_router_logits)
         values = gather_logit_positions(states, batch)
         routers = states.router_logits if output_router_logits else ()
-        return HiddenStates(values, batch, self.head, max_logit_rows(self.model), routers)
+        return HiddenStates(values, batch, head_of(self.model, self.dtype), max_logit_rows(self.model), routers)
 
     def token_logps(self, batch: MicroBatch) -> Tensor:
         """Compute ``token_logps`` of the model in the compute precision: (N,) nats."""

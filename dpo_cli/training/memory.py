@@ -31,7 +31,7 @@ FRAGMENTED = 1.15  # what the C library's heap takes for activations, by their b
 LOGIT_BYTES = 12  # of one logit: log-softmax, and the gradients before and behind it, all float32
 # From the fastest on; a mode and whether activations are computed again in the backward pass. docs/performance.md
 LADDER = {
-    "cpu": [("full", False), ("full", True), ("8bit", True)],
+    "cpu": [("full", False), ("full", True)],
     "cuda": [("full", False), ("split", False), ("full", True), ("split", True)],
 }
 MOST_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a forward: more bring no speed

@@ -1,7 +1,7 @@
-"""AdamW in as many bytes a parameter as ``--memory`` grants: moments in 8 bits, weights in two halves of 16.
+"""AdamW for each ``--memory``: torch's own, or one with moments in 8 bits and weights in two halves of 16 bits.
 
-The 8-bit modes keep no float32 tensor of a parameter's size beside the weights: torch's own fused AdamW works on
-float32 copies of a slice, which are coded again at once.
+The latter keeps no float32 tensor of the size of a parameter: torch's fused AdamW works on float32 copies of a slice,
+which are coded again at once.
 
 Legend: B blocks of a tensor, W values of a block.
 """
@@ -23,10 +23,9 @@ from torch.optim.optimizer import StateDict
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.models.split_weights import join, split
 
-# Of a parameter on the device: its weight, its gradient, its moments. "in-backward": no gradient outlives its update;
-# "offload": what no forward reads stays in the host's memory.
-BYTES = {"full": (4, 4, 8), "8bit": (4, 4, 2), "split": (4, 2, 2), "in-backward": (4, 0, 2), "offload": (2, 2, 0)}
-SPLIT = {"split", "in-backward", "offload"}  # modes whose model has to be halved first
+# Per parameter: its weight, its gradient, its moments. "in-backward": no gradient outlives its update.
+BYTES = {"full": (4, 4, 8), "split": (4, 2, 2), "in-backward": (4, 0, 2)}
+SPLIT = {"split", "in-backward"}  # modes whose model is split first, see models/split_weights.py
 BLOCK = 256  # values that share scales
 SLICE = 2**22  # values that are float32 at a time; a multiple of BLOCK
 SMALLEST = 4096  # values of a tensor whose moments are worth coding
@@ -51,7 +50,7 @@ def make_optimizer(
     assert (memory in SPLIT) == (low is not None)
     names = {p: name for name, p in model.named_parameters()}
     halves: dict[Tensor, Tensor] = {p: low.pop(name) for p, name in names.items() if name in low} if low else {}
-    return SmallAdamW(groups, halves, torch.device("cpu") if memory == "offload" else None)
+    return SmallAdamW(groups, halves)
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -102,14 +101,14 @@ def _root(codes: Tensor, least: Tensor, gap: Tensor) -> Tensor:
     return codes.float().mul_(gap).add_(least).exp2_()
 
 
-def _zero_moments(p: Tensor, device: torch.device) -> dict[str, Tensor]:
+def _zero_moments(p: Tensor) -> dict[str, Tensor]:
     """The moments of a parameter before its first step: coded, or float32 where that is hardly worth it."""
     shape = (-1, BLOCK) if _is_coded(p) else (1, -1)
-    zeros = torch.zeros(p.numel(), dtype=torch.uint8, device=device).view(shape)
+    zeros = torch.zeros(p.numel(), dtype=torch.uint8, device=p.device).view(shape)
     step = torch.zeros((), device=p.device)
     if not _is_coded(p):
         return {"step": step, "exp_avg": zeros.float(), "exp_avg_sq": zeros.float()}
-    column = torch.zeros(len(zeros), 1, device=device)
+    column = torch.zeros(len(zeros), 1, device=p.device)
     codes = {"exp_avg": zeros.to(torch.int8), "exp_avg_sq": zeros}
     return {"step": step, **codes, "scale": column, "least": column + FLOOR, "gap": column.clone()}
 
@@ -124,27 +123,16 @@ def _is_coded(p: Tensor) -> bool:
 class SmallAdamW(Optimizer):
     """AdamW whose moments take a byte each and whose weights are float32, or bfloat16 with their low halves.
 
-    Its state is plain tensors: ``step``, the moments and their scales, ``low``. Where ``home`` is not the parameters'
-    device it is kept there, and travels to them and back a slice at a time.
+    Its state is plain tensors: ``step``, the moments and their scales, ``low``.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], low: dict[Tensor, Tensor], home: torch.device | None = None
-    ) -> None:
+    def __init__(self, groups: list[dict[str, Any]], low: dict[Tensor, Tensor]) -> None:
         super().__init__(groups, {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8})
-        self._home = home
         for _, p in self._parameters():
-            p.data = p.detach().contiguous()  # it is looked at in blocks
+            p.data = p.detach().contiguous()  # it is viewed in blocks
             if p in low:
-                half = low.pop(p).view((-1, BLOCK) if _is_coded(p) else (1, -1))
-                self.state[p]["low"] = self._kept(half, p)
-        device = p.device
-        self._squares = torch.zeros((), dtype=torch.float64, device=device)
-
-    def _kept(self, tensor: Tensor, p: Tensor) -> Tensor:
-        """Part of a parameter's state, where it is kept: page-locked where it will travel."""
-        tensor = tensor.to(self._home or p.device)
-        return tensor.pin_memory() if tensor.device != p.device else tensor
+                self.state[p]["low"] = low.pop(p).view((-1, BLOCK) if _is_coded(p) else (1, -1))
+        self._squares = torch.zeros((), dtype=torch.float64, device=p.device)
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
         return ((group, p) for group in self.param_groups for p in group["params"])
@@ -155,7 +143,7 @@ class SmallAdamW(Optimizer):
         self.state.clear()
         for index, values in state_dict["state"].items():
             p = parameters[index]
-            self.state[p] = {name: self._kept(v, p) if name != "step" else v.to(p.device) for name, v in values.items()}
+            self.state[p] = {name: value.to(p.device) for name, value in values.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -178,12 +166,12 @@ class SmallAdamW(Optimizer):
         handles = []
         for group, p in self._parameters():
             group["lr"] = lr
-            handles.append(p.register_post_accumulate_grad_hook(partial(self._consume, group)))
+            handles.append(p.register_post_accumulate_grad_hook(partial(self._step_param, group)))
         try:
             yield
             for group, p in self._parameters():
                 if p.grad is not None:
-                    self._consume(group, p)
+                    self._step_param(group, p)
         finally:
             for handle in handles:
                 handle.remove()
@@ -194,33 +182,30 @@ class SmallAdamW(Optimizer):
         return self._squares.sqrt()
 
     @torch.no_grad()
-    def _consume(self, group: dict[str, Any], p: Tensor) -> None:
+    def _step_param(self, group: dict[str, Any], p: Tensor) -> None:
         """Update a parameter, unless its gradient or one before was not finite: a sum that is not, stays so."""
         assert p.grad is not None
         self._squares += torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square()
-        self._update(group, p, poisoned=self._squares.isfinite().logical_not().float())
+        self._update(group, p, found_inf=self._squares.isfinite().logical_not().float())
         p.grad = None
 
-    def _update(self, group: dict[str, Any], p: Tensor, poisoned: Tensor | None) -> None:
-        """One step of a parameter, slice by slice; none at all where ``poisoned`` turns out to be 1 on the device."""
+    def _update(self, group: dict[str, Any], p: Tensor, found_inf: Tensor | None) -> None:
+        """One step of a parameter, slice by slice; none at all where ``found_inf`` turns out to be 1 on the device."""
         assert p.grad is not None
         state = self.state[p]
         if "step" not in state:
-            zero = _zero_moments(p, self._home or p.device)
-            state.update({name: self._kept(v, p) if name != "step" else v for name, v in zero.items()})
+            state.update(_zero_moments(p))
         shape = state["exp_avg"].shape  # (B, W)
         rows = {name: tensor for name, tensor in state.items() if name != "step"}
         rows |= {"weight": p.detach().view(shape), "grad": p.grad.reshape(shape)}
         for start in range(0, len(rows["weight"]), SLICE // BLOCK):
             part = {name: tensor[start : start + SLICE // BLOCK] for name, tensor in rows.items()}
-            _update_blocks(part, state["step"], group, poisoned)
-        state["step"] += 1 if poisoned is None else 1 - poisoned
+            _update_blocks(part, state["step"], group, found_inf)
+        state["step"] += 1 if found_inf is None else 1 - found_inf
 
 
-def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any], poisoned: Tensor | None) -> None:
-    """One step of AdamW on some blocks (B, W) and their moments, in place; nothing if ``poisoned`` is 1."""
-    kept, device = part, part["weight"].device
-    part = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.items()}
+def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
+    """Take one step of AdamW on some blocks (B, W) and their moments, in place; none if ``found_inf`` is 1."""
     weight = join(part["weight"], part["low"]) if "low" in part else part["weight"]
     moments = decode(part) if "scale" in part else (part["exp_avg"], part["exp_avg_sq"])
     adamw(
@@ -229,9 +214,9 @@ def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any],
         [moments[0]],
         [moments[1]],
         [],
-        [step.clone()],  # it is counted up there
+        [step.clone()],  # AdamW increments it
         fused=True,
-        found_inf=poisoned,
+        found_inf=found_inf,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
@@ -246,6 +231,5 @@ def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any],
     if "low" in part:
         new["weight"], new["low"] = split(weight)
     for name, tensor in new.items():
-        if tensor is not kept[name]:
-            new_or_old = tensor if poisoned is None else torch.where(poisoned > 0, part[name], tensor)
-            kept[name].copy_(new_or_old, non_blocking=True)
+        if tensor is not part[name]:
+            part[name].copy_(tensor if found_inf is None else torch.where(found_inf > 0, part[name], tensor))

@@ -166,8 +166,6 @@ def lay_out_run(
         UsageError: an option, the data or the model cannot be used.
     """
     folder = distributed.on_rank_0(lambda: _checked_folder(options, resume))
-    if options.memory == "offload" and device.type == "cpu":
-        raise UsageError("--memory offload: a CPU has no other memory to keep anything in; use split")
     source = choose_model(options.model, options, reporter, base=options.base_model)
     source, options = _with_adapter(source, options, device, reporter)
     tokenizer = choose_tokenizer(source, options)
@@ -540,7 +538,7 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
 def _disk_bytes(run: Run) -> int:
     """What a run's folder takes at most: the checkpoints it keeps, its exports, and one of each being written."""
     options, trained, steps = run.options, run.fitted.step_bytes.parameters, len(run.plan)
-    weight, _, moments = BYTES["split" if run.fitted.memory == "offload" else run.fitted.memory]
+    weight, _, moments = BYTES[run.fitted.memory]
     checkpoint, exported = trained * (weight + moments), trained * 4
     if not options.lora_rank or options.export == "merged":
         exported = run.model.num_parameters() * export_dtype(options.export_dtype, run.source).itemsize
@@ -566,18 +564,15 @@ def _hint(run: Run, reporter: Reporter) -> None:
 
 _KEPT = {
     "full": "weights and moments float32",
-    "8bit": "weights float32, moments 8 bits",
     "split": "weights bfloat16 with their lower halves, moments 8 bits",
     "in-backward": "weights bfloat16 with their lower halves, moments 8 bits, updated in the backward pass",
-    "offload": "weights bfloat16; their lower halves and 8-bit moments in the host's memory",
 }
 
 
 def _kept_of_adapter(run: Run) -> str:
     coarse = "bfloat16" if run.model.dtype == torch.bfloat16 else "float32"
     packed = run.source.stored if is_quantized(run.model) else ""
-    base, moments = run.options.quantize or packed or coarse, "8 bits" if run.fitted.memory == "8bit" else "float32"
-    return f"frozen base {base}, adapter float32, its moments {moments}"
+    return f"frozen base {run.options.quantize or packed or coarse}, adapter and its moments float32"
 
 
 @contextmanager
