@@ -310,10 +310,10 @@ def _with_adapter(
     own, began = settings(trainable_config(source.adapter)), trained_with(source.run) if source.run else None
     known = {name: (None, value, getattr(began, name, None)) for name, value in own.items()}  # also as the run says it
     if other := [name for name, values in known.items() if getattr(options, name) not in values]:
-        given = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
+        differ = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
         raise UsageError(
-            f"--model {options.model}: an adapter keeps its own settings: {given}; leave that out, or train all weights "
-            "of the merged model without --lora-rank"
+            f"--model {options.model}: an adapter keeps its own settings: {differ}; leave that out, or train all "
+            "weights of the merged model without --lora-rank"
         )
     if began and (bits := began.quantize) != options.quantize:
         before, now = (f"in {each}" if each else "unquantized" for each in (bits, options.quantize))
