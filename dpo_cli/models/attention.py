@@ -111,7 +111,7 @@ def _causal(
 def _mask(query: Tensor, key: Tensor, window: int | None, segments: Segments, causal: bool) -> Tensor | None:
     """What to add to the scores (q, k) of a sequence's last queries, so that each sees no key behind itself.
 
-    None where plain causality says the same and may be said by ``causal``. Made once a batch, for every layer.
+    None where plain causality is the same and ``causal`` may stand for it. Made once per batch, for every layer.
     """
     q, k = query.shape[2], key.shape[2]
     if causal and q == k and (window is None or window >= k):

@@ -195,7 +195,7 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     """Before the first step the policy is the reference: the margin is 0, for every pair of the step.
 
     The loss is ln 2 then, or what the pairs' weights and margins make of it. So this also checks what the cache has of
-    these pairs. Of a reference that is another model it is only told where the policy starts.
+    these pairs. With another model as the reference the starting point is only reported.
 
     Raises:
         DpoError: a response's log-probs differ by more than arithmetic explains.
@@ -207,14 +207,14 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     usual = objective.is_vanilla_dpo and like_others
     by = f"for --loss {objective.name}" if like_others else "by the weights and margins of its pairs"
     must = "ln 2 = 0.693147" if usual else f"{expected:.6f} {by}"
-    told = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
+    metrics = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
     if not objective.reference:
-        reporter.info("step 0", f"{told}  ({objective.name} reads no reference)")
+        reporter.info("step 0", f"{metrics}  ({objective.name} reads no reference)")
         return
     assert run.cache is not None
     if run.reference and run.reference.fingerprint != run.start:
         apart = f"policy and reference are two models, up to {largest:.3g} nats a root of a response's tokens apart"
-        reporter.info("step 0", f"{told}  ({apart})")
+        reporter.info("step 0", f"{metrics}  ({apart})")
         return
     if largest > logp_tolerance(run.scorer.dtype):
         cause = f"The cached reference does not fit this model: remove {run.cache.folder}"
@@ -224,12 +224,12 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
                 f"--modules-to-save; if that does not help, remove the cached reference, {run.cache.folder}"
             )
         raise DpoError(
-            f"step 0: {told}, but policy and reference are the same model, so the loss must be {must} "
+            f"step 0: {metrics}, but policy and reference are the same model, so the loss must be {must} "
             f"(off by {abs(values['loss'] - expected):.2g}, a response by {largest:.2g} nats a root of its tokens). "
             f"{cause}"
         )
     why = "as they must" if usual else f"so the loss must be {must}"
-    reporter.info("step 0", f"{told}  (policy and cached reference are equal on its {len(indices)} pairs, {why})")
+    reporter.info("step 0", f"{metrics}  (policy and cached reference are equal on its {len(indices)} pairs, {why})")
 
 
 @dataclasses.dataclass
@@ -312,8 +312,8 @@ class _Loop:
 
     def _interrupted(self, step: int, rng: dict[str, Tensor]) -> Interrupted:
         self._save(step, rng)
-        told = f"interrupted after step {step} of {len(self.run.plan)}; a checkpoint was written"
-        return Interrupted(f"{told}. {_how_to_go_on(self.run.folder, self.run.options)}")
+        message = f"interrupted after step {step} of {len(self.run.plan)}; a checkpoint was written"
+        return Interrupted(f"{message}. {_how_to_go_on(self.run.folder, self.run.options)}")
 
     def _not_finite(self, step: int, error: NotFiniteError) -> DpoError:
         """Write the step's pairs to a file, and say what happened and why it may have.

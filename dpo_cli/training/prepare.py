@@ -80,7 +80,7 @@ def choose_model(
 
 
 def fit_adapter(source: ModelSource, reporter: Reporter) -> ModelSource:
-    """An adapter's source with the tokens that its base is to get, told; and what of it peft leaves out.
+    """Report the tokens that the base of an adapter gets, and what of the adapter peft ignores; returns its source.
 
     Raises:
         UsageError: it cannot be loaded.
@@ -89,8 +89,8 @@ def fit_adapter(source: ModelSource, reporter: Reporter) -> ModelSource:
     if source.tokens:
         reporter.info("", f"its base is resized to the {source.tokens:,} tokens that the adapter was trained with")
     if ignored := unknown_keys(folder):
-        told = ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(ignored.items()))
-        reporter.warning(f"{folder / CONFIG}: peft {version('peft')} does not know and ignores {told[:300]}")
+        keys = ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(ignored.items()))
+        reporter.warning(f"{folder / CONFIG}: peft {version('peft')} does not know and ignores {keys[:300]}")
     return source
 
 
@@ -248,8 +248,10 @@ def make_scorer(
             f"a pair has {longest} tokens and the model is made for at most {limit} "
             f"(max_position_embeddings in its config.json{_dynamic(model)}); set --max-length {limit}"
         )
-    layout, apart, told = choose_layout(model, pairs + _sampled(pairs, options, limit), max_tokens, device, dtype)
-    reporter.info("layout", told)
+    layout, apart, description = choose_layout(
+        model, pairs + _sampled(pairs, options, limit), max_tokens, device, dtype
+    )
+    reporter.info("layout", description)
     if layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
     return ModelRunner(model, layout, dtype, max_tokens, device, apart, reporter.warning)

@@ -1,4 +1,4 @@
-"""A run before its first step: its data, model and plan, told to the user; and the folder that it writes."""
+"""A run before its first step: its data, model and schedule, which are reported, and the folder that it writes."""
 
 from __future__ import annotations
 
@@ -282,9 +282,9 @@ def _check_ranks(options: TrainOptions, pairs: Pairs, held_out: Pairs, start: st
         return
     if options.memory == "in-backward":
         raise UsageError("--memory in-backward: a gradient is used up before the ranks could add theirs; use split")
-    told = {name: value for name, value in dataclasses.asdict(options).items() if name not in RESUME_MUTABLE}
+    fixed = {name: value for name, value in dataclasses.asdict(options).items() if name not in RESUME_MUTABLE}
     data = {"the_data": pairs.digest(), "the_held_out_data": held_out.digest()}
-    distributed.check_same(**data, the_model=start, the_options=str(told))
+    distributed.check_same(**data, the_model=start, the_options=str(fixed))
 
 
 def _with_adapter(
@@ -310,10 +310,10 @@ def _with_adapter(
     own, began = settings(trainable_config(source.adapter)), trained_with(source.run) if source.run else None
     known = {name: (None, value, getattr(began, name, None)) for name, value in own.items()}  # also as the run says it
     if other := [name for name, values in known.items() if getattr(options, name) not in values]:
-        told = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
+        differ = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
         raise UsageError(
-            f"--model {options.model}: an adapter keeps its own settings: {told}; leave that out, or train all weights "
-            "of the merged model without --lora-rank"
+            f"--model {options.model}: an adapter keeps its own settings: {differ}; leave that out, or train all "
+            "weights of the merged model without --lora-rank"
         )
     if began and (bits := began.quantize) != options.quantize:
         before, now = (f"in {each}" if each else "unquantized" for each in (bits, options.quantize))
@@ -519,8 +519,10 @@ def _tell_plan(run: Run, reporter: Reporter) -> None:
     counted = run.fitted.step_bytes
     state = (counted.frozen + trained * sum(BYTES[run.fitted.memory]) / counted.shards) / 2**30
     again = ", activations computed again in the backward pass" if run.fitted.recompute else ""
-    told = f"about {need / 2**30:.1f} GiB at most (estimate), {state:.1f} of them weights, gradients and moments{again}"
-    reporter.info("memory", told)
+    estimate = (
+        f"about {need / 2**30:.1f} GiB at most (estimate), {state:.1f} of them weights, gradients and moments{again}"
+    )
+    reporter.info("memory", estimate)
     if need > room:
         reporter.warning(
             f"that is more than the {room / 2**30:.1f} GiB to be had: try a lower --max-length or --max-tokens"
@@ -558,8 +560,8 @@ def _hint(run: Run, reporter: Reporter) -> None:
         reporter.info("hint", f"{count} will hardly move the model: {more}")
     if not run.held_out:
         reporter.info("held out", f"no pairs: nothing will show whether the model learns the preference; {HOLD_OUT}")
-    elif told := trained_on(run.held_out, run.trained, "will be")["text"]:
-        reporter.warning(told)
+    elif overlap := trained_on(run.held_out, run.trained, "will be")["text"]:
+        reporter.warning(overlap)
 
 
 _KEPT = {
