@@ -407,7 +407,7 @@ def test_interrupted_while_the_reference_is_scored(place: Place, number: signal.
     arguments = ("--cache-dir", f"cache-{number.name}")
     strike = Strike("dpo_cli.models.logprobs:ModelRunner.token_logps", 6, (number,))
     code, told = place.train(f"scored-{number.name}", *arguments, strike=strike)
-    assert code == 130 and "the same command goes on" in told, told
+    assert code == 130 and "rerun the command to continue" in told, told
     assert "Traceback" not in told
     assert not (place.folder / f"scored-{number.name}").exists()
     code, told = place.train(f"scored-{number.name}", *arguments)
@@ -610,7 +610,7 @@ def test_refused_when_the_runs_own_files_were_edited(place: Place, copy: Path, n
     (copy / name).write_text(text.replace(old, new))
     code, told = place.dpo("train", "--resume", copy)
     assert code == 2, told
-    assert name in told and ("changed since" in told or "not as it was written" in told) and "Traceback" not in told
+    assert name in told and ("changed since" in told or "its content was changed" in told) and "Traceback" not in told
     assert not (copy / "model").exists()
 
 
