@@ -82,7 +82,8 @@ def test_results_are_those_of_the_commands(tiny: Path, rows: list[Any], options:
     filled = command("precompute-ref", "--data", data, "--model", tiny, "--verify", 2)
     kept = precompute(data, model=tiny, verify=2)
     assert kept == filled | {"hits": 24, "misses": 0, "tokens": 0, "seconds": 0}
-    assert all(map(is_plain, (trained, found, kept)))
+    for each in (trained, found, kept):
+        assert is_plain(each), each
 
 
 # ---- rows in memory ---------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_training_is_the_same_and_its_reference_its_own(
         assert got == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert lines(tmp_path / "compiled")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     refused = dpo("eval", "--model", "plain", "--data", "rows.jsonl", "--cache-dir", "cache", "--compile")
-    assert refused.returncode == 2 and "the run was not trained so" in refused.stderr
+    assert refused.returncode == 2 and "the run was trained without it" in refused.stderr
 
 
 def test_a_model_without_layers_to_compile_is_refused() -> None:

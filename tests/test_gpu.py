@@ -324,7 +324,7 @@ def test_an_adapter_trains_on_a_coarse_base(
     )
     result = train(options, None, ["test"], Reporter())
     told = capsys.readouterr().err
-    assert f"frozen base {quantize or 'bfloat16'}, adapter float32" in told
+    assert f"frozen base {quantize or 'bfloat16'}, adapter and its moments float32" in told
     assert result["before"]["loss"] == pytest.approx(math.log(2), abs=1e-2) and result["after"]["loss"] < 0.6
     assert (tmp_path / "run" / "checkpoints" / "step-000006" / "adapter_model.safetensors").exists()
     asked = EvalOptions(model=[str(tmp_path / "run")], data=held_out, **common)

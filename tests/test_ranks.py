@@ -88,7 +88,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, di
         return ["precompute-ref", *data, "--cache-dir", str(folder / "cache" / name), "--max-tokens", "300", "--json"]
 
     alone(*words("one"))
-    alone(*words("coupled-one", *WEIGHTED))
+    alone(*words("weighted-one", *WEIGHTED))
     shutil.copytree(tiny, folder / "other")
     make_model(seed=1).save_pretrained(folder / "other")
     adapter, ref = ["--lora-rank", "4", "--export", "merged"], ["--ref-model", str(folder / "other")]
@@ -98,7 +98,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, di
     two = {"two": words("two"), "two-shards": words("two-shards", "--fsdp"), "oom": words("oom")}
     two |= {"nan": words("nan"), "usage": words("usage", "--memory", "in-backward", "--max-grad-norm", "0")}
     two |= {"adapter": words("adapter", *adapter), "ref": words("ref", *ref)}
-    two |= {"coupled": words("coupled", *WEIGHTED), "coupled-shards": words("coupled-shards", *WEIGHTED, "--fsdp")}
+    two |= {"weighted": words("weighted", *WEIGHTED), "weighted-shards": words("weighted-shards", *WEIGHTED, "--fsdp")}
     two["alone"] = words("alone")
     ends = on_ranks(folder, 2, {case: two[case] for case in sorted(two, key=("nan", "usage", "alone").count)})
     alone("train", "--resume", str(first_half(folder / "two-shards", folder / "from-2-to-1")))
@@ -113,13 +113,13 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 RUNS = ["two", "four", "two-shards", "four-shards", "from-2-to-1", "from-2-to-4", "oom"]
-RUNS += ["adapter", "ref", "coupled", "coupled-shards"]
+RUNS += ["adapter", "ref", "weighted", "weighted-shards"]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_trajectory_is_that_of_one_process(done: tuple[Path, Any], name: str) -> None:
     folder, _ = done
-    one = next((f"{kind}-one" for kind in ("adapter", "coupled", "ref") if name.startswith(kind)), "one")
+    one = next((f"{kind}-one" for kind in ("adapter", "weighted", "ref") if name.startswith(kind)), "one")
     off = 3e-6 if name == "ref" else 1e-6  # log-ratios to a model far away are hundreds of nats
     expected, found = metrics(folder / one), metrics(folder / name)
     assert [sorted(line) for line in found] == [sorted(line) for line in expected]
@@ -131,7 +131,8 @@ def test_trajectory_is_that_of_one_process(done: tuple[Path, Any], name: str) ->
             assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-4)
     weights, others = (load_file(folder / run / "model" / "model.safetensors") for run in (one, name))
     assert weights.keys() == others.keys()
-    assert max(float((weights[key] - others[key]).abs().max()) for key in weights) < 1e-5
+    near = 3e-5 if one == "weighted-one" else 1e-5  # with two losses AdamW divides more rounding by gradients near 0
+    assert max(float((weights[key] - others[key]).abs().max()) for key in weights) < near
 
 
 @pytest.mark.parametrize("name", ["two", "two-shards", "four", "four-shards"])
@@ -172,7 +173,7 @@ def test_ranks_fill_one_cache_with_equal_values(done: tuple[Path, Any], name: st
 
 def test_memory_that_runs_out_on_one_rank_is_agreed_on(done: tuple[Path, Any]) -> None:
     _, ends = done
-    assert ends["oom"][0]["stderr"].count("warning: out of memory on another rank; going on with --max-tokens") == 1
+    assert ends["oom"][0]["stderr"].count("warning: out of memory on another rank; continuing with --max-tokens") == 1
     assert "warning: out of memory" not in ends["two"][0]["stderr"]
 
 

@@ -59,7 +59,7 @@ def share_interval(hits: Table, groups: Groups | None = None) -> Interval:
     if not len(hits) or not np.isfinite(hits).all():
         return None
     n = len(hits) if groups is None else len(np.unique(groups))
-    return list(wilson(hits.mean() * n, n))
+    return list(wilson(float(hits.mean()) * n, n))
 
 
 def wilson(hits: float, of: float) -> tuple[float, float]:
