@@ -1032,7 +1032,7 @@ KNOWN: dict[str, tuple[bytes | str, str]] = {
 }
 
 
-def test_every_known_fault_is_told_with_its_line_and_reason_and_costs_no_other_row(tmp_path: Path) -> None:
+def test_every_known_fault_is_reported_with_its_line_and_reason_and_costs_no_other_row(tmp_path: Path) -> None:
     lines = [line.encode() if isinstance(line, str) else line for line, _ in KNOWN.values()]
     rows = read_bytes(tmp_path, "rows.jsonl", b"".join(line + b"\n" + LINE + b"\n" for line in lines))
     assert [row.where for row in rows] == [

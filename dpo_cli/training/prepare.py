@@ -192,7 +192,7 @@ def read_pairs(
         reporter.info("", f"{count:,} refused: {reason}")
     for note, count in sorted(found.notes.items()):
         reporter.info("", f"{count:,} {note}")
-    if terms := _told_terms(found.pairs):
+    if terms := _describe_weights(found.pairs):
         reporter.info("", terms)
     if found.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
         tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template
@@ -208,7 +208,7 @@ def _understood(pair: Pair, tokenizer: Any) -> str:
     return f"{dots[0]}{prompt!r} | {chosen!r}{dots[1]}"
 
 
-def _told_terms(pairs: Pairs) -> str:
+def _describe_weights(pairs: Pairs) -> str:
     """The weights and margins of pairs in words; empty where no pair has any."""
     columns = zip(("weights", "margins"), pairs.terms.T, (1, 0), strict=True)
     return "; ".join(
