@@ -14,9 +14,9 @@ from typing import Any
 from dpo_cli.data import token_cache
 from dpo_cli.models import converted
 from dpo_cli.reference import shards
-from dpo_cli.reference.store import ABOUT, DAY
+from dpo_cli.reference.store import ABOUT
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.files import remove_leftovers
+from dpo_cli.utils.files import DAY, remove_leftovers
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,9 @@ from dpo_cli.reference import shards
 from dpo_cli.reference.shards import KEY_BYTES, Entry
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError, NotWrittenError, UsageError
-from dpo_cli.utils.files import remove_leftovers, write_json
+from dpo_cli.utils.files import DAY, remove_leftovers, write_json
 
 SHARD_SECONDS = 30.0  # a crash costs at most this much work
-DAY = 24 * 60 * 60.0
 ABOUT = "about.json"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -11,12 +12,14 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.utils.errors import NotWrittenError, UsageError
+
+DAY = 86_400  # seconds: no process writes one file or folder for as long
 
 
 @contextmanager
@@ -57,6 +60,7 @@ def atomic_dir(path: Path, new: bool = False) -> Iterator[Path]:
 def _temporary(path: Path) -> Iterator[Path]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_old(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"), DAY)
         temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
         try:
             yield temporary
@@ -83,10 +87,14 @@ def writing(path: Path) -> Iterator[None]:
 
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
     """Remove temporary files below ``folder`` that killed processes left; ``older_than`` in seconds."""
-    for left in list(folder.rglob(".*.tmp")):
+    _remove_old(folder.rglob(".*.tmp"), older_than)
+
+
+def _remove_old(paths: Iterable[Path], older_than: float) -> None:
+    for path in list(paths):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime >= older_than:
-                _remove(left)
+            if time.time() - path.stat().st_mtime >= older_than:
+                _remove(path)
 
 
 def _remove(path: Path) -> None:
