@@ -87,7 +87,7 @@ def choose_layout(
                 [f"--max-length {limit} lets sequences share one"] if limit < math.inf and layout == "alone" else []
             )
             why = f" ({'; '.join(reasons)})" if reasons else ""
-            largest = f"{off[torch.float32].max():.0e} nats a token"
+            largest = f"{off[torch.float32].max():.0e} nats per token"
             return layout, apart, f"{DESCRIPTIONS[layout]}; equal to single sequences within {largest}{why}"
         reasons.append(f"{layout}: off by {max(float(each.max()) for each in off.values()):.2g} nats")
     if limit < math.inf:
@@ -178,7 +178,7 @@ def _check_alone(model: PreTrainedModel, batch: MicroBatch) -> None:
             "behind it. Take one that predicts each token from those before it"
         )
     raise UsageError(
-        f"in training the model's log-probs are others than in evaluation, by {in_training:.2g} nats a token: "
+        f"in training the model's log-probs differ from those in evaluation by {in_training:.2g} nats per token: "
         "something in it is drawn at random, so that the policy would not be its reference. Take another model"
     )
 
