@@ -329,7 +329,7 @@ def test_refuses_a_model_that_reads_ahead(pairs: list[Pair]) -> None:
 
 
 def test_refuses_a_model_that_draws_its_experts_in_training(pairs: list[Pair]) -> None:
-    with pytest.raises(UsageError, match="in training the model's log-probs are others"):
+    with pytest.raises(UsageError, match="in training the model's log-probs differ"):
         choose_layout(small("phimoe", num_local_experts=8, scale=3.0), pairs, 256, CPU, torch.float32)
 
 
