@@ -458,7 +458,7 @@ def _check_same_tokens(name: str | None, tokenizer: Any, other: Any) -> None:
 
 
 def _checked_folder(options: TrainOptions, resume: Path | None) -> Path:
-    """The run's folder, which can be made; and options that contradict each other are refused."""
+    """The run's folder, which can be made."""
     folder = resume or options.output or _free_name(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
     if resume is None and folder.exists():
         _refuse_if_held(folder)
@@ -470,18 +470,6 @@ def _checked_folder(options: TrainOptions, resume: Path | None) -> Path:
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UsageError(f"--output {folder}: cannot be made, for {above} is no folder that can be written to")
-    if options.eval_data and options.eval_fraction:
-        raise UsageError("--eval-data and --eval-fraction: give one of them")
-    if not (options.eval_data or options.eval_fraction) and (
-        options.eval_steps or options.show_answers or options.save_best
-    ):
-        raise UsageError(
-            "--eval-steps, --show-answers and --save-best need held-out pairs: --eval-data or --eval-fraction"
-        )
-    if options.fsdp and options.show_answers:
-        raise UsageError("--show-answers: a model in shards does not answer while it trains; use dpo eval --samples")
-    if options.memory == "in-backward" and options.max_grad_norm:
-        raise UsageError("--memory in-backward: no gradient is there long enough to be clipped; set --max-grad-norm 0")
     return folder
 
 
