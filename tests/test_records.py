@@ -23,12 +23,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dpo_cli.data import token_cache
-from dpo_cli.data.rows import Reading, Row, read_rows
+from dpo_cli.data.rows import Row, read_rows
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import TokenCache, cached_files
 from dpo_cli.utils.errors import RowError, UsageError
-from tests.conftest import Cli, bar_network, cli_environment, make_tokenizer, size, write_rows
+from tests.conftest import Cli, bar_network, cli_environment, size, write_rows
 from tests.test_data import STRINGS, write_records
 
 ROWS = [STRINGS | {"prompt": f"Why {number}?"} for number in range(5)]
@@ -335,14 +333,12 @@ def test_what_is_there_is_never_looked_for_elsewhere(tmp_path: Path, monkeypatch
     assert refused("org/name:train").startswith("no such file")
 
 
-def test_the_command_takes_a_data_set_and_keeps_its_pairs(hub: Add, dpo: Cli, tiny: Path) -> None:
+def test_the_command_takes_a_data_set(hub: Add, dpo: Cli, tiny: Path) -> None:
     hub("org/name", train=[STRINGS | {"prompt": f"Why {number}? " * 100} for number in range(600)])
-    for again in (False, True):
-        options = ("--data", "org/name", "--format", "strings", "--max-length", 16, "--json")
-        told = dpo("precompute-ref", "--model", tiny, *options)
-        assert told.returncode == 0 and json.loads(told.stdout)["pairs"] == 600, told.stderr
-        assert ("1 of 1 sources were tokenized before" in told.stderr) == again
-        assert "Found the latest" not in told.stderr and "%|" not in told.stderr
+    options = ("--data", "org/name", "--format", "strings", "--max-length", 16, "--json")
+    told = dpo("precompute-ref", "--model", tiny, *options)
+    assert told.returncode == 0 and json.loads(told.stdout)["pairs"] == 600, told.stderr
+    assert "Found the latest" not in told.stderr and "%|" not in told.stderr
 
 
 @pytest.mark.parametrize(
@@ -376,47 +372,7 @@ def test_a_data_set_that_the_hub_refuses(
     assert ".UsageError: --data org/name: no such file, and the data set cannot be loaded (" in last and message in last
 
 
-# ---- pairs kept of them -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[list[str], bool]]]:
-    """Where the pairs of each source come from, and whether they were read back."""
-    monkeypatch.setattr(token_cache, "SMALL_BYTES", 0)
-    how = TokenCache(tmp_path / "kept", make_tokenizer(), Reading(), pytest.fail)
-
-    def read(*data: Any) -> list[tuple[list[str], bool]]:
-        parts = [how.tokenize(source, keep_refused=True) for source in find_sources(list(map(str, data)))]
-        return [([pair.where for pair in found.pairs], again) for found, again in parts]
-
-    return read
-
-
-def test_pairs_of_a_data_set_are_kept_by_its_content(hub: Add, tokenize: Any, tmp_path: Path) -> None:
-    folder = hub("org/name", train=ROWS[:3], test=ROWS[3:])
-    for again in (False, True):
-        for split, count in (("train", 3), ("test", 2)):
-            places = [f"org/name:{split}:row {number}" for number in range(1, count + 1)]
-            assert tokenize(f"org/name:{split}") == [(places, again)]
-    Dataset.from_file(str(folder / "name-test.arrow")).save_to_disk(tmp_path / "saved")
-    assert tokenize(tmp_path / "saved")[0][0] == [f"{tmp_path / 'saved'}:row {number}" for number in (1, 2)]
-    assert tokenize(tmp_path / "saved")[0][1]
-
-
-def test_pairs_of_a_folder_are_kept_file_by_file(tokenize: Any, tmp_path: Path) -> None:
-    (tmp_path / "rows").mkdir()
-    for name in ("a.jsonl.gz", "b.jsonl"):
-        write_records(tmp_path / "rows" / name, ROWS)
-    assert [again for _, again in tokenize(tmp_path / "rows")] == [False, False]
-    write_records(tmp_path / "rows" / "c.csv", ROWS[:1])
-    assert [again for _, again in tokenize(tmp_path / "rows")] == [True, True, False]
-
-
-def test_pairs_of_stdin_are_not_kept(tokenize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    piped(monkeypatch, LINES.encode())
-    for _ in range(2):
-        assert tokenize("-") == [([f"stdin:{number}" for number in range(1, 6)], False)]
-    assert not cached_files(tmp_path / "kept")
+# ---- all of them ------------------------------------------------------------------------------------------------
 
 
 def test_the_same_rows_come_from_everywhere(hub: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
