@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.helpers import (
     make_model,
     make_tokenizer,
 )
+from tests.helpers.pictures import pictures
 
 
 @pytest.fixture(scope="session")
@@ -73,16 +75,14 @@ def dpo_process(tmp_path: Path) -> Cli:
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _without_pictures() -> Iterator[None]:
+    with pictures(drawn=False):
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the pictures of reports empty: drawing them takes most of a tiny training. ``pictures`` marks who looks."""
-    if request.node.get_closest_marker("pictures"):
-        return
-
-    def save(target: Any, *_args: Any, **_how: Any) -> None:
-        if isinstance(target, Path):
-            target.touch()
-        else:
-            target.write("<svg></svg>")
-
-    monkeypatch.setattr("dpo_cli.reporting.plots._save", save)
+def _with_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Draw them in tests marked ``pictures``."""
+    with pictures(drawn=request.node.get_closest_marker("pictures") is not None):
+        yield

@@ -23,6 +23,7 @@ from dpo_cli.evaluation.metrics_log import best_step
 from dpo_cli.models.logprobs import HiddenStates
 from dpo_cli.utils.errors import NotWrittenError
 from tests.helpers import SAMPLE, make_model, write_rows
+from tests.helpers.pictures import pictures
 
 STEPS = 6
 BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}
@@ -68,22 +69,13 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Place:
     return place
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports take most of the time of so small a run."""
-    for name in ("write_report", "write_curves"):
-        monkeypatch.setattr(dpo_cli.training.heldout, name, lambda *_: None)
-
-
 @pytest.fixture(scope="module")
 def runs(place: Place) -> dict[str, Path]:
-    """A run for each metric that a best model can be kept by; that of the loss has its reports."""
+    """A run for each metric that a best model can be kept by; that of the loss has its pictures."""
     found = {}
     for metric in BEST:
         found[metric] = place.folder / metric.replace("/", "-")
-        with pytest.MonkeyPatch.context() as patch:
-            if metric != "loss":
-                patch.setattr(dpo_cli.training.heldout.HeldOut, "write_report", lambda *_: {})
+        with pictures(drawn=metric == "loss"):
             result = place.train(found[metric], "--save-best", metric)
         assert result.exit_code == 0 and "warning" not in result.stderr, result.output
     return found
@@ -254,9 +246,7 @@ def test_comparisons_that_cannot_be_made(place: Place, runs: dict[str, Path], tm
     assert not list(tmp_path.iterdir())
 
 
-def test_models_that_read_other_rows_are_not_compared(
-    place: Place, runs: dict[str, Path], tmp_path: Path, undrawn: None
-) -> None:
+def test_models_that_read_other_rows_are_not_compared(place: Place, runs: dict[str, Path], tmp_path: Path) -> None:
     """A run that truncates drops the pair whose responses are alike up to there."""
     rows = [json.loads(line) for line in place.held_out.read_text().splitlines()]
     rows.append({"prompt": "Say", "chosen": " word" * 60 + " a", "rejected": " word" * 60 + " b"})
@@ -294,7 +284,7 @@ def test_an_evaluation_that_is_not_finite_is_not_the_best() -> None:
     assert best_step({0: {"rewards/margins": 0.0}, 2: {"rewards/margins": 1.0}}, "rewards/margins") == 2
 
 
-def test_the_best_model_of_a_run_in_halves(place: Place, tmp_path: Path, undrawn: None) -> None:
+def test_the_best_model_of_a_run_in_halves(place: Place, tmp_path: Path) -> None:
     """It is exported in float32, and computes as it did in training."""
     run = tmp_path / "run"
     result = place.train(run, "--memory", "split", "--save-best", "loss")
@@ -315,7 +305,7 @@ def test_the_best_model_of_a_run_in_halves(place: Place, tmp_path: Path, undrawn
 
 @pytest.mark.parametrize("what", ["step", "line", "model"])
 def test_a_resumed_run_has_the_same_best_model(
-    place: Place, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None, what: str
+    place: Place, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """It ended in a step; or with its best model kept and no line of it; or in the middle of keeping it."""
     run, best = tmp_path / "run", best_of(runs["loss"], "loss")
@@ -458,7 +448,7 @@ def test_a_resumed_run_refreshes_its_report(place: Place, runs: dict[str, Path],
     ids=["full disk", "template", "curves"],
 )
 def test_a_report_that_cannot_be_drawn_ends_no_training(
-    place: Place, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None,
+    place: Place, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     name: str, error: Exception,
 ) -> None:  # fmt: skip
     def failing(*_: Any) -> None:
@@ -521,7 +511,7 @@ def folders(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 @pytest.mark.parametrize("end", ["success", "error", "interrupt"])
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_no_temporary_file_is_left(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None, command: str, end: str,
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, end: str,
     folders: list[Path],
 ) -> None:  # fmt: skip
     """They have no name from the start, so that not even a kill leaves one."""
@@ -563,7 +553,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_a_disk_without_room_is_told_before_the_work(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, undrawn: None
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     forwards: list[int] = []
     original = HiddenStates.head_inputs

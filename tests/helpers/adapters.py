@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -18,7 +16,6 @@ from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.logprobs import token_logps
-from dpo_cli.training.heldout import HeldOut
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
 from tests.helpers import SAMPLE, make_model, write_rows
@@ -87,22 +84,6 @@ def make_place(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Place:
     lines = [json.loads(line) for line in (SAMPLE / "train-strings.jsonl").read_text().splitlines()]
     write_rows(folder / "rows.jsonl", lines[:ROWS])
     write_rows(folder / "held-out.jsonl", lines[-4:])
-    return place
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_reports() -> Iterator[None]:
-    """They have tests of their own, and take longer than a run here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeldOut, "write_report", lambda *_: {})
-        yield
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Place:
-    """Where ``lora`` is a run of an adapter of rank 4."""
-    place = make_place(tmp_path_factory.mktemp("adapters"), tokenizer)
-    place.result, place.told = place.train("lora", "--lora-rank", 4)  # type: ignore[attr-defined]
     return place
 
 

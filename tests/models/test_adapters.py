@@ -37,6 +37,14 @@ from tests.helpers.adapters import CLOSE, Place, make_place, plain_logps
 IDS = torch.arange(3, 40)[None]
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Place:
+    """Where ``lora`` is a run of an adapter of rank 4."""
+    place = make_place(tmp_path_factory.mktemp("adapters"), tokenizer)
+    place.result, place.told = place.train("lora", "--lora-rank", 4)  # type: ignore[attr-defined]
+    return place
+
+
 def with_peft(base: Path, adapter: Path) -> PreTrainedModel:
     """As anyone loads an adapter."""
     with warnings.catch_warnings():

@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from dpo_cli.data.batching import build_schedule, step_pairs
 from dpo_cli.training import prepare
 from tests.helpers import make_model
-from tests.helpers.adapters import CLOSE, Place, make_place, no_reports, plain_logps
-
-__all__ = ["no_reports"]
+from tests.helpers.adapters import CLOSE, Place, make_place, plain_logps
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -31,6 +30,7 @@ from dpo_cli.training.step import Trainer
 from dpo_cli.training.sweep import as_text
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.helpers import SAMPLE, make_model, write_rows
+from tests.helpers.pictures import pictures
 
 BETAS = (0.03, 0.1, 0.3, 1.0)
 RUNS = [f"beta-{beta:g}" for beta in BETAS]
@@ -65,14 +65,6 @@ def short(folder: Path, *more: Any, beta: str = "0.1,1") -> list[Any]:
     return command(folder, "--max-steps", 2, *more, beta=beta)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_reports() -> Iterator[None]:
-    """Reports of runs, which take most of the time, are tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_cli.training.heldout.HeldOut.write_report", lambda *_: {})
-        yield
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A folder with a start model and rows."""
@@ -88,7 +80,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 @pytest.fixture(scope="module")
 def swept(start: Path) -> tuple[Path, dict[str, Any], Seen]:
     """The same after a sweep; what it returned and what happened meanwhile."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pictures(drawn=True):
         seen = Seen(patch)
         return start, dpo(*command(start)), seen
 
