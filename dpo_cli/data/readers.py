@@ -55,7 +55,9 @@ def read_json(stream: BinaryIO) -> Records:
 def read_csv(stream: BinaryIO) -> Records:
     """Read rows under the column names of the first line; a row that spans lines is reported at its first."""
     csv.field_size_limit(MAX_CELL)
-    reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+    reader = csv.reader(
+        (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(stream)), strict=True
+    )
     line = 1
     try:
         names = next(reader, [])

@@ -124,7 +124,8 @@ def _sources(typed: str, name: str) -> list[Source]:
         return [_data_set(name, folder, None, split, path)]
     if not (match := _hub_match(typed)):
         raise UsageError(f"{name}: no such file{name_beside(Path(typed))}")
-    return [_data_set(name, *match.groups(), None)]
+    dataset, config, split = match.groups()
+    return [_data_set(name, dataset, config, split, None)]
 
 
 def _stdin(name: str) -> Source:

@@ -211,16 +211,10 @@ def _write_clean(file: Path, sources: list[Source], problems: list[str]) -> dict
             try:
                 for record, problem in zip(records, problems, strict=True):
                     if not problem:
-                        out.write(json.dumps(finite(record), ensure_ascii=False, default=_as_text) + "\n")
+                        out.write(json.dumps(finite(record), ensure_ascii=False, default=str) + "\n")
             except ValueError as error:
                 raise UsageError("--data: the rows changed while they were read; nothing is written") from error
     return {"file": str(file), "kept": kept, "dropped": {kind: dropped[kind] for kind in ISSUE_TYPES if dropped[kind]}}
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, bytes):
-        raise UsageError("--fix: a column has bytes, which JSON cannot hold; nothing is written")
-    return str(value)
 
 
 # ---- text -------------------------------------------------------------------------------------------------------
