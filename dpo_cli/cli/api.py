@@ -5,16 +5,14 @@ Heavy imports stand inside the functions, so that importing the package is insta
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, TrainOptions, as_flag
+from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, as_flag
 from dpo_cli.config.resolve import resolve, resolve_training
 from dpo_cli.utils.errors import DpoError, UsageError
 
@@ -24,29 +22,9 @@ if TYPE_CHECKING:
 Name = str | os.PathLike[str]
 Data = Name | Iterable[Name] | Iterable[Mapping[str, Any]]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 ROWS = Path("runs")  # folder for rows that are in memory
 
 
-def _with_options(kind: type[DataOptions]) -> Callable[[Function], Function]:
-    """Let ``help`` show the options that a function takes, with their defaults."""
-
-    def decorate(function: Function) -> Function:
-        signature, keyword = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
-        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        options = [
-            inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type)
-            for f in fields(kind)
-            if f.name != "data"
-        ]
-        function.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
-        return function
-
-    return decorate
-
-
-@_with_options(TrainOptions)
 def train(
     data: Data | None = None,
     *,
@@ -86,7 +64,6 @@ def train(
     return result
 
 
-@_with_options(EvalOptions)
 def evaluate(
     data: Data | None = None, *, config: Name | None = None, progress: bool = False, **options: Any
 ) -> dict[str, Any]:
@@ -109,7 +86,6 @@ def evaluate(
     return results[0]
 
 
-@_with_options(PrecomputeOptions)
 def precompute(
     data: Data | None = None, *, config: Name | None = None, progress: bool = False, **options: Any
 ) -> dict[str, Any]:
@@ -175,31 +151,21 @@ def _reporter(progress: bool, options: DataOptions, rows: Mapping[Path, str]) ->
     Raises:
         UsageError: a launcher started several processes; or a name in the options does not exist.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("the functions run in one process; several run the command: torchrun … -m dpo_cli train …")
-    from dpo_cli.models.locate import check_hub, check_names
+    from dpo_cli.cli.command import Output
     from dpo_cli.utils.files import atomic_write
 
     for file, text in rows.items():
         if not file.exists():
             with atomic_write(file) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-    check_hub(*check_names(options))
-    from transformers.utils import logging
-
-    from dpo_cli.models.loading import free_memory
-    from dpo_cli.utils.console import Reporter
-
-    reporter = Reporter(quiet=not progress)
+    out = Output()
+    out.quiet = not progress
+    reporter = out.reporter(options)
     if not progress:  # without a registry, which would show a text once per session only
-        reporter.warning = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)  # type: ignore[method-assign]
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        reporter.warning = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)
+    from dpo_cli.models.loading import free_memory
+
     try:
         yield reporter
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
         free_memory()

@@ -47,7 +47,7 @@ class Output:
         """
         if not several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(
-                "only dpo train and dpo precompute-ref run in several processes: start it without a launcher"
+                "this runs in one process, without a launcher; dpo train and dpo precompute-ref run in several"
             )
         from dpo_cli.models.locate import check_hub, check_names
 
@@ -55,15 +55,15 @@ class Output:
         if is_main_process() and not self.quiet:
             self._log("loading…", {"event": "loading"})
         check_hub(*on_hub)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set, so that no fork warns that it is turned off
         import logging
 
-        from transformers.utils.logging import disable_progress_bar
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
         from dpo_cli.utils.console import Reporter
 
+        set_verbosity_error()
         disable_progress_bar()
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
         return Reporter(self.quiet, self.log_json, mute=not is_main_process())

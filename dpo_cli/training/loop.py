@@ -26,7 +26,7 @@ from dpo_cli.evaluation.generation import generate, text
 from dpo_cli.evaluation.metrics_log import append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.hub.export import NotReadBackError, export_model, response_logps
 from dpo_cli.hub.model_card import model_card
-from dpo_cli.hub.push import check_base, check_login, push
+from dpo_cli.hub.push import check_base, create_repository, push
 from dpo_cli.models.adapter_files import save_adapter
 from dpo_cli.models.attention import attention
 from dpo_cli.models.loading import export_dtype, load_model, release
@@ -70,7 +70,7 @@ def train(
             trained_with(resume)  # first of all: what follows goes by its options
         if options.push_to_hub and not dry_run:
             hub = options.push_to_hub
-            _on_first(lambda: check_login(hub))
+            _on_first(lambda: create_repository(hub))
         _on_first(lambda: check_installed(options))
         set_seed(options.seed)
         _tell_devices(command, reporter)

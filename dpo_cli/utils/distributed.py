@@ -126,17 +126,15 @@ def on_rank_0(action: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return action()
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the result, or the error
     if rank() == 0:
         try:
             outcome[0] = action()
         except DpoError as error:
-            dist.broadcast_object_list([None, (type(error), str(error))], device=HOST)
-            raise
+            outcome[1] = error
     dist.broadcast_object_list(outcome, device=HOST)
     if outcome[1]:
-        kind, message = outcome[1]
-        raise kind(message)
+        raise outcome[1]
     value: T = outcome[0]
     return value
 
@@ -172,7 +170,7 @@ def all_gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=None)
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -197,9 +195,7 @@ def check_same(**values: str) -> None:
         UsageError: naming the values and the ranks.
     """
     gathered = all_gather(values)
-    if wrong := [
-        name.replace("_", " ") for name in values if any(each[name] != gathered[0][name] for each in gathered)
-    ]:
+    if wrong := [name.replace("_", " ") for name in values if len({each[name] for each in gathered}) > 1]:
         others = [str(place) for place, each in enumerate(gathered) if each != gathered[0]]
         raise UsageError(
             f"{' and '.join(wrong)}: not the same on rank {', '.join(others)} as on rank 0; all hosts need the same "

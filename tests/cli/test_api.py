@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers.utils.logging
 from typer.testing import CliRunner
 
 import dpo_cli
@@ -160,7 +159,7 @@ def test_a_file_gives_options_and_a_resumed_run_takes_none(rows: list[Any], opti
 @pytest.mark.parametrize("function", [train, evaluate, precompute])
 def test_the_functions_are_for_one_process(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="run in one process"):
+    with pytest.raises(UsageError, match="runs in one process"):
         function("pairs.jsonl")
 
 
@@ -192,10 +191,8 @@ def test_an_upload_that_fails_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
 def test_it_is_quiet_but_for_warnings_unless_asked(
     rows: list[Any], options: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    transformers.utils.logging.enable_progress_bar()
     train(rows, output="quiet", **options)
     assert capfd.readouterr() == ("", "")
-    assert transformers.utils.logging.is_progress_bar_enabled(), "it is as it was before"
     with pytest.warns(UserWarning, match="longer than --max-tokens"):
         precompute(rows, model=options["model"], max_tokens=16)
     train(rows, output="told", dry_run=True, progress=True, **options)
