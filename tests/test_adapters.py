@@ -30,11 +30,11 @@ from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import token_logps
 from dpo_cli.models.lora_targets import choose_targets
 from dpo_cli.models.split_weights import split_master_weights
-from dpo_cli.training import setup as runs
+from dpo_cli.training import adapter as runs
 from dpo_cli.training.heldout import HeldOut
 from dpo_cli.training.memory import StepBytes
 from dpo_cli.training.prepare import check_quantize, read_pairs
-from dpo_cli.training.setup import trained_with
+from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows

@@ -34,9 +34,7 @@ from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import ModelRunner, token_logps
 from dpo_cli.reference.store import compute_missing, pair_keys
 from dpo_cli.training.memory import at_head, count_bytes
-from dpo_cli.training.prepare import _verify
 from dpo_cli.training.step import NotFiniteError, Trainer, compare_with_reference
-from dpo_cli.utils.errors import DpoError
 from tests.conftest import SAMPLE, make_model, random_pairs, write_rows
 from tests.steps import KeepGradients, make_trainer, relative, take_step
 from tests.test_logps import LAYOUTS, own
@@ -152,19 +150,6 @@ def test_cached_and_read_back(tmp_path: Path, model: PreTrainedModel) -> None:
         for key, part in zip(tensors["keys"], parts, strict=True):
             assert len(part) == lengths.pop(key.numpy().tobytes(), len(part))
     assert not lengths
-
-
-def test_verify_allows_noise_by_tokens_with_loss(tmp_path: Path, model: PreTrainedModel) -> None:
-    """What is allowed of 100 tokens is too much where one of them carries loss."""
-    ids = np.arange(3, 103, dtype=np.int32)
-    whole = Pair("whole", ids[:5], ids, ids[::-1].copy())
-    pairs = [whole, replace(whole, chosen=np.append(~ids[:-1], ids[-1]))]
-    scorer, cache = ModelRunner(model, "packed", torch.float32, 120, CPU), open_cache(tmp_path)
-    logps = compute_missing(cache, pairs, scorer).logps
-    logps[:, 0] += 5 * NOISE
-    assert _verify(logps, pairs, [0], scorer, cache) == pytest.approx(5 * NOISE, rel=0.1)
-    with pytest.raises(DpoError, match="1 of 2 cached pairs are off"):
-        _verify(logps, pairs, [0, 1], scorer, cache)
 
 
 # ---- a step -----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from dpo_cli.quality.duplicates import Places, RowTable, find_copies, find_match
 from dpo_cli.quality.lengths import biased_pairs, budget, length_bias, statistics
 from dpo_cli.training.memory import MOST_TOKENS
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
-from dpo_cli.training.setup import reading_as_trained
+from dpo_cli.training.run_dir import reading_as_trained
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import RowError, UsageError, printable
 from dpo_cli.utils.files import atomic_write

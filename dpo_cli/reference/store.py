@@ -148,7 +148,7 @@ class ReferenceLogps:
 def compute_missing(
     cache: ReferenceCache,
     pairs: Sequence[Pair],
-    scorer: ModelRunner,
+    runner: ModelRunner,
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> ReferenceLogps:
     """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
@@ -180,7 +180,7 @@ def compute_missing(
             waiting.clear()
 
     try:
-        for indices, sums, token_logps in scorer.score(todo, (distributed.rank(), distributed.world_size())):
+        for indices, sums, token_logps in runner.score(todo, (distributed.rank(), distributed.world_size())):
             scored = [todo[i] for i in indices]
             keys = [key for pair in scored for key in pair_keys(pair)]
             values = sums.view(2, -1).T.reshape(-1).tolist()  # (2P,) chosen, rejected, … of each pair

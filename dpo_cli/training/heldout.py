@@ -19,7 +19,8 @@ from dpo_cli.evaluation.metrics_log import append_metrics, best_step, evaluation
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.reporting.plots import write_curves
-from dpo_cli.training.setup import Run, read_manifest
+from dpo_cli.training.run_dir import read_manifest
+from dpo_cli.training.setup import Run
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 
@@ -61,12 +62,12 @@ class HeldOut:
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
             self.reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             progress = kl.Progress(self.reporter, "reference")
-            self.recorded = kl.record(run.scorer, run.held_out, run.options.cache_dir, progress)
+            self.recorded = kl.record(run.runner, run.held_out, run.options.cache_dir, progress)
         if not run.options.objective.reference:
             self.reference = self.weighted = torch.full((len(run.held_out), 2), math.nan)
 
     def evaluate(
-        self, step: int, scorer: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
+        self, step: int, runner: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
     ) -> dict[str, float] | None:
         """Evaluate the policy after ``step`` and append its metrics; None if stopped.
 
@@ -74,20 +75,20 @@ class HeldOut:
         interruption in between repeats both.
         """
         run, progress = self.run, kl.Progress(self.reporter, "held out", stopped)
-        scorer = dataclasses.replace(scorer)  # a smaller token budget here must not change that of training
+        runner = dataclasses.replace(runner)  # a smaller token budget here must not change that of training
         reference, compared = self.reference, None
         if self.recorded:
             same = step == 0 and run.reference is None  # the policy is the reference, whose states are there
-            compared = kl.compare(scorer, self.recorded, run.held_out, progress, policy_runs=True, same=same)
-        policy = None if self.recorded else kl.score(scorer, run.held_out, progress)
+            compared = kl.compare(runner, self.recorded, run.held_out, progress, policy_runs=True, same=same)
+        policy = None if self.recorded else kl.score(runner, run.held_out, progress)
         if compared:
             policy = compared.logps
             reference = reference if run.options.objective.reference else compared.ref_logps
         if policy is None:
             return None
-        on_rank_0 = distributed.on_rank_0 if scorer.sharded else _alone
+        on_rank_0 = distributed.on_rank_0 if runner.sharded else _alone
         history = on_rank_0(lambda: read_metrics(self.metrics))
-        read = loss_input(self.evaluator.policy_read(scorer), self.weighted)
+        read = loss_input(self.evaluator.policy_read(runner), self.weighted)
         scores = self.evaluator.scores(policy, reference, compared, read, history)
         metrics, earlier = on_rank_0(scores.means), evaluations(history)
         if (metric := run.options.save_best) and best_step(earlier | {step: metrics}, metric) == step:

@@ -37,8 +37,9 @@ from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, r
 from dpo_cli.training.heldout import HeldOut
 from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
-from dpo_cli.training.prepare import fill_reference, tell_cached
-from dpo_cli.training.setup import LOCK, Run, begin, check_same_run, lay_out_run, make_manifest, trained_with
+from dpo_cli.training.prepare import fill_reference, report_cached
+from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, trained_with
+from dpo_cli.training.setup import Run, prepare_run
 from dpo_cli.training.step import NotFiniteError, Trainer, compare_with_reference, unwrapped
 from dpo_cli.training.trackers import Trackers, check_installed
 from dpo_cli.utils import distributed
@@ -74,14 +75,18 @@ def train(
         _on_first(lambda: check_installed(options))
         set_seed(options.seed)
         _tell_devices(command, reporter)
-        run = lay_out_run(options, resume, accelerator.device, reporter, dry_run)
+        run = prepare_run(options, resume, accelerator.device, reporter, dry_run)
         if options.push_to_hub and options.lora_rank and options.export != "merged":
             check_base(run.source.name)
         if dry_run:
-            missing = tell_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
+            missing = report_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
-        manifest = make_manifest(run, command)
-        began = distributed.on_rank_0(lambda: check_same_run(run.folder, manifest, reporter)) if resume else manifest
+        manifest = make_manifest(run, command, distributed.world_size())
+        began = (
+            distributed.on_rank_0(lambda: check_same_run(run.folder, manifest, reporter.warning))
+            if resume
+            else manifest
+        )
         scored = _reference_logps(run, reporter)
         manifest["reference"]["values"] = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
         if began["reference"]["values"] != manifest["reference"]["values"]:
@@ -93,7 +98,7 @@ def train(
         _where_it_runs(run, held_out.record)
         stop = holding.enter_context(StopSignal())
         if not resume:
-            run.folder = distributed.on_rank_0(lambda: holding.enter_context(begin(run, manifest)))
+            _on_first(lambda: holding.enter_context(begin(run, manifest)))
             folders.append(run.folder)
         done = _restore(run, trainer, reporter) if resume else 0
         trackers = holding.enter_context(Trackers(run.folder, run.options, reporter))
@@ -114,7 +119,7 @@ def train(
 
 def _where_it_runs(run: Run, action: Callable[[], T]) -> T:
     """Run the model beside the training: a whole one on the first rank for all, one in shards on all in step."""
-    return action() if run.scorer.sharded else distributed.on_rank_0(action)
+    return action() if run.runner.sharded else distributed.on_rank_0(action)
 
 
 def _on_first(action: Callable[[], object]) -> None:
@@ -140,7 +145,7 @@ def _reference_logps(run: Run, reporter: Reporter) -> Tensor:
     if run.reference:
         assert run.reference.logps is not None  # else this is a dry run
         return run.reference.logps
-    return fill_reference(run.cache, run.scored(), run.scorer, reporter).logps
+    return fill_reference(run.cache, run.scored(), run.runner, reporter).logps
 
 
 def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[Trainer, Tensor]:
@@ -154,15 +159,15 @@ def _make_trainer(run: Run, scored: Tensor, accelerator: Accelerator) -> tuple[T
         # transformers 5.23 renamed it, and 5.17 has only the old name
         new = getattr(run.model, "activation_checkpointing_enable", None)
         (new or run.model.gradient_checkpointing_enable)({"use_reentrant": False})
-    low, run.low = run.low, None  # the optimizer's from now on
+    low, run.policy.low = run.policy.low, None  # the optimizer's from now on
     reshard(run.model)
     optimizer = make_optimizer(run.model, run.options.weight_decay, run.fitted.memory, low)
     prepared = accelerator.prepare_model(run.model, evaluation_mode=True)  # no wrapper: see ranks.py
     optimizer = accelerator.prepare_optimizer(optimizer)
-    max_tokens = run.options.max_tokens or run.scorer.max_tokens  # as planned, whatever scoring came down to
+    max_tokens = run.options.max_tokens or run.runner.max_tokens  # as planned, whatever scoring came down to
     trainer = Trainer(
         accelerator=accelerator,
-        runner=dataclasses.replace(run.scorer, model=prepared, max_tokens=max_tokens),
+        runner=dataclasses.replace(run.runner, model=prepared, max_tokens=max_tokens),
         optimizer=optimizer,
         pairs=run.pairs,
         costs=run.costs,
@@ -216,7 +221,7 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
         apart = f"policy and reference are two models, up to {largest:.3g} nats a root of a response's tokens apart"
         reporter.info("step 0", f"{metrics}  ({apart})")
         return
-    if largest > logp_tolerance(run.scorer.dtype):
+    if largest > logp_tolerance(run.runner.dtype):
         cause = f"The cached reference does not fit this model: remove {run.cache.folder}"
         if run.options.lora_rank and not run.source.adapter:
             cause = (
@@ -259,7 +264,7 @@ class _Loop:
         ) as progress:
             for step in range(done, total + 1):
                 if step > done:
-                    planned, started, rng = run.plan[step - 1], time.monotonic(), rng_state(run.scorer.device)
+                    planned, started, rng = run.plan[step - 1], time.monotonic(), rng_state(run.runner.device)
                     if distributed.all_reduce_max([self.stop.requested])[0]:
                         raise self._interrupted(step - 1, rng)
                     micro_batches, lr = self.trainer.micro_batches(planned), learning_rate(step, total, options)
@@ -271,11 +276,11 @@ class _Loop:
                         raise self._interrupted(step - 1, rng)
                     progress.advance(1, self._record(step, metrics, time.monotonic() - started))
                     if step == total or _due(options.save_steps, step):
-                        self._save(step, rng_state(run.scorer.device))
+                        self._save(step, rng_state(run.runner.device))
                 due = run.held_out and (step in (0, total) or _due(options.eval_steps, step))
                 known = step in evaluated and step < total  # the last one is in the report
                 if due and not known and not _where_it_runs(run, partial(self._evaluate, step)):
-                    raise self._interrupted(step, rng_state(run.scorer.device))
+                    raise self._interrupted(step, rng_state(run.runner.device))
                 self.trackers.follow()
 
     def _record(self, step: int, metrics: dict[str, float], seconds: float) -> dict[str, float]:
@@ -294,7 +299,7 @@ class _Loop:
         try:
             found = self.held_out.evaluate(step, trainer.runner, lambda: any(agree([stop.requested])), keep)
         except NotReadBackError:
-            self._save(step, rng_state(run.scorer.device))
+            self._save(step, rng_state(run.runner.device))
             raise
         if found is None:
             return False
@@ -355,7 +360,7 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
     Raises:
         NotReadBackError: what was written is not what was trained.
     """
-    if distributed.rank() > 0 and not run.scorer.sharded:
+    if distributed.rank() > 0 and not run.runner.sharded:
         return
     known = evaluations(read_metrics(run.folder / "metrics.jsonl"))
     card = model_card(run, known.get(0, {}), after or known.get(step, {}))
@@ -363,7 +368,7 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
     pair = run.pairs[by_length[len(by_length) // 2]]
 
     def export(model: PreTrainedModel, expected: tuple[Tensor, torch.dtype] | None = None) -> None:
-        dtype, warn = export_dtype(run.options.export_dtype, run.source), run.scorer.warn
+        dtype, warn = export_dtype(run.options.export_dtype, run.source), run.runner.warn
         try:
             export_model(
                 run.folder / name,
@@ -395,9 +400,9 @@ def _export(run: Run, trainer: Trainer, name: str, step: int, after: Mapping[str
         finally:
             release(merged)
         return
-    with attention(run.model, run.own_attention):
-        apart = run.scorer.sharded and run.scorer.chunked_lm_head
-        expected = response_logps(run.model, pair, run.scorer.dtype, apart), run.scorer.dtype
+    with attention(run.model, run.policy.own_attention):
+        apart = run.runner.sharded and run.runner.chunked_lm_head
+        expected = response_logps(run.model, pair, run.runner.dtype, apart), run.runner.dtype
         with fp32_weights(run.model, unwrapped(trainer.optimizer)):
             export(run.model, expected)
 
@@ -458,10 +463,10 @@ def _answers(run: Run) -> list[str]:
         run.model,
         run.tokenizer,
         prompts,
-        run.own_attention,
+        run.policy.own_attention,
         ANSWER_TOKENS,
         sampled=False,
-        max_tokens=run.scorer.max_tokens,
-        dtype=run.scorer.dtype,
+        max_tokens=run.runner.max_tokens,
+        dtype=run.runner.dtype,
     )
     return [text(run.tokenizer, response.ids) for (response,) in responses]
