@@ -16,7 +16,7 @@ from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import Progress
 from dpo_cli.training.interrupt import StopSignal
-from dpo_cli.training.loop import _make_trainer
+from dpo_cli.training.loop import make_trainer
 from dpo_cli.training.optimizer import learning_rate
 from dpo_cli.training.prepare import fill_reference
 from dpo_cli.training.setup import prepare_run
@@ -53,8 +53,8 @@ class Ours:
             warmup_ratio=0.0,
             **job["options"],
         )
-        with started() as self.accelerator:
-            self.run = prepare_run(options, None, self.accelerator.device, self.reporter)
+        with started() as accelerator:
+            self.run = prepare_run(options, None, accelerator.device, self.reporter)
         self.order = [place for step in job["order"] for place in step]
         for planned, expected in zip(self.run.plan, job["order"], strict=True):
             assert sorted(i for indices in planned for i in indices) == sorted(expected), "the plan has another order"
@@ -78,7 +78,7 @@ class Ours:
         """The trainer, its references scored where no phase did."""
         if self.trainer is None:
             scored = fill_reference(self.run.cache, self.run.scored(), self.run.runner, self.reporter).logps
-            self.trainer, self.held_out_reference = _make_trainer(self.run, scored, self.accelerator)
+            self.trainer, self.held_out_reference = make_trainer(self.run, scored), scored[len(self.run.used()) :]
             self.meter.holders.append(self.trainer.optimizer)
         return self.trainer
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +23,6 @@ from dpo_cli.training.run_dir import read_manifest
 from dpo_cli.training.setup import Run
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
-
-T = TypeVar("T")
-
-
-def _alone(action: Callable[[], T]) -> T:
-    return action()
 
 
 class HeldOut:
@@ -86,7 +80,7 @@ class HeldOut:
             reference = reference if run.options.objective.reference else compared.ref_logps
         if policy is None:
             return None
-        on_rank_0 = distributed.on_rank_0 if runner.sharded else _alone
+        on_rank_0 = runner.parallel.on_rank_0
         history = on_rank_0(lambda: read_metrics(self.metrics))
         read = loss_input(self.evaluator.policy_read(runner), self.weighted)
         scores = self.evaluator.scores(policy, reference, compared, read, history)

@@ -22,7 +22,7 @@ from dpo_cli.data.batching import Step, probe_pairs, row_costs
 from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.logprobs import ModelRunner, forward_errors, hidden_states, max_logit_rows, token_logps
-from dpo_cli.models.sharding import gathered_parameters, local_shard
+from dpo_cli.models.parallel import local_shard
 from dpo_cli.training.optimizer import BYTES, SPLIT
 from dpo_cli.utils import distributed
 
@@ -93,13 +93,13 @@ def count_bytes(runner: ModelRunner, pairs: Sequence[Pair], process: int) -> Ste
     return StepBytes(
         parameters=sum(sizes),
         largest=max(sizes),
-        fixed=max(slack * one - per_token * tokens, 0.0) if not runner.sharded else 0.0,  # else with gathered weights
+        fixed=0.0 if runner.parallel.lockstep else max(slack * one - per_token * tokens, 0.0),  # with gathered weights
         per_token=per_token,
         per_token_recomputed=2 * per_token / layers + kept_of_layers,  # one layer at a time, and its gradients
         per_logits=LOGIT_BYTES * config.vocab_size,
         process=process,
-        shards=distributed.world_size() if runner.sharded else 1,
-        gathered=gathered_parameters(model) if runner.sharded else 0,
+        shards=runner.parallel.shards,
+        gathered=runner.parallel.gathered_parameters(model),
         frozen=sum(local_shard(p).nbytes for p in model.parameters() if not p.requires_grad),
     )
 
@@ -191,7 +191,7 @@ def fit(
         coarse = runner.dtype == torch.bfloat16 and not is_adapted(runner.model)
         ladder = LADDER[runner.device.type]
         ways = [way for way in ladder if (way[1] or not recompute) and (coarse or way[0] not in SPLIT)]
-        ways = [way for way in ways if way[0] == "full" or not runner.sharded]
+        ways = [way for way in ways if way[0] == "full" or not runner.parallel.lockstep]
     for way in ways:
         if counted.peak(*way, (enough, head), (enough, head)) <= room:
             break

@@ -39,8 +39,8 @@ from dpo_cli.models.loading import compute_dtype, dtype_name, load_model, load_t
 from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import kind_of
+from dpo_cli.models.parallel import shard
 from dpo_cli.models.quantized import admit
-from dpo_cli.models.sharding import shard
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.reference.store import ReferenceCache, ReferenceLogps, compute_missing, missing_places, tokens_of
 from dpo_cli.training.checkpoint import verified_step
@@ -254,8 +254,6 @@ def load_scored_model(
             the memory mode's weights; or there is nothing to shard over.
     """
     memo, fsdp = WeightsHashCache(source, options.cache_dir), getattr(options, "fsdp", False)
-    if fsdp and not distributed.is_launched():
-        raise UsageError("--fsdp: there is one process to shard over; start it with torchrun")
     if fsdp:
         _check_fsdp(options)
 
