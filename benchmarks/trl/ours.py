@@ -78,7 +78,7 @@ class Ours:
         """The trainer, its references scored where no phase did."""
         if self.trainer is None:
             scored = fill_reference(self.run.cache, self.run.scored(), self.run.runner, self.reporter).logps
-            self.trainer, self.held_out_reference = make_trainer(self.run, scored), scored[len(self.run.used()) :]
+            self.trainer, self.held_out_reference = make_trainer(self.run, scored), scored[len(self.run.used) :]
             self.meter.holders.append(self.trainer.optimizer)
         return self.trainer
 

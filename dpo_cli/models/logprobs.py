@@ -105,6 +105,10 @@ class HiddenStates:
                 self.gradients.append(leaf.grad)
             del preferences  # and its logits, before the next ones come
 
+    def responses(self) -> tuple[Tensor, Tensor]:
+        """Return the log-prob of each response, detached, and its tokens that carry loss: (2P,) each, chosen first."""
+        return torch.cat(self.full_logps, dim=1).flatten(), self.batch.lengths.view(-1, 2).T.reshape(-1)
+
     def backward(self, *losses: Tensor) -> None:
         """Run the backward pass of the body, from the gradients of all pieces and from ``losses`` of its outputs."""
         if self.values.requires_grad:  # else nothing of the body is trained

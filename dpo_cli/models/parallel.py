@@ -9,7 +9,7 @@ sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -31,13 +31,8 @@ class Parallel:
 
     lockstep = False  # whether all ranks must run equally many forwards and backward passes
 
-    @property
-    def shards(self) -> int:
-        """Return how many parts the parameters lie in."""
-        return 1
-
     def run(self, action: Callable[[], T]) -> T:
-        """Run the model outside of the steps: on rank 0 for all, whose result is broadcast."""
+        """Run the model outside of the steps: on rank 0 for all, or on all ranks in step."""
         return distributed.on_rank_0(action)
 
     def on_rank_0(self, action: Callable[[], T]) -> T:
@@ -48,24 +43,25 @@ class Parallel:
         """Whether a flag is set on any of the ranks in ``run``."""
         return flag
 
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Add up the gradients of all ranks."""
+        distributed.all_reduce_gradients([p for p in model.parameters() if p.requires_grad])
+
     def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
         """Sum the gradients over the ranks and clip them; returns their norm before: (), float64."""
-        self._sum([p for p in model.parameters() if p.requires_grad])
+        self.sum_gradients(model)
         parameters = [p for p in model.parameters() if p.grad is not None]
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
         return full_tensor(norm.detach()).double()
 
-    def _sum(self, parameters: Sequence[nn.Parameter]) -> None:
-        distributed.all_reduce_gradients(parameters)
-
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return whole tensors on rank 0, tied ones once; all ranks must call this."""
+        """Return whole tensors, tied ones once, on rank 0; all ranks must call this."""
         return dict(tensors)
 
     def gathered_parameters(self, model: nn.Module) -> int:
-        """Count the parameters and gradients that a rank has gathered at a time."""
+        """Count the parameters and gradients that a rank has gathered at a time, beside its own."""
         return 0
 
 
@@ -74,28 +70,20 @@ class Sharded(Parallel):
 
     lockstep = True
 
-    @property
-    def shards(self) -> int:
-        """Return how many parts the parameters lie in."""
-        return distributed.world_size()
-
-    def run(self, action: Callable[[], T]) -> T:
-        """Run the model outside of the steps: on all ranks, in step."""
+    def run(self, action: Callable[[], T]) -> T:  # noqa: D102
         return action()
 
-    def on_rank_0(self, action: Callable[[], T]) -> T:
-        """Do within ``run`` what is for one rank only, whose result is broadcast."""
+    def on_rank_0(self, action: Callable[[], T]) -> T:  # noqa: D102
         return distributed.on_rank_0(action)
 
-    def any(self, flag: bool) -> bool:
-        """Whether a flag is set on any of the ranks in ``run``."""
+    def any(self, flag: bool) -> bool:  # noqa: D102
         return bool(distributed.all_reduce_max([flag])[0])
 
-    def _sum(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Do nothing: the backward pass has reduced the gradients."""
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Do nothing: the backward pass has reduced them."""
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return whole tensors on rank 0's host, tied ones once; all ranks must call this, the others get nothing."""
+        """Gather one tensor after the other, on rank 0's host; the other ranks get nothing."""
         gathered: dict[int, Tensor] = {}
         for tensor in tensors.values():
             if id(tensor) not in gathered:

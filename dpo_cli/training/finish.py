@@ -38,10 +38,10 @@ def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[
     """
     metrics = evaluations(read_metrics(run.folder / "metrics.jsonl"))
     card = model_card(run, metrics.get(0, {}), after or metrics.get(step, {}))
-    by_length = sorted(run.used(), key=run.costs.__getitem__)
+    by_length = sorted(run.used, key=run.costs.__getitem__)
     pair = run.pairs[by_length[len(by_length) // 2]]
-    about: dict[str, Any] = {"source": run.source, "pair": pair, "warn": run.runner.warn}
-    about["dtype"] = export_dtype(run.options.export_dtype, run.source)
+    about: dict[str, Any] = {"source": run.policy.source, "pair": pair, "warn": run.runner.warn}
+    about["dtype"] = export_dtype(run.options.export_dtype, run.policy.source)
     kept = f"The trained weights are in {run.folder / 'checkpoints'}"
     try:
         if run.options.export == "merged":
@@ -65,7 +65,7 @@ def _merged(run: Run) -> Any:
     """The base, loaded again, with the trained adapter merged into it."""
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(run.model, Path(folder))
-        source = dataclasses.replace(run.source, adapter=Path(folder), attached=False, checkpoint=None)
+        source = dataclasses.replace(run.policy.source, adapter=Path(folder), attached=False, checkpoint=None)
         try:
             merged = load_model(source)
         except DpoError as error:

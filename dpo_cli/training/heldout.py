@@ -35,7 +35,7 @@ class HeldOut:
         self.run, self.reference, self.reporter = run, reference, reporter
         self.evaluator = Evaluator(run.held_out, run.tokenizer, run.options.objective)
         self.last: tuple[int, PairScores, kl.ModelComparison | None] | None = None  # the last evaluation, by its step
-        self.recorded = run.reference.recorded if run.reference else None
+        self.recorded = run.recorded
         self.weighted = run.weighted_ref_logps(run.held_out, reference)
 
     @property
@@ -52,7 +52,7 @@ class HeldOut:
             NotWrittenError: the disk has no room for them.
         """
         run = self.run
-        if run.held_out and run.options.kl == "exact" and not run.reference:
+        if run.held_out and run.options.kl == "exact" and run.reference is run.policy:
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
             self.reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             progress = kl.Progress(self.reporter, "reference")
@@ -72,7 +72,7 @@ class HeldOut:
         runner = dataclasses.replace(runner)  # a smaller token budget here must not change that of training
         reference, compared = self.reference, None
         if self.recorded:
-            same = step == 0 and run.reference is None  # the policy is the reference, whose states are there
+            same = step == 0 and run.reference is run.policy  # the policy is the reference, whose states are there
             compared = kl.compare(runner, self.recorded, run.held_out, progress, policy_runs=True, same=same)
         policy = None if self.recorded else kl.score(runner, run.held_out, progress)
         if compared:
@@ -103,8 +103,12 @@ class HeldOut:
             history = read_metrics(self.metrics)
             if self.last:
                 step, scores, compared = self.last
-                reference = (run.reference.source if run.reference else run.source).description
-                about = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta, "reference": reference}
+                about = {
+                    "step": step,
+                    "pairs": len(run.held_out),
+                    "beta": run.options.beta,
+                    "reference": run.reference.source.description,
+                }
                 result = self.evaluator.result(scores, compared, history, trained_on=run.trained_on, about=about)
                 result = dataclasses.replace(result, samples=[dict(sample) for sample in samples])
                 verdict = {"findings": result.findings, "judged": result.judged}

@@ -54,7 +54,7 @@ def train(
         set_seed(options.seed)
         run = prepare_run(options, resume, accelerator.device, reporter, dry_run)
         if options.push_to_hub and options.lora_rank and options.export != "merged":
-            check_base(run.source.name)
+            check_base(run.policy.source.name)
         if dry_run:
             missing = report_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
@@ -70,7 +70,7 @@ def train(
         _check_step_0(trainer, run, reporter)
         parallel = trainer.runner.parallel
         first_answers = parallel.run(partial(answer, run))
-        held_out = HeldOut(run, ref_logps[len(run.used()) :], reporter)
+        held_out = HeldOut(run, ref_logps[len(run.used) :], reporter)
         parallel.run(held_out.record)
         stop = holding.enter_context(StopSignal())
         if not resume:
@@ -116,15 +116,14 @@ def reference_logps(run: Run, reporter: Reporter) -> Tensor:
     """Return log-probs of ``run.scored()`` under the reference: (P, 2) nats; 0 where the loss reads none."""
     if run.cache is None:
         return torch.zeros(len(run.scored()), 2)
-    if run.reference:
-        assert run.reference.logps is not None  # else this is a dry run
-        return run.reference.logps
+    if run.ref_logps is not None:
+        return run.ref_logps
     return fill_reference(run.cache, run.scored(), run.runner, reporter).logps
 
 
 def make_trainer(run: Run, scored: Tensor) -> Trainer:
     """Make what a step needs; ``scored`` are the ``reference_logps`` of the run."""
-    used = run.used()
+    used = run.used
     ref_logps = torch.full((len(run.pairs), 2), torch.nan)  # pairs that no step reads stay NaN
     weighted_ref_logps = ref_logps.clone()
     ref_logps[used] = scored[: len(used)]
@@ -165,39 +164,34 @@ def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
 
 
 def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
-    """Before the first step the policy is the reference: the margin is 0, for every pair of the step.
+    """Before the first step policy and reference are equal, and every margin is 0: a check of the cache, too.
 
-    The loss is ln 2 then, or what the pairs' weights and margins make of it. So this also checks what the cache has of
-    these pairs. With another model as the reference the starting point is only reported.
+    With another model as the reference the starting point is only reported.
 
     Raises:
         DpoError: a response's log-probs differ by more than arithmetic explains.
     """
-    indices, objective = [i for micro_batch in run.plan[0] for i in micro_batch], trainer.objective
-    values, largest, expected = compare_with_reference(trainer, indices)
+    indices = [i for micro_batch in run.plan[0] for i in micro_batch]
+    values, largest = compare_with_reference(trainer, indices)
     metrics = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
     if run.cache is None:
-        reporter.info("step 0", f"{metrics}  ({objective.name} reads no reference)")
-        return
-    if run.reference and run.reference.fingerprint != run.start:
-        apart = f"policy and reference are two models, up to {largest:.3g} nats a root of a response's tokens apart"
-        reporter.info("step 0", f"{metrics}  ({apart})")
-        return
-    plain = bool((run.pairs.terms[indices] == (1, 0)).all())
-    by = f"for --loss {objective.name}" if plain else "by the weights and margins of its pairs"
-    why = "as they must" if plain and objective.is_vanilla_dpo else f"so the loss must be {expected:.6f} {by}"
-    if largest > logp_tolerance(run.runner.dtype):
+        about = f"{trainer.objective.name} reads no reference"
+    elif run.reference.fingerprint != run.policy.fingerprint:
+        about = f"policy and reference are two models, up to {largest:.3g} nats a root of a response's tokens apart"
+    elif largest > logp_tolerance(run.runner.dtype):
         cause = f"The cached reference does not fit this model: remove {run.cache.folder}"
-        if run.options.lora_rank and not run.source.adapter:
+        if run.options.lora_rank and not run.policy.source.adapter:
             cause = (
                 "The adapter that was attached changes what the model computes: name other --lora-targets or "
                 f"--modules-to-save; if that does not help, remove the cached reference, {run.cache.folder}"
             )
         raise DpoError(
-            f"step 0: {metrics}, but policy and reference are the same model, so the loss must be {expected:.6f} (a "
-            f"response is off by {largest:.2g} nats per root of its tokens). {cause}"
+            f"step 0: {metrics}, but policy and reference are the same model: the margin must be 0, and a response is "
+            f"off by {largest:.2g} nats per root of its tokens. {cause}"
         )
-    reporter.info("step 0", f"{metrics}  (policy and cached reference are equal on its {len(indices)} pairs, {why})")
+    else:
+        about = f"policy and cached reference are equal on its {len(indices)} pairs, as they must"
+    reporter.info("step 0", f"{metrics}  ({about})")
 
 
 @dataclasses.dataclass

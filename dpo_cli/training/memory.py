@@ -98,7 +98,7 @@ def count_bytes(runner: ModelRunner, pairs: Sequence[Pair], process: int) -> Ste
         per_token_recomputed=2 * per_token / layers + kept_of_layers,  # one layer at a time, and its gradients
         per_logits=LOGIT_BYTES * config.vocab_size,
         process=process,
-        shards=runner.parallel.shards,
+        shards=distributed.world_size() if runner.parallel.lockstep else 1,
         gathered=runner.parallel.gathered_parameters(model),
         frozen=sum(local_shard(p).nbytes for p in model.parameters() if not p.requires_grad),
     )

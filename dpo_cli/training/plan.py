@@ -78,7 +78,7 @@ def report_plan(run: Run, reporter: Reporter) -> None:
 def _kept(run: Run) -> str:
     if not run.options.lora_rank:
         return KEPT[run.fitted.memory]
-    packed = run.options.quantize or (run.source.stored if is_quantized(run.model) else "")
+    packed = run.options.quantize or (run.policy.source.stored if is_quantized(run.model) else "")
     base = packed or ("bfloat16" if run.model.dtype == torch.bfloat16 else "float32")
     return f"frozen base {base}, adapter and its moments float32"
 
@@ -89,7 +89,7 @@ def _disk_bytes(run: Run) -> int:
     weight, _, moments = BYTES[run.fitted.memory]
     checkpoint, exported = trained * (weight + moments), trained * 4
     if not options.lora_rank or options.export == "merged":
-        exported = run.model.num_parameters() * export_dtype(options.export_dtype, run.source).itemsize
+        exported = run.model.num_parameters() * export_dtype(options.export_dtype, run.policy.source).itemsize
     if not options.lora_rank:
         checkpoint += 4 * (run.model.num_parameters() - trained)
     checkpoints = min(options.save_total_limit + 1, 1 + (steps - 1) // options.save_steps if options.save_steps else 1)

@@ -110,7 +110,6 @@ def read_pairs(
     tokenizer: Any,
     reporter: Reporter,
     name: str = "data",
-    remember: bool = True,
 ) -> PairSet:
     """Read and tokenize data, or read back what an earlier start kept of it, and report what it holds.
 
@@ -118,7 +117,7 @@ def read_pairs(
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     skip = options.on_bad_row == "skip"
-    cache = TokenCache(options.cache_dir, tokenizer, reading_of(options), reporter.warning, remember)
+    cache = TokenCache(options.cache_dir, tokenizer, reading_of(options), reporter.warning)
     sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
     if distributed.world_size() > 1 and "-" in data:
         raise UsageError("--data -: several processes cannot share one stdin; write the rows to a file")
@@ -242,12 +241,11 @@ def load_scored_model(
     reporter: Reporter,
     *,
     hashed: bool = True,
-    remember: bool = True,
 ) -> ScoredModel:
     """Load a model whose weights are to be kept as ``memory`` does, and settle how its forwards over ``pairs`` run.
 
-    ``hashed``: whether its fingerprint will be asked for; ``remember``: keep the hash of its weights for the next
-    start. With ``--fsdp`` one rank of a host loads after the other, and the model is sharded.
+    ``hashed``: whether its fingerprint will be asked for. With ``--fsdp`` one rank of a host loads after the other, and
+    the model is sharded.
 
     Raises:
         UsageError: a pair is too long for the model, or has a token that it does not know; the precision is not that of
@@ -259,7 +257,7 @@ def load_scored_model(
 
     def load() -> tuple[PreTrainedModel, str]:
         model = load_model(source)
-        weights = memo.hash(model, remember) if hashed else ""
+        weights = memo.hash(model) if hashed else ""
         if fsdp:
             shard(model, device)
         return model, weights

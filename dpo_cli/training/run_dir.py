@@ -80,12 +80,12 @@ def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
 
 def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str, Any]:
     """Describe where a run's numbers come from: versions, data, start policy and reference."""
-    options, reference = run.options, run.reference
+    options, policy, reference = run.options, run.policy, run.reference
     start = _named(options.model, options.base_model)
     return {
         "command": shlex.join(command),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "device": run.runner.device.type,
+        "device": policy.runner.device.type,
         "processes": processes,
         "data": {
             "files": options.data,
@@ -95,12 +95,12 @@ def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str,
             "trained": hashlib.sha256(run.trained.data).hexdigest(),
         },
         "held_out": {"files": options.eval_data, "pairs": len(run.held_out), "sha256": run.held_out.digest()},
-        "start_model": run.source.title,
-        "start": start | {"fingerprint": run.start},
+        "start_model": policy.source.title,
+        "start": start | {"fingerprint": policy.fingerprint},
         "reference": {
-            **(_named(options.ref_model) if reference else start),
-            "fingerprint": reference.fingerprint if reference else run.start,
-            "layout": reference.layout if reference else run.runner.layout,
+            **(_named(options.ref_model) if options.ref_model else start),
+            "fingerprint": reference.fingerprint,
+            "layout": reference.runner.layout,
             "dtype": options.dtype,
         },
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import RESUME_MUTABLE
-from dpo_cli.data.batching import Layout, Step, build_schedule, step_pairs
+from dpo_cli.data.batching import Step, split_into_micro_batches, step_pairs
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
 from dpo_cli.data.rows import BadRow
 from dpo_cli.evaluation import kl
@@ -46,26 +46,13 @@ from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """A reference that is another model than the start policy, which has scored and is gone.
-
-    ``logps`` (P, 2) in nats are those of ``Run.scored()``; ``recorded`` is its side of the exact KL on the held-out
-    pairs. Of a dry run there is neither.
-    """
-
-    source: ModelSource
-    fingerprint: str
-    layout: Layout
-    cache: ReferenceCache
-    vocabulary: int  # that its head knows
-    logps: Tensor | None = None
-    recorded: RecordedStates | None = None
-
-
 @dataclasses.dataclass
 class Run:
-    """A run that is laid out and has not begun."""
+    """A run that is laid out and has not begun.
+
+    Where the reference is another model than the start policy it has scored and its weights are gone: ``ref_logps``
+    (P, 2) in nats are those of ``scored()``, ``recorded`` is its side of the exact KL on the held-out pairs.
+    """
 
     folder: Path
     options: TrainOptions
@@ -74,18 +61,14 @@ class Run:
     held_out: Pairs
     refused: list[BadRow]
     policy: ScoredModel
-    start: str  # fingerprint of the start policy
+    reference: ScoredModel
+    cache: ReferenceCache | None  # of the reference; None: the loss reads none
     costs: list[int]  # tokens that each pair takes up in a forward
     plan: list[Step]
     fitted: Fit
-    reference: Reference | None = None  # where it is not the start policy
-    cache: ReferenceCache | None = None  # of the reference; None: the loss reads none
     experts: int = 0  # that a token goes to, where the balance of a mixture is part of the loss
-
-    @property
-    def source(self) -> ModelSource:
-        """Where the start policy comes from."""
-        return self.policy.source
+    ref_logps: Tensor | None = None
+    recorded: RecordedStates | None = None
 
     @property
     def runner(self) -> ModelRunner:
@@ -97,19 +80,20 @@ class Run:
         """The policy."""
         return self.policy.model
 
+    @cached_property
     def used(self) -> list[int]:
-        """Return the places of the pairs that the plan trains on."""
+        """The places of the pairs that the plan trains on."""
         return sorted({i for step in self.plan for indices in step for i in indices})
 
     def scored(self) -> Pairs:
         """Return the pairs that the reference scores: those that are used, then the held-out ones."""
-        return self.pairs.select(self.used()) + self.held_out
+        return self.pairs.select(self.used) + self.held_out
 
     @cached_property
     def trained(self) -> Hashes:
         """``Pairs.hashes`` of the pairs that the plan trains on, and of those that a run trained on before it."""
-        own = self.pairs.select(self.used()).hashes()
-        earlier = trained_hashes(self.source.run, read_manifest(self.source.run)) if self.source.run else None
+        own, run = self.pairs.select(self.used).hashes(), self.policy.source.run
+        earlier = trained_hashes(run, read_manifest(run)) if run else None
         return own if earlier is None else np.concatenate([own, earlier])
 
     @cached_property
@@ -126,7 +110,7 @@ class Run:
 def prepare_run(
     options: TrainOptions, resume: Path | None, device: torch.device, reporter: Reporter, dry_run: bool = False
 ) -> Run:
-    """Do all up to the first forward of a training: data, models, layout and schedule. Writes nothing to the run.
+    """Do all up to the first step of a training: data, models, layout and schedule. Writes nothing to the run.
 
     A reference that is another model is loaded, scores and is gone before the policy is loaded.
 
@@ -138,56 +122,41 @@ def prepare_run(
     source = choose_model(options.model, options, reporter, base=options.base_model)
     source, options = adapter_settings(source, options, device, reporter)
     tokenizer = choose_tokenizer(source, options)
-    pairs, held_out, refused = _read_data(options, tokenizer, reporter, remember=not dry_run)
+    pairs, held_out, refused = _read_data(options, tokenizer, reporter)
     process = process_bytes(device)
     if resume and options.fsdp and not distributed.is_launched():
         reporter.info("shard", "one process resumes what began in shards")
         options = dataclasses.replace(options, fsdp=False)
-    reference = _score_reference(options, tokenizer, pairs, held_out, device, reporter, dry_run)
-    policy, experts = _load_policy(source, pairs + held_out, options, device, reporter, remember=not dry_run)
-    if options.lora_rank:
-        attach_adapter(policy, options, pairs, reporter)
-    if experts:
-        _check_routers_train(policy.runner, pairs)
+    reference, cache, ref_logps, recorded = None, None, None, None
+    if options.ref_model:
+        reference = _load_reference(options, tokenizer, pairs + held_out, device, reporter)
+        cache = reference.open_cache(options, reporter)
+        if not dry_run:
+            ref_logps, recorded = _score_reference(reference, cache, options, pairs, held_out, reporter)
+        release(reference.model)
+    policy, experts = _load_policy(source, pairs, held_out, options, device, reporter)
     fitted = fit(policy.runner, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
     if not options.lora_rank and policy.split_weights(fitted.memory):  # auto found it; the halves keep less
         fitted = fit(policy.runner, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
     if options.compile:
         compile_layers(policy.model)
     policy.runner.max_tokens = fitted.max_tokens
-    reading = reading_of(options)
     options = dataclasses.replace(
         options,
-        max_length=reading.max_length,
-        control_tokens=reading.control_tokens,
-        train_turns=reading.train_turns,
+        **{name: getattr(reading_of(options), name) for name in ("max_length", "control_tokens", "train_turns")},
         max_tokens=fitted.max_tokens,
         dtype=dtype_name(policy.runner.dtype),
         memory=fitted.memory,
         gradient_checkpointing=fitted.recompute,
     )
     costs = policy.runner.costs(pairs)
-    plan = build_schedule(
-        costs,
-        policy.runner.layout,
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        max_tokens=fitted.max_tokens,
-        world_size=distributed.world_size(),
-        seed=options.seed,
-    )
-    _check_steps(options, plan)
-    _check_ranks(options, pairs, held_out, policy.fingerprint)
-    if reference and reference.recorded and reference.vocabulary != _vocabulary(policy.model):
-        raise UsageError(
-            f"--ref-model {options.ref_model}: its head knows {reference.vocabulary:,} tokens and the policy's "
-            f"{_vocabulary(policy.model):,}, so there is no exact KL: add --kl none"
-        )
-    cache = reference.cache if reference else None
+    steps = _step_pairs(options, len(pairs))
+    ranks = distributed.world_size()
+    plan = [split_into_micro_batches(step, costs, policy.runner.layout, fitted.max_tokens, ranks) for step in steps]
+    _check_plan(options, plan, pairs, held_out, policy.fingerprint)
+    policy.model.generation_config = generation_config(policy.model, tokenizer, pairs)  # which is exported
     if options.objective.reference and not reference:
         cache = policy.open_cache(options, reporter)
-    policy.model.generation_config = generation_config(policy.model, tokenizer, pairs)  # which is exported
     run = Run(
         folder=folder,
         options=options,
@@ -196,14 +165,16 @@ def prepare_run(
         held_out=held_out,
         refused=refused,
         policy=policy,
-        start=policy.fingerprint,
+        reference=reference or policy,
+        cache=cache,
         costs=costs,
         plan=plan,
         fitted=fitted,
-        reference=reference,
-        cache=cache,
         experts=experts,
+        ref_logps=ref_logps,
+        recorded=recorded,
     )
+    _check_same_heads(run)
     report_plan(run, reporter)
     return run
 
@@ -223,14 +194,18 @@ def _check_options(options: TrainOptions) -> None:
         raise UsageError("--memory in-backward: no gradient is there long enough to be clipped; set --max-grad-norm 0")
 
 
-def _read_data(
-    options: TrainOptions, tokenizer: Any, reporter: Reporter, remember: bool
-) -> tuple[Pairs, Pairs, list[BadRow]]:
+def _step_pairs(options: TrainOptions, count: int) -> list[list[int]]:
+    return step_pairs(
+        count, batch_size=options.batch_size, epochs=options.epochs, max_steps=options.max_steps, seed=options.seed
+    )
+
+
+def _read_data(options: TrainOptions, tokenizer: Any, reporter: Reporter) -> tuple[Pairs, Pairs, list[BadRow]]:
     """The pairs to train on, the held-out pairs, and the refused rows of both."""
-    rows = read_pairs(options.data, options, tokenizer, reporter, remember=remember)
+    rows = read_pairs(options.data, options, tokenizer, reporter)
     pairs, held_out, refused = rows.pairs, Pairs(), rows.refused
     if options.eval_data:
-        others = read_pairs(options.eval_data, options, tokenizer, reporter, "held out", remember)
+        others = read_pairs(options.eval_data, options, tokenizer, reporter, "held out")
         held_out, refused = others.pairs, refused + others.refused
     elif options.eval_fraction:
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
@@ -242,14 +217,14 @@ def _read_data(
 def _load_policy(
     source: ModelSource,
     pairs: Pairs,
+    held_out: Pairs,
     options: TrainOptions,
     device: torch.device,
     reporter: Reporter,
-    remember: bool,
 ) -> tuple[ScoredModel, int]:
-    """The start policy with the weights that its memory mode computes with, and the experts that a token goes to."""
+    """The start policy, with its adapter and the weights of its memory mode, and the experts that a token goes to."""
     mode = weights_mode(options.memory, bool(options.lora_rank), options.dtype, device)
-    policy = load_scored_model(source, pairs, options, mode, device, reporter, remember=remember)
+    policy = load_scored_model(source, pairs + held_out, options, mode, device, reporter)
     experts = 0
     if options.router_aux_loss_coef:
         with attention(policy.model, policy.own_attention):
@@ -257,105 +232,88 @@ def _load_policy(
         if not policy.runner.chunked_lm_head:
             raise UsageError("--router-aux-loss-coef: the model's head cannot run apart from its body; leave it out")
     policy.split_weights(mode)
+    if options.lora_rank:
+        attach_adapter(policy, options, pairs, reporter)
+    shortest = min(pairs, key=lambda pair: policy.runner.costs([pair]))
+    if experts and not any(
+        logits.requires_grad
+        for logits in policy.runner.body(policy.runner.batch([shortest]), output_router_logits=True).router_logits
+    ):
+        raise UsageError(
+            "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; "
+            "leave it out, or take other --lora-targets"
+        )
     return policy, experts
 
 
-def _check_steps(options: TrainOptions, plan: list[Step]) -> None:
-    if options.memory == "in-backward" and any(len(step) > 1 for step in plan):
-        raise UsageError(
-            "--memory in-backward: a weight is updated as soon as its gradient is there, so each step must be one "
-            "forward: a lower --batch-size, or a higher --max-tokens"
-        )
-
-
-def _check_ranks(options: TrainOptions, pairs: Pairs, held_out: Pairs, start: str) -> None:
-    """Refuse to begin where the ranks would not train the same, or not add up their gradients.
-
-    Raises:
-        UsageError: saying which.
-    """
-    if distributed.world_size() == 1:
-        return
+def _check_plan(options: TrainOptions, plan: list[Step], pairs: Pairs, held_out: Pairs, start: str) -> None:
+    """Refuse steps that the memory mode cannot take, and ranks that would not train the same."""
     if options.memory == "in-backward":
-        raise UsageError("--memory in-backward: a gradient is used up before the ranks could add theirs; use split")
+        if distributed.world_size() > 1:
+            raise UsageError("--memory in-backward: a gradient is used up before the ranks could add theirs; use split")
+        if any(len(step) > 1 for step in plan):
+            raise UsageError(
+                "--memory in-backward: a weight is updated as soon as its gradient is there, so each step must be one "
+                "forward: a lower --batch-size, or a higher --max-tokens"
+            )
     fixed = {name: value for name, value in dataclasses.asdict(options).items() if name not in RESUME_MUTABLE}
     data = {"the_data": pairs.digest(), "the_held_out_data": held_out.digest()}
     distributed.check_same(**data, the_model=start, the_options=str(fixed))
 
 
-def _check_routers_train(runner: ModelRunner, pairs: Pairs) -> None:
-    """Refuse to balance routers that nothing trained reaches."""
-    costs = runner.costs(pairs)
-    batch = runner.batch([pairs[costs.index(min(costs))]])
-    if not any(logits.requires_grad for logits in runner.body(batch, output_router_logits=True).router_logits):
-        raise UsageError(
-            "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; "
-            "leave it out, or take other --lora-targets"
-        )
-
-
 # ---- a reference that is another model --------------------------------------------------------------------------
 
 
-def _score_reference(
-    options: TrainOptions,
-    tokenizer: Any,
-    pairs: Pairs,
-    held_out: Pairs,
-    device: torch.device,
-    reporter: Reporter,
-    dry_run: bool,
-) -> Reference | None:
-    """Load the model that ``--ref-model`` names, let it score what the run will ask for, and give its memory back.
+def _load_reference(
+    options: TrainOptions, tokenizer: Any, pairs: Pairs, device: torch.device, reporter: Reporter
+) -> ScoredModel:
+    """The model that ``--ref-model`` names.
 
     Raises:
         UsageError: it cannot be loaded, or reads other tokens than the policy.
     """
-    if options.ref_model is None:
-        return None
-    steps = step_pairs(
-        len(pairs),
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        seed=options.seed,
-    )
-    scored = pairs.select(sorted({i for step in steps for i in step})) + held_out
     mode = weights_mode(options.memory, True, options.dtype, device)
     try:
         source = choose_model(options.ref_model, options, reporter, "reference")
-        _check_same_tokens(options.ref_model, tokenizer, load_tokenizer(source))
-        model = load_scored_model(source, scored, options, mode, device, reporter, remember=not dry_run)
+        mine, theirs = tokenizer.get_vocab(), load_tokenizer(source).get_vocab()
+        if differing := [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]:
+            token = min(differing)
+            raise UsageError(
+                f"--ref-model {options.ref_model}: its tokenizer is another one than the policy's: {token!r} is token "
+                f"{theirs.get(token)} there and {mine.get(token)} here, and {len(differing) - 1:,} more differ"
+            )
+        reference = load_scored_model(source, pairs, options, mode, device, reporter)
     except UsageError as error:
         raise UsageError(str(error).replace("--model", "--ref-model")) from error
-    model.split_weights(mode)
+    reference.split_weights(mode)
     if options.compile:
-        compile_layers(model.model)
-    cache = model.open_cache(options, reporter)
-    reference = Reference(source, model.fingerprint, model.runner.layout, cache, _vocabulary(model.model))
-    if not dry_run:
-        logps = fill_reference(cache, scored, model.runner, reporter).logps
-        states: list[RecordedStates | None] = []
-        if held_out and options.kl == "exact":
-            progress = kl.Progress(reporter, "reference")
-            distributed.on_rank_0(lambda: states.append(kl.record(model.runner, held_out, options.cache_dir, progress)))
-        reference = dataclasses.replace(reference, logps=logps, recorded=states[0] if states else None)
-    release(model.model)
+        compile_layers(reference.model)
     return reference
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
-    """Tokens that the model's head knows."""
-    return int(model.config.get_text_config().vocab_size)
+def _score_reference(
+    reference: ScoredModel,
+    cache: ReferenceCache,
+    options: TrainOptions,
+    pairs: Pairs,
+    held_out: Pairs,
+    reporter: Reporter,
+) -> tuple[Tensor, RecordedStates | None]:
+    """Log-probs of what the run will ask for, and on rank 0 the reference's side of the exact KL."""
+    used = pairs.select(sorted({i for step in _step_pairs(options, len(pairs)) for i in step}))
+    logps = fill_reference(cache, used + held_out, reference.runner, reporter).logps
+    states: list[RecordedStates | None] = [None]
+    if held_out and options.kl == "exact":
+        progress = kl.Progress(reporter, "reference")
+        record = partial(kl.record, reference.runner, held_out, options.cache_dir, progress)
+        distributed.on_rank_0(lambda: states.append(record()))
+    return logps, states[-1]
 
 
-def _check_same_tokens(name: str, tokenizer: Any, other: Any) -> None:
-    """Refuse a reference to which the ids of the policy's tokenizer mean something else."""
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if differing := [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]:
-        token = min(differing)
-        places = [f"token {ids[token]}" if token in ids else "no token" for ids in (theirs, mine)]
+def _check_same_heads(run: Run) -> None:
+    theirs, ours = (model.config.get_text_config().vocab_size for model in (run.reference.model, run.model))
+    if run.recorded and theirs != ours:
         raise UsageError(
-            f"--ref-model {name}: its tokenizer is another one than the policy's: {token!r} is {places[0]} there and "
-            f"{places[1]} here, and {len(differing) - 1:,} more differ"
+            f"--ref-model {run.options.ref_model}: its head knows {theirs:,} tokens and the policy's {ours:,}, so "
+            "there is no exact KL: add --kl none"
         )

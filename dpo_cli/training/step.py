@@ -23,7 +23,6 @@ from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.metrics import SUMS, pair_sums, summarize
 from dpo_cli.evaluation.metrics_log import mean_reward
 from dpo_cli.losses.objective import Objective
-from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner, out_of_memory
 from dpo_cli.models.moe import auxiliary_loss, routed
 from dpo_cli.models.parallel import local_shard
@@ -165,10 +164,11 @@ class Trainer:
         }
         return dataclasses.replace(batch, places=tuple(places), **values | step)
 
-    def sum_metrics(self, losses: Tensor, logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> Tensor:
-        """Sum the metrics of P pairs, see ``pair_sums``: (P,), (2P,), (2P,), (2P,), chosen first."""
+    def sum_metrics(self, hidden: HiddenStates, losses: Tensor) -> Tensor:
+        """Sum the metrics of a micro-batch whose head has run, see ``pair_sums``; ``losses`` (P,)."""
+        logps, lengths = hidden.responses()
         normalized = lengths if self.objective.length_normalized else None
-        return pair_sums(losses, logps, ref_logps, self.options.beta, normalized)
+        return pair_sums(losses, logps, hidden.batch.ref_logps, self.options.beta, normalized)
 
 
 def accumulate_gradients(
@@ -201,8 +201,7 @@ def accumulate_gradients(
             break  # what the passes hold is freed only when this frame is gone
         if not batch.dummy:
             totals.losses[batch.places] = torch.cat(losses).detach()
-            logps, lengths = torch.cat(hidden.full_logps, dim=1).flatten(), batch.lengths.view(-1, 2).T.reshape(-1)
-            totals.sums += trainer.sum_metrics(totals.losses[batch.places], logps, batch.ref_logps, lengths)
+            totals.sums += trainer.sum_metrics(hidden, totals.losses[batch.places])
         if stop.requested and not runner.parallel.lockstep:
             break
         del hidden, pairs, balance  # before the next forward
@@ -246,33 +245,22 @@ def _balance_loss(trainer: Trainer, hidden: HiddenStates, totals: Totals) -> lis
 # ---- checks -----------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def compare_with_reference(trainer: Trainer, places: Sequence[int]) -> tuple[dict[str, float], float, float]:
-    """Compute the metrics of pairs as of one step; how far policy and reference differ; the loss if they did not.
+def compare_with_reference(trainer: Trainer, places: Sequence[int]) -> tuple[dict[str, float], float]:
+    """Compute the metrics of pairs as of one step, and how far policy and reference differ.
 
-    Units: the difference is the largest of any response, in nats per square root of its tokens that carry loss;
-    without a reference it is 0.
+    Units: the difference is the largest of any response, in nats per square root of its tokens that carry loss.
     """
-    objective, runner = trainer.objective, dataclasses.replace(trainer.runner)  # training keeps its ``max_tokens``
-    step = trainer.step_values(places)
-    order: list[int] = []
+    runner, step = dataclasses.replace(trainer.runner), trainer.step_values(places)  # training keeps its ``max_tokens``
 
-    def compute(indices: Sequence[int], _: MicroBatch) -> list[Preferences]:
-        batch = trainer.batch([places[i] for i in indices], **step)
-        return list(runner.body(batch).head_pieces(objective.wpo))
+    def compute(indices: Sequence[int], _: MicroBatch) -> tuple[Tensor, float]:
+        hidden = runner.body(trainer.batch([places[i] for i in indices], **step))
+        losses = torch.cat([trainer.objective(pairs) for pairs in hidden.head_pieces(trainer.objective.wpo)])
+        logps, lengths = hidden.responses()
+        off = (logps - hidden.batch.ref_logps).abs() / lengths.sqrt()
+        return trainer.sum_metrics(hidden, losses), float(off.nan_to_num(math.inf, math.inf).max())
 
-    pieces: list[Preferences] = []
-    for indices, found in runner.forwards([trainer.pairs[i] for i in places], compute):
-        pieces += found
-        order += [places[i] for i in indices]
-    pairs = Preferences.concatenate(pieces)
-    ref_logps = to_device(trainer.ref_logps[order].T.reshape(-1), runner.device)
-    metrics = summarize(trainer.sum_metrics(objective(pairs), pairs.full_logps, ref_logps, pairs.lengths).tolist())
-    if not objective.reference:
-        return metrics, 0.0, metrics["loss"]
-    equal = objective(dataclasses.replace(pairs, logps=pairs.ref_logps, full_logps=ref_logps))
-    off = (pairs.full_logps - ref_logps).abs() / pairs.lengths.sqrt()
-    return metrics, float(off.nan_to_num(math.inf, math.inf).max()), float(equal.double().mean())
+    sums, off = zip(*(found for _, found in runner.forwards([trainer.pairs[i] for i in places], compute)), strict=True)
+    return summarize(torch.stack(sums).sum(0).tolist()), max(off)
 
 
 def _not_finite(trainer: Trainer, totals: Totals) -> NotFiniteError:
