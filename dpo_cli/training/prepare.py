@@ -23,10 +23,9 @@ from dpo_cli.config.options import CACHE_DIR, DataOptions, EvalOptions, Options,
 from dpo_cli.data.batching import row_costs
 from dpo_cli.data.chat import NO_TEMPLATE
 from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
-from dpo_cli.data.rows import Reading
+from dpo_cli.data.rows import Reading, read_rows
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import TokenCache, merge
-from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal
+from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_rows
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import LOSSES
 from dpo_cli.models.adapter_files import CONFIG, unknown_keys
@@ -111,18 +110,14 @@ def read_pairs(
     reporter: Reporter,
     name: str = "data",
 ) -> PairSet:
-    """Read and tokenize data, or read back what an earlier start kept of it, and report what it holds.
+    """Read and tokenize data, and report what it holds.
 
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     skip = options.on_bad_row == "skip"
-    cache = TokenCache(options.cache_dir, tokenizer, reading_of(options), reporter.warning)
-    sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
-    if distributed.world_size() > 1 and "-" in data:
-        raise UsageError("--data -: several processes cannot share one stdin; write the rows to a file")
-    parts = distributed.rank_0_first(lambda: [cache.tokenize(source, keep_refused=skip) for source in sources])
-    rows = merge([part for part, _ in parts])
+    sources, reading = find_sources(data, "--eval-data" if name == "held out" else "--data"), reading_of(options)
+    rows = tokenize_rows(read_rows(sources, reading.columns, reading.format), tokenizer, reading)
     if rows.refused and (not skip or not rows.pairs):
         raise refusal(rows.refused, rows.rows)
     counts = f"{rows.rows:,} rows, {len(rows.pairs):,} pairs, {len(rows.refused):,} refused"
@@ -137,8 +132,6 @@ def read_pairs(
             reporter.info("", f"{name} from {column.min():g} to {column.max():g}, not {usual} in {count:,} pairs")
     if rows.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
         tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template
-    if again := sum(cached for _, cached in parts):
-        reporter.info("", f"{again} of {len(parts)} sources were tokenized before: read back from {cache.folder}")
     return rows
 
 

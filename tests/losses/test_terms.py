@@ -262,7 +262,7 @@ def given_terms(seed: int) -> Callable[..., PairSet]:
 
 @pytest.fixture(autouse=True)
 def given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cli.data.token_cache.tokenize_rows", given_terms(0))
+    monkeypatch.setattr("dpo_cli.training.prepare.tokenize_rows", given_terms(0))
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path,
         lines = (SAMPLE / f"{kind}-strings.jsonl").read_text().splitlines()[:count]
         write_rows(folder / f"{name}.jsonl", [json.loads(line) for line in lines])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_cli.data.token_cache.tokenize_rows", given_terms(0))
+        patch.setattr("dpo_cli.training.prepare.tokenize_rows", given_terms(0))
         return folder, *dpo(
             "train", "--model", tiny, "--data", folder / "rows.jsonl", "--eval-data", folder / "held-out.jsonl",
             "--output", folder / "run", "--cache-dir", folder / "cache", "--beta", BETA, "--label-smoothing", SMOOTHING,
@@ -321,7 +321,7 @@ def test_per_pair_counts_tokens_with_loss(
         return found
 
     lines = of_eval()
-    monkeypatch.setattr("dpo_cli.data.token_cache.tokenize_rows", keeping)
+    monkeypatch.setattr("dpo_cli.training.prepare.tokenize_rows", keeping)
     whole = of_eval()
     assert [line["tokens/prompt"] for line in lines] == [line["tokens/prompt"] for line in whole]
     for shown, pairs in ((lines, with_terms(kept[0])), (whole, kept[0])):
@@ -346,7 +346,7 @@ def test_a_run_is_not_resumed_with_other_terms(
         found = given_terms(0)(*arguments)
         return replace(found, pairs=Pairs(replace(pair, weight=2 * pair.weight) for pair in found.pairs))
 
-    monkeypatch.setattr("dpo_cli.data.token_cache.tokenize_rows", reweighted)
+    monkeypatch.setattr("dpo_cli.training.prepare.tokenize_rows", reweighted)
     run = shutil.copytree(trained[0] / "run", tmp_path / "run")
     result = CliRunner().invoke(app, ["train", "--resume", str(run)])
     assert result.exit_code == 2
@@ -395,7 +395,7 @@ def test_step_0_tells_how_far_a_response_is_off(one_step: Callable[[], Any], tmp
 
 
 def test_rows_without_terms_are_told_as_ever(one_step: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cli.data.token_cache.tokenize_rows", tokenize_rows)
+    monkeypatch.setattr("dpo_cli.training.prepare.tokenize_rows", tokenize_rows)
     told = one_step().stderr
     assert re.search(r"loss 0\.693147  margin -?0\.0{6}  \(.* equal on its 14 pairs, as they must\)", told), told
     assert "weight" not in told.replace("weights and moments", "").replace("weights, gradients", "")
