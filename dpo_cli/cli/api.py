@@ -100,7 +100,7 @@ def precompute(
     rows = dict[Path, str]()
     resolved = resolve(PrecomputeOptions, _given(data, options, rows), _path(config), ("config", "progress"))
     with _reporter(progress, resolved, rows) as reporter:
-        from dpo_cli.training.prepare import precompute as run
+        from dpo_cli.reference.precompute import precompute as run
 
         return run(resolved, reporter)
 

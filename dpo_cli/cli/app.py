@@ -106,7 +106,7 @@ def precompute_ref(config: ConfigFile = None, **flags: Any) -> None:
     """Fill the cache with the reference's log-probabilities."""
     options = resolve(PrecomputeOptions, flags, config)
     reporter = out.reporter(options, several=True)
-    from dpo_cli.training.prepare import precompute
+    from dpo_cli.reference.precompute import precompute
 
     out.show(precompute(options, reporter))
 

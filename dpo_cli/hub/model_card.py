@@ -42,7 +42,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 
     ``before`` and ``after`` are metrics of the held-out pairs, empty if there are none.
     """
-    options, known = run.options, _metadata_of(run.source)
+    options, known = run.options, _metadata_of(run.policy.source)
     shown: dict[str, Any] = {"loss": options.objective.name} | {key: getattr(options, key) for key in _OPTIONS}
     shown |= {"steps": len(run.plan), "pairs": len(run.pairs)}
     trained = "All its weights were trained."
@@ -52,10 +52,10 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
         trained = f"A {options.lora_type} adapter of rank {options.lora_rank} was trained{whole}{bits}."
     return _render(
         run.folder.name,
-        f"{_line(run.source.title)}, fine-tuned on {len(run.pairs):,} preference pairs with "
+        f"{_line(run.policy.source.title)}, fine-tuned on {len(run.pairs):,} preference pairs with "
         f"{_method(options.objective)} by dpo-cli {version('dpo-cli')}. {trained}",
         options.objective,
-        known | {"base_model": hub_name(run.source) or known.get("base_model")},
+        known | {"base_model": hub_name(run.policy.source) or known.get("base_model")},
         datasets=sorted({i for d in options.data if (i := hub_id(d))}) or None,
         adapter=bool(options.lora_rank) and options.export != "merged",
         options=[(key.replace("_", " "), value) for key, value in shown.items() if value not in (None, "")],
