@@ -50,10 +50,9 @@ def train(
         Interrupted: a signal came, as from a notebook's stop button; a checkpoint was written.
         DpoError: the run failed, and its last checkpoint is whole; or it is complete and could not be uploaded.
     """
-    rows = dict[Path, str]()
-    given, folder, file = _given(data, options, rows), _path(resume), _path(config)
+    given, folder, file = _given(data, options), _path(resume), _path(config)
     resolved = resolve_training(given, folder, file, ("config", "progress", "resume", "dry_run"))
-    with _reporter(progress, resolved, rows) as reporter:
+    with _reporter(progress, resolved) as reporter:
         from dpo_cli.training.loop import train as run
 
         values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": file}
@@ -76,10 +75,9 @@ def evaluate(
         UsageError: an option or the data cannot be used.
         DpoError: the evaluation failed.
     """
-    rows = dict[Path, str]()
-    resolved = resolve(EvalOptions, _given(data, options, rows), _path(config), ("config", "progress"))
+    resolved = resolve(EvalOptions, _given(data, options), _path(config), ("config", "progress"))
     results: list[dict[str, Any]] = []
-    with _reporter(progress, resolved, rows) as reporter:
+    with _reporter(progress, resolved) as reporter:
         from dpo_cli.evaluation.evaluate import run_eval
 
         run_eval(resolved, reporter, results.append)
@@ -97,22 +95,21 @@ def precompute(
         UsageError: an option or the data cannot be used.
         DpoError: with ``verify``, a cached log-prob is off by more than arithmetic explains.
     """
-    rows = dict[Path, str]()
-    resolved = resolve(PrecomputeOptions, _given(data, options, rows), _path(config), ("config", "progress"))
-    with _reporter(progress, resolved, rows) as reporter:
+    resolved = resolve(PrecomputeOptions, _given(data, options), _path(config), ("config", "progress"))
+    with _reporter(progress, resolved) as reporter:
         from dpo_cli.reference.precompute import precompute as run
 
         return run(resolved, reporter)
 
 
-def _given(data: Data | None, options: Mapping[str, Any], rows: dict[Path, str]) -> dict[str, Any]:
-    """Return the options as a command has them; rows in memory go to ``rows``, by the file that will have them."""
+def _given(data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options as a command has them: with names of data only."""
     given = {**options, "data": data}
-    return given | {name: _sources(given[name], rows) for name in ("data", "eval_data") if name in given}
+    return given | {name: _sources(given[name]) for name in ("data", "eval_data") if name in given}
 
 
-def _sources(data: Data | None, rows: dict[Path, str]) -> Any:
-    """Return names of data, for rows in memory that of a file named by their content.
+def _sources(data: Data | None) -> Any:
+    """Return names of data; rows in memory are written to a file named by their content.
 
     Raises:
         UsageError: there are none, or they cannot be written.
@@ -129,14 +126,15 @@ def _sources(data: Data | None, rows: dict[Path, str]) -> Any:
     import hashlib
     import json
 
-    from dpo_cli.utils.files import finite
+    from dpo_cli.utils.files import atomic_write, finite
 
     try:
         text = "".join(json.dumps(finite(dict(row))) + "\n" for row in items)
     except (TypeError, ValueError) as error:
         raise UsageError(f"the rows cannot be written as JSON: {error}") from error
     file = ROWS / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-    rows[file] = text
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return file
 
 
@@ -145,19 +143,10 @@ def _path(name: Name | None) -> Path | None:
 
 
 @contextmanager
-def _reporter(progress: bool, options: DataOptions, rows: Mapping[Path, str]) -> Iterator[Reporter]:
-    """Write the rows, now that the options are right, and yield a reporter; models' memory is released afterwards.
-
-    Raises:
-        UsageError: a launcher started several processes; or a name in the options does not exist.
-    """
+def _reporter(progress: bool, options: DataOptions) -> Iterator[Reporter]:
+    """Yield a reporter, as the command has one; models' memory is released afterwards."""
     from dpo_cli.cli.command import Output
-    from dpo_cli.utils.files import atomic_write
 
-    for file, text in rows.items():
-        if not file.exists():
-            with atomic_write(file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
     out = Output()
     out.quiet = not progress
     reporter = out.reporter(options)

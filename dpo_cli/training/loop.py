@@ -49,10 +49,10 @@ def train(
         Interrupted: a signal came; a checkpoint was written.
     """
     folders: list[Path] = [resume] if resume else []  # the run's, once it is there
-    with distributed.started(lambda: _after_lost_rank(folders, options)) as accelerator, ExitStack() as holding:
+    with distributed.started(lambda: _after_lost_rank(folders, options)) as device, ExitStack() as holding:
         _check_start(options, resume, command, reporter, dry_run, holding)
         set_seed(options.seed)
-        run = prepare_run(options, resume, accelerator.device, reporter, dry_run)
+        run = prepare_run(options, resume, device, reporter, dry_run)
         if options.push_to_hub and options.lora_rank and options.export != "merged":
             check_base(run.policy.source.name)
         if dry_run:

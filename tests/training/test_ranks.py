@@ -333,7 +333,7 @@ def test_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         with monkeypatch.context() as patched:
             patched.setenv(variable, "true")
-            assert "start with torchrun, or with accelerate launch and no such plugin" in refusal(*run)
+            assert "which is not used here; start with torchrun" in refusal(*run)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     told = refusal("eval", "--data", str(SAMPLE / "heldout.jsonl"), "--model", str(tiny))
