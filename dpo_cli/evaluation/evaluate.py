@@ -27,7 +27,7 @@ from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generat
 from dpo_cli.evaluation.metrics import LossInput
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
-from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint, same_weights
+from dpo_cli.models.fingerprint import fingerprint, hash_weights, same_weights
 from dpo_cli.models.loading import compile_layers, default_device, dtype_name, load_model, release
 from dpo_cli.models.locate import ModelSource, start_model
 from dpo_cli.models.logprobs import ModelRunner
@@ -250,10 +250,9 @@ class _TwoModels:
         began, device = self.began, default_device()
         frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
         memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
-        memo = WeightsHashCache(source, self.options.cache_dir)
         model = load_model(source)
         own_attention = model.config._attn_implementation
-        weights = memo.hash(model) if named else ""
+        weights = hash_weights(model) if named else ""
         scorer = make_scorer(model, self.pairs, self.options, device, self.reporter, memory)
         weights = halved_if_split(model, weights, memory)[0]
         tell_long(scorer, self.pairs, self.reporter)

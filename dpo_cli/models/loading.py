@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import json
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,16 +26,12 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-from transformers.utils import (
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-)
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from dpo_cli.models import adapter_files, adapter_vocabulary
 from dpo_cli.models.adapters import is_tied
-from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource, gguf_value
+from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource
 from dpo_cli.models.quantized import SCALES, packing_of, settle
 from dpo_cli.models.sharding import shard_like
 from dpo_cli.utils.errors import DpoError, UsageError
@@ -56,64 +52,16 @@ def _reason(error: Exception) -> str:
     return kind + re.sub(r"\x1b\[[\d;]*m|\t", "", str(error))
 
 
-def count_parameters(source: ModelSource) -> int | None:
-    """Count parameters from the configuration; None if it cannot be derived, or for an unconverted GGUF."""
-    if source.gguf and not source.converted:
-        return None
-    try:
-        return int(_without_weights(source).num_parameters())
-    except Exception:  # of any kind; only an estimate needs it
-        return None
-
-
-def _without_weights(source: ModelSource) -> PreTrainedModel:
-    """Build the model on the meta device, from its configuration."""
-    config = AutoConfig.from_pretrained(**source.config_arguments())
-    with torch.device("meta"):
-        model: PreTrainedModel = declared_class(config).from_config(config, trust_remote_code=source.trust)
-    return model
-
-
-def with_vocabulary(source: ModelSource) -> ModelSource:
-    """Set the vocabulary size that an adapter's base needs, if the adapter was trained with another.
-
-    Raises:
-        UsageError: peft cannot compute the adapter, or nothing says what new tokens' weights are.
-    """
-    if source.adapter is None:
-        return source
-    adapter_files.read_config(source.adapter)
-    try:
-        base = _without_weights(source)
-    except Exception:  # of any kind; loading the model reports it
-        return source
-    rows = cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0]
-    own = _tokens(source)
-    if own > rows and own <= _tokens(replace(source, tokenizer=None)):  # of no use to the base either
-        own = 0
-    wanted = adapter_vocabulary.vocabulary(base, source.adapter, own)
-    return replace(source, tokens=wanted) if wanted != rows else source
-
-
-def _tokens(source: ModelSource) -> int:
-    """Count the ids of a model's tokenizer; 0 if it cannot be loaded."""
-    try:
-        return int(max(load_tokenizer(source).get_vocab().values(), default=-1)) + 1
-    except UsageError:
-        return 0
-
-
 def load_tokenizer(source: ModelSource) -> Any:
     """Load the model's tokenizer, with its chat template."""
-    arguments = source.arguments()
-    if own := source.tokenizer or source.converted:
-        arguments = {"pretrained_model_name_or_path": own, "trust_remote_code": source.trust}
+    own = {"pretrained_model_name_or_path": source.tokenizer, "trust_remote_code": source.trust}
+    arguments = own if source.tokenizer else source.arguments()
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # whatever a folder from elsewhere makes the library raise
         remedy = f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else ""
         raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}{remedy}") from error
-    if source.gguf and not own:
+    if source.gguf and "gguf_file" in arguments:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer
 
@@ -123,9 +71,11 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
 
     transformers builds a plain byte-level pre-tokenizer from a GGUF and drops the kind that the file names.
     """
+    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    if gguf_value(file, "tokenizer.ggml.pre") == "smollm":
+    kind = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    if kind and kind.contents() == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
         )
@@ -210,7 +160,7 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
         settle(model, source, packing)
     if not is_tied(model):  # whatever the config says: a class that believes it would overwrite one of two matrices
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-    if "gguf_file" not in arguments:
+    if not source.gguf:
         cast(Any, model).not_loaded = _not_loaded(model, source, loaded[1]["unexpected_keys"])
     if is_multimodal(model):
         files = (cached_file(source.path, f, _raise_exceptions_for_missing_entries=False) for f in PROCESSORS)
@@ -240,24 +190,13 @@ def _loading(source: ModelSource) -> tuple[Any, dict[str, Any]]:
 
 def _not_loaded(model: PreTrainedModel, source: ModelSource, unexpected: set[str]) -> dict[str, Path | None]:
     """Return tensors of a checkpoint that its model does not have, and their files, None if there is none."""
-    stored, ignored = _stored_tensors(source), model._keys_to_ignore_on_load_unexpected or ()
+    stored = dict[str, Path]()
+    for file in source.folder().glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= dict.fromkeys(tensors.keys(), file)
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
     names = unexpected | {name for name in stored if any(re.search(pattern, name) for pattern in ignored)}
     return {name: stored.get(name) for name in sorted(names - model.state_dict().keys()) if not COMPUTED.search(name)}
-
-
-def _stored_tensors(source: ModelSource) -> dict[str, Path]:
-    """Return the file of each tensor of a checkpoint."""
-    index, single = (
-        cached_file(source.path, file, _raise_exceptions_for_missing_entries=False)
-        for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
-    )
-    if index:
-        files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        return {name: Path(index).with_name(file) for name, file in files.items()}
-    if not single:
-        return {}
-    with safe_open(single, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), Path(single))
 
 
 def is_multimodal(model: PreTrainedModel) -> bool:
@@ -291,8 +230,9 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
 
 def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     """Add the adapter or the checkpoint that the source names, and the adapter's generation config."""
-    if source.tokens:
-        adapter_vocabulary.resize(model, source.tokens)
+    if source.adapter:
+        tokens, of_base = _tokens(source), _tokens(replace(source, tokenizer=None))
+        adapter_vocabulary.fit(model, source.adapter, tokens if tokens > of_base else 0)
     if source.adapter and source.attached:
         adapter_files.attach_saved(model, source.adapter, source.name)
     elif source.adapter:
@@ -302,6 +242,13 @@ def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     if source.checkpoint and source.checkpoint != source.adapter:
         put_weights(model, source.checkpoint)
     return model
+
+
+def _tokens(source: ModelSource) -> int:
+    """Count the ids of a model's tokenizer; 0 if it cannot be loaded."""
+    with suppress(UsageError):
+        return int(max(load_tokenizer(source).get_vocab().values(), default=-1)) + 1
+    return 0
 
 
 def _bits(quantize: str) -> BitsAndBytesConfig:
@@ -361,7 +308,7 @@ def export_dtype(name: str, source: ModelSource) -> torch.dtype:
     """Return the precision of exported weights; ``auto``: that in which the start model is stored."""
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16
-    config = AutoConfig.from_pretrained(**source.config_arguments())
+    config = AutoConfig.from_pretrained(**source.arguments())
     stored = config.dtype or config.get_text_config().dtype
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float32
 
@@ -379,8 +326,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     """
     from torch._inductor import config as inductor
 
-    if hasattr(inductor, "emulate_precision_casts"):  # as without: the graph with a backward pass would round elsewhere
-        inductor.emulate_precision_casts = True
+    inductor.emulate_precision_casts = True  # as without: the graph with a backward pass would round elsewhere
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from dpo_cli.models.locate import ModelSource
 from dpo_cli.utils.errors import UsageError
 
 KEY = "quantization_config"
+FOUR_BIT = "bitsandbytes_4bit"
 # Those that transformers dequantizes on every device. The last two need bitsandbytes: an adapter goes over weights of 4
 # bits as they are; those of 8 would compute otherwise in training, and otherwise beside other rows.
 NAMES = {
@@ -28,7 +29,7 @@ NAMES = {
     "fp8": "FP8",
     "mxfp8": "MXFP8",
     "bitsandbytes_8bit": "bitsandbytes 8 bit",
-    (FOUR_BIT := "bitsandbytes_4bit"): "bitsandbytes 4 bit",
+    FOUR_BIT: "bitsandbytes 4 bit",
 }
 SCALES = ("_scale_inv", ".weight_scale", ".SCB")  # without which weights of 8 bits are others
 
@@ -39,7 +40,6 @@ class Packing:
 
     method: str  # as transformers names it; empty where the configuration does not
     values: Mapping[str, Any]
-    named: str | None  # the model that the configuration was made from
 
     @property
     def name(self) -> str:
@@ -79,18 +79,17 @@ def packing_of(source: ModelSource) -> Packing | None:
     for bits in ("4bit", "8bit"):
         if values.get(f"load_in_{bits}") is True:
             method = f"bitsandbytes_{bits}"
-    return Packing(method if isinstance(method, str) else "", values, config.get("_name_or_path"))
+    return Packing(method if isinstance(method, str) else "", values)
 
 
-def _made_from(source: ModelSource, packing: Packing) -> str:
-    """Describe the model with plain weights by the model card, else by the configuration."""
-    names: dict[str, Any] = {"config.json": packing.named}
+def _made_from(source: ModelSource) -> str:
+    """Describe the model with plain weights, by the model card."""
+    base: Any = None
     with suppress(Exception):  # there is none, or whatever stands in it
-        card = Path(source.path, "README.md")
-        data = ModelCard.load(card if card.parent.is_dir() else source.path, ignore_metadata_errors=True).data
-        names = {"model card": data.base_model[0] if isinstance(data.base_model, list) else data.base_model} | names
-    named = [f" ({where}: {name})" for where, name in names.items() if isinstance(name, str) and name != source.path]
-    return "the model that it was made from" + next(filter(None, named), "")
+        card = Path(source.path, "README.md") if Path(source.path).is_dir() else source.path
+        base = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
+    named = base[0] if isinstance(base, list) and base else base
+    return "the model that it was made from" + (f" (model card: {named})" if isinstance(named, str) else "")
 
 
 def admit(source: ModelSource, name: str | None, options: Options | None = None, frozen: bool = False) -> ModelSource:
@@ -103,7 +102,7 @@ def admit(source: ModelSource, name: str | None, options: Options | None = None,
     """
     if not (packing := packing_of(source)):
         return source
-    unpacked = _made_from(source, packing)
+    unpacked = _made_from(source)
     if not frozen and (quantize := getattr(options, "quantize", None)):
         raise UsageError(f"--load-in-{quantize}: {source.path} is packed already ({packing.name}); name {unpacked}")
     whose = f"--model {name}: {f'its base {source.name}' if source.adapter else 'it'} is packed ({packing.name})"
@@ -116,9 +115,7 @@ def admit(source: ModelSource, name: str | None, options: Options | None = None,
         raise UsageError(f"{whose}, which needs {' and '.join(needs)}; or {other}")
     try:
         AutoQuantizationConfig.from_dict(dict(packing.values))
-        check_blocks(source, packing)
-    except FileNotFoundError:  # the weights are not on this disk yet
-        pass
+        _check_blocks(source, packing.values.get("weight_block_size"))
     except Exception as error:  # whatever stands in it
         raise UsageError(f"{whose} and cannot be read ({' '.join(str(error).split())}); {other}") from error
     stored = f"{packing.name}, dequantized to float32"
@@ -145,20 +142,18 @@ def _needs(packing: Packing, source: ModelSource, options: Options | None, froze
         yield "to compute in bfloat16 (leave out --dtype float32)"
 
 
-def check_blocks(source: ModelSource, packing: Packing) -> None:
+def _check_blocks(source: ModelSource, block: Sequence[int] | None) -> None:
     """Refuse FP8 weights whose size is no multiple of the block size: transformers would spread the scales evenly.
 
     Raises:
         ValueError: naming the weight.
-        OSError: the weights are not on this disk.
     """
-    block = packing.values.get("weight_block_size")
     if not block:
         return
-    local = Path(source.path)
-    folder = local if local.is_dir() else Path(snapshot_download(source.path, local_files_only=True))
+    if not Path(source.path).is_dir():
+        snapshot_download(source.path, allow_patterns=["model*.safetensors"])  # which loading would do next
     shapes: dict[str, list[int]] = {}
-    for file in folder.glob("*.safetensors"):
+    for file in source.folder().glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
             shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     for name, grid in shapes.items():
@@ -189,7 +184,6 @@ def settle(model: PreTrainedModel, source: ModelSource, packing: Packing) -> Non
             if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
                 parameter.data = parameter.to(dtype)
         return
-    check_blocks(source, packing)
     if is_quantized(model):
         model.dequantize(torch.float32)
     model.float()

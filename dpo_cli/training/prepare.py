@@ -10,7 +10,6 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -28,11 +27,11 @@ from dpo_cli.data.token_cache import TokenCache, merge
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import LOSSES
-from dpo_cli.models.adapter_files import CONFIG, unknown_keys
+from dpo_cli.models.adapter_files import CONFIG, read_config, unknown_keys
 from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantized
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.converted import use_converted
-from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint
+from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.layout import choose_layout
 from dpo_cli.models.loading import (
     compile_layers,
@@ -40,7 +39,6 @@ from dpo_cli.models.loading import (
     dtype_name,
     load_model,
     load_tokenizer,
-    with_vocabulary,
 )
 from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.models.logprobs import ModelRunner, logp_tolerance
@@ -72,37 +70,34 @@ def choose_model(
         source = distributed.rank_0_first(
             lambda: use_converted(source, cache_dir, isinstance(options, Options), reporter)
         )
-    if source.adapter and isinstance(options, Options):
-        source = fit_adapter(source, reporter)
+    check_adapter(source, reporter)
     if source.trust:
         reporter.warning(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")
     return source
 
 
-def fit_adapter(source: ModelSource, reporter: Reporter) -> ModelSource:
-    """Report the tokens that the base of an adapter gets, and what of the adapter peft ignores; returns its source.
+def check_adapter(source: ModelSource, reporter: Reporter) -> None:
+    """Warn of what peft ignores of an adapter's configuration.
 
     Raises:
-        UsageError: it cannot be loaded.
+        UsageError: it is of a kind that is neither trained nor merged here.
     """
-    source, folder = with_vocabulary(source), cast(Path, source.adapter)
-    if source.tokens:
-        reporter.info("", f"its base is resized to the {source.tokens:,} tokens that the adapter was trained with")
-    if ignored := unknown_keys(folder):
+    if source.adapter is None:
+        return
+    read_config(source.adapter)
+    if ignored := unknown_keys(source.adapter):
         keys = ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(ignored.items()))
-        reporter.warning(f"{folder / CONFIG}: peft {version('peft')} does not know and ignores {keys[:300]}")
-    return source
+        reporter.warning(f"{source.adapter / CONFIG}: peft {version('peft')} does not know and ignores {keys[:300]}")
 
 
-def load_weights(source: ModelSource, options: Options, remember: bool = True) -> tuple[PreTrainedModel, str]:
-    """The model and the hash of its weights, which is remembered for the next start."""
-    memo = WeightsHashCache(source, options.cache_dir)
+def load_weights(source: ModelSource) -> tuple[PreTrainedModel, str]:
+    """The model and the hash of its weights."""
     model = load_model(source)
-    return model, memo.hash(model, remember)
+    return model, hash_weights(model)
 
 
 def load_spread(
-    source: ModelSource, options: TrainOptions | PrecomputeOptions, device: torch.device, remember: bool = True
+    source: ModelSource, options: TrainOptions | PrecomputeOptions, device: torch.device
 ) -> tuple[PreTrainedModel, str]:
     """``load_weights`` on every rank, in shards where that is asked for: then one rank of a host after the other.
 
@@ -110,7 +105,7 @@ def load_spread(
         UsageError: the options do not go with shards, or there is nothing to shard over.
     """
     if not options.fsdp:
-        return load_weights(source, options, remember)
+        return load_weights(source)
     if not distributed.is_launched():
         raise UsageError("--fsdp: there is one process to shard over; start it with torchrun")
     if options.memory not in ("auto", "full"):
@@ -123,7 +118,7 @@ def load_spread(
         raise UsageError("--compile: not with --fsdp, whose layers gather their weights as they run")
 
     def load() -> tuple[PreTrainedModel, str]:
-        model, weights = load_weights(source, options, remember)
+        model, weights = load_weights(source)
         shard(model, device)
         return model, weights
 
@@ -281,6 +276,8 @@ def _tell_unread(model: PreTrainedModel, reporter: Reporter) -> None:
     if frozen and not is_adapted(model) and not is_quantized(model):
         parts = sorted({".".join(name.split(".")[:2]) for name in frozen})
         reporter.info("", f"not read by text, not trained, exported as they are: {', '.join(parts)}")
+    if rows := getattr(model, "resized", None):
+        reporter.info("", f"its base is resized to the {rows:,} tokens that the adapter was trained with")
     if left := getattr(model, "not_loaded", {}):
         parts = sorted({kind_of(name.rpartition(".")[0]) for name in left})[:5]
         kept = "a whole export keeps them" if all(left.values()) else "an export is without them"

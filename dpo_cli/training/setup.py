@@ -36,7 +36,7 @@ from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.evaluation.kl import Progress, RecordedStates
-from dpo_cli.models.adapter_files import check_loadable, settings, trainable_config
+from dpo_cli.models.adapter_files import check_loadable, read_config, settings
 from dpo_cli.models.adapters import (
     attach,
     describe_adapter,
@@ -191,7 +191,7 @@ def lay_out_run(
     reference = (
         _scored_reference(options, tokenizer, pairs, held_out, device, reporter, dry_run) if options.ref_model else None
     )
-    model, weights = load_spread(source, options, device, remember=not dry_run)
+    model, weights = load_spread(source, options, device)
     own_attention = model.config._attn_implementation
     experts = experts_a_token(model, pairs[0]) if options.router_aux_loss_coef else 0
     mode = weights_mode(options.memory, bool(options.lora_rank), options.dtype, device)
@@ -307,7 +307,7 @@ def _with_adapter(
         kind, targets = options.lora_type or "lora", options.lora_targets or "all-linear"
         alpha = options.lora_alpha or (16 if kind == "rslora" else 2 * options.lora_rank)
         return source, dataclasses.replace(options, lora_type=kind, lora_targets=targets, lora_alpha=alpha)
-    own, began = settings(trainable_config(source.adapter)), trained_with(source.run) if source.run else None
+    own, began = settings(read_config(source.adapter)), trained_with(source.run) if source.run else None
     known = {name: (None, value, getattr(began, name, None)) for name, value in own.items()}  # also as the run says it
     if other := [name for name, values in known.items() if getattr(options, name) not in values]:
         differ = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
@@ -399,7 +399,7 @@ def _scored_reference(
     try:
         source = choose_model(options.ref_model, options, reporter, "reference")
         _check_same_tokens(options.ref_model, tokenizer, load_tokenizer(source))
-        model, weights = load_weights(source, options, remember=not dry_run)
+        model, weights = load_weights(source)
     except UsageError as error:
         raise UsageError(str(error).replace("--model", "--ref-model")) from error
     steps = step_pairs(
