@@ -104,7 +104,7 @@ def times(name: str | None, count: int, repeats: int) -> None:
 def memory(count: int) -> str:
     """One line of the table of memory, in a process of its own."""
     sys.path.insert(0, str(ROOT))
-    from tests.conftest import make_model, make_tokenizer, random_pairs
+    from tests.helpers import make_model, make_tokenizer, random_pairs
 
     torch.set_num_threads(1)
     pairs = Pairs(random_pairs(count, longest=60))

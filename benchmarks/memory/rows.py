@@ -139,7 +139,7 @@ def check(rows: int, model: str | None) -> str:
         write_file(folder / "rows.jsonl", rows)
         if model is None:
             sys.path.insert(0, str(ROOT))
-            from tests.conftest import make_model
+            from tests.helpers import make_model
 
             make_model().save_pretrained(folder / "tiny")
             local_tokenizer(None).save_pretrained(folder / "tiny")
@@ -168,7 +168,7 @@ def local_tokenizer(model: str | None) -> Any:
     if model:
         return load_tokenizer(find_model(model))
     sys.path.insert(0, str(ROOT))
-    from tests.conftest import make_tokenizer
+    from tests.helpers import make_tokenizer
 
     return make_tokenizer()
 

@@ -45,19 +45,15 @@ def make_config(
     """
     from peft import LoraConfig  # peft takes a second to import
 
-    whole = _modules_to_save(model, to_save, targets) if to_save else []
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    saves_embedding = any(model.get_submodule(name) is embedding for name in whole)
-    for option, names, ends in (
-        ("--lora-targets", targets.modules, (embedding, head)),
-        ("--modules-to-save", whole, (head,)),
-    ):
-        shared = [name for name in names if any(model.get_submodule(name) is end for end in ends)]
-        if shared and is_tied(model):
-            raise UsageError(
-                f"{option}: the weights of {shared[0]} are embedding and head at once, and one would be trained "
-                "without the other; to train both as one, name the embedding in --modules-to-save"
-            )
+    whole, tied = _modules_to_save(model, to_save, targets) if to_save else [], is_tied(model)
+    embedding = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    alone = [n for n in targets.modules if n in embedding + head] + [n for n in whole if n in head]
+    if tied and alone:
+        raise UsageError(
+            f"--lora-targets, --modules-to-save: the weights of {alone[0]} are embedding and head at once, and one "
+            "would be trained without the other; to train both as one, name the embedding in --modules-to-save"
+        )
     if kind == "dora" and targets.parameters:
         raise UsageError(
             f"--lora-type dora: peft does not decompose {kind_of(targets.parameters[0])}, which it adapts as a "
@@ -74,7 +70,7 @@ def make_config(
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
         modules_to_save=whole or None,
-        ensure_weight_tying=is_tied(model) and saves_embedding,
+        ensure_weight_tying=tied and not {*embedding}.isdisjoint(whole),
     )
 
 
@@ -86,22 +82,21 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 def _modules_to_save(model: PreTrainedModel, names: str, targets: Targets) -> list[str]:
     """Return all modules that ``--modules-to-save`` names by their ends."""
-    found: list[str] = []
+    found = dict[str, None]()
     for name in names.split(","):
         ending = [full for full, _ in model.named_modules() if ends_with(full, name)]
         if not ending:
             kinds = sorted({kind_of(full.rpartition(".")[0]) for full, _ in model.named_parameters()})
-            raise UsageError(
-                f"--modules-to-save {names}: no module's name ends with {name}; there are {', '.join(kinds)}"
-            )
-        found += [full for full in ending if full not in found]
+            why = f"no module's name ends with {name}; there are {', '.join(kinds)}"
+            raise UsageError(f"--modules-to-save {names}: {why}")
+        found.update(dict.fromkeys(ending))
     inside = tuple(f"{name}." for name in found)
     if both := [name for name in (*targets.modules, *targets.parameters) if f"{name}.".startswith(inside)]:
         raise UsageError(
             f"--modules-to-save {names}: {kind_of(both[0])} would be trained whole and have an adapter; name other "
             "--lora-targets, or leave it out"
         )
-    return found
+    return [*found]
 
 
 def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> Any:
@@ -159,22 +154,25 @@ def try_backward(model: PreTrainedModel, logps: Callable[[], Tensor]) -> list[st
 
 def describe_adapter(model: nn.Module) -> str:
     """Describe how many matrices have an adapter, by kind, and what is trained in full beside them."""
-    kinds, whole = Counter[str](), Counter[str]()
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            parameter = getattr(module, "parameter_name", "weight")
-            kinds[kind_of(name.replace(".base_layer", "") + f".{parameter}" * (parameter != "weight"))] += 1
-        elif type(module).__name__ == "ModulesToSaveWrapper":
-            whole[kind_of(name)] += 1
+    kinds = Counter(kind for kind, _ in _adapted(model))
+    whole = Counter(
+        kind_of(n) for n, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"
+    )
     return f"{kinds.total():,} matrices: {counted(kinds)}" + (f"; trained whole: {counted(whole)}" if whole else "")
 
 
 def experts_of_version_5(model: PreTrainedModel) -> list[str]:
     """The kinds of adapted expert tensors that transformers 4 has as other modules, so that it cannot load them."""
-    if model.config.get_text_config().model_type in SAME_EXPERTS:
-        return []
-    parameters = [(name, getattr(module, "parameter_name", "weight")) for name, module in model.named_modules()]
-    return sorted({kind_of(f"{name.replace('.base_layer', '')}.{own}") for name, own in parameters if own != "weight"})
+    same = model.config.get_text_config().model_type in SAME_EXPERTS
+    return [] if same else sorted({kind for kind, own in _adapted(model) if own != "weight"})
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The kind of each adapted matrix, and the name that its module has for it."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            own = getattr(module, "parameter_name", "weight")
+            yield kind_of(name.replace(".base_layer", "") + f".{own}" * (own != "weight")), own
 
 
 def trained(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -68,16 +68,11 @@ def prefix_shared_attention(
     parts = []
     for place, (prompt, _, _) in enumerate(segments.spans):
         first, second = 2 * place, 2 * place + 1
-        k, v = (_after_prompt(x[first], prompt, x[second]) for x in (keys, values))
+        k, v = (torch.cat([x[first][:, :, :prompt], x[second]], dim=2) for x in (keys, values))
         how = (segments, scaling, dropout, s_aux, sliding_window)
         parts.append(_causal(queries[first], keys[first], values[first], *how))
         parts.append(_causal(queries[second], k, v, *how))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _after_prompt(first: Tensor, prompt: int, rejected: Tensor) -> Tensor:
-    """What the rejected response sees: the prompt, out of ``prompt+chosen``, and itself."""
-    return torch.cat([first[:, :, :prompt], rejected], dim=2)
 
 
 def _causal(

@@ -50,21 +50,22 @@ def choose_layout(
             training, or changes when the model has read a longer sequence.
     """
     groups, limit = _tried(model, pairs, max_tokens, device)
-    alone, places = _responses([pair for group in groups for pair in group], device)
+    tried = [pair for group in groups for pair in group]
+    longest = max(((p.prompt, r) for p in tried for r in (p.chosen, p.rejected)), key=lambda each: sum(map(len, each)))
     precisions = dict.fromkeys((torch.float32, dtype))
     with forward_errors("the model's own forward fails on a pair of the data"):
-        expected = {p: _scored(model, alone, p)[places] for p in precisions}
+        expected = {p: _alone(model, tried, device, p) for p in precisions}
     if not all(logps.isfinite().all() for logps in expected.values()):
         raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
     with forward_errors("the model's own forward fails in training mode"):
-        _check_alone(model, alone[-1])
+        _check_alone(model, padded([longest]).to(device))
     apart, reasons = False, list[str]()
     with suppress(UsageError), forward_errors("a body or a head of another kind"):
-        together = _scored(model, alone, torch.float32, apart=True)[places]
+        together = _alone(model, tried, device, torch.float32, apart=True)
         apart = _largest(together - expected[torch.float32]) < 1e-3
     layouts: list[Layout] = [*DESCRIPTIONS]
     chosen = getattr(model.config.get_text_config(), "index_topk", None)
-    if chosen and alone[-1].input_ids.shape[1] > chosen:
+    if chosen and sum(map(len, longest)) > chosen:
         limit, layouts = min(limit, chosen), ["alone"]
         reasons.append("its attention chooses tokens, and breaks ties by the row's length")
     for layout in layouts:
@@ -72,10 +73,11 @@ def choose_layout(
         own = PREFIX_SHARED if layout == "shared" else None
         try:
             with forward_errors(f"{layout}: not supported by the code of this model"), attention(model, own):
-                off = {p: _scored(model, forwards, p, apart) - expected[p] for p in precisions}
+                scored = {p: torch.cat([token_logps(model, b, p, apart) for b in forwards]) for p in precisions}
         except UsageError as error:
             reasons.append(str(error))
             continue
+        off = {p: logps - expected[p] for p, logps in scored.items()}
         largest = _largest(off[torch.float32])
         if largest >= 1e-3 or not off[dtype].abs().mean() < 0.1:
             reasons.append(f"{layout}: off by {max(map(_largest, off.values())):.2g} nats")
@@ -125,23 +127,18 @@ def _tried(
     return groups, min(between, default=math.inf)
 
 
-def _responses(tried: Sequence[Pair], device: torch.device) -> tuple[list[MicroBatch], Tensor]:
-    """A forward for each response of these pairs, equal ones once, and shorter ones before one that may leave state.
+def _alone(
+    model: PreTrainedModel, tried: Sequence[Pair], device: torch.device, dtype: torch.dtype, apart: bool = False
+) -> Tensor:
+    """The token log-probs of these pairs, a forward for each response, shorter ones before one that may leave state.
 
-    The tensor (N,) holds the place of each of the pairs' tokens among theirs.
+    Shapes: (N,), in the order of the pairs.
     """
     sequences = [(pair.prompt, response) for pair in tried for response in (pair.chosen, pair.rejected)]
-    names = [(prompt.tobytes(), response.tobytes()) for prompt, response in sequences]
-    kept = dict(sorted(zip(names, sequences, strict=True), key=lambda each: sum(map(len, each[1]))))
-    batches = [padded([sequence]).to(device) for sequence in kept.values()]
-    counts = [len(batch.targets) for batch in batches]
-    places = dict(zip(kept, torch.arange(sum(counts), device=device).split(counts), strict=True))
-    return batches, torch.cat([places[name] for name in names])
-
-
-def _scored(model: PreTrainedModel, forwards: Sequence[MicroBatch], dtype: torch.dtype, apart: bool = False) -> Tensor:
-    """The token log-probs of one forward after the other: (N,) nats."""
-    return torch.cat([token_logps(model, batch, dtype, apart) for batch in forwards])
+    logps = dict[int, Tensor]()
+    for i in sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i]))):
+        logps[i] = token_logps(model, padded([sequences[i]]).to(device), dtype, apart)
+    return torch.cat([logps[i] for i in range(len(sequences))])
 
 
 def _largest(off: Tensor) -> float:

@@ -32,7 +32,7 @@ from transformers.utils.hub import cached_file
 from dpo_cli.models import adapter_files, adapter_vocabulary
 from dpo_cli.models.adapters import is_tied
 from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource
-from dpo_cli.models.quantized import SCALES, packing_of, settle
+from dpo_cli.models.quantized import KEY, SCALES, dequantize, packing_of
 from dpo_cli.models.sharding import shard_like
 from dpo_cli.utils.errors import DpoError, UsageError
 
@@ -84,7 +84,7 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
 def load_model(source: ModelSource) -> PreTrainedModel:
     """Load the model with float32 weights, on the CPU, in evaluation mode.
 
-    It is quantized and on its device if ``source.quantize`` asks for it or an adapter is attached to a packed base.
+    It is quantized and on its device if ``source.quantize`` asks for it.
 
     Raises:
         UsageError: no such model, or its weights cannot be read.
@@ -99,9 +99,8 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     except UsageError:
         raise
     except Exception as error:  # the same of an adapter's or a checkpoint's
-        raise UsageError(
-            f"--model {source.checkpoint or source.adapter}: cannot be loaded\n{_reason(error)}"
-        ) from error
+        own = source.checkpoint or source.adapter
+        raise UsageError(f"--model {own}: cannot be loaded\n{_reason(error)}") from error
     if not source.attached:
         freeze_unread(model)
     for tensor in (*model.parameters(), *model.buffers()) if not source.quantize else ():
@@ -112,7 +111,13 @@ def load_model(source: ModelSource) -> PreTrainedModel:
 
 
 def declared_class(config: PretrainedConfig) -> Any:
-    """Return the auto class of the architecture that a checkpoint declares, multimodal or text only."""
+    """Return the auto class of the architecture that a checkpoint declares, multimodal or text only.
+
+    Raises:
+        ValueError: it is an encoder-decoder.
+    """
+    if config.is_encoder_decoder:  # its decoder alone would load, and no longer report that it is one
+        raise ValueError("it is an encoder-decoder, and no causal language model")
     multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
     return AutoModelForMultimodalLM if multimodal in (config.architectures or ()) else AutoModelForCausalLM
 
@@ -123,69 +128,57 @@ def load_exported(folder: Path, trust: bool, beside: Collection[str] = ()) -> Pr
     Raises:
         ValueError: its weights, but for those named ``beside``, are not those of the class, or something else fails.
     """
+    source = ModelSource(str(folder), "", "", trust=trust)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-        if getattr(config, "quantization_config", None):
+        if packing_of(source) is not None:
             raise ValueError("its config says that it is quantized")
-        arguments = {"dtype": torch.float32, "trust_remote_code": trust, "use_safetensors": True}
-        loaded: Any = declared_class(config).from_pretrained(folder, output_loading_info=True, **arguments)
+        model = _from_pretrained(source)
     except Exception as error:  # of whatever type the libraries raise
         raise ValueError(_reason(error)) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in loaded[1][kind] if name not in beside):
-            raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}")
-    model: PreTrainedModel = loaded[0]
-    model.eval()
+    if odd := [name for name in cast(Any, model).not_loaded if name not in beside]:
+        raise ValueError(f"nothing reads its weights {', '.join(odd[:5])}")
     return model
 
 
 def _from_pretrained(source: ModelSource) -> PreTrainedModel:
-    """Load the model with transformers, without adapter and checkpoint.
+    """Load the model with transformers, in evaluation mode, without adapter and checkpoint.
 
     Raises:
         ValueError: some of its weights would be drawn at random or not be what they were; and whatever transformers
             raises.
     """
-    auto, arguments = _loading(source)
-    loaded: Any = auto.from_pretrained(**arguments, output_loading_info=True)
-    model: PreTrainedModel = loaded[0]
+    arguments, packing = source.arguments() | {"dtype": torch.float32}, packing_of(source)
+    if "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
+        auto: Any = AutoModelForCausalLM
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        arguments["use_safetensors"] = True
+        config = AutoConfig.from_pretrained(**source.arguments())
+        auto = declared_class(config)
+        if source.quantize:
+            device = {"": torch.cuda.current_device()}
+            arguments |= {"quantization_config": _bits(source.quantize), "device_map": device, "dtype": torch.bfloat16}
+        if packing is not None:
+            setattr(config, KEY, {**packing, "dequantize": True})
+            arguments["config"] = config
+    model: Any
+    model, loaded = auto.from_pretrained(**arguments, output_loading_info=True)
     model.eval()
-    if missing := sorted(loaded[1]["missing_keys"]):  # transformers draws them at random
+    if missing := sorted(loaded["missing_keys"]):  # transformers draws them at random
         raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("it is an adapter on the hub; download it and name its folder")
-    if scales := sorted(name for name in loaded[1]["unexpected_keys"] if name.endswith(SCALES)):
+    if scales := sorted(name for name in loaded["unexpected_keys"] if name.endswith(SCALES)):
         raise ValueError(f"its weights are packed, and nothing reads {scales[0]}; name the model that it was made from")
-    if packing := packing_of(source):
-        settle(model, source, packing)
+    if packing is not None:
+        dequantize(model)
     if not is_tied(model):  # whatever the config says: a class that believes it would overwrite one of two matrices
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-    if not source.gguf:
-        cast(Any, model).not_loaded = _not_loaded(model, source, loaded[1]["unexpected_keys"])
+    model.not_loaded = {} if source.gguf else _not_loaded(model, source, loaded["unexpected_keys"])
     if is_multimodal(model):
         files = (cached_file(source.path, f, _raise_exceptions_for_missing_entries=False) for f in PROCESSORS)
-        cast(Any, model).processors = [Path(file) for file in files if file]
-    return model
-
-
-def _loading(source: ModelSource) -> tuple[Any, dict[str, Any]]:
-    """Return the auto class of a model and the arguments of its ``from_pretrained``."""
-    arguments = source.arguments()
-    if "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
-        return AutoModelForCausalLM, arguments | {
-            "quantization_config": GgufConfig(dequantize=True),
-            "dtype": torch.float32,
-        }
-    # Its decoder alone would load, and no longer report that it is one.
-    if (config := AutoConfig.from_pretrained(**arguments)).is_encoder_decoder:
-        raise ValueError("it is an encoder-decoder, and no causal language model")
-    extra: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
-    if source.quantize:
-        extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": torch.cuda.current_device()}}
-        extra["dtype"] = torch.bfloat16
-    if packing := packing_of(source):
-        extra |= packing.loading(config, source)
-    return declared_class(config), arguments | extra
+        model.processors = [Path(file) for file in files if file]
+    return cast(PreTrainedModel, model)
 
 
 def _not_loaded(model: PreTrainedModel, source: ModelSource, unexpected: set[str]) -> dict[str, Path | None]:

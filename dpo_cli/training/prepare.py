@@ -63,7 +63,7 @@ def choose_model(
     if source.checkpoint and verified_step(source.checkpoint) is None:
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     if isinstance(options, Options):  # it is to compute
-        source = admit(source, name, options, frozen=what == "reference")
+        source = admit(source, name, frozen=what == "reference")
     reporter.info(what, source.description)
     if source.gguf:
         cache_dir = getattr(options, "cache_dir", CACHE_DIR)
@@ -325,11 +325,8 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
         raise UsageError(f"{asked}: needs the package bitsandbytes; pip install bitsandbytes")
     if options.dtype == "float32":
         raise UsageError(f"{asked}: computes in bfloat16; leave out --dtype float32")
-    if source.gguf:
-        raise UsageError(
-            f"{asked}: {source.description} is a GGUF file; name the model's folder or its name on the hub"
-        )
-    admit(source, options.model, options)
+    if source.stored:
+        raise UsageError(f"{asked}: {source.description}: it is packed already; name a model with plain weights")
 
 
 def tell_long(scorer: ModelRunner, pairs: Sequence[Pair], reporter: Reporter) -> None:

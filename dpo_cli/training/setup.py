@@ -42,7 +42,6 @@ from dpo_cli.models.adapters import (
     describe_adapter,
     experts_of_version_5,
     is_adapted,
-    is_quantized,
     make_config,
     try_backward,
 )
@@ -573,8 +572,7 @@ _KEPT = {
 
 def _kept_of_adapter(run: Run) -> str:
     coarse = "bfloat16" if run.model.dtype == torch.bfloat16 else "float32"
-    packed = run.source.stored if is_quantized(run.model) else ""
-    return f"frozen base {run.options.quantize or packed or coarse}, adapter and its moments float32"
+    return f"frozen base {run.options.quantize or coarse}, adapter and its moments float32"
 
 
 @contextmanager
