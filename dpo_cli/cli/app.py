@@ -136,7 +136,7 @@ def precompute_ref(*, out: Output, flags: dict[str, Any], config: ConfigFile = N
     """Fill the cache with the reference's log-probabilities."""
     options = resolve(PrecomputeOptions, flags, config)
     reporter = out.reporter(options, several=True)
-    from dpo_cli.training.prepare import precompute
+    from dpo_cli.reference.precompute import precompute
 
     out.show(precompute(options, reporter))
 
@@ -235,7 +235,7 @@ def losses(*, out: Output) -> None:
     out.show(list_losses(), as_text)
 
 
-cache_app = typer.Typer(no_args_is_help=True, help="Manage cached reference log-probs and pairs.")
+cache_app = typer.Typer(no_args_is_help=True, help="Manage cached reference log-probs.")
 app.add_typer(cache_app, name="cache")
 
 CacheDir = Annotated[

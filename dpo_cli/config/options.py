@@ -152,7 +152,7 @@ class TrainOptions(WeightsOptions):
 
     eval_data: list[str] | None = option(None, "Held-out rows, scored before, during and after training.")
     eval_fraction: float = option(0.0, "Fraction of --data held out if there is no --eval-data.", checks.fraction)
-    output: Path | None = option(None, "Run folder; must not exist yet.", shown="runs/<date>-<time>")
+    output: Path | None = option(None, "Run folder; must not exist yet.", shown="runs/<date>-<time>-<4 digits>")
     beta: float = option(0.1, "Strength of the pull towards the reference.", positive)
     loss: str = option(
         "sigmoid",
@@ -300,8 +300,6 @@ class TrainOptions(WeightsOptions):
 class PrecomputeOptions(WeightsOptions):
     """`dpo precompute-ref`."""
 
-    verify: int = option(0, "Recompute this many random cached pairs and show the largest difference.", not_negative)
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(SampleOptions, Options):
@@ -366,11 +364,6 @@ class CheckOptions(DataOptions):
     """`dpo check`."""
 
     eval_data: list[str] | None = option(None, "Held-out rows: checked too, and searched for rows of --data.")
-    max_tokens: int | None = option(
-        None, "Tokens per packed forward, for the budget.", checks.at_least_16, shown="2048, with CUDA 32768"
-    )
-    batch_size: int = option(16, "Pairs per optimizer step, for the budget.", positive)
-    epochs: int = option(1, "Passes over the pairs, for the budget.", positive)
     examples: int = option(3, "Rows shown per finding.", not_negative)
     fix: Path | None = option(None, "Write the clean rows of --data to this new .jsonl file.")
     strict: bool = option(False, "Exit with code 3 if there is a problem.")

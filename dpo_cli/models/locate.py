@@ -197,7 +197,7 @@ def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSo
         raise UsageError(f"--model {name}: no checkpoint there ({WEIGHTS} is missing)")
     manifest = _read_json(name, run / "manifest.json")
     try:
-        began, its_base = start_model(manifest.get("start") or manifest["reference"], base)
+        began, its_base = start_model(manifest["start"], base)
     except (KeyError, TypeError) as error:
         raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
     start = _find(began, its_base)

@@ -48,7 +48,6 @@ FILES: dict[str, tuple[str, bytes | None, list[str]]] = {
     "no JSON": ("pairs.jsonl", b"prompt,chosen,rejected\n", []),
     "a line that was cut off": ("pairs.jsonl", LINE.encode() + b"\n" + LINE[:30].encode(), []),
     "two objects on a line": ("pairs.jsonl", (LINE + LINE).encode(), []),
-    "an object, not an array": ("pairs.json", LINE.encode(), []),
     "an array without an end": ("pairs.json", f"[\n{LINE},\n{LINE}\n".encode(), []),
     "a broken row of an array": ("pairs.json", f"[\n{LINE},\n{{oops}}\n]".encode(), []),
     "something behind the array": ("pairs.json", f"[\n{LINE}\n]\n{LINE}".encode(), []),

@@ -18,17 +18,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dpo_cli.data import token_cache
-from dpo_cli.data.rows import Reading, Row, read_rows
+from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import TokenCache, cached_files
 from dpo_cli.utils.errors import RowError, UsageError
-from tests.helpers import Cli, bar_network, cli_environment, make_tokenizer, size, write_rows
+from tests.helpers import Cli, bar_network, cli_environment, size, write_rows
 from tests.helpers.records import STRINGS, write_records
 
 ROWS = [STRINGS | {"prompt": f"Why {number}?"} for number in range(5)]
@@ -84,7 +80,7 @@ def test_shards_of_links_are_files_too(tmp_path: Path) -> None:
 
 def test_a_folder_without_data_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("nothing")
-    told = "the folder has no file to read; looked for .jsonl, .json, .parquet, .csv, each optionally with .gz"
+    told = "the folder has no file to read; looked for .jsonl, .json, .csv, each optionally with .gz, or .parquet"
     assert refused(tmp_path) == told
     assert refused(tmp_path, option="--eval-data") == told
 
@@ -148,36 +144,48 @@ def test_no_flipped_bit_of_a_saved_data_set_ends_the_process(tmp_path: Path) -> 
 
 
 def test_columns_of_any_kind_do_not_matter(tmp_path: Path) -> None:
-    """Pictures are neither decoded nor read; a date is what it is; JSON is its value."""
+    """Pictures are neither decoded nor kept; a date is what it is; JSON is its text."""
     raw = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features(
         {name: datasets.Value("string") for name in STRINGS}
         | {"picture": raw, "sounds": datasets.List(raw), "day": datasets.Value("date32")}
-        | {"label": datasets.ClassLabel(names=["no", "yes"])}
-        | {"functions": datasets.List(datasets.Json()), "said": {"arguments": datasets.Json()}}
+        | {"label": datasets.ClassLabel(names=["no", "yes"]), "functions": datasets.Json()}
     )
-    tools = [[{"name": "f", "strict": True}, None], [{"parameters": {"x": [1, "a"]}}], None]
-    left = [STRINGS | {"day": date(2024, 2, 29), "label": 1, "functions": t, "said": {"arguments": t}} for t in tools]
-    sound = {"bytes": b"no sound", "path": None}
-    rows = [row | {"picture": sound, "sounds": [sound, None]} for row in left]
+    row = STRINGS | {"day": date(2024, 2, 29), "label": 1}
+    picture = {"bytes": b"no picture", "path": None}
+    rows = [
+        row | {"picture": each, "sounds": [each] if each else [], "functions": [1, "a"]} for each in (picture, None)
+    ]
     Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
     info = json.loads((tmp_path / "saved" / "dataset_info.json").read_text())
     info["features"] |= {"picture": {"_type": "Image"}, "sounds": {"_type": "List", "feature": {"_type": "Audio"}}}
     (tmp_path / "saved" / "dataset_info.json").write_text(json.dumps(info))
     assert type(datasets.load_from_disk(str(tmp_path / "saved")).features["picture"]) is datasets.Image
+    left = [row | {"picture": there, "sounds": there, "functions": '[1,"a"]'} for there in (True, False)]
     assert [record for _, record in read(tmp_path / "saved")] == left
     assert {type(row) for row in read_rows(find_sources([str(tmp_path / "saved")]))} == {Row}
 
 
-def test_json_in_a_parquet_file_is_its_value(tmp_path: Path) -> None:
-    texts = ['{"a": [1, "b"]}', None, "{"]
-    columns = {name: pa.array([value] * 3) for name, value in STRINGS.items()}
-    columns["tools"] = pa.array(texts, pa.json_())
-    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
-    (_, first), (_, second), (where, bad) = read(tmp_path / "rows.parquet")
-    assert first == STRINGS | {"tools": {"a": [1, "b"]}} and second == STRINGS | {"tools": None}
-    assert where == f"{tmp_path / 'rows.parquet'}:row 3" and isinstance(bad, RowError)
-    assert str(bad).startswith("cannot be read (")
+def test_images_of_a_data_set_are_refused(tmp_path: Path) -> None:
+    raw = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({name: datasets.Value("string") for name in STRINGS} | {"image": raw})
+    images: list[Any] = [{"bytes": b"picture", "path": None}, None]
+    Dataset.from_list([STRINGS | {"image": each} for each in images], features=features).save_to_disk(
+        tmp_path / "saved"
+    )
+    bad, row = read_rows(find_sources([str(tmp_path / "saved")]))
+    assert isinstance(bad, BadRow) and bad.reason.startswith("has the column 'image'") and isinstance(row, Row)
+
+
+def test_json_in_a_parquet_file_is_its_text(tmp_path: Path) -> None:
+    """Which tools, arguments and the rest may be."""
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in STRINGS} | {"tools": datasets.List(datasets.Json())}
+    )
+    table = Dataset.from_list([STRINGS | {"tools": [{"name": "f"}]}], features=features)
+    table.to_parquet(tmp_path / "rows.parquet")
+    (row,) = read_rows(find_sources([str(tmp_path / "rows.parquet")]))
+    assert isinstance(row, Row) and row.template_arguments["tools"][0]["function"] == {"name": "f"}
 
 
 # ---- stdin ------------------------------------------------------------------------------------------------------
@@ -335,14 +343,12 @@ def test_what_is_there_is_never_looked_for_elsewhere(tmp_path: Path, monkeypatch
     assert refused("org/name:train").startswith("no such file")
 
 
-def test_the_command_takes_a_data_set_and_keeps_its_pairs(hub: Add, dpo: Cli, tiny: Path) -> None:
+def test_the_command_takes_a_data_set(hub: Add, dpo: Cli, tiny: Path) -> None:
     hub("org/name", train=[STRINGS | {"prompt": f"Why {number}? " * 100} for number in range(600)])
-    for again in (False, True):
-        options = ("--data", "org/name", "--format", "strings", "--max-length", 16, "--json")
-        told = dpo("precompute-ref", "--model", tiny, *options)
-        assert told.returncode == 0 and json.loads(told.stdout)["pairs"] == 600, told.stderr
-        assert ("1 of 1 sources were tokenized before" in told.stderr) == again
-        assert "Found the latest" not in told.stderr and "%|" not in told.stderr
+    options = ("--data", "org/name", "--format", "strings", "--max-length", 16, "--json")
+    told = dpo("precompute-ref", "--model", tiny, *options)
+    assert told.returncode == 0 and json.loads(told.stdout)["pairs"] == 600, told.stderr
+    assert "Found the latest" not in told.stderr and "%|" not in told.stderr
 
 
 @pytest.mark.parametrize(
@@ -376,47 +382,7 @@ def test_a_data_set_that_the_hub_refuses(
     assert ".UsageError: --data org/name: no such file, and the data set cannot be loaded (" in last and message in last
 
 
-# ---- pairs kept of them -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[list[str], bool]]]:
-    """Where the pairs of each source come from, and whether they were read back."""
-    monkeypatch.setattr(token_cache, "SMALL_BYTES", 0)
-    how = TokenCache(tmp_path / "kept", make_tokenizer(), Reading(), pytest.fail)
-
-    def read(*data: Any) -> list[tuple[list[str], bool]]:
-        parts = [how.tokenize(source, keep_refused=True) for source in find_sources(list(map(str, data)))]
-        return [([pair.where for pair in found.pairs], again) for found, again in parts]
-
-    return read
-
-
-def test_pairs_of_a_data_set_are_kept_by_its_content(hub: Add, tokenize: Any, tmp_path: Path) -> None:
-    folder = hub("org/name", train=ROWS[:3], test=ROWS[3:])
-    for again in (False, True):
-        for split, count in (("train", 3), ("test", 2)):
-            places = [f"org/name:{split}:row {number}" for number in range(1, count + 1)]
-            assert tokenize(f"org/name:{split}") == [(places, again)]
-    Dataset.from_file(str(folder / "name-test.arrow")).save_to_disk(tmp_path / "saved")
-    assert tokenize(tmp_path / "saved")[0][0] == [f"{tmp_path / 'saved'}:row {number}" for number in (1, 2)]
-    assert tokenize(tmp_path / "saved")[0][1]
-
-
-def test_pairs_of_a_folder_are_kept_file_by_file(tokenize: Any, tmp_path: Path) -> None:
-    (tmp_path / "rows").mkdir()
-    for name in ("a.jsonl.gz", "b.jsonl"):
-        write_records(tmp_path / "rows" / name, ROWS)
-    assert [again for _, again in tokenize(tmp_path / "rows")] == [False, False]
-    write_records(tmp_path / "rows" / "c.csv", ROWS[:1])
-    assert [again for _, again in tokenize(tmp_path / "rows")] == [True, True, False]
-
-
-def test_pairs_of_stdin_are_not_kept(tokenize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    piped(monkeypatch, LINES.encode())
-    for _ in range(2):
-        assert tokenize("-") == [([f"stdin:{number}" for number in range(1, 6)], False)]
-    assert not cached_files(tmp_path / "kept")
+# ---- all of them ------------------------------------------------------------------------------------------------
 
 
 def test_the_same_rows_come_from_everywhere(hub: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ FORMS: dict[str, tuple[dict[str, Any], str, Any, Any, Any]] = {
         [assistant("No.")],
     ),
 }
-SUFFIXES = tuple(kind + packing for kind in ("jsonl", "json", "csv", "parquet") for packing in ("", ".gz"))
+SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet")
 
 
 def packed(content: bytes, name: str) -> bytes:

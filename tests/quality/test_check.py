@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import math
-import re
 import time
 import tracemalloc
 from collections import Counter
@@ -21,15 +19,15 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import CheckOptions
-from dpo_cli.data.rows import Reading, Row
+from dpo_cli.data.rows import Reading, Row, read_rows
 from dpo_cli.data.sources import find_sources
+from dpo_cli.data.tokenize import Encoder
 from dpo_cli.quality.check import DataCheck, as_text, run_check
-from dpo_cli.quality.checks import ISSUE_TYPES, RowChecks, find_damage, normalize, texts_of
-from dpo_cli.quality.duplicates import find_copies, find_matches
+from dpo_cli.quality.checks import ISSUE_TYPES, find_damage, normalize, row_issues, texts_of
 from dpo_cli.quality.lengths import length_bias
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
-from tests.helpers import CHATML, SAMPLE, write_rows
+from tests.helpers import SAMPLE, write_rows
 from tests.helpers.clean import CLEAN, clean_rows
 from tests.helpers.planted import Record, get, plant, put
 
@@ -86,7 +84,7 @@ def test_what_looks_like_a_defect_is_none(tiny: Path, tmp_path: Path, messages: 
     found = places(check(tiny, write_rows(tmp_path / "rows.jsonl", rows)))
     wrong = {kind: [CLEAN[place] for place in at] for kind, at in found.items() if ISSUE_TYPES[kind].problem}
     assert len(rows) > 50 and not wrong
-    assert set(found) <= {"same_words", "control_tokens", "other", "length_bias"}
+    assert set(found) <= {"control_tokens", "other", "length_bias"}
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train-strings.jsonl"])
@@ -178,17 +176,13 @@ def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path)
     assert "markers" not in places(check(tiny, write_rows(tmp_path / "rows.jsonl", [rendered])))
 
 
-def test_markers_are_those_around_turns(tokenizer: Any) -> None:
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens(["<think>", "</think>", "<turn>", "<filename>", "<|fim|>"], special_tokens=True)
-    tokenizer.chat_template = CHATML.replace("'\\n' + message", "'\\n<turn><think></think>' + message")
-
+def test_markers_are_those_of_chat_templates_outside_code() -> None:
     def found(text: str) -> bool:
         row = Row("", "", "Why?", text, "No.")
-        return "markers" in RowChecks(tokenizer).issues(row, texts_of(row), texts_of(row))
+        return "markers" in row_issues(row, texts_of(row), texts_of(row))
 
-    assert all(map(found, ["a <|im_end|> b", "a <turn>", "Here:\n```\na\n```\n[INST] b", "`a` <|im_start|>user"]))
-    assert not any(map(found, ["<think>a</think> b", "-- <filename>", "<|fim|>", "`<turn>`", "```\n[INST]\n```"]))
+    assert all(map(found, ["a <|im_end|> b", "a <|user|> c", "Here:\n```\na\n```\n[INST] b", "`a` <|im_start|>user"]))
+    assert not any(map(found, ["<think>a</think> b", "-- <filename>", "`<|user|>`", "```\n[INST]\n```"]))
 
 
 @pytest.mark.parametrize(
@@ -233,26 +227,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
-def test_hostile_text_takes_no_time(tokenizer: Any, piece: str) -> None:
+def test_hostile_text_takes_no_time(piece: str) -> None:
     text = piece * (2_000_000 // len(piece))
     row = Row("", "", "Why?", f"x{text}", f"x{text}y")
     texts = texts_of(row)
     began = time.process_time()
-    RowChecks(tokenizer).issues(row, texts, normalize(row, texts))
+    row_issues(row, texts, normalize(row, texts))
     assert time.process_time() - began < 5
-
-
-# ---- between rows -----------------------------------------------------------------------------------------------
-
-
-def test_copies_and_matches_by_hand() -> None:
-    keys, places = np.array([7, 7, 5, 7, 6, 5], np.uint64), np.arange(6)
-    bad = np.array([True, False, False, False, False, False])
-    assert [each.tolist() for each in find_copies(keys, places, bad)] == [[0, 3, 5], [1, 1, 2]]
-    assert [each.tolist() for each in find_copies(keys, places[3:5], bad)] == [[], []]
-    others = np.array([6, 9, 7, 7], np.uint64)
-    assert [each.tolist() for each in find_matches(keys, places[2:], others, np.array([1, 2, 3]))] == [[3], [2]]
-    assert [each.tolist() for each in find_matches(keys, places, others, places[:0])] == [[], []]
 
 
 # ---- lengths ----------------------------------------------------------------------------------------------------
@@ -263,7 +244,6 @@ def test_length_bias_by_hand() -> None:
     assert (bias["longer_chosen"], bias["shorter_chosen"], bias["ties"], bias["share"]) == (3, 1, 1, 0.75)
     assert bias["accuracy_prefer_longer"] == pytest.approx(0.7)
     assert bias["accuracy_prefer_shorter"] == pytest.approx(0.3)
-    assert bias["cohens_d"] == pytest.approx((7.6 - 6) / (np.var([10, 8, 9, 5, 6]) / 2) ** 0.5)
 
 
 @pytest.mark.parametrize(("longer", "said"), [(80, "the longer"), (20, "the shorter"), (60, None), (50, None)])
@@ -277,17 +257,6 @@ def test_length_that_tells_is_noted(tiny: Path, tmp_path: Path, longer: int, sai
     assert [(f["severity"], f["count"]) for f in found] == ([("note", 160)] if said else [])
     assert all(said in finding["title"] for finding in found)  # type: ignore[operator]
     assert result["length_bias"]["accuracy_prefer_longer"] == longer / 100
-
-
-def test_the_budget_is_that_of_a_training(tiny: Path) -> None:
-    data = SAMPLE / "train.jsonl"
-    out = here(
-        "train", "--dry-run", "--model", tiny, "--data", data, "--batch-size", 8, "--epochs", 2, "--max-tokens", 900
-    )
-    result = check(tiny, data, batch_size=8, epochs=2, max_tokens=900)["budget"]
-    assert result["steps"] == 82
-    assert f"{result['steps']} steps of 8 pairs" in out.stderr
-    assert f"tokens      {2 * result['tokens_an_epoch']:,} to train on" in out.stderr
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
@@ -305,11 +274,11 @@ def test_json_is_one_object_with_everything(tiny: Path, tmp_path: Path) -> None:
     assert (result["eval_rows"], result["eval_pairs"]) == (88, 88)
     assert set(result) == {
         "rows", "pairs", "eval_rows", "eval_pairs", "formats", "problems", "problem_rows", "findings", "lengths",
-        "length_bias", "budget",
+        "length_bias",
     }  # fmt: skip
     assert result["problems"] == sum(finding["severity"] == "problem" for finding in result["findings"])
     for finding in result["findings"]:
-        assert set(finding) == {"kind", "severity", "data", "title", "count", "share", "what", "todo", "examples"}
+        assert set(finding) == {"kind", "severity", "data", "title", "count", "share", "what", "examples"}
         total = result["rows"] if finding["data"] == "data" else result["eval_rows"]
         assert finding["share"] == pytest.approx(finding["count"] / total)
         assert finding["kind"] == "length_bias" or len(finding["examples"]) == min(2, finding["count"])
@@ -383,7 +352,7 @@ def test_of_copies_the_one_stays_that_is_clean(tiny: Path, tmp_path: Path) -> No
     other = prompt("And who?", "Nobody that I know of.", "Somebody else.")
     data, fixed = write_rows(tmp_path / "rows.jsonl", [bad, good, other, good]), tmp_path / "fixed.jsonl"
     result = check(tiny, data, fix=fixed)
-    assert places(result) == {"encoding": {0}, "duplicate": {0, 3}}
+    assert places(result) == {"encoding": {0}, "duplicate": {3}}
     assert [json.loads(line) for line in fixed.read_text().splitlines()] == [good, other]
 
 
@@ -399,7 +368,7 @@ def test_other_tools_make_another_prompt(tiny: Path, tmp_path: Path) -> None:
     assert found["duplicate"] == {3} and "contradiction" not in found
 
 
-def test_what_json_has_not_is_null_or_refused(tiny: Path, tmp_path: Path) -> None:
+def test_what_json_has_not_is_null_or_true(tiny: Path, tmp_path: Path) -> None:
     records = read_records("train-strings.jsonl")[:2]
     data, fixed = tmp_path / "rows.parquet", tmp_path / "fixed.jsonl"
     more = [{"x": math.nan, "y": [math.inf, 1.0]}, {"x": 0.5, "y": []}]
@@ -409,9 +378,8 @@ def test_what_json_has_not_is_null_or_refused(tiny: Path, tmp_path: Path) -> Non
     assert [(line["x"], line["y"]) for line in lines] == [(None, [None, 1.0]), (0.5, [])]
     fixed.unlink()
     Dataset.from_list([record | {"raw": b"\x00"} for record in records]).to_parquet(data)
-    with pytest.raises(UsageError, match=re.escape(f"{data}:row 1: has bytes")):
-        check(tiny, data, fix=fixed)
-    assert not list(tmp_path.glob("fixed*"))
+    check(tiny, data, fix=fixed)
+    assert [json.loads(line)["raw"] for line in fixed.read_text().splitlines()] == [True, True]
 
 
 def test_lengths_count_what_carries_loss(tiny: Path, tmp_path: Path) -> None:
@@ -423,7 +391,7 @@ def test_lengths_count_what_carries_loss(tiny: Path, tmp_path: Path) -> None:
     result = check(tiny, write_rows(tmp_path / "rows.jsonl", [row]))
     chosen, rejected = (result["lengths"][name]["max"] for name in ("chosen", "rejected"))
     assert chosen < rejected and result["length_bias"]["shorter_chosen"] == 1
-    assert result["budget"]["tokens_an_epoch"] > 100 > chosen + rejected
+    assert chosen + rejected < 100
 
 
 def test_the_documentation_has_every_kind() -> None:
@@ -482,7 +450,6 @@ def test_wrong_options_start_nothing() -> None:
     for flags in (
         ["--data", "none.jsonl"],
         [],
-        ["--data", "x", "--batch-size", "0"],
         ["--data", "x", "--examples", "-1"],
     ):
         out = here("check", *flags)
@@ -494,19 +461,20 @@ def test_rows_that_change_between_the_readings_are_told(
 ) -> None:
     records = read_records("train.jsonl")[:20]
     data = write_rows(tmp_path / "rows.jsonl", [*records, records[0]])
-    compare = DataCheck.compare
+    result = DataCheck.result
 
-    def after_a_change(data_check: DataCheck) -> None:
+    def after_a_change(data_check: DataCheck) -> dict[str, Any]:
         write_rows(data, records)
-        compare(data_check)
+        return result(data_check)
 
-    monkeypatch.setattr(DataCheck, "compare", after_a_change)
+    monkeypatch.setattr(DataCheck, "result", after_a_change)
     with pytest.raises(UsageError, match="changed while they were read"):
-        check(tiny, data)
+        check(tiny, data, fix=tmp_path / "fixed.jsonl")
+    assert not list(tmp_path.glob("fixed*"))
 
 
 def test_a_row_takes_few_bytes(tokenizer: Any, tmp_path: Path) -> None:
-    """Its numbers are kept, and nothing else of it."""
+    """Its location, a hash and its lengths are kept, and nothing else of it."""
     words = [get(record, "chosen") for record in read_records("train.jsonl")]
     held = []
     for rows in (600, 2600):
@@ -514,11 +482,10 @@ def test_a_row_takes_few_bytes(tokenizer: Any, tmp_path: Path) -> None:
             for n in range(rows):
                 row = prompt(f"{n}: {words[n % 328]}", f"{n} {words[n % 41]}", f"{words[n % 37]} {n}")
                 stream.write(json.dumps(row) + "\n")
-        data_check = DataCheck(
-            {"data": find_sources([str(tmp_path / "rows.jsonl")])}, Reading(), Reporter(quiet=True), 3
-        )
+        data_check = DataCheck(Encoder(tokenizer, Reading()), 3)
+        rows_read = read_rows(find_sources([str(tmp_path / "rows.jsonl")]))
         tracemalloc.start()
-        data_check.read(tokenizer)
+        data_check.read("data", rows_read)
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    assert (held[1] - held[0]) / 2000 < 200
+    assert (held[1] - held[0]) / 2000 < 400
