@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
@@ -174,9 +173,10 @@ def command(
     return decorate
 
 
-@cache
-def with_flags(function: Callable[..., None], kind: Any = None) -> Callable[..., None]:
+def with_flags(function: Callable[..., None], kind: type[DataOptions] | None = None) -> Callable[..., None]:
     """Let typer see the flags of ``out`` and those of the options of ``kind`` in the signature of a function."""
+    if hasattr(function, "__signature__"):  # an earlier command of this process made it
+        return function
     own = [
         p.replace(kind=_KEYWORD)
         for p in inspect.signature(function, eval_str=True).parameters.values()
