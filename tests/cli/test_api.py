@@ -191,8 +191,8 @@ def test_it_is_quiet_but_for_warnings_unless_asked(
 ) -> None:
     train(rows, output="quiet", **options)
     assert capfd.readouterr() == ("", "")
-    with pytest.warns(UserWarning, match="longer than --max-tokens"):
-        precompute(rows, model=options["model"], max_tokens=16)
+    with pytest.warns(UserWarning, match="--trust-remote-code"):
+        precompute(rows, model=options["model"], trust_remote_code=True)
     train(rows, output="told", dry_run=True, progress=True, **options)
     out, err = capfd.readouterr()
     assert out == "" and "plan        3 steps of 4 pairs" in err

@@ -305,7 +305,7 @@ def test_without_an_output_the_same_command_finds_its_folder(place: Path, monkey
         (["--beta", ""], "--beta : must be"),
         (["--reward", "rewards"], "--reward rewards: must be MODULE:FUNCTION"),
         (["--reward", "a:b"], "--reward a:b: it judges sampled answers; add --samples"),
-        (["--eval-fraction", "0.5"], "--eval-fraction: a sweep compares its runs on --eval-data"),
+        (["--eval-fraction", "0.5"], "--eval-data and --eval-fraction: give one of them"),
     ],
 )
 def test_options_that_are_refused(start: Path, more: list[str], told: str) -> None:
