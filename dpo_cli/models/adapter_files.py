@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -129,11 +129,8 @@ def attach_saved(model: PreTrainedModel, folder: Path, base: str) -> Any:
     """
     config = read_config(folder)
     config.base_model_name_or_path = base
-    try:
-        with _quiet():
-            tuner = attach(model, config)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--lora-targets", str(folder / CONFIG), 1)) from error
+    with _quiet():
+        tuner = attach(model, config, where=str(folder / CONFIG))
     put_adapter(model, folder)
     return tuner
 
@@ -144,11 +141,7 @@ def put_adapter(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         DpoError: they are of another adapter.
     """
-    from peft.utils import load_peft_weights
-
-    mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-    saved = load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
-    saved = {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()}
+    saved = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
     try:
         unexpected, lacking = _put(model, saved)
         # peft writes some of what it saves with an embedding under a second name
@@ -225,15 +218,8 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def described(model: PreTrainedModel) -> str:
-    """Return the configuration that decides what an adapter computes, without peft's defaults.
-
-    So new fields of a later peft change nothing.
-    """
-    from peft import LoraConfig
-
-    usual = LoraConfig().to_dict() | {"r": None, "lora_alpha": None}  # which are always written
-    own = {name: value for name, value in _plain(model).items() if name not in NOT_COMPUTED and value != usual[name]}
-    return json.dumps(own, sort_keys=True)
+    """Return the configuration that decides what an adapter computes."""
+    return json.dumps({name: value for name, value in _plain(model).items() if name not in NOT_COMPUTED})
 
 
 def _plain(model: PreTrainedModel) -> dict[str, Any]:

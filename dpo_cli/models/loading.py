@@ -141,12 +141,7 @@ def load_exported(folder: Path, trust: bool, beside: Collection[str] = ()) -> Pr
 
 
 def _from_pretrained(source: ModelSource) -> PreTrainedModel:
-    """Load the model with transformers, in evaluation mode, without adapter and checkpoint.
-
-    Raises:
-        ValueError: some of its weights would be drawn at random or not be what they were; and whatever transformers
-            raises.
-    """
+    """Load the model with transformers, in evaluation mode, without adapter and checkpoint; raises what it raises."""
     arguments, packing = source.arguments() | {"dtype": torch.float32}, packing_of(source)
     if "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
         auto: Any = AutoModelForCausalLM
