@@ -249,6 +249,6 @@ def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         if isinstance(target, Path):
             target.touch()
         else:
-            target.write("<svg></svg>")
+            target.write(b"")
 
     monkeypatch.setattr("dpo_cli.reporting.plots._save", save)

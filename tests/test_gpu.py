@@ -346,10 +346,7 @@ def test_exact_divergences_are_those_of_the_cpu(tmp_path: Path) -> None:
             model.set_attn_implementation(PREFIX_SHARED)
             scorers.append(ModelRunner(model, "shared", torch.float32, 512, device))
         recorded = record(scorers[0], pairs, tmp_path, progress)
-        assert recorded is not None
-        compared = compare(scorers[1], recorded, pairs, progress, policy_runs=False)
-        assert compared is not None
-        found.append(compared.tokens)
+        found.append(compare(scorers[1], recorded, pairs, progress, policy_runs=False).tokens)
     assert torch.allclose(*found, rtol=0, atol=1e-3)
 
 

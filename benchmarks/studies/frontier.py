@@ -259,8 +259,7 @@ class Lab:
     def prepared(self, seed: int) -> Prepared:
         """What all trainings of a seed share."""
         pairs = self.preferences(seed)
-        logps = kl.score(self.reference, pairs, PROGRESS)
-        assert logps is not None
+        logps = torch.from_numpy(kl.score(self.reference, pairs, PROGRESS).logps()).float()
         rewards = self.rewards(self.completions(self.reference, self.held_out, self.sizes.copies, seed))
         return Prepared(seed, pairs, logps, rewards)
 
@@ -302,11 +301,9 @@ class Lab:
         gains = self.rewards(responses) - given.rewards
         pairs = as_pairs(self.held_out, responses)
         recorded = kl.record(policy, pairs, self.folder, PROGRESS)
-        assert recorded is not None
         compared = kl.compare(self.reference, recorded, pairs, PROGRESS, policy_runs=False)
-        assert compared is not None
-        estimate = sequence_kl(by_prompt(compared.distributions.kl, copies))
-        logratios = by_prompt((compared.logps - compared.ref_logps).numpy(), copies)
+        estimate = sequence_kl(by_prompt(compared.distributions["kl"], copies))
+        logratios = by_prompt(compared.logps() - compared.logps(1), copies)
         found = {"gain": float(gains.mean()), "gain_interval": student(gains.mean(1))}
         found |= {"kl": estimate["token_kl"], "kl_interval": estimate["token_kl_interval"]}
         found["logratio"] = float(logratios.mean())

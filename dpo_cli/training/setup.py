@@ -35,7 +35,7 @@ from dpo_cli.data.rows import BadRow, Reading
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config
-from dpo_cli.evaluation.kl import Progress, RecordedStates
+from dpo_cli.evaluation.kl import HeadInputs, Progress
 from dpo_cli.models.adapter_files import check_loadable, settings, trainable_config
 from dpo_cli.models.adapters import (
     attach,
@@ -98,7 +98,7 @@ class Reference:
     layout: Layout
     cache: ReferenceCache
     logps: Tensor | None
-    recorded: RecordedStates | None
+    recorded: HeadInputs | None
     vocabulary: int  # that its head knows
 
 
@@ -422,7 +422,7 @@ def _scored_reference(
     if not dry_run:
         logps = fill_reference(cache, scored, scorer, reporter).logps
         if held_out and options.kl == "exact":  # the first rank evaluates
-            states: list[RecordedStates | None] = []
+            states: list[HeadInputs] = []
             progress = Progress(reporter, "reference")
             distributed.on_rank_0(lambda: states.append(kl.record(scorer, held_out, options.cache_dir, progress)))
             recorded = states[0] if states else None
