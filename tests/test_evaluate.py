@@ -515,7 +515,7 @@ def folders(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every folder that a file of hidden states was made in."""
     found: list[Path] = []
     original = tempfile.TemporaryFile
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: (found.append(dir), original(dir=dir))[1])
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **how: (found.append(how["dir"]), original(**how))[1])
     return found
 
 
