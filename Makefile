@@ -39,4 +39,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.trl.bench
 
 docs: setup
-	$(BIN)/python -m tests.test_losses_docs
+	$(BIN)/python -m tests.losses.test_losses_docs

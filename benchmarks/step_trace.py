@@ -85,7 +85,7 @@ def traced() -> Iterator[Trace]:
 
 def main() -> None:
     from dpo_cli.cli.app import main as dpo
-    from tests.conftest import SAMPLE, make_model, make_tokenizer
+    from tests.helpers import SAMPLE, make_model, make_tokenizer
 
     with tempfile.TemporaryDirectory() as folder, traced() as trace:
         make_model().save_pretrained(Path(folder, "model"))

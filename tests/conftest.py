@@ -1,157 +1,25 @@
-"""A tiny real model and tokenizer, made here; weights are scaled up, since default initialisation hides mistakes."""
+"""Fixtures of all tests: a tiny real model and tokenizer, and the command, run in this process or in one of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from dpo_cli.data.pairs import Pair
-from dpo_cli.losses.objective import Objective
-from dpo_cli.losses.preference import Preferences
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-ROOT = Path(__file__).parent.parent
-LONG = bool(os.environ.get("DPO_LONG"))  # set by ``make torture``
-SAMPLE = ROOT / "sample_data"
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+from tests.helpers import (
+    SAMPLE,
+    Cli,
+    cli_environment,
+    make_model,
+    make_tokenizer,
 )
-TINY = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 2048,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-torch.set_num_threads(1)  # the models are so small that more threads only wait for each other
-
-
-def make_model(family: str = "llama", seed: int = 0, scale: float = 6.0, **config: Any) -> PreTrainedModel:
-    """A small random model of a family whose log-probs differ strongly from token to token."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY, **config})).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(scale)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.2)
-    return model
-
-
-def sigmoid_loss(
-    logps: torch.Tensor,
-    ref_logps: torch.Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-    margins: torch.Tensor | float = 0.0,
-    weights: torch.Tensor | float = 1.0,
-) -> torch.Tensor:
-    """The DPO loss of each pair as a run has it: (2P,), (2P,) -> (P,)."""
-    pairs = Preferences(logps, ref_logps, torch.ones(len(logps)), logps, 1.0, margins, weights)
-    return Objective(beta=beta, label_smoothing=label_smoothing)(pairs)
-
-
-def bar_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let nothing here as much as ask for a name; what was tried is in the list."""
-    attempts: list[str] = []
-
-    def barred(*arguments: Any, **_: Any) -> Any:
-        attempts.append(str(arguments))
-        raise OSError("no network here")
-
-    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
-        monkeypatch.setattr(owner, name, barred)
-    return attempts
-
-
-def size(quick: int, long: int) -> int:
-    """How many cases of a torture test: few in every run of the tests, many in ``make torture``."""
-    return long if LONG else quick
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the sample data, with ChatML and its end-of-turn as EOS."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=TINY["vocab_size"],
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train([str(SAMPLE / "train-strings.jsonl")], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        chat_template=CHATML,
-    )
-
-
-def write_gguf(file: Path, tokenizer: PreTrainedTokenizerFast, split: str = "default", seed: int = 0) -> Path:
-    """A tiny llama as a GGUF file, its tokenizer and template inside; matrices in blocks of 8 bits."""
-    model, writer = make_model(seed=seed, hidden_size=64, num_hidden_layers=1), gguf.GGUFWriter(file, "llama")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    writer.add_context_length(2048)
-    writer.add_block_count(1)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(8)
-    writer.add_key_length(8)
-    writer.add_value_length(8)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(384)
-    saved = json.loads(tokenizer.backend_tokenizer.to_str())
-    ids, special = tokenizer.get_vocab(), {token["id"] for token in saved["added_tokens"]}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split)
-    writer.add_token_list(sorted(ids, key=lambda token: ids[token]))
-    writer.add_token_types([3 if i in special else 1 for i in range(len(ids))])
-    writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
-    for name, tensor in model.state_dict().items():
-        array, kind = tensor.float().numpy(), gguf.GGMLQuantizationType.F32
-        if array.ndim == 2:
-            array, kind = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
+from tests.helpers.pictures import pictures
 
 
 @pytest.fixture(scope="session")
@@ -172,38 +40,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 def train_rows() -> list[dict[str, Any]]:
     """The sample's training rows, as messages."""
     return [json.loads(line) for line in (SAMPLE / "train.jsonl").read_text().splitlines()]
-
-
-def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def random_pairs(count: int, seed: int = 0, longest: int = 20, vocabulary: int = 384) -> list[Pair]:
-    """Pairs of random ids; lengths from 1."""
-    rng = np.random.default_rng(seed)
-
-    def ids() -> Any:
-        return rng.integers(3, vocabulary, rng.integers(1, longest + 1)).astype(np.int32)
-
-    return [Pair(f"row {i}", ids(), ids(), ids()) for i in range(count)]
-
-
-def cached_logps(folder: Path) -> dict[bytes, float]:
-    """The log-probs in a folder of the reference cache, by response key; none of its files may be damaged."""
-    from dpo_cli.reference.shards import read_folder
-
-    found: dict[bytes, float] = {}
-    for keys, logps, _, _ in read_folder(folder, pytest.fail):
-        found.update(zip(keys, logps.tolist(), strict=True))
-    return found
-
-
-Cli = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def cli_environment(cache: Path) -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(cache), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -239,16 +75,14 @@ def dpo_process(tmp_path: Path) -> Cli:
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _without_pictures() -> Iterator[None]:
+    with pictures(drawn=False):
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the pictures of reports empty: drawing them takes most of a tiny training. ``pictures`` marks who looks."""
-    if request.node.get_closest_marker("pictures"):
-        return
-
-    def save(target: Any, *_args: Any, **_how: Any) -> None:
-        if isinstance(target, Path):
-            target.touch()
-        else:
-            target.write(b"")
-
-    monkeypatch.setattr("dpo_cli.reporting.plots._save", save)
+def _with_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Draw them in tests marked ``pictures``."""
+    with pictures(drawn=request.node.get_closest_marker("pictures") is not None):
+        yield

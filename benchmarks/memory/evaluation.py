@@ -29,9 +29,9 @@ import torch
 
 from benchmarks.memory.rows import forget_peak, peak_mib
 from dpo_cli.data.pairs import Pairs
-from dpo_cli.data.rows import Reading
+from dpo_cli.data.rows import Reading, read_rows
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import TokenCache
+from dpo_cli.data.tokenize import tokenize_rows
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import Progress
@@ -68,11 +68,8 @@ def exact(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Pat
 def times(name: str | None, count: int, repeats: int) -> None:
     source = find_model(name)
     tokenizer = load_tokenizer(source)
-    rows = find_sources([str(ROOT / "sample_data" / "heldout.jsonl")])[0]
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = (
-            TokenCache(Path(folder), tokenizer, Reading(), print).tokenize(rows, keep_refused=False)[0].pairs[:count]
-        )
+    rows = read_rows(find_sources([str(ROOT / "sample_data" / "heldout.jsonl")]))
+    pairs = tokenize_rows(rows, tokenizer, Reading()).pairs[:count]
     policy, reference = scorer_of(moved(load_model(source))), scorer_of(load_model(source))
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Callable[[], Any]] = {
@@ -101,7 +98,7 @@ def times(name: str | None, count: int, repeats: int) -> None:
 def memory(count: int) -> str:
     """One line of the table of memory, in a process of its own."""
     sys.path.insert(0, str(ROOT))
-    from tests.conftest import make_model, make_tokenizer, random_pairs
+    from tests.helpers import make_model, make_tokenizer, random_pairs
 
     torch.set_num_threads(1)
     pairs = Pairs(random_pairs(count, longest=60))

@@ -3,9 +3,9 @@
     python benchmarks/memory/rows.py --rows 10000 100000 1000000
 
 Writes files of short string pairs (random words, about 20 tokens a part with the tests' small tokenizer) and measures
-each size in a process of its own: reading, tokenizing, reading the pairs back as the next start does, planning, and
-looking up invented reference log-probs in a cache on disk. Memory is the resident peak (Linux) beyond what the imports
-and the tokenizer take. Prints a Markdown table.
+each size in a process of its own: reading, tokenizing, planning, and looking up invented reference
+log-probs in a cache on disk. Memory is the resident peak (Linux) beyond what the imports and the tokenizer take.
+Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dpo_cli.data.batching import build_schedule, row_costs
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.rows import Reading, read_rows
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import TokenCache
+from dpo_cli.data.tokenize import tokenize_rows
 from dpo_cli.models.loading import load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.reference.shards import Entry
@@ -52,22 +52,20 @@ class Measured:
     tokens: int
     reading: float
     tokenizing: float
-    reading_back: float
     planning: float
     looking_up: float
     peak: float
 
     def line(self) -> str:
-        cold, warm, both = [self.reading, self.tokenizing], [self.reading_back], [self.planning, self.looking_up]
-        by_phase = " | ".join(f"{each:.2f}" for each in cold + warm + both)
-        per_row = " | ".join(f"{sum(phases) / self.rows * 1e6:.0f}" for phases in (cold + both, warm + both))
+        phases = [self.reading, self.tokenizing, self.planning, self.looking_up]
+        by_phase = " | ".join(f"{each:.2f}" for each in phases)
+        per_row = f"{sum(phases) / self.rows * 1e6:.0f}"
         return f"| {self.rows:,} | {self.tokens / self.rows:.0f} | {by_phase} | {per_row} | {self.peak:,.0f} |"
 
 
 HEAD = """\
-| rows | tokens a row | reading, s | tokenizing and keeping, s | reading back, s | planning, s | looking up, s \
-| first start, µs a row | next start, µs a row | peak, MiB |
-|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
+| rows | tokens a row | reading, s | tokenizing, s | planning, s | looking up, s | µs a row | peak, MiB |
+|---:|---:|---:|---:|---:|---:|---:|---:|"""
 
 
 def write_file(path: Path, rows: int) -> None:
@@ -103,12 +101,8 @@ def measure(rows: int, model: str | None) -> Measured:
 
         read = sum(1 for _ in read_rows(find_sources([str(folder / "rows.jsonl")])))
         times.append(time.perf_counter())
-        first = pairs_of(folder, tokenizer)
-        times.append(time.perf_counter())
-        checksum = first.digest()
-        del first
-        times.append(time.perf_counter())
-        pairs = pairs_of(folder, tokenizer)
+        rows_again = read_rows(find_sources([str(folder / "rows.jsonl")]))
+        pairs = tokenize_rows(rows_again, tokenizer, Reading()).pairs
         times.append(time.perf_counter())
         costs = row_costs(pairs, "shared")
         plan = build_schedule(
@@ -121,15 +115,9 @@ def measure(rows: int, model: str | None) -> Measured:
         times.append(time.perf_counter())
 
         peak = peak_mib() - start
-        assert checksum == pairs.digest()
         assert read == len(pairs) == sum(len(batch) for step in plan for batch in step) and logps.isfinite().all()
-    reading, both, _, reading_back, planning, _, looking_up = (b - a for a, b in pairwise(times))
-    return Measured(rows, sum(costs), reading, both - reading, reading_back, planning, looking_up, peak)
-
-
-def pairs_of(folder: Path, tokenizer: Any) -> Pairs:
-    how = TokenCache(folder, tokenizer, Reading(), print)
-    return how.tokenize(find_sources([str(folder / "rows.jsonl")])[0], keep_refused=False)[0].pairs
+    reading, both, planning, _, looking_up = (b - a for a, b in pairwise(times))
+    return Measured(rows, sum(costs), reading, both - reading, planning, looking_up, peak)
 
 
 def check(rows: int, model: str | None) -> str:
@@ -139,7 +127,7 @@ def check(rows: int, model: str | None) -> str:
         write_file(folder / "rows.jsonl", rows)
         if model is None:
             sys.path.insert(0, str(ROOT))
-            from tests.conftest import make_model
+            from tests.helpers import make_model
 
             make_model().save_pretrained(folder / "tiny")
             local_tokenizer(None).save_pretrained(folder / "tiny")
@@ -168,7 +156,7 @@ def local_tokenizer(model: str | None) -> Any:
     if model:
         return load_tokenizer(find_model(model))
     sys.path.insert(0, str(ROOT))
-    from tests.conftest import make_tokenizer
+    from tests.helpers import make_tokenizer
 
     return make_tokenizer()
 

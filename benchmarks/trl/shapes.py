@@ -36,7 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def make_shape(name: str, folder: Path) -> None:
     """Random weights and a tokenizer in ``folder``; on the GPU where there is one, as it draws faster."""
     sys.path.insert(0, str(ROOT))
-    from tests.conftest import make_model, make_tokenizer
+    from tests.helpers import make_model, make_tokenizer
 
     make_tokenizer().save_pretrained(folder)
     if name == "tiny":

@@ -235,7 +235,7 @@ def losses(*, out: Output) -> None:
     out.show(list_losses(), as_text)
 
 
-cache_app = typer.Typer(no_args_is_help=True, help="Manage cached reference log-probs and pairs.")
+cache_app = typer.Typer(no_args_is_help=True, help="Manage cached reference log-probs.")
 app.add_typer(cache_app, name="cache")
 
 CacheDir = Annotated[

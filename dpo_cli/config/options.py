@@ -366,11 +366,6 @@ class CheckOptions(DataOptions):
     """`dpo check`."""
 
     eval_data: list[str] | None = option(None, "Held-out rows: checked too, and searched for rows of --data.")
-    max_tokens: int | None = option(
-        None, "Tokens per packed forward, for the budget.", checks.at_least_16, shown="2048, with CUDA 32768"
-    )
-    batch_size: int = option(16, "Pairs per optimizer step, for the budget.", positive)
-    epochs: int = option(1, "Passes over the pairs, for the budget.", positive)
     examples: int = option(3, "Rows shown per finding.", not_negative)
     fix: Path | None = option(None, "Write the clean rows of --data to this new .jsonl file.")
     strict: bool = option(False, "Exit with code 3 if there is a problem.")

@@ -63,7 +63,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def load_split(name: str, dataset: str, config: str | None, split: str | None, folder: Path | None) -> tuple[str, Any]:
-    """Load a split of a data set from ``folder`` or the hub, by default ``train`` or the only one, with its full name.
+    """Load a split of a data set from ``folder`` or the hub, by default ``train`` or the only one, with its name.
 
     No code of the data set is run.
 
@@ -84,10 +84,10 @@ def load_split(name: str, dataset: str, config: str | None, split: str | None, f
     if not isinstance(splits, dict):
         if split is not None:
             raise UsageError(f"{name}: the saved data set has no splits; name it without ':{split}'")
-        return dataset, splits
+        return "", splits
     prefix = f"{dataset}:{config}/" if config else f"{dataset}:"
     if split is None:
         split = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
     if split is None or split not in splits:
         raise UsageError(f"{name}: name a split as {prefix}SPLIT; available: {', '.join(splits) or 'none'}")
-    return prefix + split, splits[split]
+    return split, splits[split]

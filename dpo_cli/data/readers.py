@@ -7,17 +7,18 @@ that row cannot be read.
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpo_cli.utils.errors import RowError, printable
 
 Records = Iterator[tuple[str, Any]]
-MAX_LINE = 64 * 2**20  # bytes; a longer line is a broken or hostile file
-MAX_FILE = 256 * 2**20  # bytes of a file that is read as a whole
+MAX_CELL = 2**26  # characters; csv's own limit is less than a long response
 MAX_DEPTH = 64  # of nested lists and objects: later stages recurse
 TOO_DEEP = "nested too deeply"
 
@@ -28,53 +29,39 @@ class SourceError(Exception):
 
 def read_json_lines(stream: BinaryIO) -> Records:
     """Read one object per line."""
-    for number, line in _lines(stream):
-        if line.strip() not in (b"", b"\xef\xbb\xbf"):
-            yield str(number), _json_line(line, "utf-8-sig" if number == 1 else "utf-8")
+    for number, line in enumerate(stream, 1):
+        if line.strip() in (b"", b"\xef\xbb\xbf"):
+            continue
+        try:
+            yield str(number), _decode(line.rstrip(b"\r\n"))
+        except RowError as error:
+            yield str(number), error
 
 
-def _json_line(line: bytes, encoding: str) -> Any:
+def read_json(stream: BinaryIO) -> Records:
+    """Read the elements of one array, or one object per line."""
+    content = stream.read()
+    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
+        yield from read_json_lines(io.BytesIO(content))
+        return
     try:
-        return _DECODER.decode(line.rstrip(b"\r\n").decode(encoding))
-    except UnicodeDecodeError as error:
-        return RowError(f"not UTF-8 (byte {error.start + 1} of the line)")
-    except json.JSONDecodeError as error:
-        return RowError(f"not JSON: {error.msg} (column {error.colno})")
-    except RecursionError:
-        return RowError(TOO_DEEP)
-    except ValueError as error:
-        return RowError(f"not JSON: {error}")
-
-
-def read_json_array(stream: BinaryIO) -> Records:
-    """Read the elements of one array."""
-    try:
-        text = _whole(stream).decode("utf-8-sig")
-        rows = _DECODER.decode(text) if text.strip() else []
-    except UnicodeDecodeError as error:
-        raise SourceError(f"not UTF-8 (byte {error.start + 1})") from error
-    except RecursionError as error:
-        raise SourceError(TOO_DEEP) from error
-    except ValueError as error:
-        hint = "; name a file with one object per line .jsonl" if text.lstrip()[:1] == "{" else ""
-        raise SourceError(f"not JSON: {error}{hint}") from error
-    if not isinstance(rows, list):
-        raise SourceError("must be one array of rows; name a file with one object per line .jsonl")
+        rows = _decode(content)
+    except RowError as error:
+        raise SourceError(str(error)) from error
     for number, row in enumerate(rows, 1):
         yield f"row {number}", row
 
 
 def read_csv(stream: BinaryIO) -> Records:
     """Read rows under the column names of the first line; a row that spans lines is reported at its first."""
-    texts = (line.decode("utf-8-sig" if number == 1 else "utf-8") for number, line in _lines(stream))
-    csv.field_size_limit(MAX_LINE)
-    reader = csv.reader(texts, strict=True)
+    csv.field_size_limit(MAX_CELL)
+    reader = csv.reader(
+        (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(stream)), strict=True
+    )
     line = 1
     try:
         names = next(reader, [])
         _check_names(names)
-        if len(names) == 1 and (separator := next((each for each in ";\t|" if each in names[0]), None)):
-            raise SourceError(f"the only column is '{shortened(names[0])}': write commas, not {separator!r}")
         line = reader.line_num + 1
         for cells in reader:
             if len(cells) > len(names):
@@ -86,74 +73,45 @@ def read_csv(stream: BinaryIO) -> Records:
         raise SourceError(f"line {line}: not CSV in UTF-8: {error}") from error
 
 
-def read_parquet(stream: BinaryIO, path: Path) -> Records:
-    """Read the rows of a parquet file, which is mapped from ``path`` unless ``stream`` decompresses it."""
-    from pyarrow import ArrowException, BufferReader
+def read_parquet(path: Path) -> Records:
+    """Read the rows of a parquet file."""
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(BufferReader(_whole(stream)) if path.suffix == ".gz" else path) as file:
+        with ParquetFile(path) as file:
             _check_names(file.schema_arrow.names)
             yield from read_tables(file.iter_batches(128))  # few: a small file may repeat a long text many times
-    except (ArrowException, ValueError) as error:
+    except (ArrowException, ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
         raise SourceError(f"not a readable parquet file ({error})") from error
 
 
-def read_tables(batches: Iterable[Any]) -> Records:
-    """Read the rows of Arrow tables; values of the type JSON are decoded."""
+def read_tables(tables: Iterable[Any]) -> Records:
+    """Read the rows of Arrow tables; of binary values, such as images, only whether there is one."""
     number = 0
-    for batch in batches:
-        json_fields = [field for field in batch.schema if "arrow.json" in str(field.type)]
-        for record in _table_rows(batch, json_fields):
+    for table in tables:
+        table.validate(full=True)  # memory-mapped files may be damaged
+        binary = [field.name for field in table.schema if re.search(r"binary(?!\w*:)", str(field.type))]
+        for record in table.to_pylist():
             number += 1
-            yield f"row {number}", record
-
-
-def _table_rows(batch: Any, json_fields: Sequence[Any]) -> list[Any]:
-    try:
-        rows: list[Any] = batch.to_pylist()
-        for field in json_fields:
-            for row in rows:
-                row[field.name] = _decode_json(row[field.name], field.type)
-        return rows
-    except (ValueError, OverflowError, RecursionError) as error:  # text that is not UTF-8, a date out of range
-        if batch.num_rows == 1:
-            return [RowError(f"cannot be read ({error})")]
-        return [row for place in range(batch.num_rows) for row in _table_rows(batch.slice(place, 1), json_fields)]
-
-
-def _decode_json(value: Any, kind: Any) -> Any:
-    """Decode the JSON in a value, in which ``datasets`` stores what differs in type from row to row."""
-    from pyarrow import types
-
-    if value is None:
-        return None
-    if getattr(kind, "extension_name", "") == "arrow.json":
-        return json.loads(value)
-    if types.is_struct(kind):
-        return {field.name: _decode_json(value[field.name], field.type) for field in kind}
-    if types.is_list(kind) or types.is_large_list(kind):
-        return [_decode_json(each, kind.value_type) for each in value]
-    return value
+            yield f"row {number}", record | {name: bool(record[name]) for name in binary}
 
 
 # ---- helpers ----------------------------------------------------------------------------------------------------
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    while line := stream.readline(MAX_LINE + 1):
-        number += 1
-        if len(line) > MAX_LINE:
-            raise SourceError(f"line {number} is longer than {MAX_LINE >> 20} MiB")
-        yield number, line
-
-
-def _whole(stream: BinaryIO) -> bytes:
-    content = stream.read(MAX_FILE + 1)
-    if len(content) > MAX_FILE:
-        raise SourceError(f"longer than {MAX_FILE >> 20} MiB; write it as .jsonl")
-    return content
+def _decode(content: bytes) -> Any:
+    try:
+        return _DECODER.decode(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 (byte {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        raise RowError(f"not JSON: {error.msg} ({line}column {error.colno})") from error
+    except RecursionError as error:
+        raise RowError(TOO_DEEP) from error
+    except ValueError as error:
+        raise RowError(f"not JSON: {error}") from error
 
 
 def _check_names(names: list[str]) -> None:
@@ -188,7 +146,7 @@ def is_too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
     if not isinstance(value, (dict, list, tuple)):
         return False
     inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(is_too_deep(each, levels - 1) for each in inner if isinstance(each, (dict, list, tuple)))
+    return levels == 0 or any(is_too_deep(each, levels - 1) for each in inner)
 
 
 def _most_common(names: list[str]) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import gzip
+import io
 import os
 import re
-import shutil
 import sys
-import tempfile
 import zlib
-from collections.abc import Iterator
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from dpo_cli.data.hub import is_path, is_saved, load_split
 from dpo_cli.data.readers import (
@@ -22,31 +21,27 @@ from dpo_cli.data.readers import (
     SourceError,
     is_too_deep,
     read_csv,
-    read_json_array,
+    read_json,
     read_json_lines,
     read_parquet,
     read_tables,
 )
 from dpo_cli.utils.errors import RowError, UsageError, name_beside
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-KINDS = f"{', '.join(SUFFIXES)}, each optionally with .gz"
+TEXT_READERS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv}
+KINDS = f"{', '.join(TEXT_READERS)}, each optionally with .gz, or .parquet"
 
 
+@dataclass(frozen=True)
 class Source:
     """A source of records that can be read repeatedly.
 
     ``name`` is the option and its value, for messages; ``place`` begins the location of each record.
     """
 
-    files: tuple[Path, ...] = ()  # whose content, read as ``kind``, defines the records; none: unknown
-    kind = "jsonl"
-
-    def __init__(self, name: str, place: str) -> None:
-        self.name, self.place = name, place
-
-    def _read(self) -> Records:
-        raise NotImplementedError
+    name: str
+    place: str
+    read: Callable[[], Records]
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield the location of each record, as ``file:line``, and the record, or a RowError if it cannot be read.
@@ -56,7 +51,7 @@ class Source:
         """
         empty = True
         try:
-            for where, record in self._read():
+            for where, record in self.read():
                 empty = False
                 yield f"{self.place}:{where}", RowError(TOO_DEEP) if is_too_deep(record) else record
         except SourceError as error:
@@ -67,86 +62,36 @@ class Source:
             raise UsageError(f"{self.name}: has no rows")
 
 
-class FileSource(Source):
-    """A file of one of ``SUFFIXES``."""
-
-    def __init__(self, name: str, path: Path) -> None:
-        super().__init__(name, str(path))
-        self.path, self.files = path, (path,)
-        self.kind = path.name.removesuffix(".gz").rpartition(".")[2] + ".gz" * path.name.endswith(".gz")
-
-    def _read(self) -> Records:
-        kind = self.kind.removesuffix(".gz")
-        readers = {"jsonl": read_json_lines, "json": read_json_array, "csv": read_csv}
-        reader = readers.get(kind) or partial(read_parquet, path=self.path)
-        with cast(BinaryIO, gzip.open(self.path) if kind != self.kind else self.path.open("rb")) as stream:
-            yield from reader(stream)
+def _read_file(path: Path) -> Records:
+    if path.name.endswith(".parquet"):
+        yield from read_parquet(path)
+        return
+    name = path.name.removesuffix(".gz")
+    reader = next(reader for suffix, reader in TEXT_READERS.items() if name.endswith(suffix))
+    with path.open("rb") if name == path.name else gzip.open(path) as stream:
+        yield from reader(stream)  # type: ignore[arg-type]  # gzip's files are binary streams too
 
 
-class StdinSource(Source):
-    """JSON lines from stdin."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, "stdin")
-        if sys.stdin is None or sys.stdin.closed:
-            raise UsageError(f"{name}: stdin is closed")
-        if sys.stdin.isatty():
-            raise UsageError(f"{name}: stdin is a terminal; pipe JSON lines into the command")
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UsageError(f"{name}: several processes cannot share stdin; name a file")
-
-    def _read(self) -> Records:
-        copy = _copy_of(sys.stdin.buffer)
-        copy.seek(0)
-        yield from read_json_lines(copy)
+def _read_stdin() -> Records:
+    return read_json_lines(io.BytesIO(_stdin_content(sys.stdin)))
 
 
 @cache
-def _copy_of(stream: BinaryIO) -> BinaryIO:
-    """Copy a stream that can be read only once to an unnamed temporary file."""
-    copy = tempfile.TemporaryFile()  # noqa: SIM115  (it is read again later)
-    atexit.register(copy.close)
-    shutil.copyfileobj(stream, copy)
-    return cast(BinaryIO, copy)
+def _stdin_content(stdin: Any) -> bytes:
+    content: bytes = stdin.buffer.read()  # once: a later reading would find nothing
+    return content
 
 
-class DatasetSource(Source):
-    """A split of a data set of the hub, or of a ``folder`` that ``save_to_disk`` wrote; loaded on first use."""
+def _read_data_set(name: str, dataset: str, config: str | None, split: str | None, folder: Path | None) -> Records:
+    from pyarrow import ArrowException
 
-    def __init__(self, name: str, dataset: str, config: str | None, split: str | None, folder: Path | None) -> None:
-        super().__init__(name, dataset)
-        self._arguments = dataset, config, split, folder
-
-    @cached_property
-    def _dataset(self) -> Any:
-        self.place, dataset = load_split(self.name, *self._arguments)
-        return dataset
-
-    @property
-    def files(self) -> tuple[Path, ...]:  # type: ignore[override]
-        """The files of the split; none if it is in memory."""
-        return tuple(Path(file["filename"]) for file in self._dataset.cache_files)
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        """What defines the rows besides the files."""
-        return f"{self._dataset.num_rows} rows of {self._dataset.features}"
-
-    def _read(self) -> Records:
-        from pyarrow import ArrowException
-
-        try:
-            yield from read_tables(self._batches())
-        except (ArrowException, ValueError) as error:
-            raise SourceError(f"the data set cannot be read ({error})") from error
-
-    def _batches(self) -> Iterator[Any]:
-        """Yield small Arrow tables, without binary columns such as images."""
-        schema = self._dataset.features.arrow_schema
-        columns = [field.name for field in schema if not re.search(r"binary(?!\w*:)", str(field.type))]
-        for table in self._dataset.with_format("arrow", columns=columns).iter(batch_size=128):
-            table.validate(full=True)  # memory-mapped files may be damaged
-            yield table
+    split, rows = load_split(name, dataset, config, split, folder)
+    begin = "/".join(filter(None, (config, split)))
+    try:
+        for where, record in read_tables(rows.with_format("arrow").iter(batch_size=128)):
+            yield f"{begin}:{where}" if begin else where, record
+    except (ArrowException, ValueError, OverflowError) as error:
+        raise SourceError(f"the data set cannot be read ({error})") from error
 
 
 # ---- names ------------------------------------------------------------------------------------------------------
@@ -167,20 +112,35 @@ _HUB = re.compile(r"([a-z0-9][\w.-]*/[\w.-]+)(?::(?:([\w.-]+)/)?(\w+(?:\.\w+)*))
 
 def _sources(typed: str, name: str) -> list[Source]:
     if typed == "-":
-        return [StdinSource(name)]
+        return [_stdin(name)]
     if path := _existing(typed):
         if not path.is_dir():
             if not _is_known(path.name):
                 raise UsageError(f"{name}: unknown kind of file; use {KINDS}")
-            return [FileSource(name, path)]
-        return [DatasetSource(name, typed, None, None, path)] if is_saved(path) else _folder(path, name)
+            return [Source(name, str(path), partial(_read_file, path))]
+        return [_data_set(name, typed, None, None, path)] if is_saved(path) else _folder(path, name)
     folder, _, split = typed.rpartition(":")
     if (path := _existing(folder)) and is_saved(path):
-        return [DatasetSource(name, folder, None, split, path)]
+        return [_data_set(name, folder, None, split, path)]
     if not (match := _hub_match(typed)):
         raise UsageError(f"{name}: no such file{name_beside(Path(typed))}")
     dataset, config, split = match.groups()
-    return [DatasetSource(name, dataset, config, split, None)]
+    return [_data_set(name, dataset, config, split, None)]
+
+
+def _stdin(name: str) -> Source:
+    if sys.stdin is None or sys.stdin.closed:
+        raise UsageError(f"{name}: stdin is closed")
+    if sys.stdin.isatty():
+        raise UsageError(f"{name}: stdin is a terminal; pipe JSON lines into the command")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(f"{name}: several processes cannot share stdin; name a file")
+    return Source(name, "stdin", _read_stdin)
+
+
+def _data_set(name: str, dataset: str, config: str | None, split: str | None, folder: Path | None) -> Source:
+    """Return a split of a data set of the hub, or of a ``folder`` that ``save_to_disk`` wrote."""
+    return Source(name, dataset, partial(_read_data_set, name, dataset, config, split, folder))
 
 
 def _folder(path: Path, name: str) -> list[Source]:
@@ -191,7 +151,7 @@ def _folder(path: Path, name: str) -> list[Source]:
         raise UsageError(f"{name}: cannot be read ({error})") from error
     if not files:
         raise UsageError(f"{name}: the folder has no file to read; looked for {KINDS}")
-    return [FileSource(f"{name.rstrip('/')}/{file.name}", file) for file in files]
+    return [Source(f"{name.rstrip('/')}/{file.name}", str(file), partial(_read_file, file)) for file in files]
 
 
 def hub_id(typed: str) -> str | None:
@@ -219,4 +179,4 @@ def _existing(typed: str) -> Path | None:
 
 
 def _is_known(file: str) -> bool:
-    return file.removesuffix(".gz").endswith(SUFFIXES)
+    return file.removesuffix(".gz").endswith(tuple(TEXT_READERS)) or file.endswith(".parquet")

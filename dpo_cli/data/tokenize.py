@@ -51,19 +51,16 @@ def tokenize_rows(
     rows: Iterable[Row | BadRow],
     tokenizer: Any,
     reading: Reading,
-    keep_refused: bool = True,
 ) -> PairSet:
-    """Tokenize every row; those that cannot be used are ``refused`` with the reason, and with their record if kept."""
+    """Tokenize every row; those that cannot be used are ``refused`` with the reason."""
     encoder = Encoder(tokenizer, reading)
     out = PairSet()
-    if not keep_refused:
-        rows = (BadRow(row.where, row.reason) if isinstance(row, BadRow) else row for row in rows)
     for row, result in encoder.pairs(rows):
         if isinstance(row, BadRow):
             out.refused.append(row)
         elif isinstance(result, RowError):
             record = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
-            out.refused.append(BadRow(row.where, str(result), record if keep_refused else None))
+            out.refused.append(BadRow(row.where, str(result), record))
         else:
             pair, notes = result
             out.pairs.append(pair)

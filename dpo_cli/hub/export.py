@@ -196,7 +196,7 @@ def _with_older_names(written: dict[str, Any], config: PretrainedConfig) -> dict
     """A configuration with the names of transformers 4 beside those of 5, which reads its own.
 
     Version 4 knows no ``rope_parameters``: it would take its default base without a word. Checked against 4.57.6 on
-    the families of tests/test_exports.py, whose log-probs are the same there.
+    the families of tests/hub/test_exports.py, whose log-probs are the same there.
     """
     for key, inner in [*written.items()]:
         if isinstance(inner, dict) and isinstance(getattr(config, key, None), PretrainedConfig):

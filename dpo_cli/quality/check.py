@@ -1,98 +1,58 @@
-"""`dpo check`: read and tokenize preference data, and report what is wrong with it before a training starts.
-
-The first pass checks each row and keeps a few numbers of it; the second pass reads the examples to show.
-"""
+"""`dpo check`: read and tokenize preference data, and report what is wrong with it before a training starts."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from dpo_cli.config.options import CheckOptions
-from dpo_cli.data.chat import CONTROL_KEPT, CONTROL_SANITIZED
+from dpo_cli.data.pairs import count_loss_tokens
 from dpo_cli.data.readers import shortened
-from dpo_cli.data.rows import BadRow, Reading, Row, read_rows
+from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import Source, find_sources
-from dpo_cli.data.tokenize import PROMPT_CUT, RESPONSE_CUT, Encoder
-from dpo_cli.models.loading import default_device
-from dpo_cli.quality.checks import FLAGS, ISSUE_TYPES, PROBLEMS, RowChecks, Texts, normalize, texts_of
-from dpo_cli.quality.duplicates import Places, RowTable, find_copies, find_matches
-from dpo_cli.quality.lengths import biased_pairs, budget, length_bias, statistics
-from dpo_cli.training.memory import MOST_TOKENS
+from dpo_cli.data.tokenize import Encoder
+from dpo_cli.quality.checks import ISSUE_TYPES, NOTES, Texts, normalize, row_issues, texts_of
+from dpo_cli.quality.lengths import biased_pairs, length_bias, statistics
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
 from dpo_cli.training.setup import reading_as_trained
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import RowError, UsageError, printable
-from dpo_cli.utils.files import atomic_write
+from dpo_cli.utils.files import atomic_write, finite
 
-NOTES = {
-    PROMPT_CUT: "prompt_cut",
-    RESPONSE_CUT: "response_cut",
-    CONTROL_KEPT: "control_tokens",
-    CONTROL_SANITIZED: "control_tokens",
-}
 EVAL, TRAIN = "eval_data", "data"
 MAX_REASONS = 50  # counted separately
-PROGRESS_SECONDS = 10.0
-T = TypeVar("T")
 
 
 def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
-    """Run `dpo check`: report all issues with example rows, lengths, and the cost of training on the pairs.
+    """Run `dpo check`: report all issues with example rows, and the lengths of the pairs.
 
     Raises:
         UsageError: a file cannot be read, or ``--fix`` names an existing file.
     """
     sources = {TRAIN: find_sources(options.data)}
-    if options.eval_data:
+    if options.eval_data:  # read first, so that rows of the other are searched for in it
         sources = {EVAL: find_sources(options.eval_data, "--eval-data")} | sources
     if options.fix:
         _check_new(options.fix)
     model = choose_model(options.model, options, reporter, base=options.base_model)
-    check = DataCheck(sources, reading_as_trained(options, model), reporter, options.examples)
-    check.read(choose_tokenizer(model, options))
-    check.compare()
-    result = _result(check, options)
+    reading = reading_as_trained(options, model)
+    check = DataCheck(Encoder(choose_tokenizer(model, options), reading), options.examples)
+    for data, some in sources.items():
+        check.read(data, read_rows(some, reading.columns, reading.format))
+    result = check.result()
     if options.fix:
-        result["fixed"] = _fix(check, options.fix)
+        result["fixed"] = _write_clean(options.fix, sources[TRAIN], check.problems[TRAIN])
         reporter.info("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are clean")
     return result
-
-
-def _result(check: DataCheck, options: CheckOptions) -> dict[str, Any]:
-    rows = {data: span.stop - span.start for data, span in check.spans.items()}
-    pairs = {data: check.usable(data) for data in rows}
-    result: dict[str, Any] = {"rows": rows[TRAIN], "pairs": len(pairs[TRAIN])}
-    if EVAL in rows:
-        result |= {"eval_rows": rows[EVAL], "eval_pairs": len(pairs[EVAL])}
-    tokens = check.table.tokens[pairs[TRAIN]]
-    loss_lengths = tokens[:, [0, 3, 4]]
-    bias = length_bias(loss_lengths) if len(tokens) else None
-    if bias and (biased := biased_pairs(bias)):
-        check.findings.counts[Key(TRAIN, "length_bias", biased[1])] = biased[0]
-    findings = check.findings.as_list(rows)
-    result |= {
-        "formats": dict(check.formats),
-        "problems": sum(finding["severity"] == "problem" for finding in findings),
-        "problem_rows": int((check.table.flags & np.uint32(PROBLEMS) != 0).sum()),
-        "findings": findings,
-    }
-    if bias:
-        max_tokens = options.max_tokens or MOST_TOKENS[default_device().type]
-        result |= {"lengths": statistics(loss_lengths), "length_bias": bias}
-        result["budget"] = budget(tokens[:, :3], options.batch_size, options.epochs, max_tokens)
-    return result
-
-
-# ---- findings ---------------------------------------------------------------------------------------------------
 
 
 class Key(NamedTuple):
@@ -103,144 +63,132 @@ class Key(NamedTuple):
     reason: str = ""
 
 
-class Findings:
-    """The number of rows with each issue, and the first of them as examples."""
+@dataclass
+class Finding:
+    """The number of rows with an issue, and the first of them as examples."""
 
-    def __init__(self, max_examples: int) -> None:
-        self.max_examples = max_examples
-        self.counts: Counter[Key] = Counter()
-        self.examples: defaultdict[Key, list[dict[str, str]]] = defaultdict(list)
-
-    def add(self, key: Key, where: str, text: str, **more: str) -> None:
-        """Count a row, and keep it as an example."""
-        if key.reason and key not in self.counts and len(self.counts) > MAX_REASONS:
-            key = key._replace(reason="other reasons")
-        self.counts[key] += 1
-        self.show(key, where, text, **more)
-
-    def show(self, key: Key, where: str, text: str, **more: str) -> None:
-        """Keep an example, unless there are enough already."""
-        if len(self.examples[key]) < self.max_examples:
-            self.examples[key].append({"where": where, "text": text} | more)
-
-    def as_list(self, rows: dict[str, int]) -> list[dict[str, Any]]:
-        """Return all findings, problems first, then in the order of ``ISSUE_TYPES``; ``rows`` per data."""
-        order = list(ISSUE_TYPES)
-        keys = sorted(self.counts, key=lambda key: (order.index(key.kind), key.data, -self.counts[key]))
-        return [
-            {
-                "kind": key.kind,
-                "severity": "problem" if (issue := ISSUE_TYPES[key.kind]).problem else "note",
-                "data": key.data,
-                "title": f"{issue.title}: {key.reason}" if key.reason else issue.title,
-                "count": self.counts[key],
-                "share": self.counts[key] / rows[key.data],
-                "what": issue.what,
-                "todo": issue.todo,
-                "examples": self.examples[key],
-            }
-            for key in keys
-        ]
-
-
-# ---- the two passes ---------------------------------------------------------------------------------------------
+    count: int = 0
+    examples: list[dict[str, str]] = field(default_factory=list)
 
 
 class DataCheck:
-    """The rows of ``--eval-data`` and ``--data``, whose ``spans`` say where they are in the table; and the findings."""
+    """Checks rows in order. Of a row its location, its first problem, a hash and its lengths are kept.
 
-    def __init__(self, sources: dict[str, list[Source]], reading: Reading, reporter: Reporter, examples: int) -> None:
-        self.sources, self.reading, self.reporter = sources, reading, reporter
-        self.findings, self.table = Findings(examples), RowTable()
+    Rows are compared by their normalized texts; one that has another problem is not compared with later ones.
+    """
+
+    def __init__(self, encoder: Encoder, max_examples: int) -> None:
+        self.encoder, self.max_examples = encoder, max_examples
+        self.findings: dict[Key, Finding] = {}
         self.formats: Counter[str] = Counter()
-        self.spans: dict[str, slice] = {}
+        self.problems: dict[str, list[str]] = {}  # the first problem of each row, or an empty string
+        self.where: list[str] = []  # the locations of the rows being read
+        self.first: dict[bytes, int] = {}  # their places, by the hash of the row
+        self.lengths = array("i")  # of --data: prompt, and loss-bearing tokens of chosen and rejected, row by row
+        self.held_out: dict[bytes, str] = {}  # the location of each row of --eval-data, by its hash and its prompt's
 
-    def usable(self, data: str) -> Places:
-        """Return the places of the rows that were not refused, ascending."""
-        flags = self.table.flags[self.spans[data]]
-        usable: Places = np.flatnonzero(flags & np.uint32(FLAGS["refused"]) == 0) + self.spans[data].start
-        return usable
+    def read(self, data: str, rows: Iterable[Row | BadRow]) -> None:
+        """Check the rows of one option."""
+        self.problems[data], self.where, self.first = [], [], {}
+        for place, (row, result) in enumerate(self.encoder.pairs(rows)):
+            self.problems[data].append("")
+            self.where.append(row.where)
+            if isinstance(row, BadRow) or isinstance(result, RowError):
+                self._refuse(data, row, printable(str(result)))
+                continue
+            pair, notes = result
+            self.formats[row.format] += 1
+            if data == TRAIN:
+                self.lengths.extend([len(pair.prompt), *map(count_loss_tokens, (pair.chosen, pair.rejected))])
+            texts = texts_of(row)
+            normalized, excerpt = normalize(row, texts), shortened(texts.prompt, 70)
+            for kind, text in row_issues(row, texts, normalized).items():
+                self._add(Key(data, kind), place, text)
+            for note in notes:
+                self._add(Key(data, NOTES[note]) if note in NOTES else Key(data, "other", note), place, excerpt)
+            self._compare(data, place, normalized, excerpt)
 
-    def read(self, tokenizer: Any) -> None:
-        """Check each row: the first pass."""
-        checks, encoder = RowChecks(tokenizer), Encoder(tokenizer, self.reading)
-        for data in self.sources:
-            start = len(self.table)
-            rows = self._with_progress(self._rows(data), f"--{data.replace('_', '-')}: read")
-            for row, result in encoder.pairs(rows):
-                if isinstance(row, BadRow) or isinstance(result, RowError):
-                    self._refuse(data, row, printable(str(result)))
-                    continue
-                pair, notes = result
-                self.formats[row.format] += 1
-                texts = texts_of(row)
-                normalized = normalize(row, texts)
-                issues = {Key(data, kind): text for kind, text in checks.issues(row, texts, normalized).items()}
-                excerpt = shortened(texts.prompt, 70)
-                issues |= {Key(data, NOTES.get(n, "other"), "" if n in NOTES else n): excerpt for n in notes}
-                for key, text in issues.items():
-                    self.findings.add(key, row.where, text)
-                self.table.add(normalized, pair, sum({FLAGS[key.kind] for key in issues}))
-            self.spans[data] = slice(start, len(self.table))
-
-    def _rows(self, data: str) -> Iterator[Row | BadRow]:
-        return read_rows(self.sources[data], self.reading.columns, self.reading.format)
+    def _compare(self, data: str, place: int, normalized: Texts, excerpt: str) -> None:
+        """Compare a row with the held-out rows and with earlier ones."""
+        prompt, whole, swapped = _hashes(normalized)
+        if data == EVAL:
+            self.held_out.setdefault(prompt, self.where[place])
+            self.held_out.setdefault(whole, self.where[place])
+        elif other := self.held_out.get(whole):
+            self._add(Key(data, "leak_row"), place, excerpt, other=other)
+        elif other := self.held_out.get(prompt):
+            self._add(Key(data, "leak_prompt"), place, excerpt, other=other)
+        if (earlier := self.first.get(whole)) is not None:
+            self._add(Key(data, "duplicate"), place, excerpt, other=self.where[earlier])
+        elif whole != swapped and (earlier := self.first.get(swapped)) is not None:
+            if not self.problems[data][earlier]:
+                self._add(Key(data, "contradiction"), earlier, excerpt, other=self.where[place])
+            self._add(Key(data, "contradiction"), place, excerpt, other=self.where[earlier])
+        elif not self.problems[data][place]:
+            self.first[whole] = place
 
     def _refuse(self, data: str, row: Row | BadRow, reason: str) -> None:
         record = row.record if isinstance(row, BadRow) else {"prompt": texts_of(row).prompt}
         text = " ".join(map(str, record.values())) if isinstance(record, dict) else str(record or "")
         group = re.sub(r"'.*'|\b\d+\b", "…", reason)  # without what differs between rows
         more = {} if group == reason else {"reason": reason}
-        self.findings.add(Key(data, "refused", group), row.where, shortened(text, 70), **more)
-        self.table.add(Texts("", "", ""), None, FLAGS["refused"])
+        self._add(Key(data, "refused", group), len(self.where) - 1, shortened(text, 70), **more)
 
-    def compare(self) -> None:
-        """Compare the rows with each other, and read the examples of what is found: the second pass."""
-        prompts, rows, swapped = self.table.hashes
-        issues: list[tuple[Key, Places, Places]] = []
-        for data in self.sources:
-            places = self.usable(data)
-            bad = self.table.flags & np.uint32(PROBLEMS) != 0
-            distinct = places[rows[places] != swapped[places]]
-            issues.append((Key(data, "duplicate"), *find_copies(rows, places, bad)))
-            issues.append((Key(data, "contradiction"), *find_matches(swapped, distinct, rows, distinct)))
-            if data == TRAIN and EVAL in self.sources:
-                held_out = self.usable(EVAL)
-                leaked = find_matches(rows, places, rows, held_out)
-                rest = np.setdiff1d(places, leaked[0])
-                issues.append((Key(data, "leak_row"), *leaked))
-                issues.append((Key(data, "leak_prompt"), *find_matches(prompts, rest, prompts, held_out)))
-        for key, places, _ in issues:
-            if len(places):
-                self.table.flags[places] |= np.uint32(FLAGS[key.kind])
-                self.findings.counts[key] = len(places)
-        self._show_examples(issues)
+    def _add(self, key: Key, place: int, text: str, **more: str) -> None:
+        if key not in self.findings and len(self.findings) > MAX_REASONS:
+            key = key._replace(reason="other reasons" if key.reason else "")
+        finding = self.findings.setdefault(key, Finding())
+        finding.count += 1
+        if len(finding.examples) < self.max_examples:
+            finding.examples.append({"where": self.where[place], "text": text} | more)
+        if ISSUE_TYPES[key.kind].problem:
+            self.problems[key.data][place] = self.problems[key.data][place] or key.kind
 
-    def _show_examples(self, issues: list[tuple[Key, Places, Places]]) -> None:
-        count = self.findings.max_examples
-        shown = [
-            (key, place, other)
-            for key, places, others in issues
-            for place, other in zip(places[:count].tolist(), others[:count].tolist(), strict=True)
+    def result(self) -> dict[str, Any]:
+        """Return counts, findings and lengths, as `dpo check --json` prints them."""
+        lengths = np.asarray(self.lengths).reshape(-1, 3)
+        bias = length_bias(lengths) if len(lengths) else None
+        if bias and (biased := biased_pairs(bias)):
+            self.findings[Key(TRAIN, "length_bias", biased[1])] = Finding(biased[0])
+        result: dict[str, Any] = {}
+        for data, problems in self.problems.items():
+            prefix = "eval_" * (data == EVAL)
+            result |= {f"{prefix}rows": len(problems), f"{prefix}pairs": len(problems) - problems.count("refused")}
+        findings = self._sorted_findings()
+        result |= {
+            "formats": dict(self.formats),
+            "problems": sum(finding["severity"] == "problem" for finding in findings),
+            "problem_rows": sum(map(bool, (each for problems in self.problems.values() for each in problems))),
+            "findings": findings,
+        }
+        return result | ({"lengths": statistics(lengths), "length_bias": bias} if bias else {})
+
+    def _sorted_findings(self) -> list[dict[str, Any]]:
+        order = list(ISSUE_TYPES)
+        items = sorted(self.findings.items(), key=lambda it: (order.index(it[0].kind), it[0].data, -it[1].count))
+        return [
+            {
+                "kind": kind,
+                "severity": "problem" if (issue := ISSUE_TYPES[kind]).problem else "note",
+                "data": data,
+                "title": f"{issue.title}: {reason}" if reason else issue.title,
+                "count": finding.count,
+                "share": finding.count / len(self.problems[data]),
+                "what": issue.what,
+                "examples": finding.examples,
+            }
+            for (data, kind, reason), finding in items
         ]
-        missing = {place for _, *both in shown for place in both}
-        examples: dict[int, tuple[str, str]] = {}
-        rows = (row for data in self.sources for row in self._rows(data)) if missing else iter(())
-        for place, row in enumerate(self._with_progress(rows, "read again:")):
-            if place in missing and isinstance(row, Row):
-                examples[place] = row.where, shortened(texts_of(row).prompt, 70)
-        if missing - examples.keys():
-            raise UsageError("--data: the rows changed while they were read; run the check again")
-        for key, place, other in shown:
-            self.findings.show(key, *examples[place], other=examples[other][0])
 
-    def _with_progress(self, rows: Iterable[T], what: str) -> Iterator[T]:
-        last = time.monotonic()
-        for count, row in enumerate(rows):
-            if count % 1000 == 0 and time.monotonic() - last > PROGRESS_SECONDS:
-                self.reporter.info("", f"{what} {count:,} rows")
-                last = time.monotonic()
-            yield row
+
+def _hashes(normalized: Texts) -> tuple[bytes, bytes, bytes]:
+    """Hash the prompt, the row, and the row with its responses swapped."""
+    prompt, chosen, rejected = (_digest(text.encode("utf-8", "surrogatepass")) for text in normalized)
+    return prompt, _digest(prompt + chosen + rejected), _digest(prompt + rejected + chosen)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=12).digest()
 
 
 # ---- --fix ------------------------------------------------------------------------------------------------------
@@ -253,55 +201,35 @@ def _check_new(file: Path) -> None:
         raise UsageError(f"--fix {file}: already exists; name a new file")
 
 
-def _fix(check: DataCheck, file: Path) -> dict[str, Any]:
-    """Write the records of the clean rows; count the dropped rows by their first problem."""
-    problems = check.table.flags[check.spans[TRAIN]] & np.uint32(PROBLEMS)
-    first = problems & -problems.astype(np.int64)  # the lowest bit: FLAGS has the order of ISSUE_TYPES
-    dropped = {kind: int((first == flag).sum()) for kind, flag in FLAGS.items()}
-    clean = problems == 0
-    if clean.any():
-        _write_clean(check, file, clean)
-    return {"file": str(file), "kept": int(clean.sum()), "dropped": {k: count for k, count in dropped.items() if count}}
-
-
-def _write_clean(check: DataCheck, file: Path, clean: npt.NDArray[np.bool_]) -> None:
-    records = (each for source in check.sources[TRAIN] for each in source.records())
-    count = 0
-    with atomic_write(file) as temporary, temporary.open("wb") as stream:
-        for count, (where, record) in enumerate(records, 1):
-            if count <= len(clean) and clean[count - 1]:
-                stream.write(_json_line(record, where))
-        if count != len(clean):
-            raise UsageError("--data: the rows changed while they were read; nothing is written")
-
-
-def _json_line(record: Any, where: str) -> bytes:
-    """Encode a record, with null for numbers that JSON does not have."""
-
-    def convert(value: Any) -> str:
-        if isinstance(value, bytes):
-            raise UsageError(f"{where}: has bytes, which JSON cannot hold; nothing is written")
-        return str(value)
-
-    value = json.loads(json.dumps(record, default=convert), parse_constant=lambda name: None)
-    # A lone surrogate cannot be encoded; its escape is the same in JSON.
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+def _write_clean(file: Path, sources: list[Source], problems: list[str]) -> dict[str, Any]:
+    """Write the records of the rows without a problem, if any; count the others by their first problem."""
+    dropped = Counter(problem for problem in problems if problem)
+    kept = len(problems) - dropped.total()
+    records = (record for source in sources for _, record in source.records())
+    if kept:
+        with atomic_write(file) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
+            try:
+                for record, problem in zip(records, problems, strict=True):
+                    if not problem:
+                        out.write(json.dumps(finite(record), ensure_ascii=False, default=str) + "\n")
+            except ValueError as error:
+                raise UsageError("--data: the rows changed while they were read; nothing is written") from error
+    return {"file": str(file), "kept": kept, "dropped": {kind: dropped[kind] for kind in ISSUE_TYPES if dropped[kind]}}
 
 
 # ---- text -------------------------------------------------------------------------------------------------------
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Format the result: formats, problems, notes, lengths, budget, and a verdict at the end."""
-    lines = [f"{count:,} {_s('row', count)}: {name}" for name, count in result["formats"].items()]
+    """Format the result: formats, problems, notes, lengths, and a verdict at the end."""
+    lines = [f"{_count(count, 'row')}: {name}" for name, count in result["formats"].items()]
     for severity in ("problem", "note"):
         some = [finding for finding in result["findings"] if finding["severity"] == severity]
-        if some:
-            lines.append(f"{severity}s")
+        lines += [f"{severity}s"] * bool(some)
         for finding in some:
             lines += _finding(finding)
     if "lengths" in result:
-        lines += [*_lengths(result), *_budget(result["budget"])]
+        lines += _lengths(result["lengths"], result["length_bias"])
     if fixed := result.get("fixed"):
         kept = f"{fixed['kept']:,} rows written to" if fixed["kept"] else "no row is clean; not written:"
         lines.append(f"fixed: {kept} {fixed['file']}")
@@ -309,21 +237,21 @@ def as_text(result: dict[str, Any]) -> str:
         lines.append("")
     rows = result["rows"] + result.get("eval_rows", 0)
     if problems := result["problems"]:
-        lines.append(f"{problems} {_s('problem', problems)} in {result['problem_rows']:,} of {rows:,} rows")
+        lines.append(f"{_count(problems, 'problem')} in {result['problem_rows']:,} of {rows:,} rows")
     else:
         lines.append(f"no problems found in {rows:,} rows")
     return "\n".join(lines)
 
 
-def _s(word: str, count: int) -> str:
-    return word if count == 1 else word + "s"
+def _count(count: int, word: str) -> str:
+    return f"{count:,} {word}" + "s" * (count != 1)
 
 
 def _finding(finding: dict[str, Any]) -> list[str]:
     where = "" if finding["data"] == TRAIN else " (in --eval-data)"
     lines = [
         f"  {finding['count']:>9,}  {finding['share']:>6.1%}  {finding['title']}{where}",
-        f"{'':21}{finding['what']} {finding['todo']}",
+        f"{'':21}{finding['what']}",
     ]
     for example in finding["examples"]:
         other = f" (see {example['other']})" if "other" in example else ""
@@ -332,35 +260,19 @@ def _finding(finding: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _lengths(result: dict[str, Any]) -> list[str]:
-    statistics = result["lengths"]
+def _lengths(lengths: dict[str, dict[str, float]], bias: dict[str, Any]) -> list[str]:
     lines = [
         "tokens after truncation (responses: loss-bearing tokens)",
-        " " * 14 + "".join(f"{name:>9}" for name in statistics["prompt"]),
+        " " * 14 + "".join(f"{name:>9}" for name in lengths["prompt"]),
     ]
-    for part, values in statistics.items():
-        numbers = (f"{v:>9,.1f}" if name == "mean" else f"{v:>9,.0f}" for name, v in values.items())
-        lines.append(f"  {part:<12}" + "".join(numbers))
-    bias = result["length_bias"]
+    for part, values in lengths.items():
+        lines.append(f"  {part:<12}" + "".join(f"{value:>9,.0f}" for value in values.values()))
     low, high = bias["interval"]
     lines += [
         f"  the longer response is chosen in {bias['share']:.1%} of the pairs that differ in length "
-        f"(95 % interval {low:.1%} to {high:.1%}; {bias['ties']:,} ties); Cohen's d {bias['cohens_d']:+.2f}",
+        f"(95 % interval {low:.1%} to {high:.1%}; {bias['ties']:,} ties)",
         f"  accuracy to beat: {bias['accuracy_prefer_longer']:.1%} by preferring the longer response, "
         f"{bias['accuracy_prefer_shorter']:.1%} by preferring the shorter",
         "",
     ]
     return lines
-
-
-def _budget(budget: dict[str, Any]) -> list[str]:
-    unshared, padded = budget["tokens_unshared_an_epoch"], budget["tokens_padded_an_epoch"]
-    return [
-        "budget",
-        f"  {budget['pairs']:,} pairs, {budget['steps']:,} steps of {budget['batch_size']} in "
-        f"{budget['epochs']} {_s('epoch', budget['epochs'])}",
-        f"  an epoch: {budget['tokens_an_epoch']:,} tokens with shared prompts, in {budget['forwards_an_epoch']:,} "
-        f"forwards of at most {budget['max_tokens']:,}",
-        f"  without sharing {unshared:,}, in padded batches {padded:,} ({budget['padded_over_shared']:.1f} times)",
-        "",
-    ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from dpo_cli.data.chat import CONTROL_KEPT
 from dpo_cli.data.messages import REASONING, Text
 from dpo_cli.data.readers import shortened
 from dpo_cli.data.rows import Row
-from dpo_cli.data.template import ControlTokens
+from dpo_cli.data.tokenize import PROMPT_CUT, RESPONSE_CUT
 
 CONTEXT = 30  # characters shown on either side of a match
 
@@ -21,87 +22,64 @@ class IssueType(NamedTuple):
     problem: bool
     title: str
     what: str
-    todo: str
 
 
-# In the order in which they are reported, and in which --fix names the reason for dropping a row.
+# In the order in which they are reported.
 ISSUE_TYPES = {
-    "refused": IssueType(
-        True, "refused rows", "`dpo train` cannot use them.", "Fix them, or train with --on-bad-row skip."
-    ),
+    "refused": IssueType(True, "refused rows", "`dpo train` needs --on-bad-row skip, or these rows mended."),
     "encoding": IssueType(
         True,
         "damaged encoding",
-        "Text that was decoded with the wrong encoding, replacement characters or control characters.",
-        "Export the data again as UTF-8.",
+        "Text decoded with the wrong encoding, replacement or control characters: export the data again as UTF-8.",
     ),
     "markers": IssueType(
         True,
         "template markers in a response",
-        "A response contains tokens with which a chat template separates turns, outside code.",
-        "Remove them: the template writes its own.",
+        "Markers with which chat templates separate turns, outside code: remove them, the template writes its own.",
     ),
     "contradiction": IssueType(
         True,
         "contradictions",
-        "For one prompt a response is preferred to another, and elsewhere the other way round.",
-        "Decide for one order, or drop both.",
+        "For one prompt a response is preferred to another, and elsewhere the other way round: decide for one order.",
     ),
     "leak_row": IssueType(
         True,
         "rows that are in --eval-data too",
-        "Rows that are trained on are evaluated on, so the evaluation says nothing.",
-        "Remove them from one of the two.",
+        "They are trained on and evaluated on: take them out of one of the two.",
     ),
     "leak_prompt": IssueType(
-        True,
-        "prompts that are in --eval-data too",
-        "The prompt is evaluated on, with other responses.",
-        "Split by prompt, not by row.",
+        True, "prompts that are in --eval-data too", "With other responses: split the data by prompt, not by row."
     ),
     "duplicate": IssueType(
         True,
         "copies of other rows",
-        "Prompt and responses equal another row's, ignoring case and white space.",
-        "Drop them: a copy counts like another epoch of its row.",
-    ),
-    "same_words": IssueType(
-        False,
-        "responses with the same words",
-        "The two responses differ only in case and white space.",
-        "Fine if that is what you teach; otherwise drop them.",
+        "Equal but for case and white space: drop them, a copy counts like another epoch of its row.",
     ),
     "prompt_cut": IssueType(
-        False, "truncated prompts", "Longer than --max-length; the oldest turns are removed.", "Raise --max-length."
+        False, "truncated prompts", "The oldest turns are removed beyond --max-length: raise it if memory allows."
     ),
     "response_cut": IssueType(
-        False, "truncated responses", "Longer than --max-length; the end is removed.", "Raise --max-length."
+        False, "truncated responses", "The end is removed beyond --max-length: raise it if memory allows."
     ),
     "control_tokens": IssueType(
         False,
         "control tokens in messages",
-        "A message contains a token that the model's template or tokenizer treats as its own.",
-        "Use --control-tokens sanitize, unless they are intended.",
+        "Text that the tokenizer reads as a token of its template: --control-tokens refuse, unless it is intended.",
     ),
     "thinking": IssueType(
         False,
         "thinking on one side only",
-        "One response thinks before it answers, and the other does not.",
         "Such pairs teach to think, or not to: give both responses their thinking, or neither.",
     ),
-    "empty_response": IssueType(
-        False, "responses without a word", "A response has neither a letter nor a digit.", "Inspect them."
-    ),
+    "empty_response": IssueType(False, "responses without a word", "A response has neither a letter nor a digit."),
     "length_bias": IssueType(
         False,
         "length predicts the preference",
-        "Always choosing the longer (or the shorter) response would be right this often.",
-        "A trained model must beat that; balance lengths, or use a length-normalized loss.",
+        "A trained model must beat always choosing that one: balance lengths, or take a length-normalized loss.",
     ),
-    "other": IssueType(False, "tokenization", "Noted when the row was tokenized.", "Inspect them."),
+    "other": IssueType(False, "tokenization", "Noted when the row was tokenized."),
 }
-FLAGS = {name: 1 << place for place, name in enumerate(ISSUE_TYPES)}
-PROBLEMS = sum(FLAGS[name] for name, issue in ISSUE_TYPES.items() if issue.problem)
+NOTES = {PROMPT_CUT: "prompt_cut", RESPONSE_CUT: "response_cut", CONTROL_KEPT: "control_tokens"}
 
 
 # ---- the text of a row ------------------------------------------------------------------------------------------
@@ -142,9 +120,9 @@ def normalize(row: Row, texts: Texts) -> Texts:
 
 _WORD = re.compile(r"[^\W_]")
 _CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`", re.DOTALL)
-_MARKERS = (
-    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "[INST]", "[/INST]"),
-    *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>"),
+_MARKERS = re.compile(  # a rendered response may end with one
+    r"(?:<\|im_(?:start|end)\|>|<\|eot_id\|>|<\|start_header_id\|>|\[/?INST\]|<(?:start|end)_of_turn>"
+    r"|<\|(?:user|assistant)\|>)(?!\s*\Z)"
 )
 # UTF-8 bytes read as cp1252 or latin-1: a lead byte and a continuation byte, each as the character it would be.
 _TRAIL = "[\x80-\xbfŒœŠšŸŽžƒˆ˜–-›€™]"
@@ -154,38 +132,21 @@ _DAMAGE = re.compile(
 )
 
 
-class RowChecks:
-    """The checks of a row; the chat template of ``tokenizer`` defines which markers separate turns."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        own = ControlTokens(tokenizer).of_turns() | {tokenizer.eos_token}
-        markers = {token for token in own if len(token) > 2 and not token.isalnum()} | set(_MARKERS)
-        self.markers = re.compile("|".join(map(re.escape, sorted(markers, key=len, reverse=True))))
-        self.eos: str = tokenizer.eos_token
-
-    def issues(self, row: Row, texts: Texts, normalized: Texts) -> dict[str, str]:
-        """Return the issues of a row by type, each with an excerpt."""
-        issues = {}
-        for name, text in zip(Texts._fields, texts, strict=True):
-            if damage := find_damage(text):
-                issues["encoding"] = f"{name}: {_around(text, damage)}"
-        for name in ("chosen", "rejected"):
-            for text in self._contents(getattr(row, name)):
-                prose = without_code(text)
-                if marker := self.markers.search(prose):
-                    issues["markers"] = f"{name}: {_around(text, marker)}"
-            if not _WORD.search(getattr(normalized, name)):
-                issues["empty_response"] = f"{name}: {shortened(getattr(texts, name))}"
-        if normalized.chosen == normalized.rejected:
-            issues["same_words"] = f"{shortened(texts.chosen)} / {shortened(texts.rejected)}"
-        if len(thinking := [name for name in ("chosen", "rejected") if _has_thinking(getattr(row, name))]) == 1:
-            issues["thinking"] = f"only the {thinking[0]}: {shortened(texts.prompt)}"
-        return issues
-
-    def _contents(self, response: Text) -> list[str]:
-        if isinstance(response, str):
-            return [response.rstrip().removesuffix(self.eos)]
-        return [message["content"] for message in response if message.get("content") and message["role"] != "tool"]
+def row_issues(row: Row, texts: Texts, normalized: Texts) -> dict[str, str]:
+    """Return the issues of a row by type, each with an excerpt."""
+    issues = {}
+    for name, text in zip(Texts._fields, texts, strict=True):
+        if damage := find_damage(text):
+            issues["encoding"] = f"{name}: {_around(text, damage)}"
+    for name in ("chosen", "rejected"):
+        text = getattr(texts, name)
+        if marker := _MARKERS.search(_CODE.sub(lambda code: "`" * len(code[0]), text)):
+            issues["markers"] = f"{name}: {_around(text, marker)}"
+        if not _WORD.search(getattr(normalized, name)):
+            issues["empty_response"] = f"{name}: {shortened(text)}"
+    if len(thinking := [name for name in ("chosen", "rejected") if _has_thinking(getattr(row, name))]) == 1:
+        issues["thinking"] = f"only the {thinking[0]}: {shortened(texts.prompt)}"
+    return issues
 
 
 def find_damage(text: str) -> re.Match[str] | None:
@@ -193,21 +154,16 @@ def find_damage(text: str) -> re.Match[str] | None:
     return None if text.isascii() and text.isprintable() else _DAMAGE.search(text)
 
 
-def without_code(text: str) -> str:
-    """Replace code, in fences or backticks, by backticks."""
-    return _CODE.sub(lambda code: "`" * len(code[0]), text) if "`" in text or "~~~" in text else text
+def _has_thinking(response: Text) -> bool:
+    if isinstance(response, str):
+        return _thinks(response)
+    return any(turn.get(REASONING) or _thinks(str(turn.get("content"))) for turn in response)
 
 
-def thinks(text: str) -> bool:
+def _thinks(text: str) -> bool:
     """Return whether a response contains thinking, not just a pair of tags; the prompt may have opened it."""
     before, closed, _ = text.partition("</think>")
     return ("<think>" in before or bool(closed)) and bool(before.rpartition("<think>")[2].strip())
-
-
-def _has_thinking(response: Text) -> bool:
-    if isinstance(response, str):
-        return thinks(response)
-    return any(turn.get(REASONING) or thinks(str(turn.get("content"))) for turn in response)
 
 
 def _around(text: str, match: re.Match[str]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from dpo_cli.config.options import ExplainOptions
-from dpo_cli.data.pairs import Pair, model_input_ids
+from dpo_cli.data.pairs import model_input_ids
 from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
@@ -29,18 +28,29 @@ def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
     """
     source = choose_model(options.model, options, reporter, base=options.base_model)
     tokenizer, reading = choose_tokenizer(source, options), reading_as_trained(options, source)
-    row = _find(options)
-    if isinstance(row, BadRow):
-        return {"row": row.where, "refused": row.reason}
-    encoder = Encoder(tokenizer, reading)
-    row = encoder.chat.as_turns(row)
-    about: dict[str, Any] = {"row": row.where, "format": row.format}
-    try:
-        pair, notes = encoder.pair(row)
-    except RowError as error:
-        return about | {"refused": str(error)}
+    row, result = next(Encoder(tokenizer, reading).pairs([_find(options)]))
+    about: dict[str, Any] = {"row": row.where}
+    if isinstance(row, Row):
+        about["format"] = row.format
+    if isinstance(result, RowError):
+        return about | {"refused": str(result)}
+    pair, notes = result
     about |= {"weight": pair.weight, "margin": pair.margin, "max_length": reading.max_length, "notes": sorted(notes)}
-    return about | {part: _side(pair, part, tokenizer) for part in STYLES}
+    special = {tokenizer.eos_token_id: "EOS", tokenizer.bos_token_id: "BOS"}
+    for part in STYLES:
+        ids = getattr(pair, part)
+        tokens = [
+            {
+                "id": token,
+                "text": tokenizer.decode([token], clean_up_tokenization_spaces=False),
+                "loss": part != "prompt" and bool(stored >= 0),
+                "special": special.get(token),
+            }
+            for token, stored in zip(model_input_ids(ids).tolist(), ids, strict=True)
+        ]
+        text = tokenizer.decode(model_input_ids(ids), clean_up_tokenization_spaces=False)
+        about[part] = {"text": text, "tokens": tokens}
+    return about
 
 
 def _find(options: ExplainOptions) -> Row | BadRow:
@@ -53,47 +63,25 @@ def _find(options: ExplainOptions) -> Row | BadRow:
     raise UsageError(f"--row {wanted}: {', '.join(options.data)} has no such row; name it as in pairs.jsonl:12")
 
 
-def _side(pair: Pair, part: str, tokenizer: Any) -> dict[str, Any]:
-    """Return a part's text and its tokens: id, text, whether it carries loss, and whether it is BOS or EOS."""
-    ids = getattr(pair, part)
-    special = {tokenizer.eos_token_id: "EOS", tokenizer.bos_token_id: "BOS"}
-    tokens = [
-        {
-            "id": int(each),
-            "text": tokenizer.decode([each], clean_up_tokenization_spaces=False),
-            "loss": part != "prompt" and bool(stored >= 0),
-            "special": special.get(int(each)),
-        }
-        for each, stored in zip(model_input_ids(ids), ids, strict=True)
-    ]
-    return {"text": tokenizer.decode(model_input_ids(ids), clean_up_tokenization_spaces=False), "tokens": tokens}
-
-
 def show(result: dict[str, Any]) -> None:
     """Print the result to stdout: facts, the three texts, and one line per token."""
     console = Console(highlight=False, soft_wrap=True)
-    for name, text in _facts(result):
-        console.print(Text(printable(f"{name:<12}{text}")))
+
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(printable(text), style))
+
+    for name in ("row", "format", "refused", "weight", "margin"):
+        if name in result:
+            line(f"{name:<12}{result[name]}")
     if "refused" in result:
         return
+    for note in result["notes"]:
+        line(f"{'note':<12}{note}")
     for part, style in STYLES.items():
-        console.print(Text(printable(f"\n[{part}] {result[part]['text']}"), style))
-    console.print(Text(f"\n{'part':<10}{'loss':<6}{'id':>8}  token"))
+        line(f"\n[{part}] {result[part]['text']}", style)
+    line(f"\n{'part':<10}{'loss':<6}{'id':>8}  token")
     for part, style in STYLES.items():
         for token in result[part]["tokens"]:
-            line = f"{part:<10}{'loss' if token['loss'] else '':<6}{token['id']:>8}  {token['text']!r}"
-            marked = f"{line}  {token['special']}" if token["special"] else line
-            console.print(Text(printable(marked), style if token["loss"] else "dim"))
-
-
-def _facts(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield from ((name, result[name]) for name in ("row", "format", "refused") if name in result)
-    if "refused" in result:
-        return
-    for part in STYLES:
-        tokens = result[part]["tokens"]
-        loss = sum(token["loss"] for token in tokens)
-        yield part, f"{len(tokens)} tokens" + (f", {loss} carry loss" if part != "prompt" else "")
-    if (result["weight"], result["margin"]) != (1, 0):
-        yield "terms", f"weight {result['weight']:g}, margin {result['margin']:g}"
-    yield from (("note", note) for note in result["notes"])
+            loss, special = "loss" if token["loss"] else "", token["special"] or ""
+            text = f"{part:<10}{loss:<6}{token['id']:>8}  {token['text']!r}  {special}".rstrip()
+            line(text, style if token["loss"] else "dim")

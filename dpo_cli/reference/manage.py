@@ -1,4 +1,4 @@
-"""`dpo cache`: reference log-probs, tokenized pairs and converted models on disk; checked and removed."""
+"""`dpo cache`: reference log-probs and converted models on disk; checked and removed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data import token_cache
 from dpo_cli.models import converted
 from dpo_cli.reference import shards
 from dpo_cli.reference.store import ABOUT
@@ -21,11 +20,11 @@ from dpo_cli.utils.files import DAY, remove_leftovers
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One reference, one file of tokenized pairs, or one converted model."""
+    """One reference, or one converted model."""
 
     kind: str
     path: Path
-    model: str  # empty of tokenized pairs, which belong to no one model
+    model: str
     bytes: int
     last_used: float  # seconds since the epoch
 
@@ -55,8 +54,6 @@ def entries(cache_dir: Path) -> Iterator[CacheEntry]:
                 stats.append(file.lstat())
         used = max((stat.st_mtime for stat in stats), default=folder.stat().st_mtime)
         yield CacheEntry("reference", folder, model, sum(stat.st_size for stat in stats), used)
-    for file, stat in token_cache.cached_files(cache_dir).items():
-        yield CacheEntry("pairs", file, "", stat.st_size, stat.st_mtime)
     for copy in converted.kept(cache_dir):
         yield CacheEntry("model", copy.folder, copy.model, copy.bytes, copy.used)
 
@@ -106,8 +103,6 @@ def _check(path: Path) -> None:
     if path.is_dir():
         if not converted.is_whole(path):
             raise ValueError("its files were changed")
-    elif path.parent.name == token_cache.FOLDER:
-        token_cache.check_file(path)
     else:
         shards.read_shard(path)
 

@@ -22,10 +22,9 @@ from dpo_cli.config.options import CACHE_DIR, DataOptions, EvalOptions, Options,
 from dpo_cli.data.batching import row_costs
 from dpo_cli.data.chat import NO_TEMPLATE
 from dpo_cli.data.pairs import Pair, Pairs, count_loss_tokens, model_input_ids
-from dpo_cli.data.rows import Reading
+from dpo_cli.data.rows import Reading, read_rows
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.token_cache import TokenCache, merge
-from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal
+from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_rows
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import LOSSES
 from dpo_cli.models.adapter_files import CONFIG, unknown_keys
@@ -169,20 +168,16 @@ def read_pairs(
     tokenizer: Any,
     reporter: Reporter,
     name: str = "data",
-    remember: bool = True,
 ) -> PairSet:
-    """Read and tokenize data, or read back what an earlier start kept of it, and tell what was found.
+    """Read and tokenize data, and tell what was found.
 
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     skip = options.on_bad_row == "skip"
-    tokenized = TokenCache(options.cache_dir, tokenizer, reading_of(options), reporter.warning, remember)
     sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
-    if distributed.world_size() > 1 and "-" in data:
-        raise UsageError("--data -: several processes cannot share one stdin; write the rows to a file")
-    parts = distributed.rank_0_first(lambda: [tokenized.tokenize(source, keep_refused=skip) for source in sources])
-    found = merge([part for part, _ in parts])
+    reading = reading_of(options)
+    found = tokenize_rows(read_rows(sources, reading.columns, reading.format), tokenizer, reading)
     if found.refused and (not skip or not found.pairs):
         raise refusal(found.refused, found.rows)
     counts = f"{found.rows:,} rows, {len(found.pairs):,} pairs, {len(found.refused):,} refused"
@@ -196,8 +191,6 @@ def read_pairs(
         reporter.info("", terms)
     if found.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
         tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template
-    if again := sum(known for _, known in parts):
-        reporter.info("", f"{again} of {len(parts)} sources were tokenized before: read back from {tokenized.folder}")
     return found
 
 

@@ -176,10 +176,10 @@ def lay_out_run(
         control_tokens=reading.control_tokens,
         train_turns=reading.train_turns,
     )
-    found = read_pairs(options.data, options, tokenizer, reporter, remember=not dry_run)
+    found = read_pairs(options.data, options, tokenizer, reporter)
     pairs, held_out = found.pairs, Pairs()
     if options.eval_data:
-        found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out", not dry_run)
+        found_held_out = read_pairs(options.eval_data, options, tokenizer, reporter, "held out")
         held_out, found.refused = found_held_out.pairs, found.refused + found_held_out.refused
     elif options.eval_fraction:
         pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)

@@ -1,0 +1,76 @@
+"""Runs that are started at the same moment without ``--output`` get a folder each."""
+
+from __future__ import annotations
+
+import os
+import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import dpo_cli.training.loop
+from dpo_cli.cli.app import app
+from tests.helpers import SAMPLE
+from tests.helpers.caches import PROCESSES
+
+NOW = "20260101-120000"
+
+
+def _train(folder: Path, model: Path, together: Barrier, more: tuple[str, ...]) -> None:
+    """A run whose name is settled when the other ones are laid out too."""
+    os.chdir(folder)
+    make_manifest = dpo_cli.training.loop.make_manifest
+
+    def laid_out(*arguments: Any) -> Any:
+        together.wait()
+        return make_manifest(*arguments)
+
+    dpo_cli.training.loop.make_manifest = laid_out
+    time.strftime = lambda *_: NOW  # type: ignore[assignment]
+    command = [
+        "train",
+        "--model",
+        str(model),
+        "--data",
+        str(SAMPLE / "train.jsonl"),
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "2",
+        *more,
+    ]
+    out = CliRunner().invoke(app, command)
+    Path(f"{os.getpid()}.txt").write_text(out.output)
+    os._exit(out.exit_code)
+
+
+def trained(folder: Path, model: Path, *others: tuple[str, ...]) -> list[int | None]:
+    """Exit codes of runs with these options that were started together."""
+    together = PROCESSES.Barrier(len(others))
+    runs = [PROCESSES.Process(target=_train, args=(folder, model, together, more)) for more in others]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+    return [run.exitcode for run in runs]
+
+
+def test_runs_that_begin_at_once_get_a_name_each(tiny: Path, tmp_path: Path) -> None:
+    assert trained(tmp_path, tiny, ("--seed", "0"), ("--seed", "1")) == [0, 0]
+    names = [NOW, f"{NOW}-2"]
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == names  # and nothing else
+    told = [line for file in tmp_path.glob("*.txt") for line in file.read_text().splitlines()]
+    assert sorted(line for line in told if line.startswith("run  ")) == [f"run         runs/{name}" for name in names]
+    for name in names:
+        folder = tmp_path / "runs" / name
+        assert (folder / "model/config.json").is_file() and (folder / "report.html").is_file()
+        assert not (folder / "run.lock").exists()
+
+
+@pytest.mark.parametrize("more", [("--dry-run",), ("--max-grad-norm", "0", "--eval-steps", "1"), ("--lr", "-1")])
+def test_no_name_is_taken_by_what_never_begins(tiny: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    trained(tmp_path, tiny, more)
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,508 @@
+"""`dpo sweep`: ordinary runs from one reference, and the frontier of what was measured of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from dpo_cli.cli.app import app
+from dpo_cli.config.options import SweepOptions, TrainOptions
+from dpo_cli.config.resolve import resolve
+from dpo_cli.evaluation.reward import Reward, load_reward
+from dpo_cli.reporting.plots import frontier, png, write_plots
+from dpo_cli.training import prepare
+from dpo_cli.training.loop import train
+from dpo_cli.training.step import Trainer
+from dpo_cli.training.sweep import as_text
+from dpo_cli.utils.errors import DpoError, UsageError
+from tests.helpers import SAMPLE, make_model, write_rows
+from tests.helpers.pictures import pictures
+
+BETAS = (0.03, 0.1, 0.3, 1.0)
+RUNS = [f"beta-{beta:g}" for beta in BETAS]
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
+SAMPLES = ("--samples", 3, "--sample-prompts", 4, "--sample-tokens", 6)
+
+
+def invoke(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def dpo(*arguments: Any) -> Any:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def training(folder: Path) -> list[Any]:
+    """Options of every training here: smoothed labels, whose best margin is finite and the nearer the larger beta."""
+    return [
+        "--model", folder / "start", "--data", folder / "train.jsonl", "--eval-data", folder / "held-out.jsonl",
+        "--epochs", 10, "--batch-size", 4, "--lr", 3e-4, "--label-smoothing", 0.2, "--kl", "none",
+        "--cache-dir", folder / "cache",
+    ]  # fmt: skip
+
+
+def command(folder: Path, *more: Any, beta: str = "0.03,0.1,0.3,1") -> list[Any]:
+    return ["sweep", "--beta", beta, *training(folder), "--output", folder / "sweep", *more]
+
+
+def short(folder: Path, *more: Any, beta: str = "0.1,1") -> list[Any]:
+    return command(folder, "--max-steps", 2, *more, beta=beta)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a start model and rows."""
+    folder = tmp_path_factory.mktemp("sweep")
+    make_model().save_pretrained(folder / "start")
+    tokenizer.save_pretrained(folder / "start")
+    for name, source in (("train", "train-strings"), ("held-out", "heldout-strings")):
+        rows = (SAMPLE / f"{source}.jsonl").read_text().splitlines()[:12]
+        write_rows(folder / f"{name}.jsonl", [json.loads(row) for row in rows])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swept(start: Path) -> tuple[Path, dict[str, Any], Seen]:
+    """The same after a sweep; what it returned and what happened meanwhile."""
+    with pytest.MonkeyPatch.context() as patch, pictures(drawn=True):
+        seen = Seen(patch)
+        return start, dpo(*command(start)), seen
+
+
+@pytest.fixture
+def place(start: Path, tmp_path: Path) -> Path:
+    """A copy of that folder for one test alone."""
+    ignored = shutil.ignore_patterns("sweep", "cache")
+    return Path(shutil.copytree(start, tmp_path / "place", ignore=ignored))
+
+
+class Seen:
+    """What the commands do: pairs that the reference scores, models that trainings load and which are still there."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.misses: list[int] = []
+        self.models: list[weakref.ref[PreTrainedModel]] = []
+        self.alive: list[int] = []
+        fill, load = prepare.fill_reference, prepare.load_weights
+
+        def filled(*arguments: Any) -> Any:
+            found = fill(*arguments)
+            self.misses.append(found.misses)
+            return found
+
+        def loaded(*arguments: Any, **more: Any) -> Any:
+            self.alive.append(sum(model() is not None for model in self.models))
+            found = load(*arguments, **more)
+            self.models.append(weakref.ref(found[0]))
+            return found
+
+        patch.setattr("dpo_cli.training.loop.fill_reference", filled)
+        patch.setattr("dpo_cli.training.prepare.load_weights", loaded)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    return Seen(monkeypatch)
+
+
+# ---- the runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.pictures
+def test_files_of_the_frontier(swept: tuple[Path, Any, Any]) -> None:
+    """First of all: later tests overwrite them with empty pictures."""
+    folder, result, _ = swept
+    texts = svg_texts(folder / "sweep" / "frontier.svg")
+    for beta in BETAS:
+        assert texts.count(f"β {beta:g}") == 2
+    assert {"Margin and KL · beta × nats", "Accuracy and KL", "KL from the reference, nats per token"} <= set(texts)
+    with Image.open(folder / "sweep" / "frontier.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width > 1000 and len(image.convert("RGB").getcolors(2**20) or []) > 20
+    assert json.loads((folder / "sweep" / "sweep.json").read_text()) == result
+
+
+def test_one_reference_pass_and_one_model_at_a_time(swept: tuple[Path, Any, Seen]) -> None:
+    _, _, seen = swept
+    assert seen.misses == [24, 0, 0, 0]
+    assert seen.alive == [0] * 4
+
+
+def test_a_run_is_what_dpo_train_makes(swept: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """To the last bit, in the middle of the sweep as by itself."""
+    folder = swept[0]
+    dpo("train", *training(folder), "--beta", 0.3, "--output", tmp_path / "run")
+    alone, among = tmp_path / "run", folder / "sweep" / "beta-0.3"
+    for name in ("config.yaml", "metrics.jsonl"):
+        assert (alone / name).read_text() == (among / name).read_text()
+    weights, others = (load_file(run / "model" / "model.safetensors") for run in (alone, among))
+    assert weights.keys() == others.keys() and all(weights[name].equal(others[name]) for name in weights)
+    assert {path.name for path in alone.iterdir()} == {path.name for path in among.iterdir()}
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_dpo_eval_finds_the_numbers_of_the_frontier(swept: tuple[Path, Any, Any], number: int) -> None:
+    folder, result, _ = swept
+    point = result["points"][number]
+    assert (point["beta"], point["run"]) == (BETAS[number], str(folder / "sweep" / RUNS[number]))
+    common = ("--data", folder / "held-out.jsonl", "--cache-dir", folder / "cache")
+    found = dpo("eval", "--model", point["run"], *common)
+    assert {name: point[name] for name in SHOWN} == {name: found[name] for name in SHOWN}
+    assert point["kl"] == found["kl/chosen"] and found["beta"] == point["beta"]
+    ends = found["intervals"]
+    assert point["intervals"] == {"kl": ends["kl/chosen"]} | {name: ends[name] for name in SHOWN}
+
+
+def test_resume_accepts_a_run(swept: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(swept[0] / "sweep" / "beta-1", tmp_path / "run"))
+    assert dpo("train", "--resume", run)["steps"] == 30
+
+
+def test_larger_beta_smaller_kl(swept: tuple[Path, Any, Any]) -> None:
+    """By far: each of the four at most two thirds of the one before."""
+    points = swept[1]["points"]
+    assert [point["beta"] for point in points] == [*BETAS]
+    kl = np.array([point["kl"] for point in points])
+    assert (kl[1:] < kl[:-1] / 1.5).all() and (kl > 0).all()
+    assert all(low < point["kl"] < high for point in points for low, high in [point["intervals"]["kl"]])
+
+
+def test_the_same_command_trains_nothing_and_tells_the_same(swept: tuple[Path, Any, Any], seen: Seen) -> None:
+    folder, result, _ = swept
+    before = {file: file.stat().st_mtime_ns for file in (folder / "sweep").glob("beta-*/**/*")}
+    assert dpo(*command(folder, beta="1,0.3,0.1,0.03")) == result  # in whatever order
+    assert seen.models == [] and seen.misses == []
+    assert before == {file: file.stat().st_mtime_ns for file in (folder / "sweep").glob("beta-*/**/*")}
+
+
+def test_another_beta_is_added(place: Path, seen: Seen) -> None:
+    first = dpo(*short(place, beta="1"))
+    more = dpo(*short(place, beta="0.5,1"))
+    assert [point["beta"] for point in more["points"]] == [0.5, 1]
+    assert more["points"][1:] == first["points"]
+    assert len(seen.models) == 2 and sum(seen.misses[1:]) == 0
+
+
+def test_later_runs_settle_as_the_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What depends on the memory that happens to be free must not differ between points."""
+    asked = []
+
+    def spy(options: TrainOptions, *more: Any) -> Any:
+        asked.append((options.beta, options.memory, options.dtype, options.max_tokens, options.max_length))
+        return train(options, *more)
+
+    monkeypatch.setattr("dpo_cli.training.sweep.train", spy)
+    dpo(*short(place))
+    assert asked == [(0.1, "auto", None, None, None), (1.0, "full", "float32", 2048, 1024)]
+
+
+# ---- interrupted, and refused -----------------------------------------------------------------------------------
+
+
+def test_an_interrupted_sweep_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
+    taken = []
+
+    def step(trainer: Trainer, *rest: Any) -> Any:
+        taken.append(trainer.options.beta)
+        if len(taken) == 5 and trainer.options.beta == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return own(trainer, *rest)
+
+    own = Trainer.step
+    monkeypatch.setattr(Trainer, "step", step)
+    common = command(place, "--max-steps", 3, beta="0.1,1")
+    out = invoke(*common)
+    assert out.exit_code == 130
+    assert "beta-1: interrupted after step 1 of 3; a checkpoint was written" in out.stderr
+    assert "run the same sweep command again" in out.stderr and "--resume" in out.stderr and out.stdout == ""
+    assert len(taken) == 5  # three of the first, one of the second, and the one that the signal came in
+    result = dpo(*common)
+    assert taken[5:] == [1, 1]
+    assert seen.misses[0] > 0 and not any(seen.misses[1:])
+    shutil.rmtree(place / "sweep")
+    alone = dpo(*command(place, "--max-steps", 3, beta="1"))
+    assert alone["points"] == result["points"][1:]  # as if it had not been interrupted
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--lr", "0.5"], "beta-0.1 exists with other options: --lr 0.5 (it began with 0.0003)"),
+        (["--max-steps", "9"], "--max-steps 9 (it began with None)"),
+        (["--max-length", "64"], "--max-length 64 (it began with 1024)"),
+        (["--eval-data", str(SAMPLE / "heldout.jsonl")], "heldout.jsonl'] (it began with"),
+    ],
+)
+def test_runs_of_other_options_are_refused(swept: tuple[Path, Any, Any], more: list[str], told: str) -> None:
+    out = invoke(*command(swept[0], *more, beta="0.1,1"))
+    assert out.exit_code == 2 and told in out.stderr and "choose another folder" in out.stderr
+
+
+def test_an_option_left_out_is_another(swept: tuple[Path, Any, Any]) -> None:
+    words = command(swept[0])
+    at = words.index("--model")
+    out = invoke(*words[:at], *words[at + 2 :])
+    assert out.exit_code == 2 and "--model None (it began with " in out.stderr
+
+
+def test_a_folder_that_holds_something_else_is_refused(place: Path) -> None:
+    (place / "sweep").mkdir()
+    write_rows(place / "sweep" / "thesis.tex", [])
+    out = invoke(*short(place))
+    assert out.exit_code == 2 and "something other than a sweep" in out.stderr
+    (place / "sweep" / "thesis.tex").unlink()
+    (place / "sweep" / "beta-0.1").mkdir()
+    out = invoke(*short(place))
+    assert out.exit_code == 2 and "beta-0.1" in out.stderr and "manifest.json" in out.stderr
+
+
+def test_data_that_changed_between_runs_are_refused(place: Path) -> None:
+    """Before the second point would be compared with the first."""
+    dpo(*short(place, beta="0.1"))
+    rows = (place / "train.jsonl").read_text().splitlines()
+    (place / "train.jsonl").write_text("\n".join(reversed(rows)) + "\n")
+    out = invoke(*short(place))
+    assert out.exit_code == 2 and "the data changed since beta-0.1 began" in out.stderr
+    (place / "train.jsonl").write_text("\n".join(rows) + "\n")
+    held_out = (place / "held-out.jsonl").read_text().splitlines()
+    (place / "held-out.jsonl").write_text("\n".join(held_out[:5]) + "\n")
+    out = invoke(*short(place, beta="0.1"))
+    assert out.exit_code == 2 and "the held-out data changed" in out.stderr
+
+
+def test_without_an_output_the_same_command_finds_its_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    common = ["sweep", *training(Path()), "--max-steps", 1]
+    first = dpo(*common, "--beta", "0.1")
+    assert Path(first["output"]).parent == Path("runs") and (place / first["output"] / "frontier.svg").is_file()
+    assert dpo(*common, "--beta", "0.1", "--logging-steps", 2) == first
+    assert dpo(*common, "--beta", "0.1", "--lr", 1e-5)["output"] != first["output"]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--beta", "0.1,x"], "--beta 0.1,x: must be different numbers greater than 0, separated by commas"),
+        (["--beta", "0.1,0.10"], "--beta 0.1,0.10: must be different"),
+        (["--beta", "0,1"], "--beta 0,1: must be"),
+        (["--beta", "nan"], "--beta nan: must be"),
+        (["--beta", ""], "--beta : must be"),
+        (["--reward", "rewards"], "--reward rewards: must be MODULE:FUNCTION"),
+        (["--reward", "a:b"], "--reward a:b: it judges sampled answers; add --samples"),
+        (["--eval-fraction", "0.5"], "--eval-fraction: a sweep compares its runs on --eval-data"),
+    ],
+)
+def test_options_that_are_refused(start: Path, more: list[str], told: str) -> None:
+    out = invoke(*command(start), *more)
+    assert out.exit_code == 2 and told in out.stderr and out.stdout == ""
+
+
+def test_held_out_rows_are_needed(start: Path) -> None:
+    out = invoke("sweep", "--data", start / "train.jsonl")
+    assert out.exit_code == 2 and "--eval-data is missing" in out.stderr
+
+
+@pytest.mark.parametrize("given", ["[0.1, 1, 1e-2]", "0.1,1,0.01", "'1, 0.1, 0.01'", "[0.1, '1', 0.01]"])
+def test_betas_of_a_yaml_file(tmp_path: Path, given: str) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"beta: {given}\ndata: a.jsonl\neval_data: b.jsonl\nlr: 1e-5\n")
+    options = resolve(SweepOptions, {}, file)
+    assert [run.beta for run in options.runs()] == [0.01, 0.1, 1]
+    assert all(type(run) is TrainOptions and run.lr == 1e-5 for run in options.runs())
+
+
+@pytest.mark.parametrize("given", ["[a]", "[]", "[true]", "[[1]]", "{a: 1}", "[.nan]"])
+def test_betas_that_are_none(tmp_path: Path, given: str) -> None:
+    (tmp_path / "sweep.yaml").write_text(f"beta: {given}\ndata: a.jsonl\neval_data: b.jsonl\n")
+    with pytest.raises(UsageError, match="option 'beta' cannot be"):
+        resolve(SweepOptions, {}, tmp_path / "sweep.yaml")
+
+
+# ---- samples and rewards ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module ``own_rewards`` in the current folder, which is no part of the path yet."""
+    (tmp_path / "own_rewards.py").write_text(
+        "def length(prompts, answers):\n"
+        "    print('not for stdout')\n"
+        "    assert all(type(text) is str for text in [*prompts, *answers]) and len(prompts) == len(answers)\n"
+        "    return [len(answer) / 10 for answer in answers]\n"
+        "short = lambda prompts, answers: [1.0]\n"
+        "words = lambda prompts, answers: ['good' for _ in answers]\n"
+        "nan = lambda prompts, answers: [float('nan') for _ in answers]\n"
+        "def broken(prompts, answers):\n"
+        "    raise ValueError('no judge today')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", str(tmp_path))])
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    return tmp_path
+
+
+@pytest.mark.pictures
+def test_kl_by_sampling_and_a_reward(swept: tuple[Path, Any, Any], rewards: Path, seen: Seen) -> None:
+    folder, copy = swept[0], Path(shutil.copytree(swept[0] / "sweep", rewards / "sweep"))
+    judged = ("--reward", "own_rewards:length", "--output", copy)
+    result = dpo(*command(folder, *SAMPLES, *judged, beta="0.03,1"))
+    assert seen.models == []  # what is measured may differ, what was trained stays
+    assert result["kl"]["unit"] == "nats per response" and result["reward"] == "own_rewards:length"
+    assert (result["kl"]["prompts"], result["kl"]["samples"]) == (4, 3)
+    data = ("--data", folder / "held-out.jsonl", "--cache-dir", folder / "cache")
+    for point in result["points"]:
+        found = dpo("eval", "--model", point["run"], *data, *SAMPLES)
+        assert point["kl"] == found["sequence_kl"]["token_kl"]
+        assert point["intervals"]["kl"] == found["sequence_kl"]["token_kl_interval"]
+        lengths = {s: [[len(a) / 10 for a in each[s]] for each in found["samples"]] for s in ANSWERS}
+        assert point["reward"] == pytest.approx(np.mean(lengths["policy_sampled"]))
+        assert result["reference_reward"] == pytest.approx(np.mean(lengths["reference_sampled"]))
+        assert point["intervals"]["reward"][0] < point["reward"] < point["intervals"]["reward"][1]
+    assert result["points"][0]["kl"] > 3 * result["points"][1]["kl"]
+    shown = as_text(result)
+    assert "reward" in shown.splitlines()[0] and "own_rewards:length; the reference's own answers have" in shown
+    texts = svg_texts(copy / "frontier.svg")
+    assert (
+        texts.count("β 0.03") == 3 and "Reward and KL" in texts and "KL from the reference, nats per response" in texts
+    )
+
+
+ANSWERS = ("policy_sampled", "reference_sampled")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("no_such_module:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("own_rewards:none", "cannot be imported: AttributeError: module 'own_rewards' has no attribute 'none'"),
+        ("own_rewards:__doc__", "is no function"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_told_before_training(
+    place: Path, rewards: Path, seen: Seen, name: str, told: str
+) -> None:
+    out = invoke(*short(place, *SAMPLES, "--reward", name))
+    assert out.exit_code == 2 and told in out.stderr and f"--reward {name}" in out.stderr
+    assert seen.models == [] and not (place / "sweep").exists()
+
+
+def test_a_reward_that_fails_loses_no_run(place: Path, rewards: Path, seen: Seen) -> None:
+    """And it is told after the first run, not after the last."""
+    common = short(place, *SAMPLES)
+    out = invoke(*common, "--reward", "own_rewards:broken", "--json")
+    assert out.exit_code == 1 and out.stdout == ""
+    assert "--reward own_rewards:broken: ValueError: no judge today. Trained runs are kept" in out.stderr
+    assert len(seen.models) == 1
+    assert len(dpo(*common, "--reward", "own_rewards:length")["points"]) == 2
+    assert len(seen.models) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("short", "it returned [1.0], not a finite number for each of 4"),
+        ("words", "could not convert string to float: 'good'"),
+        ("nan", "it returned [nan, nan, nan, nan], not a finite number for each of 4"),
+        ("broken", "ValueError: no judge today"),
+    ],
+)
+def test_what_a_reward_may_do_wrong(rewards: Path, name: str, told: str) -> None:
+    samples = [{"prompt": "p", "policy_sampled": ["a", "b"]}, {"prompt": "q", "policy_sampled": ["c", "d"]}]
+    with pytest.raises(DpoError, match="same command again") as error:
+        load_reward(f"own_rewards:{name}").mean(samples, "policy_sampled")
+    assert told in str(error.value)
+
+
+def test_the_interval_of_a_reward_is_over_prompts() -> None:
+    """Answers to one prompt that are all alike say as much as one of them."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=40)
+    samples = [{"prompt": "p", "a": [str(mean)] * 50} for mean in means]
+    judge = Reward("m:f", lambda prompts, answers: np.array([float(answer) for answer in answers]))
+    mean, ends = judge.mean(samples, "a")
+    assert mean == pytest.approx(means.mean()) and ends is not None
+    half = 2.02 * means.std(ddof=1) / 40**0.5  # Student's
+    assert ends == pytest.approx([mean - half, mean + half], abs=0.01 * half)
+    assert judge.mean([{"prompt": "p", "a": ["1"]}], "a") == (1.0, None)
+    mean, ends = judge.mean([{"prompt": "p", "a": ["1", "2", "3"]}], "a")
+    assert mean == 2 and ends is not None and ends[0] < 2 < ends[1]
+
+
+def test_no_file_of_the_folder_takes_the_place_of_a_library(rewards: Path) -> None:
+    (rewards / "colorsys.py").write_text("raise SystemExit('not this one')")
+    sys.modules.pop("colorsys", None)
+    assert load_reward("colorsys:hls_to_rgb").name == "colorsys:hls_to_rgb"
+    (rewards / "leaves.py").write_text("raise SystemExit(0)")
+    with pytest.raises(UsageError, match="SystemExit"):
+        load_reward("leaves:f")
+
+
+# ---- what is shown ----------------------------------------------------------------------------------------------
+
+
+def svg_texts(file: Path) -> list[str]:
+    root = ElementTree.fromstring(file.read_text(encoding="utf-8"))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    return ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_table_says_what_the_json_says(swept: tuple[Path, Any, Any], seen: Seen) -> None:
+    """Also where options differ that change no training."""
+    folder, result, _ = swept
+    out = invoke(*command(folder, "--save-steps", 7, "--logging-steps", 3))
+    assert out.exit_code == 0 and seen.models == []
+    head, *lines = out.stdout.splitlines()
+    assert head.split() == ["beta", "KL", "95", "%", "interval", *SHOWN, "run"]
+    for line, point in zip(lines, result["points"], strict=False):
+        beta, kl, low, to, high, loss, margin, accuracy, run = line.split()
+        assert (float(beta), to, run) == (point["beta"], "to", point["run"])
+        found = [float(text.replace("−", "-")) for text in (kl, low, high, margin, loss)]
+        wanted = [point["kl"], *point["intervals"]["kl"], point["rewards/margins"], point["loss"]]
+        assert found == pytest.approx(wanted, rel=5e-3)
+        assert accuracy == f"{point['rewards/accuracies']:.1%}"
+    assert "nats per token" in out.stdout and str(folder / "sweep" / "frontier.svg") in out.stdout
+
+
+def point(beta: float, kl: float, value: float, spread: float | None = 0.1) -> dict[str, Any]:
+    found = {"kl": kl, "rewards/margins": value, "rewards/accuracies": value, "reward": value}
+    ends = {name: None if spread is None else [each - spread, each + spread] for name, each in found.items()}
+    return found | {"beta": beta, "intervals": ends}
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [point(0.1, 0.5, 0.7)],
+        [point(0.1, 0.0, 0.5, None)],
+        [point(0.03, 30.0, 0.9), point(1, 0.05, 0.6), point(0.1, 2.0, 0.8)],  # far apart, an interval reaching 0
+        [point(0.03, 0.2, 0.9), point(1, 0.2, 0.9)],  # one upon the other
+        [point(0.03, float("nan"), 0.9), point(1, 0.2, float("nan"))],
+    ],
+)
+@pytest.mark.pictures
+def test_odd_frontiers_are_drawn(points: list[dict[str, Any]], tmp_path: Path) -> None:
+    plots = frontier(points, "nats per token", 0.4)
+    assert [plot.title for plot in plots] == ["Reward and KL", "Margin and KL", "Accuracy and KL"]
+    write_plots(tmp_path / "a.svg", plots)
+    write_plots(tmp_path / "b.svg", plots)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "mathdefault" not in (tmp_path / "a.svg").read_text()  # a logarithmic axis has plain numbers
+    drawn = [each for each in points if np.isfinite([each["kl"], each["reward"]]).all()]
+    assert all(svg_texts(tmp_path / "a.svg").count(f"β {each['beta']:g}") == 3 for each in drawn)
+    assert all(png(plot).startswith(b"\x89PNG") for plot in plots)
