@@ -28,7 +28,6 @@ CORRELATED = 0.3  # Spearman's: Cohen's (1988) medium effect
 KL = 0.5  # nats per token: by Pinsker's inequality up to half of a next token's probability may have moved
 RISE = 0.02  # nats of held-out loss: 3 % of ln 2
 LAST_STEPS = 10  # whose mean is taken, since single batches scatter
-ROWS = 20  # listed in a finding
 HOLD_OUT = "--eval-fraction 0.1 holds out a tenth of the pairs"
 
 
@@ -108,9 +107,8 @@ def judge(pairs: int, problems: int = 0, passed: Sequence[str] = (), trained_on:
     return verdict | {"text": text}
 
 
-def _finding(title: str, advice: str, numbers: Mapping[str, float], rows: Sequence[str] = ()) -> Finding:
-    plain = {name: float(value) for name, value in numbers.items()}
-    return {"title": title, "advice": advice, "numbers": plain, "rows": list(rows)}
+def _finding(title: str, advice: str, numbers: Mapping[str, float]) -> Finding:
+    return {"title": title, "advice": advice, "numbers": {name: float(value) for name, value in numbers.items()}}
 
 
 def _not_finite(about: Evidence) -> Finding | None:
@@ -124,8 +122,8 @@ def _not_finite(about: Evidence) -> Finding | None:
     if not policy.any():
         advice = "The reference itself fails on these rows: try --dtype float32, or another reference."
     numbers = {"pairs": len(places), "policy": policy.sum(), "reference": reference.sum()}
-    title = f"{len(places):,} pairs have log-probs that are not finite, so means over them are unknown"
-    return _finding(title, advice, numbers, [scores.where[place] for place in places[:ROWS]])
+    first = ", ".join(scores.where[place] for place in places[:5])
+    return _finding(f"{len(places):,} pairs have log-probs that are not finite: {first}", advice, numbers)
 
 
 def _memorised(about: Evidence) -> Finding | None:

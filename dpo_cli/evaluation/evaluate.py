@@ -22,7 +22,7 @@ from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation import kl, statistics
 from dpo_cli.evaluation.evaluator import EvalResult, Evaluator
 from dpo_cli.evaluation.examples import write_per_pair
-from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generate, sequence_kl, text
+from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequence_kl, text
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
@@ -217,7 +217,7 @@ class _Models:
         if not options.samples:
             return tokens, {}
         token_kl = compare(recorded_samples, drawn, self._progress("samples")).distributions["kl"]
-        ended = [response.ended for responses in sampled for response in responses]
+        ended = [len(response) < options.sample_tokens for responses in sampled for response in responses]
         estimate = sequence_kl(by_prompt(token_kl, options.samples))
         estimate |= {"max_new_tokens": options.sample_tokens, "ended": sum(ended) / len(ended)}
         answers = {"policy": greedy, "policy_sampled": sampled, "reference": greedy, "reference_sampled": sampled}
@@ -227,11 +227,11 @@ class _Models:
         samples: list[dict[str, Any]] = [{"prompt": decode(prompt)} for prompt in prompts]
         for name, responses in answers.items():
             for sample, of_prompt in zip(samples, responses, strict=True):
-                texts = [decode(response.ids) for response in of_prompt]
+                texts = [decode(response) for response in of_prompt]
                 sample[name] = texts if name.endswith("_sampled") else texts[0]
         return tokens, {"sequence_kl": estimate, "samples": samples}
 
-    def _answers(self, model: _Loaded, prompts: list[Ids], copies: int) -> list[list[Response]]:
+    def _answers(self, model: _Loaded, prompts: list[Ids], copies: int) -> list[list[Ids]]:
         """Sample so many answers to each prompt; the greedy one for 0."""
         return generate(
             cast(PreTrainedModel, model.scorer.model),

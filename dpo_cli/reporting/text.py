@@ -44,8 +44,7 @@ def verdict(result: Result) -> Iterator[str]:
     for finding in result.get("findings", ()):
         yield f"finding: {finding['title']}"
         numbers = ", ".join(f"{name} {number(value)}" for name, value in finding["numbers"].items())
-        rows = [f"Rows: {', '.join(finding['rows'])}"] if finding["rows"] else []
-        for text in (numbers, f"To try: {finding['advice']}", *rows):
+        for text in (numbers, f"To try: {finding['advice']}"):
             yield textwrap.indent(textwrap.fill(text, WIDTH), "  ")
     if "judged" in result:
         yield textwrap.fill(result["judged"]["text"], WIDTH)

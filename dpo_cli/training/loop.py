@@ -464,4 +464,4 @@ def _answers(run: Run) -> list[str]:
         max_tokens=run.scorer.max_tokens,
         dtype=run.scorer.dtype,
     )
-    return [text(run.tokenizer, response.ids) for (response,) in responses]
+    return [text(run.tokenizer, response) for (response,) in responses]

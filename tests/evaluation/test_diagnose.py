@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_cli.evaluation.diagnostics import ENOUGH, ROWS, Evidence, diagnose, judge
+from dpo_cli.evaluation.diagnostics import ENOUGH, Evidence, diagnose, judge
 from dpo_cli.evaluation.metrics import PairScores
 from dpo_cli.evaluation.statistics import intervals, length_bias
 from dpo_cli.losses.objective import Objective
@@ -54,7 +54,7 @@ def found(scores: PairScores, history: Any = (), chance: bool = False, **more: A
     every = judged_and_found(scores, history, **more)[0]
     told = [finding for finding in every if chance or not finding["kind"].endswith("_chance")]
     for finding in told:
-        assert finding.keys() == {"kind", "title", "advice", "numbers", "rows"}
+        assert finding.keys() == {"kind", "title", "advice", "numbers"}
         assert finding["title"] and finding["advice"].endswith(".")
         assert json.loads(to_json(finding)) == finding
     return told
@@ -238,7 +238,7 @@ def test_a_policy_that_diverged(pairs: int, worth: float) -> None:
     scores.logps[1, 0] = worth
     with np.errstate(invalid="ignore", over="ignore"):
         finding = found(scores)[0]
-    assert finding["kind"] == "not_finite" and finding["rows"] == [scores.where[1]]
+    assert finding["kind"] == "not_finite" and scores.where[1] in finding["title"]
     assert finding["numbers"] == {"pairs": 1, "policy": 1, "reference": 0} and "--lr" in finding["advice"]
 
 
@@ -246,7 +246,7 @@ def test_a_reference_that_fails_is_not_laid_upon_the_policy() -> None:
     scores = healthy()
     scores.ref_logps[:] = np.nan
     finding = only(scores)
-    assert finding["kind"] == "not_finite" and len(finding["rows"]) == ROWS
+    assert finding["kind"] == "not_finite" and f"{PAIRS} pairs" in finding["title"]
     assert "reference" in finding["advice"] and "--lr" not in finding["advice"]
 
 

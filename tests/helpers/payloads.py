@@ -82,7 +82,7 @@ def report_of(text: str, plots: bool = False) -> ReportInput:
         nothing = scores.logps * float("nan")
         scores = dataclasses.replace(scores, logps=nothing, ref_logps=nothing, distributions={})
     words = dict.fromkeys(("kind", "title", "advice"), text)
-    findings = [words | {"numbers": {text: 1.0}, "rows": [text, text]}]
+    findings = [words | {"numbers": {text: 1.0}}]
     place: dict[str, Any] = dict.fromkeys(("row", "response", "before", "token", "after"), text)
     drift: dict[str, Any] = {
         "tokens": 9,

@@ -76,14 +76,12 @@ def make_findings() -> list[dict[str, Any]]:
             "title": "The policy prefers longer answers",
             "advice": "Balance lengths in the data, or compare by a judge that is blind to length.",
             "numbers": {"margin_length_correlation": 0.31},
-            "rows": [f"heldout.jsonl:{row}" for row in (4, 17, 29, 51, 102, 118, 203)],
         },
         {
             "kind": "displaced_chosen",
             "title": "The chosen responses lost probability too",
             "advice": "A higher beta, fewer steps, or a share of the supervised loss on the chosen responses.",
             "numbers": {"share": 0.78},
-            "rows": [],
         },
     ]
 

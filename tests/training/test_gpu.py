@@ -354,16 +354,16 @@ def test_samples_are_drawn_from_the_models_own_distribution(tokenizer: PreTraine
     """First tokens of many samples against the softmax that scoring computes, in the precision that it computes in."""
     model, prompt = make_model(vocab_size=50).to(DEVICE), np.array([7, 3, 11], np.int32)
     drawn = generate(
-        model, tokenizer, [prompt], "sdpa", 1, sampled=True, copies=2000, room=2**16, dtype=torch.bfloat16
+        model, tokenizer, [prompt], "sdpa", 1, sampled=True, copies=2000, max_tokens=2**16, dtype=torch.bfloat16
     )[0]
-    again = generate(model, tokenizer, [prompt], "sdpa", 1, sampled=True, copies=20, room=2**16, dtype=torch.bfloat16)[
-        0
-    ]
-    assert [r.ids.tolist() for r in again] == [r.ids.tolist() for r in drawn[:20]]
+    again = generate(
+        model, tokenizer, [prompt], "sdpa", 1, sampled=True, copies=20, max_tokens=2**16, dtype=torch.bfloat16
+    )[0]
+    assert [r.tolist() for r in again] == [r.tolist() for r in drawn[:20]]
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(prompt).long()[None].to(DEVICE)).logits[0, -1].float()
     expected = 2000 * logits.softmax(-1).cpu().numpy()
-    counts = np.bincount([int(r.ids[0]) for r in drawn], minlength=50)
+    counts = np.bincount([int(r[0]) for r in drawn], minlength=50)
     often = expected > 5
     assert ((counts - expected)[often] ** 2 / expected[often]).sum() < 2 * often.sum()
 
