@@ -21,7 +21,7 @@ from dpo_cli.training.setup import read_manifest, start_of, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import Interrupted, UsageError
 from dpo_cli.utils.files import to_json, write_json
-from dpo_cli.utils.formatting import between, number, percent
+from dpo_cli.utils.formatting import NONE, between, is_number, number, percent
 
 METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 RESULT = "sweep.json"
@@ -72,7 +72,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines = [*overlap(result), f"{head}  run"]
     for point in result["points"]:
         cells = [percent(point[m]) if m == "rewards/accuracies" else number(point[m]) for m in shown]
-        line = f"{point['beta']:>7g}{number(point['kl']):>10}  {between(point['intervals']['kl']):<22}"
+        line = f"{point['beta']:>7g}{_figures(point['kl']):>10}  {between(point['intervals']['kl'], _figures):<22}"
         lines.append(line + "".join(f"{cell:>20}" for cell in cells) + f"  {point['run']}")
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
     if "reward" in result:
@@ -82,6 +82,10 @@ def as_text(result: Mapping[str, Any]) -> str:
     for point in result["points"]:
         lines += ["", f"beta {point['beta']:g}", *verdict(point)]
     return "\n".join(lines)
+
+
+def _figures(kl: Any) -> str:
+    return f"{kl:.3g}" if is_number(kl) else NONE
 
 
 def _folder(options: SweepOptions) -> Path:

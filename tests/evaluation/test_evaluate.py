@@ -215,6 +215,8 @@ def test_two_models_are_compared_on_the_same_pairs(place: Place, runs: dict[str,
     assert (result["pairs"], result["same_tokens"]) == (5, True)
     for name, alone in (("a", one), ("b", other)):
         assert result[name] == {about: alone[about] for about in ("trained_on", "model", "reference", "beta")}
+    for each in (one, other):
+        each["logratios/margins"] = each["rewards/margins"] / each["beta"]
     for name, found in result["differences"].items():
         assert found["a"] == pytest.approx(one[name], abs=1e-9) and found["b"] == pytest.approx(other[name], abs=1e-9)
         assert found["difference"] == pytest.approx(other[name] - one[name], abs=1e-9)
