@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from dpo_cli.config.options import EvalOptions, TrainOptions
 from dpo_cli.data.pairs import Ids, Pairs, trained_on
@@ -26,25 +25,23 @@ from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequenc
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
-from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint, same_weights
-from dpo_cli.models.loading import compile_layers, default_device, dtype_name, load_model, release
+from dpo_cli.models.fingerprint import same_weights
+from dpo_cli.models.loading import compile_layers, default_device, dtype_name, release
 from dpo_cli.models.locate import ModelSource, start_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
+    ScoredModel,
     choose_model,
     choose_tokenizer,
     fill_reference,
-    halved_if_split,
-    make_scorer,
-    open_cache,
+    load_scored_model,
     read_pairs,
     refuse_unread_terms,
-    tell_long,
     weights_mode,
 )
-from dpo_cli.training.setup import read_manifest, reading_as_trained, trained_hashes, trained_with
+from dpo_cli.training.run_dir import read_manifest, reading_as_trained, trained_hashes, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
@@ -148,15 +145,6 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
     )
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A model that is ready to score, the attention that it came with, and its fingerprint in the cache."""
-
-    scorer: ModelRunner
-    own_attention: str
-    fingerprint: str
-
-
 @dataclass
 class _Models:
     """A policy and its reference over the same pairs; a loaded reference takes the policy's place in memory."""
@@ -187,7 +175,7 @@ class _Models:
             self.reporter.info("reference", "the model itself: it is not a run, and there is no --ref-model")
         if self.options.kl == "exact":
             return self._compare(policy)
-        tokens = kl.score(policy.scorer, pairs, self._progress("evaluate"))
+        tokens = kl.score(policy.runner, pairs, self._progress("evaluate"))
         if self.itself:
             self.cached = tokens.logps(), tokens.logps()
         elif not objective.reference and self.options.ref_model is None:
@@ -195,24 +183,24 @@ class _Models:
             none = np.full((len(pairs), 2), np.nan)
             self.cached = none, none
         else:
-            cache = self._complete_cache(policy.scorer) or self._filled_cache(policy)
+            cache = self._complete_cache(policy.runner) or self._filled_cache(policy)
             logps, alpha = cache.lookup(pairs), objective.ld_alpha
             weighted = cache.weighted(pairs, alpha) if alpha != 1 else logps
             self.cached = logps.double().numpy(), weighted.double().numpy()
         return tokens, {}
 
-    def _compare(self, policy: _Loaded) -> tuple[kl.TokenScores, dict[str, Any]]:
+    def _compare(self, policy: ScoredModel) -> tuple[kl.TokenScores, dict[str, Any]]:
         """Run both models over the pairs, and over responses that the policy samples."""
         options, pairs, decode = self.options, self.evaluator.pairs, partial(text, self.evaluator.tokenizer)
-        recorded = kl.record(policy.scorer, pairs, options.cache_dir, self._progress("policy"))
+        recorded = kl.record(policy.runner, pairs, options.cache_dir, self._progress("policy"))
         if options.samples:
             prompts = [*{pair.prompt.tobytes(): pair.prompt for pair in pairs}.values()][: options.sample_prompts]
             self.reporter.info("samples", f"{options.samples} answers to each of {len(prompts)} prompts")
             greedy, sampled = self._answers(policy, prompts, 0), self._answers(policy, prompts, options.samples)
             drawn = as_pairs(prompts, sampled)
-            recorded_samples = kl.record(policy.scorer, drawn, options.cache_dir, self._progress("samples"))
-        reference = policy if self.itself else self._reference(policy)[0]
-        compare = partial(kl.compare, reference.scorer, policy_runs=False, same=self.itself)
+            recorded_samples = kl.record(policy.runner, drawn, options.cache_dir, self._progress("samples"))
+        reference = policy if self.itself else self._reference(policy)
+        compare = partial(kl.compare, reference.runner, policy_runs=False, same=self.itself)
         tokens = compare(recorded, pairs, self._progress("reference"))
         if not options.samples:
             return tokens, {}
@@ -231,10 +219,10 @@ class _Models:
                 sample[name] = texts if name.endswith("_sampled") else texts[0]
         return tokens, {"sequence_kl": estimate, "samples": samples}
 
-    def _answers(self, model: _Loaded, prompts: list[Ids], copies: int) -> list[list[Ids]]:
+    def _answers(self, model: ScoredModel, prompts: list[Ids], copies: int) -> list[list[Ids]]:
         """Sample so many answers to each prompt; the greedy one for 0."""
         return generate(
-            cast(PreTrainedModel, model.scorer.model),
+            model.model,
             self.evaluator.tokenizer,
             prompts,
             model.own_attention,
@@ -242,55 +230,50 @@ class _Models:
             sampled=copies > 0,
             copies=copies or 1,
             seed=self.options.seed,
-            max_tokens=model.scorer.max_tokens,
-            dtype=model.scorer.dtype,
+            max_tokens=model.runner.max_tokens,
+            dtype=model.runner.dtype,
         )
 
     def _progress(self, name: str) -> kl.Progress:
         return kl.Progress(self.reporter, name)
 
-    def _load(self, source: ModelSource, named: bool = False) -> _Loaded:
-        """Load a model onto the device; it is hashed only if ``named``."""
-        began, device = self.began, default_device()
+    def _load(self, source: ModelSource, hashed: bool = False) -> ScoredModel:
+        """Load a model onto the device; it is hashed only where its fingerprint is asked for."""
+        began, device, pairs = self.began, default_device(), self.evaluator.pairs
         frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
         memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
-        memo = WeightsHashCache(source, self.options.cache_dir)
-        model = load_model(source)
-        own_attention = model.config._attn_implementation
-        weights = memo.hash(model) if named else ""
-        scorer = make_scorer(model, self.evaluator.pairs, self.options, device, self.reporter, memory)
-        weights = halved_if_split(model, weights, memory)[0]
-        tell_long(scorer, self.evaluator.pairs, self.reporter)
+        model = load_scored_model(source, pairs, self.options, memory, device, self.reporter, hashed=hashed)
+        model.split_weights(memory)
         if self.options.compile:
-            compile_layers(model)
-        return _Loaded(scorer, own_attention, fingerprint(model, weights, scorer.layout, scorer.dtype) if named else "")
+            compile_layers(model.model)
+        return model
 
-    def _complete_cache(self, scorer: ModelRunner) -> ReferenceCache | None:
+    def _complete_cache(self, runner: ModelRunner) -> ReferenceCache | None:
         """The run's cached reference, if it was computed as here and has all of these pairs."""
         if self.options.ref_model is not None or self.source.run is None:
             return None
         manifest = read_manifest(self.source.run)
         reference = manifest["reference"]
-        computed = (scorer.layout, dtype_name(scorer.dtype), scorer.device.type)
+        computed = (runner.layout, dtype_name(runner.dtype), runner.device.type)
         if computed != (reference["layout"], reference["dtype"], manifest["device"]):
             return None
         cache = ReferenceCache(self.options.cache_dir, reference["fingerprint"], self.reporter.warning)
         self.reference_name = str(reference["model"] or manifest["start_model"])
         return None if cache.lookup(self.evaluator.pairs).isnan().any() else cache
 
-    def _filled_cache(self, policy: _Loaded) -> ReferenceCache:
-        reference, source = self._reference(policy)
-        cache = open_cache(self.options, reference.fingerprint, source, reference.scorer, self.reporter)
-        fill_reference(cache, self.evaluator.pairs, reference.scorer, self.reporter)
+    def _filled_cache(self, policy: ScoredModel) -> ReferenceCache:
+        reference = self._reference(policy)
+        cache = reference.open_cache(self.options, self.reporter)
+        fill_reference(cache, self.evaluator.pairs, reference.runner, self.reporter)
         return cache
 
-    def _reference(self, policy: _Loaded) -> tuple[_Loaded, ModelSource]:
+    def _reference(self, policy: ScoredModel) -> ScoredModel:
         """Load the reference in the place of the policy.
 
         Raises:
             UsageError: it cannot be loaded, or is not the model that the run began with.
         """
-        release(policy.scorer.model)
+        release(policy.model)
         gc.collect()
         of_run = self.source.run is not None and self.options.ref_model is None
         recorded = read_manifest(cast(Path, self.source.run))["reference"] if of_run else None
@@ -299,7 +282,7 @@ class _Models:
             source = choose_model(name, self.options, self.reporter, "reference", base)
             if recorded and self.began and self.began.ref_model is None:
                 source = _as_in_run(source, self.began)
-            loaded = self._load(source, named=True)
+            loaded = self._load(source, hashed=True)
         except UsageError as error:
             raise UsageError(
                 "the reference cannot be loaded; name it with --ref-model, or add --kl none if its log-probs are "
@@ -308,4 +291,4 @@ class _Models:
         self.reference_name = source.description
         if recorded and not same_weights(loaded.fingerprint, recorded["fingerprint"]):
             raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref-model")
-        return loaded, source
+        return loaded

@@ -12,7 +12,7 @@ from dpo_cli.models.locate import find_model
 from dpo_cli.models.quantized import admit
 from dpo_cli.training.checkpoint import verified_step
 from dpo_cli.training.prepare import fit_adapter
-from dpo_cli.training.setup import trained_with
+from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 

@@ -16,7 +16,7 @@ from dpo_cli.data.batching import Layout, probe_pairs, row_costs
 from dpo_cli.data.collate import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention
-from dpo_cli.models.logprobs import body_states, forward_errors, token_logps
+from dpo_cli.models.logprobs import forward_errors, hidden_states, token_logps
 from dpo_cli.models.moe import auxiliary_loss, routed
 from dpo_cli.utils.errors import DpoError, UsageError
 
@@ -195,7 +195,7 @@ def experts_a_token(model: PreTrainedModel, pair: Pair) -> int:
     try:
         experts = int(model.config.get_text_config().num_experts_per_tok)
         own = float(model(batch.input_ids, **asked).aux_loss)
-        part = routed(body_states(model, batch, torch.float32, output_router_logits=True).router_logits, batch, experts)
+        part = routed(hidden_states(model, batch, torch.float32, output_router_logits=True)[1], batch, experts)
         ours = float(auxiliary_loss(part, part.counts))
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         why = f"{type(model).__name__} is no mixture of experts whose routers can be read"

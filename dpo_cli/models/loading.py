@@ -36,8 +36,8 @@ from transformers.utils.hub import cached_file
 from dpo_cli.models import adapter_files, adapter_vocabulary
 from dpo_cli.models.adapters import is_tied
 from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource, gguf_value
+from dpo_cli.models.parallel import shard_like
 from dpo_cli.models.quantized import SCALES, packing_of, settle
-from dpo_cli.models.sharding import shard_like
 from dpo_cli.utils.errors import DpoError, UsageError
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images, sound

@@ -233,7 +233,7 @@ def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSo
         raise UsageError(f"--model {name}: no checkpoint there ({WEIGHTS} is missing)")
     try:
         manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        began, its_base = start_model(manifest.get("start", manifest["reference"]), base)
+        began, its_base = start_model(manifest["start"], base)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
     start = _find(began, its_base)

@@ -18,7 +18,8 @@ from dpo_cli.evaluation.metrics_log import append_metrics, best_step, evaluation
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.reporting.plots import curves, write_plots
-from dpo_cli.training.setup import Run, read_manifest
+from dpo_cli.training.run_dir import read_manifest
+from dpo_cli.training.setup import Run
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 
@@ -33,7 +34,7 @@ class HeldOut:
         self.run, self.reporter = run, reporter
         self.evaluator = Evaluator(run.held_out, run.tokenizer, run.options.objective)
         self.last: tuple[int, PairScores, kl.TokenScores] | None = None  # the last evaluation, by its step
-        self.recorded = run.reference.recorded if run.reference else None
+        self.recorded = run.recorded
         self.reference = (
             reference if run.cache is not None else torch.full_like(reference, torch.nan)
         )  # the loss reads none
@@ -53,14 +54,14 @@ class HeldOut:
             NotWrittenError: the disk has no room for them.
         """
         run = self.run
-        if run.held_out and run.options.kl == "exact" and not run.reference:
+        if run.held_out and run.options.kl == "exact" and run.reference is run.policy:
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
             self.reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             progress = kl.Progress(self.reporter, "reference")
-            self.recorded = kl.record(run.scorer, run.held_out, run.options.cache_dir, progress)
+            self.recorded = kl.record(run.runner, run.held_out, run.options.cache_dir, progress)
 
     def evaluate(
-        self, step: int, scorer: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
+        self, step: int, runner: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
     ) -> dict[str, float] | None:
         """Evaluate the policy after ``step`` and append its metrics; None if stopped.
 
@@ -68,16 +69,16 @@ class HeldOut:
         interruption in between repeats both.
         """
         run, progress = self.run, kl.Progress(self.reporter, "held out", stopped)
-        scorer = dataclasses.replace(scorer)  # a smaller token budget here must not change that of training
+        runner = dataclasses.replace(runner)  # a smaller token budget here must not change that of training
         try:
             if self.recorded:
-                same = step == 0 and run.reference is None  # the policy is the reference, whose states are there
-                tokens = kl.compare(scorer, self.recorded, run.held_out, progress, policy_runs=True, same=same)
+                same = step == 0 and run.reference is run.policy  # the policy is the reference, whose states are there
+                tokens = kl.compare(runner, self.recorded, run.held_out, progress, policy_runs=True, same=same)
             else:
-                tokens = kl.score(scorer, run.held_out, progress)
+                tokens = kl.score(runner, run.held_out, progress)
         except kl.Stopped:
             return None
-        on_rank_0 = distributed.on_rank_0 if scorer.sharded else (lambda action: action())
+        on_rank_0 = runner.parallel.on_rank_0
         history = on_rank_0(lambda: read_metrics(self.metrics))
         cached = self.reference.double().numpy(), self.weighted.double().numpy()
         scores = self.evaluator.scores(tokens, cached, history)
@@ -99,7 +100,7 @@ class HeldOut:
             history = read_metrics(self.metrics)
             if self.last:
                 step, scores, tokens = self.last
-                reference = (run.reference.source if run.reference else run.source).description
+                reference = run.reference.source.description
                 about = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta, "reference": reference}
                 answers = [dict(sample) for sample in samples]
                 result = self.evaluator.result(

@@ -26,10 +26,10 @@ from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import token_logps
 from dpo_cli.models.lora_targets import choose_targets
 from dpo_cli.models.split_weights import split_master_weights
-from dpo_cli.training import setup as runs
+from dpo_cli.training import adapter as runs
 from dpo_cli.training.memory import StepBytes
 from dpo_cli.training.prepare import check_quantize
-from dpo_cli.training.setup import trained_with
+from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import make_model, random_pairs
 from tests.helpers.adapters import CLOSE, Place, make_place, plain_logps
