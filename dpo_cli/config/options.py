@@ -332,7 +332,7 @@ class SweepOptions(SampleOptions, TrainOptions):
     output: Path | None = option(
         None,
         "Folder of the runs and of the comparison; an existing sweep is resumed.",
-        shown="runs/sweep-<hash of the options>",
+        shown="runs/sweep",
     )
     kl: str = kl_option("While training; the frontier's is always exact.")
 

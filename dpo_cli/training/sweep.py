@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.options import EvalOptions, SweepOptions, TrainOptions
-from dpo_cli.config.resolve import RESUME_MUTABLE, differences, inherit_auto_options
+from dpo_cli.config.resolve import differences, inherit_auto_options
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.evaluation.evaluator import EvalResult
 from dpo_cli.models.loading import free_memory
@@ -19,7 +18,7 @@ from dpo_cli.training.loop import train
 from dpo_cli.training.run_dir import read_manifest, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import Interrupted, UsageError
-from dpo_cli.utils.files import to_json, write_json
+from dpo_cli.utils.files import write_json
 from dpo_cli.utils.formatting import NONE, between, is_number, number, percent
 
 METRICS = ("loss", "rewards/margins", "rewards/accuracies")
@@ -83,16 +82,12 @@ def _figures(kl: Any) -> str:
 
 
 def _folder(options: SweepOptions) -> Path:
-    """The folder of the runs; without ``--output`` a name that the same options give again.
+    """The folder of the runs.
 
     Raises:
         UsageError: it holds something else.
     """
-    folder = options.output
-    if folder is None:
-        training = dataclasses.asdict(options.runs()[0])
-        fixed = {name: value for name, value in training.items() if name not in RESUME_MUTABLE | {"beta"}}
-        folder = Path("runs", f"sweep-{hashlib.sha256(to_json(fixed).encode()).hexdigest()[:8]}")
+    folder = options.output or Path("runs", "sweep")
     names = [path.name for path in folder.glob("*")]
     if folder.is_file() or (names and RESULT not in names and not any(name.startswith("beta-") for name in names)):
         raise UsageError(f"--output {folder}: it holds something other than a sweep; choose another folder")

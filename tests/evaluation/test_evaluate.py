@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import dpo_cli.training.finish
 import dpo_cli.training.heldout
 import dpo_cli.training.loop
 from dpo_cli.cli.app import app
@@ -317,9 +318,8 @@ def test_a_resumed_run_has_the_same_best_model(
     elif what == "line":
         fail_at(monkeypatch, dpo_cli.training.heldout, "append_metrics", best + 1, KeyboardInterrupt())
     else:
-        fail_at(
-            monkeypatch, dpo_cli.training.loop, "export_model", 2, NotWrittenError("best/ cannot be written: No space")
-        )
+        error = NotWrittenError("best/ cannot be written: No space")
+        fail_at(monkeypatch, dpo_cli.training.finish, "export_model", 2, error)
     stopped = place.train(run, "--save-best", "loss")
     assert stopped.exit_code == (1 if what == "model" else 130), stopped.output
     if what == "model":

@@ -283,13 +283,14 @@ def test_data_that_changed_between_runs_are_refused(place: Path) -> None:
     assert out.exit_code == 2 and "the held-out data changed" in out.stderr
 
 
-def test_without_an_output_the_same_command_finds_its_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_output_it_is_a_folder_below_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     common = ["sweep", *training(Path()), "--max-steps", 1]
     first = dpo(*common, "--beta", "0.1")
-    assert Path(first["output"]).parent == Path("runs") and (place / first["output"] / "frontier.svg").is_file()
+    assert first["output"] == "runs/sweep" and (place / "runs/sweep/frontier.svg").is_file()
     assert dpo(*common, "--beta", "0.1", "--logging-steps", 2) == first
-    assert dpo(*common, "--beta", "0.1", "--lr", 1e-5)["output"] != first["output"]
+    out = invoke(*common, "--beta", "0.1", "--lr", 1e-5)
+    assert out.exit_code == 2 and "choose another folder" in out.stderr
 
 
 @pytest.mark.parametrize(
