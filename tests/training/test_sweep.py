@@ -96,7 +96,7 @@ class Seen:
         self.misses: list[int] = []
         self.models: list[weakref.ref[PreTrainedModel]] = []
         self.alive: list[int] = []
-        fill, load = prepare.fill_reference, prepare.load_model
+        fill, load = prepare.fill_reference, prepare.load_scored_model
 
         def filled(*arguments: Any) -> Any:
             found = fill(*arguments)
@@ -106,11 +106,11 @@ class Seen:
         def loaded(*arguments: Any, **more: Any) -> Any:
             self.alive.append(sum(model() is not None for model in self.models))
             found = load(*arguments, **more)
-            self.models.append(weakref.ref(found))
+            self.models.append(weakref.ref(found.model))
             return found
 
         patch.setattr("dpo_cli.training.loop.fill_reference", filled)
-        patch.setattr("dpo_cli.training.prepare.load_model", loaded)
+        patch.setattr("dpo_cli.training.setup.load_scored_model", loaded)
 
 
 @pytest.fixture
