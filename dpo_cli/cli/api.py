@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, as_flag
-from dpo_cli.config.resolve import resolve, resolve_training
+from dpo_cli.config.resolve import Name, resolve, resolve_training
 from dpo_cli.utils.errors import DpoError, UsageError
 
 if TYPE_CHECKING:
     from dpo_cli.utils.console import Reporter
 
-Name = str | os.PathLike[str]
 Data = Name | Iterable[Name] | Iterable[Mapping[str, Any]]
 
 ROWS = Path("runs")  # folder for rows that are in memory
@@ -50,12 +49,12 @@ def train(
         Interrupted: a signal came, as from a notebook's stop button; a checkpoint was written.
         DpoError: the run failed, and its last checkpoint is whole; or it is complete and could not be uploaded.
     """
-    given, folder, file = _given(data, options), _path(resume), _path(config)
-    resolved = resolve_training(given, folder, file, ("config", "progress", "resume", "dry_run"))
+    given, folder = _given(data, options), Path(resume) if resume else None
+    resolved = resolve_training(given, folder, config, ("config", "progress", "resume", "dry_run"))
     with _reporter(progress, resolved) as reporter:
         from dpo_cli.training.loop import train as run
 
-        values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": file}
+        values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": config}
         words = [word for name, each in values.items() if each is not None for word in as_flag(name, each)]
         result = run(resolved, folder, ["dpo", "train", *words], reporter, dry_run)
     if error := result.pop("push_error", None):
@@ -75,7 +74,7 @@ def evaluate(
         UsageError: an option or the data cannot be used.
         DpoError: the evaluation failed.
     """
-    resolved = resolve(EvalOptions, _given(data, options), _path(config), ("config", "progress"))
+    resolved = resolve(EvalOptions, _given(data, options), config, ("config", "progress"))
     results: list[dict[str, Any]] = []
     with _reporter(progress, resolved) as reporter:
         from dpo_cli.evaluation.evaluate import run_eval
@@ -95,7 +94,7 @@ def precompute(
         UsageError: an option or the data cannot be used.
         DpoError: with ``verify``, a cached log-prob is off by more than arithmetic explains.
     """
-    resolved = resolve(PrecomputeOptions, _given(data, options), _path(config), ("config", "progress"))
+    resolved = resolve(PrecomputeOptions, _given(data, options), config, ("config", "progress"))
     with _reporter(progress, resolved) as reporter:
         from dpo_cli.reference.precompute import precompute as run
 
@@ -136,10 +135,6 @@ def _sources(data: Data | None) -> Any:
     with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return file
-
-
-def _path(name: Name | None) -> Path | None:
-    return None if name is None else Path(name)
 
 
 @contextmanager

@@ -19,13 +19,6 @@ class Check(NamedTuple):
     must: str
     choices: tuple[str, ...] = ()
 
-    def accepts(self, value: Any) -> bool:
-        """Whether a value is in the range."""
-        try:
-            return self.holds(value)
-        except ValueError:
-            return False
-
 
 def one_of(*values: str) -> Check:
     """Check that a value is one of these words."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -298,7 +299,10 @@ def out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[str
     problems = []
     for f in fields(kind):
         value, check = values.get(f.name), f.metadata["check"]
-        if check and value is not None and not check.accepts(value):
+        accepted = value is None or not check
+        with suppress(ValueError):
+            accepted = accepted or check.holds(value)
+        if not accepted:
             near = did_you_mean(str(value), check.choices)
             problems.append(f"--{f.name.replace('_', '-')} {value}: {check.must}{near}")
     return problems

@@ -39,6 +39,7 @@ OTHER_NAMES = {
     "max_seq_length": "max_length",
 }
 
+Name = str | os.PathLike[str]
 T = TypeVar("T", bound=DataOptions)
 
 
@@ -48,7 +49,7 @@ def suggest_option(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, names, {theirs: ours for theirs, ours in OTHER_NAMES.items() if ours in names})
 
 
-def resolve(kind: type[T], given: Mapping[str, Any], file: Path | None = None, keywords: Sequence[str] = ()) -> T:
+def resolve(kind: type[T], given: Mapping[str, Any], file: Name | None = None, keywords: Sequence[str] = ()) -> T:
     """Merge flags or keywords over the YAML file over the defaults, and check the result.
 
     None leaves an option open. ``keywords`` are other words that an unknown option may have meant.
@@ -56,7 +57,7 @@ def resolve(kind: type[T], given: Mapping[str, Any], file: Path | None = None, k
     Raises:
         UsageError: naming every unknown key, wrong type, failed check, missing option or refused combination.
     """
-    values, problems = _parse(kind, _yaml_items(file)) if file else ({}, [])
+    values, problems = _parse(kind, _yaml_items(Path(file))) if file else ({}, [])
     flags, wrong = _parse(kind, ((name, value, "") for name, value in given.items() if value is not None), keywords)
     values |= flags
     problems += [*wrong, *out_of_range(kind, values)]
@@ -148,7 +149,7 @@ def to_yaml(options: DataOptions) -> str:
 
 
 def resolve_training(
-    given: Mapping[str, Any], resume: Path | None, file: Path | None = None, keywords: Sequence[str] = ()
+    given: Mapping[str, Any], resume: Path | None, file: Name | None = None, keywords: Sequence[str] = ()
 ) -> TrainOptions:
     """Return the options of a new run, or those of the run in the folder ``resume``.
 

@@ -64,7 +64,7 @@ def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
         UsageError: there is no trained model, or nobody could load it, or the login may not write there.
         DpoError: the upload failed; the message says how to try again.
     """
-    if not repository.accepts(name):
+    if not repository.holds(name):
         raise UsageError(f"{name}: {repository.must}")
     model = folder / "model" if (folder / "manifest.json").is_file() else folder
     card, adapter = model / "README.md", model / "adapter_config.json"
