@@ -69,10 +69,9 @@ class Evaluator:
     ) -> PairScores:
         """Collect the log-probs of an evaluation.
 
-        ``ref_logps``, where ``tokens`` are of the policy alone: those of the reference, and with the token weights of
-        LD-DPO, (P, 2) each.
-        ``history`` has the lines of the run's metrics up to this policy, if it is of a run, and ``beta`` is that of the
-        rewards in it; None: the objective's.
+        Where ``tokens`` are of the policy alone, ``ref_logps`` has those of the reference, as they are and with the
+        token weights of LD-DPO: (P, 2) each. ``history`` has the lines of the run's metrics up to this policy, if it is
+        of a run, and ``beta`` is that of the rewards in it; None: the objective's.
         """
         alpha, rewards, prompts = self.objective.ld_alpha, step_rewards(history), dict[bytes, int]()
         if ref_logps is None or tokens.tokens.shape[1] > 1:
