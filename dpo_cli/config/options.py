@@ -332,15 +332,9 @@ class SweepOptions(SampleOptions, TrainOptions):
     output: Path | None = option(
         None,
         "Folder of the runs and of the comparison; an existing sweep is resumed.",
-        shown="runs/sweep-<hash of the options>",
+        shown="runs/sweep",
     )
     kl: str = kl_option("While training; the frontier's is always exact.")
-    reward: str | None = option(
-        None,
-        "MODULE:FUNCTION, in the current folder or installed: takes lists of prompts and of answers (texts) and "
-        "returns a number for each; it judges the answers of --samples.",
-        checks.import_path,
-    )
 
     def _conflicts(self) -> list[str]:
         table = {
@@ -348,8 +342,6 @@ class SweepOptions(SampleOptions, TrainOptions):
             "--eval-fraction: a sweep compares its runs on --eval-data; leave it out": bool(self.eval_fraction),
             "--push-to-hub {push_to_hub}: a sweep trains several models; dpo push uploads one": bool(self.push_to_hub),
             "--loss {loss}: reads no beta, so there is nothing to compare": not self.objective.uses("beta"),
-            "--reward {reward}: it judges sampled answers; add --samples, for example 4": bool(self.reward)
-            and not self.samples,
         }
         return [*super()._conflicts(), *(text for text, refused in table.items() if refused)]
 
