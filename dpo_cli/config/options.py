@@ -66,8 +66,8 @@ class DataOptions:
     )
     control_tokens: str | None = option(
         None,
-        "Control tokens of the template inside messages: keep them, sanitize (read as text) or refuse the row.",
-        one_of("keep", "sanitize", "refuse"),
+        "Control tokens of the template inside messages: keep them, or refuse the row.",
+        one_of("keep", "refuse"),
         shown="keep, or what the run was trained with",
     )
     train_turns: str | None = option(

@@ -23,8 +23,7 @@ from dpo_cli.utils.errors import RowError
 NO_TEMPLATE = "pairs of messages written as 'User: … Assistant: …': the model has no chat template (--chat-template)"
 HISTORY_CHANGES = "pairs whose earlier turns the chat template rewrites once an answer follows: kept as at inference"
 TURNS_WITHOUT_LOSS = "pairs with turns after the prompt that carry no loss (--train-turns)"
-CONTROL_KEPT = "pairs with control tokens inside their messages, which act as such (--control-tokens keep)"
-CONTROL_SANITIZED = "pairs with control tokens inside their messages, read as text (--control-tokens sanitize)"
+CONTROL_KEPT = "pairs with control tokens inside their messages, which act as such (--control-tokens)"
 # Appended to the name of a format of strings.
 WRAPPED = ", wrapped as a user turn and an answer; --format strings keeps them raw"
 RENDERED = ", kept raw: rendered by a chat template already"
@@ -57,8 +56,8 @@ class Conversation:
 class Chat:
     """Renders rows with a tokenizer's chat template, or with a plain one if it has none.
 
-    ``control_tokens``: ``keep``, ``sanitize`` or ``refuse`` those inside messages; ``train_turns``: the turns of a
-    response that carry loss, ``last`` or ``all``.
+    ``control_tokens``: ``keep`` or ``refuse`` those inside messages; ``train_turns``: the turns of a response that
+    carry loss, ``last`` or ``all``.
     """
 
     def __init__(self, tokenizer: Any, control_tokens: str, adds_bos: bool, train_turns: str) -> None:
@@ -115,24 +114,16 @@ class Chat:
         return Conversation(prompt, sides[0], sides[1], notes=frozenset(notes))
 
     def _render(self, row: Row, messages: Any, generation: bool = False) -> str:
-        """Render messages; control tokens that must be read as text are marked."""
-        arguments = row.template_arguments
-        text = render(self.tokenizer, messages, generation, self.template, arguments)
+        text = render(self.tokenizer, messages, generation, self.template, row.template_arguments)
         check_encodable(text, "the messages")
-        if self.control_tokens != "sanitize" or not self.control.first([messages, arguments]):
-            return text
-        try:
-            marked, others = self.control.mark(messages), self.control.mark(arguments)
-        except RecursionError as error:
-            raise RowError("the messages are nested too deeply") from error
-        return render(self.tokenizer, marked, generation, self.template, others)
+        return text
 
     def _control_notes(self, row: Row) -> set[str]:
         fields = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} | row.template_arguments
         tokens = {name: token for name, value in fields.items() if (token := self.control.first(value))}
         if tokens and self.control_tokens == "refuse":
             raise RowError(", ".join(f"{name} contains the control token '{token}'" for name, token in tokens.items()))
-        return {CONTROL_SANITIZED if self.control_tokens == "sanitize" else CONTROL_KEPT} if tokens else set()
+        return {CONTROL_KEPT} if tokens else set()
 
     # ---- each trained turn after the prompt that it has at inference ------------------------------------------------
 
@@ -183,7 +174,6 @@ class Chat:
         if whole.startswith(prompt):
             answer = whole[len(prompt) :]
         elif opened and whole.startswith(prompt[: opened.start()]):
-            turn = self.control.mark(turn) if self.control_tokens == "sanitize" else turn
             answer = _with_reasoning(opened, whole[opened.start() :], turn, notes)
         else:
             answer = self._after_generation_prompt(row, prompt, whole, before)

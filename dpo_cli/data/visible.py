@@ -34,7 +34,7 @@ def check_visible(
     Raises:
         RowError: it leaves out more than reasoning, tools, or an earlier turn of the assistant.
     """
-    text = control.token.sub("\0", control.unmark(text))  # matches no message
+    text = control.token.sub("\0", text)  # matches no message
     parts = [
         (place, part, control.token.sub("\0", words))
         for place, message in enumerate(messages)
