@@ -365,7 +365,7 @@ class SweepOptions(SampleOptions, TrainOptions):
 class CheckOptions(DataOptions):
     """`dpo check`."""
 
-    eval_data: list[str] | None = option(None, "Held-out rows: checked too, and searched for rows of --data.")
+    eval_data: list[str] | None = option(None, "Held-out rows, which are searched for rows of --data.")
     examples: int = option(3, "Rows shown per finding.", not_negative)
     fix: Path | None = option(None, "Write the clean rows of --data to this new .jsonl file.")
     strict: bool = option(False, "Exit with code 3 if there is a problem.")

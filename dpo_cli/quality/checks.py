@@ -109,9 +109,9 @@ def _text(value: Text) -> str:
     return "\n".join(parts)
 
 
-def normalize(row: Row, texts: Texts) -> Texts:
+def normalize(row: Row) -> Texts:
     """Normalize texts to NFC, lower case and single spaces; tools and other template arguments join the prompt."""
-    texts = Texts(*(" ".join(unicodedata.normalize("NFC", text).casefold().split()) for text in texts))
+    texts = Texts(*(" ".join(unicodedata.normalize("NFC", text).casefold().split()) for text in texts_of(row)))
     arguments = json.dumps(row.template_arguments, sort_keys=True, default=str) if row.template_arguments else ""
     return texts._replace(prompt=f"{texts.prompt}\n{arguments}") if arguments else texts
 
@@ -132,7 +132,7 @@ _DAMAGE = re.compile(
 )
 
 
-def row_issues(row: Row, texts: Texts, normalized: Texts) -> dict[str, str]:
+def row_issues(row: Row, texts: Texts) -> dict[str, str]:
     """Return the issues of a row by type, each with an excerpt."""
     issues = {}
     for name, text in zip(Texts._fields, texts, strict=True):
@@ -142,7 +142,7 @@ def row_issues(row: Row, texts: Texts, normalized: Texts) -> dict[str, str]:
         text = getattr(texts, name)
         if marker := _MARKERS.search(_CODE.sub(lambda code: "`" * len(code[0]), text)):
             issues["markers"] = f"{name}: {_around(text, marker)}"
-        if not _WORD.search(getattr(normalized, name)):
+        if not _WORD.search(text):
             issues["empty_response"] = f"{name}: {shortened(text)}"
     if len(thinking := [name for name in ("chosen", "rejected") if _has_thinking(getattr(row, name))]) == 1:
         issues["thinking"] = f"only the {thinking[0]}: {shortened(texts.prompt)}"
