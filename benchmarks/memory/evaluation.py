@@ -76,7 +76,9 @@ def times(name: str | None, count: int, repeats: int) -> None:
     policy, reference = scorer_of(moved(load_model(source))), scorer_of(load_model(source))
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Callable[[], Any]] = {
-            "a pass (precompute)": lambda: list(reference.score(pairs)),
+            "a pass (precompute)": lambda: list(
+                reference.forwards(pairs, lambda _, batch: reference.token_logps(batch))
+            ),
             "evaluation, --kl none": lambda: kl.score(policy, pairs, PROGRESS),
             "evaluation, exact": lambda: exact(policy, reference, pairs, Path(folder)),
         }

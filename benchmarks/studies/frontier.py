@@ -54,7 +54,6 @@ from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.distributed import started
 from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.files import write_json
 
@@ -283,14 +282,13 @@ class Lab:
         costs = scorer.costs(pairs)
         how = {"batch_size": sizes.batch_size, "epochs": -(-steps * sizes.batch_size // len(pairs)), "seed": seed}
         plan = build_schedule(costs, "shared", max_steps=steps, max_tokens=MAX_TOKENS, world_size=1, **how)
-        with started() as accelerator:
-            optimizer = accelerator.prepare_optimizer(make_optimizer(policy, 0.0))
-            trainer = Trainer(accelerator, scorer, optimizer, pairs, costs, given.logps, given.logps, options)
-            for step, planned in enumerate(plan, 1):
-                lr = learning_rate(step, steps, options)
-                trainer.step(planned, trainer.micro_batches(planned), lr, StopSignal())
-                if step in checkpoints:
-                    yield step, scorer
+        optimizer = make_optimizer(policy, 0.0)
+        trainer = Trainer(scorer, optimizer, pairs, costs, given.logps, given.logps, options)
+        for step, planned in enumerate(plan, 1):
+            lr = learning_rate(step, steps, options)
+            trainer.step(planned, trainer.micro_batches(planned), lr, StopSignal())
+            if step in checkpoints:
+                yield step, scorer
 
     def measure(self, policy: ModelRunner, given: Prepared) -> dict[str, Any]:
         """KL of a policy from the reference by its completions of the held-out openings, and what reward they gain.

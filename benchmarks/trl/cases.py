@@ -23,7 +23,7 @@ from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.models.loading import load_tokenizer
 from dpo_cli.models.locate import find_model
-from dpo_cli.training.prepare import reading_of
+from dpo_cli.training.run_dir import reading_of
 from dpo_cli.utils.errors import RowError
 
 ROOT = Path(__file__).parents[2]

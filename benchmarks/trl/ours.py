@@ -16,10 +16,10 @@ from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import Progress
 from dpo_cli.training.interrupt import StopSignal
-from dpo_cli.training.loop import _make_trainer
+from dpo_cli.training.loop import make_trainer
 from dpo_cli.training.optimizer import learning_rate
 from dpo_cli.training.prepare import fill_reference
-from dpo_cli.training.setup import lay_out_run
+from dpo_cli.training.setup import prepare_run
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.distributed import started
 
@@ -53,15 +53,15 @@ class Ours:
             warmup_ratio=0.0,
             **job["options"],
         )
-        with started() as self.accelerator:
-            self.run = lay_out_run(options, None, self.accelerator.device, self.reporter)
+        with started() as accelerator:
+            self.run = prepare_run(options, None, accelerator.device, self.reporter)
         self.order = [place for step in job["order"] for place in step]
         for planned, expected in zip(self.run.plan, job["order"], strict=True):
             assert sorted(i for indices in planned for i in indices) == sorted(expected), "the plan has another order"
         meter.holders.append(self.run.model)
         ordered = self.run.pairs.select(self.order)
         ids = [ordered.digest(), self.run.held_out.digest()]
-        self.about = {"ids": ids, "max_tokens": self.run.scorer.max_tokens}
+        self.about = {"ids": ids, "max_tokens": self.run.runner.max_tokens}
 
     def precompute(self, blocks: list[int]) -> Message:
         """Score block by block into the cache."""
@@ -69,7 +69,7 @@ class Ours:
         for count in blocks:
             pairs = Pairs(self.run.pairs[i] for i in self.order[start : start + count])
             self.meter.begin()
-            fill_reference(self.run.cache, pairs, self.run.scorer, self.reporter)
+            fill_reference(self.run.cache, pairs, self.run.runner, self.reporter)
             self.meter.end()
             start += count
         return {}
@@ -77,8 +77,8 @@ class Ours:
     def _ready(self) -> Any:
         """The trainer, its references scored where no phase did."""
         if self.trainer is None:
-            scored = fill_reference(self.run.cache, self.run.scored(), self.run.scorer, self.reporter).logps
-            self.trainer, self.held_out_reference = _make_trainer(self.run, scored, self.accelerator)
+            scored = fill_reference(self.run.cache, self.run.scored(), self.run.runner, self.reporter).logps
+            self.trainer, self.held_out_reference = make_trainer(self.run, scored), scored[len(self.run.used) :]
             self.meter.holders.append(self.trainer.optimizer)
         return self.trainer
 

@@ -101,7 +101,7 @@ def precompute(
     """
     resolved = resolve(PrecomputeOptions, _flags(PrecomputeOptions, data, options), _path(config))
     with _reporter(progress, resolved) as reporter:
-        from dpo_cli.training.prepare import precompute as run
+        from dpo_cli.reference.precompute import precompute as run
 
         return run(resolved, reporter)
 

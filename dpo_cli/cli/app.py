@@ -136,7 +136,7 @@ def precompute_ref(*, out: Output, flags: dict[str, Any], config: ConfigFile = N
     """Fill the cache with the reference's log-probabilities."""
     options = resolve(PrecomputeOptions, flags, config)
     reporter = out.reporter(options, several=True)
-    from dpo_cli.training.prepare import precompute
+    from dpo_cli.reference.precompute import precompute
 
     out.show(precompute(options, reporter))
 

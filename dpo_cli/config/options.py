@@ -152,7 +152,7 @@ class TrainOptions(WeightsOptions):
 
     eval_data: list[str] | None = option(None, "Held-out rows, scored before, during and after training.")
     eval_fraction: float = option(0.0, "Fraction of --data held out if there is no --eval-data.", checks.fraction)
-    output: Path | None = option(None, "Run folder; must not exist yet.", shown="runs/<date>-<time>")
+    output: Path | None = option(None, "Run folder; must not exist yet.", shown="runs/<date>-<time>-<4 digits>")
     beta: float = option(0.1, "Strength of the pull towards the reference.", positive)
     loss: str = option(
         "sigmoid",
@@ -299,8 +299,6 @@ class TrainOptions(WeightsOptions):
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeOptions(WeightsOptions):
     """`dpo precompute-ref`."""
-
-    verify: int = option(0, "Recompute this many random cached pairs and show the largest difference.", not_negative)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,25 +27,23 @@ from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generat
 from dpo_cli.evaluation.metrics import LossInput
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
-from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint, same_weights
-from dpo_cli.models.loading import compile_layers, default_device, dtype_name, load_model, release
+from dpo_cli.models.fingerprint import same_weights
+from dpo_cli.models.loading import compile_layers, default_device, dtype_name, release
 from dpo_cli.models.locate import ModelSource, start_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
+    ScoredModel,
     choose_model,
     choose_tokenizer,
     fill_reference,
-    halved_if_split,
-    make_scorer,
-    open_cache,
+    load_scored_model,
     read_pairs,
     refuse_unread_terms,
-    tell_long,
     weights_mode,
 )
-from dpo_cli.training.setup import read_manifest, reading_as_trained, trained_hashes, trained_with
+from dpo_cli.training.run_dir import read_manifest, reading_as_trained, trained_hashes, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
@@ -153,15 +151,6 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """A model that is ready to score, the attention that it came with, and its fingerprint in the cache."""
-
-    scorer: ModelRunner
-    own_attention: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class _PolicySamples:
     """What the policy answers to some prompts, greedily and sampled; the samples as pairs, with their hidden states."""
 
@@ -201,15 +190,15 @@ class _TwoModels:
         """
         options, objective, exact = self.options, self.evaluator.objective, self.options.kl == "exact"
         policy = self._load(self.source, named=self.itself)
-        recorded = kl.record(policy.scorer, self.pairs, options.cache_dir, self._progress("policy")) if exact else None
-        logps = None if exact else kl.score(policy.scorer, self.pairs, self._progress("evaluate"))
+        recorded = kl.record(policy.runner, self.pairs, options.cache_dir, self._progress("policy")) if exact else None
+        logps = None if exact else kl.score(policy.runner, self.pairs, self._progress("evaluate"))
         drawn = self._draw(policy) if options.samples else None
-        read = self.evaluator.policy_read(policy.scorer)
+        read = self.evaluator.policy_read(policy.runner)
         if logps is not None and not objective.reference and options.ref_model is None:
             self.reference_name = f"none: --loss {objective.name} reads none"
             self.loss_input = loss_input(read, logps)
             return logps, torch.full_like(logps, math.nan), None, {}
-        complete, reference = self._complete_cache(policy.scorer), policy
+        complete, reference = self._complete_cache(policy.runner), policy
         cache = complete
         if exact or cache is None:
             reference, opened = self._reference(policy, complete is not None)
@@ -220,61 +209,58 @@ class _TwoModels:
             if self.itself or ref_logps.isnan().any():
                 ref_logps = compared.ref_logps
         else:
-            ref_logps = fill_reference(cache, self.pairs, reference.scorer, self.reporter).logps
+            ref_logps = fill_reference(cache, self.pairs, reference.runner, self.reporter).logps
         assert logps is not None
-        self.loss_input = loss_input(read, self._discounted(cache, ref_logps, reference.scorer))
+        self.loss_input = loss_input(read, self._discounted(cache, ref_logps, reference.runner))
         return logps, ref_logps, compared, self._samples(drawn, reference) if drawn else {}
 
-    def _compare(self, reference: _Loaded, policy: kl.RecordedStates, pairs: Pairs, name: str) -> kl.ModelComparison:
+    def _compare(
+        self, reference: ScoredModel, policy: kl.RecordedStates, pairs: Pairs, name: str
+    ) -> kl.ModelComparison:
         progress = self._progress(name)
-        compared = kl.compare(reference.scorer, policy, pairs, progress, policy_runs=False, same=self.itself)
+        compared = kl.compare(reference.runner, policy, pairs, progress, policy_runs=False, same=self.itself)
         assert compared is not None
         return compared
 
-    def _discounted(self, cache: ReferenceCache, logps: Tensor, scorer: ModelRunner) -> Tensor:
+    def _discounted(self, cache: ReferenceCache, logps: Tensor, runner: ModelRunner) -> Tensor:
         """Log-probs under the reference (P, 2) as LD-DPO reads them: from the cache, if it has all of them."""
         alpha = self.evaluator.objective.ld_alpha
         if alpha == 1:
             return logps
         if not cache.lookup(self.pairs).isnan().any():
             return cache.weighted(self.pairs, alpha)
-        read = self.evaluator.policy_read(scorer)  # the same pass over the reference
+        read = self.evaluator.policy_read(runner)  # the same pass over the reference
         assert read is not None
         return torch.from_numpy(read.logps)
 
     def _progress(self, name: str) -> kl.Progress:
         return kl.Progress(self.reporter, name)
 
-    def _load(self, source: ModelSource, named: bool) -> _Loaded:
+    def _load(self, source: ModelSource, named: bool) -> ScoredModel:
         """Load a model onto the device; it is hashed only if ``named``."""
         began, device = self.began, default_device()
         frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
         memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
-        memo = WeightsHashCache(source, self.options.cache_dir)
-        model = load_model(source)
-        own_attention = model.config._attn_implementation
-        weights = memo.hash(model) if named else ""
-        scorer = make_scorer(model, self.pairs, self.options, device, self.reporter, memory)
-        weights = halved_if_split(model, weights, memory)[0]
-        tell_long(scorer, self.pairs, self.reporter)
+        model = load_scored_model(source, self.pairs, self.options, memory, device, self.reporter, hashed=named)
+        model.split_weights(memory)
         if self.options.compile:
-            compile_layers(model)
-        return _Loaded(scorer, own_attention, fingerprint(model, weights, scorer.layout, scorer.dtype) if named else "")
+            compile_layers(model.model)
+        return model
 
-    def _complete_cache(self, scorer: ModelRunner) -> ReferenceCache | None:
+    def _complete_cache(self, runner: ModelRunner) -> ReferenceCache | None:
         """The run's cached reference, if it was computed as here and has all of these pairs."""
         if self.options.ref_model is not None or self.source.run is None:
             return None
         manifest = read_manifest(self.source.run)
         reference = manifest["reference"]
-        computed = (scorer.layout, dtype_name(scorer.dtype), scorer.device.type)
+        computed = (runner.layout, dtype_name(runner.dtype), runner.device.type)
         if computed != (reference["layout"], reference["dtype"], manifest["device"]):
             return None
         cache = ReferenceCache(self.options.cache_dir, reference["fingerprint"], self.reporter.warning)
         self.reference_name = str(reference["model"] or manifest["start_model"])
         return None if cache.lookup(self.pairs).isnan().any() else cache
 
-    def _reference(self, policy: _Loaded, cached: bool = False) -> tuple[_Loaded, ReferenceCache]:
+    def _reference(self, policy: ScoredModel, cached: bool = False) -> tuple[ScoredModel, ReferenceCache]:
         """Load the reference and open its cache; the policy's weights are released, unless it is its own reference.
 
         ``cached``: the cache has its log-probs, so that the evaluation could do without the model.
@@ -285,8 +271,8 @@ class _TwoModels:
         if self.itself:
             self.reference_name = "the model itself"
             self.reporter.info("reference", "the model itself: it is not a run, and there is no --ref-model")
-            return policy, open_cache(self.options, policy.fingerprint, self.source, policy.scorer, self.reporter)
-        release(policy.scorer.model)
+            return policy, policy.open_cache(self.options, self.reporter)
+        release(policy.runner.model)
         gc.collect()
         of_run = self.source.run is not None and self.options.ref_model is None
         recorded = read_manifest(cast(Path, self.source.run))["reference"] if of_run else None
@@ -302,25 +288,25 @@ class _TwoModels:
         self.reference_name = source.description
         if recorded and not same_weights(loaded.fingerprint, recorded["fingerprint"]):
             raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref-model")
-        return loaded, open_cache(self.options, loaded.fingerprint, source, loaded.scorer, self.reporter)
+        return loaded, loaded.open_cache(self.options, self.reporter)
 
     # ---- samples ----
 
-    def _draw(self, policy: _Loaded) -> _PolicySamples:
+    def _draw(self, policy: ScoredModel) -> _PolicySamples:
         """Let the policy answer the first distinct prompts of the data, and record the sampled answers."""
         prompts = list({pair.prompt.tobytes(): pair.prompt for pair in self.pairs}.values())
         prompts = prompts[: self.options.sample_prompts]
         self.reporter.info("samples", f"{self.options.samples} answers to each of {len(prompts)} prompts")
         greedy, sampled = (self._answers(policy, prompts, sampled) for sampled in (False, True))
         pairs = as_pairs(prompts, sampled)
-        recorded = kl.record(policy.scorer, pairs, self.options.cache_dir, self._progress("samples"))
+        recorded = kl.record(policy.runner, pairs, self.options.cache_dir, self._progress("samples"))
         assert recorded is not None
         return _PolicySamples(prompts, greedy, sampled, pairs, recorded)
 
-    def _answers(self, model: _Loaded, prompts: list[Ids], sampled: bool) -> list[list[Response]]:
-        options, scorer = self.options, model.scorer
+    def _answers(self, model: ScoredModel, prompts: list[Ids], sampled: bool) -> list[list[Response]]:
+        options, runner = self.options, model.runner
         return generate(
-            cast(PreTrainedModel, scorer.model),
+            cast(PreTrainedModel, runner.model),
             self.evaluator.tokenizer,
             prompts,
             model.own_attention,
@@ -328,11 +314,11 @@ class _TwoModels:
             sampled=sampled,
             copies=options.samples if sampled else 1,
             seed=options.seed,
-            max_tokens=scorer.max_tokens,
-            dtype=scorer.dtype,
+            max_tokens=runner.max_tokens,
+            dtype=runner.dtype,
         )
 
-    def _samples(self, policy: _PolicySamples, reference: _Loaded) -> dict[str, Any]:
+    def _samples(self, policy: _PolicySamples, reference: ScoredModel) -> dict[str, Any]:
         """Estimate the KL of whole responses, and let the reference answer too."""
         compared = self._compare(reference, policy.recorded, policy.pairs, "samples")
         estimate = sequence_kl(by_prompt(compared.distributions.kl, self.options.samples))

@@ -24,9 +24,8 @@ from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied
 from dpo_cli.models.loading import load_exported, load_model, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import logp_tolerance, token_logps
-from dpo_cli.models.sharding import full_state_dict, is_sharded
+from dpo_cli.models.parallel import parallel_of, reshard
 from dpo_cli.training.memory import process_bytes, usable_bytes
-from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError, UsageError
 from dpo_cli.utils.files import atomic_dir
 
@@ -64,7 +63,9 @@ def export_model(
         pair = Pair("the ids from 0 to 63", ids[:1], ids[1:], ids[:0:-1])
     if expected is None:
         expected = response_logps(model, pair, torch.float32), torch.float32
-    weights = full_state_dict(model) if is_sharded(model) else None
+    parallel = parallel_of(model)
+    reshard(model)
+    weights = parallel.gather(model.state_dict(keep_vars=True)) if parallel.lockstep else None
 
     def write() -> None:
         with atomic_dir(folder) as temporary:
@@ -94,10 +95,7 @@ def export_model(
                     f"{pair.where}"
                 )
 
-    if is_sharded(model):
-        distributed.on_rank_0(write)
-    elif distributed.rank() == 0:
-        write()
+    parallel.on_rank_0(write)
 
 
 def response_logps(model: PreTrainedModel, pair: Pair, dtype: torch.dtype, apart: bool = False) -> Tensor:

@@ -62,7 +62,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
     ``before`` and ``after`` are metrics of the held-out pairs, empty if there are none.
     """
     name, adapter = _line(run.folder.name), bool(run.options.lora_rank) and run.options.export != "merged"
-    base, known = hub_name(run.source), _card_of(run.source)
+    base, known = hub_name(run.policy.source), _card_of(run.policy.source)
     results = {metric: after[metric] for metric in _RESULTS if math.isfinite(after.get(metric, math.nan))}
     about: dict[str, Any] = _license(known)
     if results:
@@ -89,7 +89,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 
 # {name}
 
-{_line(run.source.title)}, fine-tuned on {len(run.pairs):,} preference pairs with
+{_line(run.policy.source.title)}, fine-tuned on {len(run.pairs):,} preference pairs with
 {_method(run.options.objective)} by dpo-cli {version("dpo-cli")}. {_trained(run)}
 
 | option | value |

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -25,13 +24,12 @@ from dpo_cli.data.batching import Layout, pack, row_costs
 from dpo_cli.data.collate import MicroBatch, collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.preference import Preferences
+from dpo_cli.models.parallel import BODY, Parallel, parallel_of
 from dpo_cli.utils.errors import DpoError, UsageError
 
 WINDOW = 512  # pairs of similar length that are packed together where order does not matter
 # Bytes of float32 logits computed at a time, unless a single pair needs more. A GPU wants large matrix products.
 LOGITS_BUDGET_BYTES = {"cpu": 2**28, "cuda": 2**30}
-
-BODY = "run_body"  # method of a sharded model that runs its body and gathers the parameters outside the layers
 
 Result = TypeVar("Result")
 
@@ -107,6 +105,10 @@ class HiddenStates:
                 self.gradients.append(leaf.grad)
             del preferences  # and its logits, before the next ones come
 
+    def responses(self) -> tuple[Tensor, Tensor]:
+        """Return the log-prob of each response, detached, and its tokens that carry loss: (2P,) each, chosen first."""
+        return torch.cat(self.full_logps, dim=1).flatten(), self.batch.lengths.view(-1, 2).T.reshape(-1)
+
     def backward(self, *losses: Tensor) -> None:
         """Run the backward pass of the body, from the gradients of all pieces and from ``losses`` of its outputs."""
         if self.values.requires_grad:  # else nothing of the body is trained
@@ -151,9 +153,9 @@ class ModelRunner:
     warn: Callable[[str], None] = lambda text: None
 
     @property
-    def sharded(self) -> bool:
-        """Whether the parameters are sharded over the ranks, which then must run their forwards in lockstep."""
-        return hasattr(self.model, BODY)
+    def parallel(self) -> Parallel:
+        """How the model lies over the processes of the run."""
+        return parallel_of(self.model)
 
     @property
     def head(self) -> Head:
@@ -168,10 +170,8 @@ class ModelRunner:
         """Run the body over a batch."""
         if not self.chunked_lm_head:
             return HiddenStates(own_logits(self.model, batch, self.dtype), batch, self.head, len(batch.targets))
-        states = body_states(self.model, batch, self.dtype, output_router_logits)
-        values = gather_logit_positions(states, batch)
-        routers = states.router_logits if output_router_logits else ()
-        return HiddenStates(values, batch, head_of(self.model, self.dtype), max_logit_rows(self.model), routers)
+        values, routers = hidden_states(self.model, batch, self.dtype, output_router_logits)
+        return HiddenStates(values, batch, self.head, max_logit_rows(self.model), routers)
 
     def token_logps(self, batch: MicroBatch) -> Tensor:
         """Compute ``token_logps`` of the model in the compute precision: (N,) nats."""
@@ -184,24 +184,6 @@ class ModelRunner:
     def costs(self, pairs: Sequence[Pair]) -> list[int]:
         """Return the number of tokens that each pair takes up in a forward."""
         return row_costs(pairs, self.layout)
-
-    def score(
-        self, pairs: Sequence[Pair], share: tuple[int, int] = (0, 1)
-    ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-        """Score all pairs, or a rank's ``share`` of them, see ``forwards``.
-
-        Yields: indices of P pairs in ``pairs``; their logps (2P,), chosen first; their token log-probs (N,).
-
-        Raises:
-            DpoError: one pair alone does not fit the device's memory.
-        """
-
-        def compute(_: Sequence[int], batch: MicroBatch) -> tuple[Tensor, Tensor]:
-            token_logps = self.token_logps(batch)
-            return response_logps(token_logps, batch.lengths), token_logps
-
-        for places, (logps, token_logps) in self.forwards(pairs, compute, share):
-            yield places, logps, token_logps
 
     @torch.no_grad()
     def forwards(
@@ -237,7 +219,7 @@ class ModelRunner:
                     self.shrink([pairs[i] for i in waiting[0]])
                     left = [i for indices in waiting for i in indices]
                     waiting = pack(left, costs, self.layout, self.max_tokens)
-        if self.sharded and rank >= (dealt % world_size or world_size):  # other ranks have one more
+        if self.parallel.lockstep and rank >= (dealt % world_size or world_size):  # other ranks have one more
             compute(by_length[-1:], self.batch([pairs[by_length[-1]]], ld_alpha))
 
     def _attempt(
@@ -261,7 +243,7 @@ class ModelRunner:
         Raises:
             DpoError: it was a single pair, which cannot be split.
         """
-        if self.sharded:
+        if self.parallel.lockstep:
             raise DpoError("out of memory; with --fsdp all ranks run in lockstep: set a lower --max-tokens")
         tokens = sum(self.costs(pairs)) if self.layout != "padded" else len(pairs) * max(self.costs(pairs))
         if len(pairs) == 1:
@@ -309,7 +291,7 @@ def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, chunked
     """
     if not chunked_lm_head:
         return target_logps(own_logits(model, batch, dtype), batch.targets)
-    hidden, head = hidden_states(model, batch, dtype), head_of(model, dtype)
+    (hidden, _), head = hidden_states(model, batch, dtype), head_of(model, dtype)
     pieces = [tokens for _, tokens in split_pairs(batch.pair_tokens, max_logit_rows(model))]
     return torch.cat([target_logps(head.logits(hidden[tokens]), batch.targets[tokens]) for tokens in pieces])
 
@@ -359,30 +341,23 @@ def split_pairs(pair_tokens: Sequence[int], max_rows: int) -> Iterator[tuple[sli
     yield slice(pair, len(pair_tokens)), slice(token, end)
 
 
-def hidden_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
-    """Compute what the head reads to predict the response tokens: (N, H)."""
-    return gather_logit_positions(body_states(model, batch, dtype), batch)
+def hidden_states(
+    model: nn.Module, batch: MicroBatch, dtype: torch.dtype, output_router_logits: bool = False
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Run the body; returns what the head reads to predict the response tokens, and the logits of each layer's router.
 
-
-def body_states(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, output_router_logits: bool = False) -> Any:
-    """Run the body; returns transformers' output of it."""
+    Shapes: -> (N, H), and where they are asked for (B * T, experts) per layer.
+    """
     if batch.alone:
-        states = [body_states(model, sequence, dtype, output_router_logits) for sequence in batch.alone]
-        routers = zip(*(each.router_logits for each in states), strict=True) if output_router_logits else ()
-        return SimpleNamespace(
-            last_hidden_state=torch.cat([each.last_hidden_state for each in states], dim=1),
-            router_logits=[torch.cat([logits.flatten(0, -2) for logits in layer]) for layer in routers],
-        )
+        parts = [hidden_states(model, sequence, dtype, output_router_logits) for sequence in batch.alone]
+        layers = zip(*(routers for _, routers in parts), strict=True)
+        return torch.cat([hidden for hidden, _ in parts]), [torch.cat(layer) for layer in layers]
     body: Any = getattr(model, BODY, None) or model.base_model
     more = {"output_router_logits": True} if output_router_logits else {}
     with precision(batch.input_ids.device, dtype):
-        return body(use_cache=False, **_inputs(batch), **more)
-
-
-def gather_logit_positions(states: Any, batch: MicroBatch) -> Tensor:
-    """Select the hidden states that predict a response token that carries loss: (N, H)."""
-    hidden: Tensor = states.last_hidden_state  # (B, T, H)
-    return hidden.flatten(0, 1)[batch.logit_positions]
+        states = body(use_cache=False, **_inputs(batch), **more)
+    routers = [logits.flatten(0, -2) for logits in states.router_logits] if output_router_logits else []
+    return states.last_hidden_state.flatten(0, 1)[batch.logit_positions], routers
 
 
 def head_of(model: nn.Module, dtype: torch.dtype) -> Head:

@@ -22,7 +22,7 @@ from dpo_cli.data.tokenize import Encoder
 from dpo_cli.quality.checks import ISSUE_TYPES, NOTES, normalize, row_issues, texts_of
 from dpo_cli.quality.lengths import biased_pairs, length_bias, statistics
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
-from dpo_cli.training.setup import reading_as_trained
+from dpo_cli.training.run_dir import reading_as_trained
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import RowError, UsageError, printable
 from dpo_cli.utils.files import atomic_write, finite

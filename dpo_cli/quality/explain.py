@@ -13,7 +13,7 @@ from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
-from dpo_cli.training.setup import reading_as_trained
+from dpo_cli.training.run_dir import reading_as_trained
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import RowError, UsageError, printable
 

@@ -17,14 +17,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dpo_cli.data.collate import length_weights
+from dpo_cli.data.collate import MicroBatch, length_weights
 from dpo_cli.data.pairs import Ids, Pair, Pairs, count_loss_tokens
-from dpo_cli.models.logprobs import ModelRunner
+from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.reference import shards
 from dpo_cli.reference.shards import KEY_BYTES, Entry
 from dpo_cli.utils import distributed
@@ -148,7 +149,7 @@ class ReferenceLogps:
 def compute_missing(
     cache: ReferenceCache,
     pairs: Sequence[Pair],
-    scorer: ModelRunner,
+    runner: ModelRunner,
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> ReferenceLogps:
     """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
@@ -162,33 +163,36 @@ def compute_missing(
     """
     logps = distributed.all_reduce_known(cache.lookup(pairs))
     todo = Pairs(pairs[place] for place in missing_places(logps, pairs))
+    misses = int(logps.isnan().any(dim=1).sum())
     if not todo:
         return ReferenceLogps(logps, hits=len(pairs), misses=0)
     cache.open_for_writing()
-    misses = int(logps.isnan().any(dim=1).sum())
     began = written = time.monotonic()
-    tokens = 0
-    waiting: dict[bytes, Entry] = {}
+    tokens, waiting = 0, dict[bytes, Entry]()
 
     def flush() -> None:
-        if waiting:
-            try:
-                cache.add(waiting)
-            except NotWrittenError:
-                waiting.clear()  # not tried again on the way out
-                raise
-            waiting.clear()
+        entries = dict(waiting)
+        waiting.clear()  # also if it fails: it is not tried again on the way out
+        if entries:
+            cache.add(entries)
+
+    def score(_: Sequence[int], batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        token_logps = runner.token_logps(batch)
+        return response_logps(token_logps, batch.lengths), token_logps
 
     try:
-        for indices, sums, token_logps in scorer.score(todo, (distributed.rank(), distributed.world_size())):
+        share = distributed.rank(), distributed.world_size()
+        for indices, (sums, token_logps) in runner.forwards(todo, score, share):
             scored = [todo[i] for i in indices]
-            keys = [key for pair in scored for key in pair_keys(pair)]
-            values = sums.view(2, -1).T.reshape(-1).tolist()  # (2P,) chosen, rejected, … of each pair
-            if bad := [keys[i] for i, value in enumerate(values) if not math.isfinite(value)]:
-                rows = ", ".join(pair.where for pair in scored if not {*pair_keys(pair)}.isdisjoint(bad))
+            values = sums.view(2, -1).T.tolist()  # (P, 2)
+            if bad := [
+                pair.where for pair, two in zip(scored, values, strict=True) if not all(map(math.isfinite, two))
+            ]:
+                rows = ", ".join(bad)
                 raise DpoError(f"the reference gives a log-prob that is not finite for {rows}; try --dtype float32")
+            keys = [key for pair in scored for key in pair_keys(pair)]
             lengths = [count_loss_tokens(response) for pair in scored for response in (pair.chosen, pair.rejected)]
-            waiting.update(zip(keys, map(Entry, values, token_logps.cpu().split(lengths)), strict=True))
+            waiting.update(zip(keys, map(Entry, chain(*values), token_logps.cpu().split(lengths)), strict=True))
             new = sum(map(tokens_of, scored))
             tokens += new
             on_progress(new)
@@ -198,6 +202,5 @@ def compute_missing(
     finally:
         flush()
     logps = distributed.all_reduce_known(cache.lookup(pairs))
-    return ReferenceLogps(
-        logps, len(pairs) - misses, misses, sum(distributed.all_gather(tokens)), time.monotonic() - began
-    )
+    seconds = time.monotonic() - began
+    return ReferenceLogps(logps, len(pairs) - misses, misses, sum(distributed.all_gather(tokens)), seconds)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,10 @@ from dpo_cli.evaluation.metrics_log import append_metrics, best_step, evaluation
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.reporting.plots import write_curves
-from dpo_cli.training.setup import Run, read_manifest
+from dpo_cli.training.run_dir import read_manifest
+from dpo_cli.training.setup import Run
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
-
-T = TypeVar("T")
-
-
-def _alone(action: Callable[[], T]) -> T:
-    return action()
 
 
 class HeldOut:
@@ -40,7 +35,7 @@ class HeldOut:
         self.run, self.reference, self.reporter = run, reference, reporter
         self.evaluator = Evaluator(run.held_out, run.tokenizer, run.options.objective)
         self.last: tuple[int, PairScores, kl.ModelComparison | None] | None = None  # the last evaluation, by its step
-        self.recorded = run.reference.recorded if run.reference else None
+        self.recorded = run.recorded
         self.weighted = run.weighted_ref_logps(run.held_out, reference)
 
     @property
@@ -57,16 +52,16 @@ class HeldOut:
             NotWrittenError: the disk has no room for them.
         """
         run = self.run
-        if run.held_out and run.options.kl == "exact" and not run.reference:
+        if run.held_out and run.options.kl == "exact" and run.reference is run.policy:
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
             self.reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             progress = kl.Progress(self.reporter, "reference")
-            self.recorded = kl.record(run.scorer, run.held_out, run.options.cache_dir, progress)
+            self.recorded = kl.record(run.runner, run.held_out, run.options.cache_dir, progress)
         if not run.options.objective.reference:
             self.reference = self.weighted = torch.full((len(run.held_out), 2), math.nan)
 
     def evaluate(
-        self, step: int, scorer: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
+        self, step: int, runner: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
     ) -> dict[str, float] | None:
         """Evaluate the policy after ``step`` and append its metrics; None if stopped.
 
@@ -74,20 +69,20 @@ class HeldOut:
         interruption in between repeats both.
         """
         run, progress = self.run, kl.Progress(self.reporter, "held out", stopped)
-        scorer = dataclasses.replace(scorer)  # a smaller token budget here must not change that of training
+        runner = dataclasses.replace(runner)  # a smaller token budget here must not change that of training
         reference, compared = self.reference, None
         if self.recorded:
-            same = step == 0 and run.reference is None  # the policy is the reference, whose states are there
-            compared = kl.compare(scorer, self.recorded, run.held_out, progress, policy_runs=True, same=same)
-        policy = None if self.recorded else kl.score(scorer, run.held_out, progress)
+            same = step == 0 and run.reference is run.policy  # the policy is the reference, whose states are there
+            compared = kl.compare(runner, self.recorded, run.held_out, progress, policy_runs=True, same=same)
+        policy = None if self.recorded else kl.score(runner, run.held_out, progress)
         if compared:
             policy = compared.logps
             reference = reference if run.options.objective.reference else compared.ref_logps
         if policy is None:
             return None
-        on_rank_0 = distributed.on_rank_0 if scorer.sharded else _alone
+        on_rank_0 = runner.parallel.on_rank_0
         history = on_rank_0(lambda: read_metrics(self.metrics))
-        read = loss_input(self.evaluator.policy_read(scorer), self.weighted)
+        read = loss_input(self.evaluator.policy_read(runner), self.weighted)
         scores = self.evaluator.scores(policy, reference, compared, read, history)
         metrics, earlier = on_rank_0(scores.means), evaluations(history)
         if (metric := run.options.save_best) and best_step(earlier | {step: metrics}, metric) == step:
@@ -108,8 +103,12 @@ class HeldOut:
             history = read_metrics(self.metrics)
             if self.last:
                 step, scores, compared = self.last
-                reference = (run.reference.source if run.reference else run.source).description
-                about = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta, "reference": reference}
+                about = {
+                    "step": step,
+                    "pairs": len(run.held_out),
+                    "beta": run.options.beta,
+                    "reference": run.reference.source.description,
+                }
                 result = self.evaluator.result(scores, compared, history, trained_on=run.trained_on, about=about)
                 result = dataclasses.replace(result, samples=[dict(sample) for sample in samples])
                 verdict = {"findings": result.findings, "judged": result.judged}

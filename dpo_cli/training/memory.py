@@ -22,7 +22,7 @@ from dpo_cli.data.batching import Step, probe_pairs, row_costs
 from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.logprobs import ModelRunner, forward_errors, hidden_states, max_logit_rows, token_logps
-from dpo_cli.models.sharding import gathered_parameters, local_shard
+from dpo_cli.models.parallel import local_shard
 from dpo_cli.training.optimizer import BYTES, SPLIT
 from dpo_cli.utils import distributed
 
@@ -77,15 +77,15 @@ class StepBytes:
         return max(int(left / (self.per_token_recomputed if recompute else self.per_token)) // 64 * 64, 0)
 
 
-def count_bytes(scorer: ModelRunner, pairs: Sequence[Pair], process: int) -> StepBytes:
+def count_bytes(runner: ModelRunner, pairs: Sequence[Pair], process: int) -> StepBytes:
     """Count what a forward keeps: over the start of a long pair, and over that and a short one."""
-    model: Any = scorer.model
+    model: Any = runner.model
     config = model.config.get_text_config()
-    tried = [_cut(pair) for pair in probe_pairs(pairs, scorer.layout, scorer.max_tokens)]
+    tried = [_cut(pair) for pair in probe_pairs(pairs, runner.layout, runner.max_tokens)]
     long, short = tried[0], tried[-1]
-    tokens, more = row_costs([long, short], scorer.layout)
-    one, two = _kept(scorer, [long]), _kept(scorer, [long, short])
-    slack = FRAGMENTED if scorer.device.type == "cpu" else 1.0
+    tokens, more = row_costs([long, short], runner.layout)
+    one, two = _kept(runner, [long]), _kept(runner, [long, short])
+    slack = FRAGMENTED if runner.device.type == "cpu" else 1.0
     per_token = max(slack * (two - one) / more, 1.0)  # nothing is kept of the body where the head alone is trained
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     layers: int = config.num_hidden_layers
@@ -93,13 +93,13 @@ def count_bytes(scorer: ModelRunner, pairs: Sequence[Pair], process: int) -> Ste
     return StepBytes(
         parameters=sum(sizes),
         largest=max(sizes),
-        fixed=max(slack * one - per_token * tokens, 0.0) if not scorer.sharded else 0.0,  # else with gathered weights
+        fixed=0.0 if runner.parallel.lockstep else max(slack * one - per_token * tokens, 0.0),  # with gathered weights
         per_token=per_token,
         per_token_recomputed=2 * per_token / layers + kept_of_layers,  # one layer at a time, and its gradients
         per_logits=LOGIT_BYTES * config.vocab_size,
         process=process,
-        shards=distributed.world_size() if scorer.sharded else 1,
-        gathered=gathered_parameters(model) if scorer.sharded else 0,
+        shards=distributed.world_size() if runner.parallel.lockstep else 1,
+        gathered=runner.parallel.gathered_parameters(model),
         frozen=sum(local_shard(p).nbytes for p in model.parameters() if not p.requires_grad),
     )
 
@@ -113,9 +113,9 @@ def _cut(pair: Pair) -> Pair:
     return Pair(pair.where, prompt, chosen, rejected)
 
 
-def _kept(scorer: ModelRunner, pairs: Sequence[Pair]) -> int:
+def _kept(runner: ModelRunner, pairs: Sequence[Pair]) -> int:
     """Bytes that the body's forward keeps for its backward pass, parameters aside."""
-    weights = {local_shard(p).untyped_storage().data_ptr() for p in scorer.model.parameters()}
+    weights = {local_shard(p).untyped_storage().data_ptr() for p in runner.model.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -124,10 +124,10 @@ def _kept(scorer: ModelRunner, pairs: Sequence[Pair]) -> int:
             kept[storage.data_ptr()] = tensor.detach()  # alive, so that no other gets its place
         return tensor.detach()  # the tensor itself would never be freed
 
-    forward = hidden_states if scorer.chunked_lm_head else token_logps
+    forward = hidden_states if runner.chunked_lm_head else token_logps
     graph = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with forward_errors("the model's own forward fails where gradients are wanted"), torch.enable_grad(), graph:
-        forward(scorer.model, scorer.batch(pairs), scorer.dtype)
+        forward(runner.model, runner.batch(pairs), runner.dtype)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())  # of a gathered weight nothing is left
 
 
@@ -157,22 +157,22 @@ class Fit:
     max_tokens: int
     step_bytes: StepBytes
 
-    def estimate(self, steps: Sequence[Step], costs: Sequence[int], pairs: Sequence[Pair], scorer: ModelRunner) -> int:
+    def estimate(self, steps: Sequence[Step], costs: Sequence[int], pairs: Sequence[Pair], runner: ModelRunner) -> int:
         """The most that these steps hold at a time: bytes; ``costs`` are the pairs' tokens in a forward."""
 
         def size(indices: tuple[int, ...]) -> int:
             cost = [costs[i] for i in indices]
-            return sum(cost) if scorer.layout != "padded" else len(cost) * max(cost, default=0)
+            return sum(cost) if runner.layout != "padded" else len(cost) * max(cost, default=0)
 
         world = distributed.world_size()  # each takes one of so many micro-batches, and then another one
         first = max((indices for step in steps for indices in step[:world]), key=size)
         later = max((indices for step in steps for indices in step[world:]), key=size, default=None)
-        found = [(size(each), at_head(scorer, [pairs[i] for i in each])) for each in (first, later) if each]
+        found = [(size(each), at_head(runner, [pairs[i] for i in each])) for each in (first, later) if each]
         return self.step_bytes.peak(self.memory, self.recompute, found[0], found[1] if later else None)
 
 
 def fit(
-    scorer: ModelRunner, pairs: Sequence[Pair], process: int, memory: str, recompute: bool, max_tokens: int | None
+    runner: ModelRunner, pairs: Sequence[Pair], process: int, memory: str, recompute: bool, max_tokens: int | None
 ) -> Fit:
     """The fastest way to train that fits the device's memory, by the estimate; the last of its ladder where none does.
 
@@ -180,26 +180,26 @@ def fit(
 
     Units: ``process`` in bytes, see ``StepBytes``.
     """
-    room = -distributed.all_reduce_max([-int(usable_bytes(scorer.device))])[0]  # of several ranks the least counts
-    counted = count_bytes(scorer, pairs, distributed.all_reduce_max([process])[0])
-    costs = scorer.costs(pairs)
+    room = -distributed.all_reduce_max([-int(usable_bytes(runner.device))])[0]  # of several ranks the least counts
+    counted = count_bytes(runner, pairs, distributed.all_reduce_max([process])[0])
+    costs = runner.costs(pairs)
     enough = max(max(costs), max_tokens or FEWEST_TOKENS)  # a longer pair has a forward of its own
     longest = pairs[costs.index(max(costs))]
-    head = max(at_head(scorer, [longest]), min(max_logit_rows(scorer.model), enough)) if scorer.chunked_lm_head else 0
+    head = max(at_head(runner, [longest]), min(max_logit_rows(runner.model), enough)) if runner.chunked_lm_head else 0
     ways = [(memory, recompute)]
     if memory == "auto":
-        coarse = scorer.dtype == torch.bfloat16 and not is_adapted(scorer.model)
-        ladder = LADDER[scorer.device.type]
+        coarse = runner.dtype == torch.bfloat16 and not is_adapted(runner.model)
+        ladder = LADDER[runner.device.type]
         ways = [way for way in ladder if (way[1] or not recompute) and (coarse or way[0] not in SPLIT)]
-        ways = [way for way in ways if way[0] == "full" or not scorer.sharded]
+        ways = [way for way in ways if way[0] == "full" or not runner.parallel.lockstep]
     for way in ways:
         if counted.peak(*way, (enough, head), (enough, head)) <= room:
             break
-    most = min(max(counted.max_tokens(*way, room, head), FEWEST_TOKENS), MOST_TOKENS[scorer.device.type])
+    most = min(max(counted.max_tokens(*way, room, head), FEWEST_TOKENS), MOST_TOKENS[runner.device.type])
     return Fit(*way, max_tokens or most, counted)
 
 
-def at_head(scorer: ModelRunner, pairs: Sequence[Pair]) -> int:
+def at_head(runner: ModelRunner, pairs: Sequence[Pair]) -> int:
     """Response tokens of a micro-batch that meet the head at once; 0 where they count among what the forward keeps."""
     tokens = [count_loss_tokens(pair.chosen) + count_loss_tokens(pair.rejected) for pair in pairs]
-    return min(sum(tokens), max(max_logit_rows(scorer.model), *tokens)) if scorer.chunked_lm_head and tokens else 0
+    return min(sum(tokens), max(max_logit_rows(runner.model), *tokens)) if runner.chunked_lm_head and tokens else 0

@@ -154,7 +154,7 @@ class SmallAdamW(Optimizer):
                 self._update(group, p, None)
 
     @contextmanager
-    def fused_backward(self, lr: float) -> Iterator[None]:
+    def fused_backward(self) -> Iterator[None]:
         """Around the last backward pass of a step: update each parameter when its gradient is whole, and free that.
 
         Gradients of earlier passes count. What has one without getting more in this pass (an untied head) is updated
@@ -165,7 +165,6 @@ class SmallAdamW(Optimizer):
         self._squares.zero_()
         handles = []
         for group, p in self._parameters():
-            group["lr"] = lr
             handles.append(p.register_post_accumulate_grad_hook(partial(self._step_param, group)))
         try:
             yield

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import Step, split_into_micro_batches
@@ -23,22 +23,21 @@ from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.metrics import SUMS, pair_sums, summarize
 from dpo_cli.evaluation.metrics_log import mean_reward
 from dpo_cli.losses.objective import Objective
-from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner, out_of_memory
 from dpo_cli.models.moe import auxiliary_loss, routed
-from dpo_cli.models.sharding import full_tensor, local_shard
+from dpo_cli.models.parallel import local_shard
 from dpo_cli.training.interrupt import StopSignal
-from dpo_cli.training.optimizer import SPLIT, SmallAdamW
+from dpo_cli.training.optimizer import SmallAdamW
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
 
 
 class NotFiniteError(DpoError):
-    """A loss or gradient is not finite. ``losses`` has every pair of the step by its index; ``bad`` are to blame."""
+    """A loss or gradient is not finite; ``everywhere``: of all pairs of a step."""
 
-    def __init__(self, message: str, losses: dict[int, float], bad: list[int]) -> None:
+    def __init__(self, message: str, everywhere: bool) -> None:
         super().__init__(message)
-        self.losses, self.bad = losses, bad
+        self.everywhere = everywhere
 
 
 @dataclasses.dataclass
@@ -56,9 +55,8 @@ class Totals:
 class Trainer:
     """What all steps of a run share."""
 
-    accelerator: Accelerator
     runner: ModelRunner
-    optimizer: Any
+    optimizer: Optimizer
     pairs: Sequence[Pair]
     costs: Sequence[int]  # tokens of each pair in a forward
     ref_logps: Tensor  # (pairs, 2) nats, on the host
@@ -71,6 +69,11 @@ class Trainer:
     def objective(self) -> Objective:
         """The objective of the run."""
         return self.options.objective
+
+    @property
+    def fused(self) -> SmallAdamW | None:
+        """The optimizer, if it updates the weights in the backward pass of a step, which is a single one."""
+        return cast(SmallAdamW, self.optimizer) if self.options.memory == "in-backward" else None
 
     def step(
         self, planned: Step, micro_batches: Sequence[MicroBatch], lr: float, stop: StopSignal
@@ -88,41 +91,40 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         pairs_in_step = sum(len(places) for places in planned)
-        totals = accumulate_gradients(self, micro_batches, pairs_in_step, lr, stop)
-        stopped, repeat = self._sync_stop_and_oom(totals.out_of_memory, stop)
-        while repeat and not stopped:
-            totals = accumulate_gradients(self, self.micro_batches(planned), pairs_in_step, lr, stop)
-            stopped, repeat = self._sync_stop_and_oom(totals.out_of_memory, stop)
-        if stopped and not self.fused:  # which has taken the step
+        totals = accumulate_gradients(self, micro_batches, pairs_in_step, stop)
+        while self._shrink(totals.out_of_memory):
+            totals = accumulate_gradients(self, self.micro_batches(planned), pairs_in_step, stop)
+        if distributed.all_reduce_max([stop.requested])[0] and not self.fused:  # which has taken the step
             self.optimizer.zero_grad()
             return None
-        device_sums = [self.accelerator.reduce(torch.cat([totals.sums, totals.aux_loss])), self.clip_grad_norm()]
-        *sums, aux_loss, grad_norm = torch.cat(device_sums).tolist()  # the one device sync of a step
-        if not math.isfinite(sums[0] + aux_loss + grad_norm):
+        sums = distributed.all_reduce_sum(torch.cat([totals.sums, totals.aux_loss]))
+        model, max_norm = self.runner.model, self.options.max_grad_norm
+        norm = self.fused.grad_norm if self.fused else self.runner.parallel.clip_grad_norm(model, max_norm)
+        *metric_sums, aux_loss, grad_norm = torch.cat([sums, norm[None]]).tolist()  # the one device sync of a step
+        if not math.isfinite(metric_sums[0] + aux_loss + grad_norm):
             self.optimizer.zero_grad()
             raise _not_finite(self, totals)
         if not self.fused:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        metrics = summarize(sums) | ({"aux_loss": aux_loss} if self.num_experts_per_tok else {})
+        metrics = summarize(metric_sums) | ({"aux_loss": aux_loss} if self.num_experts_per_tok else {})
         self.mean_rewards.append(mean_reward(metrics))
         return metrics | {"grad_norm": grad_norm, "learning_rate": lr}
 
-    def _sync_stop_and_oom(self, too_large: MicroBatch | None, stop: StopSignal) -> tuple[bool, bool]:
-        """Whether a signal came, and whether memory ran out so that ``max_tokens`` is smaller now: on any rank."""
-        if self.fused and too_large:
-            raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
+    def _shrink(self, too_large: MicroBatch | None) -> bool:
+        """Lower ``max_tokens`` where memory ran out on any rank; whether the step is to be repeated."""
         runner, before = self.runner, self.runner.max_tokens
-        if too_large and not stop.requested:
-            self.optimizer.zero_grad()
+        if not distributed.all_reduce_max([too_large is not None])[0]:
+            return False
+        if self.fused:
+            raise DpoError("memory ran out in a step that updates weights in its backward pass: it is half done")
+        self.optimizer.zero_grad()
+        if too_large:
             runner.shrink([self.pairs[i] for i in too_large.places])
-        flags = [stop.requested, too_large is not None, -runner.max_tokens]
-        stopped, repeat, negative_max_tokens = distributed.all_reduce_max(flags)
-        if repeat and not stopped and not too_large:
-            self.optimizer.zero_grad()
-            runner.warn(f"out of memory on another rank; continuing with --max-tokens {-negative_max_tokens}")
-        runner.max_tokens = min(-negative_max_tokens, before)
-        return bool(stopped), bool(repeat)
+        runner.max_tokens = -distributed.all_reduce_max([-runner.max_tokens])[0]
+        if not too_large and runner.max_tokens < before:
+            runner.warn(f"out of memory on another rank; continuing with --max-tokens {runner.max_tokens}")
+        return True
 
     def micro_batches(self, planned: Step) -> list[MicroBatch]:
         """Build this rank's micro-batches of a step, smaller than planned once memory has run out.
@@ -135,14 +137,13 @@ class Trainer:
                 indices, self.costs, self.runner.layout, self.runner.max_tokens, world_size
             )
         step = self.step_values(indices)
-        lockstep = self.runner.sharded or self.num_experts_per_tok > 0
-        shortest = min(indices, key=self.costs.__getitem__)
+        lockstep = self.runner.parallel.lockstep or self.num_experts_per_tok > 0
         batches = []
         for places in planned[distributed.rank() :: world_size]:
             if places:
                 batches.append(self.batch(places, **step))
             elif lockstep:
-                batch = self.batch((shortest,), **step)
+                batch = self.batch((min(indices, key=self.costs.__getitem__),), **step)
                 batches.append(dataclasses.replace(batch, weights=0 * batch.weights, dummy=True))
         return batches
 
@@ -163,51 +164,22 @@ class Trainer:
         }
         return dataclasses.replace(batch, places=tuple(places), **values | step)
 
-    def sum_metrics(self, losses: Tensor, logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> Tensor:
-        """Sum the metrics of P pairs, see ``pair_sums``: (P,), (2P,), (2P,), (2P,), chosen first."""
+    def sum_metrics(self, hidden: HiddenStates, losses: Tensor) -> Tensor:
+        """Sum the metrics of a micro-batch whose head has run, see ``pair_sums``; ``losses`` (P,)."""
+        logps, lengths = hidden.responses()
         normalized = lengths if self.objective.length_normalized else None
-        return pair_sums(losses, logps, ref_logps, self.options.beta, normalized)
-
-    @property
-    def fused(self) -> SmallAdamW | None:
-        """The optimizer, if it updates the weights in the backward pass of a step, which is a single one."""
-        return cast(SmallAdamW, unwrapped(self.optimizer)) if self.options.memory == "in-backward" else None
-
-    def fused_backward(self, lr: float) -> AbstractContextManager[None]:
-        """Update the weights within the block, in the memory mode that does so."""
-        return self.fused.fused_backward(lr) if self.fused else nullcontext()
-
-    def clip_grad_norm(self) -> Tensor:
-        """Sum the gradients over the ranks and clip them; returns their norm before: (1,), float64."""
-        if self.fused:
-            return self.fused.grad_norm[None]
-        max_norm = self.options.max_grad_norm or math.inf
-        if not self.runner.sharded:  # FSDP2 reduces gradients in the backward pass
-            distributed.all_reduce_gradients([p for p in self.runner.model.parameters() if p.requires_grad])
-        parameters = [p for p in self.runner.model.parameters() if p.grad is not None]
-        if self.options.memory in SPLIT:  # of bfloat16 gradients torch computes it in bfloat16
-            norms = [torch.linalg.vector_norm(cast(Tensor, p.grad), dtype=torch.float32) for p in parameters]
-            norm = torch.stack(norms).norm()
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        else:
-            norm = full_tensor(cast(Tensor, self.accelerator.clip_grad_norm_(parameters, max_norm)).detach())
-        return cast(Tensor, norm.double()[None])
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
+        return pair_sums(losses, logps, hidden.batch.ref_logps, self.options.beta, normalized)
 
 
 def accumulate_gradients(
-    trainer: Trainer, micro_batches: Sequence[MicroBatch], pairs_in_step: int, lr: float, stop: StopSignal
+    trainer: Trainer, micro_batches: Sequence[MicroBatch], pairs_in_step: int, stop: StopSignal
 ) -> Totals:
     """Add up the gradient of ``losses.sum() / pairs_in_step``, until memory runs out or a signal comes.
 
     It does not depend on how the pairs were cut into micro-batches; pairs are not divided by the sum of their weights.
     """
-    runner, objective, device = trainer.runner, trainer.objective, trainer.accelerator.device
-    zeros = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=device)
+    runner, objective = trainer.runner, trainer.objective
+    zeros = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=runner.device)
     totals = Totals(sums=zeros[:-1], aux_loss=zeros[-1:])
     runner.model.train()
     if trainer.num_experts_per_tok and not _count_experts(trainer, micro_batches, totals):
@@ -220,7 +192,7 @@ def accumulate_gradients(
                 losses.append(objective(pairs))
                 (losses[-1].sum() / pairs_in_step).backward()
             balance = _balance_loss(trainer, hidden, totals)
-            with trainer.fused_backward(lr):
+            with trainer.fused.fused_backward() if trainer.fused else nullcontext():
                 hidden.backward(*balance)
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -229,9 +201,8 @@ def accumulate_gradients(
             break  # what the passes hold is freed only when this frame is gone
         if not batch.dummy:
             totals.losses[batch.places] = torch.cat(losses).detach()
-            logps, lengths = torch.cat(hidden.full_logps, dim=1).flatten(), batch.lengths.view(-1, 2).T.reshape(-1)
-            totals.sums += trainer.sum_metrics(totals.losses[batch.places], logps, batch.ref_logps, lengths)
-        if stop.requested and not runner.sharded:
+            totals.sums += trainer.sum_metrics(hidden, totals.losses[batch.places])
+        if stop.requested and not runner.parallel.lockstep:
             break
         del hidden, pairs, balance  # before the next forward
     return totals
@@ -257,7 +228,7 @@ def _count_experts(trainer: Trainer, micro_batches: Sequence[MicroBatch], totals
             break
     if distributed.all_reduce_max([totals.out_of_memory is not None])[0]:
         return False
-    totals.expert_counts = cast(Tensor, trainer.accelerator.reduce(torch.stack(counts).sum(0)))
+    totals.expert_counts = distributed.all_reduce_sum(torch.stack(counts).sum(0))
     return True
 
 
@@ -274,33 +245,22 @@ def _balance_loss(trainer: Trainer, hidden: HiddenStates, totals: Totals) -> lis
 # ---- checks -----------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def compare_with_reference(trainer: Trainer, places: Sequence[int]) -> tuple[dict[str, float], float, float]:
-    """Compute the metrics of pairs as of one step; how far policy and reference differ; the loss if they did not.
+def compare_with_reference(trainer: Trainer, places: Sequence[int]) -> tuple[dict[str, float], float]:
+    """Compute the metrics of pairs as of one step, and how far policy and reference differ.
 
-    Units: the difference is the largest of any response, in nats per square root of its tokens that carry loss;
-    without a reference it is 0.
+    Units: the difference is the largest of any response, in nats per square root of its tokens that carry loss.
     """
-    objective, runner = trainer.objective, dataclasses.replace(trainer.runner)  # training keeps its ``max_tokens``
-    step = trainer.step_values(places)
-    order: list[int] = []
+    runner, step = dataclasses.replace(trainer.runner), trainer.step_values(places)  # training keeps its ``max_tokens``
 
-    def compute(indices: Sequence[int], _: MicroBatch) -> list[Preferences]:
-        batch = trainer.batch([places[i] for i in indices], **step)
-        return list(runner.body(batch).head_pieces(objective.wpo))
+    def compute(indices: Sequence[int], _: MicroBatch) -> tuple[Tensor, float]:
+        hidden = runner.body(trainer.batch([places[i] for i in indices], **step))
+        losses = torch.cat([trainer.objective(pairs) for pairs in hidden.head_pieces(trainer.objective.wpo)])
+        logps, lengths = hidden.responses()
+        off = (logps - hidden.batch.ref_logps).abs() / lengths.sqrt()
+        return trainer.sum_metrics(hidden, losses), float(off.nan_to_num(math.inf, math.inf).max())
 
-    pieces: list[Preferences] = []
-    for indices, found in runner.forwards([trainer.pairs[i] for i in places], compute):
-        pieces += found
-        order += [places[i] for i in indices]
-    pairs = Preferences.concatenate(pieces)
-    ref_logps = to_device(trainer.ref_logps[order].T.reshape(-1), runner.device)
-    metrics = summarize(trainer.sum_metrics(objective(pairs), pairs.full_logps, ref_logps, pairs.lengths).tolist())
-    if not objective.reference:
-        return metrics, 0.0, metrics["loss"]
-    equal = objective(dataclasses.replace(pairs, logps=pairs.ref_logps, full_logps=ref_logps))
-    off = (pairs.full_logps - ref_logps).abs() / pairs.lengths.sqrt()
-    return metrics, float(off.nan_to_num(math.inf, math.inf).max()), float(equal.double().mean())
+    sums, off = zip(*(found for _, found in runner.forwards([trainer.pairs[i] for i in places], compute)), strict=True)
+    return summarize(torch.stack(sums).sum(0).tolist()), max(off)
 
 
 def _not_finite(trainer: Trainer, totals: Totals) -> NotFiniteError:
@@ -312,7 +272,7 @@ def _not_finite(trainer: Trainer, totals: Totals) -> NotFiniteError:
         what, bad = "gradient", [place for place in losses if not _gradient_is_finite(trainer, place)]
     names = ", ".join(trainer.pairs[i].where for i in bad[:10]) or "the sum of the step's pairs, not for one alone"
     more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-    return NotFiniteError(f"the {what} is not finite for {names}{more}", losses, bad)
+    return NotFiniteError(f"the {what} is not finite for {names}{more}", len(bad) == len(losses) > 1)
 
 
 def _gradient_is_finite(trainer: Trainer, place: int) -> bool:

@@ -17,7 +17,7 @@ from dpo_cli.models.loading import free_memory
 from dpo_cli.reporting.plots import frontier, write_plots
 from dpo_cli.reporting.text import overlap, percent, verdict
 from dpo_cli.training.loop import train
-from dpo_cli.training.setup import read_manifest, start_of, trained_with
+from dpo_cli.training.run_dir import read_manifest, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import Interrupted, UsageError
 from dpo_cli.utils.files import to_json, write_json
@@ -110,7 +110,7 @@ def _folder(options: SweepOptions) -> Path:
 def _starting_point(run: Path) -> dict[str, str]:
     """What the runs of a sweep must share, by name."""
     manifest = read_manifest(run)
-    start, reference = start_of(manifest)["fingerprint"], manifest["reference"]["fingerprint"]
+    start, reference = manifest["start"]["fingerprint"], manifest["reference"]["fingerprint"]
     return {"the data": manifest["data"]["sha256"], "the start model": start, "the reference": reference}
 
 

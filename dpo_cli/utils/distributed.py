@@ -173,6 +173,13 @@ def all_reduce_max(values: Sequence[int]) -> list[int]:
     return largest.tolist()
 
 
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def all_gather(value: T) -> list[T]:
     """Return the value of each rank; values are pickled."""
     if world_size() == 1:

@@ -257,7 +257,6 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "save_steps": NOT_NEGATIVE,
     "save_total_limit": POSITIVE,
     "show_answers": NOT_NEGATIVE,
-    "verify": NOT_NEGATIVE,
     "lora_rank": POSITIVE,
     "lora_alpha": POSITIVE,
     "lora_type": (["lora", "rslora", "dora"], ["LoRA", "", "qlora"]),

@@ -254,7 +254,6 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         paths.append(source.path)
         return load_model(source)
 
-    monkeypatch.setattr("dpo_cli.evaluation.evaluate.load_model", load)
     monkeypatch.setattr("dpo_cli.training.prepare.load_model", load)
     return paths
 

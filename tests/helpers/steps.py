@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from dpo_cli.config.options import TrainOptions
@@ -37,10 +35,9 @@ def make_trainer(
     runner: ModelRunner, pairs: Sequence[Pair], options: TrainOptions, ref_logps: Tensor, weighted: Tensor | None = None
 ) -> tuple[Trainer, KeepGradients]:
     """A trainer of pairs with reference log-probs (P, 2)."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of another test
     optimizer, weighted = KeepGradients(runner.model), ref_logps if weighted is None else weighted
     tables = (Pairs(pairs), runner.costs(pairs), ref_logps, weighted)
-    return Trainer(Accelerator(cpu=True), runner, optimizer, *tables, options), optimizer
+    return Trainer(runner, optimizer, *tables, options), optimizer
 
 
 def take_step(trainer: Trainer, planned: Step) -> dict[str, float]:

@@ -34,9 +34,7 @@ from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import ModelRunner, token_logps
 from dpo_cli.reference.store import compute_missing, pair_keys
 from dpo_cli.training.memory import at_head, count_bytes
-from dpo_cli.training.prepare import _verify
-from dpo_cli.training.step import NotFiniteError, Trainer, compare_with_reference
-from dpo_cli.utils.errors import DpoError
+from dpo_cli.training.step import Trainer, compare_with_reference
 from tests.helpers import SAMPLE, make_model, random_pairs, write_rows
 from tests.helpers.caches import dpo, open_cache, plant, shards
 from tests.helpers.layouts import LAYOUTS, own
@@ -154,19 +152,6 @@ def test_cached_and_read_back(tmp_path: Path, model: PreTrainedModel) -> None:
     assert not lengths
 
 
-def test_verify_allows_noise_by_tokens_with_loss(tmp_path: Path, model: PreTrainedModel) -> None:
-    """What is allowed of 100 tokens is too much where one of them carries loss."""
-    ids = np.arange(3, 103, dtype=np.int32)
-    whole = Pair("whole", ids[:5], ids, ids[::-1].copy())
-    pairs = [whole, replace(whole, chosen=np.append(~ids[:-1], ids[-1]))]
-    scorer, cache = ModelRunner(model, "packed", torch.float32, 120, CPU), open_cache(tmp_path)
-    logps = compute_missing(cache, pairs, scorer).logps
-    logps[:, 0] += 5 * NOISE
-    assert _verify(logps, pairs, [0], scorer, cache) == pytest.approx(5 * NOISE, rel=0.1)
-    with pytest.raises(DpoError, match="1 of 2 cached pairs are off"):
-        _verify(logps, pairs, [0, 1], scorer, cache)
-
-
 # ---- a step -----------------------------------------------------------------------------------------------------
 
 BETA, SMOOTHING = 0.1, 0.05
@@ -238,7 +223,7 @@ def test_the_comparison_of_step_0_is_by_tokens_with_loss(model: PreTrainedModel,
         trainer.ref_logps = torch.stack([plain(model, *each).sum() for each in responses(PAIRS)]).view(-1, 2)
     trainer.ref_logps[-1, 1] += 1  # MIDDLE's rejected, where 2 of 4 carry loss
     trainer.weighted_ref_logps = trainer.ref_logps
-    values, largest, _ = compare_with_reference(trainer, range(len(PAIRS)))
+    values, largest = compare_with_reference(trainer, range(len(PAIRS)))
     assert largest == pytest.approx(1 / math.sqrt(2), rel=1e-4)
     weights, margins = torch.tensor([[pair.weight, pair.margin] for pair in PAIRS[:-1]]).double().T
     off = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[MIDDLE.weight, MIDDLE.margin]])
@@ -394,24 +379,19 @@ def test_step_0_tells_the_loss_that_the_terms_make(one_step: Callable[[], Any]) 
     result = one_step()
     assert result.exit_code == 0, result.output
     weights, margins = terms_of(ROWS).astype(float).T
-    found = re.search(
-        r"step 0 +loss (\S+)  margin -?0\.0{6}  .* so the loss must be (\S+) by the weights", result.stderr
-    )
+    found = re.search(r"step 0 +loss (\S+)  margin -?0\.0{6}  ", result.stderr)
     assert found, result.stderr
-    assert [float(found[1]), float(found[2])] == pytest.approx(
-        2 * [np.mean(weights * np.log1p(np.exp(margins)))], abs=2e-6
-    )
+    assert float(found[1]) == pytest.approx(np.mean(weights * np.log1p(np.exp(margins))), abs=2e-6)
 
 
-def test_step_0_tells_how_far_the_loss_is_off(one_step: Callable[[], Any], tmp_path: Path) -> None:
+def test_step_0_tells_how_far_a_response_is_off(one_step: Callable[[], Any], tmp_path: Path) -> None:
     assert one_step().exit_code == 0
     shutil.rmtree(tmp_path / "run")
     plant(tmp_path / "cache", lambda logps: logps + 3 * (torch.arange(len(logps)) == 4))
     result = one_step()
     assert result.exit_code == 1
-    found = re.search(r"error: step 0: loss (\S+) .*must be (\S+) by the weights .*off by ([^\s,]+)", result.stderr)
-    assert found, result.stderr
-    assert float(found[3]) == pytest.approx(abs(float(found[1]) - float(found[2])), rel=0.05)
+    found = re.search(r"error: step 0: loss .*a response is off by (\S+) nats per root of its tokens", result.stderr)
+    assert found and 0 < float(found[1]) < 3, result.stderr
 
 
 def test_rows_without_terms_are_told_as_ever(one_step: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,24 +399,3 @@ def test_rows_without_terms_are_told_as_ever(one_step: Callable[[], Any], monkey
     told = one_step().stderr
     assert re.search(r"loss 0\.693147  margin -?0\.0{6}  \(.* equal on its 14 pairs, as they must\)", told), told
     assert "weight" not in told.replace("weights and moments", "").replace("weights, gradients", "")
-
-
-def test_pairs_to_blame_are_written_as_text(
-    one_step: Callable[[], Any],
-    trained: tuple[Path, dict[str, Any], str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """All that the model reads; the ids say what of it carries no loss."""
-
-    def step(self: Trainer, micro_batches: Any, *rest: Any) -> None:
-        raise NotFiniteError("the loss is not finite", {i: math.nan for indices in micro_batches for i in indices}, [0])
-
-    monkeypatch.setattr(Trainer, "step", step)
-    assert one_step().exit_code == 1
-    rows, lines = per_pair(trained[0] / "rows.jsonl"), per_pair(tmp_path / "run" / "not-finite-step-000001.jsonl")
-    assert len(lines) == ROWS
-    for line in lines:
-        row = rows[int(line["row"].rpartition(":")[2]) - 1]
-        assert line["prompt"] + line["chosen"].removesuffix("<|im_end|>") == row["prompt"] + row["chosen"]
-    assert any(token < 0 for line in lines for token in line["chosen_ids"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 import dpo_cli.reference.store
-from dpo_cli.cli.app import app
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.losses.preference import Preferences
@@ -42,7 +39,6 @@ from tests.helpers.caches import (
     dpo,
     make_scorer,
     open_cache,
-    plant,
     shards,
     write_shard,
 )
@@ -511,42 +507,3 @@ def test_shards_have_the_mode_of_any_new_file(tmp_path: Path, scorer: ModelRunne
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert files == shards(tmp_path) and files  # so no temporary file is left
     assert {f.stat().st_mode & 0o777 for f in files} == {0o666 & ~umask}
-
-
-# ---- verify -----------------------------------------------------------------------------------------------------
-
-
-def test_verify_finds_no_difference(rows: Path, precompute: Precompute, forwards: list[int]) -> None:
-    result = precompute(rows, "--verify", 5)
-    assert result["verified"] == 5 and sum(forwards) == 12 + 5
-    assert 0 <= result["largest_difference"] < NOISE
-    forwards.clear()
-    assert precompute(rows, "--verify", 100)["verified"] == sum(forwards) == 12  # there are no more
-
-
-def test_verify_finds_a_planted_difference(rows: Path, precompute: Precompute, tmp_path: Path, tiny: Path) -> None:
-    """Exit code 1; it says by how much, in which rows, and the remedy, which helps."""
-    folder = Path(precompute(rows)["cache_dir"])
-
-    def change(logps: Tensor) -> Tensor:
-        logps[7] -= 5
-        return logps
-
-    plant(folder, change)
-    common = ("precompute-ref", "--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache", "--verify", 12)
-    result = CliRunner().invoke(app, [*map(str, common)])
-    assert result.exit_code == 1
-    found = re.search(r"1 of 12 cached pairs are off by up to (\S+) nats, among them (\S+):(\d+)\.", result.stderr)
-    assert found and float(found[1]) == pytest.approx(5, abs=0.01) and Path(found[2]) == rows
-    remedy = re.search(r"remove (\S+),", result.stderr)
-    assert remedy and Path(remedy[1]) == folder
-    shutil.rmtree(folder)
-    assert precompute(rows, "--verify", 12)["largest_difference"] < NOISE
-
-
-def test_verify_is_told_to_a_person(tmp_path: Path, tiny: Path, rows: Path) -> None:
-    arguments = ("precompute-ref", "--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache", "--verify", 3)
-    result = CliRunner().invoke(app, [*map(str, arguments)])
-    assert result.exit_code == 0
-    shown = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
-    assert shown["verified"] == "3" and float(shown["largest_difference"]) < NOISE

@@ -57,7 +57,8 @@ def take_step(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor], memo
     """One step of one micro-batch; returns its loss."""
     value = loss()
     if memory == "in-backward":
-        with optimizer.fused_backward(lr):
+        set_lr(optimizer, lr)
+        with optimizer.fused_backward():
             value.backward()
     else:
         value.backward()
@@ -239,7 +240,8 @@ def test_without_coding_it_is_torchs_adamw_to_the_bit(memory: str) -> None:
         set_lr(expected, 1e-2 / step)
         expected.step()
         if memory == "in-backward":
-            with optimizer.fused_backward(1e-2 / step):
+            set_lr(optimizer, 1e-2 / step)
+            with optimizer.fused_backward():
                 pass
             assert all(p.grad is None for p in ours)
         else:
@@ -428,7 +430,8 @@ def test_the_head_goes_backward_first_and_in_chunks(tied: bool) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             else:
-                with optimizer.fused_backward(1e-3):
+                set_lr(optimizer, 1e-3)
+                with optimizer.fused_backward():
                     hidden.backward(cut.grad)
                     assert tied == (head.grad is None)
             assert head.grad is None and not torch.equal(head, before)
@@ -464,7 +467,8 @@ def test_the_gradients_norm_is_told() -> None:
     optimizer = start(model, "in-backward")
     for p in model:
         p.grad = torch.full(p.shape, 0.5, dtype=torch.bfloat16)
-    with optimizer.fused_backward(1e-3):
+    set_lr(optimizer, 1e-3)
+    with optimizer.fused_backward():
         pass
     assert float(optimizer.grad_norm) == pytest.approx(0.5 * (25600 + 7) ** 0.5)
 
@@ -477,7 +481,8 @@ def test_outside_of_the_block_a_backward_pass_updates_nothing() -> None:
     before = everything(model, optimizer)
     dpo_loss(model, reference).backward()
     assert_same(everything(model, optimizer), before)
-    with pytest.raises(ZeroDivisionError), optimizer.fused_backward(1e-3):
+    set_lr(optimizer, 1e-3)
+    with pytest.raises(ZeroDivisionError), optimizer.fused_backward():
         raise ZeroDivisionError
     dpo_loss(model, reference).backward()
     assert_same(everything(model, optimizer), before)
@@ -504,7 +509,8 @@ def test_on_cuda_it_is_the_same_and_needs_no_room(memory: str) -> None:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode("error" if device == "cuda" and step else "default")
             if memory == "in-backward":
-                with optimizer.fused_backward(1e-4):
+                set_lr(optimizer, 1e-4)
+                with optimizer.fused_backward():
                     pass
             else:
                 set_lr(optimizer, 1e-4)

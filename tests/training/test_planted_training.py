@@ -71,7 +71,8 @@ def pretrain(model: PreTrainedModel, pairs: Sequence[Pair], steps: int, lr: floa
 def table(model: PreTrainedModel, pairs: Sequence[Pair]) -> Tensor:
     """Log-probs of all pairs: (P, 2) nats."""
     logps = torch.zeros(len(pairs), 2)
-    for places, scored, _ in scorer(model).score(pairs):
+    runner = scorer(model)
+    for places, scored in runner.forwards(pairs, lambda _, batch: runner.response_logps(batch)):
         logps[list(places)] = scored.view(2, -1).T
     return logps
 
@@ -100,7 +101,7 @@ def distributions(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Se
     """By plain forwards over all pairs at once: the model is tiny."""
     batch: MicroBatch = collate(pairs, "padded")
     p, q = (
-        model.get_output_embeddings()(hidden_states(model, batch, torch.float32)).double().log_softmax(-1)
+        model.get_output_embeddings()(hidden_states(model, batch, torch.float32)[0]).double().log_softmax(-1)
         for model in (policy, reference)
     )
     changed = (p - q).gather(1, batch.targets[:, None])[:, 0]

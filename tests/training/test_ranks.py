@@ -183,10 +183,6 @@ def test_a_loss_that_is_nan_on_one_rank_ends_all_with_one_message(done: tuple[Pa
     assert (first["exit_code"], second["exit_code"], second["stderr"]) == (1, 1, "")
     (told,) = re.findall("error: .*", first["stderr"])
     assert f"the loss is not finite for {folder / 'train.jsonl'}:{POISONED + 1}. " in told
-    (file,) = (folder / "nan").glob("not-finite-step-*.jsonl")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(rows) in (5, PAIRS % 5)  # the whole step's, from both ranks
-    assert [row["row"] for row in rows if row["to_blame"]] == [f"{folder / 'train.jsonl'}:{POISONED + 1}"]
 
 
 def test_a_signal_on_top_of_a_lost_peer_hides_it_not() -> None:

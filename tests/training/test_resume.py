@@ -223,7 +223,7 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
         ("training.heldout:append_metrics", 3, signal.SIGTERM),
         ("training.heldout:write_report", 2, signal.SIGINT),
         ("training.loop:save_checkpoint", 3, signal.SIGTERM),
-        ("training.loop:export_model", 1, signal.SIGINT),
+        ("training.finish:export_model", 1, signal.SIGINT),
     ],
 )
 def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, number: signal.Signals) -> None:
@@ -231,7 +231,7 @@ def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, 
     name = f"my {phase.partition(':')[2]} {call} {number.name}"
     run = place.folder / name
     code, told = place.train(name, strike=Strike(f"dpo_cli.{phase}", call, (number,)))
-    if phase != "training.loop:export_model" or code:  # the work is done there: it may as well come to its end
+    if phase != "training.finish:export_model" or code:  # the work is done there: it may as well come to its end
         assert code == 130, told
         found = newest_checkpoint(run / "checkpoints", pytest.fail)
         assert found and found[1] == max(newest_step(run), 0)
@@ -282,7 +282,7 @@ def test_interrupted_while_the_reference_is_scored(place: Place, number: signal.
 # ---- which checkpoint -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "rng.safetensors", "manifest.json"])
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", ["bit", "cut", "missing"])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
     place: Place, copy: Path, file: str, damage: str
@@ -365,7 +365,7 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(place: Place, copy: 
 def test_without_a_whole_checkpoint_a_run_goes_on_from_its_start(place: Place, copy: Path, state: str) -> None:
     if state == "all damaged":
         for folder in (copy / "checkpoints").iterdir():
-            harm(folder / "rng.safetensors", "cut")
+            harm(folder / "optimizer.safetensors", "cut")
     if state == "no checkpoint":
         shutil.rmtree(copy / "checkpoints")
     code, told = place.dpo("train", "--resume", copy)

@@ -99,7 +99,7 @@ class Seen:
         self.misses: list[int] = []
         self.models: list[weakref.ref[PreTrainedModel]] = []
         self.alive: list[int] = []
-        fill, load = prepare.fill_reference, prepare.load_weights
+        fill, load = prepare.fill_reference, prepare.load_model
 
         def filled(*arguments: Any) -> Any:
             found = fill(*arguments)
@@ -109,11 +109,11 @@ class Seen:
         def loaded(*arguments: Any, **more: Any) -> Any:
             self.alive.append(sum(model() is not None for model in self.models))
             found = load(*arguments, **more)
-            self.models.append(weakref.ref(found[0]))
+            self.models.append(weakref.ref(found))
             return found
 
         patch.setattr("dpo_cli.training.loop.fill_reference", filled)
-        patch.setattr("dpo_cli.training.prepare.load_weights", loaded)
+        patch.setattr("dpo_cli.training.prepare.load_model", loaded)
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""The adapter of a training: its settings, where it goes, and whether all of it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import torch
+
+from dpo_cli.config.options import TrainOptions
+from dpo_cli.data.pairs import Pairs
+from dpo_cli.models.adapter_files import check_loadable, read_config, settings
+from dpo_cli.models.adapters import (
+    attach,
+    describe_adapter,
+    experts_of_version_5,
+    is_adapted,
+    make_config,
+    try_backward,
+)
+from dpo_cli.models.locate import ModelSource
+from dpo_cli.models.logprobs import forward_errors
+from dpo_cli.models.lora_targets import choose_targets, counted
+from dpo_cli.training.prepare import ScoredModel, check_quantize
+from dpo_cli.training.run_dir import trained_with
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import UsageError
+
+TRIED = 512  # tokens of the pair whose gradient is tried, before it is known what fits the memory
+
+
+def adapter_settings(
+    source: ModelSource, options: TrainOptions, device: torch.device, reporter: Reporter
+) -> tuple[ModelSource, TrainOptions]:
+    """Return the source and options of an adapter's training, if there is one: those of the adapter to start from.
+
+    Raises:
+        UsageError: the options contradict that adapter, or it cannot be trained.
+    """
+    if options.lora_rank is None:
+        return source, options
+    check_quantize(options, source, device)
+    if source.checkpoint and source.checkpoint != source.adapter:
+        raise UsageError(
+            f"--model {options.model}: an adapter needs a base that others can load; name the run, or its best/"
+        )
+    source = dataclasses.replace(source, quantize=options.quantize, attached=source.adapter is not None)
+    if source.adapter is None:
+        kind, targets = options.lora_type or "lora", options.lora_targets or "all-linear"
+        alpha = options.lora_alpha or (16 if kind == "rslora" else 2 * options.lora_rank)
+        return source, dataclasses.replace(options, lora_type=kind, lora_targets=targets, lora_alpha=alpha)
+    own, began = settings(read_config(source.adapter)), trained_with(source.run) if source.run else None
+    same = {name: (None, value, getattr(began, name, None)) for name, value in own.items()}  # also as the run says it
+    if other := [name for name, values in same.items() if getattr(options, name) not in values]:
+        differ = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
+        raise UsageError(
+            f"--model {options.model}: an adapter keeps its own settings: {differ}; leave that out, or train all "
+            "weights of the merged model without --lora-rank"
+        )
+    if began and (bits := began.quantize) != options.quantize:
+        before, now = (f"in {each}" if each else "unquantized" for each in (bits, options.quantize))
+        reporter.warning(
+            f"the adapter was trained on its base {before} and continues on it {now}: the policy is not the same"
+        )
+    return source, dataclasses.replace(options, **own)
+
+
+def attach_adapter(policy: ScoredModel, options: TrainOptions, pairs: Pairs, reporter: Reporter) -> None:
+    """Put a new adapter into the model unless one is there, report what it is on, and try a backward pass.
+
+    Raises:
+        UsageError: the options name nothing that can be adapted, or a part would not be trained.
+    """
+    policy.low = None  # what is split is never trained
+    model, runner, new = policy.model, policy.runner, not is_adapted(policy.model)
+    costs = runner.costs(pairs)  # a longer pair also reaches what compresses many tokens into one
+    most = max(min(costs), min(TRIED, runner.max_tokens))
+    batch = runner.batch([pairs[max((i for i in range(len(pairs)) if costs[i] <= most), key=costs.__getitem__)]])
+    left = Counter[tuple[str, str]]()
+    if new:
+        rank, kind, alpha, names = options.lora_rank, options.lora_type, options.lora_alpha, options.lora_targets
+        assert rank and kind and alpha and names
+        with forward_errors("the model's own forward fails where gradients are wanted"):
+            targets = choose_targets(model, names, lambda: runner.token_logps(batch))
+        whole, base = options.modules_to_save, policy.source.name
+        config = make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
+        attach(model, config, options.seed)
+        check_loadable(model)
+        left = targets.left
+    about = f"{options.lora_type} of rank {options.lora_rank}, alpha {options.lora_alpha}"
+    reporter.info("adapter", f"{about}, on {describe_adapter(model)}")
+    if (experts := experts_of_version_5(model)) and options.export != "merged":
+        reporter.warning(
+            f"transformers 4 loads the exported adapter without its part on {', '.join(experts)}, or not at all: "
+            "it needs transformers 5; for other tools take --export merged, or dpo merge"
+        )
+    for reason in dict.fromkeys(reason for reason, _ in left):
+        kinds = Counter({kind: count for (why, kind), count in left.items() if why == reason})
+        reporter.info("", f"without an adapter, {reason}: {counted(kinds)}")
+    if unreached := try_backward(model, lambda: runner.token_logps(batch)):
+        if new:
+            raise UsageError(
+                f"--lora-targets, --modules-to-save: no log-prob of text depends on {', '.join(unreached)}, so that it "
+                "would not be trained; leave it out"
+            )
+        reporter.info("", f"no log-prob of text depends on these, and they stay as they are: {', '.join(unreached)}")

@@ -1,0 +1,189 @@
+"""A run's folder: its name, its lock, and the options, manifest and hashes of pairs that say what it trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from dpo_cli.config.options import DataOptions, TrainOptions
+from dpo_cli.config.resolve import resolve, to_yaml
+from dpo_cli.data.pairs import Hashes
+from dpo_cli.data.rows import Reading
+from dpo_cli.models.locate import ModelSource
+from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.files import atomic_dir, file_lock, load_checksummed, sha256, to_json, with_checksum
+
+if TYPE_CHECKING:
+    from dpo_cli.training.setup import Run
+
+LOCK = "run.lock"
+TRAINED = "trained-pairs.safetensors"  # hashes of the pairs that are trained on
+PACKAGES = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "peft")  # versions in the manifest
+
+
+def choose_folder(output: Path | None, resume: Path | None) -> Path:
+    """Return the folder of a run to begin or to resume.
+
+    Raises:
+        UsageError: there is one already, or it cannot be made.
+    """
+    if resume:
+        return resume
+    folder = output or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+    if folder.exists():
+        if (folder / LOCK).is_file():
+            with file_lock(folder / LOCK):  # else another process is at work there
+                pass
+        raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"--output {folder}: its path is not UTF-8") from error
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"--output {folder}: cannot be made, for {above} is no folder that can be written to")
+    return folder
+
+
+@contextmanager
+def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
+    """Make the run's folder with its options, manifest and refused rows, whole at once; hold it while the block runs.
+
+    Raises:
+        DpoError: another run made the folder meanwhile, or it cannot be written.
+    """
+    with atomic_dir(run.folder, new=True) as folder:
+        (folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
+        content = with_checksum(manifest | {"config": sha256(folder / "config.yaml")})
+        (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file({"pairs": run.trained}, folder / TRAINED)
+        if run.refused:
+            rows = ({"where": bad.where, "reason": bad.reason, "row": bad.record} for bad in run.refused)
+            (folder / "refused.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+    with file_lock(run.folder / LOCK):
+        yield
+
+
+def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str, Any]:
+    """Describe where a run's numbers come from: versions, data, start policy and reference."""
+    options, policy, reference = run.options, run.policy, run.reference
+    start = _named(options.model, options.base_model)
+    return {
+        "command": shlex.join(command),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "device": policy.runner.device.type,
+        "processes": processes,
+        "data": {
+            "files": options.data,
+            "pairs": len(run.pairs),
+            "refused": len(run.refused),
+            "sha256": run.pairs.digest(),
+            "trained": hashlib.sha256(run.trained.data).hexdigest(),
+        },
+        "held_out": {"files": options.eval_data, "pairs": len(run.held_out), "sha256": run.held_out.digest()},
+        "start_model": policy.source.title,
+        "start": start | {"fingerprint": policy.fingerprint},
+        "reference": {
+            **(_named(options.ref_model) if options.ref_model else start),
+            "fingerprint": reference.fingerprint,
+            "layout": reference.runner.layout,
+            "dtype": options.dtype,
+        },
+    }
+
+
+def _named(model: str | None, base: str | None = None) -> dict[str, str | None]:
+    """Name a model for ``locate.start_model``, by an absolute path where it is a local one."""
+    paths = {"model": model} | ({"base_model": base} if base else {})
+    local = {key: Path(name).expanduser() for key, name in paths.items() if name}
+    return paths | {key: str(path.absolute()) for key, path in local.items() if path.exists()}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a run.
+
+    Raises:
+        UsageError: it is damaged, or somebody changed it.
+    """
+    try:
+        manifest = load_checksummed((folder / "manifest.json").read_text(encoding="utf-8"))
+        start, reference = manifest["start"], manifest["reference"]
+        texts = [manifest["data"]["sha256"], manifest["held_out"]["sha256"], manifest["config"], manifest["device"]]
+        texts += [start["fingerprint"], *(reference[name] for name in ("fingerprint", "values", "layout", "dtype"))]
+        texts += [each.get(name) or "" for each in (start, reference) for name in ("model", "base_model")]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("it is of another kind")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder / 'manifest.json'} cannot be trusted: {error}") from error
+
+
+def trained_with(folder: Path) -> TrainOptions:
+    """Return the options that a run was trained with.
+
+    Raises:
+        UsageError: they are not those that it began with, or cannot be read.
+    """
+    if read_manifest(folder)["config"] != sha256(folder / "config.yaml"):
+        raise UsageError(f"{folder / 'config.yaml'} changed since the run began")
+    return resolve(TrainOptions, {}, folder / "config.yaml")
+
+
+def trained_hashes(
+    folder: Path, manifest: Mapping[str, Any], warn: Callable[[str], None] = lambda _: None
+) -> Hashes | None:
+    """Return hashes of the pairs that a run trained on: (P, 2); None with a warning if they are damaged."""
+    try:
+        hashes: Hashes = load_file(folder / TRAINED)["pairs"]
+        if hashlib.sha256(hashes.tobytes()).hexdigest() != manifest["data"]["trained"]:
+            raise ValueError("it is not as it was written")
+        return hashes.reshape(-1, 2)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        warn(f"{folder / TRAINED}: {error}; whether the run trained on these pairs is unknown")
+        return None
+
+
+def reading_of(options: DataOptions) -> Reading:
+    """Return how rows are read, where options are not given by their defaults."""
+    given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Reading)}
+    return Reading(**{name: value for name, value in given.items() if value is not None})
+
+
+def reading_as_trained(options: DataOptions, source: ModelSource) -> Reading:
+    """Return how rows are read: of a run, as it read its own where the options leave that open."""
+    reading = reading_of(options)
+    if not source.run:
+        return reading
+    began = reading_of(trained_with(source.run))
+    same = ("max_length", "control_tokens", "train_turns")
+    return dataclasses.replace(reading, **{n: getattr(began, n) for n in same if getattr(options, n) is None})
+
+
+def check_same_run(folder: Path, manifest: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
+    """Refuse to resume with other data or weights than the run began with; returns its manifest."""
+    began = read_manifest(folder)
+    checks = {"data": "the data", "held_out": "the held-out data", "start": "the start model"}
+    if any(each["reference"]["fingerprint"] != each["start"]["fingerprint"] for each in (began, manifest)):
+        checks["reference"] = "the reference"
+    keys = {name: "sha256" if name in ("data", "held_out") else "fingerprint" for name in checks}
+    if changed := [checks[name] for name, key in keys.items() if began[name][key] != manifest[name][key]]:
+        raise UsageError(
+            f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"
+        )
+    if any(began[name] != manifest[name] for name in ("versions", "device")):
+        warn("the libraries or the device are others than when the run began: the last bits may differ")
+    return began
