@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from dpo_cli.data.adapt import PROBE, USER, TemplateAdapter, answer
-from dpo_cli.data.formats import FORMATS, HH_ASSISTANT, common_prefix
+from dpo_cli.data.adapt import TemplateAdapter
+from dpo_cli.data.formats import FORMATS, common_prefix
 from dpo_cli.data.messages import REASONING, Message, answer_of, check_encodable
 from dpo_cli.data.rows import Row, is_rendered
-from dpo_cli.data.template import ControlTokens, plain_template, render
+from dpo_cli.data.template import PROBE, USER, ChatTemplate, answer
 from dpo_cli.data.visible import THOUGHT, check_visible
 from dpo_cli.utils.errors import RowError
 
@@ -27,7 +27,6 @@ CONTROL_KEPT = "pairs with control tokens inside their messages, which act as su
 # Appended to the name of a format of strings.
 WRAPPED = ", wrapped as a user turn and an answer; --format strings keeps them raw"
 RENDERED = ", kept raw: rendered by a chat template already"
-RENDERED_OTHERWISE = ", kept raw: rendered already, by another model's chat template"
 
 _OPENED = re.compile(r"<([\w:]*(?:think|reason)[\w:]*)>\s*\Z", re.IGNORECASE)  # at the end of a prompt
 _TAG = 40  # characters within which a prompt ends that opens reasoning
@@ -61,23 +60,21 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Any, control_tokens: str, adds_bos: bool, train_turns: str) -> None:
-        self.tokenizer, self.control_tokens, self.train_turns = tokenizer, control_tokens, train_turns
-        self.control = ControlTokens(tokenizer)
-        self.template = None if tokenizer.chat_template else plain_template(adds_bos)  # None: the tokenizer's own
-        self.adapter = TemplateAdapter(tokenizer, self.template)
+        self.eos, self.control_tokens, self.train_turns = tokenizer.eos_token, control_tokens, train_turns
+        self.template = ChatTemplate(tokenizer, adds_bos)
+        self.adapter = TemplateAdapter(self.template)
 
     def as_turns(self, row: Row) -> Row:
         """Convert strings to messages if the model has a chat template: a user turn, and an answer each.
 
         Strings that a chat template rendered already are kept.
         """
-        if not isinstance(row.prompt, str) or row.raw or self.template or row.format == FORMATS["hh"][0]:
+        if not isinstance(row.prompt, str) or row.raw or self.template.plain or row.format == FORMATS["hh"][0]:
             return row
         if is_rendered(row.prompt):
-            how = RENDERED if self.control.first(row.prompt) or HH_ASSISTANT in row.prompt else RENDERED_OTHERWISE
-            return replace(row, format=row.format + how)
-        eos = self.tokenizer.eos_token  # the template writes its own ending
-        chosen, rejected = (answer_of(str(side).rstrip().removesuffix(eos)) for side in (row.chosen, row.rejected))
+            return replace(row, format=row.format + RENDERED)
+        # The template writes its own ending.
+        chosen, rejected = (answer_of(str(side).rstrip().removesuffix(self.eos)) for side in (row.chosen, row.rejected))
         turns = [USER | {"content": row.prompt}]
         return replace(row, format=row.format + WRAPPED, prompt=turns, chosen=chosen, rejected=rejected)
 
@@ -92,7 +89,7 @@ class Chat:
             texts = (row.prompt + str(side) for side in (row.chosen, row.rejected))
             sides = [Side(text, ((len(row.prompt), len(text)),), complete=False) for text in texts]
             return Conversation(row.prompt, sides[0], sides[1], templated=False)
-        notes = self._control_notes(row) | ({NO_TEMPLATE} if self.template else set())
+        notes = self._control_notes(row) | ({NO_TEMPLATE} if self.template.plain else set())
         row = self.adapter.adapt(row, notes)
         responses: tuple[Any, Any] = row.chosen, row.rejected
         several = max(map(len, responses)) > 1
@@ -108,19 +105,19 @@ class Chat:
         for side, turns, places in zip(sides, responses, trained, strict=True):
             if not side.text.startswith(prompt):
                 raise _other_prompt(prompt, side.text)
-            check_visible(turns[: places[-1] + 1], side.text[len(prompt) :], self.control, notes, places)
+            check_visible(turns[: places[-1] + 1], side.text[len(prompt) :], self.template.token, notes, places)
         tools = [tool["function"] for tool in row.template_arguments.get("tools", ())]
-        check_visible(row.prompt, prompt, self.control, notes, tools=tools)
+        check_visible(row.prompt, prompt, self.template.token, notes, tools=tools)
         return Conversation(prompt, sides[0], sides[1], notes=frozenset(notes))
 
     def _render(self, row: Row, messages: Any, generation: bool = False) -> str:
-        text = render(self.tokenizer, messages, generation, self.template, row.template_arguments)
+        text = self.template.render(messages, generation, row.template_arguments)
         check_encodable(text, "the messages")
         return text
 
     def _control_notes(self, row: Row) -> set[str]:
         fields = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} | row.template_arguments
-        tokens = {name: token for name, value in fields.items() if (token := self.control.first(value))}
+        tokens = {name: token for name, value in fields.items() if (token := self.template.first_control_token(value))}
         if tokens and self.control_tokens == "refuse":
             raise RowError(", ".join(f"{name} contains the control token '{token}'" for name, token in tokens.items()))
         return {CONTROL_KEPT} if tokens else set()
@@ -178,14 +175,12 @@ class Chat:
         else:
             answer = self._after_generation_prompt(row, prompt, whole, before)
             notes.add(HISTORY_CHANGES)
-        ending, last_ending, next_turn = self._endings
+        ending, last_ending = self._endings
         if last_ending and answer.endswith(last_ending):
             answer = answer.removesuffix(last_ending) + ending
-        if answer.rstrip().endswith(self.control.special):
+        if answer.rstrip().endswith(self.template.special):
             return answer.rstrip(), True, bool(opened)
-        follows = f"; a next turn would begin with '{next_turn}'" if next_turn else ""
-        eos = self.tokenizer.eos_token
-        notes.add(f"pairs whose answers end with '{eos}', the tokenizer's EOS: the chat template writes none{follows}")
+        notes.add(f"pairs whose answers end with '{self.eos}', the tokenizer's EOS: the chat template writes none")
         return answer, False, bool(opened)
 
     def _after_generation_prompt(self, row: Row, prompt: str, whole: str, before: list[Message]) -> str:
@@ -196,8 +191,8 @@ class Chat:
         history = self._render(row, before)
         opening = prompt.removeprefix(history) if prompt.startswith(history) else ""
         lead = (
-            self.adapter.probe(USER, answer(PROBE))
-            .removeprefix(self.adapter.probe(USER, generation=True))
+            self.template.probe(USER, answer(PROBE))
+            .removeprefix(self.template.probe(USER, generation=True))
             .partition(PROBE)[0]
         )
         begin = self._render(row, [*before, answer(PROBE)]).rpartition(PROBE)[0].removesuffix(lead)
@@ -206,20 +201,17 @@ class Chat:
         return whole[len(begin) :]
 
     @cached_property
-    def _endings(self) -> tuple[str, str, str]:
-        """What ends an answer's turn at any place, what follows the last turn, and what begins a next turn.
+    def _endings(self) -> tuple[str, str]:
+        """What ends an answer's turn at any place, and what follows the last turn.
 
         The template of Phi-3 writes ``<|end|>`` and, after all turns, ``<|endoftext|>``, which is not the answer's.
         """
-        last, between = (self.adapter.probe(USER, answer(PROBE), *more).rpartition(PROBE)[2] for more in ([], [USER]))
+        last, between = (self.template.probe(USER, answer(PROBE), *more).rpartition(PROBE)[2] for more in ([], [USER]))
         shared = last[: common_prefix(last, between)]
-        ends = [shared.rfind(token) + len(token) for token in self.control.special if token in shared]
+        ends = [shared.rfind(token) + len(token) for token in self.template.special if token in shared]
         if ends:
-            return shared[: max(ends)], last, ""
-        if last.rstrip().endswith(self.control.special):
-            return last.rstrip(), last, ""
-        begin = self.control.token.match(between.lstrip())
-        return "", last, begin[0] if begin else ""
+            return shared[: max(ends)], last
+        return last.rstrip() if last.rstrip().endswith(self.template.special) else "", last
 
 
 def _with_reasoning(opened: re.Match[str], answer: str, turn: Message, notes: set[str]) -> str:

@@ -1,4 +1,4 @@
-"""Rendering with a chat template, and the control tokens that may stand inside messages."""
+"""A chat template: rendering, and the control tokens that may stand inside messages."""
 
 from __future__ import annotations
 
@@ -17,58 +17,57 @@ PLAIN = (
     "{% else %}{{ message.role | capitalize + ': ' + message.content + '\\n\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+PROBE = "PROBE"
+USER: Message = {"role": "user", "content": "u"}
 
 
-def plain_template(adds_bos: bool) -> str:
-    """Return the template for a model that has none, with the BOS that the tokenizer adds to a text."""
-    return ("{{ bos_token }}" if adds_bos else "") + PLAIN
+def answer(content: str) -> Message:
+    """Return an assistant's message."""
+    return {"role": "assistant", "content": content}
 
 
-def render(
-    tokenizer: Any,
-    messages: list[Message],
-    add_generation_prompt: bool = False,
-    template: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-) -> str:
-    """Render messages with the tokenizer's template unless another is given; ``arguments`` are passed to it.
+class ChatTemplate:
+    """The chat template of a tokenizer, or a ``plain`` one if it has none, with the BOS that the tokenizer adds.
 
-    Raises:
-        RowError: there is no template, or it refuses the messages.
+    ``token`` matches its control tokens, with which it separates turns; tags of thinking do not count. One of the
+    ``special`` ones ends each answer.
     """
-    if not (template or tokenizer.chat_template):
-        raise RowError("the model has no chat template")
-    # Reasoning under each name that a template may read, as transformers 5.23 has it and 5.17 does not.
-    named = [m | dict.fromkeys(REASONING_KEYS, m[REASONING]) if REASONING in m else m for m in messages]
-    try:
-        text: str = tokenizer.apply_chat_template(
-            named,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **(arguments or {}),
-        )
-    except Exception as error:  # a template can raise anything
-        raise RowError(f"the chat template refuses the messages: {shortened(str(error), 200)}") from error
-    return text
 
-
-class ControlTokens:
-    """The tokens with which a chat template separates turns, inside messages; tags of thinking do not count."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        try:
-            frame = render(tokenizer, [{"role": "user", "content": "u"}], add_generation_prompt=True)
-        except RowError:
-            frame = ""
+    def __init__(self, tokenizer: Any, adds_bos: bool) -> None:
+        self.tokenizer = tokenizer
+        self.plain = None if tokenizer.chat_template else "{{ bos_token }}" * adds_bos + PLAIN
+        frame = "" if self.plain else self.probe(USER, generation=True)
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-        # One of these ends each answer.
         self.special = tuple({*(token.content for token in added if token.special), tokenizer.eos_token})
         parting = (token.content for token in added if token.special or token.content in frame)
         names = sorted((name for name in parting if "think" not in name.lower()), key=len, reverse=True)
         self.token = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
-    def first(self, value: Any) -> str | None:
+    def render(
+        self, messages: list[Message], generation: bool = False, arguments: Mapping[str, Any] | None = None
+    ) -> str:
+        """Render messages, and what opens an answer for ``generation``; ``arguments`` are passed to the template.
+
+        Raises:
+            RowError: the template refuses the messages.
+        """
+        # Reasoning under each name that a template may read, as transformers 5.23 has it and 5.17 does not.
+        named = [m | dict.fromkeys(REASONING_KEYS, m[REASONING]) if REASONING in m else m for m in messages]
+        options = {"chat_template": self.plain, "tokenize": False, "add_generation_prompt": generation}
+        try:
+            text: str = self.tokenizer.apply_chat_template(named, **options, **(arguments or {}))
+        except Exception as error:  # a template can raise anything
+            raise RowError(f"the chat template refuses the messages: {shortened(str(error), 200)}") from error
+        return text
+
+    def probe(self, *messages: Message, generation: bool = False) -> str:
+        """Render messages; empty if the template refuses them."""
+        try:
+            return self.render([*messages], generation)
+        except RowError:
+            return ""
+
+    def first_control_token(self, value: Any) -> str | None:
         """Return the first control token in the strings of a nested value."""
         queue = [value]
         while queue:
