@@ -20,7 +20,7 @@ from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import Source, find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.quality.checks import ISSUE_TYPES, NOTES, normalize, row_issues, texts_of
-from dpo_cli.quality.lengths import biased_pairs, length_bias, statistics
+from dpo_cli.quality.lengths import biased_pairs, length_bias
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
 from dpo_cli.training.run_dir import reading_as_trained
 from dpo_cli.utils.console import Reporter
@@ -29,7 +29,7 @@ from dpo_cli.utils.files import atomic_write, finite
 
 
 def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
-    """Run `dpo check`: report all issues with example rows, and the lengths of the pairs.
+    """Run `dpo check`: report all issues with example rows, and what length alone predicts.
 
     Raises:
         UsageError: a file cannot be read, or ``--fix`` names an existing file.
@@ -70,7 +70,7 @@ class DataCheck:
         self.formats: Counter[str] = Counter()
         self.where: list[str] = []
         self.problems: list[str] = []  # the first problem of each row, or an empty string
-        self.lengths: list[tuple[int, int, int]] = []  # prompt, and loss-bearing tokens of chosen and rejected
+        self.lengths: list[tuple[int, int]] = []  # tokens of chosen and rejected that carry loss
         self.first: dict[bytes, int] = {}  # the place of a row, by its hash
         self.held_out: dict[bytes, str] = {}  # the location of a held-out row, by its hash and its prompt's
 
@@ -93,7 +93,7 @@ class DataCheck:
                 continue
             pair, notes = result
             self.formats[row.format] += 1
-            self.lengths.append((len(pair.prompt), count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)))
+            self.lengths.append((count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)))
             texts = texts_of(row)
             excerpt = shortened(texts.prompt, 70)
             for kind, text in row_issues(row, texts).items():
@@ -128,9 +128,8 @@ class DataCheck:
             self.problems[place] = self.problems[place] or kind
 
     def result(self) -> dict[str, Any]:
-        """Return counts, findings and lengths, as `dpo check --json` prints them."""
-        lengths = np.array(self.lengths, np.int32).reshape(-1, 3)
-        bias = length_bias(lengths) if len(lengths) else None
+        """Return counts, findings and the bias by length, as `dpo check --json` prints them."""
+        bias = length_bias(np.array(self.lengths, np.int32)) if self.lengths else None
         if bias and (biased := biased_pairs(bias)):
             self.findings["length_bias", biased[1]] = Finding(biased[0])
         order = list(ISSUE_TYPES)
@@ -142,7 +141,6 @@ class DataCheck:
                 "title": f"{issue.title}: {reason}" if reason else issue.title,
                 "count": finding.count,
                 "share": finding.count / len(self.problems),
-                "what": issue.what,
                 "examples": finding.examples,
             }
             for (kind, reason), finding in items
@@ -155,7 +153,7 @@ class DataCheck:
             "problem_rows": sum(map(bool, self.problems)),
             "findings": findings,
         }
-        return result | ({"lengths": statistics(lengths), "length_bias": bias} if bias else {})
+        return result | ({"length_bias": bias} if bias else {})
 
 
 def _hashes(row: Row) -> tuple[bytes, bytes, bytes]:
@@ -198,17 +196,24 @@ def _write_clean(file: Path, sources: list[Source], problems: list[str]) -> dict
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Format the result: formats, problems, notes, lengths, and a verdict at the end."""
+    """Format the result: formats, problems, notes, the bias by length, and a verdict at the end."""
     lines = [f"{count:,} rows: {name}" for name, count in result["formats"].items()]
     for finding in result["findings"]:
         share = f"{finding['count']:>9,}  {finding['share']:>6.1%}"
-        lines += [f"{finding['severity']:<9}{share}  {finding['title']}", f"{'':28}{finding['what']}"]
+        lines.append(f"{finding['severity']:<9}{share}  {finding['title']}")
         for example in finding["examples"]:
             other = f" (see {example['other']})" if "other" in example else ""
             lines.append(f"{'':28}{example['where']}{other}: {example['text']}")
         lines.append("")
-    if "lengths" in result:
-        lines += _lengths(result["lengths"], result["length_bias"])
+    if bias := result.get("length_bias"):
+        low, high = bias["interval"]
+        lines += [
+            f"the longer response is chosen in {bias['share']:.1%} of the pairs that differ in length "
+            f"(95 % interval {low:.1%} to {high:.1%}; {bias['ties']:,} ties)",
+            f"accuracy to beat: {bias['accuracy_prefer_longer']:.1%} by preferring the longer response, "
+            f"{bias['accuracy_prefer_shorter']:.1%} by preferring the shorter",
+            "",
+        ]
     if fixed := result.get("fixed"):
         kept = f"{fixed['kept']:,} rows written to" if fixed["kept"] else "no row is clean; not written:"
         lines.append(f"fixed: {kept} {fixed['file']}")
@@ -216,21 +221,3 @@ def as_text(result: dict[str, Any]) -> str:
         lines.append("")
     problems = f"problems: {result['problems']}, in {result['problem_rows']:,} of" if result["problems"] else ""
     return "\n".join([*lines, f"{problems or 'no problems found in'} {result['rows']:,} rows"])
-
-
-def _lengths(lengths: dict[str, dict[str, float]], bias: dict[str, Any]) -> list[str]:
-    lines = [
-        "tokens after truncation (responses: loss-bearing tokens)",
-        " " * 14 + "".join(f"{name:>9}" for name in lengths["prompt"]),
-    ]
-    for part, values in lengths.items():
-        lines.append(f"  {part:<12}" + "".join(f"{value:>9,.0f}" for value in values.values()))
-    low, high = bias["interval"]
-    lines += [
-        f"  the longer response is chosen in {bias['share']:.1%} of the pairs that differ in length "
-        f"(95 % interval {low:.1%} to {high:.1%}; {bias['ties']:,} ties)",
-        f"  accuracy to beat: {bias['accuracy_prefer_longer']:.1%} by preferring the longer response, "
-        f"{bias['accuracy_prefer_shorter']:.1%} by preferring the shorter",
-        "",
-    ]
-    return lines

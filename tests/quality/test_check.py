@@ -238,7 +238,7 @@ def test_hostile_text_takes_no_time(piece: str) -> None:
 
 
 def test_length_bias_by_hand() -> None:
-    bias = length_bias(np.array([[5, 10, 6], [5, 8, 6], [5, 9, 6], [5, 5, 6], [5, 6, 6]], np.int32))
+    bias = length_bias(np.array([[10, 6], [8, 6], [9, 6], [5, 6], [6, 6]], np.int32))
     assert (bias["longer_chosen"], bias["shorter_chosen"], bias["ties"], bias["share"]) == (3, 1, 1, 0.75)
     assert bias["accuracy_prefer_longer"] == pytest.approx(0.7)
     assert bias["accuracy_prefer_shorter"] == pytest.approx(0.3)
@@ -270,12 +270,11 @@ def test_json_is_one_object_with_everything(tiny: Path, tmp_path: Path) -> None:
     result = json.loads(out.stdout)
     assert result["rows"] == len(rows) and result["pairs"] == len(rows) - 5
     assert set(result) == {
-        "rows", "pairs", "formats", "problems", "problem_rows", "findings", "lengths",
-        "length_bias",
+        "rows", "pairs", "formats", "problems", "problem_rows", "findings", "length_bias",
     }  # fmt: skip
     assert result["problems"] == sum(finding["severity"] == "problem" for finding in result["findings"])
     for finding in result["findings"]:
-        assert set(finding) == {"kind", "severity", "title", "count", "share", "what", "examples"}
+        assert set(finding) == {"kind", "severity", "title", "count", "share", "examples"}
         assert finding["share"] == pytest.approx(finding["count"] / len(rows))
         assert finding["kind"] == "length_bias" or len(finding["examples"]) == min(2, finding["count"])
         for example in finding["examples"]:
@@ -383,16 +382,13 @@ def test_lengths_count_what_carries_loss(tiny: Path, tmp_path: Path) -> None:
     answers = [turn("assistant", "look it up " * 9), turn("tool", "12:00 " * 40), turn("assistant", "Noon.")]
     row = {"prompt": [turn("user", "When?")], "chosen": answers, "rejected": [turn("assistant", "I do not know that.")]}
     result = check(tiny, write_rows(tmp_path / "rows.jsonl", [row]))
-    chosen, rejected = (result["lengths"][name]["max"] for name in ("chosen", "rejected"))
-    assert chosen < rejected and result["length_bias"]["shorter_chosen"] == 1
-    assert chosen + rejected < 100
+    assert result["length_bias"]["shorter_chosen"] == 1
 
 
 def test_the_documentation_has_every_kind() -> None:
     table = (SAMPLE.parent / "docs" / "data.md").read_text()
     for kind in ISSUE_TYPES.values():
-        title = f"**{kind.title}**" if kind.problem else kind.title
-        assert f"| {title} | {kind.what} |\n" in table
+        assert f"| {'problem' if kind.problem else 'note'} | {kind.title} |\n" in table
 
 
 @pytest.mark.parametrize("name", ["fixed.json", "rows.jsonl", "link.jsonl"])
@@ -411,7 +407,7 @@ def test_nothing_is_written_where_no_row_is_clean(tiny: Path, tmp_path: Path) ->
     assert result["fixed"]["kept"] == 0 and not (tmp_path / "fixed.jsonl").exists()
     assert "no row is clean; not written: " in as_text(result)
     result = check(tiny, data)
-    assert "lengths" not in result and as_text(result).splitlines()[-1] == "problems: 1, in 1 of 1 rows"
+    assert "length_bias" not in result and as_text(result).splitlines()[-1] == "problems: 1, in 1 of 1 rows"
 
 
 def test_several_files_of_several_kinds(tiny: Path, tmp_path: Path) -> None:
