@@ -54,7 +54,7 @@ class DataOptions:
     )
     data: list[str] = option(
         MISSING,
-        "Preference rows: .jsonl, .json, .parquet or .csv, also .gz or .zst; a folder of them; a saved data set or a "
+        "Preference rows: .jsonl, .json, .parquet or .csv, also .gz; a folder of them; a saved data set or a "
         "hub id (ORG/NAME), with :SPLIT; - for JSON lines from stdin. Repeatable.",
     )
     columns: str | None = option(

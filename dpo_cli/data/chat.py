@@ -92,14 +92,11 @@ class Chat:
         notes = self._control_notes(row) | ({NO_TEMPLATE} if self.template.plain else set())
         row = self.adapter.adapt(row, notes)
         responses: tuple[Any, Any] = row.chosen, row.rejected
-        several = max(map(len, responses)) > 1
-        trained = self._trained(*responses) if several else ([0], [0])
-        if several:
+        trained = self._trained(*responses)
+        if max(map(len, responses)) > 1:
             notes.add(TURNS_WITHOUT_LOSS)
         prompt = self._render(row, row.prompt, generation=True)
         sides = [self._side(row, prompt, *side, notes) for side in zip(responses, trained, strict=True)]
-        if _OPENED.search(prompt, max(0, len(prompt) - _TAG)):
-            sides = [side._replace(cuts=tuple(sorted({len(prompt), *side.cuts}))) for side in sides]
         if not all(side.text.startswith(prompt) for side in sides):
             prompt = self._render(row, row.prompt)  # a first turn without loss is history, which no prompt opens
         for side, turns, places in zip(sides, responses, trained, strict=True):
@@ -125,7 +122,7 @@ class Chat:
     # ---- each trained turn after the prompt that it has at inference ------------------------------------------------
 
     def _trained(self, chosen: list[Message], rejected: list[Message]) -> tuple[list[int], list[int]]:
-        """Return the places of the turns that carry loss; at least one response has several turns."""
+        """Return the places of the turns that carry loss."""
         sides = {"chosen": (chosen, rejected), "rejected": (rejected, chosen)}
         if self.train_turns == "last":
             for name, (turns, _) in sides.items():
@@ -146,7 +143,8 @@ class Chat:
         return places[0], places[1]
 
     def _side(self, row: Row, asked: str, turns: list[Message], trained: list[int], notes: set[str]) -> Side:
-        text, spans, cuts, complete = "", [(0, 0)], [], False
+        text, spans, complete = "", [(0, 0)], False
+        cuts = [len(asked)] if _opened(asked) else []
         for place in trained:
             messages = [*row.prompt, *turns[:place]]
             before = self._render(row, messages, generation=True) if place else asked
@@ -156,18 +154,15 @@ class Chat:
             if not before.startswith(text):
                 change = _difference(text, before)
                 raise RowError(f"the chat template renders a turn differently when others follow: {change}")
-            answer, complete, opened = self._turn(row, before, messages, turns[place], notes)
-            cuts += [len(before)] * opened
+            answer, complete = self._turn(row, before, messages, turns[place], notes)
+            cuts += [len(before)] if place and _opened(before) else []
             text = before + answer
             spans.append((len(before), len(text)))
         return Side(text, tuple(spans[1:]), complete, tuple(cuts))
 
-    def _turn(
-        self, row: Row, prompt: str, before: list[Message], turn: Message, notes: set[str]
-    ) -> tuple[str, bool, bool]:
-        """Render a turn after its prompt; and say if it has an ending, and if the prompt opened its reasoning."""
-        whole = self._render(row, [*before, turn])
-        opened = _OPENED.search(prompt, max(0, len(prompt) - _TAG))
+    def _turn(self, row: Row, prompt: str, before: list[Message], turn: Message, notes: set[str]) -> tuple[str, bool]:
+        """Render a turn after its prompt, and say if it has an ending."""
+        whole, opened = self._render(row, [*before, turn]), _opened(prompt)
         if whole.startswith(prompt):
             answer = whole[len(prompt) :]
         elif opened and whole.startswith(prompt[: opened.start()]):
@@ -179,9 +174,9 @@ class Chat:
         if last_ending and answer.endswith(last_ending):
             answer = answer.removesuffix(last_ending) + ending
         if answer.rstrip().endswith(self.template.special):
-            return answer.rstrip(), True, bool(opened)
+            return answer.rstrip(), True
         notes.add(f"pairs whose answers end with '{self.eos}', the tokenizer's EOS: the chat template writes none")
-        return answer, False, bool(opened)
+        return answer, False
 
     def _after_generation_prompt(self, row: Row, prompt: str, whole: str, before: list[Message]) -> str:
         """Return a turn whose presence changes how the template renders earlier turns, from its own opening on.
@@ -212,6 +207,11 @@ class Chat:
         if ends:
             return shared[: max(ends)], last
         return last.rstrip() if last.rstrip().endswith(self.template.special) else "", last
+
+
+def _opened(prompt: str) -> re.Match[str] | None:
+    """Match the tag with which a prompt opens the answer's reasoning, if it does."""
+    return _OPENED.search(prompt, max(0, len(prompt) - _TAG))
 
 
 def _with_reasoning(opened: re.Match[str], answer: str, turn: Message, notes: set[str]) -> str:
