@@ -19,7 +19,7 @@ from dpo_cli.data.pairs import Hashes, Pairs, trained_on
 from dpo_cli.data.rows import BadRow
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.generation import generation_config
-from dpo_cli.evaluation.kl import RecordedStates
+from dpo_cli.evaluation.kl import HeadInputs
 from dpo_cli.models.attention import attention
 from dpo_cli.models.layout import experts_a_token
 from dpo_cli.models.loading import compile_layers, dtype_name, load_tokenizer, release
@@ -68,7 +68,7 @@ class Run:
     fitted: Fit
     experts: int = 0  # that a token goes to, where the balance of a mixture is part of the loss
     ref_logps: Tensor | None = None
-    recorded: RecordedStates | None = None
+    recorded: HeadInputs | None = None
 
     @property
     def runner(self) -> ModelRunner:
@@ -117,7 +117,6 @@ def prepare_run(
     Raises:
         UsageError: an option, the data or the model cannot be used.
     """
-    _check_options(options)
     folder = distributed.on_rank_0(lambda: choose_folder(options.output, resume))
     source = choose_model(options.model, options, reporter, base=options.base_model)
     source, options = adapter_settings(source, options, device, reporter)
@@ -177,21 +176,6 @@ def prepare_run(
     _check_same_heads(run)
     report_plan(run, reporter)
     return run
-
-
-def _check_options(options: TrainOptions) -> None:
-    if options.eval_data and options.eval_fraction:
-        raise UsageError("--eval-data and --eval-fraction: give one of them")
-    if not (options.eval_data or options.eval_fraction) and (
-        options.eval_steps or options.show_answers or options.save_best
-    ):
-        raise UsageError(
-            "--eval-steps, --show-answers and --save-best need held-out pairs: --eval-data or --eval-fraction"
-        )
-    if options.fsdp and options.show_answers:
-        raise UsageError("--show-answers: a model in shards does not answer while it trains; use dpo eval --samples")
-    if options.memory == "in-backward" and options.max_grad_norm:
-        raise UsageError("--memory in-backward: no gradient is there long enough to be clipped; set --max-grad-norm 0")
 
 
 def _step_pairs(options: TrainOptions, count: int) -> list[list[int]]:
@@ -298,11 +282,11 @@ def _score_reference(
     pairs: Pairs,
     held_out: Pairs,
     reporter: Reporter,
-) -> tuple[Tensor, RecordedStates | None]:
+) -> tuple[Tensor, HeadInputs | None]:
     """Log-probs of what the run will ask for, and on rank 0 the reference's side of the exact KL."""
     used = pairs.select(sorted({i for step in _step_pairs(options, len(pairs)) for i in step}))
     logps = fill_reference(cache, used + held_out, reference.runner, reporter).logps
-    states: list[RecordedStates | None] = [None]
+    states: list[HeadInputs | None] = [None]
     if held_out and options.kl == "exact":
         progress = kl.Progress(reporter, "reference")
         record = partial(kl.record, reference.runner, held_out, options.cache_dir, progress)
