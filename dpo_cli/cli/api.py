@@ -5,8 +5,6 @@ Heavy imports stand inside the functions, so that importing the package is insta
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, TrainOptions, as_flag
-from dpo_cli.config.resolve import from_keywords, resolve, resolve_training
+from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, as_flag
+from dpo_cli.config.resolve import resolve, resolve_training
 from dpo_cli.utils.errors import DpoError, UsageError
 
 if TYPE_CHECKING:
@@ -52,16 +50,14 @@ def train(
         Interrupted: a signal came, as from a notebook's stop button; a checkpoint was written.
         DpoError: the run failed, and its last checkpoint is whole; or it is complete and could not be uploaded.
     """
-    flags, folder, file = _flags(TrainOptions, data, options), _path(resume), _path(config)
-    resolved = resolve_training(flags, folder, file)
+    given, folder, file = _given(data, options), _path(resume), _path(config)
+    resolved = resolve_training(given, folder, file, ("config", "progress", "resume", "dry_run"))
     with _reporter(progress, resolved) as reporter:
         from dpo_cli.training.loop import train as run
 
-        given = {
-            name: value for name, value in (flags | {"resume": folder, "config": file}).items() if value is not None
-        }
-        command = ["dpo", "train", *(word for name, value in given.items() for word in as_flag(name, value))]
-        result = run(resolved, folder, command, reporter, dry_run)
+        values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": file}
+        words = [word for name, each in values.items() if each is not None for word in as_flag(name, each)]
+        result = run(resolved, folder, ["dpo", "train", *words], reporter, dry_run)
     if error := result.pop("push_error", None):
         raise DpoError(error)
     return result
@@ -79,7 +75,7 @@ def evaluate(
         UsageError: an option or the data cannot be used.
         DpoError: the evaluation failed.
     """
-    resolved = resolve(EvalOptions, _flags(EvalOptions, data, options), _path(config))
+    resolved = resolve(EvalOptions, _given(data, options), _path(config), ("config", "progress"))
     results: list[dict[str, Any]] = []
     with _reporter(progress, resolved) as reporter:
         from dpo_cli.evaluation.evaluate import run_eval
@@ -99,30 +95,27 @@ def precompute(
         UsageError: an option or the data cannot be used.
         DpoError: with ``verify``, a cached log-prob is off by more than arithmetic explains.
     """
-    resolved = resolve(PrecomputeOptions, _flags(PrecomputeOptions, data, options), _path(config))
+    resolved = resolve(PrecomputeOptions, _given(data, options), _path(config), ("config", "progress"))
     with _reporter(progress, resolved) as reporter:
         from dpo_cli.reference.precompute import precompute as run
 
         return run(resolved, reporter)
 
 
-def _flags(kind: type[DataOptions], data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options as a command has them; rows are written to a file after the other options were checked."""
+def _given(data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options as a command has them: with names of data only."""
     given = {**options, "data": data}
-    words = ("config", "progress", *(("resume", "dry_run") if kind is TrainOptions else ()))
-    flags = from_keywords(kind, {k: v for k, v in given.items() if k not in ("data", "eval_data")}, words)
-    sources = {k: _sources(given[k]) for k in ("data", "eval_data") if given.get(k) is not None}
-    return flags | from_keywords(kind, sources)
+    return given | {name: _sources(given[name]) for name in ("data", "eval_data") if name in given}
 
 
-def _sources(data: Data) -> list[Any]:
+def _sources(data: Data | None) -> Any:
     """Return names of data; rows in memory are written to a file named by their content.
 
     Raises:
         UsageError: there are none, or they cannot be written.
     """
-    if isinstance(data, (str, os.PathLike)):
-        return [data]
+    if data is None or isinstance(data, (str, os.PathLike)):
+        return data
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise UsageError("data: must be what --data names, or a list of rows as dicts")
     items: list[Any] = list(data)
@@ -130,6 +123,9 @@ def _sources(data: Data) -> list[Any]:
         raise UsageError("there are no rows")
     if not isinstance(items[0], Mapping):
         return items
+    import hashlib
+    import json
+
     from dpo_cli.utils.files import atomic_write, finite
 
     try:
@@ -137,10 +133,9 @@ def _sources(data: Data) -> list[Any]:
     except (TypeError, ValueError) as error:
         raise UsageError(f"the rows cannot be written as JSON: {error}") from error
     file = ROWS / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-    if not file.exists():
-        with atomic_write(file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return [file]
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return file
 
 
 def _path(name: Name | None) -> Path | None:
@@ -149,31 +144,17 @@ def _path(name: Name | None) -> Path | None:
 
 @contextmanager
 def _reporter(progress: bool, options: DataOptions) -> Iterator[Reporter]:
-    """Yield a reporter while transformers shows no progress of its own; models' memory is released afterwards.
+    """Yield a reporter, as the command has one; models' memory is released afterwards."""
+    from dpo_cli.cli.command import Output
 
-    Raises:
-        UsageError: a launcher started several processes; or a name in the options does not exist.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("the functions run in one process; several run the command: torchrun … -m dpo_cli train …")
-    from dpo_cli.models.locate import check_hub, check_names
-
-    check_hub(*check_names(options))
-    from transformers.utils import logging
-
-    from dpo_cli.models.loading import free_memory
-    from dpo_cli.utils.console import Reporter
-
-    reporter = Reporter(quiet=not progress)
+    out = Output()
+    out.quiet = not progress
+    reporter = out.reporter(options)
     if not progress:  # without a registry, which would show a text once per session only
-        reporter.warning = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)  # type: ignore[method-assign]
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        reporter.warning = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)
+    from dpo_cli.models.loading import free_memory
+
     try:
         yield reporter
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
         free_memory()

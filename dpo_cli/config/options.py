@@ -1,17 +1,17 @@
-"""Every option once: name, type, default, help, range, and the combinations that are refused."""
+"""Every option once: name, type, default, help and range."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import checks
 from dpo_cli.config.checks import Check, not_negative, one_of, positive
+from dpo_cli.config.refused import refused
 from dpo_cli.losses.objective import Objective, parse_objective
-from dpo_cli.losses.preference import DIVERGENCES, LOSSES
+from dpo_cli.losses.preference import LOSSES
 from dpo_cli.utils.errors import UsageError, did_you_mean
 
 CACHE_DIR = Path("~/.cache/dpo")
@@ -19,16 +19,20 @@ FORMATS = (
     *("strings", "messages", "conversations", "hh", "sharegpt"),
     *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked", "openai", "swift"),
 )
+TOKENS = one_of("keep", "refuse")
 BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}  # metrics of --save-best: lower or higher is better
 
 
 def option(
     default: Any, text: str, check: Check | None = None, shown: str | None = None, choices: Sequence[str] = ()
 ) -> Any:
-    """Make a field of an options class. ``shown`` describes a default that is chosen at run time.
+    """Make a field of an options class, whose help says what the check accepts.
 
-    ``choices`` are words that a shell offers; the check's own choices are offered without it.
+    ``shown`` describes a default that is chosen at run time. ``choices`` are words that a shell offers; the check's own
+    choices are offered without it.
     """
+    if check and not (check.choices and all(choice in text for choice in check.choices)):
+        text += f" {check.must[0].upper()}{check.must[1:]}."
     metadata = {"help": text, "check": check, "shown": shown, "choices": choices or (check.choices if check else ())}
     return field(default=default, metadata=metadata)
 
@@ -42,7 +46,7 @@ def kl_option(more: str = "") -> Any:
     return option("exact", f"{text} {more}".strip(), one_of("exact", "none"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class DataOptions:
     """What every command needs: pairs, and the model whose tokenizer reads them."""
 
@@ -54,7 +58,7 @@ class DataOptions:
     )
     data: list[str] = option(
         MISSING,
-        "Preference rows: .jsonl, .json, .parquet or .csv, also .gz or .zst; a folder of them; a saved data set or a "
+        "Preference rows: .jsonl, .json, .parquet or .csv, also .gz; a folder of them; a saved data set or a "
         "hub id (ORG/NAME), with :SPLIT; - for JSON lines from stdin. Repeatable.",
     )
     columns: str | None = option(
@@ -65,32 +69,36 @@ class DataOptions:
         None, "Longest prompt + response in tokens.", checks.at_least_16, shown="1024, or what the run was trained with"
     )
     control_tokens: str | None = option(
-        None,
-        "Control tokens of the template inside messages: keep them, sanitize (read as text) or refuse the row.",
-        one_of("keep", "sanitize", "refuse"),
-        shown="keep, or what the run was trained with",
+        None, "Control tokens in messages: keep them, or refuse the row.", TOKENS, shown="keep, or the run's"
     )
     train_turns: str | None = option(
         None,
-        "Answers with several turns: train the last turn, or all turns that differ.",
+        "Answers of several turns: the last, or all that differ.",
         one_of("last", "all"),
-        shown="last, or what the run was trained with",
+        shown="last, or the run's",
     )
     chat_template: Path | None = option(None, "Jinja file to use as the chat template.", shown="the model's")
     trust_remote_code: bool = option(False, "Run Python code from the model's repository.")
 
-    def __post_init__(self) -> None:
-        values = vars(self)
-        problems = out_of_range(type(self), values) or [text.format(**values) for text in self._conflicts()]
-        if problems:
+    def __init__(self, **values: Any) -> None:
+        """Take options by name, with the default of those that are missing.
+
+        Written by hand, like equality: generated methods of all classes would take a quarter of the time of --help.
+
+        Raises:
+            UsageError: naming every value out of its range, else every combination that is refused.
+        """
+        vars(self).update({f.name: values.pop(f.name, f.default) for f in fields(self)})
+        if values:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(values)}")
+        if problems := out_of_range(type(self), vars(self)) or refused(self):
             raise UsageError("\n".join(problems))
 
-    def _conflicts(self) -> list[str]:
-        """Combinations of options that are refused; ``{name}`` stands for an option's value."""
-        return []
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Options(DataOptions):
     """What every command needs that computes log-probs."""
 
@@ -101,19 +109,18 @@ class Options(DataOptions):
         None, "Tokens per packed forward: the memory knob.", checks.at_least_16, shown="from free memory"
     )
     dtype: str | None = option(None, "Compute precision.", checks.precision, shown="auto")
-    cache_dir: Path = option(CACHE_DIR, "Folder of cached reference log-probs and tokenized pairs.")
+    cache_dir: Path = option(CACHE_DIR, "Folder of cached reference log-probs.")
     compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class WeightsOptions(Options):
     """How the weights are kept, in training and in scoring for a training."""
 
     memory: str = option(
         "auto",
-        "How weights, gradients and moments are kept: full (float32, 16 bytes per parameter), split (bfloat16 "
-        "and low halves of float32 weights, moments in 8 bits, 8), in-backward (split, updated in the backward pass, "
-        "6), or auto: full if it fits, else split where bfloat16 computes.",
+        "Weights, gradients and moments: full (float32, 16 bytes per parameter), split (bfloat16 and the low halves, "
+        "moments in 8 bits: 8), in-backward (split, updated in the backward pass: 6), or auto (full, else split).",
         one_of("auto", "full", "split", "in-backward"),
     )
     fsdp: bool = option(False, "Shard parameters, gradients and optimizer state across processes (FSDP2).")
@@ -125,12 +132,8 @@ class WeightsOptions(Options):
         """``4bit`` or ``8bit``; None: the base is not quantized."""
         return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
 
-    def _conflicts(self) -> list[str]:
-        both = "--load-in-4bit, --load-in-8bit: a base is quantized once; leave one out"
-        return [*super()._conflicts(), *([both] if self.load_in_4bit and self.load_in_8bit else [])]
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class SampleOptions:
     """What every command needs that samples answers."""
 
@@ -139,14 +142,14 @@ class SampleOptions:
     sample_tokens: int = option(128, "Longest sampled answer in tokens.", positive)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class ExplainOptions(DataOptions):
     """`dpo explain`."""
 
     row: str | None = option(None, "Row number, or FILE:NUMBER if there are several files.", shown="the first")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class TrainOptions(WeightsOptions):
     """`dpo train`."""
 
@@ -161,22 +164,13 @@ class TrainOptions(WeightsOptions):
         choices=tuple(LOSSES),
     )
     loss_options: str | None = option(
-        None, "Options of one loss, as in simpo_gamma=1; dpo losses lists them.", shown="the papers'"
+        None, "Options of a loss, as in simpo_gamma=1; see dpo losses.", shown="the papers'"
     )
     label_smoothing: float = option(0.0, "Share of labels assumed to be flipped (conservative DPO).", checks.below_half)
-    router_aux_loss_coef: float = option(
-        0.0, "Weight of the load-balancing loss of a mixture of experts; reported as aux_loss.", not_negative
-    )
-    f_divergence: str = option(
-        "reverse_kl",
-        f"Divergence that holds the policy to the reference: {', '.join(DIVERGENCES)} (=0.5, its alpha).",
-        checks.divergences,
-    )
+    router_aux_loss_coef: float = option(0.0, "Weight of the load-balancing loss of experts (aux_loss).", not_negative)
+    f_divergence: str = option("reverse_kl", "Divergence that holds the policy to the reference.", checks.divergences)
     ld_alpha: float | None = option(
-        None,
-        "LD-DPO: weight of the tokens beyond the length of the shorter response.",
-        checks.probability,
-        shown="all count",
+        None, "LD-DPO: weight of tokens beyond the shorter response's length.", checks.probability, shown="all count"
     )
     wpo: bool = option(False, "WPO: weight pairs by how likely their responses are under the policy.")
     epochs: int = option(1, "Passes over the pairs.", positive)
@@ -188,43 +182,24 @@ class TrainOptions(WeightsOptions):
     weight_decay: float = option(0.0, "AdamW's weight decay, applied to matrices only.", not_negative)
     max_grad_norm: float = option(1.0, "Clip the gradient norm to this; 0 turns clipping off.", not_negative)
     ref_model: str | None = option(
-        None, "Reference model: scored first, and never in memory beside the policy.", shown="--model"
+        None, "Reference model, scored first; never in memory with the policy.", shown="--model"
     )
     lora_rank: int | None = option(
-        None,
-        "Train a LoRA adapter of this rank instead of all weights. If --model is an adapter, continue training it; its "
-        "rank must match.",
-        positive,
+        None, "Train a LoRA adapter of this rank instead of all weights, or continue that in --model.", positive
     )
-    lora_type: str | None = option(
-        None,
-        "lora (arXiv 2106.09685), rslora (scaled by the root of the rank, 2312.03732) or dora (a magnitude per row, "
-        "2402.09353).",
-        one_of("lora", "rslora", "dora"),
-        shown="lora",
-    )
+    lora_type: str | None = option(None, "Kind of adapter.", one_of("lora", "rslora", "dora"), shown="lora")
     lora_alpha: int | None = option(None, "The adapter's scale times its rank.", positive, shown="2 * rank, rslora 16")
     lora_targets: str | None = option(
-        None,
-        "Modules that get an adapter, by the ends of their names, separated by commas; all-linear: all but the head.",
-        checks.module_names,
-        shown="all-linear",
+        None, "Modules to adapt, by the ends of their names.", checks.module_names, shown="all-linear"
     )
     modules_to_save: str | None = option(
-        None,
-        "Modules trained in full beside the adapter, by the ends of their names, separated by commas.",
-        checks.module_names,
+        None, "Modules to train in full beside the adapter, by the ends of their names.", checks.module_names
     )
     export: str | None = option(
-        None,
-        "Content of model/ after training an adapter: the adapter, or the base with it merged.",
-        one_of("adapter", "merged"),
-        shown="adapter",
+        None, "What model/ holds: the adapter, or its base merged.", one_of("adapter", "merged"), shown="adapter"
     )
     export_dtype: str = option(
-        "float32",
-        "Precision of the weights in model/ and best/; auto: that in which the start model is stored.",
-        one_of("float32", "bfloat16", "auto"),
+        "float32", "Precision of exported weights; auto: the start model's.", one_of("float32", "bfloat16", "auto")
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     seed: int = option(0, "Seed of the order of the pairs.", checks.valid_seed)
@@ -232,29 +207,20 @@ class TrainOptions(WeightsOptions):
     eval_steps: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
     kl: str = kl_option()
     save_best: str | None = option(
-        None,
-        "Keep the model of the best evaluation in best/: the lowest loss, or the highest of the others.",
-        one_of(*BEST),
+        None, "Keep the best evaluation's model in best/: by lowest loss, or highest of the others.", one_of(*BEST)
     )
     save_steps: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
     save_total_limit: int = option(2, "Checkpoints kept.", positive)
-    report_to: str = option(
-        "none",
-        f"Experiment trackers that get the metrics too: {', '.join(checks.TRACKERS)}, separated by commas.",
-        checks.trackers,
-    )
+    report_to: str = option("none", "Experiment trackers that get the metrics too.", checks.trackers)
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
     push_to_hub: str | None = option(
-        None,
-        "ORG/NAME: upload the trained model to the Hugging Face hub, into a private repository.",
-        checks.repository,
-        shown="nothing is uploaded",
+        None, "Private repository of the hub for the model.", checks.repository, shown="nothing is uploaded"
     )
 
-    def __post_init__(self) -> None:
-        if self.lr is None:
-            object.__setattr__(self, "lr", 1e-5 if self.lora_rank else 1e-6)
-        super().__post_init__()
+    def __init__(self, **values: Any) -> None:
+        if values.get("lr") is None:
+            values["lr"] = 1e-5 if values.get("lora_rank") else 1e-6
+        super().__init__(**values)
 
     @property
     def trackers(self) -> list[str]:
@@ -272,36 +238,13 @@ class TrainOptions(WeightsOptions):
         names = ("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo")
         return parse_objective(self.loss, self.loss_options, **{name: getattr(self, name) for name in names})
 
-    def _conflicts(self) -> list[str]:
-        lora, merged, quantize = self.lora_rank is not None, self.export == "merged", self.quantize
-        adapter_only = ("lora_type", "lora_alpha", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit")
-        unused = [name for name in (*adapter_only, "export") if not lora and getattr(self, name) not in (None, False)]
-        flags = ", ".join(" ".join(as_flag(name, getattr(self, name))) for name in unused)
-        table = {
-            "--ref-model {ref_model}: --loss {loss} reads no reference; leave it out": self.ref_model is not None
-            and not self.objective.reference,
-            "--fsdp: shards a model that is trained in full; leave it out with --lora-rank or --ref-model": self.fsdp
-            and bool(lora or self.ref_model),
-            f"{flags}: no adapter is trained; add --lora-rank, for example 16, or leave it out": bool(unused),
-            "--memory {memory}: an adapter's weights are few and stay float32, and its base is not trained and takes 2 "
-            "bytes per parameter on CUDA; use full": lora and self.memory not in ("auto", "full"),
-            "--export-dtype {export_dtype}: an adapter is written in float32, in which it is trained; with --export "
-            "merged the whole model can be in another": lora and self.export_dtype != "float32" and not merged,
-            f"--export merged: a base in {quantize} cannot take up an adapter exactly; export the adapter, and merge "
-            "it into the unquantized base with dpo merge": lora and merged and quantize is not None,
-            "--lora-type dora: its norms would be computed in bfloat16 over a quantized base; use lora or rslora": lora
-            and quantize is not None
-            and self.lora_type == "dora",
-        }
-        return [*super()._conflicts(), *(text for text, refused in table.items() if refused)]
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class PrecomputeOptions(WeightsOptions):
     """`dpo precompute-ref`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class EvalOptions(SampleOptions, Options):
     """`dpo eval`."""
 
@@ -310,9 +253,7 @@ class EvalOptions(SampleOptions, Options):
         "Hub id, local folder, .gguf file, run folder or checkpoint; twice: the second is compared with the first.",
         shown="SmolLM2-135M-Instruct",
     )
-    ref_model: str | None = option(
-        None, "Reference model.", shown="what the run was trained from, else the model itself"
-    )
+    ref_model: str | None = option(None, "Reference model.", shown="the run's, else the model itself")
     beta: float | None = option(None, "Scale of the implicit reward.", positive, shown="the run's, else 0.1")
     kl: str = kl_option()
     seed: int = option(0, "Seed of the samples.", checks.valid_seed)
@@ -320,7 +261,7 @@ class EvalOptions(SampleOptions, Options):
     report: Path | None = option(None, "Write the report, one HTML file, to this file.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class SweepOptions(SampleOptions, TrainOptions):
     """`dpo sweep`: the options of its trainings, which differ in beta alone, and of the evaluation after them."""
 
@@ -336,26 +277,17 @@ class SweepOptions(SampleOptions, TrainOptions):
     )
     kl: str = kl_option("While training; the frontier's is always exact.")
 
-    def _conflicts(self) -> list[str]:
-        table = {
-            "--eval-data is missing: a sweep compares its runs on held-out rows": not self.eval_data,
-            "--eval-fraction: a sweep compares its runs on --eval-data; leave it out": bool(self.eval_fraction),
-            "--push-to-hub {push_to_hub}: a sweep trains several models; dpo push uploads one": bool(self.push_to_hub),
-            "--loss {loss}: reads no beta, so there is nothing to compare": not self.objective.uses("beta"),
-        }
-        return [*super()._conflicts(), *(text for text, refused in table.items() if refused)]
-
     def runs(self) -> list[TrainOptions]:
         """Return the options of each training, lowest beta first, without its output folder."""
-        common = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainOptions)}
+        common = {f.name: getattr(self, f.name) for f in fields(TrainOptions)}
         return [TrainOptions(**common | {"beta": beta, "output": None}) for beta in checks.numbers(self.beta)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class CheckOptions(DataOptions):
     """`dpo check`."""
 
-    eval_data: list[str] | None = option(None, "Held-out rows: checked too, and searched for rows of --data.")
+    eval_data: list[str] | None = option(None, "Held-out rows, which are searched for rows of --data.")
     examples: int = option(3, "Rows shown per finding.", not_negative)
     fix: Path | None = option(None, "Write the clean rows of --data to this new .jsonl file.")
     strict: bool = option(False, "Exit with code 3 if there is a problem.")
@@ -364,7 +296,7 @@ class CheckOptions(DataOptions):
 def out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[str]:
     """Name every value that its option's check refuses."""
     problems = []
-    for f in dataclasses.fields(kind):
+    for f in fields(kind):
         value, check = values.get(f.name), f.metadata["check"]
         if check and value is not None and not check.accepts(value):
             near = did_you_mean(str(value), check.choices)

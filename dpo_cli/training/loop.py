@@ -19,7 +19,7 @@ from torch import Tensor
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.evaluation.metrics_log import append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.hub.export import NotReadBackError
-from dpo_cli.hub.push import check_base, check_login
+from dpo_cli.hub.push import check_base, create_repository
 from dpo_cli.models.logprobs import logp_tolerance
 from dpo_cli.models.parallel import reshard
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
@@ -49,10 +49,10 @@ def train(
         Interrupted: a signal came; a checkpoint was written.
     """
     folders: list[Path] = [resume] if resume else []  # the run's, once it is there
-    with distributed.started(lambda: _after_lost_rank(folders, options)) as accelerator, ExitStack() as holding:
+    with distributed.started(lambda: _after_lost_rank(folders, options)) as device, ExitStack() as holding:
         _check_start(options, resume, command, reporter, dry_run, holding)
         set_seed(options.seed)
-        run = prepare_run(options, resume, accelerator.device, reporter, dry_run)
+        run = prepare_run(options, resume, device, reporter, dry_run)
         if options.push_to_hub and options.lora_rank and options.export != "merged":
             check_base(run.policy.source.name)
         if dry_run:
@@ -105,7 +105,7 @@ def _check_start(
     if resume:
         trained_with(resume)
     if (repository := options.push_to_hub) and not dry_run:
-        distributed.on_rank_0(lambda: check_login(repository))
+        distributed.on_rank_0(lambda: create_repository(repository))
     distributed.on_rank_0(lambda: check_installed(options))
     if distributed.world_size() == 1 and (count := torch.cuda.device_count()) > 1:
         launch = shlex.join(["torchrun", "--nproc-per-node", str(count), "-m", "dpo_cli", *command[1:]])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, pipeline
 from typer.testing import CliRunner
 
@@ -49,11 +50,10 @@ def test_the_card_tells_what_came_of_it(train: Train, tmp_path: Path) -> None:
     last = next(line for line in lines if line["step"] == 2 and "eval_loss" in line)
     for folder in ("model", "best"):
         card = ModelCard.load(tmp_path / "first" / folder / "README.md")
-        found = {each.metric_name: each.metric_value for each in card.data.eval_results}
-        assert found["loss"] == pytest.approx(last["eval_loss"], abs=1e-6)
-        assert found["implicit reward accuracy"] == pytest.approx(last["eval_rewards/accuracies"], abs=1e-6)
-        assert found["KL to the base model on chosen responses, nats per token"] == round(last["eval_kl/chosen"], 6)
         assert f"| loss | 0.6931 | {last['eval_loss']:.4f} |" in card.text
+        assert f"| implicit reward accuracy | 0.5000 | {last['eval_rewards/accuracies']:.4f} |" in card.text
+        kl = f"{last['eval_kl/chosen']:.4f}"
+        assert f"| KL to the base model on chosen responses, nats per token | 0.0000 | {kl} |" in card.text
     data = card.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert "dpo" in data["tags"] and "trl" not in data["tags"]
@@ -180,29 +180,28 @@ class FakeHub:
         self.files: dict[str, bytes] = {}
         self.private: bool | None = None
         self.fail: dict[str, Exception] = {}
-        self.who = {"name": "me", "orgs": [{"name": "org"}], "auth": {"accessToken": {"role": "write"}}}
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
         if name in self.fail:
             raise self.fail[name]
 
-    def whoami(self) -> dict[str, Any]:
-        self._call("whoami")
-        return self.who
+    def auth_check(self, name: str, write: bool) -> None:
+        self._call("auth_check")
+        assert write
 
     def create_repo(self, name: str, private: bool, exist_ok: bool) -> None:
         self._call("create_repo")
         assert exist_ok
         self.private = private
 
-    def create_commit(self, name: str, operations: list[Any], commit_message: str) -> Any:
-        self._call("create_commit")
-        for each in operations:
-            with each.as_file() as stream:
-                self.files[each.path_in_repo] = stream.read()
+    def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> Any:
+        self._call("upload_folder")
+        names = [path.name for path in folder_path.iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            self.files[name] = (folder_path / name).read_bytes()
         self.message = commit_message
-        return type("Done", (), {"repo_url": f"https://huggingface.co/{name}"})
+        return type("Done", (), {"repo_url": f"https://huggingface.co/{repo_id}"})
 
     def model_info(self, name: str) -> Any:
         self._call("model_info")
@@ -221,7 +220,7 @@ def test_a_pushed_run_is_its_model_and_nothing_else(hub: FakeHub, train: Train, 
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["pushed"] == "https://huggingface.co/org/model"
     assert hub.private is True and "(private)" in result.stderr
-    assert hub.calls == ["whoami", "create_repo", "create_commit", "model_info"]
+    assert hub.calls == [*["create_repo", "auth_check"] * 2, "upload_folder", "model_info"]
     exported = {path.name for path in (tmp_path / "first" / "model").iterdir()}
     assert set(hub.files) == exported
     for name, content in hub.files.items():
@@ -234,28 +233,25 @@ def test_a_pushed_run_is_its_model_and_nothing_else(hub: FakeHub, train: Train, 
     )  # whoever repeats the run is asked again
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no login": ({"fail": LocalTokenNotFoundError("Token is required")}, "you are not logged in; run: hf auth login"),
-    "offline": ({"fail": OfflineModeIsEnabled("offline mode is enabled")}, "offline mode is enabled"),
-    "no network": ({"fail": ConnectionError("[Errno -2] Name or service not known")}, "Name or service not known"),
-    "elsewhere": ({"who": {"name": "other", "orgs": []}}, "your login may write to other, not to org"),
-    "may only read": ({"who": {"name": "org", "auth": {"accessToken": {"role": "read"}}}}, "your token may only read"),
+REFUSED: dict[str, tuple[str, Exception, str]] = {
+    "no login": ("create_repo", LocalTokenNotFoundError("Token"), "you are not logged in; run: hf auth login"),
+    "offline": ("create_repo", OfflineModeIsEnabled("offline mode is enabled"), "offline mode is enabled"),
+    "no network": ("create_repo", ConnectionError("Name or service not known"), "Name or service not known"),
+    "may only read": ("auth_check", ConnectionError("403 Forbidden"), "your login may not write there"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_pushed_is_told_before_training(case: str, hub: FakeHub, train: Train, tmp_path: Path) -> None:
-    change, told = REFUSED[case]
-    if "fail" in change:
-        hub.fail = {"whoami": change["fail"]}
-    hub.who = change.get("who", hub.who)
+    call, error, told = REFUSED[case]
+    hub.fail = {call: error}
     result = train("--push-to-hub", "org/model")
     assert result.exit_code == 2 and told in result.stderr, result.stderr
-    assert not (tmp_path / "first").exists() and hub.calls == ["whoami"]
+    assert not (tmp_path / "first").exists() and "upload_folder" not in hub.calls
 
 
 def test_a_push_that_fails_loses_no_run(hub: FakeHub, train: Train, tmp_path: Path) -> None:
-    hub.fail = {"create_commit": ConnectionError("connection reset")}
+    hub.fail = {"upload_folder": ConnectionError("connection reset")}
     result = train("--push-to-hub", "me/model", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["steps"] == 2  # all that a run tells
