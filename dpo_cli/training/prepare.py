@@ -128,7 +128,7 @@ def read_pairs(
         if count := int(np.count_nonzero(column != usual)):
             reporter.info("", f"{name} from {column.min():g} to {column.max():g}, not {usual} in {count:,} pairs")
     if rows.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
-        tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template
+        tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template.plain
     return rows
 
 
