@@ -399,7 +399,7 @@ def test_nothing_to_go_on_from(place: Place, copy: Path, state: str) -> None:
         ("max_length", 64), ("max_tokens", 700), ("warmup_ratio", 0.0), ("lr_scheduler", "cosine"),
         ("weight_decay", 0.1),
         ("max_grad_norm", 0.5), ("label_smoothing", 0.1), ("dtype", "bfloat16"), ("gradient_checkpointing", True),
-        ("model", "other"), ("data", ["other.jsonl"]), ("eval_data", ["other.jsonl"]), ("eval_fraction", 0.1),
+        ("model", "other"), ("data", ["other.jsonl"]), ("eval_data", ["other.jsonl"]),
         ("columns", "prompt=p"), ("control_tokens", "refuse"),
     ],
 )  # fmt: skip
