@@ -8,7 +8,6 @@ Legend: R responses, N response tokens that carry loss, P pairs.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
@@ -55,16 +54,14 @@ def tokens_of(pair: Pair) -> int:
 class ReferenceCache:
     """The log-probs of one reference, by response key: those on disk, and those that this process adds.
 
-    ``about`` describes the reference to a person; nothing depends on it.
+    ``model`` names the reference to a person; nothing depends on it.
     """
 
-    def __init__(
-        self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None], about: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None], model: str = "unknown") -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", fingerprint):  # it names a folder, and may come from an edited manifest
             raise UsageError(f"'{fingerprint[:80]}' is no fingerprint of a reference")
         self.folder = cache_dir.expanduser() / "reference" / fingerprint[:32]
-        self.about, self.warn = about, warn
+        self.model = model
         self.values: dict[bytes, float] = {}
         for keys, logps, _, _ in shards.read_folder(self.folder, warn):
             self.values.update(zip(keys, logps.tolist(), strict=True))
@@ -99,18 +96,14 @@ class ReferenceCache:
         return logps
 
     def open_for_writing(self) -> None:
-        """Create the folder, and remove temporary files that killed processes left there.
+        """Create the folder with the model's name, and remove temporary files that killed processes left there.
 
         Raises:
             UsageError: nothing can be written there.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise PermissionError(errno.EACCES, "it is read-only", str(self.folder))
-            if self.about and not (self.folder / ABOUT).exists():
-                write_json(self.folder / ABOUT, dict(self.about))
-        except (OSError, NotWrittenError) as error:
+            write_json(self.folder / ABOUT, {"model": self.model})
+        except NotWrittenError as error:
             raise UsageError(f"--cache-dir: no reference log-probs can be kept in {self.folder} ({error})") from error
         remove_leftovers(self.folder, older_than=DAY)  # other processes may be writing
 

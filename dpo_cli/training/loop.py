@@ -167,9 +167,6 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     """Before the first step policy and reference are equal, and every margin is 0: a check of the cache, too.
 
     With another model as the reference the starting point is only reported.
-
-    Raises:
-        DpoError: a response's log-probs differ by more than arithmetic explains.
     """
     indices = [i for micro_batch in run.plan[0] for i in micro_batch]
     values, largest = compare_with_reference(trainer, indices)

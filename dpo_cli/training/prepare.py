@@ -34,7 +34,7 @@ from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.converted import use_converted
 from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint
 from dpo_cli.models.layout import choose_layout
-from dpo_cli.models.loading import compute_dtype, dtype_name, load_model, load_tokenizer, with_vocabulary
+from dpo_cli.models.loading import compute_dtype, load_model, load_tokenizer, with_vocabulary
 from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import kind_of
@@ -215,14 +215,7 @@ class ScoredModel:
 
     def open_cache(self, options: Options, reporter: Reporter) -> ReferenceCache:
         """Open what is on disk of its log-probs."""
-        about = {
-            "model": self.source.base,
-            "from": self.source.description,
-            "layout": self.runner.layout,
-            "dtype": dtype_name(self.runner.dtype),
-            "device": self.runner.device.type,
-        }
-        return ReferenceCache(options.cache_dir, self.fingerprint, reporter.warning, about)
+        return ReferenceCache(options.cache_dir, self.fingerprint, reporter.warning, self.source.base)
 
 
 def load_scored_model(

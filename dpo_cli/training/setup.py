@@ -267,11 +267,7 @@ def _check_plan(options: TrainOptions, plan: list[Step], pairs: Pairs, held_out:
 def _load_reference(
     options: TrainOptions, tokenizer: Any, pairs: Pairs, device: torch.device, reporter: Reporter
 ) -> ScoredModel:
-    """The model that ``--ref-model`` names.
-
-    Raises:
-        UsageError: it cannot be loaded, or reads other tokens than the policy.
-    """
+    """The model that ``--ref-model`` names."""
     mode = weights_mode(options.memory, True, options.dtype, device)
     try:
         source = choose_model(options.ref_model, options, reporter, "reference")
