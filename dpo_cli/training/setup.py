@@ -274,9 +274,10 @@ def _load_reference(
         mine, theirs = tokenizer.get_vocab(), load_tokenizer(source).get_vocab()
         if differing := [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]:
             token = min(differing)
+            there, here = (f"token {ids[token]}" if token in ids else "no token" for ids in (theirs, mine))
             raise UsageError(
-                f"--ref-model {options.ref_model}: its tokenizer is another one than the policy's: {token!r} is token "
-                f"{theirs.get(token)} there and {mine.get(token)} here, and {len(differing) - 1:,} more differ"
+                f"--ref-model {options.ref_model}: its tokenizer is another one than the policy's: {token!r} is {there} "
+                f"there and {here} here, and {len(differing) - 1:,} more differ"
             )
         reference = load_scored_model(source, pairs, options, mode, device, reporter)
     except UsageError as error:
