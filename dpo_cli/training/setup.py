@@ -276,8 +276,8 @@ def _load_reference(
             token = min(differing)
             there, here = (f"token {ids[token]}" if token in ids else "no token" for ids in (theirs, mine))
             raise UsageError(
-                f"--ref-model {options.ref_model}: its tokenizer is another one than the policy's: {token!r} is {there} "
-                f"there and {here} here, and {len(differing) - 1:,} more differ"
+                f"--ref-model {options.ref_model}: its tokenizer is another one than the policy's: {token!r} is "
+                f"{there} there and {here} here, and {len(differing) - 1:,} more differ"
             )
         reference = load_scored_model(source, pairs, options, mode, device, reporter)
     except UsageError as error:
