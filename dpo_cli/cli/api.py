@@ -5,17 +5,17 @@ Heavy imports stand inside the functions, so that importing the package is insta
 
 from __future__ import annotations
 
-import hashlib
-import json
+import inspect
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, TrainOptions, as_flag
-from dpo_cli.config.resolve import from_keywords, resolve, resolve_training
+from dpo_cli.config.resolve import resolve, resolve_training
 from dpo_cli.utils.errors import DpoError, UsageError
 
 if TYPE_CHECKING:
@@ -24,9 +24,29 @@ if TYPE_CHECKING:
 Name = str | os.PathLike[str]
 Data = Name | Iterable[Name] | Iterable[Mapping[str, Any]]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 ROWS = Path("runs")  # folder for rows that are in memory
 
 
+def _with_options(kind: type[DataOptions]) -> Callable[[Function], Function]:
+    """Let ``help`` show the options that a function takes, with their defaults."""
+
+    def decorate(function: Function) -> Function:
+        signature, keyword = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
+        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        options = [
+            inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type)
+            for f in fields(kind)
+            if f.name != "data"
+        ]
+        function.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_with_options(TrainOptions)
 def train(
     data: Data | None = None,
     *,
@@ -52,21 +72,21 @@ def train(
         Interrupted: a signal came, as from a notebook's stop button; a checkpoint was written.
         DpoError: the run failed, and its last checkpoint is whole; or it is complete and could not be uploaded.
     """
-    flags, folder, file = _flags(TrainOptions, data, options), _path(resume), _path(config)
-    resolved = resolve_training(flags, folder, file)
-    with _reporter(progress, resolved) as reporter:
+    rows = dict[Path, str]()
+    given, folder, file = _given(data, options, rows), _path(resume), _path(config)
+    resolved = resolve_training(given, folder, file, ("config", "progress", "resume", "dry_run"))
+    with _reporter(progress, resolved, rows) as reporter:
         from dpo_cli.training.loop import train as run
 
-        given = {
-            name: value for name, value in (flags | {"resume": folder, "config": file}).items() if value is not None
-        }
-        command = ["dpo", "train", *(word for name, value in given.items() for word in as_flag(name, value))]
-        result = run(resolved, folder, command, reporter, dry_run)
+        values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": file}
+        words = [word for name, each in values.items() if each is not None for word in as_flag(name, each)]
+        result = run(resolved, folder, ["dpo", "train", *words], reporter, dry_run)
     if error := result.pop("push_error", None):
         raise DpoError(error)
     return result
 
 
+@_with_options(EvalOptions)
 def evaluate(
     data: Data | None = None, *, config: Name | None = None, progress: bool = False, **options: Any
 ) -> dict[str, Any]:
@@ -79,15 +99,17 @@ def evaluate(
         UsageError: an option or the data cannot be used.
         DpoError: the evaluation failed.
     """
-    resolved = resolve(EvalOptions, _flags(EvalOptions, data, options), _path(config))
+    rows = dict[Path, str]()
+    resolved = resolve(EvalOptions, _given(data, options, rows), _path(config), ("config", "progress"))
     results: list[dict[str, Any]] = []
-    with _reporter(progress, resolved) as reporter:
+    with _reporter(progress, resolved, rows) as reporter:
         from dpo_cli.evaluation.evaluate import run_eval
 
         run_eval(resolved, reporter, results.append)
     return results[0]
 
 
+@_with_options(PrecomputeOptions)
 def precompute(
     data: Data | None = None, *, config: Name | None = None, progress: bool = False, **options: Any
 ) -> dict[str, Any]:
@@ -97,32 +119,30 @@ def precompute(
 
     Raises:
         UsageError: an option or the data cannot be used.
-        DpoError: with ``verify``, a cached log-prob is off by more than arithmetic explains.
+        DpoError: a log-prob of the reference is not finite, or the disk is full.
     """
-    resolved = resolve(PrecomputeOptions, _flags(PrecomputeOptions, data, options), _path(config))
-    with _reporter(progress, resolved) as reporter:
+    rows = dict[Path, str]()
+    resolved = resolve(PrecomputeOptions, _given(data, options, rows), _path(config), ("config", "progress"))
+    with _reporter(progress, resolved, rows) as reporter:
         from dpo_cli.reference.precompute import precompute as run
 
         return run(resolved, reporter)
 
 
-def _flags(kind: type[DataOptions], data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options as a command has them; rows are written to a file after the other options were checked."""
+def _given(data: Data | None, options: Mapping[str, Any], rows: dict[Path, str]) -> dict[str, Any]:
+    """Return the options as a command has them; rows in memory go to ``rows``, by the file that will have them."""
     given = {**options, "data": data}
-    words = ("config", "progress", *(("resume", "dry_run") if kind is TrainOptions else ()))
-    flags = from_keywords(kind, {k: v for k, v in given.items() if k not in ("data", "eval_data")}, words)
-    sources = {k: _sources(given[k]) for k in ("data", "eval_data") if given.get(k) is not None}
-    return flags | from_keywords(kind, sources)
+    return given | {name: _sources(given[name], rows) for name in ("data", "eval_data") if name in given}
 
 
-def _sources(data: Data) -> list[Any]:
-    """Return names of data; rows in memory are written to a file named by their content.
+def _sources(data: Data | None, rows: dict[Path, str]) -> Any:
+    """Return names of data, for rows in memory that of a file named by their content.
 
     Raises:
         UsageError: there are none, or they cannot be written.
     """
-    if isinstance(data, (str, os.PathLike)):
-        return [data]
+    if data is None or isinstance(data, (str, os.PathLike)):
+        return data
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise UsageError("data: must be what --data names, or a list of rows as dicts")
     items: list[Any] = list(data)
@@ -130,17 +150,18 @@ def _sources(data: Data) -> list[Any]:
         raise UsageError("there are no rows")
     if not isinstance(items[0], Mapping):
         return items
-    from dpo_cli.utils.files import atomic_write, finite
+    import hashlib
+    import json
+
+    from dpo_cli.utils.files import finite
 
     try:
         text = "".join(json.dumps(finite(dict(row))) + "\n" for row in items)
     except (TypeError, ValueError) as error:
         raise UsageError(f"the rows cannot be written as JSON: {error}") from error
     file = ROWS / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-    if not file.exists():
-        with atomic_write(file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return [file]
+    rows[file] = text
+    return file
 
 
 def _path(name: Name | None) -> Path | None:
@@ -148,8 +169,8 @@ def _path(name: Name | None) -> Path | None:
 
 
 @contextmanager
-def _reporter(progress: bool, options: DataOptions) -> Iterator[Reporter]:
-    """Yield a reporter while transformers shows no progress of its own; models' memory is released afterwards.
+def _reporter(progress: bool, options: DataOptions, rows: Mapping[Path, str]) -> Iterator[Reporter]:
+    """Write the rows, now that the options are right, and yield a reporter; models' memory is released afterwards.
 
     Raises:
         UsageError: a launcher started several processes; or a name in the options does not exist.
@@ -157,7 +178,12 @@ def _reporter(progress: bool, options: DataOptions) -> Iterator[Reporter]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("the functions run in one process; several run the command: torchrun … -m dpo_cli train …")
     from dpo_cli.models.locate import check_hub, check_names
+    from dpo_cli.utils.files import atomic_write
 
+    for file, text in rows.items():
+        if not file.exists():
+            with atomic_write(file) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     check_hub(*check_names(options))
     from transformers.utils import logging
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
-from dpo_cli.cli.command import ConfigFile, Output, command, fail
-from dpo_cli.config.checks import repository
+from dpo_cli.cli.command import Commands, ConfigFile, command, out
 from dpo_cli.config.options import (
     CACHE_DIR,
     CheckOptions,
@@ -21,28 +19,13 @@ from dpo_cli.config.options import (
     SweepOptions,
     TrainOptions,
 )
-from dpo_cli.config.resolve import resolve, resolve_training, suggest_option
-from dpo_cli.utils.errors import DpoError, UsageError, name_beside, printable
+from dpo_cli.config.resolve import resolve, resolve_training
+from dpo_cli.utils.errors import DpoError, UsageError, printable
 
+if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's width, and a shell offers each line
+    os.environ["TERMINAL_WIDTH"] = "10000"
 
-class Commands(TyperGroup):
-    """The commands; an unknown option is refused in one line, with the nearest one."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command that was typed, as typer does."""
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            if type(error).__name__ != "NoSuchOption":  # click's, which typer may vendor
-                raise
-            about: Any = error
-            known = [word for each in about.ctx.command.params for word in each.opts]
-            word, *words = (each.lstrip("-").replace("-", "_") for each in (about.option_name, *known))
-            near = suggest_option(word, words).replace("_", "-").replace("'", "'--", 1)
-            fail(f"unknown option {about.option_name}{near}", 2)
-
-
-app = typer.Typer(
+app = main = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -68,14 +51,13 @@ def top(
     """Train language models on preference pairs with DPO: no reward model, no critic, no resident reference."""
 
 
-@app.command()
-@command()
+@command(app)
 def init(
     *,
-    out: Output,
     file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.yaml"),
     data: Annotated[list[str] | None, typer.Option(help="Value of --data of dpo train. Repeatable.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    **_: Any,
 ) -> None:
     """Write a file of all options for dpo train --config, with comments."""
     from dpo_cli.config.template import write_config
@@ -85,15 +67,13 @@ def init(
     out.show({"config": str(file)}, lambda _: then)
 
 
-@app.command()
-@command(TrainOptions)
+@command(app, kind=TrainOptions)
 def train(
     *,
-    out: Output,
-    flags: dict[str, Any],
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before the first step.")] = False,
     config: ConfigFile = None,
+    **flags: Any,
 ) -> None:
     """Train a model on chosen/rejected pairs."""
     options = resolve_training(flags, resume, config)
@@ -107,32 +87,22 @@ def train(
         raise DpoError(error)
 
 
-@app.command()
-@command()
+@command(app)
 def push(
     *,
-    out: Output,
     run: Annotated[Path, typer.Argument(help="A run's folder, or its model/ or best/.")],
     name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    **_: Any,
 ) -> None:
     """Upload a trained model to the Hugging Face hub."""
-    if not repository.accepts(name):
-        raise UsageError(f"{name}: {repository.must}")
-    if not run.is_dir():
-        raise UsageError(f"{run}: no such folder{name_beside(run)}")
-    out.reporter()
-    from dpo_cli.hub.push import check_login, model_folder
     from dpo_cli.hub.push import push as upload
 
-    model_folder(run)
-    check_login(name)
     out.show(upload(run, name, public))
 
 
-@app.command("precompute-ref")
-@command(PrecomputeOptions)
-def precompute_ref(*, out: Output, flags: dict[str, Any], config: ConfigFile = None) -> None:
+@command(app, "precompute-ref", PrecomputeOptions)
+def precompute_ref(config: ConfigFile = None, **flags: Any) -> None:
     """Fill the cache with the reference's log-probabilities."""
     options = resolve(PrecomputeOptions, flags, config)
     reporter = out.reporter(options, several=True)
@@ -141,9 +111,8 @@ def precompute_ref(*, out: Output, flags: dict[str, Any], config: ConfigFile = N
     out.show(precompute(options, reporter))
 
 
-@app.command("eval")
-@command(EvalOptions)
-def eval_(*, out: Output, flags: dict[str, Any], config: ConfigFile = None) -> None:
+@command(app, "eval", EvalOptions)
+def eval_(config: ConfigFile = None, **flags: Any) -> None:
     """Show what a model learned, and how far it is from its reference."""
     options = resolve(EvalOptions, flags, config)
     reporter = out.reporter(options)
@@ -153,9 +122,8 @@ def eval_(*, out: Output, flags: dict[str, Any], config: ConfigFile = None) -> N
     run_eval(options, reporter, lambda result: out.show(result, as_text))
 
 
-@app.command()
-@command(SweepOptions)
-def sweep(*, out: Output, flags: dict[str, Any], config: ConfigFile = None) -> None:
+@command(app, kind=SweepOptions)
+def sweep(config: ConfigFile = None, **flags: Any) -> None:
     """Train with several betas and show what each reward costs in KL."""
     options = resolve(SweepOptions, flags, config)
     reporter = out.reporter(options)
@@ -165,11 +133,9 @@ def sweep(*, out: Output, flags: dict[str, Any], config: ConfigFile = None) -> N
     out.show(run(options, sys.argv, reporter), as_text)
 
 
-@app.command()
-@command()
+@command(app)
 def merge(
     *,
-    out: Output,
     model: Annotated[str, typer.Option(help="Run, checkpoint or folder of an adapter.")],
     output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
     base_model: Annotated[
@@ -183,6 +149,7 @@ def merge(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code from the base model's repository.")
     ] = False,
+    **_: Any,
 ) -> None:
     """Write an adapter and its base as one model."""
     from dpo_cli.models.locate import find_model
@@ -194,9 +161,8 @@ def merge(
     out.show(run(model, base_model, output, export_dtype, trust_remote_code, reporter))
 
 
-@app.command()
-@command(ExplainOptions)
-def explain(*, out: Output, flags: dict[str, Any], config: ConfigFile = None) -> None:
+@command(app, kind=ExplainOptions)
+def explain(config: ConfigFile = None, **flags: Any) -> None:
     """Show one row as it would be trained: every token, and which carry loss."""
     options = resolve(ExplainOptions, flags, config)
     reporter = out.reporter(options)
@@ -204,15 +170,14 @@ def explain(*, out: Output, flags: dict[str, Any], config: ConfigFile = None) ->
     from dpo_cli.quality.explain import show
 
     result = run(options, reporter)
-    if out.as_json:
+    if out.json:
         out.show(result)
     else:
         show(result)
 
 
-@app.command()
-@command(CheckOptions)
-def check(*, out: Output, flags: dict[str, Any], config: ConfigFile = None) -> None:
+@command(app, kind=CheckOptions)
+def check(config: ConfigFile = None, **flags: Any) -> None:
     """Report what is wrong with preference rows; only tokenizes them."""
     options = resolve(CheckOptions, flags, config)
     reporter = out.reporter(options)
@@ -226,9 +191,8 @@ def check(*, out: Output, flags: dict[str, Any], config: ConfigFile = None) -> N
         raise typer.Exit(3)
 
 
-@app.command()
-@command()
-def losses(*, out: Output) -> None:
+@command(app)
+def losses(**_: Any) -> None:
     """List the losses of --loss: formulas, when to use which, papers."""
     from dpo_cli.losses.objective import as_text, list_losses
 
@@ -243,19 +207,16 @@ CacheDir = Annotated[
 ]
 
 
-@cache_app.command("list")
-@command()
-def cache_list(*, out: Output, cache_dir: CacheDir = CACHE_DIR) -> None:
+@command(cache_app, "list")
+def cache_list(cache_dir: CacheDir = CACHE_DIR, **_: Any) -> None:
     """Show what is cached: model, size and last use."""
-    out.reporter()
     from dpo_cli.reference.manage import as_text, listed
 
     out.show(listed(cache_dir), as_text)
 
 
-@cache_app.command("verify")
-@command()
-def cache_verify(*, out: Output, cache_dir: CacheDir = CACHE_DIR) -> None:
+@command(cache_app, "verify")
+def cache_verify(cache_dir: CacheDir = CACHE_DIR, **_: Any) -> None:
     """Check every cached file; exit code 3 if one cannot be used."""
     reporter = out.reporter()
     from dpo_cli.reference.manage import verify
@@ -266,30 +227,25 @@ def cache_verify(*, out: Output, cache_dir: CacheDir = CACHE_DIR) -> None:
         raise typer.Exit(3)
 
 
-@cache_app.command("prune")
-@command()
+@command(cache_app, "prune")
 def cache_prune(
     *,
-    out: Output,
     cache_dir: CacheDir = CACHE_DIR,
     older_than: Annotated[float | None, typer.Option(min=0, help="Not used for so many days.")] = None,
     model: Annotated[str | None, typer.Option(help="Part of the model's name.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only listed.")] = False,
+    **_: Any,
 ) -> None:
-    """Remove what is cached by age or model; asks first."""
-    if model == "":
-        raise UsageError("--model: the name is empty")
-    if older_than is None and model is None:
+    """Remove what is cached by age or model; without --yes it only lists that."""
+    if older_than is None and not model:
         raise UsageError("say what to remove: --older-than DAYS, --model NAME or both")
     reporter = out.reporter()
     from dpo_cli.reference.manage import as_text, prune, select
 
     entries = select(cache_dir, older_than, model)
     if entries and not yes:
-        if not sys.stdin.isatty():
-            raise UsageError(f"{len(entries)} entries would be removed, and nobody can be asked here: add --yes")
         print(printable(as_text({"entries": [entry.shown() for entry in entries]})), file=sys.stderr)
-        typer.confirm(f"Remove these {len(entries)} entries?", abort=True, err=True)
+        raise UsageError(f"these {len(entries)} entries would be removed: add --yes")
     out.show(prune(entries, reporter))
 
 
@@ -307,15 +263,3 @@ def _train_summary(result: dict[str, Any]) -> str:
     shown = ("pairs", "steps", "run", "model", "report", "pushed", "reference_misses")
     lines += [f"{name:<11} {result[name]}" for name in shown if name in result]
     return "\n".join([*lines, *verdict(result)])
-
-
-def main() -> None:
-    """Entry point of the ``dpo`` command."""
-    if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's width, and a shell offers each line
-        os.environ["TERMINAL_WIDTH"] = "10000"
-    try:
-        app()
-    except SystemExit as end:
-        if distributed := sys.modules.get("dpo_cli.utils.distributed"):
-            distributed.hard_exit(int(end.code or 0))
-        raise

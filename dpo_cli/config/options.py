@@ -1,15 +1,15 @@
-"""Every option once: name, type, default, help, range, and the combinations that are refused."""
+"""Every option once: name, type, default, help and range."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import checks
 from dpo_cli.config.checks import Check, not_negative, one_of, positive
+from dpo_cli.config.refused import refused
 from dpo_cli.losses.objective import Objective, parse_objective
 from dpo_cli.losses.preference import DIVERGENCES, LOSSES
 from dpo_cli.utils.errors import UsageError, did_you_mean
@@ -42,7 +42,7 @@ def kl_option(more: str = "") -> Any:
     return option("exact", f"{text} {more}".strip(), one_of("exact", "none"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class DataOptions:
     """What every command needs: pairs, and the model whose tokenizer reads them."""
 
@@ -79,18 +79,27 @@ class DataOptions:
     chat_template: Path | None = option(None, "Jinja file to use as the chat template.", shown="the model's")
     trust_remote_code: bool = option(False, "Run Python code from the model's repository.")
 
-    def __post_init__(self) -> None:
-        values = vars(self)
-        problems = out_of_range(type(self), values) or [text.format(**values) for text in self._conflicts()]
-        if problems:
+    def __init__(self, **values: Any) -> None:
+        """Take options by name, with the default of those that are missing.
+
+        Written by hand, like equality: generated methods of all classes would take a quarter of the time of --help.
+
+        Raises:
+            UsageError: naming every value out of its range, else every combination that is refused.
+        """
+        vars(self).update({f.name: values.pop(f.name, f.default) for f in fields(self)})
+        if values:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(values)}")
+        if problems := out_of_range(type(self), vars(self)) or refused(self):
             raise UsageError("\n".join(problems))
 
-    def _conflicts(self) -> list[str]:
-        """Combinations of options that are refused; ``{name}`` stands for an option's value."""
-        return []
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Options(DataOptions):
     """What every command needs that computes log-probs."""
 
@@ -105,7 +114,7 @@ class Options(DataOptions):
     compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class WeightsOptions(Options):
     """How the weights are kept, in training and in scoring for a training."""
 
@@ -125,12 +134,8 @@ class WeightsOptions(Options):
         """``4bit`` or ``8bit``; None: the base is not quantized."""
         return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
 
-    def _conflicts(self) -> list[str]:
-        both = "--load-in-4bit, --load-in-8bit: a base is quantized once; leave one out"
-        return [*super()._conflicts(), *([both] if self.load_in_4bit and self.load_in_8bit else [])]
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class SampleOptions:
     """What every command needs that samples answers."""
 
@@ -139,14 +144,14 @@ class SampleOptions:
     sample_tokens: int = option(128, "Longest sampled answer in tokens.", positive)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class ExplainOptions(DataOptions):
     """`dpo explain`."""
 
     row: str | None = option(None, "Row number, or FILE:NUMBER if there are several files.", shown="the first")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class TrainOptions(WeightsOptions):
     """`dpo train`."""
 
@@ -251,10 +256,10 @@ class TrainOptions(WeightsOptions):
         shown="nothing is uploaded",
     )
 
-    def __post_init__(self) -> None:
-        if self.lr is None:
-            object.__setattr__(self, "lr", 1e-5 if self.lora_rank else 1e-6)
-        super().__post_init__()
+    def __init__(self, **values: Any) -> None:
+        if values.get("lr") is None:
+            values["lr"] = 1e-5 if values.get("lora_rank") else 1e-6
+        super().__init__(**values)
 
     @property
     def trackers(self) -> list[str]:
@@ -272,36 +277,13 @@ class TrainOptions(WeightsOptions):
         names = ("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo")
         return parse_objective(self.loss, self.loss_options, **{name: getattr(self, name) for name in names})
 
-    def _conflicts(self) -> list[str]:
-        lora, merged, quantize = self.lora_rank is not None, self.export == "merged", self.quantize
-        adapter_only = ("lora_type", "lora_alpha", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit")
-        unused = [name for name in (*adapter_only, "export") if not lora and getattr(self, name) not in (None, False)]
-        flags = ", ".join(" ".join(as_flag(name, getattr(self, name))) for name in unused)
-        table = {
-            "--ref-model {ref_model}: --loss {loss} reads no reference; leave it out": self.ref_model is not None
-            and not self.objective.reference,
-            "--fsdp: shards a model that is trained in full; leave it out with --lora-rank or --ref-model": self.fsdp
-            and bool(lora or self.ref_model),
-            f"{flags}: no adapter is trained; add --lora-rank, for example 16, or leave it out": bool(unused),
-            "--memory {memory}: an adapter's weights are few and stay float32, and its base is not trained and takes 2 "
-            "bytes per parameter on CUDA; use full": lora and self.memory not in ("auto", "full"),
-            "--export-dtype {export_dtype}: an adapter is written in float32, in which it is trained; with --export "
-            "merged the whole model can be in another": lora and self.export_dtype != "float32" and not merged,
-            f"--export merged: a base in {quantize} cannot take up an adapter exactly; export the adapter, and merge "
-            "it into the unquantized base with dpo merge": lora and merged and quantize is not None,
-            "--lora-type dora: its norms would be computed in bfloat16 over a quantized base; use lora or rslora": lora
-            and quantize is not None
-            and self.lora_type == "dora",
-        }
-        return [*super()._conflicts(), *(text for text, refused in table.items() if refused)]
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class PrecomputeOptions(WeightsOptions):
     """`dpo precompute-ref`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class EvalOptions(SampleOptions, Options):
     """`dpo eval`."""
 
@@ -320,7 +302,7 @@ class EvalOptions(SampleOptions, Options):
     report: Path | None = option(None, "Write the report, one HTML file, to this file.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class SweepOptions(SampleOptions, TrainOptions):
     """`dpo sweep`: the options of its trainings, which differ in beta alone, and of the evaluation after them."""
 
@@ -342,24 +324,13 @@ class SweepOptions(SampleOptions, TrainOptions):
         checks.import_path,
     )
 
-    def _conflicts(self) -> list[str]:
-        table = {
-            "--eval-data is missing: a sweep compares its runs on held-out rows": not self.eval_data,
-            "--eval-fraction: a sweep compares its runs on --eval-data; leave it out": bool(self.eval_fraction),
-            "--push-to-hub {push_to_hub}: a sweep trains several models; dpo push uploads one": bool(self.push_to_hub),
-            "--loss {loss}: reads no beta, so there is nothing to compare": not self.objective.uses("beta"),
-            "--reward {reward}: it judges sampled answers; add --samples, for example 4": bool(self.reward)
-            and not self.samples,
-        }
-        return [*super()._conflicts(), *(text for text, refused in table.items() if refused)]
-
     def runs(self) -> list[TrainOptions]:
         """Return the options of each training, lowest beta first, without its output folder."""
-        common = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainOptions)}
+        common = {f.name: getattr(self, f.name) for f in fields(TrainOptions)}
         return [TrainOptions(**common | {"beta": beta, "output": None}) for beta in checks.numbers(self.beta)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class CheckOptions(DataOptions):
     """`dpo check`."""
 
@@ -372,7 +343,7 @@ class CheckOptions(DataOptions):
 def out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[str]:
     """Name every value that its option's check refuses."""
     problems = []
-    for f in dataclasses.fields(kind):
+    for f in fields(kind):
         value, check = values.get(f.name), f.metadata["check"]
         if check and value is not None and not check.accepts(value):
             near = did_you_mean(str(value), check.choices)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 import reprlib
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -18,22 +16,15 @@ from dpo_cli.utils.errors import UsageError, did_you_mean, name_beside
 
 # Options that do not change what is trained: a resumed run may change them.
 RESUME_MUTABLE = frozenset(
-    {
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "cache_dir",
-        "show_answers",
-        "trust_remote_code",
-        "kl",
-        "export",
-    }
-    | {"export_dtype", "base_model", "push_to_hub", "fsdp", "report_to"}
+    (
+        *("logging_steps", "save_steps", "save_total_limit", "cache_dir", "show_answers", "trust_remote_code", "kl"),
+        *("export", "export_dtype", "base_model", "push_to_hub", "fsdp", "report_to"),
+    )
 )
 # Options that a run chooses itself when they are left open: from its model, its data, the free memory.
-AUTO_OPTIONS = frozenset(
-    {"max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"}
-    | {"lora_type", "lora_alpha", "lora_targets", "modules_to_save"}
+AUTO_OPTIONS = (
+    *("max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"),
+    *("lora_type", "lora_alpha", "lora_targets", "modules_to_save"),
 )
 # Other trainers' names of options.
 OTHER_NAMES = {
@@ -47,8 +38,6 @@ OTHER_NAMES = {
     "lr_scheduler_type": "lr_scheduler",
     "max_seq_length": "max_length",
 }
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel = 2
 
 T = TypeVar("T", bound=DataOptions)
 
@@ -59,15 +48,18 @@ def suggest_option(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, names, {theirs: ours for theirs, ours in OTHER_NAMES.items() if ours in names})
 
 
-def resolve(kind: type[T], flags: Mapping[str, Any], file: Path | None = None) -> T:
-    """Merge flags over the YAML file over the defaults, and check the result.
+def resolve(kind: type[T], given: Mapping[str, Any], file: Path | None = None, keywords: Sequence[str] = ()) -> T:
+    """Merge flags or keywords over the YAML file over the defaults, and check the result.
+
+    None leaves an option open. ``keywords`` are other words that an unknown option may have meant.
 
     Raises:
         UsageError: naming every unknown key, wrong type, failed check, missing option or refused combination.
     """
     values, problems = _parse(kind, _yaml_items(file)) if file else ({}, [])
-    values |= {name: value for name, value in flags.items() if value is not None}
-    problems += out_of_range(kind, values)
+    flags, wrong = _parse(kind, ((name, value, "") for name, value in given.items() if value is not None), keywords)
+    values |= flags
+    problems += [*wrong, *out_of_range(kind, values)]
     if not values.get("data"):
         problems.append("--data is missing: name a file of preference pairs, for example --data pairs.jsonl")
     if problems:
@@ -75,53 +67,28 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: Path | None = None) -
     return kind(**values)
 
 
-def from_keywords(kind: type[DataOptions], given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
-    """Convert Python values to flags for ``resolve``; None leaves an option open, a path may be a ``Path``.
-
-    ``others`` are further keywords that an unknown option may have meant.
-
-    Raises:
-        UsageError: naming every unknown option, and every value that an option cannot have.
-    """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [plain(each) for each in value]
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-    items = ((name, plain(value), "") for name, value in given.items() if value is not None)
-    values, problems = _parse(kind, items, others)
-    if problems:
-        raise UsageError("\n".join(problems))
-    return values
-
-
 def _parse(
-    kind: type[DataOptions], items: Iterable[tuple[str, Any, str]], others: Iterable[str] = ()
+    kind: type[DataOptions], items: Iterable[tuple[str, Any, str]], keywords: Sequence[str] = ()
 ) -> tuple[dict[str, Any], list[str]]:
     """Convert (name, value, place) items to the options' types; returns values and problems."""
     types, values, problems = get_type_hints(kind), dict[str, Any](), list[str]()
-    optional = {f.name for f in dataclasses.fields(kind) if f.default in (None, MISSING)}
+    optional = {f.name for f in fields(kind) if f.default in (None, MISSING)}
     for key, value, place in items:
         name = key.replace("-", "_")
         if name not in types:
-            problems.append(f"{place}unknown option '{key}'{suggest_option(name, [*types, *others])}")
+            problems.append(f"{place}unknown option '{key}'{suggest_option(name, [*types, *keywords])}")
         elif name in values:
             problems.append(f"{place}option '{key}' is given twice")
         else:
-            values[name] = None
-            if value is None and name in optional:
-                continue
-            if name in ("loss", "loss_options") and isinstance(value, dict):
-                value = ",".join(f"{term}={number}" for term, number in value.items())
             try:
-                values[name] = _convert(value, types[name])
+                values[name] = None if value is None and name in optional else _convert(value, types[name])
             except (TypeError, ValueError, OverflowError):
-                problems.append(f"{place}option '{key}' cannot be {_SHORT.repr(value)}")
+                values[name] = None
+                problems.append(f"{place}option '{key}' cannot be {reprlib.repr(value)}")
     return {name: value for name, value in values.items() if value is not None}, problems
 
 
-def _yaml_items(file: Path) -> Iterable[tuple[str, Any, str]]:
+def _yaml_items(file: Path) -> Iterator[tuple[str, Any, str]]:
     import yaml
 
     try:
@@ -134,50 +101,45 @@ def _yaml_items(file: Path) -> Iterable[tuple[str, Any, str]]:
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise UsageError(f"--config {file}: must be a mapping of option names to values")
     for key, value in node.value if node else ():
+        place = f"{file}:{key.start_mark.line + 1}: "
         try:
-            constructed = loader.construct_object(value, deep=True)
-        except (ValueError, yaml.YAMLError):
-            constructed = {value.value} if isinstance(value, yaml.ScalarNode) else value  # no option takes a set
-        yield str(key.value), constructed, f"{file}:{key.start_mark.line + 1}: "
+            yield str(key.value), loader.construct_object(value, deep=True), place
+        except (ValueError, yaml.YAMLError) as error:
+            raise UsageError(
+                f"{place}option '{key.value}' is no value of YAML: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def _convert(value: Any, type_: Any) -> Any:
-    """Convert a value to an option's type. YAML reads ``1e-6`` as a string; here it is a number.
+    """Convert a value to an option's type: YAML reads ``1e-6`` as a string; a list may stand for words with commas.
 
     Raises:
         TypeError, ValueError, OverflowError: it has no such value.
     """
     if NoneType in get_args(type_):
         type_ = next(kind for kind in get_args(type_) if kind is not NoneType)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if type_ == list[str]:
-        items = value if isinstance(value, list) else [value]
-        if all(isinstance(item, str) for item in items):
-            return items
-    elif type_ is bool or isinstance(value, bool):
-        if type_ is bool and isinstance(value, bool):
-            return value
-    elif type_ is str and isinstance(value, list):
-        return _joined(value)
-    elif type_ in (int, float):
-        if type_ is float or float(value) == int(float(value)):
-            return type_(float(value))
-    elif isinstance(value, (str, int, float)):
-        return type_(str(value))
-    raise TypeError
-
-
-def _joined(numbers: list[Any]) -> str:
-    """Numbers as a flag has them, separated by commas."""
-    if not numbers or not all(math.isfinite(_convert(number, float)) for number in numbers):
+        return [os.fspath(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
+    if type_ is str and isinstance(value, Mapping):
+        value = [f"{name}={each}" for name, each in value.items()]
+    if type_ is str and isinstance(value, (list, tuple)) and value:
+        value = ",".join(map(str, value))
+    if type_ is bool and isinstance(value, bool):
+        return value
+    if type_ is bool or isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError
-    return ",".join(map(str, numbers))
+    if type_ is int and float(value) != int(float(value)):
+        raise ValueError
+    return type_(float(value)) if type_ in (int, float) else type_(str(value))
 
 
 def to_yaml(options: DataOptions) -> str:
     """Write options as a YAML file that ``resolve`` reads back, without those that every run must be given again."""
     import yaml
 
-    values = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     kept = {name: v for name, v in values.items() if name not in ("output", "trust_remote_code", "push_to_hub")}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
@@ -185,53 +147,49 @@ def to_yaml(options: DataOptions) -> str:
 # ---- resumed runs -----------------------------------------------------------------------------------------------
 
 
-def resolve_training(flags: Mapping[str, Any], resume: Path | None, file: Path | None = None) -> TrainOptions:
-    """Return the options of a new run, or of one to resume, whose own folder ``--output`` may repeat.
+def resolve_training(
+    given: Mapping[str, Any], resume: Path | None, file: Path | None = None, keywords: Sequence[str] = ()
+) -> TrainOptions:
+    """Return the options of a new run, or those of the run in the folder ``resume``.
+
+    There the options given may only change what does not change the training; ``output`` may repeat the folder.
 
     Raises:
-        UsageError: they cannot be used.
+        UsageError: they cannot be used, the folder is no run, or an option asks for another training.
     """
     if not resume:
-        return resolve(TrainOptions, flags, file)
+        return resolve(TrainOptions, given, file, keywords)
     if file:
         raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
-    return resolve_resumed({**flags, "output": None} if flags.get("output") == resume else flags, resume)
-
-
-def resolve_resumed(flags: Mapping[str, Any], folder: Path) -> TrainOptions:
-    """Return the options of the run in ``folder``; flags may only change what does not change the training.
-
-    Raises:
-        UsageError: the folder is no run, or a flag asks for another training.
-    """
     for name in ("config.yaml", "manifest.json"):
-        if not (folder / name).is_file():
-            raise UsageError(f"--resume {folder}: no run there ({name} is missing){name_beside(folder)}")
-    file = folder / "config.yaml"
-    began, options = resolve(TrainOptions, {}, file), resolve(TrainOptions, flags, file)
+        if not (resume / name).is_file():
+            raise UsageError(f"--resume {resume}: no run there ({name} is missing){name_beside(resume)}")
+    if given.get("output") and Path(given["output"]) == resume:
+        given = {**given, "output": None}
+    file = resume / "config.yaml"
+    began, options = resolve(TrainOptions, {}, file), resolve(TrainOptions, given, file, keywords)
     if changed := differences(began, options):
-        new = {"output": folder.with_name(f"{folder.name}-2")} | {name: getattr(options, name) for name in changed}
+        new = {"output": resume.with_name(f"{resume.name}-2")} | {name: getattr(options, name) for name in changed}
         words = [word for name, value in new.items() for word in as_flag(name, value)]
         command = shlex.join(["dpo", "train", "--config", str(file), *words])
-        further = f"; add --model {shlex.quote(str(folder))} to train its model further"
+        further = f"; add --model {shlex.quote(str(resume))} to train its model further"
         raise UsageError(
-            f"--resume {folder}: cannot change {', '.join(changed.values())}. A new run can: {command}"
-            + (further if (folder / "model").is_dir() and "model" not in changed else "")
+            f"--resume {resume}: cannot change {', '.join(changed.values())}. A new run can: {command}"
+            + (further if (resume / "model").is_dir() and "model" not in changed else "")
         )
     return options
 
 
 def differences(began: TrainOptions, options: TrainOptions) -> dict[str, str]:
     """Describe, by name, the options that ask for another training than the one that a run began with."""
-    names = [f.name for f in dataclasses.fields(TrainOptions) if f.name not in RESUME_MUTABLE]
     return {
-        name: f"--{name.replace('_', '-')} {getattr(options, name)} (it began with {getattr(began, name)})"
-        for name in names
-        if getattr(options, name) != getattr(began, name)
+        name: f"--{name.replace('_', '-')} {value} (it began with {getattr(began, name)})"
+        for name, value in vars(options).items()
+        if name not in RESUME_MUTABLE and value != getattr(began, name)
     }
 
 
 def inherit_auto_options(options: TrainOptions, began: TrainOptions) -> TrainOptions:
     """Return the options with another run's automatic choices where they leave them open."""
     left_open = {name for name in AUTO_OPTIONS if getattr(options, name) in (None, "auto", False)}
-    return dataclasses.replace(options, **{name: getattr(began, name) for name in left_open})
+    return replace(options, **{name: getattr(began, name) for name in left_open})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from textwrap import fill
-from typing import Any
 
 import yaml
 
@@ -36,20 +35,16 @@ def write_config(file: Path, data: Sequence[str] = (), force: bool = False) -> N
 
 def commented(data: Sequence[str] = ()) -> str:
     """Make the file's text from the options' definitions, those to fill in first."""
-    fields = sorted(dataclasses.fields(TrainOptions), key=lambda f: f.name != "data")
-    return "\n".join([_comment(HEAD), *(_entry(f, list(data)) for f in fields)])
-
-
-def _entry(field: dataclasses.Field[Any], data: list[str]) -> str:
-    required = field.default is dataclasses.MISSING
-    value = data or None if required else str(field.default) if isinstance(field.default, Path) else field.default
-    text, check, shown = (field.metadata[name] for name in ("help", "check", "shown"))
-    if check and not (check.choices and all(choice in text for choice in check.choices)):
-        text += f" {check.must[0].upper()}{check.must[1:]}."
-    text += " Required." * required + (f" null: {shown}." if shown else "")
-    return _comment(text) + yaml.safe_dump(
-        {field.name: str(value) if isinstance(value, Path) else value}, allow_unicode=True
-    )
+    entries = [_comment(HEAD)]
+    for field in sorted(fields(TrainOptions), key=lambda f: f.name != "data"):
+        about, check, shown = (field.metadata[name] for name in ("help", "check", "shown"))
+        if check and not (check.choices and all(choice in about for choice in check.choices)):
+            about += f" {check.must[0].upper()}{check.must[1:]}."
+        about += " Required." * (field.default is MISSING) + (f" null: {shown}." if shown else "")
+        value = list(data) or None if field.default is MISSING else field.default
+        value = str(value) if isinstance(value, Path) else value
+        entries.append(_comment(about) + yaml.safe_dump({field.name: value}, allow_unicode=True))
+    return "\n".join(entries)
 
 
 def _comment(text: str) -> str:

@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 from dpo_cli.data.sources import hub_id
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.locate import DEFAULT_MODEL, ModelSource, find_model
-from dpo_cli.training.setup import Run
 from dpo_cli.utils.errors import printable
+
+if TYPE_CHECKING:
+    from dpo_cli.training.setup import Run
 
 SELF = "path/to/this/folder"  # the model in its card; replaced by the repository when it is pushed
 # Options shown in the card; none of them is a path.
@@ -35,77 +37,38 @@ _RESULTS = {
 }
 
 
-_USE = f"""```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", "{SELF}")
-print(chat([dict(role="user", content="Hello.")], max_new_tokens=200)[0]["generated_text"][-1]["content"])
-```
-
-A server with vLLM (it has the interface of OpenAI's), and a GGUF file for llama.cpp:
-
-```sh
-vllm serve {SELF} --dtype bfloat16
-python convert_hf_to_gguf.py {SELF} --outfile model.gguf --outtype bf16
-```"""
-_USE_ADAPTER = """An adapter, to be loaded on its base with peft. `dpo merge --model FOLDER --output MERGED` makes one
-model of both, for servers and for llama.cpp."""
-
-_RAW = """Its pairs were raw strings, without the chat template (`--format strings`): give it strings, not messages.
-
-"""
-
-
 def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """Make the README.md with the metadata that the hub reads; it names no local path and no person.
 
     ``before`` and ``after`` are metrics of the held-out pairs, empty if there are none.
     """
-    name, adapter = _line(run.folder.name), bool(run.options.lora_rank) and run.options.export != "merged"
-    base, known = hub_name(run.policy.source), _card_of(run.policy.source)
+    options, adapter = run.options, bool(run.options.lora_rank) and run.options.export != "merged"
+    base, known = hub_name(run.policy.source), _base_card(run.policy.source)
     results = {metric: after[metric] for metric in _RESULTS if math.isfinite(after.get(metric, math.nan))}
-    about: dict[str, Any] = _license(known)
-    if results:
-        about |= {"model_name": name, "eval_results": _results(run, results)}
-    data = ModelCardData(
-        base_model=base or known.get("base_model"),
-        datasets=sorted({i for d in run.options.data if (i := hub_id(d))}) or None,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=_tags(run.options.objective),
-        **about,
+    shown: dict[str, Any] = {"loss": options.objective.name} | {key: getattr(options, key) for key in _OPTIONS}
+    shown |= {"steps": len(run.plan), "pairs": len(run.pairs)}
+    trained = "All its weights were trained."
+    if adapter or options.lora_rank:
+        whole = f", and {_line(options.modules_to_save)} whole" if options.modules_to_save else ""
+        bits = f", over a base in {options.quantize}" if options.quantize else ""
+        trained = f"A {options.lora_type} adapter of rank {options.lora_rank} was trained{whole}{bits}."
+    return _render(
+        _line(run.folder.name),
+        f"{_line(run.policy.source.title)}, fine-tuned on {len(run.pairs):,} preference pairs with "
+        f"{_method(options.objective)} by dpo-cli {version('dpo-cli')}. {trained}",
+        options.objective,
+        known | {"base_model": base or known.get("base_model")},
+        eval_results=_eval_results(run, results) or None,
+        datasets=sorted({i for d in options.data if (i := hub_id(d))}) or None,
+        options=[(key.replace("_", " "), value) for key, value in shown.items() if value not in (None, "")],
+        held_out=f"{len(run.held_out):,}",
+        results=[
+            (_RESULTS[metric][0], f"{before[metric]:.4f}" if metric in before else "not measured", f"{value:.4f}")
+            for metric, value in results.items()
+        ],
+        adapter=adapter,
+        raw=options.format == "strings",
     )
-    shown = (
-        {"loss": run.options.objective.name}
-        | {key: getattr(run.options, key) for key in _OPTIONS}
-        | {"steps": len(run.plan), "pairs": len(run.pairs)}
-    )
-    rows = "\n".join(
-        f"| {key.replace('_', ' ')} | {value} |" for key, value in shown.items() if value not in (None, "")
-    )
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-{_line(run.policy.source.title)}, fine-tuned on {len(run.pairs):,} preference pairs with
-{_method(run.options.objective)} by dpo-cli {version("dpo-cli")}. {_trained(run)}
-
-| option | value |
-|---|---|
-{rows}
-{_outcome(run, results, before)}
-## Use
-
-{_RAW * (run.options.format == "strings")}{_USE_ADAPTER if adapter else _USE}
-
-## Limits
-
-Preference training makes some answers likelier than others; it adds no knowledge, and what the pairs do not show was
-not trained. Nothing but what stands above was measured: neither safety nor general ability. The terms of the base
-model and of the data hold for this model too.
-"""
 
 
 def merged_card(source: ModelSource, name: str, objective: Objective | None) -> str:
@@ -117,31 +80,38 @@ def merged_card(source: ModelSource, name: str, objective: Objective | None) -> 
     with suppress(Exception):  # there is none, or whatever stands in it
         known = _metadata(Path(source.adapter or source.path, "README.md"))
     base = Path(source.name).name if Path(source.name).is_absolute() else source.name
-    data = ModelCardData(
-        base_model=known.get("base_model") or hub_name(find_model(source.name)),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=_tags(objective),
-        **_license(known),
-    )
     trained = f", trained with {_method(objective)}" if objective else ""
-    return f"""---
-{data.to_yaml()}
----
-
-# {_line(name)}
-
-The adapter {_line(source.base)}{trained},
-merged into its base {_line(base)}{f", {source.stored}" if source.stored else ""} by dpo-cli {version("dpo-cli")}.
-
-## Use
-
-{_USE}
-"""
+    stored = f", {source.stored}" if source.stored else ""
+    summary = f"The adapter {_line(source.base)}{trained}, merged into its base {_line(base)}{stored} by dpo-cli "
+    known["base_model"] = known.get("base_model") or hub_name(find_model(source.name)) or ""
+    return _render(_line(name), f"{summary}{version('dpo-cli')}.", objective, known)
 
 
-def _tags(objective: Objective | None) -> list[str]:
-    return [*(["dpo"] if objective is None or objective.reference else []), "preference-optimization", "dpo-cli"]
+def _render(
+    name: str,
+    summary: str,
+    objective: Objective | None,
+    known: Mapping[str, Any],
+    *,
+    eval_results: list[EvalResult] | None = None,
+    datasets: list[str] | None = None,
+    adapter: bool = False,
+    **values: Any,
+) -> str:
+    """Fill in model_card.md; ``known`` is the base model with its license, as far as they are known."""
+    data = ModelCardData(
+        base_model=known["base_model"] or None,
+        model_name=name if eval_results else None,
+        eval_results=eval_results,
+        datasets=datasets,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[*(["dpo"] if objective is None or objective.reference else []), "preference-optimization", "dpo-cli"],
+        **{key: known[key] for key in ("license", "license_name", "license_link") if key in known},
+    )
+    template = str(Path(__file__).with_name("model_card.md"))
+    values |= {"name": name, "summary": summary, "adapter": adapter, "place": SELF}
+    return str(ModelCard.from_template(data, template, **values))
 
 
 def _method(objective: Objective) -> str:
@@ -152,22 +122,12 @@ def _method(objective: Objective) -> str:
     return f"Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)){loss}"
 
 
-def _trained(run: Run) -> str:
-    """Say which of its weights were trained."""
-    options = run.options
-    if options.lora_rank is None:
-        return "All its weights were trained."
-    whole = f", and {_line(options.modules_to_save)} whole" if options.modules_to_save else ""
-    bits = f", over a base in {options.quantize}" if options.quantize else ""
-    return f"A {options.lora_type} adapter of rank {options.lora_rank} was trained{whole}{bits}."
-
-
 def hub_name(source: ModelSource) -> str | None:
     """Return the base model's name on the hub; None if it came from elsewhere."""
     return source.base if source.base == DEFAULT_MODEL or source.path == source.base else None
 
 
-def _card_of(source: ModelSource) -> dict[str, Any]:
+def _base_card(source: ModelSource) -> dict[str, Any]:
     """Return the metadata of the base model's own card; empty if it cannot be read."""
     with suppress(Exception):  # of the hub, or of whatever stands in the file
         if source.path == source.base:  # from the hub; no other is asked for there
@@ -179,17 +139,11 @@ def _card_of(source: ModelSource) -> dict[str, Any]:
 def _metadata(card: str | Path) -> dict[str, str]:
     """Return the plain names in the metadata of a card."""
     metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    return {key: value for key, value in metadata.items() if isinstance(value, str) and _NAME.fullmatch(value)}
+    plain = re.compile(r"[\w][\w.:/+-]*", re.ASCII)
+    return {key: value for key, value in metadata.items() if isinstance(value, str) and plain.fullmatch(value)}
 
 
-def _license(known: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: known[key] for key in ("license", "license_name", "license_link") if key in known}
-
-
-_NAME = re.compile(r"[\w][\w.:/+-]*", re.ASCII)
-
-
-def _results(run: Run, results: Mapping[str, float]) -> list[EvalResult]:
+def _eval_results(run: Run, results: Mapping[str, float]) -> list[EvalResult]:
     ids = sorted({i for d in run.options.eval_data or run.options.data if (i := hub_id(d))})
     return [
         EvalResult(
@@ -203,18 +157,6 @@ def _results(run: Run, results: Mapping[str, float]) -> list[EvalResult]:
         )
         for metric, value in results.items()
     ]
-
-
-def _outcome(run: Run, results: Mapping[str, float], before: Mapping[str, float]) -> str:
-    """Make a table of the held-out pairs before and after; empty if there are none."""
-    if not results:
-        return ""
-    lines = [f"| on {len(run.held_out):,} held-out pairs | before | after |", "|---|---|---|"]
-    for metric, value in results.items():
-        was = f"{before[metric]:.4f}" if metric in before else "not measured"
-        lines.append(f"| {_RESULTS[metric][0]} | {was} | {value:.4f} |")
-    reward = "The implicit reward of a response is beta times the log-ratio of this model and the base model."
-    return "\n".join(["", *lines, "", reward, ""])
 
 
 def _line(text: str) -> str:

@@ -8,16 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
+from dpo_cli.config.checks import repository
 from dpo_cli.hub.model_card import SELF, hub_name
-from dpo_cli.models import adapter_files
 from dpo_cli.models.locate import find_model
-from dpo_cli.utils.errors import DpoError, UsageError
+from dpo_cli.utils.errors import DpoError, UsageError, name_beside
 
-CARD = "README.md"
-SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of an export's files, beside the card
+FILES = ["README.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]  # of an export
 
 
 def check_login(name: str) -> None:
@@ -37,20 +36,6 @@ def check_login(name: str) -> None:
         raise UsageError(f"{name}: your login may write to {', '.join(writable)}, not to {owner}")
     if (who.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise UsageError(f"{name}: your token may only read; make one that may write: hf auth login")
-
-
-def model_folder(folder: Path) -> Path:
-    """Return the model of a run, or the folder itself if it is a run's model/ or best/.
-
-    Raises:
-        UsageError: there is no trained model there, or an adapter that nobody else could load.
-    """
-    model = folder / "model" if (folder / "manifest.json").is_file() else folder
-    if not all((model / name).is_file() for name in (CARD, "tokenizer_config.json")):
-        raise UsageError(f"{folder}: no trained model there; name a complete run, or its model/ or best/")
-    if (model / adapter_files.CONFIG).is_file():
-        check_base(json.loads((model / adapter_files.CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
-    return model
 
 
 def check_base(name: str) -> None:
@@ -73,25 +58,34 @@ def check_base(name: str) -> None:
 
 
 def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
-    """Upload a trained model in one commit; a new repository is private unless ``public``.
+    """Upload the model of a run, or its model/ or best/, in one commit; its card then names the repository.
+
+    A new repository is private unless ``public``.
 
     Raises:
+        UsageError: there is no trained model, or nobody could load it, or the login may not write there.
         DpoError: the upload failed; the message says how to try again.
     """
-    model, api = model_folder(folder), HfApi()
-    files = sorted(path.name for path in model.iterdir() if path.is_file() and path.suffix in SUFFIXES)
-    card = (model / CARD).read_text(encoding="utf-8").replace(SELF, name)
-    operations = [CommitOperationAdd(CARD, card.encode()), *(CommitOperationAdd(each, model / each) for each in files)]
+    if not repository.accepts(name):
+        raise UsageError(f"{name}: {repository.must}")
+    model = folder / "model" if (folder / "manifest.json").is_file() else folder
+    card, adapter = model / "README.md", model / "adapter_config.json"
+    if not (card.is_file() and (model / "tokenizer_config.json").is_file()):
+        beside = name_beside(folder)
+        raise UsageError(f"{folder}: no trained model there; name a complete run, or its model/ or best/{beside}")
+    if adapter.is_file():
+        check_base(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    check_login(name)
+    card.write_text(card.read_text(encoding="utf-8").replace(SELF, name), encoding="utf-8")
+    api, message = HfApi(), f"Model trained by dpo-cli {version('dpo-cli')}"
     try:
         api.create_repo(name, private=not public, exist_ok=True)
-        done = api.create_commit(
-            name, operations=operations, commit_message=f"Model trained by dpo-cli {version('dpo-cli')}"
-        )
+        done = api.upload_folder(repo_id=name, folder_path=model, allow_patterns=FILES, commit_message=message)
         private = bool(api.model_info(name).private)
     except Exception as error:  # offline, or what the hub answers
         again = f"Try again with: dpo push {shlex.quote(str(folder))} {name}"
         raise DpoError(f"the model could not be pushed to {name}: {_first_line(error)}\n{again}") from error
-    return {"url": done.repo_url, "private": private, "files": [CARD, *files]}
+    return {"url": str(done.repo_url), "private": private}
 
 
 def _first_line(error: Exception) -> str:

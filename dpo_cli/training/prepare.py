@@ -238,8 +238,6 @@ def load_scored_model(
             the memory mode's weights; or there is nothing to shard over.
     """
     memo, fsdp = WeightsHashCache(source, options.cache_dir), getattr(options, "fsdp", False)
-    if fsdp:
-        _check_fsdp(options)
 
     def load() -> tuple[PreTrainedModel, str]:
         model = load_model(source)
@@ -265,17 +263,6 @@ def load_scored_model(
         model.set_attn_implementation(PREFIX_SHARED)
     runner = ModelRunner(model, layout, dtype, max_tokens, device, apart, reporter.warning)
     return ScoredModel(source, runner, own_attention, weights)
-
-
-def _check_fsdp(options: Any) -> None:
-    if options.memory not in ("auto", "full"):
-        raise UsageError(
-            f"--memory {options.memory}: shards would cut its blocks of moments differently; with --fsdp use full"
-        )
-    if options.quantize:
-        raise UsageError(f"--load-in-{options.quantize}: shards are of what is trained; leave out --fsdp")
-    if options.compile:
-        raise UsageError("--compile: not with --fsdp, whose layers gather their weights as they run")
 
 
 def _check_pairs(model: PreTrainedModel, pairs: Pairs) -> int | None:
@@ -348,8 +335,6 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
         raise UsageError(f"{asked}: bitsandbytes packs weights on CUDA devices, and there is none; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(f"{asked}: needs the package bitsandbytes; pip install bitsandbytes")
-    if options.dtype == "float32":
-        raise UsageError(f"{asked}: computes in bfloat16; leave out --dtype float32")
     if source.gguf:
         raise UsageError(
             f"{asked}: {source.description} is a GGUF file; name the model's folder or its name on the hub"

@@ -117,7 +117,6 @@ def prepare_run(
     Raises:
         UsageError: an option, the data or the model cannot be used.
     """
-    _check_options(options)
     folder = distributed.on_rank_0(lambda: choose_folder(options.output, resume))
     source = choose_model(options.model, options, reporter, base=options.base_model)
     source, options = adapter_settings(source, options, device, reporter)
@@ -177,21 +176,6 @@ def prepare_run(
     _check_same_heads(run)
     report_plan(run, reporter)
     return run
-
-
-def _check_options(options: TrainOptions) -> None:
-    if options.eval_data and options.eval_fraction:
-        raise UsageError("--eval-data and --eval-fraction: give one of them")
-    if not (options.eval_data or options.eval_fraction) and (
-        options.eval_steps or options.show_answers or options.save_best
-    ):
-        raise UsageError(
-            "--eval-steps, --show-answers and --save-best need held-out pairs: --eval-data or --eval-fraction"
-        )
-    if options.fsdp and options.show_answers:
-        raise UsageError("--show-answers: a model in shards does not answer while it trains; use dpo eval --samples")
-    if options.memory == "in-backward" and options.max_grad_norm:
-        raise UsageError("--memory in-backward: no gradient is there long enough to be clipped; set --max-grad-norm 0")
 
 
 def _step_pairs(options: TrainOptions, count: int) -> list[list[int]]:

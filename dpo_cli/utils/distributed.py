@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dpo_cli.utils.errors import DpoError, UsageError
 
@@ -102,12 +101,6 @@ def _lost_peer(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def record_error() -> None:
-    """Pass the error that is being handled to torchrun, which reports the rank that failed first."""
-    if error := sys.exception():
-        get_error_handler().record_exception(error)
-
-
 def hard_exit(code: int) -> None:
     """End a process that a launcher started without closing the interpreter.
 
@@ -115,6 +108,7 @@ def hard_exit(code: int) -> None:
     the process ("terminate called without an active exception").
     """
     if is_launched():
+        atexit.unregister(hard_exit)
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

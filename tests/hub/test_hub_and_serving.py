@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, pipeline
 from typer.testing import CliRunner
 
@@ -196,13 +197,13 @@ class FakeHub:
         assert exist_ok
         self.private = private
 
-    def create_commit(self, name: str, operations: list[Any], commit_message: str) -> Any:
-        self._call("create_commit")
-        for each in operations:
-            with each.as_file() as stream:
-                self.files[each.path_in_repo] = stream.read()
+    def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> Any:
+        self._call("upload_folder")
+        names = [path.name for path in folder_path.iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            self.files[name] = (folder_path / name).read_bytes()
         self.message = commit_message
-        return type("Done", (), {"repo_url": f"https://huggingface.co/{name}"})
+        return type("Done", (), {"repo_url": f"https://huggingface.co/{repo_id}"})
 
     def model_info(self, name: str) -> Any:
         self._call("model_info")
@@ -221,7 +222,7 @@ def test_a_pushed_run_is_its_model_and_nothing_else(hub: FakeHub, train: Train, 
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["pushed"] == "https://huggingface.co/org/model"
     assert hub.private is True and "(private)" in result.stderr
-    assert hub.calls == ["whoami", "create_repo", "create_commit", "model_info"]
+    assert hub.calls == ["whoami", "whoami", "create_repo", "upload_folder", "model_info"]
     exported = {path.name for path in (tmp_path / "first" / "model").iterdir()}
     assert set(hub.files) == exported
     for name, content in hub.files.items():
@@ -255,7 +256,7 @@ def test_what_cannot_be_pushed_is_told_before_training(case: str, hub: FakeHub, 
 
 
 def test_a_push_that_fails_loses_no_run(hub: FakeHub, train: Train, tmp_path: Path) -> None:
-    hub.fail = {"create_commit": ConnectionError("connection reset")}
+    hub.fail = {"upload_folder": ConnectionError("connection reset")}
     result = train("--push-to-hub", "me/model", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["steps"] == 2  # all that a run tells

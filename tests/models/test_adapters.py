@@ -366,7 +366,7 @@ def test_a_later_peft_changes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--lora-alpha", 8), "--lora-alpha 8: no adapter is trained; add --lora-rank"),
+        (("--lora-alpha", 8), "--lora-alpha: no adapter is trained; add --lora-rank"),
         (("--load-in-4bit",), "--load-in-4bit: no adapter is trained"),
         (("--export", "merged", "--lora-type", "dora"), "--lora-type dora, --export merged: no adapter"),
         (("--lora-rank", 4, "--load-in-4bit"), "bitsandbytes packs weights on CUDA devices, and there is none"),

@@ -120,10 +120,11 @@ def test_the_wheel_runs_where_no_checkout_is(wheel: Path, tmp_path: Path) -> Non
     assert run("-c", "import dpo_cli; print(dpo_cli.__file__)").startswith(str(wheel))
     assert run("-m", "dpo_cli", "--version") == f"dpo-cli {PROJECT['version']}\n"
     assert "--data" in run("-m", "dpo_cli", "train", "--help")
-    entry = "import importlib.metadata as m; print(m.entry_points(group='console_scripts')['dpo'].load().__module__)"
-    assert run("-c", entry) == "dpo_cli.cli.app\n"
-    style = "files('dpo_cli.reporting').joinpath('report.html.jinja').is_file()"
-    assert run("-c", f"from importlib.resources import files; print({style})") == "True\n"
+    entry = "import importlib.metadata as m; m.entry_points(group='console_scripts')['dpo'].load()(['--version'])"
+    assert run("-c", entry) == f"dpo-cli {PROJECT['version']}\n"
+    for package, file in (("reporting", "report.html.jinja"), ("hub", "model_card.md")):
+        there = f"files('dpo_cli.{package}').joinpath('{file}').is_file()"
+        assert run("-c", f"from importlib.resources import files; print({there})") == "True\n"
 
 
 def test_who_has_neither_the_hub_nor_the_models_package_is_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

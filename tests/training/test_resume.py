@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from dpo_cli.config.resolve import resolve_resumed
+from dpo_cli.config.resolve import resolve_training
 from dpo_cli.evaluation.metrics_log import truncate_metrics
 from dpo_cli.training.checkpoint import newest_checkpoint, save_checkpoint
 from dpo_cli.utils.errors import UsageError
@@ -405,7 +405,7 @@ def test_nothing_to_go_on_from(place: Place, copy: Path, state: str) -> None:
 )  # fmt: skip
 def test_what_is_trained_cannot_be_changed(stopped: Path, flag: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"cannot change --{flag.replace('_', '-')} ") as caught:
-        resolve_resumed({flag: value, "save_steps": 7}, stopped)
+        resolve_training({flag: value, "save_steps": 7}, stopped)
     assert "save" not in str(caught.value)
 
 
@@ -439,7 +439,7 @@ def test_what_the_run_began_with_may_be_said_again(stopped: Path) -> None:
         "save_total_limit": 1,
         "logging_steps": 3,
     }
-    options = resolve_resumed(flags, stopped)
+    options = resolve_training(flags, stopped)
     assert (options.lr, options.save_steps, options.save_total_limit, options.logging_steps) == (1e-3, 5, 1, 3)
 
 
