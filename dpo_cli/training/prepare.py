@@ -129,7 +129,9 @@ def read_pairs(
         reporter.info("", f"{count:,} {note}")
     for name, column, usual in zip(("weights", "margins"), rows.pairs.terms.T, (1, 0), strict=True):
         if count := int(np.count_nonzero(column != usual)):
-            reporter.info("", f"{name} from {column.min():g} to {column.max():g}, not {usual} in {count:,} pairs")
+            reporter.info(
+                "", f"{name} from {column.min():g} to {column.max():g}, other than {usual} in {count:,} pairs"
+            )
     if rows.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
         tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template
     return rows

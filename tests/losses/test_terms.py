@@ -356,7 +356,7 @@ def test_a_run_is_not_resumed_with_other_terms(
 def test_weights_and_margins_are_told(trained: tuple[Path, dict[str, Any], str]) -> None:
     weights = r"weights from (\S+) to (\S+), other than 1 in (\d+) pairs"
     margins = r"margins from (\S+) to (\S+), other than 0 in (\d+) pairs"
-    found = re.findall(f"{weights}; {margins}\n", trained[2])
+    found = re.findall(f"{weights}\n *{margins}\n", trained[2])
     assert len(found) == 2  # to train on, and held out
     for told, count in zip(found, (ROWS, HELD_OUT), strict=True):
         low, high = terms_of(count).min(0), terms_of(count).max(0)
