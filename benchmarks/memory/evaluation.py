@@ -60,12 +60,9 @@ def moved(model: Any, by: float = 0.01) -> Any:
     return model
 
 
-def exact(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path) -> kl.ModelComparison:
+def exact(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path) -> kl.TokenScores:
     recorded = kl.record(policy, pairs, folder, PROGRESS)
-    assert recorded is not None
-    compared = kl.compare(reference, recorded, pairs, PROGRESS, policy_runs=False)
-    assert compared is not None
-    return compared
+    return kl.compare(reference, recorded, pairs, PROGRESS, policy_runs=False)
 
 
 def times(name: str | None, count: int, repeats: int) -> None:
@@ -115,10 +112,8 @@ def memory(count: int) -> str:
         before = peak_mib()
         compared = exact(policy, reference, pairs, Path(folder))
         forwards = peak_mib() - before
-        policy_logps = kl.score(policy, pairs, PROGRESS)
-        assert policy_logps is not None
         evaluator = Evaluator(pairs, tokenizer, Objective())
-        evaluator.result(evaluator.scores(policy_logps, compared.ref_logps, compared), compared, [])
+        evaluator.result(evaluator.scores(compared), compared, [])
         tokens = compared.tokens.nbytes / 2**20
     return (
         f"| {count:,} | {int(pairs.loss_lengths.sum()):,} | {forwards:.0f} | {peak_mib() - before:.0f} | {tokens:.0f} |"

@@ -40,7 +40,7 @@ from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import build_schedule
 from dpo_cli.data.pairs import Ids, Pair, Pairs
 from dpo_cli.evaluation import kl
-from dpo_cli.evaluation.generation import Response, as_pairs, by_prompt, generate, sequence_kl, text
+from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequence_kl, text
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.losses.preference import Preferences, preference_loss
@@ -233,15 +233,15 @@ class Lab:
             raise UsageError(f"{count} different openings are wanted, and the sample data has {len(found)}")
         return list(found.values())[:count]
 
-    def completions(self, scorer: ModelRunner, prompts: Sequence[Ids], copies: int, seed: int) -> list[list[Response]]:
+    def completions(self, scorer: ModelRunner, prompts: Sequence[Ids], copies: int, seed: int) -> list[list[Ids]]:
         """Drawn at temperature 1: -> for each prompt its ``copies``."""
         model: Any = scorer.model
         how: dict[str, Any] = {"copies": copies, "seed": seed, "max_tokens": 2 * MAX_TOKENS, "dtype": scorer.dtype}
         return generate(model, self.tokenizer, prompts, self.own_attention, self.sizes.tokens, sampled=True, **how)
 
-    def rewards(self, responses: Sequence[Sequence[Response]]) -> Table:
+    def rewards(self, responses: Sequence[Sequence[Ids]]) -> Table:
         """The reward of each: (prompts, K)."""
-        return np.array([[self.reward(text(self.tokenizer, each.ids)) for each in mine] for mine in responses])
+        return np.array([[self.reward(text(self.tokenizer, each)) for each in mine] for mine in responses])
 
     def preferences(self, seed: int) -> Pairs:
         """The reference's completions, two by two, with a drawn preference; two that are equal are left out."""
@@ -258,8 +258,7 @@ class Lab:
     def prepared(self, seed: int) -> Prepared:
         """What all trainings of a seed share."""
         pairs = self.preferences(seed)
-        logps = kl.score(self.reference, pairs, PROGRESS)
-        assert logps is not None
+        logps = torch.from_numpy(kl.score(self.reference, pairs, PROGRESS).logps()).float()
         rewards = self.rewards(self.completions(self.reference, self.held_out, self.sizes.copies, seed))
         return Prepared(seed, pairs, logps, rewards)
 
@@ -300,15 +299,13 @@ class Lab:
         gains = self.rewards(responses) - given.rewards
         pairs = as_pairs(self.held_out, responses)
         recorded = kl.record(policy, pairs, self.folder, PROGRESS)
-        assert recorded is not None
         compared = kl.compare(self.reference, recorded, pairs, PROGRESS, policy_runs=False)
-        assert compared is not None
-        estimate = sequence_kl(by_prompt(compared.distributions.kl, copies))
-        logratios = by_prompt((compared.logps - compared.ref_logps).numpy(), copies)
+        estimate = sequence_kl(by_prompt(compared.distributions["kl"], copies))
+        logratios = by_prompt(compared.logps() - compared.logps(1), copies)
         found = {"gain": float(gains.mean()), "gain_interval": student(gains.mean(1))}
         found |= {"kl": estimate["token_kl"], "kl_interval": estimate["token_kl_interval"]}
         found["logratio"] = float(logratios.mean())
-        return found | {"texts": [text(self.tokenizer, mine[0].ids) for mine in responses[:4]]}
+        return found | {"texts": [text(self.tokenizer, mine[0]) for mine in responses[:4]]}
 
 
 def read_rows(file: Path) -> list[Any]:

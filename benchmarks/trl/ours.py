@@ -101,10 +101,10 @@ class Ours:
         held_out = self.run.held_out
         for _ in blocks:
             self.meter.begin()
-            policy = kl.score(trainer.runner, held_out, Progress(self.reporter, "held out"))
-            assert policy is not None
+            tokens = kl.score(trainer.runner, held_out, Progress(self.reporter, "held out"))
             evaluator = Evaluator(held_out, self.run.tokenizer, options.objective)
-            scores = evaluator.scores(policy, self.held_out_reference)
+            reference = self.held_out_reference.double().numpy()
+            scores = evaluator.scores(tokens, (reference, reference))
             losses.append(float(scores.losses.mean()))
             self.meter.end()
         return {"losses": losses}

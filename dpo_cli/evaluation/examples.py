@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.data.pairs import Ids, Pairs, carries_loss, model_input_ids
-from dpo_cli.evaluation.kl import FOLD, ModelComparison
+from dpo_cli.evaluation.kl import FOLD, TokenScores, spans_of
 from dpo_cli.evaluation.metrics import SIDES, PairScores
 from dpo_cli.utils.files import atomic_write, to_json
 
@@ -22,7 +22,7 @@ TOP = 12  # shifted tokens shown of those that became likelier, and of those tha
 
 @dataclass(frozen=True)
 class Token:
-    """A token as it is shown; without numbers in a prompt and where it carries no loss.
+    """A response token as it is shown; without numbers where it carries no loss.
 
     Units: nats; ``kl`` is KL(policy||reference) at its position.
     """
@@ -34,6 +34,11 @@ class Token:
     ref_entropy: float | None = None
     kl: float | None = None
 
+    @property
+    def logratio(self) -> float:
+        """NaN where the token carries no loss."""
+        return math.nan if self.logp is None or self.ref_logp is None else self.logp - self.ref_logp
+
 
 @dataclass(frozen=True)
 class ShownPair:
@@ -42,35 +47,27 @@ class ShownPair:
     kind: str
     where: str
     margin: float
-    prompt: list[Token]
+    prompt: str
     chosen: list[Token]
     rejected: list[Token]
 
 
-def shown_pairs(scores: PairScores, pairs: Pairs, compared: ModelComparison, tokenizer: Any) -> list[ShownPair]:
+def shown_pairs(scores: PairScores, pairs: Pairs, tokens: TokenScores, tokenizer: Any) -> list[ShownPair]:
     """Choose the pairs with the largest, the median and the smallest margin; none twice."""
-    order = np.argsort(-scores.margins, kind="stable").tolist()
+    order, spans = np.argsort(-scores.margins, kind="stable").tolist(), spans_of(pairs)
     n, middle = PAIRS_OF_EACH_KIND, max(0, (len(order) - PAIRS_OF_EACH_KIND) // 2)
-    shown: dict[int, ShownPair] = {}
-    for kind, places in (("best", order[:n]), ("median", order[middle : middle + n]), ("worst", order[::-1][:n])):
-        for place in places:
-            if place not in shown:
-                sides = _token_sides(place, pairs, compared, tokenizer)
-                shown[place] = ShownPair(kind, pairs[place].where, float(scores.margins[place]), *sides)
-    return list(shown.values())
-
-
-def _token_sides(place: int, pairs: Pairs, compared: ModelComparison, tokenizer: Any) -> list[list[Token]]:
-    """Prompt, chosen and rejected tokens of a pair."""
-    pair, row = pairs[place], int(compared.starts[place])
-    sides = [[Token(text) for text in token_texts(pair.prompt, tokenizer)]]
-    for ids in (pair.chosen, pair.rejected):
-        tokens = []
-        for text, loss in zip(token_texts(ids, tokenizer), carries_loss(ids), strict=True):
-            tokens.append(Token(text, *compared.tokens[row, :5].tolist()) if loss else Token(text))
-            row += int(loss)
-        sides.append(tokens)
-    return sides
+    kinds = {"best": order[:n], "median": order[middle : middle + n], "worst": order[::-1][:n]}
+    kind_of = {place: kind for kind in reversed(kinds) for place in kinds[kind]}  # best, where it is several
+    shown = []
+    for place in dict.fromkeys(place for places in kinds.values() for place in places):
+        pair, rows = pairs[place], iter(tokens.tokens[spans[place], :5].tolist())
+        sides = [
+            [Token(text, *(next(rows) if loss else ())) for text, loss in zip(texts, carries_loss(ids), strict=True)]
+            for ids, texts in ((ids, token_texts(ids, tokenizer)) for ids in (pair.chosen, pair.rejected))
+        ]
+        prompt = "".join(token_texts(pair.prompt, tokenizer))
+        shown.append(ShownPair(kind_of[place], pair.where, float(scores.margins[place]), prompt, *sides))
+    return shown
 
 
 def token_texts(ids: Ids, tokenizer: Any) -> list[str]:
@@ -81,28 +78,26 @@ def token_texts(ids: Ids, tokenizer: Any) -> list[str]:
     return alone[:1] + [two[len(first) :] for first, two in zip(alone, both, strict=False)]
 
 
-def shifted_tokens(compared: ModelComparison, pairs: Pairs, tokenizer: Any) -> dict[str, Any]:
+def shifted_tokens(tokens: TokenScores, pairs: Pairs, tokenizer: Any) -> dict[str, Any]:
     """Count the response tokens whose probability changed more than 20-fold; ``top``: the largest, in context."""
-    logratios = compared.logratios.nan_to_num().numpy()
-    shifted = np.abs(logratios) > math.log(FOLD)
-    order = np.argsort(-logratios, kind="stable")
-    rose, fell = (
-        rows[shifted[rows]] for rows in (order[logratios[order] > 0], order[::-1][logratios[order[::-1]] < 0])
-    )
-    top = [_in_context(int(row), compared, pairs, tokenizer) for row in [*rose[:TOP], *fell[:TOP]]]
+    logratios = tokens.logratios.nan_to_num().numpy()
+    shifted, order = np.abs(logratios) > math.log(FOLD), np.argsort(-logratios, kind="stable")
+    rose = [row for row in order[:TOP] if shifted[row] and logratios[row] > 0]
+    fell = [row for row in order[::-1][:TOP] if shifted[row] and logratios[row] < 0]
+    top = [_in_context(int(row), tokens, pairs, tokenizer) for row in [*rose, *fell]]
     counts = {"tokens": len(logratios), "shifted": int(shifted.sum()), "share": float(shifted.mean())}
     return {"fold": FOLD} | counts | {"top": top}
 
 
-def _in_context(row: int, compared: ModelComparison, pairs: Pairs, tokenizer: Any) -> dict[str, Any]:
+def _in_context(row: int, tokens: TokenScores, pairs: Pairs, tokenizer: Any) -> dict[str, Any]:
     """A token with the text around it. ``fold``: how many times likelier it became, negative if less likely."""
-    pair_index = int(np.searchsorted(compared.starts, row, "right")) - 1
-    pair, offset = pairs[pair_index], row - int(compared.starts[pair_index])
-    chosen = int(compared.lengths[pair_index, 0])
-    side, offset = ("chosen", offset) if offset < chosen else ("rejected", offset - chosen)
+    ends = tokens.lengths.reshape(-1).cumsum()  # of the responses: (2P,)
+    response = int(np.searchsorted(ends, row, "right"))
+    pair, side = pairs[response // 2], SIDES[response % 2]
     ids: Ids = getattr(pair, side)
+    offset = row - (int(ends[response - 1]) if response else 0)
     place = int(np.flatnonzero(carries_loss(ids))[offset])
-    logp, ref_logp = compared.tokens[row, :2].tolist()
+    logp, ref_logp = tokens.tokens[row, :2].tolist()
     fold = math.copysign(math.exp(min(abs(logp - ref_logp), 700)), logp - ref_logp)
     text, at = np.concatenate([model_input_ids(pair.prompt), model_input_ids(ids)]), len(pair.prompt) + place
     spans = (slice(max(0, at - CONTEXT), at), slice(at, at + 1), slice(at + 1, at + 1 + CONTEXT))
@@ -113,9 +108,10 @@ def _in_context(row: int, compared: ModelComparison, pairs: Pairs, tokenizer: An
 
 def write_per_pair(file: Path, pairs: Pairs, scores: PairScores) -> None:
     """Write one line per pair; ``tokens`` of a response are those that carry loss."""
-    tables = {"logps": scores.logps, "ref_logps": scores.ref_logps, "rewards": scores.rewards}
-    if (exact := scores.distributions) is not None:
-        tables |= {"kl": exact.kl / scores.tokens, "reverse_kl": exact.reverse_kl / scores.tokens}
+    rewards = np.stack([scores.metrics[f"rewards/{side}"] for side in SIDES], 1)
+    tables = {"logps": scores.logps, "ref_logps": scores.ref_logps, "rewards": rewards}
+    if exact := scores.distributions:
+        tables |= {name: exact[name] / scores.tokens for name in ("kl", "reverse_kl")}
     with atomic_write(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for place, pair in enumerate(pairs):
             line: dict[str, Any] = {"row": pair.where}

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,6 @@ from dpo_cli.utils.errors import DpoError
 ENDS_OF = 256  # pairs whose last token is looked at
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
-    """What a model answered: token ids up to its EOS, which is the last of them if it ``ended`` by itself."""
-
-    ids: Ids
-    ended: bool
-
-
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -47,67 +38,59 @@ def generate(
     seed: int = 0,
     max_tokens: int,
     dtype: torch.dtype = torch.float32,
-) -> list[list[Response]]:
+) -> list[list[Ids]]:
     """Answer each prompt ``copies`` times: greedily, or ``sampled`` at temperature 1 from the model's own distribution.
 
     Nothing else shapes the distribution: of the model's generation config only the EOS ids are used. A response ends
-    after ``max_new_tokens``, or where the model's context ends. The same ``seed`` and ``max_tokens`` give the same
-    samples, and the global random state is left as it was. ``dtype`` must be that of the scoring if the samples are to
-    estimate a KL.
+    with an EOS, after ``max_new_tokens``, or where the model's context ends. The same ``seed`` and ``max_tokens`` give
+    the same samples, and the global random state is left as it was. ``dtype`` must be that of the scoring if the
+    samples are to estimate a KL.
 
-    Shapes: -> for each prompt its ``copies`` responses.
+    Shapes: -> for each prompt the token ids of its ``copies`` responses.
     Units: ``max_tokens`` per batch: prompts, padding and responses.
 
     Raises:
         DpoError: the batch does not fit the device's memory.
     """
-    eos = _eos_ids(model, tokenizer)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     room = [int(min(max_new_tokens, context - len(prompt))) for prompt in prompts]
-    places = sorted((place for place in range(len(prompts)) for _ in range(copies)), key=lambda i: -len(prompts[i]))
-    responses: list[list[Response]] = [[] for _ in prompts]
+    places = sorted([*range(len(prompts))] * copies, key=lambda i: -len(prompts[i]))
+    responses: list[list[Ids]] = [[] for _ in prompts]
+    config = GenerationConfig(do_sample=sampled, eos_token_id=_eos_ids(model, tokenizer) or None, pad_token_id=0)
+    config.update(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}))
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _plain(model), attention(model, own_attention), torch.no_grad():
         torch.manual_seed(seed)
         with precision(model.device, dtype):
             while places:
-                tokens = room[places[0]]
-                size = max(1, max_tokens // (len(prompts[places[0]]) + tokens))
-                batch = [place for place in places[:size] if room[place] == tokens]
+                config.max_new_tokens = room[places[0]]
+                size = max(1, max_tokens // (len(prompts[places[0]]) + room[places[0]]))
+                batch = [place for place in places[:size] if room[place] == room[places[0]]]
                 places = places[len(batch) :]
-                answers = _generate_batch(model, [prompts[i] for i in batch], eos, tokens, sampled)
-                for place, response in zip(batch, answers, strict=True):
+                for place, response in zip(batch, _generate(model, [prompts[i] for i in batch], config), strict=True):
                     responses[place].append(response)
     return responses
 
 
-def _generate_batch(
-    model: PreTrainedModel, prompts: Sequence[Ids], eos: list[int], tokens: int, sampled: bool
-) -> list[Response]:
+def _generate(model: PreTrainedModel, prompts: Sequence[Ids], config: GenerationConfig) -> Iterator[Ids]:
     """Answer prompts in one batch, padded on the left."""
     width = max(map(len, prompts))
     ids, mask = (torch.zeros(len(prompts), width, dtype=torch.long) for _ in range(2))
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, width - len(prompt) :] = 1
-    shape: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
-    config = GenerationConfig(
-        max_new_tokens=tokens, do_sample=sampled, use_cache=True, eos_token_id=eos or None, pad_token_id=0, **shape
-    )
     try:
         with forward_errors("the model cannot generate answers", "; leave out --samples and --show-answers"):
             out = model.generate(  # type: ignore[operator]  # a mixin that hides the method from the checker
                 ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )
     except RuntimeError as error:  # out of memory
-        size = f"{len(prompts)} answers ({width} + {tokens} tokens each) do not fit the device's memory"
-        raise DpoError(f"{size}: set a lower --max-tokens or --sample-tokens") from error
-    return [_until_eos(row.astype(np.int32), eos) for row in out[:, width:].cpu().numpy()]
-
-
-def _until_eos(ids: Ids, eos: list[int]) -> Response:
-    ends = np.flatnonzero(np.isin(ids, eos))
-    return Response(ids[: ends[0] + 1] if len(ends) else ids, bool(len(ends)))
+        size = f"{len(prompts)} answers ({width} + {config.max_new_tokens} tokens each)"
+        remedy = "set a lower --max-tokens or --sample-tokens"
+        raise DpoError(f"{size} do not fit the device's memory: {remedy}") from error
+    for response in out[:, width:].cpu().numpy().astype(np.int32):
+        ends = np.flatnonzero(np.isin(response, config.eos_token_id or []))
+        yield response[: ends[0] + 1] if len(ends) else response
 
 
 @contextmanager
@@ -131,9 +114,6 @@ def text(tokenizer: Any, ids: Ids) -> str:
     """Decode token ids for a reader: without special tokens and surrounding space."""
     decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
     return decoded.strip()
-
-
-# ---- the generation config of an export -------------------------------------------------------------------------
 
 
 def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pair]) -> GenerationConfig:
@@ -160,13 +140,11 @@ def _valid(config: GenerationConfig) -> GenerationConfig:
     Most have a temperature and do not say that they sample. Of others, such as those whose temperature is 0, only the
     token ids are kept.
     """
-    for change in ({}, {"do_sample": True}) if config.temperature != 0 else ():
-        config.update(**change)
-        try:
+    for do_sample in (config.do_sample, True) if config.temperature != 0 else ():
+        config.do_sample = do_sample
+        with suppress(ValueError):
             config.validate(strict=True)
-        except ValueError:
-            continue
-        return config
+            return config
     return GenerationConfig(bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id)
 
 
@@ -179,10 +157,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     return []
 
 
-# ---- scoring ----------------------------------------------------------------------------------------------------
-
-
-def as_pairs(prompts: Sequence[Ids], responses: Sequence[Sequence[Response]]) -> Pairs:
+def as_pairs(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> Pairs:
     """Put the sampled responses of each prompt into pairs, so that they are scored as any pairs are.
 
     Every prompt has equally many. The last of an odd number is paired with itself; ``by_prompt`` counts it once.
@@ -191,7 +166,7 @@ def as_pairs(prompts: Sequence[Ids], responses: Sequence[Sequence[Response]]) ->
     for place, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
         for first in range(0, len(answers), 2):
             second = min(first + 1, len(answers) - 1)
-            pairs.append(Pair(f"sample {place + 1}/{first + 1}", prompt, answers[first].ids, answers[second].ids))
+            pairs.append(Pair(f"sample {place + 1}/{first + 1}", prompt, answers[first], answers[second]))
     return pairs
 
 

@@ -16,17 +16,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_cli.data.collate import MicroBatch
+from dpo_cli.data.collate import MicroBatch, length_weights
 from dpo_cli.data.pairs import Pairs
-from dpo_cli.evaluation.metrics import Distributions
+from dpo_cli.evaluation.metrics import Table
 from dpo_cli.models.logprobs import Head, ModelRunner, max_logit_rows, split_pairs
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError, UsageError
@@ -38,12 +38,14 @@ FLOOR = -1e4  # nats: log-probs of tokens that a model rules out, so that 0 time
 PIECE_BYTES = {"cpu": 2**24, "cuda": 2**28}
 COLUMNS = ("logp", "ref_logp", "entropy", "ref_entropy", "kl", "reverse_kl")  # of each token; p policy, q reference
 
-Result = TypeVar("Result")
+
+class Stopped(Exception):  # noqa: N818 (no error)
+    """A pass over pairs was asked to end early."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How a pass over pairs is shown, and whether it should end early, which is asked after each forward."""
+    """How a pass over pairs is shown; it raises ``Stopped`` where ``stopped``, asked after each forward, is true."""
 
     reporter: Reporter
     name: str
@@ -51,7 +53,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class RecordedStates:
+class HeadInputs:
     """One model's side of a comparison: what its head reads at every response token, (N, H), and the head."""
 
     states: Tensor
@@ -59,64 +61,72 @@ class RecordedStates:
 
 
 @dataclass(frozen=True)
-class ModelComparison:
-    """Policy and reference at every response token of P pairs, and summed over each response.
+class TokenScores:
+    """Policy and reference at every response token of P pairs: pair by pair, chosen first.
 
-    Shapes: ``tokens`` (N, 6), float32, named by ``COLUMNS``: pair by pair, chosen first; ``lengths`` (P, 2); ``logps``
-    and ``ref_logps`` (P, 2), float32.
+    Shapes: ``tokens`` (N, 6), float32, named by ``COLUMNS``; of the policy alone (N, 1). ``lengths`` (P, 2).
     Units: nats.
     """
 
     tokens: Tensor
     lengths: npt.NDArray[np.int64]
-    logps: Tensor
-    ref_logps: Tensor
-    distributions: Distributions
 
     @property
-    def starts(self) -> npt.NDArray[np.int64]:
-        """The first row of each pair in ``tokens``: (P,)."""
-        counts = self.lengths.sum(1)
-        return np.asarray(np.cumsum(counts) - counts)
+    def compared(self) -> bool:
+        """Whether the reference ran."""
+        return self.tokens.shape[1] > 1
 
     @property
     def logratios(self) -> Tensor:
         """(N,) nats."""
         return self.tokens[:, 0] - self.tokens[:, 1]
 
+    @cached_property
+    def distributions(self) -> dict[str, Table]:
+        """Entropies and KLs summed over each response, and its number of shifted tokens: (P, 2) each."""
+        if not self.compared:
+            return {}
+        sums = {name: self._sum(self.tokens[:, column]) for column, name in enumerate(COLUMNS[2:], 2)}
+        return sums | {"shifted_tokens": self._sum(self.logratios.abs() > math.log(FOLD))}
 
-def score(runner: ModelRunner, pairs: Pairs, progress: Progress) -> Tensor | None:
-    """Compute log-probs of all pairs: (P, 2) float32 nats on the host; None if stopped."""
-    table = torch.full((len(pairs), 2), math.nan)
-    for places, logps in _forwards(runner, pairs, lambda _, batch: runner.response_logps(batch), progress):
-        table[list(places)] = logps.view(2, -1).T.cpu()
-    return None if progress.stopped() else table
+    def logps(self, column: int = 0, ld_alpha: float = 1.0) -> Table:
+        """Log-probs under the policy, or under the reference (1), with the token weights of LD-DPO: (P, 2)."""
+        weights = length_weights(torch.from_numpy(self.lengths.reshape(-1)), ld_alpha)
+        sums = self._sum(self.tokens[:, column] * weights)
+        return sums.astype(np.float32).astype(np.float64)  # as they are cached
+
+    def _sum(self, values: Tensor) -> Table:
+        """Sum over each response: (N,) -> (P, 2)."""
+        lengths = torch.from_numpy(self.lengths.reshape(-1))
+        return np.asarray(torch.segment_reduce(values.double().contiguous(), "sum", lengths=lengths)).reshape(-1, 2)
 
 
-def record(runner: ModelRunner, pairs: Pairs, folder: Path, progress: Progress) -> RecordedStates | None:
-    """Run a model over all pairs and keep what its head reads, in a temporary file below ``folder``; None if stopped.
+def score(runner: ModelRunner, pairs: Pairs, progress: Progress) -> TokenScores:
+    """Compute the log-prob of each response token."""
+    tokens = _run(runner, pairs, lambda _, batch: runner.token_logps(batch)[:, None], progress)
+    return TokenScores(tokens, pairs.loss_lengths)
+
+
+def record(runner: ModelRunner, pairs: Pairs, folder: Path, progress: Progress) -> HeadInputs:
+    """Run a model over all pairs and keep what its head reads, in a temporary file below ``folder``.
 
     Raises:
         NotWrittenError: the disk has no room for it.
     """
-    spans, states = _spans(pairs), torch.empty(0)
-    for places, rows in _forwards(runner, pairs, lambda _, batch: runner.body(batch).head_inputs(), progress):
-        if not len(states):
-            states = _on_disk(spans[-1].stop, rows.shape[1], rows.dtype, folder)
-        _write(states, [spans[place] for place in places], rows.to("cpu"))
-    return None if progress.stopped() else RecordedStates(states, runner.head.copied())
+    states = _run(runner, pairs, lambda _, batch: runner.body(batch).head_inputs(), progress, folder)
+    return HeadInputs(states, runner.head.copied())
 
 
 def compare(
     runner: ModelRunner,
-    recorded: RecordedStates,
+    recorded: HeadInputs,
     pairs: Pairs,
     progress: Progress,
     *,
     policy_runs: bool,
     same: bool = False,
-) -> ModelComparison | None:
-    """Run the other model over the same pairs; None if stopped.
+) -> TokenScores:
+    """Run the other model over the same pairs.
 
     The model that runs is the policy if ``policy_runs``, else the reference; the other one was recorded. If it is the
     ``same`` model, the recorded states are its own and only its head runs.
@@ -124,36 +134,37 @@ def compare(
     Raises:
         UsageError: the two have different vocabularies.
     """
-    other_head, spans, lengths = recorded.head.to(runner.device), _spans(pairs), pairs.loss_lengths
-    tokens = torch.full((spans[-1].stop, len(COLUMNS)), math.nan)
+    other_head, spans = recorded.head.to(runner.device), spans_of(pairs)
 
     def both(places: Sequence[int], batch: MicroBatch) -> Tensor:
         other = torch.cat([recorded.states[spans[place]] for place in places]).to(runner.device)
         states = other if same else runner.body(batch).head_inputs()
-        return torch.cat([*_compare_heads(runner, batch, states, other, other_head, policy_runs)]).cpu()
+        return torch.cat([*_compare_heads(runner, batch, states, other, other_head, policy_runs)])
 
-    for places, rows in _forwards(runner, pairs, both, progress):
-        _write(tokens, [spans[place] for place in places], rows)
-    if progress.stopped():
-        return None
-    shifted = ((tokens[:, 0] - tokens[:, 1]).abs() > math.log(FOLD))[:, None]
-    responses = torch.from_numpy(lengths.reshape(-1))
-    sums = torch.segment_reduce(torch.cat([tokens, shifted], 1).double(), "sum", lengths=responses)
-    logps, ref_logps, *others = sums.view(-1, 2, len(COLUMNS) + 1).unbind(-1)
-    distributions = Distributions(*(each.numpy() for each in others))
-    return ModelComparison(tokens, lengths, logps.float(), ref_logps.float(), distributions)
+    return TokenScores(_run(runner, pairs, both, progress), pairs.loss_lengths)
 
 
-def _forwards(
-    runner: ModelRunner, pairs: Pairs, compute: Callable[[Sequence[int], MicroBatch], Result], progress: Progress
-) -> Iterator[tuple[tuple[int, ...], Result]]:
-    """What is computed of each forward, until stopped."""
+def _run(
+    runner: ModelRunner,
+    pairs: Pairs,
+    compute: Callable[[Sequence[int], MicroBatch], Tensor],
+    progress: Progress,
+    folder: Path | None = None,
+) -> Tensor:
+    """Collect the rows that ``compute`` has for the response tokens of each forward; on disk if a folder is given."""
+    spans, table = spans_of(pairs), torch.empty(0)
     with progress.reporter.progress(progress.name, len(pairs)) as bar:
-        for places, result in runner.forwards(pairs, compute):
-            yield places, result
+        for places, rows in runner.forwards(pairs, compute):
+            if not len(table):
+                shape = spans[-1].stop, rows.shape[1]
+                table = _on_disk(shape, rows.dtype, folder) if folder else torch.empty(shape, dtype=rows.dtype)
+            parts = rows.cpu().split([spans[place].stop - spans[place].start for place in places])
+            for place, part in zip(places, parts, strict=True):
+                table[spans[place]] = part
             bar.advance(len(places))
             if progress.stopped():
-                return
+                raise Stopped
+    return table
 
 
 def _compare_heads(
@@ -187,27 +198,23 @@ def divergences(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([*columns, dot(p, log_ratio), -dot(q, log_ratio)], 1)
 
 
-# ---- tables of response tokens ----------------------------------------------------------------------------------
-
-
-def _spans(pairs: Pairs) -> list[slice]:
+def spans_of(pairs: Pairs) -> list[slice]:
     """The rows of each pair in a table of all response tokens: chosen, then rejected."""
     ends = np.cumsum(pairs.loss_lengths.sum(1)).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _write(table: Tensor, spans: Sequence[slice], rows: Tensor) -> None:
-    for span, part in zip(spans, rows.split([span.stop - span.start for span in spans]), strict=True):
-        table[span] = part
-
-
-def _on_disk(rows: int, width: int, dtype: torch.dtype, folder: Path) -> Tensor:
-    """A tensor (rows, width) in a temporary file without a name, whose room is reserved.
+def _on_disk(shape: tuple[int, int], dtype: torch.dtype, folder: Path) -> Tensor:
+    """A tensor in a temporary file without a name, whose room is reserved; the system's folder if this is closed.
 
     Raises:
         NotWrittenError: the disk has no room.
     """
-    folder, size = _writable(folder.expanduser()), rows * width * dtype.itemsize
+    folder, size = folder.expanduser(), math.prod(shape) * dtype.itemsize
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        folder = Path(tempfile.gettempdir())
     if size > (free := shutil.disk_usage(folder).free):
         raise NotWrittenError(
             f"the exact KL needs {size / 2**30:.1f} GiB of temporary space and {folder} has {free / 2**30:.1f}: "
@@ -217,13 +224,4 @@ def _on_disk(rows: int, width: int, dtype: torch.dtype, folder: Path) -> Tensor:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and not a signal when a page is written
             os.posix_fallocate(file.fileno(), 0, size)
         content = np.memmap(file, np.uint8, "r+", shape=(size,))
-    return torch.from_numpy(content).view(dtype).view(rows, width)
-
-
-def _writable(folder: Path) -> Path:
-    """The folder, created if need be; the system's temporary folder if it is not writable."""
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    return Path(tempfile.gettempdir())
+    return torch.from_numpy(content).view(dtype).view(shape)

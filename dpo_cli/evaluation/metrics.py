@@ -6,7 +6,7 @@ Legend: P pairs; columns of (P, 2) are chosen and rejected.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -68,36 +68,15 @@ def summarize(sums: Sequence[float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Distributions:
-    """Policy p and reference q compared over the whole vocabulary, summed over each response's tokens.
-
-    Shapes: (P, 2) each; ``shifted``: the number of tokens whose probability changed more than 20-fold.
-    Units: nats.
-    """
-
-    entropy: Table  # H(p)
-    ref_entropy: Table  # H(q)
-    kl: Table  # KL(p||q)
-    reverse_kl: Table  # KL(q||p)
-    shifted: Table
-
-
-@dataclass(frozen=True)
-class LossInput:
-    """What some losses read beyond the log-probs: those that LD-DPO discounts, (P, 2), and WPO's weights, (P,)."""
-
-    logps: Table
-    ref_logps: Table
-    likelihoods: Table
-
-
-@dataclass(frozen=True)
 class PairScores:
     """Log-probs of P pairs under policy and reference, and what else their loss reads.
 
-    Shapes: ``tokens`` (those that carry loss), ``logps``, ``ref_logps``, ``terms`` (weight and margin): (P, 2);
-    ``groups`` (P,): the number of each pair's prompt; None: no two pairs share one. ``ref_logps`` are NaN where the
-    objective reads no reference and none was scored. ``shift``: the mean reward of earlier steps.
+    Shapes: ``tokens`` (those that carry loss), ``logps``, ``ref_logps``, ``terms`` (weight and margin), and each of
+    ``distributions``: (P, 2); ``groups`` (P,): the number of each pair's prompt; None: no two pairs share one.
+    ``ref_logps`` are NaN where the objective reads no reference and none was scored. ``weighted_logps`` and
+    ``weighted_ref_logps`` have the token weights of LD-DPO; None: there are none. ``distributions`` has the sums over
+    each response of entropy, ref_entropy, kl, reverse_kl and shifted_tokens. ``shift``: the mean reward of earlier
+    steps.
     Units: nats.
     """
 
@@ -108,25 +87,15 @@ class PairScores:
     terms: Table
     groups: Groups | None = None
     objective: Objective = field(default_factory=Objective)
-    distributions: Distributions | None = None
-    loss_input: LossInput | None = None
+    distributions: Mapping[str, Table] = field(default_factory=dict)
+    weighted_logps: Table | None = None
+    weighted_ref_logps: Table | None = None
     shift: float = 0.0
 
     @property
     def logratios(self) -> Table:
         """(P, 2) nats."""
         return self.logps - self.ref_logps
-
-    @property
-    def gains(self) -> Table:
-        """Rewards before beta: log-ratios, or (per-token) log-probs for losses without a reference. (P, 2)."""
-        gains = self.logratios if self.objective.reference else self.logps
-        return gains / self.tokens if self.objective.length_normalized else gains
-
-    @property
-    def rewards(self) -> Table:
-        """Implicit rewards, beta times the gains: (P, 2)."""
-        return self.objective.beta * self.gains
 
     @property
     def margins(self) -> Table:
@@ -141,24 +110,27 @@ class PairScores:
     @cached_property
     def metrics(self) -> dict[str, Table]:
         """``METRICS`` by name: (P,) each."""
-        logps, ref_logps, lengths = (
-            torch.from_numpy(table.T.reshape(-1)) for table in (self.logps, self.ref_logps, self.tokens)
-        )
-        reference = ref_logps if self.objective.reference else torch.zeros_like(logps)
+        reference = self.ref_logps if self.objective.reference else np.zeros_like(self.logps)
+        losses, logps, ref_logps, lengths = map(_chosen_first, (self.losses, self.logps, reference, self.tokens))
         averaged = lengths if self.objective.length_normalized else None
-        rows = pair_metrics(torch.from_numpy(self.losses), logps, reference, self.objective.beta, averaged)
+        rows = pair_metrics(losses, logps, ref_logps, self.objective.beta, averaged)
         return dict(zip(METRICS, rows.numpy(), strict=True))
 
     @cached_property
     def losses(self) -> Table:
-        """The loss of each pair, as if all pairs were one step: (P,)."""
-        read = self.loss_input or LossInput(self.logps, self.ref_logps, np.ones(len(self.where)))
-        tables = (read.logps, read.ref_logps, self.tokens, self.logps)
-        logps, ref_logps, lengths, whole = (torch.from_numpy(table.T.reshape(-1)) for table in tables)
-        weights, margins = torch.from_numpy(self.terms.T)
-        weights = weights * torch.from_numpy(read.likelihoods)
-        tokens = float(self.tokens[:, 0].mean())
-        pairs = Preferences(logps, ref_logps, lengths, whole, tokens, margins, weights, self.shift)
+        """The loss of each pair, as if all pairs were one step, without the weights of WPO: (P,)."""
+        logps = self.logps if self.weighted_logps is None else self.weighted_logps
+        ref_logps = self.ref_logps if self.weighted_ref_logps is None else self.weighted_ref_logps
+        pairs = Preferences(
+            logps=_chosen_first(logps),
+            ref_logps=_chosen_first(ref_logps),
+            lengths=_chosen_first(self.tokens),
+            full_logps=_chosen_first(self.logps),
+            mean_chosen_length=float(self.tokens[:, 0].mean()),
+            margins=torch.from_numpy(self.terms[:, 1]),
+            weights=torch.from_numpy(self.terms[:, 0]),
+            reward_baseline=self.shift,
+        )
         losses: Table = self.objective(pairs).numpy()
         return losses
 
@@ -177,10 +149,8 @@ class PairScores:
             "cross_entropy": -self.logps,
             "ref_cross_entropy": -self.ref_logps,
             "delta_kl_data": -self.logratios,  # H(data, policy) - H(data, reference): the data's entropy cancels
+            **self.distributions,
         }
-        if (exact := self.distributions) is not None:
-            per_token |= {"entropy": exact.entropy, "ref_entropy": exact.ref_entropy}
-            per_token |= {"kl": exact.kl, "reverse_kl": exact.reverse_kl, "shifted_tokens": exact.shifted}
         for name, table in per_token.items():
             ratios |= {f"{name}/{side}": (table[:, c], self.tokens[:, c]) for c, side in enumerate(SIDES)}
         return ratios
@@ -190,6 +160,16 @@ class PairScores:
         means = {name: float(above.sum() / below.sum()) for name, (above, below) in self.ratios.items()}
         crosses = [name for name in means if "cross_entropy/" in name]
         return means | {name.replace("cross_entropy", "perplexity"): perplexity(means[name]) for name in crosses}
+
+
+def _chosen_first(table: Table) -> Tensor:
+    """(P, 2) -> (2P,)."""
+    return torch.from_numpy(table.T.reshape(-1))
+
+
+def reward_unit(objective: Objective) -> str:
+    """What beta multiplies in a reward."""
+    return f"{'log-ratios' if objective.reference else 'log-probs'}{' per token' * objective.length_normalized}"
 
 
 def wins(gap: Table) -> Table:

@@ -52,12 +52,8 @@ def evaluations(history: History) -> dict[int, dict[str, float]]:
 
 def best_step(evaluated: Mapping[int, Mapping[str, float]], metric: str) -> int:
     """The step with the best value of a metric among ``evaluations``; the first of equals, never NaN."""
-
-    def goodness(step: int) -> float:
-        value = BEST[metric] * evaluated[step][metric]
-        return -math.inf if math.isnan(value) else value
-
-    return max(sorted(evaluated), key=goodness)
+    goodness = {step: BEST[metric] * evaluated[step][metric] for step in sorted(evaluated)}
+    return max(goodness, key=lambda step: -math.inf if math.isnan(goodness[step]) else goodness[step])
 
 
 def mean_reward(values: Mapping[str, float]) -> float:

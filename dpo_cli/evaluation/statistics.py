@@ -14,21 +14,19 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr, t
 
-from dpo_cli.evaluation.metrics import Groups, PairScores, Table, perplexity, wins
+from dpo_cli.evaluation.metrics import Groups, PairScores, Table, perplexity, reward_unit, wins
 from dpo_cli.losses.objective import Objective
 from dpo_cli.utils.errors import UsageError
 
 Interval = list[float] | None  # [low, high]; None where there is none
 LEVEL = 0.95
 Z = 1.959964  # the normal quantile of that level
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def by_group(values: Table, groups: Groups | None) -> Table:
-    """Add up values (P,) of each group: (G,); each row is its own group where there are none."""
-    if groups is None:
-        return values
-    return np.asarray(np.bincount(np.unique(groups, return_inverse=True)[1], values), np.float64)
+def deviations(above: Table, below: Table, groups: Groups | None) -> Table:
+    """How far each group (G,) moves a ratio of sums over rows (P,): the linearised ratio."""
+    rows = (above - above.sum() / below.sum() * below) / below.sum()
+    return rows if groups is None else np.asarray(np.bincount(np.unique(groups, return_inverse=True)[1], rows), float)
 
 
 def ratio_interval(above: Table, below: Table, groups: Groups | None = None) -> Interval:
@@ -36,8 +34,7 @@ def ratio_interval(above: Table, below: Table, groups: Groups | None = None) -> 
 
     Source: Cochran, Sampling Techniques (1977), sections 6.4 and 9A.5: the linearised ratio over clusters.
     """
-    ratio = above.sum() / below.sum()
-    return _student(ratio, by_group((above - ratio * below) / below.sum(), groups))
+    return _student(above.sum() / below.sum(), deviations(above, below, groups))
 
 
 def student(values: Table) -> Interval:
@@ -46,7 +43,6 @@ def student(values: Table) -> Interval:
 
 
 def _student(center: float, deviations: Table) -> Interval:
-    """The interval around a sum of G independent deviations, each already divided by the number of rows."""
     n = len(deviations)
     error = math.sqrt(n / (n - 1) * float(deviations @ deviations)) if n > 1 else math.nan
     if not math.isfinite(error + center):
@@ -63,7 +59,7 @@ def share_interval(hits: Table, groups: Groups | None = None) -> Interval:
 
 
 def wilson(hits: float, of: float) -> tuple[float, float]:
-    """Wilson's score interval of a share; ties may count as half a hit.
+    """Wilson's score interval of a share; ties may count as half a hit, which scipy's does not allow.
 
     Source: Wilson (1927): all shares p with |hits / of - p| <= z sqrt(p (1 - p) / of).
     """
@@ -76,25 +72,18 @@ def wilson(hits: float, of: float) -> tuple[float, float]:
 
 def intervals(scores: PairScores) -> dict[str, Interval]:
     """The interval of every mean in ``PairScores.means``, by name."""
-    ends = {name: ratio_interval(*ratio, scores.groups) for name, ratio in scores.ratios.items()}
+    ends: dict[str, Interval] = {}
     for name, (above, below) in scores.ratios.items():
-        if name.startswith(("rewards/accuracies", "rewards/ties", "logp_accuracy")):
+        none_shifted = name.startswith("shifted_tokens") and not above.any()  # which is not certain of other pairs
+        if name.startswith(("rewards/accuracies", "rewards/ties", "logp_accuracy")) or none_shifted:
             ends[name] = share_interval(above, scores.groups)
-        elif name.startswith("shifted_tokens") and not above.any():  # none shifted: that is not certain of other pairs
-            ends[name] = share_interval(np.zeros_like(below), scores.groups)
-    for name in [name for name in ends if "cross_entropy/" in name]:
-        high = perplexity((ends[name] or [math.nan])[-1])
-        exponential = [perplexity(end) for end in ends[name] or ()] if math.isfinite(high) else None
-        ends[name.replace("cross_entropy", "perplexity")] = exponential
+        else:
+            ends[name] = ratio_interval(above, below, scores.groups)
+        if "cross_entropy/" in name:
+            exponential = [perplexity(end) for end in ends[name] or [math.inf]]
+            finite = exponential if math.isfinite(exponential[-1]) else None
+            ends[name.replace("cross_entropy", "perplexity")] = finite
     return ends
-
-
-def quantiles(scores: PairScores) -> dict[str, float]:
-    """Quantiles of the margin over pairs."""
-    return {str(q): float(np.quantile(scores.margins, q)) for q in QUANTILES}
-
-
-# ---- length -----------------------------------------------------------------------------------------------------
 
 
 def length_bias(scores: PairScores) -> dict[str, Any]:
@@ -131,14 +120,10 @@ def spearman(first: Table, second: Table, groups: Groups | None = None) -> tuple
         return rho, [float(end) for end in np.tanh(np.arctanh(rho) + np.array([-half, half]))]
 
 
-# ---- two models -------------------------------------------------------------------------------------------------
-
-
 def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
     """Paired differences b - a on the same pairs, and the share of pairs whose log-ratio margin is larger in b.
 
-    Where the betas differ, reward margins have no common unit, and log-ratio margins stand beside them. What the two
-    objectives measure in other units is left out; ``not_compared`` says why.
+    What the two objectives measure in other units is left out; ``not_compared`` says why.
 
     Raises:
         UsageError: they are not the same pairs.
@@ -146,22 +131,16 @@ def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
     if a.where != b.where:
         raise UsageError("two models are compared on the same pairs, in the same order; these are not")
     left_out = _not_compared(a.objective, b.objective)
-    ratios, means = [dict(a.ratios), dict(b.ratios)], [a.means(), b.means()]
     margins = [each.logratios[:, 0] - each.logratios[:, 1] for each in (a, b)]
-    if a.objective.beta != b.objective.beta or "rewards" in left_out:
-        for ratio, mean, margin in zip(ratios, means, margins, strict=True):
-            ratio["logratios/margins"] = margin, np.ones_like(margin)
-            mean["logratios/margins"] = float(margin.mean())
+    more = ({"logratios/margins": (margin, np.ones_like(margin))} for margin in margins)
+    ratios = [each.ratios | own for each, own in zip((a, b), more, strict=True)]
     differences = {}
     for name in ratios[0]:
-        if name not in ratios[1] or name.partition("/")[0] in left_out:
-            continue
-        deviations = [
-            (above - above.sum() / below.sum() * below) / below.sum() for above, below in (r[name] for r in ratios)
-        ]
-        difference = means[1][name] - means[0][name]
-        ends = _student(difference, by_group(deviations[1] - deviations[0], a.groups))
-        differences[name] = {"a": means[0][name], "b": means[1][name], "difference": difference, "interval": ends}
+        if name in ratios[1] and name.partition("/")[0] not in left_out:
+            first, second = (float(r[name][0].sum() / r[name][1].sum()) for r in ratios)
+            apart = deviations(*ratios[1][name], a.groups) - deviations(*ratios[0][name], a.groups)
+            interval = _student(second - first, apart)
+            differences[name] = {"a": first, "b": second, "difference": second - first, "interval": interval}
     better = wins(margins[1] - margins[0])
     share = {"share": float(better.mean()), "interval": share_interval(better, a.groups)}
     return {"differences": differences, "not_compared": left_out, "pairs_b_better": share}
@@ -171,12 +150,7 @@ def _not_compared(a: Objective, b: Objective) -> dict[str, str]:
     """``loss`` or ``rewards`` where two objectives measure them in other units, and why."""
     why = {}
     if a != dataclasses.replace(b, beta=a.beta):
-        more = "" if a.name != b.name else ", with other options"
-        why["loss"] = f"a's is of --loss {a.name}, b's of --loss {b.name}{more}: they have no unit in common"
-    if (a.reference, a.length_normalized) != (b.reference, b.length_normalized):
-        why["rewards"] = f"a's are of {_reward_unit(a)}, b's of {_reward_unit(b)}: they have no unit in common"
+        why["loss"] = f"a's is of --loss {a.name}, b's of --loss {b.name}, or their options differ"
+    if reward_unit(a) != reward_unit(b):
+        why["rewards"] = f"a's are of {reward_unit(a)}, b's of {reward_unit(b)}: they have no unit in common"
     return why
-
-
-def _reward_unit(objective: Objective) -> str:
-    return f"{'log-ratios' if objective.reference else 'log-probs'}{' per token' * objective.length_normalized}"

@@ -1,16 +1,17 @@
 """``report.html``: what a training did and what an evaluation found, on one page.
 
 One file without scripts or outside addresses; its only style sheet is named by its hash, so that styles in the data do
-not count. Whatever comes from data passes ``shown`` and jinja's escaping; the plots are the only other markup.
+not count. Whatever comes from data passes ``shown`` and jinja's escaping.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -21,12 +22,11 @@ from jinja2 import Environment, Template
 from markupsafe import Markup
 
 from dpo_cli.evaluation.evaluator import EvalResult
-from dpo_cli.evaluation.examples import ShownPair, Token
-from dpo_cli.evaluation.metrics import SIDES
+from dpo_cli.evaluation.metrics import SIDES, reward_unit
 from dpo_cli.losses.objective import DPO, Objective
-from dpo_cli.reporting.plots import Plot, curves, pair_plots, svg
+from dpo_cli.reporting.plots import Plot, curves, pair_plots, png
 from dpo_cli.utils.files import atomic_write
-from dpo_cli.utils.formatting import NONE, between, fold, is_number, nats, number, percent, tick
+from dpo_cli.utils.formatting import between, fold, is_number, nats, number, percent
 
 MAX_TOKENS = 600  # of a response that are shown
 SHADES = tuple(math.log(times) for times in (1.25, 2, 5, 20))  # where a colour of the heat map begins, either way
@@ -66,28 +66,27 @@ def page(about: ReportInput) -> str:
     result: Mapping[str, Any] = evaluation.to_dict() if evaluation else {}
     sections = {
         "headline": ("Headline", list(_headline(result, about.objective))),
-        "findings": ("Findings", result.get("findings")),
+        "findings": ("Findings", "judged" in result),
         "training": ("Training", [_drawn(plot) for plot in curves(about.history, about.objective)]),
         "preference": ("Preference", [_drawn(plot) for plot in pair_plots(evaluation.scores)] if evaluation else []),
-        "pairs": ("Pairs, token by token", [_pair(pair) for pair in evaluation.shown] if evaluation else []),
+        "pairs": ("Pairs, token by token", evaluation.shown if evaluation else []),
         "drift": ("Drift", (result.get("drift") or {}).get("top")),
         "samples": ("Samples", result.get("samples")),
         "numbers": ("All numbers", list(_all_numbers(result))),
-        "manifest": ("Manifest", list(_flat(about.manifest or {}))),
-        "options": ("Options", list(_flat(about.options or {}))),
+        "manifest": ("Manifest", about.manifest and json.dumps(about.manifest, indent=2, default=str)),
+        "options": ("Options", about.options and json.dumps(about.options, indent=2, default=str)),
     }
     css, template = _style()
     return template.render(
         title=about.title,
         css=css,
         css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
-        sections={
-            name: each for name, each in sections.items() if each[1] or (name == "findings" and "judged" in result)
-        },
+        sections={name: each for name, each in sections.items() if each[1]},
         result=result,
         steps=len({line.get("step") for line in about.history if "loss" in line}),
         held_out=any("eval_loss" in line for line in about.history),
         shades=range(-len(SHADES), len(SHADES) + 1),
+        max_tokens=MAX_TOKENS,
     )
 
 
@@ -95,7 +94,7 @@ def page(about: ReportInput) -> str:
 def _style() -> tuple[Markup, Template]:
     folder = files("dpo_cli.reporting")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=shown)
-    environment.filters |= {"number": number, "percent": percent, "fold": fold, "nats": nats, "plain": tick}
+    environment.filters |= {"number": number, "percent": percent, "fold": fold, "nats": nats, "shade": shade}
     template = environment.from_string(folder.joinpath("report.html.jinja").read_text(encoding="utf-8"))
     return Markup(folder.joinpath("report.css").read_text(encoding="utf-8")), template  # noqa: S704 (our own file)
 
@@ -107,45 +106,28 @@ def shown(value: Any) -> Any:
     return _UNSEEN.sub("�", str(value).replace("\r\n", "\n").replace("\r", "\n"))
 
 
-# ---- headline and tables ----------------------------------------------------------------------------------------
-
-
 def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[dict[str, Any]]:
     """What everybody asks for: a name, (side, value, interval) each, and what it means."""
     sampled: Mapping[str, Any] = result.get("sequence_kl") or {}
     values = {**result, "sequence_kl": sampled.get("token_kl")}
     intervals = {**(result.get("intervals") or {}), "sequence_kl": sampled.get("token_kl_interval")}
-    loss = "The DPO loss; ln 2 = 0.693 where policy and reference are equal, but for weights and margins of the pairs."
-    reward = "Beta times the log-ratio. Below 0 the responses became less likely than under the reference."
-    if not objective.is_vanilla_dpo:
-        loss = f"Of --loss {objective.name}, as the policy was trained."
-    if not objective.reference:
-        reward = f"Beta times the log-prob{' per token' * objective.length_normalized}: the loss reads no reference."
-    of = f"{number(sampled.get('samples'))} samples of each of {number(sampled.get('prompts'))} prompts"
-    items: list[tuple[str, str, Callable[[Any], str], str]] = [
-        ("Accuracy", "rewards/accuracies", percent, "Share of pairs ranked right. A coin gets half."),
-        ("Margin", "rewards/margins", _signed, "Mean of chosen reward minus rejected reward."),
-        ("Loss", "loss", number, loss),
-        ("Rewards", "rewards/", _signed, reward),
-        (
-            "KL per token",
-            "kl/",
-            number,
-            "KL(policy ‖ reference) over the whole vocabulary at the responses' tokens, in nats.",
-        ),
-        ("KL per response", "sequence_kl", number, f"Of whole responses, in nats, from {of}."),
-        ("Perplexity before", "ref_perplexity/", number, "The reference's, on these responses."),
-        ("Perplexity after", "perplexity/", number, "The policy's, on these responses."),
+    start = "; ln 2 = 0.693 where policy and reference are equal" if objective.is_vanilla_dpo else ""
+    items = [
+        ("Accuracy", "rewards/accuracies", "Share of pairs ranked right. A coin gets half."),
+        ("Margin", "rewards/margins", "Mean of chosen reward minus rejected reward."),
+        ("Loss", "loss", f"Of --loss {objective.name}{start}."),
+        ("Rewards", "rewards/", f"Beta times {reward_unit(objective)}."),
+        ("KL per token", "kl/", "KL(policy ‖ reference) over the vocabulary at the responses' tokens, in nats."),
+        ("KL per response", "sequence_kl", "KL(policy ‖ reference) of sampled responses, in nats."),
+        ("Perplexity before", "ref_perplexity/", "The reference's, on these responses."),
+        ("Perplexity after", "perplexity/", "The policy's, on these responses."),
     ]
-    for name, key, show, meaning in items:
+    for name, key, meaning in items:
+        show = percent if name == "Accuracy" else number
         sides = SIDES if key.endswith("/") else ("",)
         if values.get(key + sides[0]) is not None:
             figures = [(s, show(values[key + s]), between(intervals.get(key + s), show, none="")) for s in sides]
             yield {"name": name, "figures": figures, "meaning": meaning}
-
-
-def _signed(value: Any) -> str:
-    return number(value, signed=True)
 
 
 def _all_numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -159,64 +141,8 @@ def _all_numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield name, number(value), between(interval, none="")
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            several = value if isinstance(value, (list, tuple)) else [value]
-            yield f"{prefix}{name}", "\n".join(map(_plain, several)) or NONE
-
-
-def _plain(value: Any) -> str:
-    if value is None or value != value:
-        return NONE
-    if isinstance(value, float):
-        return tick(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-# ---- plots and pairs --------------------------------------------------------------------------------------------
-
-
 def _drawn(plot: Plot) -> dict[str, Any]:
-    caption = plot.caption.replace(" %", "\N{NO-BREAK SPACE}%")
-    return {"title": plot.title, "unit": plot.unit, "caption": caption, "svg": Markup(svg(plot))}  # noqa: S704 (no text of the data)
-
-
-def _pair(pair: ShownPair) -> dict[str, Any]:
-    return {
-        "kind": pair.kind.capitalize(),
-        "where": pair.where,
-        "margin": _signed(pair.margin),
-        "prompt": "".join(token.text for token in pair.prompt),
-        "sides": [_side(side, getattr(pair, side)) for side in SIDES],
-    }
-
-
-def _side(name: str, tokens: Sequence[Token]) -> dict[str, Any]:
-    cells = [_cell(token) for token in tokens]
-    ratios = [cell["ratio"] for cell in cells if cell["shade"] is not None]
-    about = {"name": name, "tokens": len(ratios), "logratio": _signed(math.fsum(ratios))}
-    return about | {"cells": cells[:MAX_TOKENS], "more": max(len(tokens) - MAX_TOKENS, 0)}
-
-
-def _cell(token: Token) -> dict[str, Any]:
-    """One token of the heat map; ``shade`` is None where it carries no loss."""
-    text = token.text.replace("\r", "").replace("\n", "↵\n")
-    if not (is_number(token.logp) and is_number(token.ref_logp)):
-        return {"text": text, "shade": None}
-    assert token.logp is not None and token.ref_logp is not None
-    ratio = token.logp - token.ref_logp
-    return {
-        "text": text,
-        "ratio": ratio,
-        "shade": shade(ratio),
-        "change": fold(ratio),
-        "logps": f"{nats(token.ref_logp)} → {nats(token.logp)}",
-        "entropies": f"{nats(token.ref_entropy)} → {nats(token.entropy)}",
-        "kl": number(token.kl) if is_number(token.kl) else "",
-    }
+    return {"plot": plot, "picture": base64.b64encode(png(plot)).decode()}
 
 
 def shade(logratio: float) -> int:

@@ -1,12 +1,11 @@
-"""Plots by matplotlib in one quiet theme: SVG for the report, whose colours follow the page, and pictures as files."""
+"""Plots by matplotlib in one quiet theme: pictures for the report, and as files."""
 
 from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,42 +24,31 @@ if TYPE_CHECKING:  # matplotlib takes a second to load
 Column = npt.NDArray[np.float64]
 History = Sequence[Mapping[str, Any]]
 
-WIDTH, HEIGHT = 350, 216  # CSS pixels of one plot
+WIDTH, HEIGHT = 350, 216  # points of one plot
 COLORS = {"ink": "#23221f", "muted": "#6a665e", "rule": "#e3dfd6", "chosen": "#1c6bb0", "rejected": "#b4560a"}
 INK, MUTED = COLORS["ink"], COLORS["muted"]
 THEME: Any = {
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+    **{f"{axis}tick.{size}.size": 0 for axis in "xy" for size in ("major", "minor")},
     "axes.grid": True,
     "axes.grid.axis": "y",
+    "axes.axisbelow": True,
     "grid.color": COLORS["rule"],
-    "grid.linewidth": 0.8,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "axes.labelcolor": MUTED,
     "text.color": INK,
     "font.family": ["DejaVu Sans"],
-    "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
     "legend.frameon": False,
-    "lines.linewidth": 1.5,
     "svg.fonttype": "none",
-    "svg.hashsalt": "dpo",
-    "text.usetex": False,
+    "svg.hashsalt": "dpo",  # the same input gives the same bytes
     "text.parse_math": False,
-    "savefig.bbox": None,
-    "figure.constrained_layout.use": False,
-    "figure.autolayout": False,
 }
-NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 FAR = 30  # ratio of the largest to the smallest value from which an axis is logarithmic
-MAX_POINTS = 1000  # of a line or cloud that are drawn one by one
+MAX_POINTS = 1000  # of a cloud that are drawn one by one
 SMOOTHED = 40  # steps from which on a running mean is drawn
 
 
@@ -74,14 +62,11 @@ class Plot:
     draw: Callable[[Axes], None]
 
 
-# ---- output -----------------------------------------------------------------------------------------------------
-
-
-def svg(plot: Plot) -> str:
-    """Draw a plot as an SVG element whose colours are CSS variables, without styles, scripts or text of the data."""
-    text = io.StringIO()
-    _save(text, [plot], titles=False, format="svg", metadata=NO_METADATA, transparent=True)
-    return _for_a_page(text.getvalue())
+def png(plot: Plot) -> bytes:
+    """Draw a plot without its title, on a transparent ground."""
+    picture = io.BytesIO()
+    _save(picture, [replace(plot, title="", unit="")], format="png", dpi=108, transparent=True)
+    return picture.getvalue()
 
 
 def write_plots(file: Path, plots: Sequence[Plot]) -> None:
@@ -90,88 +75,44 @@ def write_plots(file: Path, plots: Sequence[Plot]) -> None:
     Raises:
         NotWrittenError: the disk is full or the folder is closed.
     """
-    kind = file.suffix[1:]
-    how: dict[str, Any] = {"metadata": NO_METADATA} if kind == "svg" else {"dpi": 144, "metadata": {"Software": None}}
     with atomic_write(file) as temporary:
-        _save(temporary, plots, titles=True, format=kind, facecolor="white", **how)
+        _save(temporary, plots, format=file.suffix[1:], dpi=144, facecolor="white")
 
 
-def write_curves(file: Path, history: History, objective: Objective = DPO) -> None:
-    """Write the curves of a training as one PNG."""
-    write_plots(file, curves(history, objective))
-
-
-def _save(target: Any, plots: Sequence[Plot], titles: bool, **how: Any) -> None:
+def _save(target: Any, plots: Sequence[Plot], **how: Any) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     columns, rows = max(min(len(plots), 3), 1), max(math.ceil(len(plots) / 3), 1)
-    width, height = columns * WIDTH, rows * (HEIGHT + 26 * titles)
-    with rc_context(THEME | {"svg.hashsalt": plots[0].title if plots else ""}):  # ids unique on the page
-        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-        for place, plot in enumerate(plots):
-            row, column = divmod(place, 3)
-            bottom = 1 - (row + 1) / rows + 38 / height
-            axes = figure.add_axes(
-                ((column * WIDTH + 50) / width, bottom, (WIDTH - 66) / width, (HEIGHT - 60) / height)
-            )
+    with rc_context(THEME):
+        figure = Figure(figsize=(columns * WIDTH / 72, rows * HEIGHT / 72), layout="constrained")
+        for place, plot in enumerate(plots, 1):
+            axes = figure.add_subplot(rows, columns, place)
             plot.draw(axes)
-            if titles:
-                axes.set_title(" · ".join(filter(None, (plot.title, plot.unit))), pad=20, color=INK)
-        figure.savefig(target, **how)
-
-
-def _for_a_page(text: str) -> str:
-    """Turn matplotlib's file into an element of a page whose policy forbids inline styles: they become attributes."""
-    text = re.sub(
-        r"<style.*?</style>|<defs>\s*</defs>|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S
-    )
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
-    text = re.sub(r'<g id="[^"]*"', "<g", text).replace("xlink:href", "href")
-    text = re.sub(r' style="([^"]*)"', lambda style: _as_attributes(style[1]), text)
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
-    for role, color in COLORS.items():
-        text = text.replace(color, f"var(--{role})")
-    return re.sub(r">\s+<", "><", re.sub(r"\s+", " ", text))
-
-
-def _as_attributes(style: str) -> str:
-    named = (part.partition(":")[::2] for part in style.split(";") if ":" in part)
-    return "".join(f' {n.strip()}="{v.strip()}"' for n, v in named if not n.strip().startswith("font-family"))
+            axes.set_title(" · ".join(filter(None, (plot.title, plot.unit))), pad=20)
+        figure.savefig(target, metadata={"Date": None}, **how)
 
 
 # ---- curves of a training ---------------------------------------------------------------------------------------
 
 
 class Curve(NamedTuple):
-    """A quantity over the steps: its metrics with their colours, and where a dashed line is drawn."""
+    """A quantity over the steps: its metrics, and where a dashed line is drawn."""
 
     title: str
     unit: str
-    names: dict[str, str]
+    names: Sequence[str]
     level: float | None
     caption: str
 
 
 CURVES = (
-    Curve("Loss", "", {"loss": "ink"}, None, "Held-out loss that rises while the training loss falls: over-optimised."),
-    Curve(
-        "Margin", "beta × nats", {"rewards/margins": "ink"}, 0, "Held-out pairs far behind training pairs: memorised."
-    ),
-    Curve(
-        "Accuracy", "", {"rewards/accuracies": "ink"}, 0.5, "Share of pairs ranked right. A coin gets half (dashed)."
-    ),
-    Curve("Rewards", "beta × nats", {f"rewards/{s}": s for s in SIDES}, 0, "The gap between the two is the margin."),
-    Curve(
-        "KL from the reference",
-        "nats per token",
-        {f"kl/{s}": s for s in SIDES},
-        0,
-        "What the preference cost in drift.",
-    ),
-    Curve(
-        "Gradient norm", "", {"grad_norm": "ink"}, None, "Before clipping. A rising floor: the run becomes unstable."
-    ),
+    Curve("Loss", "", ["loss"], None, "Held-out loss that rises while the training loss falls: over-optimised."),
+    Curve("Margin", "beta × nats", ["rewards/margins"], 0, "Held-out pairs far behind training pairs: memorised."),
+    Curve("Accuracy", "", ["rewards/accuracies"], 0.5, "Share of pairs ranked right. A coin gets half (dashed)."),
+    Curve("Rewards", "beta × nats", [f"rewards/{s}" for s in SIDES], 0, "The gap between the two is the margin."),
+    Curve("KL from the reference", "nats per token", [f"kl/{s}" for s in SIDES], 0, "What the preference cost."),
+    Curve("Gradient norm", "", ["grad_norm"], None, "Before clipping. A rising floor: the run becomes unstable."),
 )
 
 
@@ -182,9 +123,9 @@ def curves(history: History, objective: Objective = DPO) -> list[Plot]:
         if curve.title == "Loss" and objective.is_vanilla_dpo:
             dashed = f"{curve.caption} Dashed: ln 2, the start model's, but for weights and margins of the pairs."
             curve = curve._replace(level=math.log(2), caption=dashed)
-        lines = {name: (points(history, name), points(history, f"eval_{name}")) for name in curve.names}
-        if any(len(steps) for line in lines.values() for steps, _ in line):
-            plots.append(Plot(curve.title, curve.unit, curve.caption, partial(_draw_curve, curve=curve, lines=lines)))
+        if any(len(points(history, prefix + name)[0]) for name in curve.names for prefix in ("", "eval_")):
+            draw = partial(_draw_curve, curve=curve, history=history)
+            plots.append(Plot(curve.title, curve.unit, curve.caption, draw))
     return plots
 
 
@@ -195,46 +136,31 @@ def points(history: History, name: str) -> tuple[Column, Column]:
     return np.array(steps, float), np.array([values[step] for step in steps], float)
 
 
-def _draw_curve(axes: Axes, curve: Curve, lines: Mapping[str, Any]) -> None:
+def _draw_curve(axes: Axes, curve: Curve, history: History) -> None:
     as_percent = curve.title == "Accuracy"
     show = percent if as_percent else number
-    for name, (training, held_out) in lines.items():
-        color, side = COLORS[curve.names[name]], name.partition("/")[2] if len(lines) > 1 else ""
-        if len(training[0]):
-            last = _draw_training(axes, color if side or not len(held_out[0]) else MUTED, *training)
-            axes.plot([], [], color=axes.lines[-1].get_color(), label=f"{side or 'training'} {show(last)}")
+    for name in curve.names:
+        side = name.partition("/")[2] if len(curve.names) > 1 else ""
+        color = COLORS[side or "ink"]
+        (steps, values), held_out = points(history, name), points(history, f"eval_{name}")
+        if len(steps):
+            faint = MUTED if not side and len(held_out[0]) else color
+            window = len(steps) // 20 if len(steps) >= SMOOTHED else 1
+            if window > 1:
+                axes.plot(steps, values, color=faint, lw=0.7, alpha=0.35)
+                values = np.convolve(values, np.full(window, 1 / window), "valid")
+                steps = steps[(window - 1) // 2 :][: len(values)]
+            marker = "o" if len(steps) == 1 else ""
+            axes.plot(steps, values, marker=marker, color=faint, label=f"{side or 'training'} {show(values[-1])}")
         if len(held_out[0]):
-            label = None if side and len(training[0]) else f"{side or 'held out'} {show(held_out[1][-1])}"
+            label = None if side and len(steps) else f"{side or 'held out'} {show(held_out[1][-1])}"
             axes.plot(*held_out, "o-", color=color, lw=0.8, ms=4, mfc="none", label=label)
     if curve.level is not None:
-        axes.axhline(curve.level, color=MUTED, lw=0.8, dashes=(3, 3), zorder=1)
+        axes.axhline(curve.level, color=MUTED, lw=0.8, ls="--", zorder=1)
     low, high = axes.dataLim.intervaly
     if curve.title == "Gradient norm" and low > 0 and high > FAR * low:
         axes.set_yscale("log")
     _finish(axes, "step", y_percent=as_percent)
-
-
-def _draw_training(axes: Axes, color: str, steps: Column, values: Column) -> float:
-    """Draw each step faint, or the range of several of a long run, and a running mean firm; returns its last value."""
-    if len(steps) < SMOOTHED:
-        axes.plot(steps, values, color=color, marker="o" if len(steps) == 1 else "", ms=4)
-        return float(values[-1])
-    if len(steps) > MAX_POINTS:
-        x, low, _, high = _binned(steps, values, MAX_POINTS // 2)
-        axes.fill_between(x, low, high, color=color, alpha=0.25, lw=0)
-    else:
-        axes.plot(steps, values, color=color, lw=0.7, alpha=0.35)
-    x, _, mean, _ = _binned(steps, values, 20)
-    axes.plot(x, mean, color=color)
-    return float(mean[-1])
-
-
-def _binned(steps: Column, values: Column, bins: int) -> tuple[Column, Column, Column, Column]:
-    """The mean step, and the least, mean and largest value, of consecutive steps."""
-    starts = np.unique(np.linspace(0, len(steps), bins, endpoint=False).astype(int))
-    counts = np.diff(np.append(starts, len(steps)))
-    mean_step, mean = (np.add.reduceat(column, starts) / counts for column in (steps, values))
-    return mean_step, np.minimum.reduceat(values, starts), mean, np.maximum.reduceat(values, starts)
 
 
 # ---- plots of an evaluation -------------------------------------------------------------------------------------
@@ -250,7 +176,7 @@ def pair_plots(scores: PairScores) -> list[Plot]:
     margins, wins, gaps = margins[keep], wins[keep], (scores.tokens[:, 0] - scores.tokens[:, 1])[keep]
     low, median, high = (number(end, signed=True) for end in np.quantile(margins, [0.05, 0.5, 0.95]))
     histogram = (
-        f"Right of 0 the chosen response has the higher reward. Median {median} (dashed), 90 % between {low} and "
+        f"Right of 0 the chosen response has the higher reward. Median {median} (dashed), 90% between {low} and "
         f"{high}; the outermost bars include everything beyond."
     )
     by_length = partial(_draw_lengths, gaps=gaps, margins=margins, wins=wins)
@@ -266,13 +192,11 @@ def _draw_margins(axes: Axes, margins: Column, wins: Column) -> None:
     edges = np.arange(min(math.floor(low / width), -1), max(math.ceil(high / width), 1) + 1) * width  # 0 is one of them
     for value, role in ((0, "rejected"), (0.5, "muted"), (1, "chosen")):
         part = np.clip(margins[wins == value], edges[0], edges[-1])
-        axes.hist(part, edges.tolist(), color=COLORS[role], rwidth=0.9, lw=0)
-    for x, side, share, word, role in (
-        (0.0, "left", (wins == 0).mean(), "wrong", "rejected"),
-        (1.0, "right", (wins == 1).mean(), "right", "chosen"),
-    ):
-        axes.text(x, 1.03, f"{percent(share, 0)} {word}", color=COLORS[role], ha=side, transform=axes.transAxes)
-    axes.axvline(float(np.median(margins)), color=INK, lw=1, dashes=(3, 3))
+        axes.hist(part, edges.tolist(), color=COLORS[role], rwidth=0.9)
+    for x, word, role in ((0.0, "wrong", "rejected"), (1.0, "right", "chosen")):
+        text, side = f"{percent((wins == x).mean(), 0)} {word}", "right" if x else "left"
+        axes.text(x, 1.03, text, color=COLORS[role], ha=side, transform=axes.transAxes)
+    axes.axvline(float(np.median(margins)), color=INK, lw=1, ls="--")
     _finish(axes, "margin")
 
 
@@ -281,7 +205,7 @@ def _draw_lengths(axes: Axes, gaps: Column, margins: Column, wins: Column) -> No
     roles = np.array([COLORS["rejected"], MUTED, COLORS["chosen"]])[(2 * wins[every]).astype(int)]
     axes.scatter(gaps[every], margins[every], 11, color=roles.tolist(), alpha=0.6, lw=0)
     axes.axhline(0, color=MUTED, lw=0.8)
-    axes.axvline(0, color=MUTED, lw=0.8, dashes=(3, 3))
+    axes.axvline(0, color=MUTED, lw=0.8, ls="--")
     _finish(axes, "← chosen shorter · tokens · chosen longer →")
 
 
@@ -305,10 +229,10 @@ def frontier(points: Sequence[Mapping[str, Any]], unit: str, reference_reward: f
 
 def _draw_frontier(axes: Axes, points: Sequence[Mapping[str, Any]], unit: str, name: str, level: float) -> None:
     (x, x_errors), (y, y_errors) = (_with_errors(points, each) for each in ("kl", name))
-    axes.axhline(level, color=MUTED, lw=0.8, dashes=(3, 3), zorder=1)
+    axes.axhline(level, color=MUTED, lw=0.8, ls="--", zorder=1)
     axes.errorbar(x, y, y_errors, x_errors, fmt="o-", color=INK, ecolor=MUTED, elinewidth=0.9, lw=1.2, ms=4)
     for at, height, point in zip(x, y, points, strict=True):
-        axes.annotate(f"β {point['beta']:g}", (at, height), (5, -11), textcoords="offset points", color=INK, size=9)
+        axes.annotate(f"β {point['beta']:g}", (at, height), (5, -11), textcoords="offset points", size=9)
     if min(x) > 0 and max(x) > FAR * min(x):
         axes.set_xscale("log")
     axes.margins(x=0.12)
@@ -320,9 +244,6 @@ def _with_errors(points: Sequence[Mapping[str, Any]], name: str) -> tuple[Column
     values = np.array([point[name] for point in points], float)
     ends = [point["intervals"][name] or (value, value) for point, value in zip(points, values, strict=True)]
     return values, np.abs(np.array(ends, float).T - values)
-
-
-# ---- what all plots share ---------------------------------------------------------------------------------------
 
 
 def _finish(axes: Axes, x: str, y_percent: bool = False) -> None:

@@ -8,8 +8,7 @@ from functools import partial
 from typing import Any
 
 from dpo_cli.evaluation.metrics import SIDES
-from dpo_cli.utils import formatting
-from dpo_cli.utils.formatting import NONE, between, number
+from dpo_cli.utils.formatting import NONE, between, number, percent
 
 Result = Mapping[str, Any]
 WIDTH = 110
@@ -30,11 +29,7 @@ PER_TOKEN = {
 
 def as_text(result: Result) -> str:
     """The result of `dpo eval`: numbers with their 95 % intervals, findings, shifted tokens."""
-    if "differences" in result:
-        return "\n".join(_comparison(result))
-    lines = [*overlap(result), *_about(result), "", *_per_pair(result), "", *_per_token(result), ""]
-    for part in (_length(result), _sequence_kl(result), _shifted(result), [""], verdict(result)):
-        lines += part
+    lines = _comparison(result) if "differences" in result else _evaluation(result)
     return "\n".join(lines)
 
 
@@ -48,78 +43,63 @@ def verdict(result: Result) -> Iterator[str]:
     """The findings, and which checks passed on how many pairs."""
     for finding in result.get("findings", ()):
         yield f"finding: {finding['title']}"
-        rows = [f"Rows: {', '.join(finding['rows'])}"] if finding["rows"] else []
-        for text in (finding["text"], f"To try: {finding['advice']}", *rows):
+        numbers = ", ".join(f"{name} {number(value)}" for name, value in finding["numbers"].items())
+        for text in (numbers, f"To try: {finding['advice']}"):
             yield textwrap.indent(textwrap.fill(text, WIDTH), "  ")
     if "judged" in result:
         yield textwrap.fill(result["judged"]["text"], WIDTH)
 
 
-def percent(value: Any, decimals: int = 1) -> str:
-    """A share in per cent, without the hard space that a terminal may not know."""
-    return formatting.percent(value, decimals).replace("\N{NO-BREAK SPACE}", "")
-
-
-def _about(result: Result) -> Iterator[str]:
+def _evaluation(result: Result) -> Iterator[str]:
+    intervals, length = result["intervals"], result["length"]
+    yield from overlap(result)
     refused = "; ".join(f"{count:,} refused: {reason}" for reason, count in result["refused"].items())
     yield f"{'policy':<24}{result['model']}"
     yield f"{'reference':<24}{result['reference']}"
     yield f"{'pairs':<24}{result['pairs']:,} of {result['rows']:,} rows{'; ' + refused if refused else ''}"
     yield f"{'beta':<24}{result['beta']:g}"
 
-
-def _per_pair(result: Result) -> Iterator[str]:
-    yield f"{'mean over pairs':<24}{'':>10}  95 % interval"
+    yield f"\n{'mean over pairs':<24}{'':>10}  95 % interval"
     for name in PER_PAIR:
         ties = f"   {percent(result['rewards/ties'])} ties" if name == "rewards/accuracies" else ""
-        yield f"{name:<24}{number(result[name]):>10}  {between(result['intervals'][name])}{ties}"
+        yield f"{name:<24}{number(result[name]):>10}  {between(intervals[name])}{ties}"
     quantiles = result["rewards/margins_quantiles"].items()
     yield f"{'margin quantiles':<24}" + "   ".join(f"{percent(float(q), 0)}: {number(at)}" for q, at in quantiles)
     policy, reference = (percent(result[f"logp_accuracy/{name}"]) for name in ("policy", "reference"))
     yield f"{'logp accuracy':<24}chosen has the higher log-prob under the policy in {policy}, reference {reference}"
 
-
-def _per_token(result: Result) -> Iterator[str]:
-    yield f"{'mean over tokens':<24}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
+    yield f"\n{'mean over tokens':<24}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
     for name, meaning in PER_TOKEN.items():
         if f"{name}/chosen" in result:
             keys = [f"{name}/{side}" for side in SIDES]
-            cells = "".join(f"{number(result[key]):>10}  {between(result['intervals'][key]):<20}" for key in keys)
+            cells = "".join(f"{number(result[key]):>10}  {between(intervals[key]):<20}" for key in keys)
             yield f"{name:<24}{cells}{meaning}"
 
-
-def _length(result: Result) -> Iterator[str]:
-    length = result["length"]
     accuracies = ", ".join(
         f"{percent(length[f'accuracy_chosen_{which}'])} of {count:,} where chosen is {which}"
         for which in ("longer", "shorter")
-        if (count := length.get(f"accuracy_chosen_{which}_pairs"))
+        if (count := length[f"accuracy_chosen_{which}_pairs"])
     )
     rule = percent(length["accuracy_prefer_longer"])
-    yield f"{'accuracy by length':<24}{accuracies or NONE}; 'the longer one' gets {rule}"
+    yield f"\n{'accuracy by length':<24}{accuracies or NONE}; 'the longer one' gets {rule}"
     rho, ends = number(length["margin_length_correlation"]), between(length["margin_length_correlation_interval"])
     yield f"{'':<24}rank correlation of margin and length gap: {rho} ({ends})"
-
-
-def _sequence_kl(result: Result) -> Iterator[str]:
     if kl := result.get("sequence_kl"):
         yield (
             f"{'KL per response':<24}{number(kl['token_kl'])} ({between(kl['token_kl_interval'])}) nats, from "
             f"{kl['samples']} samples of each of {kl['prompts']} prompts, cut at {kl['max_new_tokens']} tokens; "
             f"{percent(kl['ended'], 0)} ended before"
         )
-
-
-def _shifted(result: Result) -> Iterator[str]:
-    if (drift := result.get("drift")) is None:
-        return
-    yield (
-        f"{'shifted tokens':<24}{drift['shifted']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) became "
-        f"{drift['fold']:g} times likelier or rarer{'; the largest changes:' if drift['top'] else ''}"
-    )
-    for token in drift["top"]:
-        text = f"{token['before']}[{token['token']}]{token['after']}".replace("\n", "\\n")
-        yield f"{number(round(token['fold'])):>20}  {text[:WIDTH]}  {token['row']} {token['response']}"
+    if drift := result.get("drift"):
+        yield (
+            f"{'shifted tokens':<24}{drift['shifted']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) became "
+            f"{drift['fold']:g} times likelier or rarer{'; the largest changes:' if drift['top'] else ''}"
+        )
+        for token in drift["top"]:
+            text = f"{token['before']}[{token['token']}]{token['after']}".replace("\n", "\\n")
+            yield f"{number(round(token['fold'])):>20}  {text[:WIDTH]}  {token['row']} {token['response']}"
+    yield ""
+    yield from verdict(result)
 
 
 def _comparison(result: Result) -> Iterator[str]:
@@ -127,17 +107,15 @@ def _comparison(result: Result) -> Iterator[str]:
         about = result[name]
         yield from overlap(about)
         yield f"{name:<34}{about['model']}, beta {about['beta']:g}, reference {about['reference']}"
-    same = (
-        "the same tokens in both" if result["same_tokens"] else "tokenized differently: per-token means not comparable"
-    )
-    yield f"{'pairs':<34}{result['pairs']:,}, {same}"
+    other = "tokenized differently: per-token means not comparable"
+    yield f"{'pairs':<34}{result['pairs']:,}, {'the same tokens in both' if result['same_tokens'] else other}"
     better = result["pairs_b_better"]
     share = f"{percent(better['share'])} of the pairs ({between(better['interval'], percent)})"
     yield f"{'larger log-ratio margin':<34}in b in {share}"
     for name, why in result["not_compared"].items():
         yield f"{f'{name} not compared':<34}{why}"
     yield f"\n{'':<34}{'a':>10}{'b':>10}{'b - a':>10}  95 % interval of the paired difference"
+    signed = partial(number, signed=True)
     for name, values in result["differences"].items():
-        signed = partial(number, signed=True)
         cells = f"{number(values['a']):>10}{number(values['b']):>10}{signed(values['difference']):>10}"
         yield f"{name:<34}{cells}  {between(values['interval'])}"

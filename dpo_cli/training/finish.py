@@ -89,7 +89,7 @@ def answer(run: Run) -> list[str]:
         max_tokens=run.runner.max_tokens,
         dtype=run.runner.dtype,
     )
-    return [text(run.tokenizer, response.ids) for (response,) in responses]
+    return [text(run.tokenizer, response) for (response,) in responses]
 
 
 def summary(run: Run, first_answers: list[str]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from torch import Tensor
 
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import judge
-from dpo_cli.evaluation.evaluator import Evaluator, loss_input
+from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.metrics import PairScores
 from dpo_cli.evaluation.metrics_log import append_metrics, best_step, evaluations, read_metrics
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reporting.html import ReportInput, write_report
-from dpo_cli.reporting.plots import write_curves
+from dpo_cli.reporting.plots import curves, write_plots
 from dpo_cli.training.run_dir import read_manifest
 from dpo_cli.training.setup import Run
 from dpo_cli.utils import distributed
@@ -26,17 +25,18 @@ from dpo_cli.utils.console import Reporter
 
 
 class HeldOut:
-    """The held-out pairs of a run, with the reference's log-probs (P, 2), NaN where the loss reads none.
+    """The held-out pairs of a run, with the log-probs (P, 2) of the reference from the cache.
 
     Rank 0 evaluates while the others wait; the ranks of a sharded model all run the same forwards, and rank 0 writes.
     """
 
     def __init__(self, run: Run, reference: Tensor, reporter: Reporter) -> None:
-        self.run, self.reference, self.reporter = run, reference, reporter
+        self.run, self.reporter = run, reporter
         self.evaluator = Evaluator(run.held_out, run.tokenizer, run.options.objective)
-        self.last: tuple[int, PairScores, kl.ModelComparison | None] | None = None  # the last evaluation, by its step
+        self.last: tuple[int, PairScores, kl.TokenScores] | None = None  # the last evaluation, by its step
         self.recorded = run.recorded
-        self.weighted = run.weighted_ref_logps(run.held_out, reference)
+        self.reference = reference if run.cache else torch.full_like(reference, torch.nan)  # the loss reads none
+        self.weighted = run.weighted_ref_logps(run.held_out, self.reference)
 
     @property
     def metrics(self) -> Path:
@@ -57,8 +57,6 @@ class HeldOut:
             self.reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
             progress = kl.Progress(self.reporter, "reference")
             self.recorded = kl.record(run.runner, run.held_out, run.options.cache_dir, progress)
-        if not run.options.objective.reference:
-            self.reference = self.weighted = torch.full((len(run.held_out), 2), math.nan)
 
     def evaluate(
         self, step: int, runner: ModelRunner, stopped: Callable[[], bool], keep: Callable[[Mapping[str, float]], None]
@@ -70,26 +68,24 @@ class HeldOut:
         """
         run, progress = self.run, kl.Progress(self.reporter, "held out", stopped)
         runner = dataclasses.replace(runner)  # a smaller token budget here must not change that of training
-        reference, compared = self.reference, None
-        if self.recorded:
-            same = step == 0 and run.reference is run.policy  # the policy is the reference, whose states are there
-            compared = kl.compare(runner, self.recorded, run.held_out, progress, policy_runs=True, same=same)
-        policy = None if self.recorded else kl.score(runner, run.held_out, progress)
-        if compared:
-            policy = compared.logps
-            reference = reference if run.options.objective.reference else compared.ref_logps
-        if policy is None:
+        try:
+            if self.recorded:
+                same = step == 0 and run.reference is run.policy  # the policy is the reference, whose states are there
+                tokens = kl.compare(runner, self.recorded, run.held_out, progress, policy_runs=True, same=same)
+            else:
+                tokens = kl.score(runner, run.held_out, progress)
+        except kl.Stopped:
             return None
         on_rank_0 = runner.parallel.on_rank_0
         history = on_rank_0(lambda: read_metrics(self.metrics))
-        read = loss_input(self.evaluator.policy_read(runner), self.weighted)
-        scores = self.evaluator.scores(policy, reference, compared, read, history)
+        cached = self.reference.double().numpy(), self.weighted.double().numpy()
+        scores = self.evaluator.scores(tokens, cached, history)
         metrics, earlier = on_rank_0(scores.means), evaluations(history)
         if (metric := run.options.save_best) and best_step(earlier | {step: metrics}, metric) == step:
             keep(metrics)
         if step not in earlier and distributed.rank() == 0:
             append_metrics(self.metrics, step, metrics, "eval_")
-        self.last = step, scores, compared
+        self.last = step, scores, tokens
         return metrics
 
     def write_report(self, samples: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
@@ -98,24 +94,23 @@ class HeldOut:
         An error is reported and does not end the training.
         """
         run, result = self.run, None
-        verdict: dict[str, Any] = {"findings": [], "judged": judge(0)}
         try:
             history = read_metrics(self.metrics)
             if self.last:
-                step, scores, compared = self.last
-                about = {
-                    "step": step,
-                    "pairs": len(run.held_out),
-                    "beta": run.options.beta,
-                    "reference": run.reference.source.description,
-                }
-                result = self.evaluator.result(scores, compared, history, trained_on=run.trained_on, about=about)
-                result = dataclasses.replace(result, samples=[dict(sample) for sample in samples])
-                verdict = {"findings": result.findings, "judged": result.judged}
+                step, scores, tokens = self.last
+                reference = run.reference.source.description
+                about = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta, "reference": reference}
+                answers = [dict(sample) for sample in samples]
+                result = self.evaluator.result(
+                    scores, tokens, history, trained_on=run.trained_on, about=about, samples=answers
+                )
             options, objective = dataclasses.asdict(run.options), run.options.objective
             about_run = ReportInput(run.folder.name, result, history, read_manifest(run.folder), options, objective)
             write_report(run.folder / "report.html", about_run)
-            write_curves(run.folder / "curves.png", history, objective)
+            write_plots(run.folder / "curves.png", curves(history, objective))
         except Exception as error:  # also of the libraries that draw
             self.reporter.warning(f"the report of {run.folder} is not up to date: {error}")
-        return verdict
+        return {
+            "findings": result.findings if result else [],
+            "judged": result.judged if result else judge(0),
+        }

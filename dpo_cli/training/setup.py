@@ -19,7 +19,7 @@ from dpo_cli.data.pairs import Hashes, Pairs, trained_on
 from dpo_cli.data.rows import BadRow
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.generation import generation_config
-from dpo_cli.evaluation.kl import RecordedStates
+from dpo_cli.evaluation.kl import HeadInputs
 from dpo_cli.models.attention import attention
 from dpo_cli.models.layout import experts_a_token
 from dpo_cli.models.loading import compile_layers, dtype_name, load_tokenizer, release
@@ -68,7 +68,7 @@ class Run:
     fitted: Fit
     experts: int = 0  # that a token goes to, where the balance of a mixture is part of the loss
     ref_logps: Tensor | None = None
-    recorded: RecordedStates | None = None
+    recorded: HeadInputs | None = None
 
     @property
     def runner(self) -> ModelRunner:
@@ -279,11 +279,11 @@ def _score_reference(
     pairs: Pairs,
     held_out: Pairs,
     reporter: Reporter,
-) -> tuple[Tensor, RecordedStates | None]:
+) -> tuple[Tensor, HeadInputs | None]:
     """Log-probs of what the run will ask for, and on rank 0 the reference's side of the exact KL."""
     used = pairs.select(sorted({i for step in _step_pairs(options, len(pairs)) for i in step}))
     logps = fill_reference(cache, used + held_out, reference.runner, reporter).logps
-    states: list[RecordedStates | None] = [None]
+    states: list[HeadInputs | None] = [None]
     if held_out and options.kl == "exact":
         progress = kl.Progress(reporter, "reference")
         record = partial(kl.record, reference.runner, held_out, options.cache_dir, progress)

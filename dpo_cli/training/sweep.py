@@ -15,13 +15,13 @@ from dpo_cli.evaluation.evaluator import EvalResult
 from dpo_cli.evaluation.reward import Reward, load_reward
 from dpo_cli.models.loading import free_memory
 from dpo_cli.reporting.plots import frontier, write_plots
-from dpo_cli.reporting.text import overlap, percent, verdict
+from dpo_cli.reporting.text import overlap, verdict
 from dpo_cli.training.loop import train
 from dpo_cli.training.run_dir import read_manifest, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import Interrupted, UsageError
 from dpo_cli.utils.files import to_json, write_json
-from dpo_cli.utils.formatting import NONE, between, is_number, number
+from dpo_cli.utils.formatting import between, number, percent
 
 METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 RESULT = "sweep.json"
@@ -72,7 +72,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines = [*overlap(result), f"{head}  run"]
     for point in result["points"]:
         cells = [percent(point[m]) if m == "rewards/accuracies" else number(point[m]) for m in shown]
-        line = f"{point['beta']:>7g}{_figures(point['kl']):>10}  {between(point['intervals']['kl'], _figures):<22}"
+        line = f"{point['beta']:>7g}{number(point['kl']):>10}  {between(point['intervals']['kl']):<22}"
         lines.append(line + "".join(f"{cell:>20}" for cell in cells) + f"  {point['run']}")
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
     if "reward" in result:
@@ -82,10 +82,6 @@ def as_text(result: Mapping[str, Any]) -> str:
     for point in result["points"]:
         lines += ["", f"beta {point['beta']:g}", *verdict(point)]
     return "\n".join(lines)
-
-
-def _figures(kl: Any) -> str:
-    return f"{kl:.3g}" if is_number(kl) else NONE
 
 
 def _folder(options: SweepOptions) -> Path:
@@ -99,11 +95,9 @@ def _folder(options: SweepOptions) -> Path:
         training = dataclasses.asdict(options.runs()[0])
         fixed = {name: value for name, value in training.items() if name not in RESUME_MUTABLE | {"beta"}}
         folder = Path("runs", f"sweep-{hashlib.sha256(to_json(fixed).encode()).hexdigest()[:8]}")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
-    if names and RESULT not in names and not any(name.startswith("beta-") for name in names):
-        raise UsageError(
-            f"--output {folder}: it holds something other than a sweep ({min(names)}); choose another folder"
-        )
+    names = [path.name for path in folder.glob("*")]
+    if folder.is_file() or (names and RESULT not in names and not any(name.startswith("beta-") for name in names)):
+        raise UsageError(f"--output {folder}: it holds something other than a sweep; choose another folder")
     return folder
 
 

@@ -8,7 +8,6 @@ from numbers import Integral, Real
 from typing import Any
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_HARD = "\N{NO-BREAK SPACE}"
 NONE = "–"
 
 
@@ -38,20 +37,7 @@ def percent(value: Any, decimals: int = 1) -> str:
     """A share in per cent."""
     if not is_number(value):
         return NONE
-    return f"{_minus(f'{100 * value:.{decimals}f}') if abs(value) < 100 else number(100 * float(value))}{_HARD}%"
-
-
-def tick(value: Any, _: object = None) -> str:
-    """A round number at an axis, without the zeros that say nothing."""
-    if not is_number(value):
-        return NONE
-    plain = not value or 1e-3 <= abs(value) < 1e6
-    return f"{value:,.6g}".replace("-", "−") if plain else _powers(f"{value:.2e}").replace("-", "−")
-
-
-def share_tick(value: Any, _: object = None) -> str:
-    """A share at an axis."""
-    return percent(value, 0)
+    return f"{_minus(f'{100 * value:.{decimals}f}') if abs(value) < 100 else number(100 * float(value))}%"
 
 
 def fold(logratio: Any) -> str:
@@ -69,12 +55,6 @@ def between(interval: Any, show: Callable[[Any], str] = number, none: str = "unk
     """Both ends of an interval, or ``none`` where it is no two finite numbers."""
     ends = interval if isinstance(interval, (list, tuple)) and len(interval) == 2 else [None]
     return " to ".join(map(show, ends)) if all(map(is_number, ends)) else none
-
-
-def nice(value: float) -> float:
-    """The nearest of 1, 2 and 5 times a power of ten, by ratio, to a positive number."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return min((power * times for times in (1, 2, 5, 10)), key=lambda each: abs(math.log(each / value)))
 
 
 def is_number(value: Any) -> bool:

@@ -32,7 +32,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "run.yaml").write_text("data: pairs.jsonl\n")
-    (tmp_path / "rewards.py").write_text("def helpful(prompts, answers): ...\n")
     return tmp_path
 
 
@@ -52,7 +51,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train --data pairs.jsonl --model ./runs/frist", "'first'"),
         ("train --resume runs/frist", "'first'"),
         ("train --config rnu.yaml", "'run.yaml'"),
-        ("sweep --data pairs.jsonl --eval-data pairs.jsonl --samples 1 --reward rewards:helpfull", "'helpful'"),
     ],
 )
 def test_a_command_tells_it(typed: str, meant: str, place: Path, tiny: Path) -> None:

@@ -18,7 +18,7 @@ from dpo_cli.data.batching import Layout
 from dpo_cli.data.pairs import Pair, Pairs, carries_loss, model_input_ids
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.examples import TOP, shifted_tokens
-from dpo_cli.evaluation.kl import FOLD, ModelComparison, Progress, compare, divergences, record, score
+from dpo_cli.evaluation.kl import FOLD, Progress, Stopped, TokenScores, compare, divergences, record, score
 from dpo_cli.evaluation.metrics import PairScores
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
@@ -40,21 +40,13 @@ def scorer_of(
     return ModelRunner(model, layout, dtype, 256, CPU, apart)
 
 
-def compared(
-    policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path, policy_runs: bool
-) -> ModelComparison:
+def compared(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path, policy_runs: bool) -> TokenScores:
     first, last = (reference, policy) if policy_runs else (policy, reference)
-    recorded = record(first, pairs, folder, PROGRESS)
-    assert recorded is not None
-    found = compare(last, recorded, pairs, PROGRESS, policy_runs=policy_runs)
-    assert found is not None
-    return found
+    return compare(last, record(first, pairs, folder, PROGRESS), pairs, PROGRESS, policy_runs=policy_runs)
 
 
 def scores_between(policy: ModelRunner, reference: ModelRunner, pairs: Pairs, folder: Path) -> PairScores:
-    both = score(policy, pairs, PROGRESS), score(reference, pairs, PROGRESS)
-    assert both[0] is not None and both[1] is not None
-    return Evaluator(pairs, None, Objective()).scores(*both, compared(policy, reference, pairs, folder, False))
+    return Evaluator(pairs, None, Objective()).scores(compared(policy, reference, pairs, folder, False))
 
 
 # ---- everything enumerated --------------------------------------------------------------------------------------
@@ -96,9 +88,9 @@ def test_the_sum_of_token_kls_over_all_responses_is_the_sequence_kl(
     exact = float((p.exp() * (p - q)).sum())
     pairs = all_responses()
     found = compared(scorer_of(policy), scorer_of(reference), pairs, tmp_path, False)
-    kl = torch.from_numpy(found.distributions.kl.reshape(-1))  # of the responses in their order
+    kl = torch.from_numpy(found.distributions["kl"].reshape(-1))  # of the responses in their order
     assert float((p.exp().flatten() * kl).sum()) == pytest.approx(exact, abs=1e-5)
-    reverse = torch.from_numpy(found.distributions.reverse_kl.reshape(-1))
+    reverse = torch.from_numpy(found.distributions["reverse_kl"].reshape(-1))
     assert float((q.exp().flatten() * reverse).sum()) == pytest.approx(float((q.exp() * (q - p)).sum()), abs=1e-5)
     assert exact > 0.1
 
@@ -119,7 +111,7 @@ def test_token_kls_and_entropies_are_those_enumerated(
     assert torch.allclose(rows.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
     for name, column in (("entropy", 2), ("ref_entropy", 3), ("kl", 4), ("reverse_kl", 5)):
         sums = [float(rows[:2, column].sum()), float(rows[2, column])]
-        assert getattr(found.distributions, name)[0] == pytest.approx(sums, abs=1e-5)
+        assert found.distributions[name][0] == pytest.approx(sums, abs=1e-5)
 
 
 def test_the_change_of_cross_entropy_is_the_change_of_kl(
@@ -169,32 +161,29 @@ def test_every_layout_gives_the_same_either_way_round(layout: Layout, apart: boo
     for policy_runs in (False, True):
         found = compared(*scorers, pairs, tmp_path, policy_runs)
         assert torch.allclose(found.tokens, torch.cat(expected), rtol=0, atol=2e-5)
-        for scorer, logps in zip(scorers, (found.logps, found.ref_logps), strict=True):
-            alone = score(scorer, pairs, PROGRESS)
-            assert alone is not None and torch.equal(logps, alone)  # to the bit: step 0 is exactly ln 2
+        for column, scorer in enumerate(scorers):  # to the bit: step 0 is exactly ln 2
+            assert np.array_equal(found.logps(column), score(scorer, pairs, PROGRESS).logps())
 
 
 def test_in_bfloat16_the_log_probs_are_those_of_scoring_too(tmp_path: Path) -> None:
     scorers = [scorer_of(make_model(seed=seed), dtype=torch.bfloat16) for seed in (0, 1)]
     pairs = pairs_with_silent_tokens()
     recorded = record(scorers[0], pairs, tmp_path, PROGRESS)
-    assert recorded is not None and recorded.states.dtype == torch.bfloat16
+    assert recorded.states.dtype == torch.bfloat16
     found = compare(scorers[1], recorded, pairs, PROGRESS, policy_runs=True)
-    plain = [score(scorer, pairs, PROGRESS) for scorer in scorers]
-    assert found is not None and plain[0] is not None and plain[1] is not None
-    assert torch.equal(found.ref_logps, plain[0]) and torch.equal(found.logps, plain[1])
+    plain = [score(scorer, pairs, PROGRESS).logps() for scorer in scorers]
+    assert np.array_equal(found.logps(1), plain[0]) and np.array_equal(found.logps(), plain[1])
 
 
 def test_a_model_against_itself_is_zero_and_needs_no_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer, pairs = scorer_of(make_model()), pairs_with_silent_tokens()
     recorded = record(scorer, pairs, tmp_path, PROGRESS)
-    assert recorded is not None
     monkeypatch.setattr(ModelRunner, "body", lambda *_: pytest.fail("the body ran"))
     found = compare(scorer, recorded, pairs, PROGRESS, policy_runs=True, same=True)
-    assert found is not None and torch.equal(found.logps, found.ref_logps)
+    assert np.array_equal(found.logps(), found.logps(1))
     exact = found.distributions
-    assert not exact.kl.any() and not exact.reverse_kl.any() and not exact.shifted.any()
-    assert np.array_equal(exact.entropy, exact.ref_entropy) and (exact.entropy > 0).all()
+    assert not exact["kl"].any() and not exact["reverse_kl"].any() and not exact["shifted_tokens"].any()
+    assert np.array_equal(exact["entropy"], exact["ref_entropy"]) and (exact["entropy"] > 0).all()
 
 
 def test_memory_that_runs_out_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +199,8 @@ def test_memory_that_runs_out_changes_nothing(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(ModelRunner, "body", limited)
     found = compared(*scorers, pairs, tmp_path, True)
-    assert failed and torch.allclose(found.logps, whole.logps, rtol=0, atol=1e-4)
-    assert np.allclose(found.distributions.kl, whole.distributions.kl, atol=1e-5)
+    assert failed and np.allclose(found.logps(), whole.logps(), rtol=0, atol=1e-4)
+    assert np.allclose(found.distributions["kl"], whole.distributions["kl"], atol=1e-5)
 
 
 # ---- shifted tokens ---------------------------------------------------------------------------------------------
@@ -226,7 +215,7 @@ def test_shifted_tokens_are_those_with_the_largest_changes(tmp_path: Path) -> No
     changes = [token["logp"] - token["ref_logp"] for token in drift["top"]]
     assert changes == pytest.approx([*every[::-1][:TOP], *every[:TOP]], abs=1e-5)
     far = int((np.abs(every) > math.log(FOLD)).sum())
-    assert found.distributions.shifted.sum() == drift["shifted"] == far > 2 * TOP
+    assert found.distributions["shifted_tokens"].sum() == drift["shifted"] == far > 2 * TOP
     assert drift["share"] == far / len(every)
     for token in drift["top"]:
         pair = next(pair for pair in pairs if pair.where == token["row"])
@@ -240,9 +229,9 @@ def test_shifted_tokens_are_those_with_the_largest_changes(tmp_path: Path) -> No
 def test_hidden_states_are_in_the_order_of_the_pairs_in_a_file_without_a_name(tmp_path: Path) -> None:
     runner, pairs = scorer_of(make_model()), pairs_with_silent_tokens()
     recorded = record(runner, pairs, tmp_path, PROGRESS)
-    assert recorded is not None and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
     alone = [record(runner, pairs[place : place + 1], tmp_path, PROGRESS) for place in range(len(pairs))]
-    expected = torch.cat([each.states for each in alone if each is not None])
+    expected = torch.cat([each.states for each in alone])
     assert torch.allclose(recorded.states, expected, rtol=0, atol=1e-4)
 
 
@@ -267,5 +256,6 @@ def test_it_stops_when_asked(after: int, tmp_path: Path) -> None:
         asked.append(1)
         return len(asked) > after
 
-    assert score(scorer, pairs, Progress(Reporter(quiet=True), "test", stopped)) is None
-    assert len(asked) == after + 2  # once more at its end
+    with pytest.raises(Stopped):
+        score(scorer, pairs, Progress(Reporter(quiet=True), "test", stopped))
+    assert len(asked) == after + 1

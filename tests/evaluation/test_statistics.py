@@ -12,12 +12,11 @@ import pytest
 import torch
 from scipy.stats import binom, spearmanr
 
-from dpo_cli.evaluation.metrics import METRICS, Distributions, PairScores, pair_sums, summarize
+from dpo_cli.evaluation.metrics import METRICS, PairScores, pair_sums, summarize
 from dpo_cli.evaluation.statistics import (
     compare,
     intervals,
     length_bias,
-    quantiles,
     ratio_interval,
     share_interval,
     spearman,
@@ -28,7 +27,7 @@ from dpo_cli.losses.objective import Objective
 from dpo_cli.reporting.text import as_text
 from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.files import to_json
-from tests.helpers.synthetic import scores_of
+from tests.helpers.synthetic import make_evaluation, scores_of
 
 MANY = 1500  # repetitions
 
@@ -42,9 +41,9 @@ def random_scores(pairs: int, seed: int = 0, shift: float = 1.0, beta: float = 0
     rng = np.random.default_rng(seed)
     tokens = rng.integers(5, 100, (pairs, 2)).astype(float)
     each = tokens * rng.uniform(0.01, 0.1, tokens.shape)
-    table = Distributions(tokens, tokens, each, 2 * each, each)
+    table = {"entropy": tokens, "ref_entropy": tokens, "kl": each, "reverse_kl": 2 * each, "shifted_tokens": each}
     logratios = rng.normal([shift / 2, -shift / 2], 2, tokens.shape)
-    return scores_of(logratios, tokens, -2 * tokens, beta, distributions=table if exact else None)
+    return scores_of(logratios, tokens, -2 * tokens, beta, distributions=table if exact else {})
 
 
 def covered(ends: Any, truth: float) -> float:
@@ -168,8 +167,7 @@ def test_accuracy_has_wilsons_interval_and_ties_count_half() -> None:
 
 def test_that_no_token_shifted_is_not_certain() -> None:
     scores = random_scores(100)
-    assert scores.distributions is not None
-    none = dataclasses.replace(scores.distributions, shifted=0 * scores.tokens)
+    none = scores.distributions | {"shifted_tokens": 0 * scores.tokens}
     ends = intervals(dataclasses.replace(scores, distributions=none))
     assert ends["shifted_tokens/chosen"] == ends["shifted_tokens/rejected"] == pytest.approx([0, 0.037], abs=1e-3)
 
@@ -195,7 +193,7 @@ def test_log_probs_that_are_no_numbers(worth: float, pairs: int) -> None:
     scores = random_scores(pairs)
     scores.logps[0] = worth
     with np.errstate(invalid="ignore", over="ignore"):
-        result = {"intervals": intervals(scores), "length": length_bias(scores), "quantiles": quantiles(scores)}
+        result = {"intervals": intervals(scores), "length": length_bias(scores)}
         result = json.loads(to_json(scores.means() | result))
         json.loads(to_json(compare(scores, scores)))
     if math.isnan(worth):
@@ -208,7 +206,8 @@ def test_log_probs_that_are_no_numbers(worth: float, pairs: int) -> None:
 
 def test_quantiles() -> None:
     expected = {"0.05": 5, "0.25": 25, "0.5": 50, "0.75": 75, "0.95": 95}
-    assert quantiles(with_margins(*range(101))) == pytest.approx(expected)
+    result = make_evaluation(scores=with_margins(*range(101))).to_dict()
+    assert result["rewards/margins_quantiles"] == pytest.approx(expected)
 
 
 def test_accuracy_of_plain_log_probs() -> None:
@@ -255,7 +254,7 @@ def test_lengths_that_show_nothing() -> None:
 def test_a_model_is_no_better_than_itself() -> None:
     scores = random_scores(50)
     result = compare(scores, scores)
-    assert result["differences"].keys() == scores.ratios.keys()
+    assert result["differences"].keys() == {*scores.ratios, "logratios/margins"}
     assert all(each["difference"] == 0 and each["interval"] == [0, 0] for each in result["differences"].values())
     assert result["pairs_b_better"]["share"] == 0.5
 
@@ -269,7 +268,7 @@ def test_differences_are_paired() -> None:
     assert margins["difference"] == pytest.approx(0.4) and margins["interval"] == pytest.approx([0.4, 0.4])
     assert margins["b"] - margins["a"] == pytest.approx(margins["difference"])
     assert result["pairs_b_better"] == {"share": 1, "interval": pytest.approx([0.9287, 1], abs=1e-4)}
-    assert "logratios/margins" not in result["differences"]
+    assert result["differences"]["logratios/margins"]["difference"] == pytest.approx(4)
 
 
 def test_models_of_different_betas_are_compared_in_log_ratios_too() -> None:
@@ -283,7 +282,7 @@ def test_models_of_different_betas_are_compared_in_log_ratios_too() -> None:
 @pytest.mark.parametrize(
     ("objective", "reasons"),
     [
-        (Objective(label_smoothing=0.1), {"loss": "--loss sigmoid, with other options"}),
+        (Objective(label_smoothing=0.1), {"loss": "b's of --loss sigmoid, or their options differ"}),
         (Objective({"ipo": 1.0}), {"loss": "a's is of --loss sigmoid, b's of --loss ipo"}),
         (Objective({"simpo": 1.0}), {"loss": "simpo", "rewards": "a's are of log-ratios, b's of log-probs per token"}),
     ],
@@ -295,7 +294,7 @@ def test_what_other_objectives_measure_otherwise_is_not_compared(objective: Obje
     assert all(words in result["not_compared"][name] for name, words in reasons.items())
     kept = result["differences"]
     assert "loss" not in kept and "kl/chosen" in kept
-    assert ("rewards/margins" in kept) == ("rewards" not in reasons) == ("logratios/margins" not in kept)
+    assert ("rewards/margins" in kept) == ("rewards" not in reasons)
     about = {"model": "m", "reference": "r", "beta": 0.1}
     text = as_text({"a": about, "b": about, "pairs": 20, "same_tokens": True} | result)
     assert all(f"{name} not compared" in text and words in text for name, words in reasons.items())

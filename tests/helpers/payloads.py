@@ -80,9 +80,9 @@ def report_of(text: str, plots: bool = False) -> ReportInput:
     scores = like.scores
     if not plots:
         nothing = scores.logps * float("nan")
-        scores = dataclasses.replace(scores, logps=nothing, ref_logps=nothing, distributions=None)
-    words = dict.fromkeys(("kind", "title", "text", "advice"), text)
-    findings = [words | {"numbers": {text: 1.0}, "rows": [text, text]}]
+        scores = dataclasses.replace(scores, logps=nothing, ref_logps=nothing, distributions={})
+    words = dict.fromkeys(("kind", "title", "advice"), text)
+    findings = [words | {"numbers": {text: 1.0}}]
     place: dict[str, Any] = dict.fromkeys(("row", "response", "before", "token", "after"), text)
     drift: dict[str, Any] = {
         "tokens": 9,
@@ -93,7 +93,7 @@ def report_of(text: str, plots: bool = False) -> ReportInput:
     sample = dict.fromkeys(("prompt", "reference", "policy"), text)
     samples = [sample | {"reference_sampled": [text], "policy_sampled": [text]}]
     tokens = [Token(text, -1.0, -2.0, 0.5, 0.6, 0.1), Token(text)]
-    shown = [ShownPair("best", text, 1.0, [Token(text)], tokens, tokens)]
+    shown = [ShownPair("best", text, 1.0, text, tokens, tokens)]
     history: list[dict[str, Any]] = [{"step": 1, "loss": 0.5, text: 1.0}, {"step": text, "loss": text}] if plots else []
     manifest = {text: text, "more": {text: [text, text]}}
     about = like.about | {"model": text, "reference": text, "refused": {text: 2}, text: 1.5, "text": {text: 1.5}}

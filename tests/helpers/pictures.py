@@ -18,7 +18,7 @@ def _leave_empty(target: Any, *_args: Any, **_how: Any) -> None:
     if isinstance(target, Path):
         target.touch()
     else:
-        target.write("<svg></svg>")
+        target.write(b"")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dpo_cli.evaluation import statistics
 from dpo_cli.evaluation.diagnostics import judge
 from dpo_cli.evaluation.evaluator import EvalResult
 from dpo_cli.evaluation.examples import ShownPair, Token
-from dpo_cli.evaluation.metrics import Distributions, PairScores
+from dpo_cli.evaluation.metrics import PairScores
 from dpo_cli.losses.objective import Objective
 from tests.helpers import SAMPLE
 
@@ -62,7 +62,8 @@ def make_scores(pairs: int = 300, seed: int = 0) -> PairScores:
     logps = ref_logps + np.stack([fall, fall - gap], 1)
     kl = tokens * rng.gamma(2.0, 0.03, (pairs, 2))
     entropy, ref_entropy = tokens * rng.uniform(1, 2, (pairs, 2)), tokens * rng.uniform(1.2, 2.2, (pairs, 2))
-    exact = Distributions(entropy, ref_entropy, kl, 1.1 * kl, rng.poisson(0.3, (pairs, 2)) * 1.0)
+    exact = {"entropy": entropy, "ref_entropy": ref_entropy, "kl": kl, "reverse_kl": 1.1 * kl}
+    exact["shifted_tokens"] = rng.poisson(0.3, (pairs, 2)) * 1.0
     where = [f"heldout.jsonl:{i + 1}" for i in range(pairs)]
     terms = np.stack([np.ones(pairs), np.zeros(pairs)], 1)
     return PairScores(where, tokens, logps, ref_logps, terms, distributions=exact)
@@ -73,20 +74,14 @@ def make_findings() -> list[dict[str, Any]]:
         {
             "kind": "length_bias",
             "title": "The policy prefers longer answers",
-            "text": "Where the chosen response is the shorter one, accuracy is 66.1\u00a0% (95\u00a0%: 58.2 to 73.2); "
-            "where it is the longer one, 83.4\u00a0% (76.5 to 88.6). The rank correlation is 0.31.",
             "advice": "Balance lengths in the data, or compare by a judge that is blind to length.",
             "numbers": {"margin_length_correlation": 0.31},
-            "rows": [f"heldout.jsonl:{row}" for row in (4, 17, 29, 51, 102, 118, 203)],
         },
         {
             "kind": "displaced_chosen",
             "title": "The chosen responses lost probability too",
-            "text": "In 78 % of the pairs the chosen response is rarer under the policy than under the reference; the "
-            "margin comes from the rejected one falling faster.",
             "advice": "A higher beta, fewer steps, or a share of the supervised loss on the chosen responses.",
             "numbers": {"share": 0.78},
-            "rows": [],
         },
     ]
 
@@ -155,7 +150,7 @@ def make_shown(count: int = 3) -> list[ShownPair]:
         for i in range(count):
             place = at * count + i
             row, drift = rows[place], (0.6, 0.3, -0.4)[at]
-            prompt = [Token(f"<|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n")]
+            prompt = f"<|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
             chosen = make_tokens(row["chosen"][0]["content"], drift, place)
             rejected = make_tokens(row["rejected"][0]["content"], -drift, place + 100)
             found.append(ShownPair(why, f"heldout.jsonl:{place + 1}", 4.1 - 3.1 * at, prompt, chosen, rejected))
@@ -181,7 +176,6 @@ def make_evaluation(pairs: int = 300, seed: int = 0, shown: int = 3, scores: Pai
             scores=scores,
             means=scores.means(),
             intervals=statistics.intervals(scores),
-            margin_quantiles=statistics.quantiles(scores),
             length=statistics.length_bias(scores),
             findings=make_findings(),
             judged=judge(len(scores.where), 2, ["not_finite"]),

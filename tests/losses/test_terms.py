@@ -29,6 +29,7 @@ from dpo_cli.data.collate import collate
 from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.data.tokenize import PairSet, tokenize_rows
 from dpo_cli.evaluation.evaluator import Evaluator
+from dpo_cli.evaluation.kl import COLUMNS, TokenScores
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import ModelRunner, token_logps
@@ -234,12 +235,13 @@ def test_the_comparison_of_step_0_is_by_tokens_with_loss(model: PreTrainedModel,
 def test_evaluate_by_the_formula() -> None:
     """Weights and margins change the loss and nothing else."""
     policy, reference = torch.randn(2, 50, 2, generator=torch.Generator().manual_seed(0)) * 20 - 60
+    columns = torch.zeros(100, len(COLUMNS))
+    columns[:, 0], columns[:, 1] = policy.flatten(), reference.flatten()
+    tokens = TokenScores(columns, np.ones((50, 2), np.int64))
     plain = Pairs(random_pairs(50))
     weighted = Pairs(replace(pair, weight=w, margin=m) for pair, (w, m) in zip(plain, terms_of(50), strict=True))
     objective = Objective(beta=BETA, label_smoothing=SMOOTHING)
-    found, without = (
-        Evaluator(pairs, None, objective).scores(policy, reference).means() for pairs in (weighted, plain)
-    )
+    found, without = (Evaluator(pairs, None, objective).scores(tokens).means() for pairs in (weighted, plain))
     losses, _ = formula(policy.double(), reference.double(), torch.tensor(terms_of(50)).double())
     assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
     assert without["loss"] != found["loss"] and without | {"loss": 0} == found | {"loss": 0}

@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -757,10 +756,10 @@ def test_files_that_change_while_they_are_loaded_are_not_remembered(
 def test_files_that_change_while_they_are_evaluated_are_not_remembered(
     place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The policy is loaded, another model takes its place, and then its log-probs are looked up as the reference."""
+    """The policy is loaded, and another model takes its place."""
     original = kl.score
 
-    def score(*arguments: Any) -> Tensor | None:
+    def score(*arguments: Any) -> kl.TokenScores:
         put_other_weights_in_place_of(place)
         return original(*arguments)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dpo_cli.data.collate import MicroBatch, collate
 from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.diagnostics import Evidence, diagnose
-from dpo_cli.evaluation.metrics import Distributions, PairScores
+from dpo_cli.evaluation.metrics import PairScores, Table
 from dpo_cli.evaluation.statistics import intervals, length_bias
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.logprobs import ModelRunner, hidden_states
@@ -97,7 +97,7 @@ class Trained:
 
 
 @torch.no_grad()
-def distributions(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair]) -> Distributions:
+def distributions(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair]) -> dict[str, Table]:
     """By plain forwards over all pairs at once: the model is tiny."""
     batch: MicroBatch = collate(pairs, "padded")
     p, q = (
@@ -109,7 +109,8 @@ def distributions(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Se
     entropies = [-(a.exp() * b).sum(-1) for a, b in ((p, p), (q, q), (p, q), (q, p))]
     each = [*entropies[:2], entropies[2] - entropies[0], entropies[3] - entropies[1], shifted]  # (N,) each
     sums = [torch.segment_reduce(x, "sum", lengths=batch.lengths, unsafe=True).view(-1, 2).numpy() for x in each]
-    return Distributions(*sums)
+    names = ("entropy", "ref_entropy", "kl", "reverse_kl", "shifted_tokens")
+    return dict(zip(names, sums, strict=True))
 
 
 def train(
