@@ -191,7 +191,6 @@ class ModelRunner:
         pairs: Sequence[Pair],
         compute: Callable[[Sequence[int], MicroBatch], Result],
         share: tuple[int, int] = (0, 1),
-        ld_alpha: float = 1.0,
     ) -> Iterator[tuple[tuple[int, ...], Result]]:
         """Run over all pairs in packed forwards, longest first; out of memory, repeat with fewer tokens per forward.
 
@@ -212,7 +211,7 @@ class ModelRunner:
             if self.max_tokens < planned:  # memory ran out before
                 waiting = pack([i for indices in waiting for i in indices], costs, self.layout, self.max_tokens)
             while waiting:
-                result = self._attempt(pairs, waiting[0], compute, ld_alpha)
+                result = self._attempt(pairs, waiting[0], compute)
                 if result is not None:
                     yield waiting.pop(0), result[0]
                 else:
@@ -220,18 +219,17 @@ class ModelRunner:
                     left = [i for indices in waiting for i in indices]
                     waiting = pack(left, costs, self.layout, self.max_tokens)
         if self.parallel.lockstep and rank >= (dealt % world_size or world_size):  # other ranks have one more
-            compute(by_length[-1:], self.batch([pairs[by_length[-1]]], ld_alpha))
+            compute(by_length[-1:], self.batch([pairs[by_length[-1]]]))
 
     def _attempt(
         self,
         pairs: Sequence[Pair],
         places: Sequence[int],
         compute: Callable[[Sequence[int], MicroBatch], Result],
-        ld_alpha: float,
     ) -> tuple[Result] | None:
         """Compute one forward; None if memory ran out. Its tensors are freed only when this frame is gone."""
         try:
-            return (compute(places, self.batch([pairs[i] for i in places], ld_alpha)),)
+            return (compute(places, self.batch([pairs[i] for i in places])),)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -23,7 +23,6 @@ from torch import Tensor
 import dpo_cli.reference.store
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pair, Pairs
-from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
@@ -232,9 +231,13 @@ def test_log_probs_as_ld_dpo_reads_them(tmp_path: Path, scorer: ModelRunner, alp
     cache = open_cache(tmp_path)
     whole = compute_missing(cache, pairs, scorer).logps
     found, fresh = cache.weighted(Pairs(pairs), alpha), torch.empty(len(pairs), 2)
-    forwards = scorer.forwards(pairs, lambda _, batch: [*scorer.body(batch).head_pieces()], ld_alpha=alpha)
-    for places, pieces in forwards:
-        fresh[list(places)] = Preferences.concatenate(pieces).logps.view(2, -1).T
+
+    def weighted(places: Sequence[int], _: MicroBatch) -> Tensor:
+        pieces = scorer.body(scorer.batch([pairs[i] for i in places], alpha)).head_pieces()
+        return torch.cat([piece.logps.view(2, -1) for piece in pieces], 1).T  # (P, 2)
+
+    for places, logps in scorer.forwards(pairs, weighted):
+        fresh[list(places)] = logps
     torch.testing.assert_close(found, fresh, rtol=1e-6, atol=1e-5)
     one = torch.tensor([len(pair.chosen) == len(pair.rejected) for pair in pairs])
     torch.testing.assert_close(found[one | (alpha == 1)], whole[one | (alpha == 1)])
