@@ -15,10 +15,10 @@ from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import Progress
+from dpo_cli.reference.store import fill_reference
 from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.loop import make_trainer
 from dpo_cli.training.optimizer import learning_rate
-from dpo_cli.training.prepare import fill_reference
 from dpo_cli.training.setup import prepare_run
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.distributed import started

@@ -29,13 +29,12 @@ from dpo_cli.models.fingerprint import same_weights
 from dpo_cli.models.loading import compile_layers, default_device, dtype_name, release
 from dpo_cli.models.locate import ModelSource, start_model
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.reference.store import ReferenceCache
+from dpo_cli.reference.store import ReferenceCache, fill_reference
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
     ScoredModel,
     choose_model,
     choose_tokenizer,
-    fill_reference,
     load_scored_model,
     read_pairs,
     refuse_unread_terms,

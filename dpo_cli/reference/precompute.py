@@ -10,12 +10,12 @@ import torch
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.models.loading import compile_layers
+from dpo_cli.reference.store import fill_reference
 from dpo_cli.training.memory import fit, process_bytes
 from dpo_cli.training.prepare import (
     check_quantize,
     choose_model,
     choose_tokenizer,
-    fill_reference,
     load_scored_model,
     read_pairs,
 )

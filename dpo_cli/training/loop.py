@@ -22,12 +22,12 @@ from dpo_cli.hub.export import NotReadBackError
 from dpo_cli.hub.push import check_base, check_login
 from dpo_cli.models.logprobs import logp_tolerance
 from dpo_cli.models.parallel import reshard
+from dpo_cli.reference.store import fill_reference, report_cached
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
 from dpo_cli.training.finish import answer, export, push_model, summary
 from dpo_cli.training.heldout import HeldOut
 from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
-from dpo_cli.training.prepare import fill_reference, report_cached
 from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, trained_with
 from dpo_cli.training.setup import Run, prepare_run
 from dpo_cli.training.step import NotFiniteError, Trainer, compare_with_reference

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -41,7 +40,7 @@ from dpo_cli.models.lora_targets import kind_of
 from dpo_cli.models.parallel import shard
 from dpo_cli.models.quantized import admit
 from dpo_cli.models.split_weights import split_master_weights
-from dpo_cli.reference.store import ReferenceCache, ReferenceLogps, compute_missing, missing_places, tokens_of
+from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.checkpoint import verified_step
 from dpo_cli.training.memory import MOST_TOKENS
 from dpo_cli.training.optimizer import SPLIT
@@ -342,31 +341,3 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
             f"{asked}: {source.description} is a GGUF file; name the model's folder or its name on the hub"
         )
     admit(source, options.model, options)
-
-
-# ---- reference log-probs ----------------------------------------------------------------------------------------
-
-
-def report_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> tuple[Tensor, list[int]]:
-    """Report what the cache has of P pairs; returns that (P, 2), and the places of those to score, equal ones once."""
-    logps = distributed.all_reduce_known(cache.lookup(pairs))
-    missing = missing_places(logps, pairs)
-    cached = len(pairs) - int(logps.isnan().any(dim=1).sum())
-    todo = f"{len(missing):,} to score" if missing else "no reference forward"
-    reporter.info("reference", f"{cached:,} of {len(pairs):,} pairs cached: {todo}")
-    return logps, missing
-
-
-def fill_reference(
-    cache: ReferenceCache, pairs: Sequence[Pair], runner: ModelRunner, reporter: Reporter
-) -> ReferenceLogps:
-    """Score what the cache lacks, and report it."""
-    logps, missing = report_cached(cache, pairs, reporter)
-    if not missing:
-        return ReferenceLogps(logps, hits=len(pairs), misses=0)
-    with reporter.progress("reference", sum(tokens_of(pairs[place]) for place in missing), unit="tok") as progress:
-        ranks = distributed.world_size()  # each advances about as fast as this one
-        filled = compute_missing(cache, pairs, runner, lambda tokens: progress.advance(tokens * ranks))
-    rate = f"{filled.seconds:.1f} s ({filled.tokens / filled.seconds:,.0f} tokens/s)"
-    reporter.info("", f"{filled.tokens:,} tokens in {rate}; kept in {cache.folder}")
-    return filled

@@ -25,7 +25,7 @@ from dpo_cli.models.layout import experts_a_token
 from dpo_cli.models.loading import compile_layers, dtype_name, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.reference.store import ReferenceCache
+from dpo_cli.reference.store import ReferenceCache, fill_reference
 from dpo_cli.training.adapter import adapter_settings, attach_adapter
 from dpo_cli.training.memory import Fit, fit, process_bytes
 from dpo_cli.training.plan import report_plan
@@ -33,7 +33,6 @@ from dpo_cli.training.prepare import (
     ScoredModel,
     choose_model,
     choose_tokenizer,
-    fill_reference,
     hold_out,
     load_scored_model,
     read_pairs,
