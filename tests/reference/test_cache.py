@@ -43,7 +43,7 @@ from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
 from dpo_cli.utils.files import file_lock
 from tests.helpers import CHATML, ROOT, cached_logps, make_model, random_pairs, write_rows
-from tests.helpers.caches import NOISE, changed_config, changed_weight, dpo, make_scorer, open_cache, shards
+from tests.helpers.caches import NOISE, changed_config, changed_weight, dpo, fill, make_scorer, open_cache, shards
 
 DAY = 24 * 60 * 60.0
 LINES = {1, 2, 3, 4, 5, 6}  # of the file of rows; the last is a conversation of several turns, the fifth has a system
