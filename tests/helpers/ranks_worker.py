@@ -23,6 +23,7 @@ from dpo_cli.models.logprobs import HiddenStates
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
+from tests.helpers.pictures import pictures
 
 RANK = os.environ.get("RANK", "0")
 POISONED = 7  # the pair whose loss is not a number
@@ -78,7 +79,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     for case in sys.argv[2:]:
-        with PREPARED.get(case, nullcontext)():
+        with PREPARED.get(case, nullcontext)(), pictures(drawn=False):
             out = CliRunner().invoke(app, json.loads((folder / f"{case}.json").read_text()))
         if out.exception and not isinstance(out.exception, SystemExit):
             raise out.exception

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import SAMPLE, make_model, write_rows
 from tests.helpers.caches import PROCESSES
+from tests.helpers.pictures import pictures
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,16 @@ def _main(arguments: list[str], folder: Path, told: Path, pause: float, strike: 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
     sys.argv = ["dpo", *arguments]
     torch.set_num_threads(1)
-    from matplotlib.figure import Figure
-
     from dpo_cli.cli.app import main
-    from dpo_cli.reporting import plots
     from dpo_cli.training.loop import Trainer
 
-    plots._figure = lambda *_, **__: Figure((1, 1))  # drawn with nothing in it: most of such a run's time went there
     if pause:
         step = Trainer.step
         Trainer.step = lambda *args: (time.sleep(pause), step(*args))[1]  # type: ignore[method-assign]
     if strike:
         strike.arm()
-    main()
+    with pictures(drawn=False):
+        main()
 
 
 @dataclass

@@ -223,7 +223,7 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
         ("training.heldout:append_metrics", 3, signal.SIGTERM),
         ("training.heldout:write_report", 2, signal.SIGINT),
         ("training.loop:save_checkpoint", 3, signal.SIGTERM),
-        ("training.loop:export_model", 1, signal.SIGINT),
+        ("training.finish:export_model", 1, signal.SIGINT),
     ],
 )
 def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, number: signal.Signals) -> None:
@@ -231,7 +231,7 @@ def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, 
     name = f"my {phase.partition(':')[2]} {call} {number.name}"
     run = place.folder / name
     code, told = place.train(name, strike=Strike(f"dpo_cli.{phase}", call, (number,)))
-    if phase != "training.loop:export_model" or code:  # the work is done there: it may as well come to its end
+    if phase != "training.finish:export_model" or code:  # the work is done there: it may as well come to its end
         assert code == 130, told
         found = newest_checkpoint(run / "checkpoints", pytest.fail)
         assert found and found[1] == max(newest_step(run), 0)

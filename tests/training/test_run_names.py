@@ -16,6 +16,7 @@ import dpo_cli.training.loop
 from dpo_cli.cli.app import app
 from tests.helpers import SAMPLE
 from tests.helpers.caches import PROCESSES
+from tests.helpers.pictures import pictures
 
 NOW = "20260101-120000"
 
@@ -43,7 +44,8 @@ def _train(folder: Path, model: Path, together: Barrier, more: tuple[str, ...]) 
         "2",
         *more,
     ]
-    out = CliRunner().invoke(app, command)
+    with pictures(drawn=False):
+        out = CliRunner().invoke(app, command)
     Path(f"{os.getpid()}.txt").write_text(out.output)
     os._exit(out.exit_code)
 
