@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_cli.models.lora_targets import Targets, counted, kind_of, pattern_of
+from dpo_cli.models.lora_targets import Targets, counted, ends_with, kind_of, pattern_of
 from dpo_cli.models.split_weights import split
 from dpo_cli.utils.errors import UsageError
 
@@ -45,9 +45,15 @@ def make_config(
     """
     from peft import LoraConfig  # peft takes a second to import
 
-    whole = _modules_to_save(model, to_save, targets) if to_save else []
-    _refuse_tied(model, "--lora-targets", targets.modules)
-    _refuse_tied(model, "--modules-to-save", [n for n in whole if model.get_submodule(n) is not _embedding(model)])
+    whole, tied = _modules_to_save(model, to_save, targets) if to_save else [], is_tied(model)
+    embedding = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    alone = [n for n in targets.modules if n in embedding + head] + [n for n in whole if n in head]
+    if tied and alone:
+        raise UsageError(
+            f"--lora-targets, --modules-to-save: the weights of {alone[0]} are embedding and head at once, and one "
+            "would be trained without the other; to train both as one, name the embedding in --modules-to-save"
+        )
     if kind == "dora" and targets.parameters:
         raise UsageError(
             f"--lora-type dora: peft does not decompose {kind_of(targets.parameters[0])}, which it adapts as a "
@@ -64,80 +70,68 @@ def make_config(
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
         modules_to_save=whole or None,
-        ensure_weight_tying=is_tied(model) and any(model.get_submodule(name) is _embedding(model) for name in whole),
+        ensure_weight_tying=tied and not {*embedding}.isdisjoint(whole),
     )
 
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether embedding and head share one tensor."""
     head = model.get_output_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(_embedding(model), "weight", head)
-
-
-def _embedding(model: PreTrainedModel) -> nn.Module:
-    return model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(model.get_input_embeddings(), "weight", head)
 
 
 def _modules_to_save(model: PreTrainedModel, names: str, targets: Targets) -> list[str]:
     """Return all modules that ``--modules-to-save`` names by their ends."""
-    found: list[str] = []
+    found = dict[str, None]()
     for name in names.split(","):
-        ending = [full for full, _ in model.named_modules() if full == name or full.endswith(f".{name}")]
+        ending = [full for full, _ in model.named_modules() if ends_with(full, name)]
         if not ending:
             kinds = sorted({kind_of(full.rpartition(".")[0]) for full, _ in model.named_parameters()})
-            raise UsageError(
-                f"--modules-to-save {names}: no module's name ends with {name}; there are {', '.join(kinds)}"
-            )
-        found += [full for full in ending if full not in found]
+            why = f"no module's name ends with {name}; there are {', '.join(kinds)}"
+            raise UsageError(f"--modules-to-save {names}: {why}")
+        found.update(dict.fromkeys(ending))
     inside = tuple(f"{name}." for name in found)
     if both := [name for name in (*targets.modules, *targets.parameters) if f"{name}.".startswith(inside)]:
         raise UsageError(
             f"--modules-to-save {names}: {kind_of(both[0])} would be trained whole and have an adapter; name other "
             "--lora-targets, or leave it out"
         )
-    return found
+    return [*found]
 
 
-def _refuse_tied(model: PreTrainedModel, option: str, names: list[str]) -> None:
-    ends = (_embedding(model), model.get_output_embeddings())
-    shared = [name for name in names if any(model.get_submodule(name) is end for end in ends)]
-    if shared and is_tied(model):
-        raise UsageError(
-            f"{option}: the weights of {shared[0]} are embedding and head at once, and one would be trained without "
-            "the other; to train both as one, name the embedding in --modules-to-save"
-        )
-
-
-def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> None:
+def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> Any:
     """Attach a new adapter to a model, in place; the model computes what it did before.
 
     A base in bfloat16 stays that. ``seed`` draws the random part, whatever was drawn before.
 
+    Returns:
+        peft's ``LoraModel`` around the model.
+
     Raises:
         UsageError: peft cannot adapt a module or train it whole.
     """
-    from peft import inject_adapter_in_model
+    from peft import LoraModel
     from peft.utils import ModulesToSaveWrapper
 
-    dtype = model.dtype
-    if dtype != torch.float32 and not is_quantized(model):
+    halved, full_names = model.dtype == torch.bfloat16, config.target_modules
+    if halved and not is_quantized(model):
         model.float()  # what is computed of the base's weights, as DoRA's magnitudes are, in float32
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        full_names = config.target_modules
         try:
-            inject_adapter_in_model(config, model)
+            tuner = LoraModel(model, config, "default")
         except Exception as error:  # of whatever type peft raises
             raise UsageError(f"--lora-targets: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-        config.target_modules = full_names  # which peft shortens to ends
+    config.target_modules = full_names  # which peft shortens to ends
     for p in trained(model):
         p.data = p.detach().float()
-    if dtype == torch.bfloat16 and not is_quantized(model):
-        cast_frozen_to_bf16(model)
-    if dtype == torch.bfloat16:
+    if halved:
+        if not is_quantized(model):
+            cast_frozen_to_bf16(model)
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):  # as its frozen original, whatever the weights' precision
                 module.register_forward_hook(lambda _, given, result: result.to(torch.bfloat16))
+    return tuner
 
 
 def try_backward(model: PreTrainedModel, logps: Callable[[], Tensor]) -> list[str]:
@@ -160,22 +154,25 @@ def try_backward(model: PreTrainedModel, logps: Callable[[], Tensor]) -> list[st
 
 def describe_adapter(model: nn.Module) -> str:
     """Describe how many matrices have an adapter, by kind, and what is trained in full beside them."""
-    kinds, whole = Counter[str](), Counter[str]()
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            parameter = getattr(module, "parameter_name", "weight")
-            kinds[kind_of(name.replace(".base_layer", "") + f".{parameter}" * (parameter != "weight"))] += 1
-        elif type(module).__name__ == "ModulesToSaveWrapper":
-            whole[kind_of(name)] += 1
+    kinds = Counter(kind for kind, _ in _adapted(model))
+    whole = Counter(
+        kind_of(n) for n, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"
+    )
     return f"{kinds.total():,} matrices: {counted(kinds)}" + (f"; trained whole: {counted(whole)}" if whole else "")
 
 
 def experts_of_version_5(model: PreTrainedModel) -> list[str]:
     """The kinds of adapted expert tensors that transformers 4 has as other modules, so that it cannot load them."""
-    if model.config.get_text_config().model_type in SAME_EXPERTS:
-        return []
-    parameters = [(name, getattr(module, "parameter_name", "weight")) for name, module in model.named_modules()]
-    return sorted({kind_of(f"{name.replace('.base_layer', '')}.{own}") for name, own in parameters if own != "weight"})
+    same = model.config.get_text_config().model_type in SAME_EXPERTS
+    return [] if same else sorted({kind for kind, own in _adapted(model) if own != "weight"})
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The kind of each adapted matrix, and the name that its module has for it."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            own = getattr(module, "parameter_name", "weight")
+            yield kind_of(name.replace(".base_layer", "") + f".{own}" * (own != "weight")), own
 
 
 def trained(model: nn.Module) -> Iterator[nn.Parameter]:

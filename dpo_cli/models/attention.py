@@ -29,10 +29,6 @@ GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet i
 _FOREIGN = ("softcap", "position_bias")
 
 
-class UnsupportedAttentionError(ValueError):
-    """The model's attention has a part that prefix sharing does not compute."""
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # its Python differs with every row; kernels are what it calls
 def prefix_shared_attention(
     module: torch.nn.Module,
@@ -56,13 +52,11 @@ def prefix_shared_attention(
         sinks as in gpt-oss (arXiv 2508.10925).
 
     Raises:
-        UnsupportedAttentionError: soft-capping, a position bias, or a forward without segments.
+        ValueError: soft-capping, a position bias, or a forward without segments.
     """
     foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
     if foreign or segments is None:
-        raise UnsupportedAttentionError(
-            f"its attention takes {foreign[0]}" if foreign else "it does not pass segments on"
-        )
+        raise ValueError(f"its attention takes {foreign[0]}" if foreign else "it does not pass segments on")
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -74,16 +68,11 @@ def prefix_shared_attention(
     parts = []
     for place, (prompt, _, _) in enumerate(segments.spans):
         first, second = 2 * place, 2 * place + 1
-        k, v = (_after_prompt(x[first], prompt, x[second]) for x in (keys, values))
+        k, v = (torch.cat([x[first][:, :, :prompt], x[second]], dim=2) for x in (keys, values))
         how = (segments, scaling, dropout, s_aux, sliding_window)
         parts.append(_causal(queries[first], keys[first], values[first], *how))
         parts.append(_causal(queries[second], k, v, *how))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _after_prompt(first: Tensor, prompt: int, rejected: Tensor) -> Tensor:
-    """What the rejected response sees: the prompt, out of ``prompt+chosen``, and itself."""
-    return torch.cat([first[:, :, :prompt], rejected], dim=2)
 
 
 def _causal(

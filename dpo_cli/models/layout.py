@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from dpo_cli.data.batching import Layout, probe_pairs, row_costs
 from dpo_cli.data.collate import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair, Pairs
-from dpo_cli.models.attention import PREFIX_SHARED, UnsupportedAttentionError, attention
+from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import forward_errors, hidden_states, token_logps
 from dpo_cli.models.moe import auxiliary_loss, routed
 from dpo_cli.utils.errors import DpoError, UsageError
@@ -49,47 +50,44 @@ def choose_layout(
             training, or changes when the model has read a longer sequence.
     """
     groups, limit = _tried(model, pairs, max_tokens, device)
-    alone, places = _responses([pair for group in groups for pair in group], device)
+    tried = [pair for group in groups for pair in group]
+    longest = max(((p.prompt, r) for p in tried for r in (p.chosen, p.rejected)), key=lambda each: sum(map(len, each)))
     precisions = dict.fromkeys((torch.float32, dtype))
     with forward_errors("the model's own forward fails on a pair of the data"):
-        expected = {p: _scored(model, alone, p)[places] for p in precisions}
+        expected = {p: _alone(model, tried, device, p) for p in precisions}
     if not all(logps.isfinite().all() for logps in expected.values()):
         raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
     with forward_errors("the model's own forward fails in training mode"):
-        _check_alone(model, alone[-1])
-    try:
-        together = _scored(model, alone, torch.float32, apart=True)[places]
-        apart = bool((together - expected[torch.float32]).abs().nan_to_num(math.inf).max() < 1e-3)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # a body or a head of another kind
-        apart = False
-    chosen = getattr(model.config.get_text_config(), "index_topk", None) or math.inf
-    sparse = alone[-1].input_ids.shape[1] > chosen
-    limit = min(limit, chosen) if sparse else limit
-    reasons = ["its attention chooses tokens, and breaks ties by the row's length"] if sparse else []
-    layouts: list[Layout] = ["alone"] if sparse else [*DESCRIPTIONS]
+        _check_alone(model, padded([longest]).to(device))
+    apart, reasons = False, list[str]()
+    with suppress(UsageError), forward_errors("a body or a head of another kind"):
+        together = _alone(model, tried, device, torch.float32, apart=True)
+        apart = _largest(together - expected[torch.float32]) < 1e-3
+    layouts: list[Layout] = [*DESCRIPTIONS]
+    chosen = getattr(model.config.get_text_config(), "index_topk", None)
+    if chosen and sum(map(len, longest)) > chosen:
+        limit, layouts = min(limit, chosen), ["alone"]
+        reasons.append("its attention chooses tokens, and breaks ties by the row's length")
     for layout in layouts:
         forwards = [collate(group, layout).to(device) for group in groups]
+        own = PREFIX_SHARED if layout == "shared" else None
         try:
-            with attention(model, PREFIX_SHARED if layout == "shared" else None):
-                scored = {p: _scored(model, forwards, p, apart) for p in precisions}
-            off = {p: (logps - expected[p]).abs().nan_to_num(math.inf) for p, logps in scored.items()}
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-            known = isinstance(error, UnsupportedAttentionError)
-            reasons.append(f"{layout}: {error if known else 'not supported by the code of this model'}")
+            with forward_errors(f"{layout}: not supported by the code of this model"), attention(model, own):
+                scored = {p: torch.cat([token_logps(model, b, p, apart) for b in forwards]) for p in precisions}
+        except UsageError as error:
+            reasons.append(str(error))
             continue
-        if off[torch.float32].max() < 1e-3 and off[dtype].mean() < 0.1:
-            reasons += [] if apart else ["the head cannot run apart from the body"]
-            reasons += (
-                [f"--max-length {limit} lets sequences share one"] if limit < math.inf and layout == "alone" else []
-            )
-            why = f" ({'; '.join(reasons)})" if reasons else ""
-            largest = f"{off[torch.float32].max():.0e} nats per token"
-            return layout, apart, f"{DESCRIPTIONS[layout]}; equal to single sequences within {largest}{why}"
-        reasons.append(f"{layout}: off by {max(float(each.max()) for each in off.values()):.2g} nats")
+        off = {p: logps - expected[p] for p, logps in scored.items()}
+        largest = _largest(off[torch.float32])
+        if largest >= 1e-3 or not off[dtype].abs().mean() < 0.1:
+            reasons.append(f"{layout}: off by {max(map(_largest, off.values())):.2g} nats")
+            continue
+        if not apart:
+            reasons.append("the head cannot run apart from the body")
+        if layout == "alone" and limit < math.inf:
+            reasons.append(f"--max-length {limit} lets sequences share one")
+        told = f"{DESCRIPTIONS[layout]}; equal to single sequences within {largest:.0e} nats per token"
+        return layout, apart, told + (f" ({'; '.join(reasons)})" if reasons else "")
     if limit < math.inf:
         raise UsageError(
             f"sequences longer than {limit} tokens change the model's log-probs of shorter ones, beside and after them "
@@ -129,23 +127,23 @@ def _tried(
     return groups, min(between, default=math.inf)
 
 
-def _responses(tried: Sequence[Pair], device: torch.device) -> tuple[list[MicroBatch], Tensor]:
-    """A forward for each response of these pairs, equal ones once, and shorter ones before one that may leave state.
+def _alone(
+    model: PreTrainedModel, tried: Sequence[Pair], device: torch.device, dtype: torch.dtype, apart: bool = False
+) -> Tensor:
+    """The token log-probs of these pairs, a forward for each response, shorter ones before one that may leave state.
 
-    The tensor (N,) holds the place of each of the pairs' tokens among theirs.
+    Shapes: (N,), in the order of the pairs.
     """
     sequences = [(pair.prompt, response) for pair in tried for response in (pair.chosen, pair.rejected)]
-    names = [(prompt.tobytes(), response.tobytes()) for prompt, response in sequences]
-    kept = dict(sorted(zip(names, sequences, strict=True), key=lambda each: sum(map(len, each[1]))))
-    batches = [padded([sequence]).to(device) for sequence in kept.values()]
-    counts = [len(batch.targets) for batch in batches]
-    places = dict(zip(kept, torch.arange(sum(counts), device=device).split(counts), strict=True))
-    return batches, torch.cat([places[name] for name in names])
+    logps = dict[int, Tensor]()
+    for i in sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i]))):
+        logps[i] = token_logps(model, padded([sequences[i]]).to(device), dtype, apart)
+    return torch.cat([logps[i] for i in range(len(sequences))])
 
 
-def _scored(model: PreTrainedModel, forwards: Sequence[MicroBatch], dtype: torch.dtype, apart: bool = False) -> Tensor:
-    """The token log-probs of one forward after the other: (N,) nats."""
-    return torch.cat([token_logps(model, batch, dtype, apart) for batch in forwards])
+def _largest(off: Tensor) -> float:
+    """The largest of some differences; infinity where one is not a number."""
+    return float(off.abs().nan_to_num(math.inf).max())
 
 
 def _thresholds(config: Mapping[str, Any]) -> set[int]:
@@ -162,17 +160,13 @@ def _check_alone(model: PreTrainedModel, batch: MicroBatch) -> None:
     """
     expected, ids = token_logps(model, batch, torch.float32), batch.input_ids.clone()
     ids[0, -1] = int(ids[0, -1] == 0)
-
-    def off() -> float:
-        logps = token_logps(model, replace(batch, input_ids=ids), torch.float32)
-        return float((logps - expected).abs().nan_to_num(math.inf).max())
-
+    changed = replace(batch, input_ids=ids)
     model.train()
-    in_training = off()
+    in_training = _largest(token_logps(model, changed, torch.float32) - expected)
     model.eval()
     if in_training < 1e-3:
         return
-    if (ahead := off()) >= 1e-3:
+    if (ahead := _largest(token_logps(model, changed, torch.float32) - expected)) >= 1e-3:
         raise UsageError(
             f"the model is no causal language model: a token's log-prob changes by {ahead:.2g} nats with what stands "
             "behind it. Take one that predicts each token from those before it"

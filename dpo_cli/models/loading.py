@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import json
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,18 +26,14 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-from transformers.utils import (
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-)
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from dpo_cli.models import adapter_files, adapter_vocabulary
 from dpo_cli.models.adapters import is_tied
-from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource, gguf_value
+from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource
 from dpo_cli.models.parallel import shard_like
-from dpo_cli.models.quantized import SCALES, packing_of, settle
+from dpo_cli.models.quantized import KEY, SCALES, dequantize, packing_of
 from dpo_cli.utils.errors import DpoError, UsageError
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images, sound
@@ -56,64 +52,16 @@ def _reason(error: Exception) -> str:
     return kind + re.sub(r"\x1b\[[\d;]*m|\t", "", str(error))
 
 
-def count_parameters(source: ModelSource) -> int | None:
-    """Count parameters from the configuration; None if it cannot be derived, or for an unconverted GGUF."""
-    if source.gguf and not source.converted:
-        return None
-    try:
-        return int(_without_weights(source).num_parameters())
-    except Exception:  # of any kind; only an estimate needs it
-        return None
-
-
-def _without_weights(source: ModelSource) -> PreTrainedModel:
-    """Build the model on the meta device, from its configuration."""
-    config = AutoConfig.from_pretrained(**source.config_arguments())
-    with torch.device("meta"):
-        model: PreTrainedModel = declared_class(config).from_config(config, trust_remote_code=source.trust)
-    return model
-
-
-def with_vocabulary(source: ModelSource) -> ModelSource:
-    """Set the vocabulary size that an adapter's base needs, if the adapter was trained with another.
-
-    Raises:
-        UsageError: peft cannot compute the adapter, or nothing says what new tokens' weights are.
-    """
-    if source.adapter is None:
-        return source
-    adapter_files.read_config(source.adapter)
-    try:
-        base = _without_weights(source)
-    except Exception:  # of any kind; loading the model reports it
-        return source
-    rows = cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0]
-    own = _tokens(source)
-    if own > rows and own <= _tokens(replace(source, tokenizer=None)):  # of no use to the base either
-        own = 0
-    wanted = adapter_vocabulary.vocabulary(base, source.adapter, own)
-    return replace(source, tokens=wanted) if wanted != rows else source
-
-
-def _tokens(source: ModelSource) -> int:
-    """Count the ids of a model's tokenizer; 0 if it cannot be loaded."""
-    try:
-        return int(max(load_tokenizer(source).get_vocab().values(), default=-1)) + 1
-    except UsageError:
-        return 0
-
-
 def load_tokenizer(source: ModelSource) -> Any:
     """Load the model's tokenizer, with its chat template."""
-    arguments = source.arguments()
-    if own := source.tokenizer or source.converted:
-        arguments = {"pretrained_model_name_or_path": own, "trust_remote_code": source.trust}
+    own = {"pretrained_model_name_or_path": source.tokenizer, "trust_remote_code": source.trust}
+    arguments = own if source.tokenizer else source.arguments()
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # whatever a folder from elsewhere makes the library raise
         remedy = f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else ""
         raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}{remedy}") from error
-    if source.gguf and not own:
+    if source.gguf and "gguf_file" in arguments:
         _restore_digits(tokenizer, Path(source.path, source.gguf))
     return tokenizer
 
@@ -123,9 +71,11 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
 
     transformers builds a plain byte-level pre-tokenizer from a GGUF and drops the kind that the file names.
     """
+    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    if gguf_value(file, "tokenizer.ggml.pre") == "smollm":
+    kind = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    if kind and kind.contents() == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
         )
@@ -134,7 +84,7 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
 def load_model(source: ModelSource) -> PreTrainedModel:
     """Load the model with float32 weights, on the CPU, in evaluation mode.
 
-    It is quantized and on its device if ``source.quantize`` asks for it or an adapter is attached to a packed base.
+    It is quantized and on its device if ``source.quantize`` asks for it.
 
     Raises:
         UsageError: no such model, or its weights cannot be read.
@@ -149,9 +99,8 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     except UsageError:
         raise
     except Exception as error:  # the same of an adapter's or a checkpoint's
-        raise UsageError(
-            f"--model {source.checkpoint or source.adapter}: cannot be loaded\n{_reason(error)}"
-        ) from error
+        own = source.checkpoint or source.adapter
+        raise UsageError(f"--model {own}: cannot be loaded\n{_reason(error)}") from error
     if not source.attached:
         freeze_unread(model)
     for tensor in (*model.parameters(), *model.buffers()) if not source.quantize else ():
@@ -162,7 +111,13 @@ def load_model(source: ModelSource) -> PreTrainedModel:
 
 
 def declared_class(config: PretrainedConfig) -> Any:
-    """Return the auto class of the architecture that a checkpoint declares, multimodal or text only."""
+    """Return the auto class of the architecture that a checkpoint declares, multimodal or text only.
+
+    Raises:
+        ValueError: it is an encoder-decoder.
+    """
+    if config.is_encoder_decoder:  # its decoder alone would load, and no longer report that it is one
+        raise ValueError("it is an encoder-decoder, and no causal language model")
     multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
     return AutoModelForMultimodalLM if multimodal in (config.architectures or ()) else AutoModelForCausalLM
 
@@ -173,91 +128,68 @@ def load_exported(folder: Path, trust: bool, beside: Collection[str] = ()) -> Pr
     Raises:
         ValueError: its weights, but for those named ``beside``, are not those of the class, or something else fails.
     """
+    source = ModelSource(str(folder), "", "", trust=trust)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-        if getattr(config, "quantization_config", None):
+        if packing_of(source) is not None:
             raise ValueError("its config says that it is quantized")
-        arguments = {"dtype": torch.float32, "trust_remote_code": trust, "use_safetensors": True}
-        loaded: Any = declared_class(config).from_pretrained(folder, output_loading_info=True, **arguments)
+        model = _from_pretrained(source)
     except Exception as error:  # of whatever type the libraries raise
         raise ValueError(_reason(error)) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in loaded[1][kind] if name not in beside):
-            raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}")
-    model: PreTrainedModel = loaded[0]
-    model.eval()
+    if odd := [name for name in cast(Any, model).not_loaded if name not in beside]:
+        raise ValueError(f"nothing reads its weights {', '.join(odd[:5])}")
     return model
 
 
 def _from_pretrained(source: ModelSource) -> PreTrainedModel:
-    """Load the model with transformers, without adapter and checkpoint.
+    """Load the model with transformers, in evaluation mode, without adapter and checkpoint.
 
     Raises:
         ValueError: some of its weights would be drawn at random or not be what they were; and whatever transformers
             raises.
     """
-    auto, arguments = _loading(source)
-    loaded: Any = auto.from_pretrained(**arguments, output_loading_info=True)
-    model: PreTrainedModel = loaded[0]
+    arguments, packing = source.arguments() | {"dtype": torch.float32}, packing_of(source)
+    if "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
+        auto: Any = AutoModelForCausalLM
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        arguments["use_safetensors"] = True
+        config = AutoConfig.from_pretrained(**source.arguments())
+        auto = declared_class(config)
+        if source.quantize:
+            device = {"": torch.cuda.current_device()}
+            arguments |= {"quantization_config": _bits(source.quantize), "device_map": device, "dtype": torch.bfloat16}
+        if packing is not None:
+            setattr(config, KEY, {**packing, "dequantize": True})
+            arguments["config"] = config
+    model: Any
+    model, loaded = auto.from_pretrained(**arguments, output_loading_info=True)
     model.eval()
-    if missing := sorted(loaded[1]["missing_keys"]):  # transformers draws them at random
+    if missing := sorted(loaded["missing_keys"]):  # transformers draws them at random
         raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("it is an adapter on the hub; download it and name its folder")
-    if scales := sorted(name for name in loaded[1]["unexpected_keys"] if name.endswith(SCALES)):
+    if scales := sorted(name for name in loaded["unexpected_keys"] if name.endswith(SCALES)):
         raise ValueError(f"its weights are packed, and nothing reads {scales[0]}; name the model that it was made from")
-    if packing := packing_of(source):
-        settle(model, source, packing)
+    if packing is not None:
+        dequantize(model)
     if not is_tied(model):  # whatever the config says: a class that believes it would overwrite one of two matrices
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-    if "gguf_file" not in arguments:
-        cast(Any, model).not_loaded = _not_loaded(model, source, loaded[1]["unexpected_keys"])
+    model.not_loaded = {} if source.gguf else _not_loaded(model, source, loaded["unexpected_keys"])
     if is_multimodal(model):
         files = (cached_file(source.path, f, _raise_exceptions_for_missing_entries=False) for f in PROCESSORS)
-        cast(Any, model).processors = [Path(file) for file in files if file]
-    return model
-
-
-def _loading(source: ModelSource) -> tuple[Any, dict[str, Any]]:
-    """Return the auto class of a model and the arguments of its ``from_pretrained``."""
-    arguments = source.arguments()
-    if "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
-        return AutoModelForCausalLM, arguments | {
-            "quantization_config": GgufConfig(dequantize=True),
-            "dtype": torch.float32,
-        }
-    # Its decoder alone would load, and no longer report that it is one.
-    if (config := AutoConfig.from_pretrained(**arguments)).is_encoder_decoder:
-        raise ValueError("it is an encoder-decoder, and no causal language model")
-    extra: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
-    if source.quantize:
-        extra |= {"quantization_config": _bits(source.quantize), "device_map": {"": torch.cuda.current_device()}}
-        extra["dtype"] = torch.bfloat16
-    if packing := packing_of(source):
-        extra |= packing.loading(config, source)
-    return declared_class(config), arguments | extra
+        model.processors = [Path(file) for file in files if file]
+    return cast(PreTrainedModel, model)
 
 
 def _not_loaded(model: PreTrainedModel, source: ModelSource, unexpected: set[str]) -> dict[str, Path | None]:
     """Return tensors of a checkpoint that its model does not have, and their files, None if there is none."""
-    stored, ignored = _stored_tensors(source), model._keys_to_ignore_on_load_unexpected or ()
+    stored = dict[str, Path]()
+    for file in source.folder().glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= dict.fromkeys(tensors.keys(), file)
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
     names = unexpected | {name for name in stored if any(re.search(pattern, name) for pattern in ignored)}
     return {name: stored.get(name) for name in sorted(names - model.state_dict().keys()) if not COMPUTED.search(name)}
-
-
-def _stored_tensors(source: ModelSource) -> dict[str, Path]:
-    """Return the file of each tensor of a checkpoint."""
-    index, single = (
-        cached_file(source.path, file, _raise_exceptions_for_missing_entries=False)
-        for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
-    )
-    if index:
-        files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        return {name: Path(index).with_name(file) for name, file in files.items()}
-    if not single:
-        return {}
-    with safe_open(single, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), Path(single))
 
 
 def is_multimodal(model: PreTrainedModel) -> bool:
@@ -291,8 +223,9 @@ def put_weights(model: nn.Module, checkpoint: Path) -> None:
 
 def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     """Add the adapter or the checkpoint that the source names, and the adapter's generation config."""
-    if source.tokens:
-        adapter_vocabulary.resize(model, source.tokens)
+    if source.adapter:
+        tokens, of_base = _tokens(source), _tokens(replace(source, tokenizer=None))
+        adapter_vocabulary.fit(model, source.adapter, tokens if tokens > of_base else 0)
     if source.adapter and source.attached:
         adapter_files.attach_saved(model, source.adapter, source.name)
     elif source.adapter:
@@ -302,6 +235,13 @@ def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     if source.checkpoint and source.checkpoint != source.adapter:
         put_weights(model, source.checkpoint)
     return model
+
+
+def _tokens(source: ModelSource) -> int:
+    """Count the ids of a model's tokenizer; 0 if it cannot be loaded."""
+    with suppress(UsageError):
+        return int(max(load_tokenizer(source).get_vocab().values(), default=-1)) + 1
+    return 0
 
 
 def _bits(quantize: str) -> BitsAndBytesConfig:
@@ -361,7 +301,7 @@ def export_dtype(name: str, source: ModelSource) -> torch.dtype:
     """Return the precision of exported weights; ``auto``: that in which the start model is stored."""
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16
-    config = AutoConfig.from_pretrained(**source.config_arguments())
+    config = AutoConfig.from_pretrained(**source.arguments())
     stored = config.dtype or config.get_text_config().dtype
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float32
 
@@ -379,8 +319,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     """
     from torch._inductor import config as inductor
 
-    if hasattr(inductor, "emulate_precision_casts"):  # as without: the graph with a backward pass would round elsewhere
-        inductor.emulate_precision_casts = True
+    inductor.emulate_precision_casts = True  # as without: the graph with a backward pass would round elsewhere
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)

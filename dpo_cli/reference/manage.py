@@ -48,14 +48,18 @@ def entries(cache_dir: Path) -> Iterator[CacheEntry]:
         model = "unknown"
         with suppress(OSError, ValueError, AttributeError, RecursionError):  # only a description
             model = str(json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("model", model))
-        stats = []
-        for file in folder.iterdir():
-            with suppress(FileNotFoundError):  # pruned meanwhile
-                stats.append(file.lstat())
-        used = max((stat.st_mtime for stat in stats), default=folder.stat().st_mtime)
-        yield CacheEntry("reference", folder, model, sum(stat.st_size for stat in stats), used)
-    for copy in converted.kept(cache_dir):
-        yield CacheEntry("model", copy.folder, copy.model, copy.bytes, copy.used)
+        yield _folder_entry("reference", folder, model)
+    for folder, model in converted.copies(cache_dir):
+        yield _folder_entry("model", folder, model)
+
+
+def _folder_entry(kind: str, folder: Path, model: str) -> CacheEntry:
+    stats = []
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # pruned meanwhile
+            stats.append(file.lstat())
+    used = max((stat.st_mtime for stat in stats), default=folder.stat().st_mtime)
+    return CacheEntry(kind, folder, model, sum(stat.st_size for stat in stats), used)
 
 
 def listed(cache_dir: Path) -> dict[str, Any]:

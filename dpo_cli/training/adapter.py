@@ -9,7 +9,7 @@ import torch
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.pairs import Pairs
-from dpo_cli.models.adapter_files import check_loadable, settings, trainable_config
+from dpo_cli.models.adapter_files import check_loadable, read_config, settings
 from dpo_cli.models.adapters import (
     attach,
     describe_adapter,
@@ -49,7 +49,7 @@ def adapter_settings(
         kind, targets = options.lora_type or "lora", options.lora_targets or "all-linear"
         alpha = options.lora_alpha or (16 if kind == "rslora" else 2 * options.lora_rank)
         return source, dataclasses.replace(options, lora_type=kind, lora_targets=targets, lora_alpha=alpha)
-    own, began = settings(trainable_config(source.adapter)), trained_with(source.run) if source.run else None
+    own, began = settings(read_config(source.adapter)), trained_with(source.run) if source.run else None
     same = {name: (None, value, getattr(began, name, None)) for name, value in own.items()}  # also as the run says it
     if other := [name for name, values in same.items() if getattr(options, name) not in values]:
         differ = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)

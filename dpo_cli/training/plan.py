@@ -10,7 +10,6 @@ import torch
 from dpo_cli.data.batching import row_costs
 from dpo_cli.data.pairs import trained_on
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
-from dpo_cli.models.adapters import is_quantized
 from dpo_cli.models.loading import export_dtype
 from dpo_cli.training.memory import usable_bytes
 from dpo_cli.training.optimizer import BYTES, learning_rate
@@ -84,8 +83,7 @@ def _report_room(run: Run, reporter: Reporter) -> None:
 def _kept(run: Run) -> str:
     if not run.options.lora_rank:
         return KEPT[run.fitted.memory]
-    packed = run.options.quantize or (run.policy.source.stored if is_quantized(run.model) else "")
-    base = packed or ("bfloat16" if run.model.dtype == torch.bfloat16 else "float32")
+    base = run.options.quantize or ("bfloat16" if run.model.dtype == torch.bfloat16 else "float32")
     return f"frozen base {base}, adapter and its moments float32"
 
 

@@ -10,7 +10,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -27,13 +26,13 @@ from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_rows
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import LOSSES
-from dpo_cli.models.adapter_files import CONFIG, unknown_keys
+from dpo_cli.models.adapter_files import CONFIG, read_config, unknown_keys
 from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantized
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.converted import use_converted
-from dpo_cli.models.fingerprint import WeightsHashCache, fingerprint
+from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.layout import choose_layout
-from dpo_cli.models.loading import compute_dtype, load_model, load_tokenizer, with_vocabulary
+from dpo_cli.models.loading import compute_dtype, load_model, load_tokenizer
 from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import kind_of
@@ -59,31 +58,29 @@ def choose_model(
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     computes = isinstance(options, Options)
     if computes:
-        source = admit(source, name, cast(Options, options), frozen=what == "reference")
+        source = admit(source, name, frozen=what == "reference")
     reporter.info(what, source.description)
     if source.gguf:
         cache_dir = getattr(options, "cache_dir", CACHE_DIR)
         source = distributed.rank_0_first(lambda: use_converted(source, cache_dir, computes, reporter))
-    if source.adapter and computes:
-        source = fit_adapter(source, reporter)
+    check_adapter(source, reporter)
     if source.trust:
         reporter.warning(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")
     return source
 
 
-def fit_adapter(source: ModelSource, reporter: Reporter) -> ModelSource:
-    """Report the tokens that the base of an adapter gets, and what of the adapter peft ignores; returns its source.
+def check_adapter(source: ModelSource, reporter: Reporter) -> None:
+    """Warn of what peft ignores of an adapter's configuration.
 
     Raises:
-        UsageError: it cannot be loaded.
+        UsageError: it is of a kind that is neither trained nor merged here.
     """
-    source, folder = with_vocabulary(source), cast(Path, source.adapter)
-    if source.tokens:
-        reporter.info("", f"its base is resized to the {source.tokens:,} tokens that the adapter was trained with")
-    if ignored := unknown_keys(folder):
+    if source.adapter is None:
+        return
+    read_config(source.adapter)
+    if ignored := unknown_keys(source.adapter):
         keys = ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(ignored.items()))
-        reporter.warning(f"{folder / CONFIG}: peft {version('peft')} does not know and ignores {keys[:300]}")
-    return source
+        reporter.warning(f"{source.adapter / CONFIG}: peft {version('peft')} does not know and ignores {keys[:300]}")
 
 
 def choose_tokenizer(source: ModelSource, options: DataOptions) -> Any:
@@ -238,11 +235,11 @@ def load_scored_model(
         UsageError: a pair is too long for the model, or has a token that it does not know; the precision is not that of
             the memory mode's weights; or there is nothing to shard over.
     """
-    memo, fsdp = WeightsHashCache(source, options.cache_dir), getattr(options, "fsdp", False)
+    fsdp = getattr(options, "fsdp", False)
 
     def load() -> tuple[PreTrainedModel, str]:
         model = load_model(source)
-        weights = memo.hash(model) if hashed else ""
+        weights = hash_weights(model) if hashed else ""
         if fsdp:
             shard(model, device)
         return model, weights
@@ -305,6 +302,8 @@ def _report_unread(model: PreTrainedModel, reporter: Reporter) -> None:
     if frozen and not is_adapted(model) and not is_quantized(model):
         parts = sorted({".".join(name.split(".")[:2]) for name in frozen})
         reporter.info("", f"not read by text, not trained, exported as they are: {', '.join(parts)}")
+    if rows := getattr(model, "resized", None):
+        reporter.info("", f"its base is resized to the {rows:,} tokens that the adapter was trained with")
     if left := getattr(model, "not_loaded", {}):
         parts = sorted({kind_of(name.rpartition(".")[0]) for name in left})[:5]
         kept = "a whole export keeps them" if all(left.values()) else "an export is without them"
@@ -336,8 +335,5 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
         raise UsageError(f"{asked}: bitsandbytes packs weights on CUDA devices, and there is none; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(f"{asked}: needs the package bitsandbytes; pip install bitsandbytes")
-    if source.gguf:
-        raise UsageError(
-            f"{asked}: {source.description} is a GGUF file; name the model's folder or its name on the hub"
-        )
-    admit(source, options.model, options)
+    if source.stored:
+        raise UsageError(f"{asked}: {source.description}: it is packed already; name a model with plain weights")

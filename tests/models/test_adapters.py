@@ -395,14 +395,11 @@ def test_the_reference_of_a_quantized_base_needs_cuda_too(place: Place) -> None:
 
 
 def test_what_is_packed_already_is_not_quantized(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = shutil.copytree(place.model, place.folder / "packed")
-    config = json.loads((packed / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
-    options = TrainOptions(data=["x"], lora_rank=4, load_in_4bit=True)
-    check_quantize(options, find_model(str(place.model)), torch.device("cuda"))
-    with pytest.raises(UsageError, match=r"is packed already \(gptq\); name the model that it was made from"):
-        check_quantize(options, find_model(str(packed)), torch.device("cuda"))
+    options, source = TrainOptions(data=["x"], lora_rank=4, load_in_4bit=True), find_model(str(place.model))
+    check_quantize(options, source, torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"it is packed already; name a model with plain weights"):
+        check_quantize(options, dataclasses.replace(source, stored="FP8"), torch.device("cuda"))
 
 
 def test_an_adapter_needs_a_base_that_others_can_load(place: Place) -> None:

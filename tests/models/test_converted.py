@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -19,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.models import converted, locate
+from dpo_cli.models import converted
 from dpo_cli.models.converted import use_converted
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
-from dpo_cli.models.loading import count_parameters, load_model, load_tokenizer
+from dpo_cli.models.loading import load_model, load_tokenizer
 from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.utils.console import Reporter
 from tests.helpers import SAMPLE, cli_environment, write_gguf
@@ -38,7 +37,7 @@ TEXTS = [
 
 @pytest.fixture
 def file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    return write_gguf(tmp_path / "tiny.gguf", tokenizer, split="smollm")
+    return write_gguf(tmp_path / "tiny.Q8_0.gguf", tokenizer, split="smollm")
 
 
 @pytest.fixture
@@ -83,14 +82,10 @@ def same(one: ModelSource, other: ModelSource) -> None:
     assert tokenizers[0].special_tokens_map == tokenizers[1].special_tokens_map
 
 
-def folders(tmp_path: Path) -> list[str]:
-    return sorted(path.name.partition("-")[2] for path in (tmp_path / "cache" / "models").iterdir())
-
-
 def test_a_copy_is_the_gguf_bit_for_bit(copied: Callable[..., ModelSource], file: Path) -> None:
     """Digits are split one by one in it, too: that is part of what the copy keeps."""
     source = copied()
-    assert source.converted and source.weights and source.weights.is_dir()
+    assert source.converted and source.converted.is_dir()
     assert not source.arguments().get("gguf_file")
     same(find_model(str(file)), source)
     assert len(load_tokenizer(source)("1984")["input_ids"]) == 4
@@ -103,12 +98,9 @@ def test_the_default_model_is_copied_bit_for_bit(tmp_path: Path) -> None:
     same(source, use_converted(source, tmp_path, True, Reporter()))
 
 
-def test_what_computes_nothing_copies_no_weights(copied: Callable[..., ModelSource], tmp_path: Path) -> None:
-    source = copied(weights=False)
-    assert folders(tmp_path) == ["tokenizer"] and source.weights is None
-    assert count_parameters(source) == load_model(source).num_parameters()
-    copied()
-    assert folders(tmp_path) == ["tokenizer", "weights"]
+def test_what_computes_nothing_makes_no_copy_but_uses_it(copied: Callable[..., ModelSource]) -> None:
+    assert copied(weights=False).converted is None
+    assert copied().converted == copied(weights=False).converted is not None
 
 
 def test_it_is_converted_once(copied: Callable[..., ModelSource], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +109,7 @@ def test_it_is_converted_once(copied: Callable[..., ModelSource], monkeypatch: p
     def barred(*_: Any) -> None:
         raise AssertionError("it is converted again")
 
-    for name in ("_write_model", "_write_tokenizer"):
-        monkeypatch.setattr(converted, name, barred)
+    monkeypatch.setattr(converted, "_convert", barred)
     assert copied() == first
 
 
@@ -131,7 +122,7 @@ def test_another_file_under_the_same_name_is_another_model(
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert file.stat().st_size == times.st_size
     second = copied()
-    assert second.weights != first.weights
+    assert second.converted != first.converted
     same(find_model(str(file)), second)
 
 
@@ -140,8 +131,8 @@ def test_a_damaged_copy_is_converted_again(
     what: str, copied: Callable[..., ModelSource], file: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     source = copied()
-    assert source.weights
-    weights = source.weights / "model.safetensors"
+    assert source.converted
+    weights = source.converted / "model.safetensors"
     content = weights.read_bytes()
     if what == "a flipped bit":
         weights.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
@@ -150,12 +141,12 @@ def test_a_damaged_copy_is_converted_again(
     elif what == "gone":
         weights.unlink()
     elif what == "more":
-        (source.weights / "adapter_config.json").write_text("{}")
+        (source.converted / "adapter_config.json").write_text("{}")
     elif what == "its manifest":
-        (source.weights / "copy.json").write_text("[" * 100_000)
+        (source.converted / "copy.json").write_text("[" * 100_000)
     else:
-        source.weights.rename(tmp_path / "elsewhere")
-        source.weights.symlink_to(tmp_path / "elsewhere")
+        source.converted.rename(tmp_path / "elsewhere")
+        source.converted.symlink_to(tmp_path / "elsewhere")
     capfd.readouterr()
     again = copied()
     assert capfd.readouterr().err.count("is damaged; the GGUF file is converted again") == 1
@@ -169,7 +160,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
     source = copied()
-    assert source.converted is None and source.weights is None
+    assert source.converted is None
     told = capfd.readouterr().err
     assert "warning: " in told and "the model is read from its GGUF file, which takes longer" in told
     same(find_model(str(file)), source)
@@ -178,31 +169,31 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 def test_a_full_disk_leaves_no_part_of_a_copy(
     copied: Callable[..., ModelSource], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    write = converted._write_model
+    write = converted._convert
 
     def full(source: ModelSource, folder: Path) -> None:
         write(source, folder)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(converted, "_write_model", full)
+    monkeypatch.setattr(converted, "_convert", full)
     source = copied()
-    assert source.weights is None and source.converted
-    assert folders(tmp_path) == ["tokenizer"] and "gguf_file" in source.arguments()
+    assert source.converted is None and "gguf_file" in source.arguments()
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
 def test_what_would_compute_otherwise_is_not_kept(
     copied: Callable[..., ModelSource], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     names = iter("ab")
-    monkeypatch.setattr(converted, "_name", lambda model: next(names))
-    assert copied().weights is None and folders(tmp_path) == ["tokenizer"]
+    monkeypatch.setattr(converted, "hash_weights", lambda model: next(names))
+    assert copied().converted is None and list((tmp_path / "cache" / "models").iterdir()) == []
 
 
 def test_a_copy_that_is_pruned_meanwhile_is_done_without(copied: Callable[..., ModelSource], file: Path) -> None:
     """A merged export loads its base hours after the start."""
     source = copied()
-    assert source.weights
-    shutil.rmtree(source.weights)
+    assert source.converted
+    shutil.rmtree(source.converted)
     assert load_model(source).num_parameters() == load_model(find_model(str(file))).num_parameters()
 
 
@@ -211,13 +202,13 @@ def test_two_processes_convert_at_once(file: Path, tmp_path: Path) -> None:
         "import sys\nfrom pathlib import Path\nfrom dpo_cli.models.converted import use_converted, is_whole\n"
         "from dpo_cli.models.locate import find_model\nfrom dpo_cli.utils.console import Reporter\n"
         "source = use_converted(find_model(sys.argv[1]), Path(sys.argv[2]), True, Reporter())\n"
-        "assert is_whole(source.converted) and is_whole(source.weights)"
+        "assert is_whole(source.converted)"
     )
     words = [sys.executable, "-c", script, str(file), str(tmp_path / "cache")]
     both = [subprocess.Popen(words, env=cli_environment(tmp_path), stderr=subprocess.PIPE, text=True) for _ in range(2)]
     told = [each.communicate(timeout=120)[1] for each in both]
     assert [each.returncode for each in both] == [0, 0], told
-    assert folders(tmp_path) == ["tokenizer", "weights"] and "warning" not in "".join(told)
+    assert len(list((tmp_path / "cache" / "models").iterdir())) == 1 and "warning" not in "".join(told)
 
 
 def test_runs_and_references_are_found_again(
@@ -245,15 +236,15 @@ def test_what_is_told_of_a_gguf(command: Callable[..., Any], tmp_path: Path) -> 
     """In how many bits it is stored stands in the first line, the manifest and the card."""
     told = command("train", "--output", tmp_path / "run", "--max-steps", 1, "--batch-size", 2).stderr
     stored = "8-bit copy (Q8_0), dequantised"
-    assert f"tiny.gguf, {stored}" in " ".join(told.split())
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["start_model"] == f"tiny, {stored}"
-    assert f"tiny, {stored}, fine-tuned" in ModelCard.load(tmp_path / "run" / "model" / "README.md").text
+    assert f"tiny.Q8_0.gguf, {stored}" in " ".join(told.split())
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["start_model"] == f"tiny.Q8_0, {stored}"
+    assert f"tiny.Q8_0, {stored}, fine-tuned" in ModelCard.load(tmp_path / "run" / "model" / "README.md").text
     command("train", "--output", tmp_path / "lora", "--max-steps", 1, "--batch-size", 2, "--lora-rank", 2)
-    assert f"tiny, {stored}" in (tmp_path / "lora" / "model" / "README.md").read_text()
+    assert f"tiny.Q8_0, {stored}" in (tmp_path / "lora" / "model" / "README.md").read_text()
     merged = ("merge", "--model", tmp_path / "lora", "--output", tmp_path / "merged")
     assert CliRunner().invoke(app, [*map(str, merged)]).exit_code == 0
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert f"its base tiny.gguf, {stored}" in " ".join(card.split())
+    assert f"its base tiny.Q8_0.gguf, {stored}" in " ".join(card.split())
 
 
 def test_the_default_says_that_it_is_a_copy() -> None:
@@ -264,31 +255,28 @@ def test_the_default_says_that_it_is_a_copy() -> None:
     assert source.title == "HuggingFaceTB/SmolLM2-135M-Instruct, 4-bit copy (Q4_1), dequantised"
 
 
-def test_the_kinds_of_files_are_those_of_the_format() -> None:
-    known = {int(each): each.name.removeprefix("MOSTLY_").removeprefix("ALL_") for each in gguf.LlamaFileType}
-    for number, name in enumerate(locate._STORED):
-        assert known.get(number, "-") == name
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"general.file_type", b"\0" * 100])
-def test_a_gguf_that_says_nothing_of_itself(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "some.gguf").write_bytes(content)
-    assert find_model(str(tmp_path / "some.gguf")).stored == "GGUF copy, dequantised"
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("some.gguf", "GGUF"), ("a-Q4_K_M.gguf", "4-bit"), ("b.IQ2_XXS.gguf", "2-bit"), ("c-BF16.gguf", "GGUF")],
+)
+def test_how_a_gguf_is_stored_is_in_its_name(name: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    assert find_model(str(tmp_path / name)).stored.startswith(f"{told} copy")
 
 
 def test_the_cache_command_knows_of_copies(copied: Callable[..., ModelSource], tmp_path: Path) -> None:
     source = copied()
-    assert source.weights and source.converted
+    assert source.converted
 
     def cache(*words: Any) -> Any:
         return CliRunner().invoke(app, ["cache", *map(str, words), "--cache-dir", str(tmp_path / "cache")])
 
     listed = json.loads(cache("list", "--json").stdout)["entries"]
     sizes = {each["name"]: each["bytes"] for each in listed if each["kind"] == "model"}
-    assert sizes.keys() == {source.converted.name, source.weights.name} and sizes[source.weights.name] > 10_000
-    assert json.loads(cache("verify", "--json").stdout)["checked"] == 2
+    assert sizes.keys() == {source.converted.name} and sizes[source.converted.name] > 10_000
+    assert json.loads(cache("verify", "--json").stdout)["checked"] == 1
     assert json.loads(cache("prune", "--older-than", 1, "--yes", "--json").stdout)["removed"] == []
     assert json.loads(cache("prune", "--model", "other", "--yes", "--json").stdout)["removed"] == []
     removed = json.loads(cache("prune", "--model", "tin", "--yes", "--json").stdout)
     assert removed == {"removed": [*sizes], "bytes": sum(sizes.values())}
-    assert folders(tmp_path) == []
+    assert list((tmp_path / "cache" / "models").iterdir()) == []

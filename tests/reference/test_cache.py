@@ -1,4 +1,4 @@
-"""What must be scored again and what must not, what is remembered on the way, and `dpo cache`."""
+"""What must be scored again and what must not, and `dpo cache`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation import kl
-from dpo_cli.models.fingerprint import WeightsHashCache, hash_weights
+from dpo_cli.models.fingerprint import hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner, token_logps
@@ -71,11 +71,6 @@ class Place:
     @property
     def cache(self) -> Path:
         return self.folder / "cache"
-
-    @property
-    def remembered(self) -> list[Path]:
-        """The hashes of weights that are kept."""
-        return sorted(self.cache.glob("weights/*"))
 
     def read(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.rows.read_text().splitlines()]
@@ -316,10 +311,8 @@ def a_row(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]
 
 
 def another_model_at_the_same_path(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
-    """Of the same size and with the same time of change, when the weights' hash was remembered."""
-    patch.setattr("dpo_cli.models.fingerprint.FRESH_SECONDS", -1.0)
+    """Of the same size and with the same time of change."""
     assert place.precompute()["misses"] == 0
-    assert len(place.remembered) == 1
     put_other_weights(place)
     return [], LINES
 
@@ -576,31 +569,7 @@ def test_what_changes_no_number_is_not_scored_again(place: Place, scored: list[s
     assert place.off(*arguments) < NOISE
 
 
-# ---- weights are hashed once ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The hashes that were computed; files count as settled however young they are."""
-    found: list[str] = []
-
-    def telling(model: PreTrainedModel) -> str:
-        found.append(hash_weights(model))
-        return found[-1]
-
-    monkeypatch.setattr("dpo_cli.models.fingerprint.hash_weights", telling)
-    monkeypatch.setattr("dpo_cli.models.fingerprint.FRESH_SECONDS", -1.0)
-    return found
-
-
-def test_weights_are_hashed_once(place: Place, hashed: list[str]) -> None:
-    """By whatever command, of whatever else."""
-    for arguments in ((), ("--dtype", "bfloat16"), ("--max-length", 250)):
-        place.precompute(*arguments)
-    place.told("train", "--dry-run")
-    place.told("eval")
-    place.told("train", "--output", place.folder / "run")
-    assert len(hashed) == 1 and len(place.remembered) == 1
+# ---- a reference is known by the content of its files ------------------------------------------------------------
 
 
 def touch(place: Place) -> None:
@@ -639,105 +608,35 @@ def add_a_file(place: Place) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_files_that_may_be_others_are_hashed_again(
-    place: Place, hashed: list[str], change: Callable[[Place], None], misses: int
-) -> None:
+def test_files_that_may_be_others_are_hashed_again(place: Place, change: Callable[[Place], None], misses: int) -> None:
     assert place.precompute()["misses"] == 0
     change(place)
     assert place.precompute()["misses"] == misses
-    assert len(hashed) == 2 and (hashed[0] == hashed[1]) == (misses == 0)
     assert place.precompute()["misses"] == 0
-    assert len(hashed) == 2
 
 
-def test_the_same_files_elsewhere_are_hashed_again(place: Place, hashed: list[str]) -> None:
-    """Even where they are moved, with all their times and inodes."""
+def test_the_same_files_elsewhere_are_the_same_reference(place: Place) -> None:
     place.precompute()
     moved = place.model.rename(place.folder / "moved")
     assert place.precompute("--model", moved)["misses"] == 0
-    assert len(hashed) == 2 and hashed[0] == hashed[1]
 
 
 @PEFT
-def test_an_adapter_is_hashed_with_its_base_once(place: Place, hashed: list[str]) -> None:
-    """And again when either changes."""
+def test_an_adapter_is_hashed_with_its_base(place: Place) -> None:
+    """Another where either changes."""
     adapter = make_adapter(place)
-    for change, times, misses in (
-        (lambda: None, 1, 6),
-        (lambda: None, 1, 0),
-        (lambda: nudge_adapter(adapter), 2, 6),
-        (lambda: put_other_weights(place), 3, 6),
-        (lambda: None, 3, 0),
+    for change, misses in (
+        (lambda: None, 6),
+        (lambda: None, 0),
+        (lambda: nudge_adapter(adapter), 6),
+        (lambda: put_other_weights(place), 6),
+        (lambda: None, 0),
     ):
         change()
         assert place.precompute("--model", adapter)["misses"] == misses
-        assert len(set(hashed)) == len(hashed) == times
-    place.precompute()
-    assert len(hashed) == 4  # the base alone is another model
 
 
-def remember(place: Place) -> tuple[WeightsHashCache, PreTrainedModel, str]:
-    """The memory of the place's model, that model, and its weights' hash."""
-    source = find_model(str(place.model))
-    memo, model = WeightsHashCache(source, place.cache), load_model(source)
-    return memo, model, memo.hash(model)
-
-
-def test_a_damaged_memory_is_not_believed(place: Place, hashed: list[str]) -> None:
-    """Whichever character is another, or wherever it ends; the hash is computed and kept again."""
-    memo, model, right = remember(place)
-    (file,) = place.remembered
-    content = file.read_bytes()
-    assert right.encode() in content and len(content) > 128
-    flips = (content[:i] + bytes([byte ^ 1]) + content[i + 1 :] for i, byte in enumerate(content))
-    ends = (content[:end] for end in range(0, len(content), 7))
-    wrong = (f"{'0' * 64} {content.split()[1].decode()}\n".encode(), b"\xff\xfe", content + content)
-    for damaged in itertools.chain(flips, ends, wrong):
-        file.write_bytes(damaged)
-        hashed.clear()
-        assert memo.hash(model) == right
-        whole = damaged.split() == content.split()  # another space or line end between the words is no harm
-        assert len(hashed) == (0 if whole else 1)
-        assert whole or file.read_bytes() == content
-
-
-def test_what_is_remembered_of_another_model_is_not_believed(place: Place, hashed: list[str]) -> None:
-    """A file that took the other's name."""
-    _, _, first = remember(place)
-    (file,) = place.remembered
-    put_other_weights(place)
-    memo, model, second = remember(place)
-    (other,) = set(place.remembered) - {file}
-    other.write_bytes(file.read_bytes())
-    hashed.clear()
-    assert first != second == memo.hash(model) and hashed == [second]
-
-
-def test_young_files_are_not_remembered(place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """They could change again without their time stamps telling."""
-    monkeypatch.setattr("dpo_cli.models.fingerprint.FRESH_SECONDS", 3600.0)
-    for times in (1, 2):
-        assert place.precompute()["misses"] == 0
-        assert len(hashed) == times
-    assert not (place.cache / "weights").exists()
-
-
-def test_one_young_file_among_old_ones_is_enough(
-    place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    time.sleep(0.3)
-    touch(place)
-    now = place.weights.stat().st_ctime + 0.1
-    assert (place.model / "config.json").stat().st_ctime < now - 0.2
-    monkeypatch.setattr("dpo_cli.models.fingerprint.FRESH_SECONDS", 0.2)
-    monkeypatch.setattr(time, "time", lambda: now)
-    place.precompute()
-    assert len(hashed) == 1 and place.remembered == []
-
-
-def test_files_that_change_while_they_are_loaded_are_not_remembered(
-    place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_change_while_they_are_loaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was loaded has the first one's log-probs; the next start has the second one's."""
 
     def load(source: Any) -> PreTrainedModel:
@@ -748,15 +647,11 @@ def test_files_that_change_while_they_are_loaded_are_not_remembered(
     with monkeypatch.context() as patch:
         patch.setattr("dpo_cli.training.prepare.load_model", load)
         assert place.precompute()["misses"] == 0
-    assert place.remembered == []
     assert place.precompute()["misses"] == len(LINES)
-    assert len(set(hashed)) == 2 and len(place.remembered) == 1
 
 
-def test_files_that_change_while_they_are_evaluated_are_not_remembered(
-    place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The policy is loaded, and another model takes its place."""
+def test_files_that_change_while_they_are_evaluated(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy is loaded, another model takes its place, and then its log-probs are looked up as the reference."""
     original = kl.score
 
     def score(*arguments: Any) -> kl.TokenScores:
@@ -778,9 +673,7 @@ def test_a_model_in_memory_is_what_was_loaded(place: Place) -> None:
     assert hash_weights(model) == before
 
 
-def test_a_dry_run_writes_nothing(
-    place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_dry_run_writes_nothing(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither at home nor where it stands."""
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir()
@@ -790,9 +683,8 @@ def test_a_dry_run_writes_nothing(
     result, told = dpo("train", "--model", place.model, "--data", place.rows, "--dry-run")
     assert "0 of 6 pairs cached: 6 to score" in told and result["reference_misses"] == 6
     assert list(home.rglob("*")) == list(here.rglob("*")) == []
-    assert len(hashed) == 1
     dpo("precompute-ref", "--model", place.model, "--data", place.rows)
-    assert (home / ".cache" / "dpo" / "weights").is_dir()  # which is where it would have written
+    assert (home / ".cache" / "dpo" / "reference").is_dir()  # which is where it would have written
 
 
 def make_read_only(folder: Path, patch: pytest.MonkeyPatch, admitted: bool = True) -> None:
@@ -819,24 +711,13 @@ def make_read_only(folder: Path, patch: pytest.MonkeyPatch, admitted: bool = Tru
     patch.setattr(os, "open", refusing(os.open, lambda path, flags, *_: bool(flags & writing)))
 
 
-def test_a_cache_that_can_only_be_read_is_enough_when_it_has_all(
-    place: Place, hashed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_can_only_be_read_is_enough_when_it_has_all(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a word, whichever command."""
     with monkeypatch.context() as patch:
         make_read_only(place.cache, patch)
         for command, more in (("precompute-ref", ()), ("train", ("--output", place.folder / "run"))):
             told = place.told(command, *more)
             assert "6 of 6 pairs cached: no reference forward" in told and "warning" not in told
-    assert len(hashed) == 2 and place.remembered == []
-
-
-def test_weights_that_cannot_be_remembered_are_hashed_each_time(place: Place, hashed: list[str]) -> None:
-    (place.cache / "weights").write_text("in the way")
-    for times in (1, 2):
-        assert "warning" not in place.told("precompute-ref")
-        assert len(hashed) == times
-    assert (place.cache / "weights").read_text() == "in the way"
 
 
 # ---- dpo cache --------------------------------------------------------------------------------------------------
@@ -1063,15 +944,6 @@ def test_a_reference_from_the_future_is_not_old(place: Place) -> None:
     assert listed(place)[0]["days_unused"] == 0
     cache(place, "prune", "--model", "model", "--yes")
     assert listed(place) == []
-
-
-def test_files_from_the_future_are_not_remembered(place: Place, hashed: list[str], monkeypatch: Any) -> None:
-    """The clock was set back: who knows whether they are settled."""
-    monkeypatch.setattr("dpo_cli.models.fingerprint.FRESH_SECONDS", 2.0)
-    an_hour_ago = time.time() - 3600
-    monkeypatch.setattr(time, "time", lambda: an_hour_ago)
-    assert place.precompute()["misses"] == 0 and len(hashed) == 1
-    assert place.remembered == []
 
 
 # ---- locks, and folders that only one can make ------------------------------------------------------------------

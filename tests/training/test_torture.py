@@ -68,8 +68,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     place = make_place(tmp_path_factory.mktemp("torture"), tokenizer)
     write_rows(place.folder / "scored.jsonl", sample(0, ROWS))
     write_rows(place.folder / "one-more.jsonl", sample(ROWS, ROWS + 1))
-    newest = max(file.stat().st_ctime for file in (place.folder / "model").iterdir())
-    time.sleep(max(0.0, newest + 2.5 - time.time()))  # hashes are remembered of files that have been there for a while
     yield place
     for process in place.started:
         if process.is_alive():
@@ -653,12 +651,12 @@ def test_no_damaged_shard_is_ever_served(place: Place, several: Path, scored: Un
 
 
 def test_damage_beside_the_shards_changes_no_number(place: Place, several: Path, scored: Undisturbed) -> None:
-    """In the text about a reference, or in the remembered hash of the weights: the same values are found."""
+    """In the text about a reference: the same values are found."""
     rng = random.Random(10)
     for _ in range(2):
         assert precompute(place, several, watching(place, "beside")).end() == 0
     others = [p for p in several.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
-    assert len(others) >= 2
+    assert others
     for number in range(size(4, 30)):
         file = others[number % len(others)]
         content = file.read_bytes()
