@@ -52,7 +52,7 @@ def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[
                 release(merged)
             return
         with attention(run.model, run.policy.own_attention):
-            apart = run.runner.parallel.lockstep and run.runner.chunked_lm_head
+            apart = run.runner.parallel.sharded and run.runner.chunked_lm_head
             logps = response_logps(run.model, pair, run.runner.dtype, apart)
             with fp32_weights(run.model, optimizer):
                 about["expected"] = logps, run.runner.dtype

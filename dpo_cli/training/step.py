@@ -137,7 +137,7 @@ class Trainer:
                 indices, self.costs, self.runner.layout, self.runner.max_tokens, world_size
             )
         step = self.step_values(indices)
-        lockstep = self.runner.parallel.lockstep or self.num_experts_per_tok > 0
+        lockstep = self.runner.parallel.sharded or self.num_experts_per_tok > 0
         batches = []
         for places in planned[distributed.rank() :: world_size]:
             if places:
@@ -202,7 +202,7 @@ def accumulate_gradients(
         if not batch.dummy:
             totals.losses[batch.places] = torch.cat(losses).detach()
             totals.sums += trainer.sum_metrics(hidden, totals.losses[batch.places])
-        if stop.requested and not runner.parallel.lockstep:
+        if stop.requested and not runner.parallel.sharded:
             break
         del hidden, pairs, balance  # before the next forward
     return totals
