@@ -220,12 +220,6 @@ class TrainOptions(WeightsOptions):
         "Modules trained in full beside the adapter, by the ends of their names, separated by commas.",
         checks.module_names,
     )
-    export: str | None = option(
-        None,
-        "Content of model/ after training an adapter: the adapter, or the base with it merged.",
-        one_of("adapter", "merged"),
-        shown="adapter",
-    )
     export_dtype: str = option(
         "float32",
         "Precision of the weights in model/ and best/; auto: that in which the start model is stored.",

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-_OF_ADAPTERS = (
-    *("lora_type", "lora_alpha", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit", "export"),
-)
+_OF_ADAPTERS = (*("lora_type", "lora_alpha", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit"),)
 
 
 def refused(options: Any) -> list[str]:
@@ -19,7 +17,7 @@ def refused(options: Any) -> list[str]:
     o = defaultdict(lambda: None, vars(options))  # None: the command has no such option, or it is not given
     trains, sweeps = "lora_rank" in o, "reward" in o
     objective = options.objective if trains else None
-    lora, merged, quantized = o["lora_rank"], o["export"] == "merged", o["load_in_4bit"] or o["load_in_8bit"]
+    lora, quantized = o["lora_rank"], o["load_in_4bit"] or o["load_in_8bit"]
     unused = [f"--{name.replace('_', '-')}" for name in _OF_ADAPTERS if trains and not lora and o[name]]
     held_out = o["eval_data"] or o["eval_fraction"]
     table = {
@@ -43,10 +41,8 @@ def refused(options: Any) -> list[str]:
         "--memory in-backward: no gradient is there long enough to be clipped; set --max-grad-norm 0": o["memory"]
         == "in-backward"
         and o["max_grad_norm"],
-        "--export-dtype {export_dtype}: an adapter is written in float32, in which it is trained; with --export "
-        "merged the whole model can be in another": lora and o["export_dtype"] != "float32" and not merged,
-        "--export merged: a quantized base cannot take up an adapter exactly; export the adapter, and merge it into "
-        "the unquantized base with dpo merge": lora and merged and quantized,
+        "--export-dtype {export_dtype}: an adapter is written in float32, in which it is trained; dpo merge writes the "
+        "whole model in another": lora and o["export_dtype"] != "float32",
         "--lora-type dora: its norms would be computed in bfloat16 over a quantized base; use lora or rslora": lora
         and quantized
         and o["lora_type"] == "dora",

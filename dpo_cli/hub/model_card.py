@@ -42,7 +42,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 
     ``before`` and ``after`` are metrics of the held-out pairs, empty if there are none.
     """
-    options, adapter = run.options, bool(run.options.lora_rank) and run.options.export != "merged"
+    options, adapter = run.options, bool(run.options.lora_rank)
     base, known = hub_name(run.policy.source), _base_card(run.policy.source)
     results = {metric: after[metric] for metric in _RESULTS if math.isfinite(after.get(metric, math.nan))}
     shown: dict[str, Any] = {"loss": options.objective.name} | {key: getattr(options, key) for key in _OPTIONS}

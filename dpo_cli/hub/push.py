@@ -53,7 +53,7 @@ def check_base(name: str) -> None:
     if not on_hub:
         raise UsageError(
             f"the adapter's base is not on the hub ({name}), so nobody else could load it; push a model of both: "
-            "dpo merge, or dpo train --export merged"
+            "dpo merge"
         )
 
 

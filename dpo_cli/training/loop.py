@@ -53,7 +53,7 @@ def train(
         _check_start(options, resume, command, reporter, dry_run, holding)
         set_seed(options.seed)
         run = prepare_run(options, resume, accelerator.device, reporter, dry_run)
-        if options.push_to_hub and options.lora_rank and options.export != "merged":
+        if options.push_to_hub and options.lora_rank:
             check_base(run.policy.source.name)
         if dry_run:
             missing = report_cached(run.cache, run.scored(), reporter)[1] if run.cache else []

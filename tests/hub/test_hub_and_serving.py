@@ -284,7 +284,7 @@ def test_push_says_what_it_cannot_push(hub: FakeHub, tmp_path: Path, train: Trai
 
 def test_an_adapter_goes_to_the_hub_if_its_base_is_there(hub: FakeHub, train: Train, tmp_path: Path) -> None:
     """Of a local base its configuration has the path, which nobody else could load."""
-    told = "push a model of both: dpo merge, or dpo train --export merged"
+    told = "push a model of both: dpo merge"
     refused = train("--lora-rank", 2, "--push-to-hub", "me/model")
     assert refused.exit_code == 2 and told in refused.stderr and not (tmp_path / "first").exists()
     assert train("--lora-rank", 2).exit_code == 0
