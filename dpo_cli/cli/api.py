@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, TrainOptions, as_flag
 from dpo_cli.config.resolve import resolve, resolve_training
-from dpo_cli.utils.errors import DpoError, UsageError
+from dpo_cli.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from dpo_cli.utils.console import Reporter
@@ -70,7 +70,7 @@ def train(
     Raises:
         UsageError: an option or the data cannot be used; nothing was trained.
         Interrupted: a signal came, as from a notebook's stop button; a checkpoint was written.
-        DpoError: the run failed, and its last checkpoint is whole; or it is complete and could not be uploaded.
+        DpoError: the run failed, and its last checkpoint is whole.
     """
     rows = dict[Path, str]()
     given, folder, file = _given(data, options, rows), _path(resume), _path(config)
@@ -80,10 +80,7 @@ def train(
 
         values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": file}
         words = [word for name, each in values.items() if each is not None for word in as_flag(name, each)]
-        result = run(resolved, folder, ["dpo", "train", *words], reporter, dry_run)
-    if error := result.pop("push_error", None):
-        raise DpoError(error)
-    return result
+        return run(resolved, folder, ["dpo", "train", *words], reporter, dry_run)
 
 
 @_with_options(EvalOptions)

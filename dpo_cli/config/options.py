@@ -243,12 +243,6 @@ class TrainOptions(WeightsOptions):
         checks.trackers,
     )
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
-    push_to_hub: str | None = option(
-        None,
-        "ORG/NAME: upload the trained model to the Hugging Face hub, into a private repository.",
-        checks.repository,
-        shown="nothing is uploaded",
-    )
 
     def __init__(self, **values: Any) -> None:
         if values.get("lr") is None:

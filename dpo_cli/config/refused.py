@@ -54,7 +54,6 @@ def refused(options: Any) -> list[str]:
         and o["show_answers"],
         "--eval-data is missing: a sweep compares its runs on held-out rows": sweeps and not o["eval_data"],
         "--eval-fraction: a sweep compares its runs on --eval-data; leave it out": sweeps and o["eval_fraction"],
-        "--push-to-hub {push_to_hub}: a sweep trains several models; dpo push uploads one": sweeps and o["push_to_hub"],
         "--loss {loss}: reads no beta, so there is nothing to compare": sweeps
         and objective
         and not objective.uses("beta"),

@@ -12,13 +12,10 @@ from dpo_cli.evaluation.generation import generate, text
 from dpo_cli.evaluation.metrics_log import evaluations, read_metrics
 from dpo_cli.hub.export import NotReadBackError, export_model, response_logps
 from dpo_cli.hub.model_card import model_card
-from dpo_cli.hub.push import push
 from dpo_cli.models.attention import attention
 from dpo_cli.models.loading import export_dtype
 from dpo_cli.models.split_weights import fp32_weights
 from dpo_cli.training.setup import Run
-from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.errors import DpoError
 
 ANSWER_TOKENS = 80  # most of an answer that is shown
 
@@ -93,15 +90,3 @@ def summary(run: Run, first_answers: list[str]) -> dict[str, Any]:
             for pair, first, last in shown
         ],
     }
-
-
-def push_model(run: Run, reporter: Reporter) -> dict[str, Any]:
-    """Push the model if that was asked for; what goes wrong is among what is returned, for the run is complete."""
-    if not (name := run.options.push_to_hub):
-        return {}
-    try:
-        done = push(run.folder, name)
-    except DpoError as error:
-        return {"push_error": f"the run is complete in {run.folder}, but {error}"}
-    reporter.info("pushed", f"{done['url']} ({'private' if done['private'] else 'public'})")
-    return {"pushed": done["url"]}
