@@ -111,7 +111,6 @@ class Options(DataOptions):
     )
     dtype: str | None = option(None, "Compute precision.", checks.precision, shown="auto")
     cache_dir: Path = option(CACHE_DIR, "Folder of cached reference log-probs and tokenized pairs.")
-    compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)

@@ -29,7 +29,6 @@ def refused(options: Any) -> list[str]:
         and o["memory"] not in ("auto", "full"),
         "--fsdp: shards are of whole float32 weights; leave out --load-in-4bit and --load-in-8bit": o["fsdp"]
         and quantized,
-        "--compile: not with --fsdp, whose layers gather their weights as they run": o["fsdp"] and o["compile"],
         "--ref-model {ref_model}: --loss {loss} reads no reference; leave it out": o["ref_model"]
         and objective
         and not objective.reference,

@@ -22,7 +22,7 @@ from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.evaluation.kl import HeadInputs
 from dpo_cli.models.attention import attention
 from dpo_cli.models.layout import experts_a_token
-from dpo_cli.models.loading import compile_layers, dtype_name, load_tokenizer, release
+from dpo_cli.models.loading import dtype_name, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.store import ReferenceCache, fill_reference
@@ -218,8 +218,6 @@ def _fit_memory(policy: ScoredModel, pairs: Pairs, options: TrainOptions, proces
     fitted = fit(policy.runner, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
     if not options.lora_rank and policy.split_weights(fitted.memory):  # auto found it; the halves keep less
         fitted = fit(policy.runner, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
-    if options.compile:
-        compile_layers(policy.model)
     policy.runner.max_tokens = fitted.max_tokens
     reading = reading_of(options)
     options = dataclasses.replace(
@@ -272,8 +270,6 @@ def _load_reference(
     except UsageError as error:
         raise UsageError(str(error).replace("--model", "--ref-model")) from error
     reference.split_weights(mode)
-    if options.compile:
-        compile_layers(reference.model)
     return reference
 
 

@@ -91,11 +91,11 @@ def test_results_are_those_of_the_commands(tiny: Path, rows: list[Any], options:
 
 def test_rows_in_memory_are_data(rows: list[Any], options: dict[str, Any]) -> None:
     """A run names the file that they were written to, and so can be repeated and resumed without them."""
-    done = train(rows, eval_data=iter(HELD_OUT[:4]), output="run", compile=False, wpo=True, **options)
+    done = train(rows, eval_data=iter(HELD_OUT[:4]), output="run", trust_remote_code=False, wpo=True, **options)
     (file,) = (file for file in Path("runs").glob("rows-*.jsonl") if len(file.read_text().splitlines()) == len(rows))
     told = json.loads(Path("run/manifest.json").read_text())["command"]
     assert told.startswith("dpo train ") and f"--data {file}" in told and "--lr 0.001" in told
-    assert " --wpo" in told and "--compile" not in told
+    assert " --wpo" in told and "--trust-remote-code" not in told
     assert train(resume="run")["after"] == done["after"]
     assert len(list(Path("runs").glob("rows-*.jsonl"))) == 2
 

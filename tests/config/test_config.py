@@ -414,7 +414,6 @@ OTHER: dict[str, Any] = {
     "max_grad_norm": 9.0,
     "gradient_checkpointing": True,
     "fsdp": True,
-    "compile": True,
     "seed": 9,
     "logging_steps": 9,
     "eval_steps": 9,
