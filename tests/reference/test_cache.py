@@ -129,14 +129,15 @@ def place(tmp_path: Path, begun: Place) -> Place:
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where the pairs stand that were scored."""
     found: list[str] = []
-    original = ModelRunner.score
+    original = ModelRunner.forwards
 
-    def telling(self: ModelRunner, pairs: Any, *share: Any) -> Iterator[Any]:
-        for result in original(self, pairs, *share):
-            found.extend(pairs[i].where for i in result[0])
+    def telling(self: ModelRunner, pairs: Any, compute: Any, *share: Any) -> Iterator[Any]:
+        for result in original(self, pairs, compute, *share):
+            if compute.__qualname__.startswith("fill_reference"):
+                found.extend(pairs[i].where for i in result[0])
             yield result
 
-    monkeypatch.setattr(ModelRunner, "score", telling)
+    monkeypatch.setattr(ModelRunner, "forwards", telling)
     return found
 
 
