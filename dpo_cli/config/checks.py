@@ -71,4 +71,3 @@ module_names = matching(
     r"[\w-]+(\.[\w-]+)*(,[\w-]+(\.[\w-]+)*)*",
     "must be names of modules, separated by commas, for example q_proj,v_proj",
 )
-import_path = matching(r"\w+(\.\w+)*:\w+", "must be MODULE:FUNCTION, for example my_rewards:helpful")

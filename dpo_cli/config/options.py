@@ -301,15 +301,9 @@ class SweepOptions(SampleOptions, TrainOptions):
     output: Path | None = option(
         None,
         "Folder of the runs and of the comparison; an existing sweep is resumed.",
-        shown="runs/sweep-<hash of the options>",
+        shown="runs/sweep",
     )
     kl: str = kl_option("While training; the frontier's is always exact.")
-    reward: str | None = option(
-        None,
-        "MODULE:FUNCTION, in the current folder or installed: takes lists of prompts and of answers (texts) and "
-        "returns a number for each; it judges the answers of --samples.",
-        checks.import_path,
-    )
 
     def runs(self) -> list[TrainOptions]:
         """Return the options of each training, lowest beta first, without its output folder."""

@@ -15,7 +15,7 @@ def refused(options: Any) -> list[str]:
         UsageError: the loss cannot have the options that are given for it.
     """
     o = defaultdict(lambda: None, vars(options))  # None: the command has no such option, or it is not given
-    trains, sweeps = "lora_rank" in o, "reward" in o
+    trains, sweeps = "lora_rank" in o, "lora_rank" in o and "samples" in o
     objective = options.objective if trains else None
     lora, quantized = o["lora_rank"], o["load_in_4bit"] or o["load_in_8bit"]
     unused = [f"--{name.replace('_', '-')}" for name in _OF_ADAPTERS if trains and not lora and o[name]]
@@ -56,6 +56,5 @@ def refused(options: Any) -> list[str]:
         "--loss {loss}: reads no beta, so there is nothing to compare": sweeps
         and objective
         and not objective.uses("beta"),
-        "--reward {reward}: it judges sampled answers; add --samples, for example 4": o["reward"] and not o["samples"],
     }
     return [text.format_map(o) for text, refuse in table.items() if refuse]

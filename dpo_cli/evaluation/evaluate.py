@@ -26,10 +26,8 @@ from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import same_weights
-from dpo_cli.models.loading import default_device, dtype_name, release
+from dpo_cli.models.loading import default_device, release
 from dpo_cli.models.locate import ModelSource, start_model
-from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.reference.store import ReferenceCache, fill_reference
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
     ScoredModel,
@@ -62,8 +60,6 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
     if options.per_pair or options.report or options.samples or options.base_model:
         raise UsageError("--per-pair, --report, --samples and --base-model take one --model: evaluate each on its own")
     (first, pairs), (second, others) = (evaluate(name, options, reporter) for name in names)
-    if first.scores.where != second.scores.where:
-        raise UsageError("the two models read different rows, because of truncation: set --max-length")
     result: dict[str, Any] = {"pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
     for name, each in (("a", first.to_dict()), ("b", second.to_dict())):
         result[name] = {key: each[key] for key in ("trained_on", "model", "reference", "beta") if key in each}
@@ -88,7 +84,7 @@ def evaluate(
     models = _Models(options, source, began, evaluator, reporter)
     tokens, samples = models.score()
     history = _history(source, began)
-    scores = evaluator.scores(tokens, models.cached, history, began.beta if began else None)
+    scores = evaluator.scores(tokens, models.ref_logps, history, began.beta if began else None)
     held_out, overlap = False, None
     if source.run and began and manifest:
         as_in_run = options.beta == began.beta and options.ref_model is None
@@ -151,7 +147,7 @@ class _Models:
     evaluator: Evaluator
     reporter: Reporter
     reference_name: str = ""
-    cached: tuple[Table, Table] | None = None  # of a reference that did not run, see ``Evaluator.scores``
+    ref_logps: tuple[Table, Table] | None = None  # without the exact KL, see ``Evaluator.scores``
 
     @property
     def itself(self) -> bool:
@@ -159,11 +155,7 @@ class _Models:
         return self.options.ref_model is None and self.source.run is None
 
     def score(self) -> tuple[kl.TokenScores, dict[str, Any]]:
-        """Score the policy, compare it with its reference for ``--kl exact``, and sample.
-
-        Without the exact KL the reference's log-probs are those of the cache, as in training, and its model is loaded
-        only where the cache lacks pairs.
-        """
+        """Score the policy and its reference, compare them for ``--kl exact``, and sample."""
         pairs, objective = self.evaluator.pairs, self.evaluator.objective
         policy = self._load(self.source)
         if self.itself:
@@ -172,17 +164,15 @@ class _Models:
         if self.options.kl == "exact":
             return self._compare(policy)
         tokens = kl.score(policy.runner, pairs, self._progress("evaluate"))
-        if self.itself:
-            self.cached = tokens.logps(), tokens.logps()
-        elif not objective.reference and self.options.ref_model is None:
+        if not objective.reference and self.options.ref_model is None and not self.itself:
             self.reference_name = f"none: --loss {objective.name} reads none"
             none = np.full((len(pairs), 2), np.nan)
-            self.cached = none, none
-        else:
-            cache = self._complete_cache(policy.runner) or self._filled_cache(policy)
-            logps, alpha = cache.lookup(pairs), objective.ld_alpha
-            weighted = cache.weighted(pairs, alpha) if alpha != 1 else logps
-            self.cached = logps.double().numpy(), weighted.double().numpy()
+            self.ref_logps = none, none
+            return tokens, {}
+        reference = tokens
+        if not self.itself:
+            reference = kl.score(self._reference(policy).runner, pairs, self._progress("reference"))
+        self.ref_logps = reference.logps(), reference.logps(0, objective.ld_alpha)
         return tokens, {}
 
     def _compare(self, policy: ScoredModel) -> tuple[kl.TokenScores, dict[str, Any]]:
@@ -233,34 +223,14 @@ class _Models:
     def _progress(self, name: str) -> kl.Progress:
         return kl.Progress(self.reporter, name)
 
-    def _load(self, source: ModelSource, named: bool = False) -> ScoredModel:
-        """Load a model onto the device; it is hashed only if ``named``."""
-        began, device = self.began, default_device()
+    def _load(self, source: ModelSource, hashed: bool = False) -> ScoredModel:
+        """Load a model onto the device; it is hashed only where its fingerprint is asked for."""
+        began, device, pairs = self.began, default_device(), self.evaluator.pairs
         frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
         memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
-        pairs = self.evaluator.pairs
-        model = load_scored_model(source, pairs, self.options, memory, device, self.reporter, hashed=named)
+        model = load_scored_model(source, pairs, self.options, memory, device, self.reporter, hashed=hashed)
         model.split_weights(memory)
         return model
-
-    def _complete_cache(self, runner: ModelRunner) -> ReferenceCache | None:
-        """The run's cached reference, if it was computed as here and has all of these pairs."""
-        if self.options.ref_model is not None or self.source.run is None:
-            return None
-        manifest = read_manifest(self.source.run)
-        reference = manifest["reference"]
-        computed = (runner.layout, dtype_name(runner.dtype), runner.device.type)
-        if computed != (reference["layout"], reference["dtype"], manifest["device"]):
-            return None
-        cache = ReferenceCache(self.options.cache_dir, reference["fingerprint"], self.reporter.warning)
-        self.reference_name = str(reference["model"] or manifest["start_model"])
-        return None if cache.lookup(self.evaluator.pairs).isnan().any() else cache
-
-    def _filled_cache(self, policy: ScoredModel) -> ReferenceCache:
-        reference = self._reference(policy)
-        cache = reference.open_cache(self.options, self.reporter)
-        fill_reference(cache, self.evaluator.pairs, reference.runner, self.reporter)
-        return cache
 
     def _reference(self, policy: ScoredModel) -> ScoredModel:
         """Load the reference in the place of the policy.
@@ -268,7 +238,7 @@ class _Models:
         Raises:
             UsageError: it cannot be loaded, or is not the model that the run began with.
         """
-        release(policy.runner.model)
+        release(policy.model)
         gc.collect()
         of_run = self.source.run is not None and self.options.ref_model is None
         recorded = read_manifest(cast(Path, self.source.run))["reference"] if of_run else None
@@ -277,12 +247,9 @@ class _Models:
             source = choose_model(name, self.options, self.reporter, "reference", base)
             if recorded and self.began and self.began.ref_model is None:
                 source = _as_in_run(source, self.began)
-            loaded = self._load(source, named=True)
+            loaded = self._load(source, hashed=True)
         except UsageError as error:
-            raise UsageError(
-                "the reference cannot be loaded; name it with --ref-model, or add --kl none if its log-probs are "
-                f"cached\n{error}"
-            ) from error
+            raise UsageError(f"the reference cannot be loaded; name it with --ref-model\n{error}") from error
         self.reference_name = source.description
         if recorded and not same_weights(loaded.fingerprint, recorded["fingerprint"]):
             raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref-model")

@@ -63,26 +63,27 @@ class Evaluator:
     def scores(
         self,
         tokens: TokenScores,
-        cached: tuple[Table, Table] | None = None,
+        ref_logps: tuple[Table, Table] | None = None,
         history: History = (),
         beta: float | None = None,
     ) -> PairScores:
         """Collect the log-probs of an evaluation.
 
-        ``cached``: where the reference did not run, its log-probs, and those with the token weights of LD-DPO: (P, 2).
+        ``ref_logps``, where the two were not compared: those of the reference, and with the token weights of LD-DPO,
+        (P, 2) each.
         ``history`` has the lines of the run's metrics up to this policy, if it is of a run, and ``beta`` is that of the
         rewards in it; None: the objective's.
         """
         alpha, rewards, prompts = self.objective.ld_alpha, step_rewards(history), dict[bytes, int]()
-        if tokens.compared or cached is None:
-            cached = tokens.logps(1), tokens.logps(1, alpha)
+        if tokens.compared or ref_logps is None:
+            ref_logps = tokens.logps(1), tokens.logps(1, alpha)
         return PairScores(
             where=[pair.where for pair in self.pairs],
             tokens=self.pairs.loss_lengths.astype(float),
             logps=tokens.logps(),
-            ref_logps=cached[0],
+            ref_logps=ref_logps[0],
             weighted_logps=tokens.logps(0, alpha),
-            weighted_ref_logps=cached[1],
+            weighted_ref_logps=ref_logps[1],
             terms=self.pairs.terms.astype(float),
             groups=np.array([prompts.setdefault(pair.prompt.tobytes(), len(prompts)) for pair in self.pairs]),
             objective=self.objective,

@@ -129,7 +129,7 @@ def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
         UsageError: they are not the same pairs.
     """
     if a.where != b.where:
-        raise UsageError("two models are compared on the same pairs, in the same order; these are not")
+        raise UsageError("the two models read different rows, because of truncation: set --max-length")
     left_out = _not_compared(a.objective, b.objective)
     margins = [each.logratios[:, 0] - each.logratios[:, 1] for each in (a, b)]
     more = ({"logratios/margins": (margin, np.ones_like(margin))} for margin in margins)

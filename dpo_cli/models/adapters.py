@@ -99,10 +99,11 @@ def _modules_to_save(model: PreTrainedModel, names: str, targets: Targets) -> li
     return [*found]
 
 
-def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> Any:
+def attach(model: PreTrainedModel, config: Any, seed: int = 0, where: str = "--lora-targets") -> Any:
     """Attach a new adapter to a model, in place; the model computes what it did before.
 
-    A base in bfloat16 stays that. ``seed`` draws the random part, whatever was drawn before.
+    A base in bfloat16 stays that. ``seed`` draws the random part, whatever was drawn before. ``where``: of the
+    configuration, for errors.
 
     Returns:
         peft's ``LoraModel`` around the model.
@@ -121,7 +122,7 @@ def attach(model: PreTrainedModel, config: Any, seed: int = 0) -> Any:
         try:
             tuner = LoraModel(model, config, "default")
         except Exception as error:  # of whatever type peft raises
-            raise UsageError(f"--lora-targets: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+            raise UsageError(f"{where}: peft cannot adapt this: {str(error).splitlines()[0]}") from error
     config.target_modules = full_names  # which peft shortens to ends
     for p in trained(model):
         p.data = p.detach().float()

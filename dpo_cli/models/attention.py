@@ -36,7 +36,6 @@ def prefix_shared_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     segments: Segments | None = None,
@@ -44,7 +43,7 @@ def prefix_shared_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each pair, the prompt shared by both responses.
 
-    ``s_aux`` are attention sinks: a logit a head that joins every softmax and has no value.
+    ``s_aux`` are attention sinks: a logit a head that joins every softmax and has no value. Dropout is off everywhere.
 
     Shapes: ``query`` (1, A, T, D), ``key`` and ``value`` (1, G, T, D), ``s_aux`` (A,) -> (1, T, A, D).
     Source: the signature is transformers' attention interface; packing with shared prefixes after arXiv 2410.20305;
@@ -59,7 +58,7 @@ def prefix_shared_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout and s_aux is None:
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and s_aux is None:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     # Split, not sliced: the backward pass of a slice fills a whole row with zeros, one for every segment.
     lengths = [n for prompt, chosen, rejected in segments.spans for n in (prompt + chosen, rejected)]
@@ -67,11 +66,15 @@ def prefix_shared_attention(
     parts = []
     for place, (prompt, _, _) in enumerate(segments.spans):
         first, second = 2 * place, 2 * place + 1
-        k, v = (torch.cat([x[first][:, :, :prompt], x[second]], dim=2) for x in (keys, values))
-        how = (segments, scaling, dropout, s_aux, sliding_window)
-        parts.append(_causal(queries[first], keys[first], values[first], *how))
-        parts.append(_causal(queries[second], k, v, *how))
+        k, v = (_after_prompt(x[first], prompt, x[second]) for x in (keys, values))
+        parts.append(_causal(queries[first], keys[first], values[first], segments, scaling, s_aux, sliding_window))
+        parts.append(_causal(queries[second], k, v, segments, scaling, s_aux, sliding_window))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _after_prompt(first: Tensor, prompt: int, rejected: Tensor) -> Tensor:
+    """What the rejected response sees: the prompt, out of ``prompt+chosen``, and itself."""
+    return torch.cat([first[:, :, :prompt], rejected], dim=2)
 
 
 def _causal(
@@ -80,7 +83,6 @@ def _causal(
     value: Tensor,
     segments: Segments,
     scaling: float | None,
-    dropout: float,
     sinks: Tensor | None,
     window: int | None,
 ) -> Tensor:
@@ -92,7 +94,7 @@ def _causal(
         mask = torch.cat([mask[None, None].expand(1, query.shape[1], -1, -1), column], dim=3)  # (1, A, q, k + 1)
         key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
     return F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
     )
 
 

@@ -76,11 +76,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def _convert(source: ModelSource, folder: Path) -> None:
-    """Write tokenizer, configuration and weights, and load them again.
-
-    Raises:
-        NotWrittenError: they are not the same.
-    """
+    """Write tokenizer, configuration and weights, load them again, and refuse them if they are not the same."""
     plain = ModelSource(source.path, source.base, source.description, gguf=source.gguf, trust=source.trust)
 
     def described(tokenizer: Any, model: PreTrainedModel) -> tuple[str, ...]:

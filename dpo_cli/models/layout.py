@@ -130,15 +130,13 @@ def _tried(
 def _alone(
     model: PreTrainedModel, tried: Sequence[Pair], device: torch.device, dtype: torch.dtype, apart: bool = False
 ) -> Tensor:
-    """The token log-probs of these pairs, a forward for each response, shorter ones before one that may leave state.
-
-    Shapes: (N,), in the order of the pairs.
-    """
+    """Token log-probs (N,) of these pairs, a forward per response, shorter ones before one that may leave state."""
     sequences = [(pair.prompt, response) for pair in tried for response in (pair.chosen, pair.rejected)]
-    logps = dict[int, Tensor]()
-    for i in sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i]))):
-        logps[i] = token_logps(model, padded([sequences[i]]).to(device), dtype, apart)
-    return torch.cat([logps[i] for i in range(len(sequences))])
+    logps = dict[tuple[bytes, bytes], Tensor]()
+    for prompt, response in sorted(sequences, key=lambda each: sum(map(len, each))):
+        if (ids := (prompt.tobytes(), response.tobytes())) not in logps:
+            logps[ids] = token_logps(model, padded([(prompt, response)]).to(device), dtype, apart)
+    return torch.cat([logps[prompt.tobytes(), response.tobytes()] for prompt, response in sequences])
 
 
 def _largest(off: Tensor) -> float:
@@ -153,11 +151,7 @@ def _thresholds(config: Mapping[str, Any]) -> set[int]:
 
 
 def _check_alone(model: PreTrainedModel, batch: MicroBatch) -> None:
-    """Refuse a model whose log-probs of one sequence are others in training, or with another last token.
-
-    Raises:
-        UsageError: it reads ahead, or draws at random while it trains.
-    """
+    """Refuse a model whose log-probs of one sequence are others in training, or with another last token."""
     expected, ids = token_logps(model, batch, torch.float32), batch.input_ids.clone()
     ids[0, -1] = int(ids[0, -1] == 0)
     changed = replace(batch, input_ids=ids)

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from dpo_cli.models import adapter_files, adapter_vocabulary
+from dpo_cli.models import adapter_files
 from dpo_cli.models.adapters import is_tied
 from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource
 from dpo_cli.models.parallel import shard_like
@@ -140,12 +140,7 @@ def load_exported(folder: Path, trust: bool, beside: Collection[str] = ()) -> Pr
 
 
 def _from_pretrained(source: ModelSource) -> PreTrainedModel:
-    """Load the model with transformers, in evaluation mode, without adapter and checkpoint.
-
-    Raises:
-        ValueError: some of its weights would be drawn at random or not be what they were; and whatever transformers
-            raises.
-    """
+    """Load the model with transformers, in evaluation mode, without adapter and checkpoint; raises what it raises."""
     arguments, packing = source.arguments() | {"dtype": torch.float32}, packing_of(source)
     if "gguf_file" in arguments:  # packed blocks could be neither trained nor saved
         auto: Any = AutoModelForCausalLM
@@ -224,7 +219,7 @@ def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     """Add the adapter or the checkpoint that the source names, and the adapter's generation config."""
     if source.adapter:
         tokens, of_base = _tokens(source), _tokens(replace(source, tokenizer=None))
-        adapter_vocabulary.fit(model, source.adapter, tokens if tokens > of_base else 0)
+        adapter_files.fit_vocabulary(model, source.adapter, tokens if tokens > of_base else 0)
     if source.adapter and source.attached:
         adapter_files.attach_saved(model, source.adapter, source.name)
     elif source.adapter:

@@ -183,11 +183,7 @@ def _routers(every: dict[str, nn.Module], experts: list[tuple[str, int, list[str
 
 
 def _named(every: dict[str, nn.Module], stacked: list[str], names: str) -> list[str]:
-    """Modules and expert tensors whose names end with one of these; a group of experts stands for its tensors.
-
-    Raises:
-        UsageError: a name is of none.
-    """
+    """Modules and expert tensors whose names end with one of these; a group of experts stands for its tensors."""
     modules, tensors = dict[str, None](), dict[str, None]()
     for name in names.split(","):
         ending = [full for full in every if ends_with(full, name)]

@@ -77,11 +77,7 @@ def _made_from(source: ModelSource) -> str:
 
 
 def _check_blocks(source: ModelSource, block: Sequence[int] | None) -> None:
-    """Refuse FP8 weights whose size is no multiple of the block size: transformers would spread the scales evenly.
-
-    Raises:
-        ValueError: naming the weight.
-    """
+    """Refuse FP8 weights whose size is no multiple of the block size: transformers would spread the scales evenly."""
     if not block:
         return
     if not Path(source.path).is_dir():

@@ -48,7 +48,6 @@ THEME: Any = {
     "text.parse_math": False,
 }
 FAR = 30  # ratio of the largest to the smallest value from which an axis is logarithmic
-MAX_POINTS = 1000  # of a cloud that are drawn one by one
 SMOOTHED = 40  # steps from which on a running mean is drawn
 
 
@@ -157,9 +156,6 @@ def _draw_curve(axes: Axes, curve: Curve, history: History) -> None:
             axes.plot(*held_out, "o-", color=color, lw=0.8, ms=4, mfc="none", label=label)
     if curve.level is not None:
         axes.axhline(curve.level, color=MUTED, lw=0.8, ls="--", zorder=1)
-    low, high = axes.dataLim.intervaly
-    if curve.title == "Gradient norm" and low > 0 and high > FAR * low:
-        axes.set_yscale("log")
     _finish(axes, "step", y_percent=as_percent)
 
 
@@ -201,9 +197,8 @@ def _draw_margins(axes: Axes, margins: Column, wins: Column) -> None:
 
 
 def _draw_lengths(axes: Axes, gaps: Column, margins: Column, wins: Column) -> None:
-    every = slice(None, None, -(-len(margins) // MAX_POINTS))
-    roles = np.array([COLORS["rejected"], MUTED, COLORS["chosen"]])[(2 * wins[every]).astype(int)]
-    axes.scatter(gaps[every], margins[every], 11, color=roles.tolist(), alpha=0.6, lw=0)
+    roles = np.array([COLORS["rejected"], MUTED, COLORS["chosen"]])[(2 * wins).astype(int)]
+    axes.scatter(gaps, margins, 11, color=roles.tolist(), alpha=0.6, lw=0)
     axes.axhline(0, color=MUTED, lw=0.8)
     axes.axvline(0, color=MUTED, lw=0.8, ls="--")
     _finish(axes, "← chosen shorter · tokens · chosen longer →")
@@ -212,18 +207,16 @@ def _draw_lengths(axes: Axes, gaps: Column, margins: Column, wins: Column) -> No
 # ---- the frontier of a sweep ------------------------------------------------------------------------------------
 
 
-def frontier(points: Sequence[Mapping[str, Any]], unit: str, reference_reward: float | None = None) -> list[Plot]:
-    """Plots over KL of margin and accuracy, and of the sampled answers' reward if the reference has one.
+def frontier(points: Sequence[Mapping[str, Any]], unit: str) -> list[Plot]:
+    """Plots of margin and accuracy over KL.
 
     ``points`` have ``beta``, ``kl`` and the quantities' names, each with its interval under ``intervals``.
     """
     points = sorted(points, key=lambda point: float(point["beta"]))
-    quantities = [("rewards/margins", "Margin", "beta × nats", 0.0), ("rewards/accuracies", "Accuracy", "", 0.5)]
-    if reference_reward is not None:
-        quantities.insert(0, ("reward", "Reward", "", reference_reward))
+    draw = partial(_draw_frontier, points=points, unit=unit)
     return [
-        Plot(f"{title} and KL", own_unit, "", partial(_draw_frontier, points=points, unit=unit, name=name, level=level))
-        for name, title, own_unit, level in quantities
+        Plot("Margin and KL", "beta × nats", "", partial(draw, name="rewards/margins", level=0.0)),
+        Plot("Accuracy and KL", "", "", partial(draw, name="rewards/accuracies", level=0.5)),
     ]
 
 

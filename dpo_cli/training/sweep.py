@@ -1,18 +1,16 @@
-"""``dpo sweep``: the same training with several betas from one reference, and what each reward costs in KL."""
+"""``dpo sweep``: the same training with several betas from one reference, and what each margin costs in KL."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.options import EvalOptions, SweepOptions, TrainOptions
-from dpo_cli.config.resolve import RESUME_MUTABLE, differences, inherit_auto_options
+from dpo_cli.config.resolve import differences, inherit_auto_options
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.evaluation.evaluator import EvalResult
-from dpo_cli.evaluation.reward import Reward, load_reward
 from dpo_cli.models.loading import free_memory
 from dpo_cli.reporting.plots import frontier, write_plots
 from dpo_cli.reporting.text import overlap, verdict
@@ -20,8 +18,8 @@ from dpo_cli.training.loop import train
 from dpo_cli.training.run_dir import read_manifest, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import Interrupted, UsageError
-from dpo_cli.utils.files import to_json, write_json
-from dpo_cli.utils.formatting import between, number, percent
+from dpo_cli.utils.files import write_json
+from dpo_cli.utils.formatting import NONE, between, is_number, number, percent
 
 METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 RESULT = "sweep.json"
@@ -32,7 +30,7 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
 
     Raises:
         UsageError: the options cannot be used, or are not those of the existing runs.
-        DpoError: a run or the reward failed; what was trained is kept.
+        DpoError: a run failed; what was trained is kept.
         Interrupted: a signal came; a checkpoint was written.
     """
     folder = _folder(options)
@@ -42,7 +40,6 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
         if run in started and (changed := differences(started[run], inherit_auto_options(asked, started[run]))):
             changes = f"{run.name} exists with other options: {', '.join(changed.values())}"
             raise UsageError(f"--output {folder}: {changes}; choose another folder")
-    reward = load_reward(options.reward) if options.reward else None
     result: dict[str, Any] = {"output": str(folder)}
     points: list[dict[str, Any]] = []
     for run, training in runs.items():
@@ -55,11 +52,11 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
             raise UsageError(f"{run}: {' and '.join(moved)} changed since {first.name} began; choose another --output")
         evaluation = _evaluate(run, options, reporter)
         if not points:
-            result |= _about(evaluation, reward)
-        points.append(_point(run, evaluation, reward))
+            result |= _about(evaluation)
+        points.append(_point(run, evaluation))
     result["points"] = points
     for name in ("frontier.svg", "frontier.png"):
-        write_plots(folder / name, frontier(points, result["kl"]["unit"], result.get("reference_reward")))
+        write_plots(folder / name, frontier(points, result["kl"]["unit"]))
     write_json(folder / RESULT, result)
     reporter.info("frontier", str(folder / "frontier.svg"))
     return result
@@ -67,34 +64,30 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
 
 def as_text(result: Mapping[str, Any]) -> str:
     """A line per run, for a terminal."""
-    shown = [*METRICS, "reward"] if "reward" in result else METRICS
-    head = f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}" + "".join(f"{name:>20}" for name in shown)
+    head = f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}" + "".join(f"{name:>20}" for name in METRICS)
     lines = [*overlap(result), f"{head}  run"]
     for point in result["points"]:
-        cells = [percent(point[m]) if m == "rewards/accuracies" else number(point[m]) for m in shown]
-        line = f"{point['beta']:>7g}{number(point['kl']):>10}  {between(point['intervals']['kl']):<22}"
+        cells = [percent(point[m]) if m == "rewards/accuracies" else number(point[m]) for m in METRICS]
+        line = f"{point['beta']:>7g}{_figures(point['kl']):>10}  {between(point['intervals']['kl'], _figures):<22}"
         lines.append(line + "".join(f"{cell:>20}" for cell in cells) + f"  {point['run']}")
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
-    if "reward" in result:
-        own = f"{number(result['reference_reward'])} ({between(result['reference_reward_interval'])})"
-        lines.append(f"{'reward':<12}{result['reward']}; the reference's own answers have {own}")
     lines.append(f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}")
     for point in result["points"]:
         lines += ["", f"beta {point['beta']:g}", *verdict(point)]
     return "\n".join(lines)
 
 
+def _figures(kl: Any) -> str:
+    return f"{kl:.3g}" if is_number(kl) else NONE
+
+
 def _folder(options: SweepOptions) -> Path:
-    """The folder of the runs; without ``--output`` a name that the same options give again.
+    """The folder of the runs.
 
     Raises:
         UsageError: it holds something else.
     """
-    folder = options.output
-    if folder is None:
-        training = dataclasses.asdict(options.runs()[0])
-        fixed = {name: value for name, value in training.items() if name not in RESUME_MUTABLE | {"beta"}}
-        folder = Path("runs", f"sweep-{hashlib.sha256(to_json(fixed).encode()).hexdigest()[:8]}")
+    folder = options.output or Path("runs", "sweep")
     names = [path.name for path in folder.glob("*")]
     if folder.is_file() or (names and RESULT not in names and not any(name.startswith("beta-") for name in names)):
         raise UsageError(f"--output {folder}: it holds something other than a sweep; choose another folder")
@@ -136,7 +129,7 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> EvalResul
     return evaluation
 
 
-def _about(evaluation: EvalResult, reward: Reward | None) -> dict[str, Any]:
+def _about(evaluation: EvalResult) -> dict[str, Any]:
     """What holds for all points: the reference and the prompts."""
     result, kl = evaluation.to_dict(), evaluation.sequence_kl
     about: dict[str, Any] = {name: result[name] for name in ("trained_on", "reference", "pairs") if name in result}
@@ -144,18 +137,13 @@ def _about(evaluation: EvalResult, reward: Reward | None) -> dict[str, Any]:
     if kl:
         about["kl"] = {"of": "over responses sampled from the policy", "unit": "nats per response"}
         about["kl"] |= {name: kl[name] for name in ("prompts", "samples", "max_new_tokens")}
-    if reward:
-        mean, ends = reward.mean(evaluation.samples, "reference_sampled")
-        about |= {"reward": reward.name, "reference_reward": mean, "reference_reward_interval": ends}
     return about
 
 
-def _point(run: Path, evaluation: EvalResult, reward: Reward | None) -> dict[str, Any]:
+def _point(run: Path, evaluation: EvalResult) -> dict[str, Any]:
     """A run's KL and what it buys, named as in ``dpo eval --json``."""
     kl, means, ends = evaluation.sequence_kl, evaluation.means, evaluation.intervals
     point: dict[str, Any] = {"beta": evaluation.about["beta"], "run": str(run)}
     point |= {"kl": kl["token_kl"] if kl else means["kl/chosen"]} | {name: means[name] for name in METRICS}
     intervals = {"kl": kl["token_kl_interval"] if kl else ends["kl/chosen"]} | {name: ends[name] for name in METRICS}
-    if reward:
-        point["reward"], intervals["reward"] = reward.mean(evaluation.samples, "policy_sampled")
     return point | {"intervals": intervals, "findings": evaluation.findings, "judged": evaluation.judged}

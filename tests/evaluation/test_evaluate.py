@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import dpo_cli.training.finish
 import dpo_cli.training.heldout
 import dpo_cli.training.loop
 from dpo_cli.cli.app import app
@@ -215,6 +216,8 @@ def test_two_models_are_compared_on_the_same_pairs(place: Place, runs: dict[str,
     assert (result["pairs"], result["same_tokens"]) == (5, True)
     for name, alone in (("a", one), ("b", other)):
         assert result[name] == {about: alone[about] for about in ("trained_on", "model", "reference", "beta")}
+    for each in (one, other):
+        each["logratios/margins"] = each["rewards/margins"] / each["beta"]
     for name, found in result["differences"].items():
         assert found["a"] == pytest.approx(one[name], abs=1e-9) and found["b"] == pytest.approx(other[name], abs=1e-9)
         assert found["difference"] == pytest.approx(other[name] - one[name], abs=1e-9)
@@ -315,9 +318,8 @@ def test_a_resumed_run_has_the_same_best_model(
     elif what == "line":
         fail_at(monkeypatch, dpo_cli.training.heldout, "append_metrics", best + 1, KeyboardInterrupt())
     else:
-        fail_at(
-            monkeypatch, dpo_cli.training.loop, "export_model", 2, NotWrittenError("best/ cannot be written: No space")
-        )
+        error = NotWrittenError("best/ cannot be written: No space")
+        fail_at(monkeypatch, dpo_cli.training.finish, "export_model", 2, error)
     stopped = place.train(run, "--save-best", "loss")
     assert stopped.exit_code == (1 if what == "model" else 130), stopped.output
     if what == "model":

@@ -303,5 +303,5 @@ def test_what_other_objectives_measure_otherwise_is_not_compared(objective: Obje
 def test_what_only_one_has_is_not_compared_and_other_pairs_are_refused() -> None:
     result = compare(random_scores(20), random_scores(20, exact=False))
     assert "kl/chosen" not in result["differences"] and "loss" in result["differences"]
-    with pytest.raises(UsageError, match="the same pairs"):
+    with pytest.raises(UsageError, match="read different rows"):
         compare(random_scores(20), random_scores(21))

@@ -184,10 +184,13 @@ def check_exports(start: Path, run: Path) -> None:
 
 def test_a_gguf_file(train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """It is dequantised, trained, and exported as any other model."""
-    write_gguf(tmp_path / "tiny.gguf", tokenizer)
-    result = train(tmp_path / "tiny.gguf")
+    write_gguf(tmp_path / "tiny.Q8_0.gguf", tokenizer)
+    result = train(tmp_path / "tiny.Q8_0.gguf")
     assert result.exit_code == 0, result.output
-    assert "tiny.gguf, 8-bit copy (Q8_0), dequantised" in result.stderr and "step 0      loss 0.693147" in result.stderr
+    assert (
+        "tiny.Q8_0.gguf, 8-bit copy (Q8_0), dequantised" in result.stderr
+        and "step 0      loss 0.693147" in result.stderr
+    )
     folder = tmp_path / "run" / "model"
     weights = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}

@@ -116,7 +116,12 @@ def test_images_get_no_adapter(train: Any) -> None:
     [
         ("falcon_h1", MAMBA, ("--lora-targets", "out_proj"), "out_proj is read by fused kernels, so that no adapter"),
         ("mamba", {"state_size": 8, "scale": 3.0}, ("--lora-targets", "conv1d"), "conv1d is read by fused kernels"),
-        ("glm4_moe", SHARED, ("--lora-type", "dora"), "--lora-type dora: peft does not decompose mlp."),
+        (
+            "glm4_moe",
+            SHARED,
+            ("--lora-type", "dora"),
+            "--lora-type dora: peft does not decompose mlp.",
+        ),
         ("glm4_moe", SHARED, ("--lora-targets", "mlp.gate"), "mlp.gate is a Glm4MoeTopkRouter, which takes no adapter"),
         ("llama", {}, ("--modules-to-save", "q_proj"), "self_attn.q_proj would be trained whole and have an adapter"),
         ("llama", {}, ("--modules-to-save", "mlp"), "would be trained whole and have an adapter"),

@@ -31,7 +31,6 @@ from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pairs
-from dpo_cli.evaluation import kl
 from dpo_cli.models.fingerprint import hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
@@ -649,21 +648,6 @@ def test_files_that_change_while_they_are_loaded(place: Place, monkeypatch: pyte
         patch.setattr("dpo_cli.training.prepare.load_model", load)
         assert place.precompute()["misses"] == 0
     assert place.precompute()["misses"] == len(LINES)
-
-
-def test_files_that_change_while_they_are_evaluated(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy is loaded, another model takes its place, and then its log-probs are looked up as the reference."""
-    original = kl.score
-
-    def score(*arguments: Any) -> kl.TokenScores:
-        put_other_weights_in_place_of(place)
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kl, "score", score)
-        place.told("eval", "--kl", "none")
-    assert place.precompute()["misses"] == len(LINES)
-    assert place.precompute()["misses"] == 0 and place.off() < NOISE
 
 
 def test_a_model_in_memory_is_what_was_loaded(place: Place) -> None:

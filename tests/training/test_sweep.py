@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,11 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import SweepOptions, TrainOptions
 from dpo_cli.config.resolve import resolve
-from dpo_cli.evaluation.reward import Reward, load_reward
 from dpo_cli.reporting.plots import frontier, png, write_plots
 from dpo_cli.training import prepare
 from dpo_cli.training.loop import train
 from dpo_cli.training.step import Trainer
-from dpo_cli.training.sweep import as_text
-from dpo_cli.utils.errors import DpoError, UsageError
+from dpo_cli.utils.errors import UsageError
 from tests.helpers import SAMPLE, make_model, write_rows
 from tests.helpers.pictures import pictures
 
@@ -99,7 +96,7 @@ class Seen:
         self.misses: list[int] = []
         self.models: list[weakref.ref[PreTrainedModel]] = []
         self.alive: list[int] = []
-        fill, load = prepare.fill_reference, prepare.load_model
+        fill, load = prepare.fill_reference, prepare.load_scored_model
 
         def filled(*arguments: Any) -> Any:
             found = fill(*arguments)
@@ -109,11 +106,11 @@ class Seen:
         def loaded(*arguments: Any, **more: Any) -> Any:
             self.alive.append(sum(model() is not None for model in self.models))
             found = load(*arguments, **more)
-            self.models.append(weakref.ref(found))
+            self.models.append(weakref.ref(found.model))
             return found
 
         patch.setattr("dpo_cli.training.loop.fill_reference", filled)
-        patch.setattr("dpo_cli.training.prepare.load_model", loaded)
+        patch.setattr("dpo_cli.training.setup.load_scored_model", loaded)
 
 
 @pytest.fixture
@@ -286,13 +283,14 @@ def test_data_that_changed_between_runs_are_refused(place: Path) -> None:
     assert out.exit_code == 2 and "the held-out data changed" in out.stderr
 
 
-def test_without_an_output_the_same_command_finds_its_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_output_it_is_a_folder_below_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     common = ["sweep", *training(Path()), "--max-steps", 1]
     first = dpo(*common, "--beta", "0.1")
-    assert Path(first["output"]).parent == Path("runs") and (place / first["output"] / "frontier.svg").is_file()
+    assert first["output"] == "runs/sweep" and (place / "runs/sweep/frontier.svg").is_file()
     assert dpo(*common, "--beta", "0.1", "--logging-steps", 2) == first
-    assert dpo(*common, "--beta", "0.1", "--lr", 1e-5)["output"] != first["output"]
+    out = invoke(*common, "--beta", "0.1", "--lr", 1e-5)
+    assert out.exit_code == 2 and "choose another folder" in out.stderr
 
 
 @pytest.mark.parametrize(
@@ -303,8 +301,6 @@ def test_without_an_output_the_same_command_finds_its_folder(place: Path, monkey
         (["--beta", "0,1"], "--beta 0,1: must be"),
         (["--beta", "nan"], "--beta nan: must be"),
         (["--beta", ""], "--beta : must be"),
-        (["--reward", "rewards"], "--reward rewards: must be MODULE:FUNCTION"),
-        (["--reward", "a:b"], "--reward a:b: it judges sampled answers; add --samples"),
         (["--eval-fraction", "0.5"], "--eval-fraction: a sweep compares its runs on --eval-data"),
     ],
 )
@@ -334,123 +330,21 @@ def test_betas_that_are_none(tmp_path: Path, given: str) -> None:
         resolve(SweepOptions, {}, tmp_path / "sweep.yaml")
 
 
-# ---- samples and rewards ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module ``own_rewards`` in the current folder, which is no part of the path yet."""
-    (tmp_path / "own_rewards.py").write_text(
-        "def length(prompts, answers):\n"
-        "    print('not for stdout')\n"
-        "    assert all(type(text) is str for text in [*prompts, *answers]) and len(prompts) == len(answers)\n"
-        "    return [len(answer) / 10 for answer in answers]\n"
-        "short = lambda prompts, answers: [1.0]\n"
-        "words = lambda prompts, answers: ['good' for _ in answers]\n"
-        "nan = lambda prompts, answers: [float('nan') for _ in answers]\n"
-        "def broken(prompts, answers):\n"
-        "    raise ValueError('no judge today')\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", str(tmp_path))])
-    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
-    return tmp_path
-
-
 @pytest.mark.pictures
-def test_kl_by_sampling_and_a_reward(swept: tuple[Path, Any, Any], rewards: Path, seen: Seen) -> None:
-    folder, copy = swept[0], Path(shutil.copytree(swept[0] / "sweep", rewards / "sweep"))
-    judged = ("--reward", "own_rewards:length", "--output", copy)
-    result = dpo(*command(folder, *SAMPLES, *judged, beta="0.03,1"))
+def test_kl_by_sampling(swept: tuple[Path, Any, Any], tmp_path: Path, seen: Seen) -> None:
+    folder, copy = swept[0], Path(shutil.copytree(swept[0] / "sweep", tmp_path / "sweep"))
+    result = dpo(*command(folder, *SAMPLES, "--output", copy, beta="0.03,1"))
     assert seen.models == []  # what is measured may differ, what was trained stays
-    assert result["kl"]["unit"] == "nats per response" and result["reward"] == "own_rewards:length"
+    assert result["kl"]["unit"] == "nats per response"
     assert (result["kl"]["prompts"], result["kl"]["samples"]) == (4, 3)
     data = ("--data", folder / "held-out.jsonl", "--cache-dir", folder / "cache")
     for point in result["points"]:
         found = dpo("eval", "--model", point["run"], *data, *SAMPLES)
         assert point["kl"] == found["sequence_kl"]["token_kl"]
         assert point["intervals"]["kl"] == found["sequence_kl"]["token_kl_interval"]
-        lengths = {s: [[len(a) / 10 for a in each[s]] for each in found["samples"]] for s in ANSWERS}
-        assert point["reward"] == pytest.approx(np.mean(lengths["policy_sampled"]))
-        assert result["reference_reward"] == pytest.approx(np.mean(lengths["reference_sampled"]))
-        assert point["intervals"]["reward"][0] < point["reward"] < point["intervals"]["reward"][1]
     assert result["points"][0]["kl"] > 3 * result["points"][1]["kl"]
-    shown = as_text(result)
-    assert "reward" in shown.splitlines()[0] and "own_rewards:length; the reference's own answers have" in shown
     texts = svg_texts(copy / "frontier.svg")
-    assert (
-        texts.count("β 0.03") == 3 and "Reward and KL" in texts and "KL from the reference, nats per response" in texts
-    )
-
-
-ANSWERS = ("policy_sampled", "reference_sampled")
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("no_such_module:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
-        ("own_rewards:none", "cannot be imported: AttributeError: module 'own_rewards' has no attribute 'none'"),
-        ("own_rewards:__doc__", "is no function"),
-    ],
-)
-def test_a_reward_that_is_not_there_is_told_before_training(
-    place: Path, rewards: Path, seen: Seen, name: str, told: str
-) -> None:
-    out = invoke(*short(place, *SAMPLES, "--reward", name))
-    assert out.exit_code == 2 and told in out.stderr and f"--reward {name}" in out.stderr
-    assert seen.models == [] and not (place / "sweep").exists()
-
-
-def test_a_reward_that_fails_loses_no_run(place: Path, rewards: Path, seen: Seen) -> None:
-    """And it is told after the first run, not after the last."""
-    common = short(place, *SAMPLES)
-    out = invoke(*common, "--reward", "own_rewards:broken", "--json")
-    assert out.exit_code == 1 and out.stdout == ""
-    assert "--reward own_rewards:broken: ValueError: no judge today. Trained runs are kept" in out.stderr
-    assert len(seen.models) == 1
-    assert len(dpo(*common, "--reward", "own_rewards:length")["points"]) == 2
-    assert len(seen.models) == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("short", "it returned [1.0], not a finite number for each of 4"),
-        ("words", "could not convert string to float: 'good'"),
-        ("nan", "it returned [nan, nan, nan, nan], not a finite number for each of 4"),
-        ("broken", "ValueError: no judge today"),
-    ],
-)
-def test_what_a_reward_may_do_wrong(rewards: Path, name: str, told: str) -> None:
-    samples = [{"prompt": "p", "policy_sampled": ["a", "b"]}, {"prompt": "q", "policy_sampled": ["c", "d"]}]
-    with pytest.raises(DpoError, match="same command again") as error:
-        load_reward(f"own_rewards:{name}").mean(samples, "policy_sampled")
-    assert told in str(error.value)
-
-
-def test_the_interval_of_a_reward_is_over_prompts() -> None:
-    """Answers to one prompt that are all alike say as much as one of them."""
-    rng = np.random.default_rng(0)
-    means = rng.normal(size=40)
-    samples = [{"prompt": "p", "a": [str(mean)] * 50} for mean in means]
-    judge = Reward("m:f", lambda prompts, answers: np.array([float(answer) for answer in answers]))
-    mean, ends = judge.mean(samples, "a")
-    assert mean == pytest.approx(means.mean()) and ends is not None
-    half = 2.02 * means.std(ddof=1) / 40**0.5  # Student's
-    assert ends == pytest.approx([mean - half, mean + half], abs=0.01 * half)
-    assert judge.mean([{"prompt": "p", "a": ["1"]}], "a") == (1.0, None)
-    mean, ends = judge.mean([{"prompt": "p", "a": ["1", "2", "3"]}], "a")
-    assert mean == 2 and ends is not None and ends[0] < 2 < ends[1]
-
-
-def test_no_file_of_the_folder_takes_the_place_of_a_library(rewards: Path) -> None:
-    (rewards / "colorsys.py").write_text("raise SystemExit('not this one')")
-    sys.modules.pop("colorsys", None)
-    assert load_reward("colorsys:hls_to_rgb").name == "colorsys:hls_to_rgb"
-    (rewards / "leaves.py").write_text("raise SystemExit(0)")
-    with pytest.raises(UsageError, match="SystemExit"):
-        load_reward("leaves:f")
+    assert texts.count("β 0.03") == 2 and "KL from the reference, nats per response" in texts
 
 
 # ---- what is shown ----------------------------------------------------------------------------------------------
@@ -480,7 +374,7 @@ def test_the_table_says_what_the_json_says(swept: tuple[Path, Any, Any], seen: S
 
 
 def point(beta: float, kl: float, value: float, spread: float | None = 0.1) -> dict[str, Any]:
-    found = {"kl": kl, "rewards/margins": value, "rewards/accuracies": value, "reward": value}
+    found = {"kl": kl, "rewards/margins": value, "rewards/accuracies": value}
     ends = {name: None if spread is None else [each - spread, each + spread] for name, each in found.items()}
     return found | {"beta": beta, "intervals": ends}
 
@@ -497,12 +391,12 @@ def point(beta: float, kl: float, value: float, spread: float | None = 0.1) -> d
 )
 @pytest.mark.pictures
 def test_odd_frontiers_are_drawn(points: list[dict[str, Any]], tmp_path: Path) -> None:
-    plots = frontier(points, "nats per token", 0.4)
-    assert [plot.title for plot in plots] == ["Reward and KL", "Margin and KL", "Accuracy and KL"]
+    plots = frontier(points, "nats per token")
+    assert [plot.title for plot in plots] == ["Margin and KL", "Accuracy and KL"]
     write_plots(tmp_path / "a.svg", plots)
     write_plots(tmp_path / "b.svg", plots)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "mathdefault" not in (tmp_path / "a.svg").read_text()  # a logarithmic axis has plain numbers
-    drawn = [each for each in points if np.isfinite([each["kl"], each["reward"]]).all()]
-    assert all(svg_texts(tmp_path / "a.svg").count(f"β {each['beta']:g}") == 3 for each in drawn)
+    drawn = [each for each in points if np.isfinite([each["kl"], each["rewards/margins"]]).all()]
+    assert all(svg_texts(tmp_path / "a.svg").count(f"β {each['beta']:g}") == 2 for each in drawn)
     assert all(png(plot).startswith(b"\x89PNG") for plot in plots)
