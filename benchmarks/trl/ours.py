@@ -53,8 +53,8 @@ class Ours:
             warmup_ratio=0.0,
             **job["options"],
         )
-        with started() as accelerator:
-            self.run = prepare_run(options, None, accelerator.device, self.reporter)
+        with started() as device:
+            self.run = prepare_run(options, None, device, self.reporter)
         self.order = [place for step in job["order"] for place in step]
         for planned, expected in zip(self.run.plan, job["order"], strict=True):
             assert sorted(i for indices in planned for i in indices) == sorted(expected), "the plan has another order"

@@ -5,16 +5,14 @@ Heavy imports stand inside the functions, so that importing the package is insta
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, TrainOptions, as_flag
+from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, as_flag
 from dpo_cli.config.resolve import resolve, resolve_training
 from dpo_cli.utils.errors import UsageError
 
@@ -24,29 +22,9 @@ if TYPE_CHECKING:
 Name = str | os.PathLike[str]
 Data = Name | Iterable[Name] | Iterable[Mapping[str, Any]]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 ROWS = Path("runs")  # folder for rows that are in memory
 
 
-def _with_options(kind: type[DataOptions]) -> Callable[[Function], Function]:
-    """Let ``help`` show the options that a function takes, with their defaults."""
-
-    def decorate(function: Function) -> Function:
-        signature, keyword = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
-        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        options = [
-            inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type)
-            for f in fields(kind)
-            if f.name != "data"
-        ]
-        function.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
-        return function
-
-    return decorate
-
-
-@_with_options(TrainOptions)
 def train(
     data: Data | None = None,
     *,
@@ -72,10 +50,9 @@ def train(
         Interrupted: a signal came, as from a notebook's stop button; a checkpoint was written.
         DpoError: the run failed, and its last checkpoint is whole.
     """
-    rows = dict[Path, str]()
-    given, folder, file = _given(data, options, rows), _path(resume), _path(config)
+    given, folder, file = _given(data, options), _path(resume), _path(config)
     resolved = resolve_training(given, folder, file, ("config", "progress", "resume", "dry_run"))
-    with _reporter(progress, resolved, rows) as reporter:
+    with _reporter(progress, resolved) as reporter:
         from dpo_cli.training.loop import train as run
 
         values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": file}
@@ -83,7 +60,6 @@ def train(
         return run(resolved, folder, ["dpo", "train", *words], reporter, dry_run)
 
 
-@_with_options(EvalOptions)
 def evaluate(
     data: Data | None = None, *, config: Name | None = None, progress: bool = False, **options: Any
 ) -> dict[str, Any]:
@@ -96,17 +72,15 @@ def evaluate(
         UsageError: an option or the data cannot be used.
         DpoError: the evaluation failed.
     """
-    rows = dict[Path, str]()
-    resolved = resolve(EvalOptions, _given(data, options, rows), _path(config), ("config", "progress"))
+    resolved = resolve(EvalOptions, _given(data, options), _path(config), ("config", "progress"))
     results: list[dict[str, Any]] = []
-    with _reporter(progress, resolved, rows) as reporter:
+    with _reporter(progress, resolved) as reporter:
         from dpo_cli.evaluation.evaluate import run_eval
 
         run_eval(resolved, reporter, results.append)
     return results[0]
 
 
-@_with_options(PrecomputeOptions)
 def precompute(
     data: Data | None = None, *, config: Name | None = None, progress: bool = False, **options: Any
 ) -> dict[str, Any]:
@@ -118,22 +92,21 @@ def precompute(
         UsageError: an option or the data cannot be used.
         DpoError: a log-prob of the reference is not finite, or the disk is full.
     """
-    rows = dict[Path, str]()
-    resolved = resolve(PrecomputeOptions, _given(data, options, rows), _path(config), ("config", "progress"))
-    with _reporter(progress, resolved, rows) as reporter:
+    resolved = resolve(PrecomputeOptions, _given(data, options), _path(config), ("config", "progress"))
+    with _reporter(progress, resolved) as reporter:
         from dpo_cli.reference.precompute import precompute as run
 
         return run(resolved, reporter)
 
 
-def _given(data: Data | None, options: Mapping[str, Any], rows: dict[Path, str]) -> dict[str, Any]:
-    """Return the options as a command has them; rows in memory go to ``rows``, by the file that will have them."""
+def _given(data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options as a command has them: with names of data only."""
     given = {**options, "data": data}
-    return given | {name: _sources(given[name], rows) for name in ("data", "eval_data") if name in given}
+    return given | {name: _sources(given[name]) for name in ("data", "eval_data") if name in given}
 
 
-def _sources(data: Data | None, rows: dict[Path, str]) -> Any:
-    """Return names of data, for rows in memory that of a file named by their content.
+def _sources(data: Data | None) -> Any:
+    """Return names of data; rows in memory are written to a file named by their content.
 
     Raises:
         UsageError: there are none, or they cannot be written.
@@ -150,14 +123,15 @@ def _sources(data: Data | None, rows: dict[Path, str]) -> Any:
     import hashlib
     import json
 
-    from dpo_cli.utils.files import finite
+    from dpo_cli.utils.files import atomic_write, finite
 
     try:
         text = "".join(json.dumps(finite(dict(row))) + "\n" for row in items)
     except (TypeError, ValueError) as error:
         raise UsageError(f"the rows cannot be written as JSON: {error}") from error
     file = ROWS / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-    rows[file] = text
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return file
 
 
@@ -166,37 +140,18 @@ def _path(name: Name | None) -> Path | None:
 
 
 @contextmanager
-def _reporter(progress: bool, options: DataOptions, rows: Mapping[Path, str]) -> Iterator[Reporter]:
-    """Write the rows, now that the options are right, and yield a reporter; models' memory is released afterwards.
+def _reporter(progress: bool, options: DataOptions) -> Iterator[Reporter]:
+    """Yield a reporter, as the command has one; models' memory is released afterwards."""
+    from dpo_cli.cli.command import Output
 
-    Raises:
-        UsageError: a launcher started several processes; or a name in the options does not exist.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("the functions run in one process; several run the command: torchrun … -m dpo_cli train …")
-    from dpo_cli.models.locate import check_hub, check_names
-    from dpo_cli.utils.files import atomic_write
-
-    for file, text in rows.items():
-        if not file.exists():
-            with atomic_write(file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-    check_hub(*check_names(options))
-    from transformers.utils import logging
-
-    from dpo_cli.models.loading import free_memory
-    from dpo_cli.utils.console import Reporter
-
-    reporter = Reporter(quiet=not progress)
+    out = Output()
+    out.quiet = not progress
+    reporter = out.reporter(options)
     if not progress:  # without a registry, which would show a text once per session only
-        reporter.warning = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)  # type: ignore[method-assign]
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        reporter.warning = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)
+    from dpo_cli.models.loading import free_memory
+
     try:
         yield reporter
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
         free_memory()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dpo_cli.cli.command import Commands, ConfigFile, command, out
+from dpo_cli.cli.command import Commands, ConfigFile, command, out, with_flags
 from dpo_cli.config.options import (
     CACHE_DIR,
     CheckOptions,
@@ -51,9 +51,8 @@ def top(
     """Train language models on preference pairs with DPO: no reward model, no critic, no resident reference."""
 
 
-@command(app)
+@command()
 def init(
-    *,
     file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.yaml"),
     data: Annotated[list[str] | None, typer.Option(help="Value of --data of dpo train. Repeatable.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
@@ -67,9 +66,8 @@ def init(
     out.show({"config": str(file)}, lambda _: then)
 
 
-@command(app, kind=TrainOptions)
+@command(kind=TrainOptions)
 def train(
-    *,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before the first step.")] = False,
     config: ConfigFile = None,
@@ -83,9 +81,8 @@ def train(
     out.show(run(options, resume, sys.argv, reporter, dry_run), _train_summary)
 
 
-@command(app)
+@command()
 def push(
-    *,
     run: Annotated[Path, typer.Argument(help="A run's folder, or its model/ or best/.")],
     name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
@@ -97,7 +94,7 @@ def push(
     out.show(upload(run, name, public))
 
 
-@command(app, "precompute-ref", PrecomputeOptions)
+@command("precompute-ref", PrecomputeOptions)
 def precompute_ref(config: ConfigFile = None, **flags: Any) -> None:
     """Fill the cache with the reference's log-probabilities."""
     options = resolve(PrecomputeOptions, flags, config)
@@ -107,7 +104,7 @@ def precompute_ref(config: ConfigFile = None, **flags: Any) -> None:
     out.show(precompute(options, reporter))
 
 
-@command(app, "eval", EvalOptions)
+@command("eval", EvalOptions)
 def eval_(config: ConfigFile = None, **flags: Any) -> None:
     """Show what a model learned, and how far it is from its reference."""
     options = resolve(EvalOptions, flags, config)
@@ -118,7 +115,7 @@ def eval_(config: ConfigFile = None, **flags: Any) -> None:
     run_eval(options, reporter, lambda result: out.show(result, as_text))
 
 
-@command(app, kind=SweepOptions)
+@command(kind=SweepOptions)
 def sweep(config: ConfigFile = None, **flags: Any) -> None:
     """Train with several betas and show what each reward costs in KL."""
     options = resolve(SweepOptions, flags, config)
@@ -129,9 +126,8 @@ def sweep(config: ConfigFile = None, **flags: Any) -> None:
     out.show(run(options, sys.argv, reporter), as_text)
 
 
-@command(app)
+@command()
 def merge(
-    *,
     model: Annotated[str, typer.Option(help="Run, checkpoint or folder of an adapter.")],
     output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
     base_model: Annotated[
@@ -157,7 +153,7 @@ def merge(
     out.show(run(model, base_model, output, export_dtype, trust_remote_code, reporter))
 
 
-@command(app, kind=ExplainOptions)
+@command(kind=ExplainOptions)
 def explain(config: ConfigFile = None, **flags: Any) -> None:
     """Show one row as it would be trained: every token, and which carry loss."""
     options = resolve(ExplainOptions, flags, config)
@@ -172,7 +168,7 @@ def explain(config: ConfigFile = None, **flags: Any) -> None:
         show(result)
 
 
-@command(app, kind=CheckOptions)
+@command(kind=CheckOptions)
 def check(config: ConfigFile = None, **flags: Any) -> None:
     """Report what is wrong with preference rows; only tokenizes them."""
     options = resolve(CheckOptions, flags, config)
@@ -187,7 +183,7 @@ def check(config: ConfigFile = None, **flags: Any) -> None:
         raise typer.Exit(3)
 
 
-@command(app)
+@command()
 def losses(**_: Any) -> None:
     """List the losses of --loss: formulas, when to use which, papers."""
     from dpo_cli.losses.objective import as_text, list_losses
@@ -198,12 +194,11 @@ def losses(**_: Any) -> None:
 cache_app = typer.Typer(no_args_is_help=True, help="Manage cached reference log-probs.")
 app.add_typer(cache_app, name="cache")
 
-CacheDir = Annotated[
-    Path, typer.Option("--cache-dir", help="Folder of cached reference log-probs and tokenized pairs.")
-]
+CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Folder of cached reference log-probs.")]
 
 
-@command(cache_app, "list")
+@cache_app.command("list")
+@with_flags
 def cache_list(cache_dir: CacheDir = CACHE_DIR, **_: Any) -> None:
     """Show what is cached: model, size and last use."""
     from dpo_cli.reference.manage import as_text, listed
@@ -211,7 +206,8 @@ def cache_list(cache_dir: CacheDir = CACHE_DIR, **_: Any) -> None:
     out.show(listed(cache_dir), as_text)
 
 
-@command(cache_app, "verify")
+@cache_app.command("verify")
+@with_flags
 def cache_verify(cache_dir: CacheDir = CACHE_DIR, **_: Any) -> None:
     """Check every cached file; exit code 3 if one cannot be used."""
     reporter = out.reporter()
@@ -223,9 +219,9 @@ def cache_verify(cache_dir: CacheDir = CACHE_DIR, **_: Any) -> None:
         raise typer.Exit(3)
 
 
-@command(cache_app, "prune")
+@cache_app.command("prune")
+@with_flags
 def cache_prune(
-    *,
     cache_dir: CacheDir = CACHE_DIR,
     older_than: Annotated[float | None, typer.Option(min=0, help="Not used for so many days.")] = None,
     model: Annotated[str | None, typer.Option(help="Part of the model's name.")] = None,

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
-import typer
+import typer.main
 from typer.core import TyperGroup
 
 from dpo_cli.config.options import DataOptions
 from dpo_cli.config.resolve import suggest_option
-from dpo_cli.utils.errors import DpoError, UsageError, printable
+from dpo_cli.utils.errors import DpoError, UsageError, did_you_mean, printable
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options; a flag wins.")]
 
@@ -47,7 +47,7 @@ class Output:
         """
         if not several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(
-                "only dpo train and dpo precompute-ref run in several processes: start it without a launcher"
+                "this runs in one process, without a launcher; dpo train and dpo precompute-ref run in several"
             )
         from dpo_cli.models.locate import check_hub, check_names
 
@@ -55,15 +55,15 @@ class Output:
         if is_main_process() and not self.quiet:
             self._log("loading…", {"event": "loading"})
         check_hub(*on_hub)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set, so that no fork warns that it is turned off
         import logging
 
-        from transformers.utils.logging import disable_progress_bar
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
         from dpo_cli.utils.console import Reporter
 
+        set_verbosity_error()
         disable_progress_bar()
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
         return Reporter(self.quiet, self.log_json, mute=not is_main_process())
@@ -112,7 +112,30 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 class Commands(TyperGroup):
-    """The commands, whose errors are one message and an exit code."""
+    """The commands, each made when it is asked for; an error that a user can cause is one message and an exit code."""
+
+    made: ClassVar[dict[str, tuple[Callable[..., None], type[DataOptions] | None]]] = {}
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands."""
+        return [*self.made, *self.commands]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Make the command of this name."""
+        if cmd_name not in self.made:
+            if cmd_name not in self.commands and not ctx.resilient_parsing:
+                ctx.fail(f"No such command '{cmd_name}'{did_you_mean(cmd_name, self.list_commands(ctx))}")
+            return super().get_command(ctx, cmd_name)
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        function, kind = self.made[cmd_name]
+        single.command(cmd_name)(with_flags(function, kind))
+        return typer.main.get_command(single)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the names and sentences of all commands; to make them all would take as long as to import typer."""
+        rows = [(name, str(function.__doc__).splitlines()[0]) for name, (function, _) in self.made.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl([*rows, *((name, str(group.help)) for name, group in self.commands.items())])
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was typed."""
@@ -136,7 +159,7 @@ class Commands(TyperGroup):
 
 
 def command(
-    group: typer.Typer, name: str | None = None, kind: type[DataOptions] | None = None
+    name: str | None = None, kind: type[DataOptions] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function, with the flags of ``out`` and a flag for each option of ``kind``.
 
@@ -144,19 +167,27 @@ def command(
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = [
-            p.replace(kind=_KEYWORD)
-            for p in inspect.signature(function, eval_str=True).parameters.values()
-            if p.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-        types = get_type_hints(kind) if kind else {}
-        flags = {f.name: Annotated[types[f.name] | None, _flag(f)] for f in (fields(kind) if kind else ())}
-        added = [inspect.Parameter(name, _KEYWORD, default=None, annotation=each) for name, each in flags.items()]
-        parameters = [*added, *own, *_OF_OUTPUT]
-        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return group.command(name)(function)
+        Commands.made[name or function.__name__] = function, kind
+        return function
 
     return decorate
+
+
+def with_flags(function: Callable[..., None], kind: type[DataOptions] | None = None) -> Callable[..., None]:
+    """Let typer see the flags of ``out`` and those of the options of ``kind`` in the signature of a function."""
+    if hasattr(function, "__signature__"):  # an earlier command of this process made it
+        return function
+    own = [
+        p.replace(kind=_KEYWORD)
+        for p in inspect.signature(function, eval_str=True).parameters.values()
+        if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    types = get_type_hints(kind) if kind else {}
+    flags = {f.name: Annotated[types[f.name] | None, _flag(f)] for f in (fields(kind) if kind else ())}
+    added = [inspect.Parameter(name, _KEYWORD, default=None, annotation=each) for name, each in flags.items()]
+    parameters = [*added, *own, *(_of_output(*each) for each in _OF_OUTPUT)]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return function
 
 
 def _of_output(name: str, text: str) -> inspect.Parameter:
@@ -167,12 +198,12 @@ def _of_output(name: str, text: str) -> inspect.Parameter:
     return inspect.Parameter(f"{name}_", _KEYWORD, default=None, annotation=Annotated[bool, flag])
 
 
-_OF_OUTPUT = [
-    _of_output("json", "Print exactly one JSON object on stdout."),
-    _of_output("quiet", "Print only warnings, errors and the result."),
-    _of_output("log_json", "Write JSON lines to stderr; event is their kind."),
-    _of_output("debug", "Show the traceback of an error."),
-]
+_OF_OUTPUT = (
+    ("json", "Print exactly one JSON object on stdout."),
+    ("quiet", "Print only warnings, errors and the result."),
+    ("log_json", "Write JSON lines to stderr; event is their kind."),
+    ("debug", "Show the traceback of an error."),
+)
 
 
 def _flag(option: Field[Any]) -> Any:

@@ -11,7 +11,7 @@ from dpo_cli.config import checks
 from dpo_cli.config.checks import Check, not_negative, one_of, positive
 from dpo_cli.config.refused import refused
 from dpo_cli.losses.objective import Objective, parse_objective
-from dpo_cli.losses.preference import DIVERGENCES, LOSSES
+from dpo_cli.losses.preference import LOSSES
 from dpo_cli.utils.errors import UsageError, did_you_mean
 
 CACHE_DIR = Path("~/.cache/dpo")
@@ -19,16 +19,20 @@ FORMATS = (
     *("strings", "messages", "conversations", "hh", "sharegpt"),
     *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked", "openai", "swift"),
 )
+TOKENS = one_of("keep", "sanitize", "refuse")
 BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}  # metrics of --save-best: lower or higher is better
 
 
 def option(
     default: Any, text: str, check: Check | None = None, shown: str | None = None, choices: Sequence[str] = ()
 ) -> Any:
-    """Make a field of an options class. ``shown`` describes a default that is chosen at run time.
+    """Make a field of an options class, whose help says what the check accepts.
 
-    ``choices`` are words that a shell offers; the check's own choices are offered without it.
+    ``shown`` describes a default that is chosen at run time. ``choices`` are words that a shell offers; the check's own
+    choices are offered without it.
     """
+    if check and not (check.choices and all(choice in text for choice in check.choices)):
+        text += f" {check.must[0].upper()}{check.must[1:]}."
     metadata = {"help": text, "check": check, "shown": shown, "choices": choices or (check.choices if check else ())}
     return field(default=default, metadata=metadata)
 
@@ -65,16 +69,13 @@ class DataOptions:
         None, "Longest prompt + response in tokens.", checks.at_least_16, shown="1024, or what the run was trained with"
     )
     control_tokens: str | None = option(
-        None,
-        "Control tokens of the template inside messages: keep them, sanitize (read as text) or refuse the row.",
-        one_of("keep", "sanitize", "refuse"),
-        shown="keep, or what the run was trained with",
+        None, "Control tokens in messages: keep, sanitize (as text) or refuse.", TOKENS, shown="keep, or the run's"
     )
     train_turns: str | None = option(
         None,
-        "Answers with several turns: train the last turn, or all turns that differ.",
+        "Answers of several turns: the last, or all that differ.",
         one_of("last", "all"),
-        shown="last, or what the run was trained with",
+        shown="last, or the run's",
     )
     chat_template: Path | None = option(None, "Jinja file to use as the chat template.", shown="the model's")
     trust_remote_code: bool = option(False, "Run Python code from the model's repository.")
@@ -96,8 +97,6 @@ class DataOptions:
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class Options(DataOptions):
@@ -110,7 +109,7 @@ class Options(DataOptions):
         None, "Tokens per packed forward: the memory knob.", checks.at_least_16, shown="from free memory"
     )
     dtype: str | None = option(None, "Compute precision.", checks.precision, shown="auto")
-    cache_dir: Path = option(CACHE_DIR, "Folder of cached reference log-probs and tokenized pairs.")
+    cache_dir: Path = option(CACHE_DIR, "Folder of cached reference log-probs.")
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -119,9 +118,8 @@ class WeightsOptions(Options):
 
     memory: str = option(
         "auto",
-        "How weights, gradients and moments are kept: full (float32, 16 bytes per parameter), split (bfloat16 "
-        "and low halves of float32 weights, moments in 8 bits, 8), in-backward (split, updated in the backward pass, "
-        "6), or auto: full if it fits, else split where bfloat16 computes.",
+        "Weights, gradients and moments: full (float32, 16 bytes per parameter), split (bfloat16 and the low halves, "
+        "moments in 8 bits: 8), in-backward (split, updated in the backward pass: 6), or auto (full, else split).",
         one_of("auto", "full", "split", "in-backward"),
     )
     fsdp: bool = option(False, "Shard parameters, gradients and optimizer state across processes (FSDP2).")
@@ -165,22 +163,13 @@ class TrainOptions(WeightsOptions):
         choices=tuple(LOSSES),
     )
     loss_options: str | None = option(
-        None, "Options of one loss, as in simpo_gamma=1; dpo losses lists them.", shown="the papers'"
+        None, "Options of a loss, as in simpo_gamma=1; see dpo losses.", shown="the papers'"
     )
     label_smoothing: float = option(0.0, "Share of labels assumed to be flipped (conservative DPO).", checks.below_half)
-    router_aux_loss_coef: float = option(
-        0.0, "Weight of the load-balancing loss of a mixture of experts; reported as aux_loss.", not_negative
-    )
-    f_divergence: str = option(
-        "reverse_kl",
-        f"Divergence that holds the policy to the reference: {', '.join(DIVERGENCES)} (=0.5, its alpha).",
-        checks.divergences,
-    )
+    router_aux_loss_coef: float = option(0.0, "Weight of the load-balancing loss of experts (aux_loss).", not_negative)
+    f_divergence: str = option("reverse_kl", "Divergence that holds the policy to the reference.", checks.divergences)
     ld_alpha: float | None = option(
-        None,
-        "LD-DPO: weight of the tokens beyond the length of the shorter response.",
-        checks.probability,
-        shown="all count",
+        None, "LD-DPO: weight of tokens beyond the shorter response's length.", checks.probability, shown="all count"
     )
     wpo: bool = option(False, "WPO: weight pairs by how likely their responses are under the policy.")
     epochs: int = option(1, "Passes over the pairs.", positive)
@@ -192,37 +181,21 @@ class TrainOptions(WeightsOptions):
     weight_decay: float = option(0.0, "AdamW's weight decay, applied to matrices only.", not_negative)
     max_grad_norm: float = option(1.0, "Clip the gradient norm to this; 0 turns clipping off.", not_negative)
     ref_model: str | None = option(
-        None, "Reference model: scored first, and never in memory beside the policy.", shown="--model"
+        None, "Reference model, scored first; never in memory with the policy.", shown="--model"
     )
     lora_rank: int | None = option(
-        None,
-        "Train a LoRA adapter of this rank instead of all weights. If --model is an adapter, continue training it; its "
-        "rank must match.",
-        positive,
+        None, "Train a LoRA adapter of this rank instead of all weights, or continue that in --model.", positive
     )
-    lora_type: str | None = option(
-        None,
-        "lora (arXiv 2106.09685), rslora (scaled by the root of the rank, 2312.03732) or dora (a magnitude per row, "
-        "2402.09353).",
-        one_of("lora", "rslora", "dora"),
-        shown="lora",
-    )
+    lora_type: str | None = option(None, "Kind of adapter.", one_of("lora", "rslora", "dora"), shown="lora")
     lora_alpha: int | None = option(None, "The adapter's scale times its rank.", positive, shown="2 * rank, rslora 16")
     lora_targets: str | None = option(
-        None,
-        "Modules that get an adapter, by the ends of their names, separated by commas; all-linear: all but the head.",
-        checks.module_names,
-        shown="all-linear",
+        None, "Modules to adapt, by the ends of their names.", checks.module_names, shown="all-linear"
     )
     modules_to_save: str | None = option(
-        None,
-        "Modules trained in full beside the adapter, by the ends of their names, separated by commas.",
-        checks.module_names,
+        None, "Modules to train in full beside the adapter, by the ends of their names.", checks.module_names
     )
     export_dtype: str = option(
-        "float32",
-        "Precision of the weights in model/ and best/; auto: that in which the start model is stored.",
-        one_of("float32", "bfloat16", "auto"),
+        "float32", "Precision of exported weights; auto: the start model's.", one_of("float32", "bfloat16", "auto")
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     seed: int = option(0, "Seed of the order of the pairs.", checks.valid_seed)
@@ -230,17 +203,11 @@ class TrainOptions(WeightsOptions):
     eval_steps: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
     kl: str = kl_option()
     save_best: str | None = option(
-        None,
-        "Keep the model of the best evaluation in best/: the lowest loss, or the highest of the others.",
-        one_of(*BEST),
+        None, "Keep the best evaluation's model in best/: by lowest loss, or highest of the others.", one_of(*BEST)
     )
     save_steps: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
     save_total_limit: int = option(2, "Checkpoints kept.", positive)
-    report_to: str = option(
-        "none",
-        f"Experiment trackers that get the metrics too: {', '.join(checks.TRACKERS)}, separated by commas.",
-        checks.trackers,
-    )
+    report_to: str = option("none", "Experiment trackers that get the metrics too.", checks.trackers)
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
 
     def __init__(self, **values: Any) -> None:
@@ -279,9 +246,7 @@ class EvalOptions(SampleOptions, Options):
         "Hub id, local folder, .gguf file, run folder or checkpoint; twice: the second is compared with the first.",
         shown="SmolLM2-135M-Instruct",
     )
-    ref_model: str | None = option(
-        None, "Reference model.", shown="what the run was trained from, else the model itself"
-    )
+    ref_model: str | None = option(None, "Reference model.", shown="the run's, else the model itself")
     beta: float | None = option(None, "Scale of the implicit reward.", positive, shown="the run's, else 0.1")
     kl: str = kl_option()
     seed: int = option(0, "Seed of the samples.", checks.valid_seed)

@@ -37,9 +37,7 @@ def commented(data: Sequence[str] = ()) -> str:
     """Make the file's text from the options' definitions, those to fill in first."""
     entries = [_comment(HEAD)]
     for field in sorted(fields(TrainOptions), key=lambda f: f.name != "data"):
-        about, check, shown = (field.metadata[name] for name in ("help", "check", "shown"))
-        if check and not (check.choices and all(choice in about for choice in check.choices)):
-            about += f" {check.must[0].upper()}{check.must[1:]}."
+        about, shown = field.metadata["help"], field.metadata["shown"]
         about += " Required." * (field.default is MISSING) + (f" null: {shown}." if shown else "")
         value = list(data) or None if field.default is MISSING else field.default
         value = str(value) if isinstance(value, Path) else value

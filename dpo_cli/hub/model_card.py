@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from dpo_cli.data.sources import hub_id
 from dpo_cli.losses.objective import Objective
@@ -27,13 +27,13 @@ _OPTIONS = (
     *("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "batch_size"),
     *("max_length", "train_turns", "dtype", "memory", "seed"),
 )
-# Metrics of an evaluation shown in the card: name, and kind for the hub.
+# Metrics of an evaluation shown in the card.
 _RESULTS = {
-    "loss": ("loss", "loss"),
-    "rewards/accuracies": ("implicit reward accuracy", "accuracy"),
-    "rewards/margins": ("implicit reward margin", "reward_margin"),
-    "kl/chosen": ("KL to the base model on chosen responses, nats per token", "kl"),
-    "kl/rejected": ("KL to the base model on rejected responses, nats per token", "kl"),
+    "loss": "loss",
+    "rewards/accuracies": "implicit reward accuracy",
+    "rewards/margins": "implicit reward margin",
+    "kl/chosen": "KL to the base model on chosen responses, nats per token",
+    "kl/rejected": "KL to the base model on rejected responses, nats per token",
 }
 
 
@@ -42,31 +42,29 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 
     ``before`` and ``after`` are metrics of the held-out pairs, empty if there are none.
     """
-    options, adapter = run.options, bool(run.options.lora_rank)
-    base, known = hub_name(run.policy.source), _base_card(run.policy.source)
-    results = {metric: after[metric] for metric in _RESULTS if math.isfinite(after.get(metric, math.nan))}
+    options, known = run.options, _metadata_of(run.policy.source)
     shown: dict[str, Any] = {"loss": options.objective.name} | {key: getattr(options, key) for key in _OPTIONS}
     shown |= {"steps": len(run.plan), "pairs": len(run.pairs)}
     trained = "All its weights were trained."
-    if adapter or options.lora_rank:
+    if options.lora_rank:
         whole = f", and {_line(options.modules_to_save)} whole" if options.modules_to_save else ""
         bits = f", over a base in {options.quantize}" if options.quantize else ""
         trained = f"A {options.lora_type} adapter of rank {options.lora_rank} was trained{whole}{bits}."
     return _render(
-        _line(run.folder.name),
+        run.folder.name,
         f"{_line(run.policy.source.title)}, fine-tuned on {len(run.pairs):,} preference pairs with "
         f"{_method(options.objective)} by dpo-cli {version('dpo-cli')}. {trained}",
         options.objective,
-        known | {"base_model": base or known.get("base_model")},
-        eval_results=_eval_results(run, results) or None,
+        known | {"base_model": hub_name(run.policy.source) or known.get("base_model")},
         datasets=sorted({i for d in options.data if (i := hub_id(d))}) or None,
+        adapter=bool(options.lora_rank),
         options=[(key.replace("_", " "), value) for key, value in shown.items() if value not in (None, "")],
-        held_out=f"{len(run.held_out):,}",
+        held_out=len(run.held_out),
         results=[
-            (_RESULTS[metric][0], f"{before[metric]:.4f}" if metric in before else "not measured", f"{value:.4f}")
-            for metric, value in results.items()
+            (text, before.get(metric, math.nan), after[metric])
+            for metric, text in _RESULTS.items()
+            if math.isfinite(after.get(metric, math.nan))
         ],
-        adapter=adapter,
         raw=options.format == "strings",
     )
 
@@ -76,15 +74,15 @@ def merged_card(source: ModelSource, name: str, objective: Objective | None) -> 
 
     ``objective``: the adapter's, if it is known.
     """
-    known: dict[str, str] = {}
+    known: dict[str, Any] = {}
     with suppress(Exception):  # there is none, or whatever stands in it
         known = _metadata(Path(source.adapter or source.path, "README.md"))
     base = Path(source.name).name if Path(source.name).is_absolute() else source.name
     trained = f", trained with {_method(objective)}" if objective else ""
     stored = f", {source.stored}" if source.stored else ""
-    summary = f"The adapter {_line(source.base)}{trained}, merged into its base {_line(base)}{stored} by dpo-cli "
-    known["base_model"] = known.get("base_model") or hub_name(find_model(source.name)) or ""
-    return _render(_line(name), f"{summary}{version('dpo-cli')}.", objective, known)
+    summary = f"The adapter {_line(source.base)}{trained}, merged into its base {_line(base)}{stored}"
+    known["base_model"] = known.get("base_model") or hub_name(find_model(source.name))
+    return _render(name, f"{summary} by dpo-cli {version('dpo-cli')}.", objective, known)
 
 
 def _render(
@@ -93,25 +91,21 @@ def _render(
     objective: Objective | None,
     known: Mapping[str, Any],
     *,
-    eval_results: list[EvalResult] | None = None,
     datasets: list[str] | None = None,
     adapter: bool = False,
     **values: Any,
 ) -> str:
     """Fill in model_card.md; ``known`` is the base model with its license, as far as they are known."""
+    about: dict[str, Any] = {key: known.get(key) for key in ("base_model", "license", "license_name", "license_link")}
     data = ModelCardData(
-        base_model=known["base_model"] or None,
-        model_name=name if eval_results else None,
-        eval_results=eval_results,
         datasets=datasets,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[*(["dpo"] if objective is None or objective.reference else []), "preference-optimization", "dpo-cli"],
-        **{key: known[key] for key in ("license", "license_name", "license_link") if key in known},
+        **about,
     )
-    template = str(Path(__file__).with_name("model_card.md"))
-    values |= {"name": name, "summary": summary, "adapter": adapter, "place": SELF}
-    return str(ModelCard.from_template(data, template, **values))
+    template, values = str(Path(__file__).with_name("model_card.md")), values | {"adapter": adapter, "place": SELF}
+    return str(ModelCard.from_template(data, template, name=_line(name), summary=summary, **values))
 
 
 def _method(objective: Objective) -> str:
@@ -127,7 +121,7 @@ def hub_name(source: ModelSource) -> str | None:
     return source.base if source.base == DEFAULT_MODEL or source.path == source.base else None
 
 
-def _base_card(source: ModelSource) -> dict[str, Any]:
+def _metadata_of(source: ModelSource) -> dict[str, Any]:
     """Return the metadata of the base model's own card; empty if it cannot be read."""
     with suppress(Exception):  # of the hub, or of whatever stands in the file
         if source.path == source.base:  # from the hub; no other is asked for there
@@ -136,27 +130,11 @@ def _base_card(source: ModelSource) -> dict[str, Any]:
     return {}
 
 
-def _metadata(card: str | Path) -> dict[str, str]:
+def _metadata(card: str | Path) -> dict[str, Any]:
     """Return the plain names in the metadata of a card."""
     metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     plain = re.compile(r"[\w][\w.:/+-]*", re.ASCII)
     return {key: value for key, value in metadata.items() if isinstance(value, str) and plain.fullmatch(value)}
-
-
-def _eval_results(run: Run, results: Mapping[str, float]) -> list[EvalResult]:
-    ids = sorted({i for d in run.options.eval_data or run.options.data if (i := hub_id(d))})
-    return [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Preference, held-out pairs",
-            dataset_type=ids[0] if ids else "preference-pairs",
-            dataset_name=f"{len(run.held_out):,} held-out pairs",
-            metric_type=_RESULTS[metric][1],
-            metric_name=_RESULTS[metric][0],
-            metric_value=round(value, 6),
-        )
-        for metric, value in results.items()
-    ]
 
 
 def _line(text: str) -> str:

@@ -19,23 +19,21 @@ from dpo_cli.utils.errors import DpoError, UsageError, name_beside
 FILES = ["README.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]  # of an export
 
 
-def check_login(name: str) -> None:
-    """Refuse before hours of training what could not be pushed to ``name``, ORG/NAME.
+def create_repository(name: str, public: bool = False) -> None:
+    """Create the repository ``name``, ORG/NAME, unless it is there: before hours of training, not after them.
 
     Raises:
         UsageError: there is no login, the hub cannot be reached, or the login may not write there.
     """
     try:
-        who = HfApi().whoami()
+        HfApi().create_repo(name, private=not public, exist_ok=True)
+        HfApi().auth_check(name, write=True)
     except LocalTokenNotFoundError as error:
         raise UsageError(f"{name}: you are not logged in; run: hf auth login") from error
     except Exception as error:  # offline, or what the hub answers
-        raise UsageError(f"{name}: the hub rejects the login or cannot be reached\n{_first_line(error)}") from error
-    owner, writable = name.partition("/")[0], [who["name"], *(each["name"] for each in who.get("orgs", []))]
-    if owner not in writable:
-        raise UsageError(f"{name}: your login may write to {', '.join(writable)}, not to {owner}")
-    if (who.get("auth") or {}).get("accessToken", {}).get("role") == "read":
-        raise UsageError(f"{name}: your token may only read; make one that may write: hf auth login")
+        raise UsageError(
+            f"{name}: your login may not write there, or the hub cannot be reached\n{_first_line(error)}"
+        ) from error
 
 
 def check_base(name: str) -> None:
@@ -75,13 +73,12 @@ def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
         raise UsageError(f"{folder}: no trained model there; name a complete run, or its model/ or best/{beside}")
     if adapter.is_file():
         check_base(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    check_login(name)
+    create_repository(name, public)
     card.write_text(card.read_text(encoding="utf-8").replace(SELF, name), encoding="utf-8")
-    api, message = HfApi(), f"Model trained by dpo-cli {version('dpo-cli')}"
+    message = f"Model trained by dpo-cli {version('dpo-cli')}"
     try:
-        api.create_repo(name, private=not public, exist_ok=True)
-        done = api.upload_folder(repo_id=name, folder_path=model, allow_patterns=FILES, commit_message=message)
-        private = bool(api.model_info(name).private)
+        done = HfApi().upload_folder(repo_id=name, folder_path=model, allow_patterns=FILES, commit_message=message)
+        private = bool(HfApi().model_info(name).private)
     except Exception as error:  # offline, or what the hub answers
         again = f"Try again with: dpo push {shlex.quote(str(folder))} {name}"
         raise DpoError(f"the model could not be pushed to {name}: {_first_line(error)}\n{again}") from error

@@ -24,9 +24,9 @@ from dpo_cli.utils.console import Reporter
 
 def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]:
     """Score all pairs that the cache lacks, in the memory mode that a training would take; returns what it cost."""
-    with distributed.started(lambda: "what was scored is kept, and the same command goes on from there") as accelerator:
+    with distributed.started(lambda: "what was scored is kept, and the same command goes on from there") as device:
         distributed.check_same_command(options)
-        return _precompute(options, accelerator.device, reporter)
+        return _precompute(options, device, reporter)
 
 
 def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Reporter) -> dict[str, Any]:

@@ -48,10 +48,10 @@ def train(
         Interrupted: a signal came; a checkpoint was written.
     """
     folders: list[Path] = [resume] if resume else []  # the run's, once it is there
-    with distributed.started(lambda: _what_is_saved(folders)) as accelerator, ExitStack() as holding:
+    with distributed.started(lambda: _what_is_saved(folders)) as device, ExitStack() as holding:
         _check_start(options, resume, command, reporter, dry_run, holding)
         set_seed(options.seed)
-        run = prepare_run(options, resume, accelerator.device, reporter, dry_run)
+        run = prepare_run(options, resume, device, reporter, dry_run)
         if dry_run:
             missing = report_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from dpo_cli.config.options import TrainOptions
@@ -36,10 +36,9 @@ def check_installed(options: TrainOptions) -> None:
 
 def hyperparameters(options: TrainOptions) -> dict[str, bool | int | float | str]:
     """Return the options that decide what is trained, as plain values; unset ones are left out."""
-    values = {name: v for name, v in dataclasses.asdict(options).items() if v is not None}
+    values = {name: v for name, v in vars(options).items() if v is not None and name not in {*RESUME_MUTABLE, "output"}}
     joined = {name: ", ".join(v) if isinstance(v, list) else v for name, v in values.items()}
-    plain = {name: v if isinstance(v, (bool, int, float)) else str(v) for name, v in joined.items()}
-    return {name: v for name, v in plain.items() if name not in {*RESUME_MUTABLE, "output"}}
+    return {name: v if isinstance(v, (bool, int, float)) else str(v) for name, v in joined.items()}
 
 
 class Trackers:
@@ -55,14 +54,11 @@ class Trackers:
         if names and not resumed:
             file.write_text(secrets.token_hex(4))
         for name in names:
+            PartialState(cpu=True)  # through which accelerate's trackers log
             with self._guarded(name):
-                tracker = _make(name, folder, file.read_text(), purge_step)
-                tracker.start()
-                self.live[name] = tracker
-                if isinstance(tracker, WandBTracker):
-                    tracker.tracker.define_metric("*", step_metric="step")
+                self.live[name] = _start(name, folder, file.read_text(), purge_step)
                 if not resumed or name != "tensorboard":
-                    tracker.store_init_configuration(hyperparameters(options))
+                    self.live[name].store_init_configuration(hyperparameters(options))
                 self.reporter.info("tracker", name)
 
     def __enter__(self) -> Trackers:
@@ -88,11 +84,10 @@ class Trackers:
             values = {name: value for name, value in json.loads(line).items() if value is not None}
             step = values.pop("step")
             for name, tracker in list(self.live.items()):
-                with self._guarded(name):
-                    if name == "wandb":  # its own step must not fall, as it does after a resume
-                        tracker.log(values | {"step": step})
-                    else:
-                        tracker.log(values, step=step)
+                with self._guarded(name):  # W&B's own step must not fall, as it does after a resume
+                    tracker.log(
+                        {**values, "step": step} if name == "wandb" else values, step=None if name == "wandb" else step
+                    )
 
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
@@ -108,14 +103,21 @@ class Trackers:
                 self.reporter.warning(f"--report-to {name}: {reason}; the run continues without it")
 
 
-def _make(name: str, folder: Path, run_id: str, purge_step: int | None) -> GeneralTracker:
+def _start(name: str, folder: Path, run_id: str, purge_step: int | None) -> GeneralTracker:
+    tracker: GeneralTracker
     if name == "tensorboard":
-        return TensorBoardTracker(name, folder, purge_step=purge_step)
-    if name == "wandb":
+        tracker = TensorBoardTracker(name, folder, purge_step=purge_step)
+    elif name == "wandb":
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         settings = {"console": "off"}  # else it captures what this process prints
-        return WandBTracker(project, dir=str(folder), name=folder.name, id=run_id, resume="allow", settings=settings)
-    if name == "trackio":
-        run_name = f"{folder.name}-{run_id}"
-        return TrackioTracker(PROJECT, name=run_name, resume="allow", auto_log_cpu=False, auto_log_gpu=False)
-    return MLflowTracker(PROJECT, run_name=folder.name)
+        tracker = WandBTracker(project, dir=str(folder), name=folder.name, id=run_id, resume="allow", settings=settings)
+    elif name == "trackio":
+        tracker = TrackioTracker(
+            PROJECT, name=f"{folder.name}-{run_id}", resume="allow", auto_log_cpu=False, auto_log_gpu=False
+        )
+    else:
+        tracker = MLflowTracker(PROJECT, run_name=folder.name)
+    tracker.start()
+    if name == "wandb":
+        tracker.tracker.define_metric("*", step_metric="step")
+    return tracker

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from textwrap import fill
 from typing import Any
 
@@ -67,23 +66,9 @@ class Reporter:
         line.stylize(style, 0, len(head))
         self.console.print(line)
 
-    @contextmanager
-    def progress(
-        self,
-        what: str,
-        total: int,
-        done: int = 0,
-        every: int | None = None,
-        unit: str = "",
-        stopping: Callable[[], bool] = lambda: False,
-    ) -> Iterator[Progress]:
-        """Show progress towards ``total`` units: by a bar, or a line per ``every`` units and per 30 s, else per 10 s.
-
-        With the unit ``tok`` the rate is shown too. ``stopping``: whether a signal asked the job to stop.
-        """
-        progress = Progress(self, what, total, done, every, unit, stopping)
-        with progress.bar or nullcontext():
-            yield progress
+    def progress(self, *args: Any, **more: Any) -> Progress:
+        """Show the progress of a job; see ``Progress``."""
+        return Progress(self, *args, **more)
 
 
 WORDS = {
@@ -107,27 +92,35 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """One running job; see ``Reporter.progress``."""
+    """The progress of a job: a bar on a terminal; elsewhere a line per ``every`` units and per 30 s, else per 10 s.
+
+    With the unit ``tok`` the rate is shown too. ``stopping``: whether a signal asked the job to stop.
+    """
 
     def __init__(
         self,
         reporter: Reporter,
         what: str,
         total: int,
-        done: int,
-        every: int | None,
-        unit: str,
-        stopping: Callable[[], bool],
+        done: int = 0,
+        every: int | None = None,
+        unit: str = "",
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.reporter, self.what, self.total, self.done, self.unit = reporter, what, total, done, unit
         self.every, self.patience = every, 30 if every else 10  # seconds without a line
         self.printed = time.monotonic()
         self.started: tuple[float, int] | None = None  # time and units done after the first, slow, ones
-        self.bar: rich_progress.Progress | None = None
-        if reporter.live:
-            columns = (rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(30), _Status(stopping))
-            self.bar = rich_progress.Progress(*columns, console=reporter.console, transient=True)
-            self.task = self.bar.add_task(self._count(), total=total, completed=done, status="")
+        columns = (rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(30), _Status(stopping))
+        self.bar = rich_progress.Progress(*columns, console=reporter.console, transient=True, disable=not reporter.live)
+        self.task = self.bar.add_task(self._count(), total=total, completed=done, status="")
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
 
     def advance(self, units: int, values: Mapping[str, float] | None = None) -> None:
         """Count units as done, with metrics to show beside them."""
@@ -141,15 +134,11 @@ class Progress:
         else:
             self.started = now, self.done
         status = "  ".join(filter(None, (brief(values), f"eta {clock(eta)}" if eta is not None else "")))
-        if self.bar:
-            self.bar.update(self.task, completed=self.done, description=self._count(), status=status)
-        elif (
-            self.done == self.total
-            or (self.every and self.done % self.every == 0)
-            or now - self.printed >= self.patience
-        ):
+        self.bar.update(self.task, completed=self.done, description=self._count(), status=status)
+        due = self.done == self.total or (self.every and self.done % self.every == 0)
+        if not self.reporter.live and (due or now - self.printed >= self.patience):
             self.printed = now
-            event: dict[str, Any] = {"event": "progress", "what": self.what, "done": self.done, "total": self.total}
+            event = {"event": "progress", "what": self.what, "done": self.done, "total": self.total}
             more = {"unit": self.unit or None, "eta_seconds": eta}
             self.reporter.emit(event | more | values, f"{self._count()}  {status}".rstrip())
 

@@ -1,11 +1,8 @@
 """The processes of one run: what they agree on, what rank 0 does for all, and the sum of their gradients.
 
-A run in one process passes through here without any communication. With several, each holds the whole model and runs
-its share of a step's micro-batches. ``DistributedDataParallel`` is not used: body and head run their backward passes
-apart, around its forward and its hooks. It would reduce every gradient in the last micro-batch of a step; here one sum
-follows the last micro-batch.
-
-Decisions are taken on the host, over gloo: no device waits for them, and a rank that fails disconnects the others.
+A run in one process passes through here without communication. ``DistributedDataParallel`` is not used: it would reduce
+gradients in the hooks of its own forward; here body and head run backward apart, and one sum follows the last
+micro-batch. Decisions are taken on the host, over gloo: no device waits, and a rank that fails disconnects the others.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dpo_cli.utils.errors import DpoError, UsageError
@@ -53,32 +49,25 @@ def local_world_size() -> int:
 
 
 @contextmanager
-def started(resume_hint: Callable[[], str] = lambda: "") -> Iterator[Accelerator]:
-    """Join the processes that a launcher started, or run alone, while the block runs.
-
-    The accelerator takes nothing from the environment that would change a gradient.
+def started(resume_hint: Callable[[], str] = lambda: "") -> Iterator[torch.device]:
+    """Join the processes that a launcher started, or run alone, while the block runs; yields this process's device.
 
     Raises:
         UsageError: the launcher asks for another engine.
         DpoError: another rank ended.
     """
-    engines = ("USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_FSDP", "USE_PARALLELISM_CONFIG")
-    if wanted := [name for name in engines if os.environ.get(f"ACCELERATE_{name}", "").lower() == "true"]:
-        raise UsageError(
-            f"the launcher sets ACCELERATE_{wanted[0]}, whose wrapped model, optimizer and checkpoints are not used "
-            "here; start with torchrun, or with accelerate launch and no such plugin"
-        )
-    cpu = not torch.cuda.is_available()
-    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if not cpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate sets it, and warns
-        if not dist.is_initialized():
-            dist.init_process_group("gloo" if cpu else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no")
-    accelerator.gradient_accumulation_steps = 1
+    for engine in ("USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_FSDP", "USE_PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_{engine}", "").lower() == "true":
+            raise UsageError(f"the launcher sets ACCELERATE_{engine}, which is not used here; start with torchrun")
+    device = HOST
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and not dist.is_initialized():
+        dist.init_process_group("gloo" if device == HOST else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     try:
-        yield accelerator
+        yield device
         barrier()
     except (RuntimeError, KeyboardInterrupt) as error:
         if world_size() == 1 or not (lost := _lost_peer(error)):
@@ -126,17 +115,15 @@ def on_rank_0(action: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return action()
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the result, or the error
     if rank() == 0:
         try:
             outcome[0] = action()
         except DpoError as error:
-            dist.broadcast_object_list([None, (type(error), str(error))], device=HOST)
-            raise
+            outcome[1] = error
     dist.broadcast_object_list(outcome, device=HOST)
     if outcome[1]:
-        kind, message = outcome[1]
-        raise kind(message)
+        raise outcome[1]
     value: T = outcome[0]
     return value
 
@@ -179,7 +166,7 @@ def all_gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=None)
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -204,9 +191,7 @@ def check_same(**values: str) -> None:
         UsageError: naming the values and the ranks.
     """
     gathered = all_gather(values)
-    if wrong := [
-        name.replace("_", " ") for name in values if any(each[name] != gathered[0][name] for each in gathered)
-    ]:
+    if wrong := [name.replace("_", " ") for name in values if len({each[name] for each in gathered}) > 1]:
         others = [str(place) for place, each in enumerate(gathered) if each != gathered[0]]
         raise UsageError(
             f"{' and '.join(wrong)}: not the same on rank {', '.join(others)} as on rank 0; all hosts need the same "
@@ -215,11 +200,7 @@ def check_same(**values: str) -> None:
 
 
 def check_same_command(options: Any, *more: str) -> None:
-    """Refuse to begin if ranks were started with other options, which decide what they do together.
-
-    Raises:
-        UsageError: naming the ranks.
-    """
+    """Do the same with the options, which decide what ranks do together."""
     given = {name: value for name, value in vars(options).items() if name not in ("cache_dir", "logging_steps")}
     check_same(the_options=str((given, *more)))
 

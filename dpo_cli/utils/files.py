@@ -9,10 +9,10 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         NotWrittenError: the disk is full or the folder is closed; ``path`` is unchanged.
     """
     with _temporary(path) as temporary:
-        temporary.touch()
         yield temporary
         _sync_with_mode(temporary)
         temporary.replace(path)
-        sync(path.parent)
 
 
 @contextmanager
@@ -48,24 +46,23 @@ def atomic_dir(path: Path, new: bool = False) -> Iterator[Path]:
         yield temporary
         for each in [*temporary.rglob("*"), temporary]:
             _sync_with_mode(each)
-        old = temporary.with_suffix(".old.tmp")
         if path.is_dir() and not new:
-            path.rename(old)
+            path.rename(temporary.with_name(".old"))
         temporary.rename(path)  # fails on a folder that is not empty
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
+    """Yield a name in a new folder beside ``path``, which goes with all that is left in it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_old(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"), DAY)
-        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+        remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.tmp", DAY)
+        folder = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
         try:
-            yield temporary
+            yield folder / path.name
+            sync(path.parent)
         finally:
-            _remove(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -85,23 +82,12 @@ def writing(path: Path) -> Iterator[None]:
         raise NotWrittenError(f"{path} cannot be written: {reason}") from error
 
 
-def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
-    """Remove temporary files below ``folder`` that killed processes left; ``older_than`` in seconds."""
-    _remove_old(folder.rglob(".*.tmp"), older_than)
-
-
-def _remove_old(paths: Iterable[Path], older_than: float) -> None:
-    for path in list(paths):
+def remove_leftovers(folder: Path, pattern: str = "**/.*.tmp", older_than: float = 0.0) -> None:
+    """Remove temporary folders that killed processes left; ``older_than`` in seconds."""
+    for path in list(folder.glob(pattern)):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime >= older_than:
-                _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

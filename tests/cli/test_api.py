@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers.utils.logging
 from typer.testing import CliRunner
 
 import dpo_cli
@@ -160,12 +159,11 @@ def test_a_file_gives_options_and_a_resumed_run_takes_none(rows: list[Any], opti
 @pytest.mark.parametrize("function", [train, evaluate, precompute])
 def test_the_functions_are_for_one_process(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="run in one process"):
+    with pytest.raises(UsageError, match="runs in one process"):
         function("pairs.jsonl")
 
 
-def test_what_is_no_data_and_a_misspelled_option_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_data_and_a_misspelled_option_are_refused() -> None:
     for data in (5, {"prompt": ["Why?"]}):
         with pytest.raises(UsageError, match="must be what --data names"):
             train(data)  # type: ignore[arg-type]
@@ -174,7 +172,6 @@ def test_what_is_no_data_and_a_misspelled_option_write_nothing(tmp_path: Path, m
         train(rows, dryrun=True)
     with pytest.raises(UsageError, match=r"unknown option 'resume'$"):
         evaluate(rows, resume="run")
-    assert not list(tmp_path.iterdir())
 
 
 # ---- a process that goes on -------------------------------------------------------------------------------------
@@ -183,10 +180,8 @@ def test_what_is_no_data_and_a_misspelled_option_write_nothing(tmp_path: Path, m
 def test_it_is_quiet_but_for_warnings_unless_asked(
     rows: list[Any], options: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    transformers.utils.logging.enable_progress_bar()
     train(rows, output="quiet", **options)
     assert capfd.readouterr() == ("", "")
-    assert transformers.utils.logging.is_progress_bar_enabled(), "it is as it was before"
     with pytest.warns(UserWarning, match="--trust-remote-code"):
         precompute(rows, model=options["model"], trust_remote_code=True)
     train(rows, output="told", dry_run=True, progress=True, **options)

@@ -301,7 +301,7 @@ def test_without_an_output_it_is_a_folder_below_runs(place: Path, monkeypatch: p
         (["--beta", "0,1"], "--beta 0,1: must be"),
         (["--beta", "nan"], "--beta nan: must be"),
         (["--beta", ""], "--beta : must be"),
-        (["--eval-fraction", "0.5"], "--eval-fraction: a sweep compares its runs on --eval-data"),
+        (["--eval-fraction", "0.5"], "--eval-data and --eval-fraction: give one of them"),
     ],
 )
 def test_options_that_are_refused(start: Path, more: list[str], told: str) -> None:

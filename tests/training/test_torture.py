@@ -369,7 +369,7 @@ def test_nothing_takes_its_name_before_it_is_on_disk(scored: Undisturbed, traine
             unsynced.add(point.path)
         if point.call == "fsync":
             unsynced.discard(point.path)
-        if point.call in ("replace", "rename", "link") and not point.path.endswith(".old.tmp"):
+        if point.call in ("replace", "rename", "link") and not point.path.endswith(".tmp/.old"):
             early = {path for path in unsynced if path == point.source or path.startswith(point.source + "/")}
             assert not early, f"{point}: {early} were written and not synced"
             above = str(Path(point.path).parent)
@@ -576,7 +576,7 @@ def test_a_disk_that_is_full_from_some_write_on(place: Place, scoring: list[Boun
         code = command.end()
         about = f"{point}: exit {code}\n{command.told}"
         unbegun = code == 2 and "--cache-dir" in command.told and not list(cache.rglob("*.safetensors"))
-        report = re.search(r"\.(report\.html|curves\.png)\.\w+\.tmp$", point.path)
+        report = re.search(r"\.(report\.html|curves\.png)\.\w+\.tmp/", point.path)
         assert code == 1 or unbegun or (code == 0 and report), about
         word = "error" if code else f"warning: the report of {name} is not up to date"
         assert re.search(rf"^{word}: .*{name}\b.*{os.strerror(errno.ENOSPC)}", command.told, re.M), about

@@ -151,7 +151,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Listener]:
         found.append(Listener(name, {2} if name == "mlflow" else set()))
         return found[-1]
 
-    monkeypatch.setattr(trackers, "_make", make)
+    monkeypatch.setattr(trackers, "_start", make)
     return found
 
 
@@ -195,7 +195,7 @@ def test_a_tracker_that_fails_ends_neither_run_nor_others(
 def test_a_tracker_that_cannot_start_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trackers, "_make", MagicMock(side_effect=ValueError("api_key not configured")))
+    monkeypatch.setattr(trackers, "_start", MagicMock(side_effect=ValueError("api_key not configured")))
     with start(tmp_path, "wandb") as live:
         take_steps(live, tmp_path, 1)
     assert capsys.readouterr().err.count("api_key not configured") == 1
