@@ -29,7 +29,7 @@ from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
 from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, trained_with
 from dpo_cli.training.setup import Run, prepare_run
-from dpo_cli.training.step import NotFiniteError, Trainer, compare_with_reference
+from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.training.trackers import Trackers, check_installed
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter, brief
@@ -216,10 +216,7 @@ class _Loop:
                     if distributed.all_reduce_max([self.stop.requested])[0]:
                         raise self._interrupted(step - 1)
                     micro_batches, lr = self.trainer.micro_batches(planned), learning_rate(step, total, options)
-                    try:
-                        metrics = self.trainer.step(planned, micro_batches, lr, self.stop)
-                    except NotFiniteError as error:
-                        raise self._not_finite(step, error) from error
+                    metrics = self.trainer.step(planned, micro_batches, lr, self.stop)
                     if metrics is None:
                         raise self._interrupted(step - 1)
                     progress.advance(1, self._record(step, metrics, time.monotonic() - started))
@@ -266,15 +263,6 @@ class _Loop:
         self._save(step)
         message = f"interrupted after step {step} of {len(self.run.plan)}; a checkpoint was written"
         return Interrupted(f"{message}. {_how_to_resume(self.run.folder)}")
-
-    def _not_finite(self, step: int, error: NotFiniteError) -> DpoError:
-        options = self.run.options
-        cause = f"--lr {options.lr} may be too high" if error.everywhere else "look at the named rows first"
-        touched = "Some weights were" if self.trainer.fused else "The weights were not"
-        return DpoError(
-            f"step {step}: {error}. Likely causes: {cause}; --dtype {options.dtype} may be too coarse. "
-            f"{touched} changed by this step, and earlier checkpoints are whole"
-        )
 
 
 def _due(every: int, step: int) -> bool:
