@@ -69,7 +69,7 @@ def times(name: str | None, count: int, repeats: int) -> None:
     source = find_model(name)
     tokenizer = load_tokenizer(source)
     rows = read_rows(find_sources([str(ROOT / "sample_data" / "heldout.jsonl")]))
-    pairs = tokenize_rows(rows, tokenizer, Reading()).pairs[:count]
+    pairs = tokenize_rows(rows, tokenizer, Reading()).pairs.select(range(count))
     policy, reference = scorer_of(moved(load_model(source))), scorer_of(load_model(source))
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Callable[[], Any]] = {
@@ -107,7 +107,7 @@ def memory(count: int) -> str:
     policy, reference = (scorer_of(make_model(seed=seed, vocab_size=8192)) for seed in (0, 1))
     tokenizer = make_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        exact(policy, reference, pairs[:200], Path(folder))  # what the libraries take once
+        exact(policy, reference, pairs.select(range(200)), Path(folder))  # what the libraries take once
         forget_peak()
         before = peak_mib()
         compared = exact(policy, reference, pairs, Path(folder))

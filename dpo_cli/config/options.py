@@ -19,7 +19,7 @@ FORMATS = (
     *("strings", "messages", "conversations", "hh", "sharegpt"),
     *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked", "openai", "swift"),
 )
-TOKENS = one_of("keep", "sanitize", "refuse")
+TOKENS = one_of("keep", "refuse")
 BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}  # metrics of --save-best: lower or higher is better
 
 
@@ -58,7 +58,7 @@ class DataOptions:
     )
     data: list[str] = option(
         MISSING,
-        "Preference rows: .jsonl, .json, .parquet or .csv, also .gz or .zst; a folder of them; a saved data set or a "
+        "Preference rows: .jsonl, .json, .parquet or .csv, also .gz; a folder of them; a saved data set or a "
         "hub id (ORG/NAME), with :SPLIT; - for JSON lines from stdin. Repeatable.",
     )
     columns: str | None = option(
@@ -69,7 +69,7 @@ class DataOptions:
         None, "Longest prompt + response in tokens.", checks.at_least_16, shown="1024, or what the run was trained with"
     )
     control_tokens: str | None = option(
-        None, "Control tokens in messages: keep, sanitize (as text) or refuse.", TOKENS, shown="keep, or the run's"
+        None, "Control tokens in messages: keep them, or refuse the row.", TOKENS, shown="keep, or the run's"
     )
     train_turns: str | None = option(
         None,
@@ -280,7 +280,7 @@ class SweepOptions(SampleOptions, TrainOptions):
 class CheckOptions(DataOptions):
     """`dpo check`."""
 
-    eval_data: list[str] | None = option(None, "Held-out rows: checked too, and searched for rows of --data.")
+    eval_data: list[str] | None = option(None, "Held-out rows, which are searched for rows of --data.")
     examples: int = option(3, "Rows shown per finding.", not_negative)
     fix: Path | None = option(None, "Write the clean rows of --data to this new .jsonl file.")
     strict: bool = option(False, "Exit with code 3 if there is a problem.")

@@ -17,7 +17,8 @@ def refused(options: Any) -> list[str]:
         UsageError: the loss cannot have the options that are given for it.
     """
     o = defaultdict(lambda: None, vars(options))  # None: the command has no such option, or it is not given
-    trains, sweeps, fsdp, lora = "lora_rank" in o, "lora_rank" in o and "samples" in o, o["fsdp"], o["lora_rank"]
+    trains, fsdp, lora = "lora_rank" in o, o["fsdp"], o["lora_rank"]
+    sweeps = trains and "samples" in o
     objective = options.objective if trains else Objective()
     ref, held_out = trains and o["ref_model"], o["eval_data"] or o["eval_fraction"]
     quantized = o["load_in_4bit"] or o["load_in_8bit"]

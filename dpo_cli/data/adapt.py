@@ -14,35 +14,20 @@ from typing import Any
 
 from dpo_cli.data.messages import Message
 from dpo_cli.data.rows import Row
-from dpo_cli.data.template import render
-from dpo_cli.utils.errors import RowError
+from dpo_cli.data.template import PROBE, USER, ChatTemplate, answer
 
 SYSTEM_FIRST = "pairs whose system message begins the first user turn: the chat template takes none"
 SYSTEM_LAST = "pairs whose system message begins the last user turn, where the chat template puts it"
 CALLS_WRITTEN = "pairs whose tool calls are written into an answer's text: the chat template does not show them"
 
 _TOOL_ROLES = ("tool", "environment", "ipython", "observation", "function")
-PROBE = "PROBE"
-USER: Message = {"role": "user", "content": "u"}
-
-
-def answer(content: str) -> Message:
-    """Return an assistant's message."""
-    return {"role": "assistant", "content": content}
 
 
 class TemplateAdapter:
-    """Adapts messages to the chat template of a tokenizer, or to ``template`` if given."""
+    """Adapts messages to a chat template."""
 
-    def __init__(self, tokenizer: Any, template: str | None) -> None:
-        self.tokenizer, self.template = tokenizer, template
-
-    def probe(self, *messages: Message, generation: bool = False) -> str:
-        """Render messages; empty if the template refuses them."""
-        try:
-            return render(self.tokenizer, [*messages], generation, self.template)
-        except RowError:
-            return ""
+    def __init__(self, template: ChatTemplate) -> None:
+        self.probe = template.probe
 
     def adapt(self, row: Row, notes: set[str]) -> Row:
         """Rewrite the system message, tool calls and tool results of a row so that the template shows them."""

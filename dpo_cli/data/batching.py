@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal
 
-import numpy as np
-
-from dpo_cli.data.pairs import Ids, Pair, Pairs
+from dpo_cli.data.pairs import Pair
 
 Layout = Literal["shared", "packed", "padded", "alone"]
 Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world_size]
@@ -51,8 +49,19 @@ def step_pairs(count: int, *, batch_size: int, epochs: int, max_steps: int | Non
 def split_into_micro_batches(
     indices: Sequence[int], costs: Sequence[int], layout: Layout, max_tokens: int, world_size: int
 ) -> Step:
-    """Pack the pairs of one step into micro-batches, the same number for each of ``world_size`` ranks."""
-    return pad_to_world_size(pack(indices, costs, layout, max_tokens), world_size)
+    """Pack the pairs of one step into micro-batches, the same number for each of ``world_size`` ranks.
+
+    The largest are split until their number is a multiple of ``world_size``; where that is not enough, some are empty.
+    """
+    bins = pack(indices, costs, layout, max_tokens)
+    while len(bins) % world_size:
+        largest = max(range(len(bins)), key=lambda b: len(bins[b]))
+        pairs = bins[largest]
+        if len(pairs) < 2:
+            bins.append(())
+        else:
+            bins[largest : largest + 1] = [pairs[::2], pairs[1::2]]
+    return bins
 
 
 def pack(indices: Sequence[int], costs: Sequence[int], layout: Layout, max_tokens: int) -> list[tuple[int, ...]]:
@@ -77,33 +86,12 @@ def pack(indices: Sequence[int], costs: Sequence[int], layout: Layout, max_token
     return [tuple(b) for b in bins]
 
 
-def pad_to_world_size(micro_batches: list[tuple[int, ...]], world_size: int) -> Step:
-    """Split the largest micro-batches until their number is a multiple of ``world_size``; pad with empty ones."""
-    bins = list(micro_batches)
-    while len(bins) % world_size:
-        largest = max(range(len(bins)), key=lambda b: len(bins[b]))
-        pairs = bins[largest]
-        if len(pairs) < 2:
-            bins.append(())
-        else:
-            bins[largest : largest + 1] = [pairs[::2], pairs[1::2]]
-    return bins
-
-
 def row_costs(pairs: Sequence[Pair], layout: Layout) -> list[int]:
     """Return the number of tokens that each pair takes up in a forward of this layout."""
-    lengths = (pairs if isinstance(pairs, Pairs) else Pairs(pairs)).lengths
-    return cast(list[int], length_costs(lengths, layout).tolist())
-
-
-def length_costs(lengths: Ids, layout: Layout) -> Ids:
-    """Compute ``row_costs`` from the lengths of prompt, chosen and rejected: (P, 3) -> (P,)."""
-    prompt, chosen, rejected = lengths.T  # (P,) each
+    lengths = ((len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs)
     if layout == "padded":
-        costs = 2 * (prompt + np.maximum(chosen, rejected))
-    else:
-        costs = prompt * (1 if layout == "shared" else 2) + chosen + rejected
-    return cast(Ids, costs)
+        return [2 * (prompt + max(chosen, rejected)) for prompt, chosen, rejected in lengths]
+    return [prompt * (1 if layout == "shared" else 2) + chosen + rejected for prompt, chosen, rejected in lengths]
 
 
 def probe_pairs(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> list[Pair]:

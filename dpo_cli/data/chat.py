@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from dpo_cli.data.adapt import PROBE, USER, TemplateAdapter, answer
-from dpo_cli.data.formats import FORMATS, HH_ASSISTANT, common_prefix
+from dpo_cli.data.adapt import TemplateAdapter
+from dpo_cli.data.formats import FORMATS, common_prefix
 from dpo_cli.data.messages import REASONING, Message, answer_of, check_encodable
 from dpo_cli.data.rows import Row, is_rendered
-from dpo_cli.data.template import ControlTokens, plain_template, render
+from dpo_cli.data.template import PROBE, USER, ChatTemplate, answer
 from dpo_cli.data.visible import THOUGHT, check_visible
 from dpo_cli.utils.errors import RowError
 
@@ -23,12 +23,10 @@ from dpo_cli.utils.errors import RowError
 NO_TEMPLATE = "pairs of messages written as 'User: … Assistant: …': the model has no chat template (--chat-template)"
 HISTORY_CHANGES = "pairs whose earlier turns the chat template rewrites once an answer follows: kept as at inference"
 TURNS_WITHOUT_LOSS = "pairs with turns after the prompt that carry no loss (--train-turns)"
-CONTROL_KEPT = "pairs with control tokens inside their messages, which act as such (--control-tokens keep)"
-CONTROL_SANITIZED = "pairs with control tokens inside their messages, read as text (--control-tokens sanitize)"
+CONTROL_KEPT = "pairs with control tokens inside their messages, which act as such (--control-tokens)"
 # Appended to the name of a format of strings.
 WRAPPED = ", wrapped as a user turn and an answer; --format strings keeps them raw"
 RENDERED = ", kept raw: rendered by a chat template already"
-RENDERED_OTHERWISE = ", kept raw: rendered already, by another model's chat template"
 
 _OPENED = re.compile(r"<([\w:]*(?:think|reason)[\w:]*)>\s*\Z", re.IGNORECASE)  # at the end of a prompt
 _TAG = 40  # characters within which a prompt ends that opens reasoning
@@ -57,28 +55,26 @@ class Conversation:
 class Chat:
     """Renders rows with a tokenizer's chat template, or with a plain one if it has none.
 
-    ``control_tokens``: ``keep``, ``sanitize`` or ``refuse`` those inside messages; ``train_turns``: the turns of a
-    response that carry loss, ``last`` or ``all``.
+    ``control_tokens``: ``keep`` or ``refuse`` those inside messages; ``train_turns``: the turns of a response that
+    carry loss, ``last`` or ``all``.
     """
 
     def __init__(self, tokenizer: Any, control_tokens: str, adds_bos: bool, train_turns: str) -> None:
-        self.tokenizer, self.control_tokens, self.train_turns = tokenizer, control_tokens, train_turns
-        self.control = ControlTokens(tokenizer)
-        self.template = None if tokenizer.chat_template else plain_template(adds_bos)  # None: the tokenizer's own
-        self.adapter = TemplateAdapter(tokenizer, self.template)
+        self.eos, self.control_tokens, self.train_turns = tokenizer.eos_token, control_tokens, train_turns
+        self.template = ChatTemplate(tokenizer, adds_bos)
+        self.adapter = TemplateAdapter(self.template)
 
     def as_turns(self, row: Row) -> Row:
         """Convert strings to messages if the model has a chat template: a user turn, and an answer each.
 
         Strings that a chat template rendered already are kept.
         """
-        if not isinstance(row.prompt, str) or row.raw or self.template or row.format == FORMATS["hh"][0]:
+        if not isinstance(row.prompt, str) or row.raw or self.template.plain or row.format == FORMATS["hh"][0]:
             return row
         if is_rendered(row.prompt):
-            how = RENDERED if self.control.first(row.prompt) or HH_ASSISTANT in row.prompt else RENDERED_OTHERWISE
-            return replace(row, format=row.format + how)
-        eos = self.tokenizer.eos_token  # the template writes its own ending
-        chosen, rejected = (answer_of(str(side).rstrip().removesuffix(eos)) for side in (row.chosen, row.rejected))
+            return replace(row, format=row.format + RENDERED)
+        # The template writes its own ending.
+        chosen, rejected = (answer_of(str(side).rstrip().removesuffix(self.eos)) for side in (row.chosen, row.rejected))
         turns = [USER | {"content": row.prompt}]
         return replace(row, format=row.format + WRAPPED, prompt=turns, chosen=chosen, rejected=rejected)
 
@@ -93,51 +89,40 @@ class Chat:
             texts = (row.prompt + str(side) for side in (row.chosen, row.rejected))
             sides = [Side(text, ((len(row.prompt), len(text)),), complete=False) for text in texts]
             return Conversation(row.prompt, sides[0], sides[1], templated=False)
-        notes = self._control_notes(row) | ({NO_TEMPLATE} if self.template else set())
+        notes = self._control_notes(row) | ({NO_TEMPLATE} if self.template.plain else set())
         row = self.adapter.adapt(row, notes)
         responses: tuple[Any, Any] = row.chosen, row.rejected
-        several = max(map(len, responses)) > 1
-        trained = self._trained(*responses) if several else ([0], [0])
-        if several:
+        trained = self._trained(*responses)
+        if max(map(len, responses)) > 1:
             notes.add(TURNS_WITHOUT_LOSS)
         prompt = self._render(row, row.prompt, generation=True)
         sides = [self._side(row, prompt, *side, notes) for side in zip(responses, trained, strict=True)]
-        if _OPENED.search(prompt, max(0, len(prompt) - _TAG)):
-            sides = [side._replace(cuts=tuple(sorted({len(prompt), *side.cuts}))) for side in sides]
         if not all(side.text.startswith(prompt) for side in sides):
             prompt = self._render(row, row.prompt)  # a first turn without loss is history, which no prompt opens
         for side, turns, places in zip(sides, responses, trained, strict=True):
             if not side.text.startswith(prompt):
                 raise _other_prompt(prompt, side.text)
-            check_visible(turns[: places[-1] + 1], side.text[len(prompt) :], self.control, notes, places)
+            check_visible(turns[: places[-1] + 1], side.text[len(prompt) :], self.template.token, notes, places)
         tools = [tool["function"] for tool in row.template_arguments.get("tools", ())]
-        check_visible(row.prompt, prompt, self.control, notes, tools=tools)
+        check_visible(row.prompt, prompt, self.template.token, notes, tools=tools)
         return Conversation(prompt, sides[0], sides[1], notes=frozenset(notes))
 
     def _render(self, row: Row, messages: Any, generation: bool = False) -> str:
-        """Render messages; control tokens that must be read as text are marked."""
-        arguments = row.template_arguments
-        text = render(self.tokenizer, messages, generation, self.template, arguments)
+        text = self.template.render(messages, generation, row.template_arguments)
         check_encodable(text, "the messages")
-        if self.control_tokens != "sanitize" or not self.control.first([messages, arguments]):
-            return text
-        try:
-            marked, others = self.control.mark(messages), self.control.mark(arguments)
-        except RecursionError as error:
-            raise RowError("the messages are nested too deeply") from error
-        return render(self.tokenizer, marked, generation, self.template, others)
+        return text
 
     def _control_notes(self, row: Row) -> set[str]:
         fields = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} | row.template_arguments
-        tokens = {name: token for name, value in fields.items() if (token := self.control.first(value))}
+        tokens = {name: token for name, value in fields.items() if (token := self.template.first_control_token(value))}
         if tokens and self.control_tokens == "refuse":
             raise RowError(", ".join(f"{name} contains the control token '{token}'" for name, token in tokens.items()))
-        return {CONTROL_SANITIZED if self.control_tokens == "sanitize" else CONTROL_KEPT} if tokens else set()
+        return {CONTROL_KEPT} if tokens else set()
 
     # ---- each trained turn after the prompt that it has at inference ------------------------------------------------
 
     def _trained(self, chosen: list[Message], rejected: list[Message]) -> tuple[list[int], list[int]]:
-        """Return the places of the turns that carry loss; at least one response has several turns."""
+        """Return the places of the turns that carry loss."""
         sides = {"chosen": (chosen, rejected), "rejected": (rejected, chosen)}
         if self.train_turns == "last":
             for name, (turns, _) in sides.items():
@@ -158,7 +143,8 @@ class Chat:
         return places[0], places[1]
 
     def _side(self, row: Row, asked: str, turns: list[Message], trained: list[int], notes: set[str]) -> Side:
-        text, spans, cuts, complete = "", [(0, 0)], [], False
+        text, spans, complete = "", [(0, 0)], False
+        cuts = [len(asked)] if _opened(asked) else []
         for place in trained:
             messages = [*row.prompt, *turns[:place]]
             before = self._render(row, messages, generation=True) if place else asked
@@ -168,35 +154,29 @@ class Chat:
             if not before.startswith(text):
                 change = _difference(text, before)
                 raise RowError(f"the chat template renders a turn differently when others follow: {change}")
-            answer, complete, opened = self._turn(row, before, messages, turns[place], notes)
-            cuts += [len(before)] * opened
+            answer, complete = self._turn(row, before, messages, turns[place], notes)
+            cuts += [len(before)] if place and _opened(before) else []
             text = before + answer
             spans.append((len(before), len(text)))
         return Side(text, tuple(spans[1:]), complete, tuple(cuts))
 
-    def _turn(
-        self, row: Row, prompt: str, before: list[Message], turn: Message, notes: set[str]
-    ) -> tuple[str, bool, bool]:
-        """Render a turn after its prompt; and say if it has an ending, and if the prompt opened its reasoning."""
-        whole = self._render(row, [*before, turn])
-        opened = _OPENED.search(prompt, max(0, len(prompt) - _TAG))
+    def _turn(self, row: Row, prompt: str, before: list[Message], turn: Message, notes: set[str]) -> tuple[str, bool]:
+        """Render a turn after its prompt, and say if it has an ending."""
+        whole, opened = self._render(row, [*before, turn]), _opened(prompt)
         if whole.startswith(prompt):
             answer = whole[len(prompt) :]
         elif opened and whole.startswith(prompt[: opened.start()]):
-            turn = self.control.mark(turn) if self.control_tokens == "sanitize" else turn
             answer = _with_reasoning(opened, whole[opened.start() :], turn, notes)
         else:
             answer = self._after_generation_prompt(row, prompt, whole, before)
             notes.add(HISTORY_CHANGES)
-        ending, last_ending, next_turn = self._endings
+        ending, last_ending = self._endings
         if last_ending and answer.endswith(last_ending):
             answer = answer.removesuffix(last_ending) + ending
-        if answer.rstrip().endswith(self.control.special):
-            return answer.rstrip(), True, bool(opened)
-        follows = f"; a next turn would begin with '{next_turn}'" if next_turn else ""
-        eos = self.tokenizer.eos_token
-        notes.add(f"pairs whose answers end with '{eos}', the tokenizer's EOS: the chat template writes none{follows}")
-        return answer, False, bool(opened)
+        if answer.rstrip().endswith(self.template.special):
+            return answer.rstrip(), True
+        notes.add(f"pairs whose answers end with '{self.eos}', the tokenizer's EOS: the chat template writes none")
+        return answer, False
 
     def _after_generation_prompt(self, row: Row, prompt: str, whole: str, before: list[Message]) -> str:
         """Return a turn whose presence changes how the template renders earlier turns, from its own opening on.
@@ -206,8 +186,8 @@ class Chat:
         history = self._render(row, before)
         opening = prompt.removeprefix(history) if prompt.startswith(history) else ""
         lead = (
-            self.adapter.probe(USER, answer(PROBE))
-            .removeprefix(self.adapter.probe(USER, generation=True))
+            self.template.probe(USER, answer(PROBE))
+            .removeprefix(self.template.probe(USER, generation=True))
             .partition(PROBE)[0]
         )
         begin = self._render(row, [*before, answer(PROBE)]).rpartition(PROBE)[0].removesuffix(lead)
@@ -216,20 +196,22 @@ class Chat:
         return whole[len(begin) :]
 
     @cached_property
-    def _endings(self) -> tuple[str, str, str]:
-        """What ends an answer's turn at any place, what follows the last turn, and what begins a next turn.
+    def _endings(self) -> tuple[str, str]:
+        """What ends an answer's turn at any place, and what follows the last turn.
 
         The template of Phi-3 writes ``<|end|>`` and, after all turns, ``<|endoftext|>``, which is not the answer's.
         """
-        last, between = (self.adapter.probe(USER, answer(PROBE), *more).rpartition(PROBE)[2] for more in ([], [USER]))
+        last, between = (self.template.probe(USER, answer(PROBE), *more).rpartition(PROBE)[2] for more in ([], [USER]))
         shared = last[: common_prefix(last, between)]
-        ends = [shared.rfind(token) + len(token) for token in self.control.special if token in shared]
+        ends = [shared.rfind(token) + len(token) for token in self.template.special if token in shared]
         if ends:
-            return shared[: max(ends)], last, ""
-        if last.rstrip().endswith(self.control.special):
-            return last.rstrip(), last, ""
-        begin = self.control.token.match(between.lstrip())
-        return "", last, begin[0] if begin else ""
+            return shared[: max(ends)], last
+        return last.rstrip() if last.rstrip().endswith(self.template.special) else "", last
+
+
+def _opened(prompt: str) -> re.Match[str] | None:
+    """Match the tag with which a prompt opens the answer's reasoning, if it does."""
+    return _OPENED.search(prompt, max(0, len(prompt) - _TAG))
 
 
 def _with_reasoning(opened: re.Match[str], answer: str, turn: Message, notes: set[str]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,10 +36,6 @@ class Segments:
     longest_query: int
     longest_key: int
     masks: dict[Any, Tensor] = field(default_factory=dict, init=False)  # cache of models/attention.py
-
-    def to(self, device: torch.device) -> Segments:
-        """Copy to a device."""
-        return _copy_to(self, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +74,26 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to a device."""
-        return replace(_copy_to(self, device), alone=tuple(each.to(device) for each in self.alone))
+        return to_device(self, device)
 
 
-Tensors = TypeVar("Tensors", Segments, MicroBatch)
+Value = TypeVar("Value")
 
 
-def _copy_to(batch: Tensors, device: torch.device) -> Tensors:
-    values = {each.name: getattr(batch, each.name) for each in fields(batch)}
-    copies: dict[str, Any] = {n: to_device(v, device) for n, v in values.items() if isinstance(v, Tensor)}
-    copies |= {name: value.to(device) for name, value in values.items() if isinstance(value, Segments)}
-    return replace(batch, **copies)
+def to_device(value: Value, device: torch.device) -> Value:
+    """Copy a tensor, or all tensors of a batch, to a device.
 
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device; through pinned memory on CUDA, so that the host does not wait for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    On CUDA they go through pinned memory, so that the host does not wait for the copy.
+    """
+    copy: Any = value
+    if isinstance(value, Tensor):
+        copy = value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+    elif isinstance(value, tuple):
+        copy = tuple(to_device(each, device) for each in value)
+    elif isinstance(value, (Segments, MicroBatch)):
+        copies = {each.name: to_device(getattr(value, each.name), device) for each in fields(value) if each.init}
+        copy = replace(value, **copies)
+    return cast(Value, copy)
 
 
 def collate(pairs: Sequence[Pair], layout: Layout, ld_alpha: float = 1.0) -> MicroBatch:

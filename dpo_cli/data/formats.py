@@ -23,9 +23,8 @@ PreferenceTexts = tuple[Text, Text, Text]  # prompt, chosen, rejected
 
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input", "context")
-# Columns with several answers to a prompt, and the columns that may rank them; otherwise each answer has its own rank.
-RANKED = {"responses": ("scores", "ranks"), "generations": ("ratings",), "completions": ()}
-OWN_RANKS = ("rank", "score", "overall_score", "rating")
+RANKED = ("responses", "completions")  # columns with several answers to a prompt
+OWN_RANKS = ("rank", "score", "overall_score", "rating")  # of an answer, where no column ranks them
 OTHERS = ("system", "tools", "chat_template_kwargs", "id", "weight", "margin")
 COLUMNS = (*PROMPTS, "chosen", "rejected", "responses", "scores", "ranks", "history", *OTHERS)
 ANSWERS = ("chosen", "rejected", "preferred_output", "non_preferred_output", "response_j", "response_k")
@@ -50,9 +49,7 @@ def text(row: Record, column: str) -> Text:
     elif isinstance(value, str):
         check_encodable(value, column)
     else:
-        kind = (
-            "true or false" if isinstance(value, bool) else "a number" if isinstance(value, (int, float)) else "no text"
-        )
+        kind = "a number" if isinstance(value, (int, float)) else "no text"
         raise RowError(f"{column} is {kind}; it must be a string or a list of messages")
     if not (value.strip() if isinstance(value, str) else value):
         raise RowError(f"{column} is empty")
@@ -125,6 +122,11 @@ def _messages(row: Record) -> PreferenceTexts:
     return messages(row, "prompt"), *_answers(row)
 
 
+def _question(row: Record) -> PreferenceTexts:
+    answers = ("response_j", "response_k") if "response_j" in row else ("chosen", "rejected")
+    return user_turn(string(row, "question" if "question" in row else "input")), *_answers(row, *answers)
+
+
 def _conversations(row: Record) -> tuple[list[Message], list[Message], list[Message]]:
     return _split_at_difference(messages(row, "chosen"), messages(row, "rejected"))
 
@@ -184,14 +186,6 @@ def _alpaca(row: Record) -> PreferenceTexts:
     return [*turns, *user_turn("\n".join(parts))], *_answers(row)
 
 
-def _orca(row: Record) -> PreferenceTexts:
-    return user_turn(string(row, "question" if "question" in row else "input")), *_answers(row)
-
-
-def _stackexchange(row: Record) -> PreferenceTexts:
-    return user_turn(string(row, "question")), *_answers(row, "response_j", "response_k")
-
-
 def _ultrafeedback(row: Record) -> PreferenceTexts:
     """Split conversations with their prompt beside them; or answers alone, which the prompt precedes."""
     question, (prompt, chosen, rejected) = string(row, "prompt"), _conversations(row)
@@ -209,8 +203,6 @@ def _ranked(row: Record) -> PreferenceTexts:
     prompt = text(row, column)
     answers = next((name for name in RANKED if name in row), "responses")
     responses = parsed(row, answers, list)
-    if len(responses) < 2:
-        raise RowError(f"{answers} must be at least two")
     scores = _scores(row, answers, responses)
     if len(scores) != len(responses):
         raise RowError(f"{len(responses)} {answers} have {len(scores)} scores or ranks")
@@ -221,23 +213,21 @@ def _ranked(row: Record) -> PreferenceTexts:
     if scores[worst] == scores[best]:
         raise RowError("all responses have the same score or rank, so none is better")
     two = {name: unwrap(responses[place], name) for name, place in (("chosen", best), ("rejected", worst))}
-    chosen, rejected = text(two, "chosen"), text(two, "rejected")
-    if column == "prompt" and isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, chosen, rejected
-    return user_turn(prompt) if isinstance(prompt, str) else prompt, answer_of(chosen), answer_of(rejected)
+    if column == "prompt" and all(isinstance(each, str) for each in (prompt, *two.values())):
+        return prompt, string(two, "chosen"), string(two, "rejected")
+    return user_turn(prompt) if isinstance(prompt, str) else prompt, *_answers(two)
 
 
 def _scores(row: Record, answers: str, responses: list[Any]) -> list[float]:
     """Return how good each response is: its score, or minus its rank; NaN if it has none."""
-    column = next((name for name in RANKED[answers] if name in row), None)
+    column = next((name for name in row if name in ("scores", "ranks")), "")
     if column:
         values = [{column: value} for value in parsed(row, column, list)]
     else:
         own = (key for key in OWN_RANKS if all(isinstance(each, dict) and key in each for each in responses))
-        column, values = next(own, None), responses
+        column, values = next(own, ""), responses
     if not column:
-        need = " or ".join(RANKED[answers]) or "a rank or score of its own in each"
-        raise RowError(f"{answers} need {need} (scores: the higher the better; ranks: the lower)")
+        raise RowError(f"{answers} need scores (the higher the better) or ranks (the lower the better)")
     sign = -1 if column in ("ranks", "rank") else 1
     return [sign * number(each, column, math.nan) for each in values]
 
@@ -258,12 +248,10 @@ FORMATS = {
     "hh": Format("dialogues as strings (HH)", _hh, _BOTH),
     "sharegpt": Format("a conversation and its two ends (ShareGPT)", _sharegpt, ("conversations", "messages", *_BOTH)),
     "alpaca": Format("instruction and input (Alpaca)", _alpaca, ("instruction", "input", "history", *_BOTH)),
-    "orca": Format("question and answers (Orca)", _orca, ("question", "input", *_BOTH)),
+    "orca": Format("question and answers (Orca)", _question, ("question", "input", *_BOTH)),
     "ultrafeedback": Format("conversations beside their prompt (UltraFeedback)", _ultrafeedback, ("prompt", *_BOTH)),
-    "stackexchange": Format("question, response_j and response_k (Stack Exchange)", _stackexchange, ("question",)),
-    "ranked": Format(
-        "ranked responses: the best against the worst", _ranked, (*PROMPTS, "responses", "scores", "ranks")
-    ),
+    "stackexchange": Format("question, response_j and response_k (Stack Exchange)", _question, ("question",)),
+    "ranked": Format("ranked responses: the best against the worst", _ranked, (*PROMPTS, *RANKED, "scores", "ranks")),
     "openai": Format("input, preferred and non-preferred output (OpenAI)", _openai, ("input",)),
     "swift": Format("a conversation with the chosen answer, and the rejected one (ms-swift)", _swift, ("messages",)),
 }
@@ -272,7 +260,7 @@ FORMATS = {
 def detect_format(row: Record) -> str:
     """Detect the format from the columns."""
     if "chosen" not in row:
-        if RANKED.keys() & row.keys():
+        if {*RANKED} & row.keys():
             return "ranked"
         if "preferred_output" in row:
             return "openai"
@@ -282,12 +270,13 @@ def detect_format(row: Record) -> str:
             return "stackexchange"
         if "label" in row and {"completion", "response"} & row.keys():
             raise RowError("chosen is missing: the row is one response with a label, and DPO compares two")
+    chosen, rejected = row.get("chosen"), row.get("rejected")
     column = next((name for name in PROMPTS if name in row), None)
-    if column == "prompt" and isinstance(row["prompt"], list):
-        return "messages"
-    if column == "prompt":
-        both_strings = isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)
-        return "strings" if both_strings or not isinstance(row.get("chosen"), (list, dict)) else "ultrafeedback"
-    if column is not None:
+    if column is None:
+        return "conversations" if isinstance(chosen, (list, dict)) else "hh"
+    if column != "prompt":
         return {"instruction": "alpaca", "question": "orca", "input": "orca"}.get(column, "sharegpt")
-    return "conversations" if isinstance(row.get("chosen"), (list, dict)) else "hh"
+    if isinstance(row["prompt"], list):
+        return "messages"
+    both_strings = isinstance(chosen, str) and isinstance(rejected, str)
+    return "strings" if both_strings or not isinstance(chosen, (list, dict)) else "ultrafeedback"

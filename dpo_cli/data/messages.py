@@ -15,21 +15,14 @@ Text = str | list[Message]
 ROLES = ("system", "user", "assistant", "tool")
 # Other names of the roles, in any case: ShareGPT's, those of similar programs, and those of chat templates.
 ALIASES = {
-    "developer": "system",
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "chatbot": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "observation": "tool",
-    "environment": "tool",
-    "ipython": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
+    alias: role
+    for role, aliases in {
+        "system": "developer",
+        "user": "human prompter",
+        "assistant": "gpt chatgpt model chatbot function_call tool_call",
+        "tool": "observation environment ipython function function_response tool_response",
+    }.items()
+    for alias in aliases.split()
 }
 REASONING = "reasoning_content"
 REASONING_KEYS = (REASONING, "reasoning", "thinking")  # names of it in rows and chat templates
@@ -37,8 +30,7 @@ CONVERSATIONS = ("conversations", "messages", "context", "rejected_messages")  #
 TEXT_KEYS = ("completion", "response", "answer", "text", "content", "output", "generated_text")  # of an object
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_ROLE = re.compile(r"""['"](?:role|from)['"]\s*:\s*['"](\w+)['"]""")
-_PYTHON_LIST = re.compile(r"""\s*\[\s*\{\s*['"]\w+['"]\s*:.*\}\s*\]?\s*""", re.DOTALL)
+_PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(?:role|from|content|value)'\s*:.*\}\s*\]\s*", re.DOTALL)
 
 
 def user_turn(text: str) -> list[Message]:
@@ -73,13 +65,7 @@ def unwrap(value: Any, column: str) -> Any:
     """Return the messages in JSON text, or the text of an object that has one; any other value as it is."""
     if isinstance(value, str):
         return _messages_in(value, column)
-    if column in CONVERSATIONS:
-        return value
-    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
-        if len(value) > 1:
-            raise RowError(f"{column} is a list of {len(value)} strings; a row has one prompt and two answers")
-        return value[0]
-    if not isinstance(value, dict) or value.keys() & {"role", "from", "messages"}:
+    if not isinstance(value, dict) or column in CONVERSATIONS or value.keys() & {"role", "from", "messages"}:
         return value
     keys = [key for key in TEXT_KEYS if value.get(key) is not None]
     if len(keys) != 1:
@@ -90,29 +76,23 @@ def unwrap(value: Any, column: str) -> Any:
 
 def _messages_in(text: str, column: str) -> Any:
     """Decode messages in JSON text; other text, such as an answer in JSON, is returned as it is."""
-    if text.lstrip()[:1] not in ("{", "[") or not any(_is_role(match[1]) for match in _ROLE.finditer(text)):
-        return text
-    value = json_value(text)
-    if value is None:
-        if _PYTHON_LIST.fullmatch(text):
-            reason = f"{column} is a message list written as text, but not as JSON; write it as a list, in .jsonl"
-            raise RowError(reason)
-        return text
-    is_conversation = isinstance(value, dict) and value.keys() <= {"messages", "tools"}
-    inner = value.get("messages") if is_conversation else value
+    if _PYTHON_MESSAGES.fullmatch(text):
+        raise RowError(f"{column} is a message list written as text, but not as JSON; write it as a list, in .jsonl")
+    value = json_value(text) if text.lstrip()[:1] in ("{", "[") else None
+    is_conversation = isinstance(value, dict) and "messages" in value and value.keys() <= {"messages", "tools"}
+    inner: Any = value["messages"] if is_conversation else value  # type: ignore[index]
     messages = inner if isinstance(inner, list) else [inner]
-    roles = [each.get("role", each.get("from")) if isinstance(each, dict) else None for each in messages]
-    if not messages or not all(map(_is_role, roles)):
+    roles = [_role(each) for each in messages]
+    if not roles or None in roles:
         return text
-    last = str(roles[-1]).lower()
-    is_answer = ALIASES.get(last, last) in ("assistant", "tool") and {"content", "value", "tool_calls"} & {
-        *messages[-1]
-    }
+    is_answer = roles[-1] in ("assistant", "tool") and {"content", "value", "tool_calls"} & messages[-1].keys()
     return value if column in ("prompt", *CONVERSATIONS) or is_answer else text
 
 
-def _is_role(name: Any) -> bool:
-    return isinstance(name, str) and (name.lower() in ROLES or name.lower() in ALIASES)
+def _role(message: Any) -> str | None:
+    name = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    written = name.strip().lower() if isinstance(name, str) else ""
+    return written if written in ROLES else ALIASES.get(written)
 
 
 # ---- messages ---------------------------------------------------------------------------------------------------
@@ -136,13 +116,15 @@ def _message(message: Any, name: str) -> Message:
         message = {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RowError(f"{name}: must be an object with role and content")
-    written = message["role"].strip().lower()
-    role = ALIASES.get(written, written)
-    if role not in ROLES:
+    written, role = message["role"].strip().lower(), _role(message)
+    if role is None:
         hint = did_you_mean(written, (*ROLES, *ALIASES)) or f"; use one of {', '.join(ROLES)}"
         raise RowError(f"{name}: unknown role '{shortened(message['role'])}'{hint}")
     turn = {key: value for key, value in message.items() if value is not None and key not in REASONING_KEYS}
-    turn |= {"role": role} | (_reasoning(message, name) if role == "assistant" else {})
+    turn["role"] = role
+    thoughts = [message[key] for key in REASONING_KEYS if isinstance(message.get(key), str) and message[key].strip()]
+    if thoughts and role == "assistant":
+        turn[REASONING] = thoughts[0]
     content = _content(message.get("content"), role, name)
     calls = _calls(turn.pop("tool_calls", None) or turn.pop("function_call", None), name)
     if written in ("function_call", "tool_call") and (own := _calls_in(content)):
@@ -153,13 +135,6 @@ def _message(message: Any, name: str) -> Message:
         raise RowError(f"{name}: content must be a string")
     check_encodable(content, f"{name}: content")
     return turn | {"content": content} | ({"tool_calls": calls} if calls else {})
-
-
-def _reasoning(message: Message, name: str) -> Message:
-    texts = {message[key] for key in REASONING_KEYS if isinstance(message.get(key), str) and message[key].strip()}
-    if len(texts) > 1:
-        raise RowError(f"{name}: has different texts under {' and '.join(k for k in REASONING_KEYS if k in message)}")
-    return {REASONING: texts.pop()} if texts else {}
 
 
 def _content(content: Any, role: str, name: str) -> Any:

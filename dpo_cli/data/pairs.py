@@ -1,12 +1,11 @@
-"""Pairs of token ids: one preference, and many of them in flat columns."""
+"""Pairs of token ids: one preference, and many of them."""
 
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,72 +44,34 @@ def count_loss_tokens(response: Ids) -> int:
     return int(np.count_nonzero(carries_loss(response)))
 
 
-class Pairs(Sequence[Pair]):
-    """Pairs in flat columns, so that a million need little more memory than their ids; a ``Pair`` is made on access."""
-
-    def __init__(self, pairs: Iterable[Pair] = ()) -> None:
-        self._ids = array("i")
-        self._ends = array("q", [0])  # in ids: of each prompt, chosen and rejected, after the start of the first
-        self._where: list[str] = []
-        self._terms = array("f")  # weight and margin of each
-        for pair in pairs:
-            self.append(pair)
-
-    @classmethod
-    def from_arrays(cls, ids: Ids, lengths: Ids, terms: npt.NDArray[np.float32], where: list[str]) -> Pairs:
-        """Build pairs from the ids of all (N,), ``lengths`` (P, 3), ``terms`` (P, 2) and P locations."""
-        pairs = cls()
-        pairs._ids.frombytes(ids.data.cast("B"))
-        pairs._ends.frombytes(np.cumsum(lengths.reshape(-1), dtype=np.int64).data.cast("B"))
-        pairs._terms.frombytes(terms.data.cast("B"))
-        pairs._where = where
-        return pairs
-
-    def append(self, pair: Pair) -> None:
-        """Append a pair."""
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
-            self._ids.frombytes(ids.tobytes())
-            self._ends.append(len(self._ids))
-        self._where.append(pair.where)
-        self._terms.extend((pair.weight, pair.margin))
-
-    def extend(self, other: Pairs) -> None:
-        """Append all pairs of another object."""
-        self._ends.frombytes((np.asarray(other._ends)[1:] + len(self._ids)).tobytes())
-        self._ids += other._ids
-        self._where += other._where
-        self._terms += other._terms
-
-    @property
-    def where(self) -> list[str]:
-        """The location of each pair in its file."""
-        return self._where
+class Pairs(list[Pair]):
+    """Pairs in order, and arrays over all of them."""
 
     @property
     def ids(self) -> Ids:
-        """The ids of all pairs in order, a view: (N,)."""
-        return np.asarray(self._ids)
+        """The ids of all prompts, chosen and rejected responses in order: (N,)."""
+        parts = [ids for pair in self for ids in (pair.prompt, pair.chosen, pair.rejected)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     @property
     def lengths(self) -> Ids:
         """Tokens of each pair's prompt, chosen and rejected: (P, 3)."""
-        return np.diff(np.asarray(self._ends)).astype(np.int32).reshape(-1, 3)
+        lengths = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in self]
+        return np.array(lengths, np.int32).reshape(-1, 3)
 
     @property
     def loss_lengths(self) -> npt.NDArray[np.int64]:
         """Loss-bearing tokens of each pair's chosen and rejected: (P, 2)."""
-        before = np.concatenate([[0], np.cumsum(carries_loss(self.ids))])  # in all ids
-        return cast(npt.NDArray[np.int64], np.diff(before[np.asarray(self._ends)]).reshape(-1, 3)[:, 1:])
+        counts = [(count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)) for pair in self]
+        return np.array(counts, np.int64).reshape(-1, 2)
 
     @property
     def terms(self) -> npt.NDArray[np.float32]:
         """Weight and margin of each pair in the loss: (P, 2)."""
-        return np.asarray(self._terms).reshape(-1, 2)
+        return np.array([(pair.weight, pair.margin) for pair in self], np.float32).reshape(-1, 2)
 
-    def select(self, places: Sequence[int]) -> Pairs:
-        """Return the pairs at these places; the object itself if that is all of them in order."""
-        if len(places) == len(self) and all(place == i for i, place in enumerate(places)):
-            return self
+    def select(self, places: Iterable[int]) -> Pairs:
+        """Return the pairs at these places."""
         return Pairs(self[place] for place in places)
 
     def largest_id(self) -> int:
@@ -133,29 +94,8 @@ class Pairs(Sequence[Pair]):
             content += prompt + _hash(prompt + b"".join(sorted(sides)))
         return np.frombuffer(bytes(content), np.int64).reshape(-1, 2)
 
-    def __add__(self, other: Pairs) -> Pairs:
-        if not other:
-            return self
-        both = Pairs()
-        both.extend(self)
-        both.extend(other)
-        return both
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    @overload
-    def __getitem__(self, place: int) -> Pair: ...
-    @overload
-    def __getitem__(self, place: slice) -> Pairs: ...
-    def __getitem__(self, place: int | slice) -> Pair | Pairs:
-        if isinstance(place, slice):
-            return self.select(range(len(self))[place])
-        place = range(len(self))[place]  # negative indices and IndexError, as for a list
-        start, prompt, chosen, rejected = self._ends[3 * place : 3 * place + 4]
-        ids = np.asarray(self._ids[start:rejected])
-        parts = ids[: prompt - start], ids[prompt - start : chosen - start], ids[chosen - start :]
-        return Pair(self._where[place], *parts, *self._terms[2 * place : 2 * place + 2])
+    def __add__(self, other: list[Pair]) -> Pairs:  # type: ignore[override]
+        return Pairs([*self, *other])
 
 
 def _hash(content: bytes | memoryview) -> bytes:

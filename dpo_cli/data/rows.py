@@ -213,17 +213,12 @@ def _check_content(prompt: Text, chosen: Text, rejected: Text) -> None:
         _check_response(response, name)
     if chosen == rejected:
         raise RowError("chosen equals rejected")
-    if all(isinstance(each, str) and _is_list(each) for each in (prompt, chosen, rejected)):
-        raise RowError("prompt, chosen and rejected are lists of strings written as text; write a row for each of them")
-    if isinstance(prompt, list) and any(m["role"] == "user" and not m["content"].strip() for m in prompt):
+    if isinstance(prompt, str):
+        return
+    if any(message["role"] == "user" and not message["content"].strip() for message in prompt):
         raise RowError("prompt has a user turn without text")
-    if isinstance(prompt, list) and prompt[-1]["role"] not in ("user", "tool"):
+    if prompt[-1]["role"] not in ("user", "tool"):
         raise RowError(f"prompt ends with the role '{prompt[-1]['role']}'; it must end with user or tool")
-
-
-def _is_list(text: str) -> bool:
-    value = json_value(text) if text.startswith("[") else None
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(each, str) for each in value)
 
 
 def _check_response(response: Text, name: str) -> None:

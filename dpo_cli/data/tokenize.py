@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -22,8 +22,7 @@ from dpo_cli.data.rows import BadRow, Reading, Row
 from dpo_cli.data.visible import REASONING_UNSEEN
 from dpo_cli.utils.errors import RowError, UsageError
 
-Text = tuple[str, bool]  # and whether the chat template rendered it, special tokens included
-BATCH_CHARACTERS, BATCH_ROWS = 2**20, 512  # per call of the tokenizer; more is no faster
+BATCH_ROWS = 512  # per call of the tokenizer; more is no faster
 
 
 @dataclass
@@ -53,9 +52,8 @@ def tokenize_rows(
     reading: Reading,
 ) -> PairSet:
     """Tokenize every row; those that cannot be used are ``refused`` with the reason."""
-    encoder = Encoder(tokenizer, reading)
     out = PairSet()
-    for row, result in encoder.pairs(rows):
+    for row, result in Encoder(tokenizer, reading).pairs(rows):
         if isinstance(row, BadRow):
             out.refused.append(row)
         elif isinstance(result, RowError):
@@ -85,15 +83,15 @@ def refusal(refused: list[BadRow], rows: int) -> UsageError:
     return UsageError("\n".join(lines))
 
 
-Part = Ids | RowError
 Encoded = tuple[Pair, set[str]]
+Text = tuple[str, bool]  # and whether the chat template rendered it, special tokens included
 
 
 class Encoder:
     """Converts rows to pairs with one tokenizer, no longer than ``reading.max_length`` tokens.
 
-    ``reading.control_tokens``: ``keep`` those inside messages, ``sanitize`` them (read them as text), or ``refuse`` the
-    row. Those in strings are kept, since a template may have rendered them.
+    ``reading.control_tokens``: ``keep`` those inside messages, or ``refuse`` the row. Those in strings are kept, since
+    a template may have rendered them.
     """
 
     def __init__(self, tokenizer: Any, reading: Reading) -> None:
@@ -101,26 +99,25 @@ class Encoder:
         self.max_length = reading.max_length
         if tokenizer.eos_token_id is None:
             raise UsageError("the model's tokenizer has no EOS token, so responses cannot end")
-        if reading.control_tokens == "sanitize" and not tokenizer.is_fast:
-            raise UsageError("--control-tokens sanitize: the model's tokenizer cannot do it; use refuse")
         self.eos: int = tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]  # also resets truncation and padding of the backend
         self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
-        self.backend = tokenizer.backend_tokenizer if only_asks_its_backend(tokenizer) else None
+        self.backend = tokenizer.backend_tokenizer if _only_asks_its_backend(tokenizer) else None
         self.chat = Chat(tokenizer, reading.control_tokens, self.adds_bos, reading.train_turns)
 
     def pairs(self, rows: Iterable[Row | BadRow]) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
         """Yield each row in order, rendered if it is messages, with its pair and notes, or why it is bad."""
-        batch: list[tuple[Row | BadRow, Conversation | RowError]] = []
-        characters = 0
-        for row in rows:
-            row, texts = self._render(row)
-            batch.append((row, texts))
-            characters += len(texts.chosen.text) + len(texts.rejected.text) if isinstance(texts, Conversation) else 0
-            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
-                yield from self._encode_batch(batch)
-                batch, characters = [], 0
-        yield from self._encode_batch(batch)
+        rows = iter(rows)
+        while batch := list(islice(rows, BATCH_ROWS)):
+            rendered = [self._render(row) for row in batch]
+            ids = self._encode([texts for _, texts in rendered if isinstance(texts, Conversation)])
+            for row, texts in rendered:
+                result: Encoded | RowError
+                try:
+                    result = self._pair(row, texts, ids)
+                except RowError as error:
+                    result = error
+                yield row, result
 
     def pair(self, row: Row) -> Encoded:
         """Return the row's token ids, truncated, and its notes.
@@ -142,20 +139,9 @@ class Encoder:
         except RowError as error:
             return row, error
 
-    def _encode_batch(
-        self, batch: list[tuple[Row | BadRow, Conversation | RowError]]
-    ) -> Iterator[tuple[Row | BadRow, Encoded | RowError]]:
-        ids = self._encode([texts for _, texts in batch if isinstance(texts, Conversation)])
-        for row, texts in batch:
-            if isinstance(row, BadRow) or isinstance(texts, RowError):
-                yield row, cast(RowError, texts)
-                continue
-            try:
-                yield row, self._pair(row, texts, ids)
-            except RowError as error:
-                yield row, error
-
-    def _pair(self, row: Row, texts: Conversation, encoded: dict[Text, Part]) -> Encoded:
+    def _pair(self, row: Row | BadRow, texts: Conversation | RowError, encoded: dict[Text, Ids]) -> Encoded:
+        if isinstance(row, BadRow) or isinstance(texts, RowError):
+            raise cast(RowError, texts)
         prompt, chosen, rejected, moved = self._split(texts, encoded)
         notes = {*texts.notes, BOUNDARY_MOVED} if moved else {*texts.notes}
         longest = max(len(chosen), len(rejected))
@@ -183,15 +169,15 @@ class Encoder:
         why = ": the chat template leaves out the reasoning in which they differ" if REASONING_UNSEEN in notes else ""
         return f"chosen and rejected give the same tokens{why}"
 
-    def _split(self, texts: Conversation, encoded: dict[Text, Part]) -> tuple[Ids, Ids, Ids, bool]:
+    def _split(self, texts: Conversation, encoded: dict[Text, Ids]) -> tuple[Ids, Ids, Ids, bool]:
         """Return the untruncated ids of prompt, chosen and rejected, ``~id`` if without loss; and if the cut moved.
 
         The boundary is where the responses leave the prompt's own tokens: its end, unless a token spans it.
         """
-        prompt = _good(encoded[texts.prompt, texts.templated])
+        prompt = encoded[texts.prompt, texts.templated]
         if not len(prompt):
             raise RowError("the prompt gives no tokens")
-        sides = [self._side(side, texts.templated, encoded) for side in (texts.chosen, texts.rejected)]
+        sides = [self._side(side, encoded[_first(side), texts.templated]) for side in (texts.chosen, texts.rejected)]
         cut = min(_common_prefix(prompt, ids) for ids in sides)
         if cut == 0:
             raise RowError("prompt and response share no first token, so the response would be read without a prompt")
@@ -201,20 +187,29 @@ class Encoder:
             responses.append((ids if whole else np.where(self._loss(side, ids), ids, ~ids))[cut:])
         return prompt[:cut], responses[0], responses[1], cut < len(prompt)
 
-    def _side(self, side: Side, templated: bool, encoded: dict[Text, Part]) -> Ids:
+    def _side(self, side: Side, ids: Ids) -> Ids:
         """Return the ids of a prompt and its response, which end with the template's ending or EOS."""
-        ids = _good(encoded[_first(side), templated])
         if side.cuts:
             ids = np.append(ids, self._pieces(side, len(side.text))[len(ids) :])
         return ids if side.complete or self.eos in ids[-1:] else np.append(ids, np.int32(self.eos))
 
     def _pieces(self, side: Side, end: int) -> Ids:
         """Encode a side's text up to a place, such that no token spans a cut."""
-        cuts = [cut for cut in side.cuts if cut < end]
-        first, *others = (side.text[a:b] for a, b in pairwise([0, *cuts, end]))
-        control = self.chat.control
-        ids = control.encode(first) + [each for text in others for each in control.encode_inside(text)]
-        return np.asarray(ids, dtype=np.int32)
+        places = [0, *(cut for cut in side.cuts if cut < end), end]
+        return np.concatenate(
+            [self._inside(side.text[a:b]) if a else self._ids(side.text[a:b]) for a, b in pairwise(places)]
+        )
+
+    def _inside(self, text: str) -> Ids:
+        """Encode text that follows another: SentencePiece would put a space before its first word."""
+        for before in ("\n", ":"):  # the first that does not merge with the text
+            ids, own = self._ids(before + text), self._ids(before)
+            if np.array_equal(ids[: len(own)], own):
+                return ids[len(own) :]
+        return self._ids(text)
+
+    def _ids(self, text: str) -> Ids:
+        return np.asarray(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
 
     def _loss(self, side: Side, ids: Ids) -> npt.NDArray[np.bool_]:
         """Return the loss mask of a side's tokens."""
@@ -224,27 +219,18 @@ class Encoder:
             carries[_common_prefix(self._pieces(side, begin), ids) : stop] = True
         return carries
 
-    def _encode(self, conversations: Sequence[Conversation]) -> dict[Text, Part]:
-        """Encode every text, those of each kind in one call of the tokenizer; or say why it cannot be encoded."""
+    def _encode(self, conversations: Sequence[Conversation]) -> dict[Text, Ids]:
+        """Encode every text, those of each kind in one call of the tokenizer."""
         texts = {
             (text, each.templated): None
             for each in conversations
             for text in (each.prompt, _first(each.chosen), _first(each.rejected))
         }
-        ids: dict[Text, Part] = {}
+        ids: dict[Text, Ids] = {}
         for templated in (False, True):
-            some = [text for text, kind in texts if kind == templated]
-            marked = {text for text in some if templated and self.chat.control.marked.search(text)}
-            ids |= {(text, templated): self._marked(text) for text in marked}
-            plain = [text for text in some if text not in marked]
-            ids |= {(text, templated): each for text, each in zip(plain, self._batch(plain, templated), strict=True)}
+            some = [text for text in texts if text[1] == templated]
+            ids |= zip(some, self._batch([text for text, _ in some], templated), strict=True)
         return ids
-
-    def _marked(self, text: str) -> Part:
-        try:
-            return np.asarray(self.chat.control.encode(text), dtype=np.int32)
-        except RowError as error:
-            return error
 
     def _batch(self, texts: list[str], templated: bool) -> Iterator[Ids]:
         """Encode texts, with exactly one BOS if the tokenizer adds one; a template brings its own."""
@@ -286,17 +272,8 @@ def _common_prefix(a: Ids, b: Ids) -> int:
     return int(differs[0]) if len(differs) else n
 
 
-def _good(part: Part) -> Ids:
-    if isinstance(part, RowError):
-        raise part
-    return part
-
-
-def only_asks_its_backend(tokenizer: Any) -> bool:
-    """Return whether a tokenizer only calls its backend, so that the backend can be called directly.
-
-    That is faster: transformers also asks it for the offsets of the tokens.
-    """
+def _only_asks_its_backend(tokenizer: Any) -> bool:
+    """Return whether a tokenizer only calls its backend, which called directly does not work out offsets of tokens."""
     from transformers import PreTrainedTokenizerFast
 
     kind = type(tokenizer)

@@ -9,7 +9,6 @@ from typing import Any
 
 from dpo_cli.data.messages import REASONING, Message
 from dpo_cli.data.readers import shortened
-from dpo_cli.data.template import ControlTokens
 from dpo_cli.utils.errors import RowError
 
 TOOLS_UNSEEN = "pairs whose tools the chat template does not show"
@@ -24,7 +23,7 @@ _SHORT = 12  # characters; a shorter text must occur as a word of its own
 def check_visible(
     messages: Any,
     text: str,
-    control: ControlTokens,
+    control_token: re.Pattern[str],
     notes: set[str],
     trained: Sequence[int] = (),
     tools: Sequence[dict[str, Any]] = (),
@@ -34,14 +33,14 @@ def check_visible(
     Raises:
         RowError: it leaves out more than reasoning, tools, or an earlier turn of the assistant.
     """
-    text = control.token.sub("\0", control.unmark(text))  # matches no message
+    text = control_token.sub("\0", text)  # matches no message
     parts = [
-        (place, part, control.token.sub("\0", words))
+        (place, part, control_token.sub("\0", words))
         for place, message in enumerate(messages)
         for part, words in _parts(message)
     ]
     parts.sort(key=lambda each: -len(each[2]))  # so that "7" is not found in "37"
-    names = [control.token.sub("\0", str(tool.get("name", ""))) for tool in tools]
+    names = [control_token.sub("\0", str(tool.get("name", ""))) for tool in tools]
     for place, part, words in (*parts, *((-1, "", name) for name in names)):
         if seen := _find(words, text):
             text = text.replace(seen, "\0", 1)

@@ -131,20 +131,17 @@ def _memorised(about: Evidence) -> Finding | None:
 
     Their start is what the run measured at step 0; for other pairs it is ln 2, if the loss begins there.
     """
-    scores, held_out = about.scores, about.held_out_losses
+    scores = about.scores
     from_ln_2 = scores.objective.is_vanilla_dpo and bool((scores.terms == (1, 0)).all())
-    start = held_out.get(0, math.log(2) if from_ln_2 else math.inf)
+    start = about.held_out_losses.get(0, math.log(2) if from_ln_2 else math.inf)
     losses = [line["loss"] for line in about.training]
     last, now = float(np.mean(losses[-LAST_STEPS:])), float(scores.losses.mean())
     if not (last < MEMORISED * losses[0] and now > start + RISE):
         return None
-    best = min(held_out, key=lambda step: held_out[step], default=0)
     advice = (
         "Train for fewer steps, on more pairs or with a lower --lr; --eval-steps with --save-best loss keeps the best "
         "model. If no pair was trained on twice, these pairs are of another kind than the training pairs."
     )
-    if best:
-        advice = f"The loss of these pairs was lowest at step {best} ({held_out[best]:.4f}). {advice}"
     title = f"The training pairs were memorised: loss {last:.2g} on them and {now:.2f} on these, from {start:.2f}"
     return _finding(title, advice, {"training_loss": last, "loss": now, "start_loss": start})
 
@@ -153,11 +150,8 @@ def _nothing_learned(about: Evidence) -> Finding | None:
     moved, steps = about.change, about.training[-1]["step"]
     if not moved < UNMOVED:
         return None
-    rates = [rate for line in about.training if (rate := line.get("learning_rate"))]
-    higher = ", such as --lr 2e-05," if rates and max(rates) <= 2e-6 else ""
     title = f"Next to nothing was learned: the margins are {moved:.2g} nats on average; 1 or more is usual"
-    advice = f"Train with a higher learning rate{higher} or for more steps."
-    return _finding(title, advice, {"moved": moved, "steps": steps})
+    return _finding(title, "Train with a higher --lr or for more steps.", {"moved": moved, "steps": steps})
 
 
 def _chance(about: Evidence, explained: bool) -> dict[str, Finding | None]:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
+import torch
 
 from dpo_cli.config.options import EvalOptions, TrainOptions
 from dpo_cli.data.pairs import Ids, Pairs, trained_on
@@ -22,7 +22,6 @@ from dpo_cli.evaluation import kl, statistics
 from dpo_cli.evaluation.evaluator import EvalResult, Evaluator
 from dpo_cli.evaluation.examples import write_per_pair
 from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequence_kl, text
-from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import same_weights
@@ -84,7 +83,7 @@ def evaluate(
     models = _Models(options, source, began, evaluator, reporter)
     tokens, samples = models.score()
     history = _history(source, began)
-    scores = evaluator.scores(tokens, models.ref_logps, history, began.beta if began else None)
+    scores = evaluator.scores(tokens, None, history, began.beta if began else None)
     held_out, overlap = False, None
     if source.run and began and manifest:
         as_in_run = options.beta == began.beta and options.ref_model is None
@@ -147,7 +146,6 @@ class _Models:
     evaluator: Evaluator
     reporter: Reporter
     reference_name: str = ""
-    ref_logps: tuple[Table, Table] | None = None  # without the exact KL, see ``Evaluator.scores``
 
     @property
     def itself(self) -> bool:
@@ -164,16 +162,14 @@ class _Models:
         if self.options.kl == "exact":
             return self._compare(policy)
         tokens = kl.score(policy.runner, pairs, self._progress("evaluate"))
-        if not objective.reference and self.options.ref_model is None and not self.itself:
+        if self.itself:
+            reference = tokens.tokens
+        elif not objective.reference and self.options.ref_model is None:
             self.reference_name = f"none: --loss {objective.name} reads none"
-            none = np.full((len(pairs), 2), np.nan)
-            self.ref_logps = none, none
-            return tokens, {}
-        reference = tokens
-        if not self.itself:
-            reference = kl.score(self._reference(policy).runner, pairs, self._progress("reference"))
-        self.ref_logps = reference.logps(), reference.logps(0, objective.ld_alpha)
-        return tokens, {}
+            reference = torch.full_like(tokens.tokens, torch.nan)
+        else:
+            reference = kl.score(self._reference(policy).runner, pairs, self._progress("reference")).tokens
+        return dataclasses.replace(tokens, tokens=torch.cat([tokens.tokens, reference], 1)), {}
 
     def _compare(self, policy: ScoredModel) -> tuple[kl.TokenScores, dict[str, Any]]:
         """Run both models over the pairs, and over responses that the policy samples."""

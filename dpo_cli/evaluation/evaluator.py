@@ -69,13 +69,12 @@ class Evaluator:
     ) -> PairScores:
         """Collect the log-probs of an evaluation.
 
-        ``ref_logps``, where the two were not compared: those of the reference, and with the token weights of LD-DPO,
-        (P, 2) each.
-        ``history`` has the lines of the run's metrics up to this policy, if it is of a run, and ``beta`` is that of the
-        rewards in it; None: the objective's.
+        Where ``tokens`` are of the policy alone, ``ref_logps`` has those of the reference, as they are and with the
+        token weights of LD-DPO: (P, 2) each. ``history`` has the lines of the run's metrics up to this policy, if it is
+        of a run, and ``beta`` is that of the rewards in it; None: the objective's.
         """
         alpha, rewards, prompts = self.objective.ld_alpha, step_rewards(history), dict[bytes, int]()
-        if tokens.compared or ref_logps is None:
+        if ref_logps is None or tokens.tokens.shape[1] > 1:
             ref_logps = tokens.logps(1), tokens.logps(1, alpha)
         return PairScores(
             where=[pair.where for pair in self.pairs],
@@ -105,7 +104,7 @@ class Evaluator:
         intervals, length = statistics.intervals(scores), statistics.length_bias(scores)
         evidence = Evidence(scores, intervals, length, history, held_out, trained_on["pairs"] if trained_on else 0)
         findings, judged = diagnose(evidence)
-        if tokens.compared:
+        if tokens.distributions:
             more["drift"] = shifted_tokens(tokens, self.pairs, self.tokenizer)
             more["shown"] = shown_pairs(scores, self.pairs, tokens, self.tokenizer)
         return EvalResult(scores, scores.means(), intervals, length, findings, judged, trained_on=trained_on, **more)

@@ -64,17 +64,13 @@ class HeadInputs:
 class TokenScores:
     """Policy and reference at every response token of P pairs: pair by pair, chosen first.
 
-    Shapes: ``tokens`` (N, 6), float32, named by ``COLUMNS``; of the policy alone (N, 1). ``lengths`` (P, 2).
+    Shapes: ``tokens`` (N, 6), float32, named by ``COLUMNS``; (N, 2) where the two were not compared, and (N, 1) of the
+    policy alone. ``lengths`` (P, 2).
     Units: nats.
     """
 
     tokens: Tensor
     lengths: npt.NDArray[np.int64]
-
-    @property
-    def compared(self) -> bool:
-        """Whether the reference ran."""
-        return self.tokens.shape[1] > 1
 
     @property
     def logratios(self) -> Tensor:
@@ -83,8 +79,8 @@ class TokenScores:
 
     @cached_property
     def distributions(self) -> dict[str, Table]:
-        """Entropies and KLs summed over each response, and its number of shifted tokens: (P, 2) each."""
-        if not self.compared:
+        """Entropies and KLs summed over each response, and its number of shifted tokens: (P, 2) each, if compared."""
+        if self.tokens.shape[1] < len(COLUMNS):
             return {}
         sums = {name: self._sum(self.tokens[:, column]) for column, name in enumerate(COLUMNS[2:], 2)}
         return sums | {"shifted_tokens": self._sum(self.logratios.abs() > math.log(FOLD))}

@@ -47,9 +47,8 @@ def pair_metrics(
     gap = chosen - rejected  # (P,)
     ties = (gap.abs() <= tie).double() + 0 * gap  # NaN where the gap is
     wins = (gap > tie).double() + ties / 2
-    return torch.stack(
-        [losses.double(), beta * chosen, beta * rejected, beta * gap, wins, ties, *logps.double().chunk(2)]
-    )
+    rewards = beta * logratios
+    return torch.stack([losses.double(), *rewards.chunk(2), beta * gap, wins, ties, *logps.double().chunk(2)])
 
 
 def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float, lengths: Tensor | None = None) -> Tensor:

@@ -26,14 +26,14 @@ PREFIX = "base_model.model."  # what peft puts before the names of a model's mod
 # Initializations that leave the base unchanged; others subtract from it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 # Keys of a configuration that do not change what the adapter computes.
-NOT_COMPUTED = (
+NOT_COMPUTED = {
     "base_model_name_or_path",
     "revision",
     "peft_version",
     "task_type",
     "inference_mode",
     "init_lora_weights",
-)
+}
 # Keys that make a LoRA something that is neither trained nor merged here, and the way out.
 FROM_BASE = "start from its base"
 VARIANTS = {

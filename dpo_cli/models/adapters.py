@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpo_cli.models.logprobs import forward_errors
 from dpo_cli.models.lora_targets import Targets, counted, ends_with, kind_of, pattern_of
 from dpo_cli.models.split_weights import split
 from dpo_cli.utils.errors import UsageError
-
-# Families whose expert tensors transformers 4 has too; 4.57.6 with peft 0.17.1 computes the same with their adapters.
-SAME_EXPERTS = ("gpt_oss",)
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -141,12 +139,8 @@ def try_backward(model: PreTrainedModel, logps: Callable[[], Tensor]) -> list[st
     Raises:
         UsageError: forward or backward fails with an adapter.
     """
-    try:
+    with forward_errors("--lora-targets: this model fails with an adapter"):
         logps().sum().backward()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
-        raise UsageError(f"--lora-targets: this model fails with an adapter: {str(error).splitlines()[0]}") from error
     reached = {pattern_of(name) for name, p in model.named_parameters() if p.grad is not None}
     unreached = {name for name, p in model.named_parameters() if p.requires_grad and pattern_of(name) not in reached}
     model.zero_grad(set_to_none=True)
@@ -164,8 +158,9 @@ def describe_adapter(model: nn.Module) -> str:
 
 def experts_of_version_5(model: PreTrainedModel) -> list[str]:
     """The kinds of adapted expert tensors that transformers 4 has as other modules, so that it cannot load them."""
-    same = model.config.get_text_config().model_type in SAME_EXPERTS
-    return [] if same else sorted({kind for kind, own in _adapted(model) if own != "weight"})
+    if model.config.get_text_config().model_type == "gpt_oss":  # 4.57.6 with peft 0.17.1 computes the same
+        return []
+    return sorted({kind for kind, own in _adapted(model) if own != "weight"})
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,47 +19,35 @@ from dpo_cli.data.readers import shortened
 from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import Source, find_sources
 from dpo_cli.data.tokenize import Encoder
-from dpo_cli.quality.checks import ISSUE_TYPES, NOTES, Texts, normalize, row_issues, texts_of
-from dpo_cli.quality.lengths import biased_pairs, length_bias, statistics
+from dpo_cli.quality.checks import ISSUE_TYPES, NOTES, normalize, row_issues, texts_of
+from dpo_cli.quality.lengths import biased_pairs, length_bias
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
 from dpo_cli.training.run_dir import reading_as_trained
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import RowError, UsageError, printable
 from dpo_cli.utils.files import atomic_write, finite
 
-EVAL, TRAIN = "eval_data", "data"
-MAX_REASONS = 50  # counted separately
-
 
 def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
-    """Run `dpo check`: report all issues with example rows, and the lengths of the pairs.
+    """Run `dpo check`: report all issues with example rows, and what length alone predicts.
 
     Raises:
         UsageError: a file cannot be read, or ``--fix`` names an existing file.
     """
-    sources = {TRAIN: find_sources(options.data)}
-    if options.eval_data:  # read first, so that rows of the other are searched for in it
-        sources = {EVAL: find_sources(options.eval_data, "--eval-data")} | sources
+    sources = find_sources(options.data)
+    held_out = find_sources(options.eval_data or [], "--eval-data")
     if options.fix:
         _check_new(options.fix)
     model = choose_model(options.model, options, reporter, base=options.base_model)
     reading = reading_as_trained(options, model)
     check = DataCheck(Encoder(choose_tokenizer(model, options), reading), options.examples)
-    for data, some in sources.items():
-        check.read(data, read_rows(some, reading.columns, reading.format))
+    check.read_held_out(read_rows(held_out, reading.columns, reading.format))
+    check.read(read_rows(sources, reading.columns, reading.format))
     result = check.result()
     if options.fix:
-        result["fixed"] = _write_clean(options.fix, sources[TRAIN], check.problems[TRAIN])
+        result["fixed"] = _write_clean(options.fix, sources, check.problems)
         reporter.info("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are clean")
     return result
-
-
-class Key(NamedTuple):
-    """What findings are grouped by: the data, the issue type, and the reason where a type has several."""
-
-    data: str
-    kind: str
-    reason: str = ""
 
 
 @dataclass
@@ -79,111 +66,99 @@ class DataCheck:
 
     def __init__(self, encoder: Encoder, max_examples: int) -> None:
         self.encoder, self.max_examples = encoder, max_examples
-        self.findings: dict[Key, Finding] = {}
+        self.findings: dict[tuple[str, str], Finding] = {}  # by issue type, and the reason where a type has several
         self.formats: Counter[str] = Counter()
-        self.problems: dict[str, list[str]] = {}  # the first problem of each row, or an empty string
-        self.where: list[str] = []  # the locations of the rows being read
-        self.first: dict[bytes, int] = {}  # their places, by the hash of the row
-        self.lengths = array("i")  # of --data: prompt, and loss-bearing tokens of chosen and rejected, row by row
-        self.held_out: dict[bytes, str] = {}  # the location of each row of --eval-data, by its hash and its prompt's
+        self.where: list[str] = []
+        self.problems: list[str] = []  # the first problem of each row, or an empty string
+        self.lengths: list[tuple[int, int]] = []  # tokens of chosen and rejected that carry loss
+        self.first: dict[bytes, int] = {}  # the place of a row, by its hash
+        self.held_out: dict[bytes, str] = {}  # the location of a held-out row, by its hash and its prompt's
 
-    def read(self, data: str, rows: Iterable[Row | BadRow]) -> None:
-        """Check the rows of one option."""
-        self.problems[data], self.where, self.first = [], [], {}
-        for place, (row, result) in enumerate(self.encoder.pairs(rows)):
-            self.problems[data].append("")
+    def read_held_out(self, rows: Iterable[Row | BadRow]) -> None:
+        """Remember held-out rows, which no row of ``read`` should equal."""
+        for row in rows:
+            if isinstance(row, Row):
+                prompt, whole, _ = _hashes(self.encoder.chat.as_turns(row))
+                self.held_out.setdefault(prompt, row.where)
+                self.held_out.setdefault(whole, row.where)
+
+    def read(self, rows: Iterable[Row | BadRow]) -> None:
+        """Check rows."""
+        for row, result in self.encoder.pairs(rows):
+            self.problems.append("")
             self.where.append(row.where)
             if isinstance(row, BadRow) or isinstance(result, RowError):
-                self._refuse(data, row, printable(str(result)))
+                reason = printable(str(result))
+                self._add("refused", reason, reason=re.sub(r"'.*'|\b\d+\b", "…", reason))  # the same of several rows
                 continue
             pair, notes = result
             self.formats[row.format] += 1
-            if data == TRAIN:
-                self.lengths.extend([len(pair.prompt), *map(count_loss_tokens, (pair.chosen, pair.rejected))])
+            self.lengths.append((count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)))
             texts = texts_of(row)
-            normalized, excerpt = normalize(row, texts), shortened(texts.prompt, 70)
-            for kind, text in row_issues(row, texts, normalized).items():
-                self._add(Key(data, kind), place, text)
+            excerpt = shortened(texts.prompt, 70)
+            for kind, text in row_issues(row, texts).items():
+                self._add(kind, text)
             for note in notes:
-                self._add(Key(data, NOTES[note]) if note in NOTES else Key(data, "other", note), place, excerpt)
-            self._compare(data, place, normalized, excerpt)
+                self._add(NOTES.get(note, "other"), excerpt, reason="" if note in NOTES else note)
+            self._compare(row, excerpt)
 
-    def _compare(self, data: str, place: int, normalized: Texts, excerpt: str) -> None:
-        """Compare a row with the held-out rows and with earlier ones."""
-        prompt, whole, swapped = _hashes(normalized)
-        if data == EVAL:
-            self.held_out.setdefault(prompt, self.where[place])
-            self.held_out.setdefault(whole, self.where[place])
-        elif other := self.held_out.get(whole):
-            self._add(Key(data, "leak_row"), place, excerpt, other=other)
+    def _compare(self, row: Row, excerpt: str) -> None:
+        """Compare the last row with the held-out rows and with earlier ones."""
+        prompt, whole, swapped = _hashes(row)
+        place = len(self.where) - 1
+        if other := self.held_out.get(whole):
+            self._add("leak_row", excerpt, other=other)
         elif other := self.held_out.get(prompt):
-            self._add(Key(data, "leak_prompt"), place, excerpt, other=other)
+            self._add("leak_prompt", excerpt, other=other)
         if (earlier := self.first.get(whole)) is not None:
-            self._add(Key(data, "duplicate"), place, excerpt, other=self.where[earlier])
+            self._add("duplicate", excerpt, other=self.where[earlier])
         elif whole != swapped and (earlier := self.first.get(swapped)) is not None:
-            if not self.problems[data][earlier]:
-                self._add(Key(data, "contradiction"), earlier, excerpt, other=self.where[place])
-            self._add(Key(data, "contradiction"), place, excerpt, other=self.where[earlier])
-        elif not self.problems[data][place]:
+            if not self.problems[earlier]:
+                self._add("contradiction", excerpt, place=earlier, other=self.where[place])
+            self._add("contradiction", excerpt, other=self.where[earlier])
+        elif not self.problems[place]:
             self.first[whole] = place
 
-    def _refuse(self, data: str, row: Row | BadRow, reason: str) -> None:
-        record = row.record if isinstance(row, BadRow) else {"prompt": texts_of(row).prompt}
-        text = " ".join(map(str, record.values())) if isinstance(record, dict) else str(record or "")
-        group = re.sub(r"'.*'|\b\d+\b", "…", reason)  # without what differs between rows
-        more = {} if group == reason else {"reason": reason}
-        self._add(Key(data, "refused", group), len(self.where) - 1, shortened(text, 70), **more)
-
-    def _add(self, key: Key, place: int, text: str, **more: str) -> None:
-        if key not in self.findings and len(self.findings) > MAX_REASONS:
-            key = key._replace(reason="other reasons" if key.reason else "")
-        finding = self.findings.setdefault(key, Finding())
+    def _add(self, kind: str, text: str, *, reason: str = "", place: int = -1, **more: str) -> None:
+        finding = self.findings.setdefault((kind, reason), Finding())
         finding.count += 1
         if len(finding.examples) < self.max_examples:
             finding.examples.append({"where": self.where[place], "text": text} | more)
-        if ISSUE_TYPES[key.kind].problem:
-            self.problems[key.data][place] = self.problems[key.data][place] or key.kind
+        if ISSUE_TYPES[kind].problem:
+            self.problems[place] = self.problems[place] or kind
 
     def result(self) -> dict[str, Any]:
-        """Return counts, findings and lengths, as `dpo check --json` prints them."""
-        lengths = np.asarray(self.lengths).reshape(-1, 3)
-        bias = length_bias(lengths) if len(lengths) else None
+        """Return counts, findings and the bias by length, as `dpo check --json` prints them."""
+        bias = length_bias(np.array(self.lengths, np.int32)) if self.lengths else None
         if bias and (biased := biased_pairs(bias)):
-            self.findings[Key(TRAIN, "length_bias", biased[1])] = Finding(biased[0])
-        result: dict[str, Any] = {}
-        for data, problems in self.problems.items():
-            prefix = "eval_" * (data == EVAL)
-            result |= {f"{prefix}rows": len(problems), f"{prefix}pairs": len(problems) - problems.count("refused")}
-        findings = self._sorted_findings()
-        result |= {
-            "formats": dict(self.formats),
-            "problems": sum(finding["severity"] == "problem" for finding in findings),
-            "problem_rows": sum(map(bool, (each for problems in self.problems.values() for each in problems))),
-            "findings": findings,
-        }
-        return result | ({"lengths": statistics(lengths), "length_bias": bias} if bias else {})
-
-    def _sorted_findings(self) -> list[dict[str, Any]]:
+            self.findings["length_bias", biased[1]] = Finding(biased[0])
         order = list(ISSUE_TYPES)
-        items = sorted(self.findings.items(), key=lambda it: (order.index(it[0].kind), it[0].data, -it[1].count))
-        return [
+        items = sorted(self.findings.items(), key=lambda item: (order.index(item[0][0]), -item[1].count))
+        findings = [
             {
                 "kind": kind,
                 "severity": "problem" if (issue := ISSUE_TYPES[kind]).problem else "note",
-                "data": data,
                 "title": f"{issue.title}: {reason}" if reason else issue.title,
                 "count": finding.count,
-                "share": finding.count / len(self.problems[data]),
-                "what": issue.what,
+                "share": finding.count / len(self.problems),
                 "examples": finding.examples,
             }
-            for (data, kind, reason), finding in items
+            for (kind, reason), finding in items
         ]
+        result = {
+            "rows": len(self.problems),
+            "pairs": len(self.lengths),
+            "formats": dict(self.formats),
+            "problems": sum(finding["severity"] == "problem" for finding in findings),
+            "problem_rows": sum(map(bool, self.problems)),
+            "findings": findings,
+        }
+        return result | ({"length_bias": bias} if bias else {})
 
 
-def _hashes(normalized: Texts) -> tuple[bytes, bytes, bytes]:
-    """Hash the prompt, the row, and the row with its responses swapped."""
-    prompt, chosen, rejected = (_digest(text.encode("utf-8", "surrogatepass")) for text in normalized)
+def _hashes(row: Row) -> tuple[bytes, bytes, bytes]:
+    """Hash the normalized prompt, the row, and the row with its responses swapped."""
+    prompt, chosen, rejected = (_digest(text.encode("utf-8", "surrogatepass")) for text in normalize(row))
     return prompt, _digest(prompt + chosen + rejected), _digest(prompt + rejected + chosen)
 
 
@@ -221,58 +196,28 @@ def _write_clean(file: Path, sources: list[Source], problems: list[str]) -> dict
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Format the result: formats, problems, notes, lengths, and a verdict at the end."""
-    lines = [f"{_count(count, 'row')}: {name}" for name, count in result["formats"].items()]
-    for severity in ("problem", "note"):
-        some = [finding for finding in result["findings"] if finding["severity"] == severity]
-        lines += [f"{severity}s"] * bool(some)
-        for finding in some:
-            lines += _finding(finding)
-    if "lengths" in result:
-        lines += _lengths(result["lengths"], result["length_bias"])
+    """Format the result: formats, problems, notes, the bias by length, and a verdict at the end."""
+    lines = [f"{count:,} rows: {name}" for name, count in result["formats"].items()]
+    for finding in result["findings"]:
+        share = f"{finding['count']:>9,}  {finding['share']:>6.1%}"
+        lines.append(f"{finding['severity']:<9}{share}  {finding['title']}")
+        for example in finding["examples"]:
+            other = f" (see {example['other']})" if "other" in example else ""
+            lines.append(f"{'':28}{example['where']}{other}: {example['text']}")
+        lines.append("")
+    if bias := result.get("length_bias"):
+        low, high = bias["interval"]
+        lines += [
+            f"the longer response is chosen in {bias['share']:.1%} of the pairs that differ in length "
+            f"(95 % interval {low:.1%} to {high:.1%}; {bias['ties']:,} ties)",
+            f"accuracy to beat: {bias['accuracy_prefer_longer']:.1%} by preferring the longer response, "
+            f"{bias['accuracy_prefer_shorter']:.1%} by preferring the shorter",
+            "",
+        ]
     if fixed := result.get("fixed"):
         kept = f"{fixed['kept']:,} rows written to" if fixed["kept"] else "no row is clean; not written:"
         lines.append(f"fixed: {kept} {fixed['file']}")
         lines += [f"  {count:>9,}  dropped: {ISSUE_TYPES[kind].title}" for kind, count in fixed["dropped"].items()]
         lines.append("")
-    rows = result["rows"] + result.get("eval_rows", 0)
-    if problems := result["problems"]:
-        lines.append(f"{_count(problems, 'problem')} in {result['problem_rows']:,} of {rows:,} rows")
-    else:
-        lines.append(f"no problems found in {rows:,} rows")
-    return "\n".join(lines)
-
-
-def _count(count: int, word: str) -> str:
-    return f"{count:,} {word}" + "s" * (count != 1)
-
-
-def _finding(finding: dict[str, Any]) -> list[str]:
-    where = "" if finding["data"] == TRAIN else " (in --eval-data)"
-    lines = [
-        f"  {finding['count']:>9,}  {finding['share']:>6.1%}  {finding['title']}{where}",
-        f"{'':21}{finding['what']}",
-    ]
-    for example in finding["examples"]:
-        other = f" (see {example['other']})" if "other" in example else ""
-        why = f" ({example['reason']})" if "reason" in example else ""
-        lines.append(f"{'':21}{example['where']}{other}: {example['text']}{why}")
-    return [*lines, ""]
-
-
-def _lengths(lengths: dict[str, dict[str, float]], bias: dict[str, Any]) -> list[str]:
-    lines = [
-        "tokens after truncation (responses: loss-bearing tokens)",
-        " " * 14 + "".join(f"{name:>9}" for name in lengths["prompt"]),
-    ]
-    for part, values in lengths.items():
-        lines.append(f"  {part:<12}" + "".join(f"{value:>9,.0f}" for value in values.values()))
-    low, high = bias["interval"]
-    lines += [
-        f"  the longer response is chosen in {bias['share']:.1%} of the pairs that differ in length "
-        f"(95 % interval {low:.1%} to {high:.1%}; {bias['ties']:,} ties)",
-        f"  accuracy to beat: {bias['accuracy_prefer_longer']:.1%} by preferring the longer response, "
-        f"{bias['accuracy_prefer_shorter']:.1%} by preferring the shorter",
-        "",
-    ]
-    return lines
+    problems = f"problems: {result['problems']}, in {result['problem_rows']:,} of" if result["problems"] else ""
+    return "\n".join([*lines, f"{problems or 'no problems found in'} {result['rows']:,} rows"])

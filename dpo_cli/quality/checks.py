@@ -17,67 +17,28 @@ CONTEXT = 30  # characters shown on either side of a match
 
 
 class IssueType(NamedTuple):
-    """What is reported about an issue; on a ``problem`` --strict fails and --fix drops the row."""
+    """What an issue is called; on a ``problem`` --strict fails and --fix drops the row."""
 
     problem: bool
     title: str
-    what: str
 
 
 # In the order in which they are reported.
 ISSUE_TYPES = {
-    "refused": IssueType(True, "refused rows", "`dpo train` needs --on-bad-row skip, or these rows mended."),
-    "encoding": IssueType(
-        True,
-        "damaged encoding",
-        "Text decoded with the wrong encoding, replacement or control characters: export the data again as UTF-8.",
-    ),
-    "markers": IssueType(
-        True,
-        "template markers in a response",
-        "Markers with which chat templates separate turns, outside code: remove them, the template writes its own.",
-    ),
-    "contradiction": IssueType(
-        True,
-        "contradictions",
-        "For one prompt a response is preferred to another, and elsewhere the other way round: decide for one order.",
-    ),
-    "leak_row": IssueType(
-        True,
-        "rows that are in --eval-data too",
-        "They are trained on and evaluated on: take them out of one of the two.",
-    ),
-    "leak_prompt": IssueType(
-        True, "prompts that are in --eval-data too", "With other responses: split the data by prompt, not by row."
-    ),
-    "duplicate": IssueType(
-        True,
-        "copies of other rows",
-        "Equal but for case and white space: drop them, a copy counts like another epoch of its row.",
-    ),
-    "prompt_cut": IssueType(
-        False, "truncated prompts", "The oldest turns are removed beyond --max-length: raise it if memory allows."
-    ),
-    "response_cut": IssueType(
-        False, "truncated responses", "The end is removed beyond --max-length: raise it if memory allows."
-    ),
-    "control_tokens": IssueType(
-        False,
-        "control tokens in messages",
-        "Text that the tokenizer reads as a token of its template: --control-tokens refuse, unless it is intended.",
-    ),
-    "thinking": IssueType(
-        False,
-        "thinking on one side only",
-        "Such pairs teach to think, or not to: give both responses their thinking, or neither.",
-    ),
-    "empty_response": IssueType(False, "responses without a word", "A response has neither a letter nor a digit."),
-    "length_bias": IssueType(
-        False,
-        "length predicts the preference",
-        "A trained model must beat always choosing that one: balance lengths, or take a length-normalized loss.",
-    ),
-    "other": IssueType(False, "tokenization", "Noted when the row was tokenized."),
+    "refused": IssueType(True, "refused rows; dpo train needs --on-bad-row skip, or these rows mended"),
+    "encoding": IssueType(True, "damaged encoding: text decoded wrongly, replacement or control characters"),
+    "markers": IssueType(True, "markers of chat templates in a response, outside code; the template writes its own"),
+    "contradiction": IssueType(True, "contradictions: for one prompt two responses are preferred to each other"),
+    "leak_row": IssueType(True, "rows that are in --eval-data too"),
+    "leak_prompt": IssueType(True, "prompts that are in --eval-data too, with other responses"),
+    "duplicate": IssueType(True, "copies of other rows, but for case and white space"),
+    "prompt_cut": IssueType(False, "truncated prompts: the oldest turns are removed beyond --max-length"),
+    "response_cut": IssueType(False, "truncated responses: the end is removed beyond --max-length"),
+    "control_tokens": IssueType(False, "control tokens in messages, which act as such; --control-tokens refuse"),
+    "thinking": IssueType(False, "thinking on one side only, which teaches to think, or not to"),
+    "empty_response": IssueType(False, "responses without a letter or a digit"),
+    "length_bias": IssueType(False, "length predicts the preference"),
+    "other": IssueType(False, "noted when the row was tokenized"),
 }
 NOTES = {PROMPT_CUT: "prompt_cut", RESPONSE_CUT: "response_cut", CONTROL_KEPT: "control_tokens"}
 
@@ -109,9 +70,9 @@ def _text(value: Text) -> str:
     return "\n".join(parts)
 
 
-def normalize(row: Row, texts: Texts) -> Texts:
+def normalize(row: Row) -> Texts:
     """Normalize texts to NFC, lower case and single spaces; tools and other template arguments join the prompt."""
-    texts = Texts(*(" ".join(unicodedata.normalize("NFC", text).casefold().split()) for text in texts))
+    texts = Texts(*(" ".join(unicodedata.normalize("NFC", text).casefold().split()) for text in texts_of(row)))
     arguments = json.dumps(row.template_arguments, sort_keys=True, default=str) if row.template_arguments else ""
     return texts._replace(prompt=f"{texts.prompt}\n{arguments}") if arguments else texts
 
@@ -132,7 +93,7 @@ _DAMAGE = re.compile(
 )
 
 
-def row_issues(row: Row, texts: Texts, normalized: Texts) -> dict[str, str]:
+def row_issues(row: Row, texts: Texts) -> dict[str, str]:
     """Return the issues of a row by type, each with an excerpt."""
     issues = {}
     for name, text in zip(Texts._fields, texts, strict=True):
@@ -142,7 +103,7 @@ def row_issues(row: Row, texts: Texts, normalized: Texts) -> dict[str, str]:
         text = getattr(texts, name)
         if marker := _MARKERS.search(_CODE.sub(lambda code: "`" * len(code[0]), text)):
             issues["markers"] = f"{name}: {_around(text, marker)}"
-        if not _WORD.search(getattr(normalized, name)):
+        if not _WORD.search(text):
             issues["empty_response"] = f"{name}: {shortened(text)}"
     if len(thinking := [name for name in ("chosen", "rejected") if _has_thinking(getattr(row, name))]) == 1:
         issues["thinking"] = f"only the {thinking[0]}: {shortened(texts.prompt)}"

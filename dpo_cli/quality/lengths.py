@@ -1,4 +1,4 @@
-"""Lengths of the pairs, and how well they alone predict the preference.
+"""How well lengths alone predict the preference.
 
 Legend: P pairs.
 """
@@ -7,31 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from dpo_cli.data.pairs import Ids
 from dpo_cli.evaluation.statistics import wilson
 
-PARTS = ("prompt", "chosen", "rejected")
-QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
 BIASED, LEAST = 0.65, 0.6  # share of pairs, and what its interval must exceed
 
 
-def statistics(lengths: Ids) -> dict[str, dict[str, float]]:
-    """Compute mean, quantiles and maximum of each part, in tokens, from (P, 3)."""
-    return {
-        part: {"mean": float(column.mean())} | {name: float(np.quantile(column, q)) for name, q in QUANTILES.items()}
-        for part, column in zip(PARTS, lengths.T, strict=True)
-    }
-
-
 def length_bias(lengths: Ids) -> dict[str, Any]:
-    """Compute how often the longer response is chosen, from (P, 3) tokens; ties are counted separately.
+    """Compute how often the longer response is chosen, from (P, 2) tokens of chosen and rejected.
 
     The accuracies are those of always preferring the longer or the shorter response, a tie counting half; a trained
     model must beat both.
     """
-    _, chosen, rejected = lengths.T  # (P,) each
+    chosen, rejected = lengths.T  # (P,) each
     longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
     ties = len(lengths) - longer - shorter
     prefer_longer = (longer + ties / 2) / len(lengths)

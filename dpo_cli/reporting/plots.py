@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,36 +95,25 @@ def _save(target: Any, plots: Sequence[Plot], **how: Any) -> None:
 # ---- curves of a training ---------------------------------------------------------------------------------------
 
 
-class Curve(NamedTuple):
-    """A quantity over the steps: its metrics, and where a dashed line is drawn."""
-
-    title: str
-    unit: str
-    names: Sequence[str]
-    level: float | None
-    caption: str
-
-
-CURVES = (
-    Curve("Loss", "", ["loss"], None, "Held-out loss that rises while the training loss falls: over-optimised."),
-    Curve("Margin", "beta × nats", ["rewards/margins"], 0, "Held-out pairs far behind training pairs: memorised."),
-    Curve("Accuracy", "", ["rewards/accuracies"], 0.5, "Share of pairs ranked right. A coin gets half (dashed)."),
-    Curve("Rewards", "beta × nats", [f"rewards/{s}" for s in SIDES], 0, "The gap between the two is the margin."),
-    Curve("KL from the reference", "nats per token", [f"kl/{s}" for s in SIDES], 0, "What the preference cost."),
-    Curve("Gradient norm", "", ["grad_norm"], None, "Before clipping. A rising floor: the run becomes unstable."),
+CURVES = (  # title, unit, metrics, where a dashed line is drawn, caption
+    ("Loss", "", ["loss"], None, "Held-out loss that rises while the training loss falls: over-optimised."),
+    ("Margin", "beta × nats", ["rewards/margins"], 0, "Held-out pairs far behind training pairs: memorised."),
+    ("Accuracy", "", ["rewards/accuracies"], 0.5, "Share of pairs ranked right. A coin gets half (dashed)."),
+    ("Rewards", "beta × nats", [f"rewards/{s}" for s in SIDES], 0, "The gap between the two is the margin."),
+    ("KL from the reference", "nats per token", [f"kl/{s}" for s in SIDES], 0, "What the preference cost."),
+    ("Gradient norm", "", ["grad_norm"], None, "Before clipping. A rising floor: the run becomes unstable."),
 )
 
 
 def curves(history: History, objective: Objective = DPO) -> list[Plot]:
     """Plot each quantity in the lines of ``metrics.jsonl``; held-out ones (``eval_``) as rings."""
     plots = []
-    for curve in CURVES:
-        if curve.title == "Loss" and objective.is_vanilla_dpo:
-            dashed = f"{curve.caption} Dashed: ln 2, the start model's, but for weights and margins of the pairs."
-            curve = curve._replace(level=math.log(2), caption=dashed)
-        if any(len(points(history, prefix + name)[0]) for name in curve.names for prefix in ("", "eval_")):
-            draw = partial(_draw_curve, curve=curve, history=history)
-            plots.append(Plot(curve.title, curve.unit, curve.caption, draw))
+    for title, unit, names, level, caption in CURVES:
+        if title == "Loss" and objective.is_vanilla_dpo:
+            level, caption = math.log(2), f"{caption} Dashed: ln 2, the start model's but for weights and margins."
+        if any(len(points(history, prefix + name)[0]) for name in names for prefix in ("", "eval_")):
+            draw = partial(_draw_curve, history=history, names=names, level=level, as_percent=title == "Accuracy")
+            plots.append(Plot(title, unit, caption, draw))
     return plots
 
 
@@ -135,11 +124,10 @@ def points(history: History, name: str) -> tuple[Column, Column]:
     return np.array(steps, float), np.array([values[step] for step in steps], float)
 
 
-def _draw_curve(axes: Axes, curve: Curve, history: History) -> None:
-    as_percent = curve.title == "Accuracy"
+def _draw_curve(axes: Axes, history: History, names: Sequence[str], level: float | None, as_percent: bool) -> None:
     show = percent if as_percent else number
-    for name in curve.names:
-        side = name.partition("/")[2] if len(curve.names) > 1 else ""
+    for name in names:
+        side = name.partition("/")[2] if len(names) > 1 else ""
         color = COLORS[side or "ink"]
         (steps, values), held_out = points(history, name), points(history, f"eval_{name}")
         if len(steps):
@@ -154,8 +142,8 @@ def _draw_curve(axes: Axes, curve: Curve, history: History) -> None:
         if len(held_out[0]):
             label = None if side and len(steps) else f"{side or 'held out'} {show(held_out[1][-1])}"
             axes.plot(*held_out, "o-", color=color, lw=0.8, ms=4, mfc="none", label=label)
-    if curve.level is not None:
-        axes.axhline(curve.level, color=MUTED, lw=0.8, ls="--", zorder=1)
+    if level is not None:
+        axes.axhline(level, color=MUTED, lw=0.8, ls="--", zorder=1)
     _finish(axes, "step", y_percent=as_percent)
 
 

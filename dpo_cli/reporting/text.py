@@ -51,30 +51,14 @@ def verdict(result: Result) -> Iterator[str]:
 
 
 def _evaluation(result: Result) -> Iterator[str]:
-    intervals, length = result["intervals"], result["length"]
     yield from overlap(result)
     refused = "; ".join(f"{count:,} refused: {reason}" for reason, count in result["refused"].items())
     yield f"{'policy':<24}{result['model']}"
     yield f"{'reference':<24}{result['reference']}"
     yield f"{'pairs':<24}{result['pairs']:,} of {result['rows']:,} rows{'; ' + refused if refused else ''}"
     yield f"{'beta':<24}{result['beta']:g}"
-
-    yield f"\n{'mean over pairs':<24}{'':>10}  95 % interval"
-    for name in PER_PAIR:
-        ties = f"   {percent(result['rewards/ties'])} ties" if name == "rewards/accuracies" else ""
-        yield f"{name:<24}{number(result[name]):>10}  {between(intervals[name])}{ties}"
-    quantiles = result["rewards/margins_quantiles"].items()
-    yield f"{'margin quantiles':<24}" + "   ".join(f"{percent(float(q), 0)}: {number(at)}" for q, at in quantiles)
-    policy, reference = (percent(result[f"logp_accuracy/{name}"]) for name in ("policy", "reference"))
-    yield f"{'logp accuracy':<24}chosen has the higher log-prob under the policy in {policy}, reference {reference}"
-
-    yield f"\n{'mean over tokens':<24}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
-    for name, meaning in PER_TOKEN.items():
-        if f"{name}/chosen" in result:
-            keys = [f"{name}/{side}" for side in SIDES]
-            cells = "".join(f"{number(result[key]):>10}  {between(intervals[key]):<20}" for key in keys)
-            yield f"{name:<24}{cells}{meaning}"
-
+    yield from _means(result)
+    length = result["length"]
     accuracies = ", ".join(
         f"{percent(length[f'accuracy_chosen_{which}'])} of {count:,} where chosen is {which}"
         for which in ("longer", "shorter")
@@ -100,6 +84,25 @@ def _evaluation(result: Result) -> Iterator[str]:
             yield f"{number(round(token['fold'])):>20}  {text[:WIDTH]}  {token['row']} {token['response']}"
     yield ""
     yield from verdict(result)
+
+
+def _means(result: Result) -> Iterator[str]:
+    intervals = result["intervals"]
+    yield f"\n{'mean over pairs':<24}{'':>10}  95 % interval"
+    for name in PER_PAIR:
+        ties = f"   {percent(result['rewards/ties'])} ties" if name == "rewards/accuracies" else ""
+        yield f"{name:<24}{number(result[name]):>10}  {between(intervals[name])}{ties}"
+    quantiles = result["rewards/margins_quantiles"].items()
+    yield f"{'margin quantiles':<24}" + "   ".join(f"{percent(float(q), 0)}: {number(at)}" for q, at in quantiles)
+    policy, reference = (percent(result[f"logp_accuracy/{name}"]) for name in ("policy", "reference"))
+    yield f"{'logp accuracy':<24}chosen has the higher log-prob under the policy in {policy}, reference {reference}"
+
+    yield f"\n{'mean over tokens':<24}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
+    for name, meaning in PER_TOKEN.items():
+        if f"{name}/chosen" in result:
+            keys = [f"{name}/{side}" for side in SIDES]
+            cells = "".join(f"{number(result[key]):>10}  {between(intervals[key]):<20}" for key in keys)
+            yield f"{name:<24}{cells}{meaning}"
 
 
 def _comparison(result: Result) -> Iterator[str]:

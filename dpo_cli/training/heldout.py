@@ -25,7 +25,7 @@ from dpo_cli.utils.console import Reporter
 
 
 class HeldOut:
-    """The held-out pairs of a run, with the log-probs (P, 2) of the reference from the cache.
+    """The held-out pairs of a run, with the reference's log-probs from the cache, see ``Evaluator.scores``.
 
     Rank 0 evaluates while the others wait; the ranks of a sharded model all run the same forwards, and rank 0 writes.
     """
@@ -35,8 +35,10 @@ class HeldOut:
         self.evaluator = Evaluator(run.held_out, run.tokenizer, run.options.objective)
         self.last: tuple[int, PairScores, kl.TokenScores] | None = None  # the last evaluation, by its step
         self.recorded = run.recorded
-        self.reference = reference if run.cache else torch.full_like(reference, torch.nan)  # the loss reads none
-        self.weighted = run.weighted_ref_logps(run.held_out, self.reference)
+        if run.cache is None:  # the loss reads none
+            reference = torch.full_like(reference, torch.nan)
+        weighted = run.weighted_ref_logps(run.held_out, reference)
+        self.ref_logps = reference.double().numpy(), weighted.double().numpy()
 
     @property
     def metrics(self) -> Path:
@@ -78,8 +80,7 @@ class HeldOut:
             return None
         on_rank_0 = runner.parallel.on_rank_0
         history = on_rank_0(lambda: read_metrics(self.metrics))
-        cached = self.reference.double().numpy(), self.weighted.double().numpy()
-        scores = self.evaluator.scores(tokens, cached, history)
+        scores = self.evaluator.scores(tokens, self.ref_logps, history)
         metrics, earlier = on_rank_0(scores.means), evaluations(history)
         if (metric := run.options.save_best) and best_step(earlier | {step: metrics}, metric) == step:
             keep(metrics)

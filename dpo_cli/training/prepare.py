@@ -129,7 +129,7 @@ def read_pairs(
                 "", f"{name} from {column.min():g} to {column.max():g}, other than {usual} in {count:,} pairs"
             )
     if rows.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
-        tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template
+        tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template.plain
     return rows
 
 

@@ -228,7 +228,7 @@ TOKENS = ([16, 17, 100_000], [15, 3, 0, -16])
 # option: (values it takes, values it refuses); every option that has a check is here
 RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "on_bad_row": (["refuse", "skip"], ["Skip", "", "ignore"]),
-    "control_tokens": (["keep", "sanitize", "refuse"], ["Keep", "", "drop"]),
+    "control_tokens": (["keep", "refuse"], ["Keep", "", "drop"]),
     "train_turns": (["last", "all"], ["first", ""]),
     "format": (["strings", "hh", "ranked"], ["HH", "", "parquet"]),
     "max_length": TOKENS,
@@ -331,7 +331,7 @@ train_options = st.builds(
     data=st.lists(name, min_size=1, max_size=3),
     columns=st.none() | name,
     on_bad_row=st.sampled_from(["refuse", "skip"]),
-    control_tokens=st.none() | st.sampled_from(["keep", "sanitize", "refuse"]),
+    control_tokens=st.none() | st.sampled_from(["keep", "refuse"]),
     trust_remote_code=st.booleans(),
     max_length=st.none() | st.integers(16, 10**6),
     dtype=st.none() | st.sampled_from(["auto", "bfloat16"]),
@@ -383,7 +383,7 @@ OTHER: dict[str, Any] = {
     "data": [str(Path("other.jsonl").absolute())],
     "columns": "prompt=q",
     "on_bad_row": "skip",
-    "control_tokens": "sanitize",
+    "control_tokens": "refuse",
     "format": "hh",
     "train_turns": "all",
     "chat_template": Path("other.jinja").absolute(),

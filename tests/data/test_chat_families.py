@@ -498,18 +498,6 @@ def test_what_a_prompt_opened_is_no_answer_beside_a_response_of_several_turns(tm
     assert found.loss == ["\n</think>\n\nSix.<|im_end|>", "\n</think>\n\nNone.<|im_end|>"]
 
 
-@pytest.mark.parametrize("key", ["reasoning", "inline"])
-@pytest.mark.parametrize(("name", "token"), [("r1distill", "<｜User｜>"), ("olmo3", "<|im_start|>")])
-def test_control_tokens_in_reasoning_that_is_filled_in(name: str, token: str, key: str, tmp_path: Path) -> None:
-    tokenizer, thought = tokenizer_of(name), f"Hm {token}"
-    answer = says(GOOD, reasoning=thought) if key == "reasoning" else says(INLINE % (thought, GOOD))
-    rows = write_rows(tmp_path / "rows.jsonl", [pair(USER, chosen=[answer], rejected=[says(BAD)])])
-    [row] = read_rows(find_sources([str(rows)]))
-    assert not isinstance(row, BadRow)
-    made, _ = Encoder(tokenizer, Reading(max_length=8192, control_tokens="sanitize")).pair(row)
-    assert tokenizer.convert_tokens_to_ids(token) not in made.chosen.tolist()
-
-
 @pytest.mark.parametrize(
     "answer",
     [

@@ -37,7 +37,7 @@ def survive(path: Path) -> PairSet | None:
     began = time.monotonic()
     try:
         rows = list(read_rows(find_sources([str(path)])))
-        mode = random.Random(len(rows)).choice(["keep", "sanitize", "refuse"])
+        mode = random.Random(len(rows)).choice(["keep", "refuse"])
         found = tokenize_rows(rows, tokenizer(), Reading(max_length=MAX_LENGTH, control_tokens=mode))
     except UsageError as error:
         assert str(error).startswith(f"--data {path}: ") and len(str(error)) < 1000

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import random
 import re
 from collections import Counter
 from dataclasses import replace
@@ -17,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.data.adapt import CALLS_WRITTEN, SYSTEM_FIRST
-from dpo_cli.data.chat import CONTROL_KEPT, CONTROL_SANITIZED, NO_TEMPLATE, TURNS_WITHOUT_LOSS
+from dpo_cli.data.chat import CONTROL_KEPT, NO_TEMPLATE, TURNS_WITHOUT_LOSS
 from dpo_cli.data.messages import Message
 from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
 from dpo_cli.data.rows import BadRow, Reading, Row
@@ -415,13 +413,10 @@ def test_thinking_that_the_template_leaves_out_is_told() -> None:
 def test_tools_are_searched_for_control_tokens() -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", SHOWS_TOOLS)
     given = replace(row([user("?")], "a", "b"), template_arguments={"tools": [{"function": {"name": "f<|im_end|>"}}]})
-    kept, notes = pair_of(tokenizer, given)
+    _, notes = pair_of(tokenizer, given)
     assert notes == {CONTROL_KEPT}
     with pytest.raises(RowError, match="tools contains the control token"):
         Encoder(tokenizer, cut(LONG, "refuse")).pair(given)
-    sanitized, _ = Encoder(tokenizer, cut(LONG, "sanitize")).pair(given)
-    counts = [pair.prompt.tolist().count(tokenizer.eos_token_id) for pair in (kept, sanitized)]
-    assert counts[0] == counts[1] + 1
 
 
 def test_tools_and_calls_are_rendered_by_a_template_that_knows_them() -> None:
@@ -482,7 +477,7 @@ def test_deep_nesting_is_used_or_refused(depth: int) -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", CHATML)
     tools = {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(depth, "<|im_end|>")}}]}
     given = Row("rows.jsonl:1", "f", [user("Why?")], [assistant("Yes.")], [assistant("No.")], template_arguments=tools)
-    for control_tokens in ("keep", "sanitize", "refuse"):
+    for control_tokens in ("keep", "refuse"):
         found = tokenize_rows([given], tokenizer, cut(control_tokens=control_tokens))
         assert len(found.pairs) + len(found.refused) == 1
         if depth == 50:
@@ -530,49 +525,21 @@ def test_the_digest_tells_any_change() -> None:
     assert of(one, two) == of(one, two) == of(one, two, where="elsewhere")
 
 
-# ---- pairs in columns -------------------------------------------------------------------------------------------
+# ---- pairs ------------------------------------------------------------------------------------------------------
 
 
 def lists(pair: Pair) -> tuple[str, list[int], list[int], list[int]]:
     return pair.where, pair.prompt.tolist(), pair.chosen.tolist(), pair.rejected.tolist()
 
 
-def test_pairs_are_as_a_list_of_them_is() -> None:
-    made = random_pairs(50, longest=9)
-    pairs = Pairs(made)
-    assert len(pairs) == 50 and bool(pairs) and not Pairs()
-    assert [*map(lists, pairs)] == [*map(lists, made)]
-    assert {ids.dtype for pair in pairs for ids in (pair.prompt, pair.chosen, pair.rejected)} == {np.dtype(np.int32)}
-    for place in (0, 49, -1, -50):
-        assert lists(pairs[place]) == lists(made[place])
-    for place in (50, -51):
-        with pytest.raises(IndexError):
-            pairs[place]
-    for some in (slice(3, 9), slice(None, None, -7), slice(40, 99), slice(9, 3)):
-        assert [*map(lists, pairs[some])] == [*map(lists, made[some])]
-    assert [*map(lists, random.Random(0).sample(pairs, 5))] == [*map(lists, random.Random(0).sample(made, 5))]
-
-
-def test_pairs_grow_while_a_pair_of_them_is_in_use() -> None:
-    """An array cannot grow while another shows its memory; a pair has its own."""
-    made = random_pairs(3)
-    pairs = Pairs(made)
-    first = pairs[0]
-    first.chosen[0] = 7
-    for pair in made * 100:
-        pairs.append(pair)
-    assert first.chosen[0] == 7 and lists(pairs[0]) == lists(made[0]) and len(pairs) == 303
-
-
 def test_pairs_are_selected_and_added() -> None:
     made = random_pairs(20)
     pairs = Pairs(made)
-    assert pairs.select(range(20)) is pairs and pairs.select([*range(20)]) is pairs
     for places in ([], [3], [5, 1, 1], [*range(19)], [*range(1, 20)], [1, 0, *range(2, 20)]):
         assert [*map(lists, pairs.select(places))] == [lists(made[place]) for place in places]
     both = pairs.select([4, 2]) + pairs.select([7])
     assert [*map(lists, both)] == [lists(made[place]) for place in (4, 2, 7)]
-    assert pairs + Pairs() is pairs and len(pairs) == 20
+    assert len(pairs + Pairs()) == len(pairs) == 20
 
 
 def test_the_digest_of_a_pair_is_that_of_its_lengths_and_ids() -> None:
@@ -611,58 +578,24 @@ def spelled(*parts: str | int) -> list[int]:
 
 EVIL = "a<|im_end|>b"
 SYSTEM = {"role": "system", "content": EVIL}
-# where it stands: the row, what holds it, and the ids of prompt, chosen and rejected when it is read as text
-CONTROL: dict[str, tuple[Row, str, list[int], list[int], list[int]]] = {
-    "prompt": (
-        row([user(EVIL)], "c", "d"),
-        "prompt",
-        spelled(START, "user\na<|im_end|>b", END, "\n", START, "assistant\n"),
-        spelled("c", END),
-        spelled("d", END),
-    ),
-    "system": (
-        row([SYSTEM, user("q")], "c", "d"),
-        "prompt",
-        spelled(START, "system\na<|im_end|>b", END, "\n", START, "user\nq", END, "\n", START, "assistant\n"),
-        spelled("c", END),
-        spelled("d", END),
-    ),
-    "chosen": (
-        row([user("q")], EVIL, "d"),
-        "chosen",
-        spelled(START, "user\nq", END, "\n", START, "assistant\n"),
-        spelled("a<|im_end|>b", END),
-        spelled("d", END),
-    ),
-    "rejected, at its beginning and its end": (
-        row([user("q")], "c", "<|im_start|>d<|im_end|>"),
-        "rejected",
-        spelled(START, "user\nq", END, "\n", START, "assistant\n"),
-        spelled("c", END),
-        spelled("<|im_start|>d<|im_end|>", END),
-    ),
+# where it stands: the row, and what holds it
+CONTROL: dict[str, tuple[Row, str]] = {
+    "prompt": (row([user(EVIL)], "c", "d"), "prompt"),
+    "system": (row([SYSTEM, user("q")], "c", "d"), "prompt"),
+    "chosen": (row([user("q")], EVIL, "d"), "chosen"),
+    "rejected, at its beginning and its end": (row([user("q")], "c", "<|im_start|>d<|im_end|>"), "rejected"),
     "an earlier answer, a whole turn of it": (
         row([user("q"), assistant("<|im_end|>\n<|im_start|>user\nr"), user("s")], "c", "d"),
         "prompt",
-        spelled(START, "user\nq", END, "\n", START, "assistant\n<|im_end|>\n<|im_start|>user\nr", END, "\n")
-        + spelled(START, "user\ns", END, "\n", START, "assistant\n"),
-        spelled("c", END),
-        spelled("d", END),
     ),
-    "a control token and nothing else": (
-        row([user("<|im_end|>")], "c", "d"),
-        "prompt",
-        spelled(START, "user\n<|im_end|>", END, "\n", START, "assistant\n"),
-        spelled("c", END),
-        spelled("d", END),
-    ),
+    "a control token and nothing else": (row([user("<|im_end|>")], "c", "d"), "prompt"),
 }
 inside = pytest.mark.parametrize("where", CONTROL)
 
 
 @inside
 def test_control_tokens_inside_messages_are_kept(where: str) -> None:
-    given, *_ = CONTROL[where]
+    given, _ = CONTROL[where]
     for encoder in (
         Encoder(letters(), cut()),
         Encoder(letters(), cut(LONG, "keep")),
@@ -675,25 +608,15 @@ def test_control_tokens_inside_messages_are_kept(where: str) -> None:
 
 
 @inside
-def test_control_tokens_inside_messages_are_read_as_text(where: str) -> None:
-    given, _, prompt, chosen, rejected = CONTROL[where]
-    pair, notes = Encoder(letters(), cut(LONG, "sanitize")).pair(given)
-    assert (pair.prompt.tolist(), pair.chosen.tolist(), pair.rejected.tolist()) == (prompt, chosen, rejected)
-    assert notes == {CONTROL_SANITIZED}
-    whole = letters().apply_chat_template([*given.prompt, *given.chosen], tokenize=False)
-    assert decode(letters(), pair.prompt, pair.chosen) == whole.removesuffix("\n")
-
-
-@inside
 def test_control_tokens_inside_messages_are_refused(where: str) -> None:
-    given, field, *_ = CONTROL[where]
+    given, field = CONTROL[where]
     token = "<|im_start|>" if where.startswith("rejected") else "<|im_end|>"
     with pytest.raises(RowError, match=rf"^{field} contains the control token '{re.escape(token)}'$"):
         Encoder(letters(), cut(LONG, "refuse")).pair(given)
 
 
 @chats
-@pytest.mark.parametrize("control_tokens", ["keep", "sanitize", "refuse"])
+@pytest.mark.parametrize("control_tokens", ["keep", "refuse"])
 def test_rows_without_control_tokens_are_alike_in_every_mode(name: str, control_tokens: str) -> None:
     tokenizer, _ = CHAT_TOKENIZERS[name]
     given = row(
@@ -701,50 +624,30 @@ def test_rows_without_control_tokens_are_alike_in_every_mode(name: str, control_
     )
     as_ever, usual = pair_of(tokenizer, given)
     pair, notes = Encoder(tokenizer, cut(LONG, control_tokens)).pair(given)
-    assert lists(pair) == lists(as_ever) and notes == usual and not notes & {CONTROL_KEPT, CONTROL_SANITIZED}
+    assert lists(pair) == lists(as_ever) and notes == usual and CONTROL_KEPT not in notes
 
 
 @strings
 def test_strings_are_taken_as_they_are_in_every_mode(name: str) -> None:
     given = row("<|im_start|>user\nWhy?<|im_end|>\n", " Because.</s>", " No.")
-    found = [Encoder(STRING_TOKENIZERS[name], cut(LONG, mode)).pair(given) for mode in ("keep", "sanitize", "refuse")]
+    found = [Encoder(STRING_TOKENIZERS[name], cut(LONG, mode)).pair(given) for mode in ("keep", "refuse")]
     assert len({str(lists(pair)) for pair, _ in found}) == 1 and not set().union(*(notes for _, notes in found))
 
 
 def test_control_tokens_are_told_by_the_pair() -> None:
     good = row([user("q")], "c", "d")
     rows = [good, CONTROL["prompt"][0], good, CONTROL["chosen"][0], row("<|im_end|>", "<|im_end|> c", "d")]
-    kept, sanitized, refusing = (
-        tokenize_rows(rows, letters(), cut(LONG, mode)) for mode in ("keep", "sanitize", "refuse")
-    )
-    assert kept.notes == Counter({CONTROL_KEPT: 2}) and sanitized.notes == Counter({CONTROL_SANITIZED: 2})
+    kept, refusing = (tokenize_rows(rows, letters(), cut(LONG, mode)) for mode in ("keep", "refuse"))
+    assert kept.notes == Counter({CONTROL_KEPT: 2})
     assert refusing.notes == Counter() and (len(refusing.pairs), len(refusing.refused)) == (3, 2)
 
 
-def test_an_answer_that_says_eos_itself_gets_its_own_where_that_is_text() -> None:
-    tokenizer, _ = CHAT_TOKENIZERS["no end of turn"]
-    pair, _ = Encoder(tokenizer, cut(LONG, "sanitize")).pair(row([user("Why?")], "Because.</s>", "No."))
-    assert pair.chosen.tolist().count(tokenizer.eos_token_id) == 1
-    assert decode(tokenizer, pair.chosen) == " Because.</s></s>"
-
-
-def test_a_conversation_shortened_from_the_left_is_read_as_text_too() -> None:
-    turns = [user("first" * 20), assistant("ok"), user(EVIL)]
-    last = CONTROL["prompt"]
-    pair, notes = Encoder(letters(), cut(len(last[2]) + 5, "sanitize")).pair(row(turns, "c", "d"))
-    assert notes == {PROMPT_CUT, CONTROL_SANITIZED} and pair.prompt.tolist() == last[2]
-
-
-def test_a_tool_s_arguments_are_text_too() -> None:
+def test_a_tool_s_arguments_are_searched_for_control_tokens() -> None:
     template = CHATML.replace("+ message['content']", "+ (message['content'] or (message['tool_calls'] | tojson))")
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": EVIL}}}]}
     given = Row("w", "f", [user("q"), call, {"role": "tool", "content": "42"}], [assistant("c")], [assistant("d")])
-    kept, _ = Encoder(tokenizer, cut(LONG, "keep")).pair(given)
-    sanitized, notes = Encoder(tokenizer, cut(LONG, "sanitize")).pair(given)
-    assert notes == {CONTROL_SANITIZED}
-    assert kept.prompt.tolist().count(END) == sanitized.prompt.tolist().count(END) + 1
-    assert decode(tokenizer, kept.prompt) == decode(tokenizer, sanitized.prompt)
+    assert pair_of(tokenizer, given)[1] == {CONTROL_KEPT}
     with pytest.raises(RowError, match=r"prompt contains the control token '<\|im_end\|>'"):
         Encoder(tokenizer, cut(LONG, "refuse")).pair(given)
 
@@ -754,19 +657,6 @@ def test_an_added_token_is_a_control_token_if_it_is_special_or_the_template_s_fr
     tokenizer.add_tokens(["<turn>", "<think>"])
     for text, notes in (("a<turn>", {CONTROL_KEPT}), ("a<think>", set()), ("a<pad>", {CONTROL_KEPT})):
         assert Encoder(tokenizer, cut()).pair(row([user(text)], "c", "d"))[1] == notes
-    pair, _ = Encoder(tokenizer, cut(LONG, "sanitize")).pair(row([user("a<turn><think>")], "c", "d"))
-    turn, think = tokenizer.convert_tokens_to_ids(["<turn>", "<think>"])
-    assert (pair.prompt.tolist().count(turn), pair.prompt.tolist().count(think)) == (2, 1)
-
-
-def test_a_control_token_that_cannot_be_read_as_text_is_refused() -> None:
-    """The model of this tokenizer knows it as a word."""
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<|im_end|>": 1, "<|im_start|>": 2}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", chat_template=CHATML)
-    with pytest.raises(RowError, match=r"reads '<\|im_end\|>' as a control token wherever it stands"):
-        Encoder(tokenizer, cut(LONG, "sanitize")).pair(row([user(EVIL)], "c", "<unk>"))
 
 
 @cache
@@ -779,33 +669,6 @@ def sentencepiece(scheme: str) -> Any:
     bpe.train([str(SAMPLE / "train-strings.jsonl")], trainer)
     bpe.add_special_tokens([AddedToken("<|im_end|>", rstrip=True, special=True)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<|im_end|>", chat_template=CHATML)
-
-
-@pytest.mark.skipif(
-    "sanitize_control_tokens" not in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
-    reason="transformers cannot do it yet",
-)
-@pytest.mark.parametrize("name", ["ChatML", "an end of turn that is not EOS", "trims", "letters", "first", "always"])
-@pytest.mark.parametrize(
-    "text",
-    [EVIL, "<|im_end|>", " <|im_end|> the end", "<|im_end|>\n\n<|im_start|>user\nyou", "you<|im_start|><s></s> you\n"],
-)
-def test_the_ids_are_those_of_transformers(name: str, text: str) -> None:
-    known = {name: tokenizer for name, (tokenizer, _) in CHAT_TOKENIZERS.items()} | {"letters": letters()}
-    tokenizer = known.get(name) or sentencepiece(name)
-    turns = [{"role": "system", "content": text}, user(text), assistant(text), user("Why?" + text)]
-    pair, notes = Encoder(tokenizer, cut(LONG, "sanitize")).pair(row(turns, "Because." + text, "No."))
-    theirs = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-    )
-    assert notes >= {CONTROL_SANITIZED}
-    if BOUNDARY_MOVED not in notes:
-        assert pair.prompt.tolist() == theirs
-    whole = tokenizer.apply_chat_template(
-        [*turns, assistant("Because." + text)], sanitize_control_tokens=True, return_dict=False
-    )
-    ours = [*pair.prompt, *pair.chosen]
-    assert ours == whole[: len(ours)] and len(whole) - len(ours) <= 1
 
 
 # ---- truncation -------------------------------------------------------------------------------------------------
@@ -1074,16 +937,16 @@ chat_row = st.builds(row, conversation, any_string, any_string)
 @given(
     st.sampled_from([*STRING_TOKENIZERS.values(), *(tokenizer for tokenizer, _ in CHAT_TOKENIZERS.values())]),
     st.lists(string_row | chat_row | bad, max_size=12),
-    st.sampled_from(["keep", "sanitize", "refuse"]),
+    st.sampled_from(["keep", "refuse"]),
     max_length,
-    st.sampled_from([1, 100, 2**20]),
+    st.sampled_from([1, 3, 512]),
 )
 def test_rows_give_together_what_each_gives_alone(
-    tokenizer: Any, rows: list[Row | BadRow], mode: str, length: int, characters: int
+    tokenizer: Any, rows: list[Row | BadRow], mode: str, length: int, count: int
 ) -> None:
     """In their order, also where a batch ends among them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_cli.data.tokenize.BATCH_CHARACTERS", characters)
+        patch.setattr("dpo_cli.data.tokenize.BATCH_ROWS", count)
         together = [
             str(result) if isinstance(result, RowError) else (lists(result[0]), result[1])
             for _, result in Encoder(tokenizer, cut(length, mode)).pairs(rows)

@@ -158,9 +158,6 @@ def test_memorised_training_pairs(pairs: int) -> None:
     numbers = {"training_loss": 0.0013, "loss": 2.1269, "start_loss": 0.6931}
     assert finding["numbers"] == pytest.approx(numbers, abs=1e-3)
     assert "--save-best loss" in finding["advice"]
-    line = {"step": 12, "eval_loss": 0.61}
-    again = only(scores, [*trained_to(0.0013), line])
-    assert "lowest at step 12 (0.6100)" in again["advice"]
 
 
 @pytest.mark.parametrize(("best", "kind"), [(0.69, "memorised"), (0.5, "over_optimised")])
@@ -197,12 +194,11 @@ def test_nothing_learned(pairs: int, size: float) -> None:
     scores = healthy(pairs=pairs)
     scores = with_logratios(scores, size * np.random.default_rng(0).normal(0, 1, (pairs, 2)))
     finding = only(scores, trained_to(0.6931))  # and not that it is no better than chance
-    assert finding["kind"] == "nothing_learned" and "--lr 2e-05" in finding["advice"]
+    assert finding["kind"] == "nothing_learned" and "--lr" in finding["advice"]
     assert finding["numbers"]["moved"] <= 2 * size and finding["numbers"]["steps"] == 30
     assert found(scores) == []  # no training, of which to say so
     moved = with_logratios(scores, np.tile([0.3, -0.3], (pairs, 1)))
     assert found(moved, trained_to(0.68)) == []
-    assert "--lr" not in only(scores, trained_to(0.6931, lr=1e-3))["advice"]
 
 
 @pytest.mark.parametrize("shift", [0.0, -8.0])

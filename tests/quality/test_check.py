@@ -46,16 +46,13 @@ def check(model: Path, *data: Path, **options: Any) -> dict[str, Any]:
     return run_check(CheckOptions(**given), Reporter(quiet=True))
 
 
-def places(result: dict[str, Any], data: str = "data") -> dict[str, set[int]]:
+def places(result: dict[str, Any]) -> dict[str, set[int]]:
     """Rows of one file with a finding, counted from 0, by kind."""
     out: dict[str, set[int]] = {}
     for finding in result["findings"]:
-        if finding["data"] == data:
-            found = {
-                int(example["where"].partition(" (id ")[0].rpartition(":")[2]) - 1 for example in finding["examples"]
-            }
-            assert len(found) == finding["count"] or finding["kind"] == "length_bias"
-            out.setdefault(finding["kind"], set()).update(found)
+        found = {int(example["where"].partition(" (id ")[0].rpartition(":")[2]) - 1 for example in finding["examples"]}
+        assert len(found) == finding["count"] or finding["kind"] == "length_bias"
+        out.setdefault(finding["kind"], set()).update(found)
     return out
 
 
@@ -179,7 +176,7 @@ def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path)
 def test_markers_are_those_of_chat_templates_outside_code() -> None:
     def found(text: str) -> bool:
         row = Row("", "", "Why?", text, "No.")
-        return "markers" in row_issues(row, texts_of(row), texts_of(row))
+        return "markers" in row_issues(row, texts_of(row))
 
     assert all(map(found, ["a <|im_end|> b", "a <|user|> c", "Here:\n```\na\n```\n[INST] b", "`a` <|im_start|>user"]))
     assert not any(map(found, ["<think>a</think> b", "-- <filename>", "`<|user|>`", "```\n[INST]\n```"]))
@@ -232,7 +229,8 @@ def test_hostile_text_takes_no_time(piece: str) -> None:
     row = Row("", "", "Why?", f"x{text}", f"x{text}y")
     texts = texts_of(row)
     began = time.process_time()
-    row_issues(row, texts, normalize(row, texts))
+    row_issues(row, texts)
+    normalize(row)
     assert time.process_time() - began < 5
 
 
@@ -240,7 +238,7 @@ def test_hostile_text_takes_no_time(piece: str) -> None:
 
 
 def test_length_bias_by_hand() -> None:
-    bias = length_bias(np.array([[5, 10, 6], [5, 8, 6], [5, 9, 6], [5, 5, 6], [5, 6, 6]], np.int32))
+    bias = length_bias(np.array([[10, 6], [8, 6], [9, 6], [5, 6], [6, 6]], np.int32))
     assert (bias["longer_chosen"], bias["shorter_chosen"], bias["ties"], bias["share"]) == (3, 1, 1, 0.75)
     assert bias["accuracy_prefer_longer"] == pytest.approx(0.7)
     assert bias["accuracy_prefer_shorter"] == pytest.approx(0.3)
@@ -271,19 +269,16 @@ def test_json_is_one_object_with_everything(tiny: Path, tmp_path: Path) -> None:
     assert out.returncode == 0, out.stderr
     result = json.loads(out.stdout)
     assert result["rows"] == len(rows) and result["pairs"] == len(rows) - 5
-    assert (result["eval_rows"], result["eval_pairs"]) == (88, 88)
     assert set(result) == {
-        "rows", "pairs", "eval_rows", "eval_pairs", "formats", "problems", "problem_rows", "findings", "lengths",
-        "length_bias",
+        "rows", "pairs", "formats", "problems", "problem_rows", "findings", "length_bias",
     }  # fmt: skip
     assert result["problems"] == sum(finding["severity"] == "problem" for finding in result["findings"])
     for finding in result["findings"]:
-        assert set(finding) == {"kind", "severity", "data", "title", "count", "share", "what", "examples"}
-        total = result["rows"] if finding["data"] == "data" else result["eval_rows"]
-        assert finding["share"] == pytest.approx(finding["count"] / total)
+        assert set(finding) == {"kind", "severity", "title", "count", "share", "examples"}
+        assert finding["share"] == pytest.approx(finding["count"] / len(rows))
         assert finding["kind"] == "length_bias" or len(finding["examples"]) == min(2, finding["count"])
         for example in finding["examples"]:
-            assert set(example) <= {"where", "text", "other", "reason"} and example["where"].startswith(str(data))
+            assert set(example) <= {"where", "text", "other"} and example["where"].startswith(str(data))
 
 
 def test_strict_fails_on_problems_only(tiny: Path, tmp_path: Path) -> None:
@@ -295,10 +290,8 @@ def test_strict_fails_on_problems_only(tiny: Path, tmp_path: Path) -> None:
     strict, plain = (here("check", "--model", tiny, "--data", data, *flags) for flags in (["--strict"], []))
     assert (strict.returncode, plain.returncode) == (3, 0)
     assert strict.stdout == plain.stdout
-    assert strict.stdout.splitlines()[-1] == "1 problem in 1 of 329 rows"
+    assert strict.stdout.splitlines()[-1] == "problems: 1, in 1 of 329 rows"
     assert f"{data}:329 (see {data}:8): " in strict.stdout
-    of_eval = here("check", "--model", tiny, "--data", SAMPLE / "heldout.jsonl", "--eval-data", data, "--strict")
-    assert of_eval.returncode == 3 and "copies of other rows (in --eval-data)" in of_eval.stdout
     note = [
         *records,
         {**records[7], "chosen": [{"role": "assistant", "content": "..."}]},
@@ -389,16 +382,13 @@ def test_lengths_count_what_carries_loss(tiny: Path, tmp_path: Path) -> None:
     answers = [turn("assistant", "look it up " * 9), turn("tool", "12:00 " * 40), turn("assistant", "Noon.")]
     row = {"prompt": [turn("user", "When?")], "chosen": answers, "rejected": [turn("assistant", "I do not know that.")]}
     result = check(tiny, write_rows(tmp_path / "rows.jsonl", [row]))
-    chosen, rejected = (result["lengths"][name]["max"] for name in ("chosen", "rejected"))
-    assert chosen < rejected and result["length_bias"]["shorter_chosen"] == 1
-    assert chosen + rejected < 100
+    assert result["length_bias"]["shorter_chosen"] == 1
 
 
 def test_the_documentation_has_every_kind() -> None:
     table = (SAMPLE.parent / "docs" / "data.md").read_text()
     for kind in ISSUE_TYPES.values():
-        title = f"**{kind.title}**" if kind.problem else kind.title
-        assert f"| {title} | {kind.what} |\n" in table
+        assert f"| {'problem' if kind.problem else 'note'} | {kind.title} |\n" in table
 
 
 @pytest.mark.parametrize("name", ["fixed.json", "rows.jsonl", "link.jsonl"])
@@ -417,7 +407,7 @@ def test_nothing_is_written_where_no_row_is_clean(tiny: Path, tmp_path: Path) ->
     assert result["fixed"]["kept"] == 0 and not (tmp_path / "fixed.jsonl").exists()
     assert "no row is clean; not written: " in as_text(result)
     result = check(tiny, data)
-    assert "lengths" not in result and as_text(result).splitlines()[-1] == "1 problem in 1 of 1 rows"
+    assert "length_bias" not in result and as_text(result).splitlines()[-1] == "problems: 1, in 1 of 1 rows"
 
 
 def test_several_files_of_several_kinds(tiny: Path, tmp_path: Path) -> None:
@@ -485,7 +475,7 @@ def test_a_row_takes_few_bytes(tokenizer: Any, tmp_path: Path) -> None:
         data_check = DataCheck(Encoder(tokenizer, Reading()), 3)
         rows_read = read_rows(find_sources([str(tmp_path / "rows.jsonl")]))
         tracemalloc.start()
-        data_check.read("data", rows_read)
+        data_check.read(rows_read)
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    assert (held[1] - held[0]) / 2000 < 400
+    assert (held[1] - held[0]) / 2000 < 500
