@@ -143,9 +143,10 @@ def test_precompute_fills_what_train_needs(
     assert (again["pairs"], again["hits"], again["misses"], again["tokens"], forwards) == (12, 12, 0, 0, [])
     common = ("--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache")
     assert "12 of 12 pairs cached: no reference forward" in dpo("train", *common, "--output", tmp_path / "run")[1]
-    forwards.clear()
-    dpo("eval", *common)
-    assert sum(forwards) == 12  # of a model that is its own reference the states are there
+    for kl in ("none", "exact"):
+        forwards.clear()
+        dpo("eval", *common, "--kl", kl)
+        assert sum(forwards) == 12  # a model that is its own reference runs once
 
 
 def test_appended_row_is_all_that_is_scored(rows: Path, precompute: Precompute, forwards: list[int]) -> None:
