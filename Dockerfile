@@ -10,11 +10,6 @@ COPY dpo_cli dpo_cli
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.11.13-slim-bookworm
-# A compiler is what --compile needs.
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ \
-    && rm -rf /var/lib/apt/lists/*
 COPY constraints.txt /tmp/
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
@@ -29,7 +24,7 @@ USER $UID
 WORKDIR /work
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# Reference log-probs, models of the hub and compiled kernels last from run to run.
+# Reference log-probs and models of the hub last from run to run.
 VOLUME /home/dpo/.cache
 ENTRYPOINT ["dpo"]
 CMD ["--help"]

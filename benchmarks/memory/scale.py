@@ -16,7 +16,7 @@ from dpo_cli.data.pairs import Pair
 from dpo_cli.models.adapters import attach, make_config, trained
 from dpo_cli.models.logprobs import LOGITS_BUDGET_BYTES, ModelRunner
 from dpo_cli.models.lora_targets import choose_targets
-from dpo_cli.models.parallel import SHARDED
+from dpo_cli.models.parallel import Parallel
 from dpo_cli.training.memory import FRAGMENTED, LOGIT_BYTES, USABLE, StepBytes, count_bytes
 
 GPU = 80e9  # bytes
@@ -101,7 +101,7 @@ def step_bytes(model: PreTrainedModel, shards: int = 1) -> StepBytes:
         per_logits=LOGIT_BYTES * config.vocab_size,
         process=0,
         shards=shards,
-        gathered=SHARDED.gathered_parameters(model) if shards > 1 else 0,
+        gathered=Parallel(sharded=True).gathered_parameters(model) if shards > 1 else 0,
         frozen=frozen,
     )
 

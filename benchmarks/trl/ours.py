@@ -15,10 +15,10 @@ from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import Progress
+from dpo_cli.reference.store import fill_reference
 from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.loop import make_trainer
 from dpo_cli.training.optimizer import learning_rate
-from dpo_cli.training.prepare import fill_reference
 from dpo_cli.training.setup import prepare_run
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.distributed import started
@@ -53,8 +53,8 @@ class Ours:
             warmup_ratio=0.0,
             **job["options"],
         )
-        with started() as accelerator:
-            self.run = prepare_run(options, None, accelerator.device, self.reporter)
+        with started() as device:
+            self.run = prepare_run(options, None, device, self.reporter)
         self.order = [place for step in job["order"] for place in step]
         for planned, expected in zip(self.run.plan, job["order"], strict=True):
             assert sorted(i for indices in planned for i in indices) == sorted(expected), "the plan has another order"

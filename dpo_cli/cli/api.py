@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, as_flag
 from dpo_cli.config.resolve import Name, resolve, resolve_training
-from dpo_cli.utils.errors import DpoError, UsageError
+from dpo_cli.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from dpo_cli.utils.console import Reporter
@@ -47,7 +47,7 @@ def train(
     Raises:
         UsageError: an option or the data cannot be used; nothing was trained.
         Interrupted: a signal came, as from a notebook's stop button; a checkpoint was written.
-        DpoError: the run failed, and its last checkpoint is whole; or it is complete and could not be uploaded.
+        DpoError: the run failed, and its last checkpoint is whole.
     """
     given, folder = _given(data, options), Path(resume) if resume else None
     resolved = resolve_training(given, folder, config, ("config", "progress", "resume", "dry_run"))
@@ -56,10 +56,7 @@ def train(
 
         values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": config}
         words = [word for name, each in values.items() if each is not None for word in as_flag(name, each)]
-        result = run(resolved, folder, ["dpo", "train", *words], reporter, dry_run)
-    if error := result.pop("push_error", None):
-        raise DpoError(error)
-    return result
+        return run(resolved, folder, ["dpo", "train", *words], reporter, dry_run)
 
 
 def evaluate(
@@ -92,7 +89,7 @@ def precompute(
 
     Raises:
         UsageError: an option or the data cannot be used.
-        DpoError: with ``verify``, a cached log-prob is off by more than arithmetic explains.
+        DpoError: a log-prob of the reference is not finite, or the disk is full.
     """
     resolved = resolve(PrecomputeOptions, _given(data, options), config, ("config", "progress"))
     with _reporter(progress, resolved) as reporter:

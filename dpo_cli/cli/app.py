@@ -20,7 +20,7 @@ from dpo_cli.config.options import (
     TrainOptions,
 )
 from dpo_cli.config.resolve import resolve, resolve_training
-from dpo_cli.utils.errors import DpoError, UsageError, printable
+from dpo_cli.utils.errors import UsageError, printable
 
 if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's width, and a shell offers each line
     os.environ["TERMINAL_WIDTH"] = "10000"
@@ -78,11 +78,7 @@ def train(
     reporter = out.reporter(options, several=True)
     from dpo_cli.training.loop import train as run
 
-    result = run(options, resume, sys.argv, reporter, dry_run)
-    error = result.pop("push_error", None)
-    out.show(result, _train_summary)
-    if error:
-        raise DpoError(error)
+    out.show(run(options, resume, sys.argv, reporter, dry_run), _train_summary)
 
 
 @command()
@@ -256,6 +252,6 @@ def _train_summary(result: dict[str, Any]) -> str:
         lines.append(f"{'held out, ' + str(result['held_out']) + ' pairs':<24}{'before':>12}{'after':>12}")
         for name in ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"):
             lines.append(f"  {name:<22}{result['before'].get(name, float('nan')):>12.4f}{after[name]:>12.4f}")
-    shown = ("pairs", "steps", "run", "model", "report", "pushed", "reference_misses")
+    shown = ("pairs", "steps", "run", "model", "report", "reference_misses")
     lines += [f"{name:<11} {result[name]}" for name in shown if name in result]
     return "\n".join([*lines, *verdict(result)])

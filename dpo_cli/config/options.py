@@ -111,7 +111,6 @@ class Options(DataOptions):
     )
     dtype: str | None = option(None, "Compute precision.", checks.precision, shown="auto")
     cache_dir: Path = option(CACHE_DIR, "Folder of cached reference log-probs.")
-    compile: bool = option(False, "Compile the model's layers (torch.compile): slow to start, needs a C++ compiler.")
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -196,9 +195,6 @@ class TrainOptions(WeightsOptions):
     modules_to_save: str | None = option(
         None, "Modules to train in full beside the adapter, by the ends of their names.", checks.module_names
     )
-    export: str | None = option(
-        None, "What model/ holds: the adapter, or its base merged.", one_of("adapter", "merged"), shown="adapter"
-    )
     export_dtype: str = option(
         "float32", "Precision of exported weights; auto: the start model's.", one_of("float32", "bfloat16", "auto")
     )
@@ -214,9 +210,6 @@ class TrainOptions(WeightsOptions):
     save_total_limit: int = option(2, "Checkpoints kept.", positive)
     report_to: str = option("none", "Experiment trackers that get the metrics too.", checks.trackers)
     show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
-    push_to_hub: str | None = option(
-        None, "Private repository of the hub for the model.", checks.repository, shown="nothing is uploaded"
-    )
 
     def __init__(self, **values: Any) -> None:
         if values.get("lr") is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_cli.losses.objective import Objective
 
-_OF_ADAPTERS = ("lora_type", "lora_alpha", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit", "export")
+_OF_ADAPTERS = ("lora_type", "lora_alpha", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit")
 
 
 def refused(options: Any) -> list[str]:
@@ -21,7 +21,7 @@ def refused(options: Any) -> list[str]:
     sweeps = trains and "samples" in o
     objective = options.objective if trains else Objective()
     ref, held_out = trains and o["ref_model"], o["eval_data"] or o["eval_fraction"]
-    merged, quantized = lora and o["export"] == "merged", lora and (o["load_in_4bit"] or o["load_in_8bit"])
+    quantized = o["load_in_4bit"] or o["load_in_8bit"]
     unused = ", ".join(f"--{name.replace('_', '-')}" for name in _OF_ADAPTERS if trains and not lora and o[name])
     reads_held_out = o["eval_steps"] or o["show_answers"] or o["save_best"]
     clips, in_full = o["max_grad_norm"], o["memory"] in (None, "auto", "full")
@@ -34,11 +34,10 @@ def refused(options: Any) -> list[str]:
         (unused, f"{unused}: no adapter is trained; add --lora-rank, for example 16, or leave it out"),
         (lora and not in_full, "--memory {memory}: an adapter's weights are few and stay float32; use full"),
         (o["memory"] == "in-backward" and clips, "--memory in-backward: nothing can be clipped; set --max-grad-norm 0"),
-        (
-            lora and stored and not merged,
-            "--export-dtype {export_dtype}: an adapter is written in float32, unless merged",
-        ),
-        (merged and quantized, "--export merged: a quantized base cannot take up an adapter exactly; use dpo merge"),
+        (lora and stored, "--export-dtype {export_dtype}: an adapter is written in float32; dpo merge writes others"),
+        (quantized and o["dtype"] == "float32", "--load-in-4bit, --load-in-8bit: not with --dtype float32"),
+        (fsdp and quantized, "--fsdp: shards float32 weights; not with --load-in-4bit, --load-in-8bit"),
+        (fsdp and not in_full, "--memory {memory}: its blocks of moments cannot be sharded; with --fsdp use full"),
         (quantized and o["lora_type"] == "dora", "--lora-type dora: not over a quantized base; use lora or rslora"),
         (o["eval_data"] and o["eval_fraction"], "--eval-data and --eval-fraction: give one of them"),
         (
@@ -46,11 +45,6 @@ def refused(options: Any) -> list[str]:
             "--eval-steps, --show-answers and --save-best need held-out pairs: --eval-data or --eval-fraction",
         ),
         (sweeps and not o["eval_data"], "--eval-data is missing: a sweep compares its runs on held-out rows"),
-        (sweeps and o["push_to_hub"], "--push-to-hub: a sweep trains several models; dpo push uploads one"),
         (sweeps and not objective.uses("beta"), "--loss {loss}: reads no beta, so there is nothing to compare"),
-        (
-            o["reward"] and not o["samples"],
-            "--reward {reward}: it judges sampled answers; add --samples, for example 4",
-        ),
     ]
     return [text.format_map(o) for refuse, text in table if refuse]

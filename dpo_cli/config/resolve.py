@@ -18,7 +18,7 @@ from dpo_cli.utils.errors import UsageError, did_you_mean, name_beside
 RESUME_MUTABLE = frozenset(
     (
         *("logging_steps", "save_steps", "save_total_limit", "cache_dir", "show_answers", "trust_remote_code", "kl"),
-        *("export", "export_dtype", "base_model", "push_to_hub", "fsdp", "report_to"),
+        *("export_dtype", "base_model", "fsdp", "report_to"),
     )
 )
 # Options that a run chooses itself when they are left open: from its model, its data, the free memory.
@@ -141,7 +141,7 @@ def to_yaml(options: DataOptions) -> str:
     import yaml
 
     values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-    kept = {name: v for name, v in values.items() if name not in ("output", "trust_remote_code", "push_to_hub")}
+    kept = {name: v for name, v in values.items() if name not in ("output", "trust_remote_code")}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 

@@ -25,7 +25,7 @@ from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequenc
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import same_weights
-from dpo_cli.models.loading import compile_layers, default_device, release
+from dpo_cli.models.loading import default_device, release
 from dpo_cli.models.locate import ModelSource, start_model
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
@@ -126,15 +126,12 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
     if options.samples and options.kl == "none":
         raise UsageError("--samples needs both models, as the exact KL does: leave out --kl none")
     reading = reading_as_trained(options, source)
-    if options.compile and began and not began.compile:
-        raise UsageError("--compile: the run was trained without it, and its numbers would differ")
     return dataclasses.replace(
         options,
         max_length=reading.max_length,
         control_tokens=reading.control_tokens,
         train_turns=reading.train_turns,
         dtype=options.dtype or (began.dtype if began else None),
-        compile=began.compile if began else options.compile,
         beta=options.beta or (began.beta if began else 0.1),
     )
 
@@ -229,8 +226,6 @@ class _Models:
         memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
         model = load_scored_model(source, pairs, self.options, memory, device, self.reporter, hashed=hashed)
         model.split_weights(memory)
-        if self.options.compile:
-            compile_layers(model.model)
         return model
 
     def _reference(self, policy: ScoredModel) -> ScoredModel:

@@ -95,16 +95,12 @@ def _generate(model: PreTrainedModel, prompts: Sequence[Ids], config: Generation
 
 @contextmanager
 def _plain(model: PreTrainedModel) -> Iterator[None]:
-    """In evaluation mode and with an empty generation config, from which transformers would fill in what is None.
-
-    Compiled layers run uncompiled, since each length of the cache would be another graph.
-    """
+    """In evaluation mode and with an empty generation config, from which transformers would fill in what is None."""
     training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         model.generation_config = own
         model.train(training)

@@ -65,7 +65,7 @@ def export_model(
         expected = response_logps(model, pair, torch.float32), torch.float32
     parallel = parallel_of(model)
     reshard(model)
-    weights = parallel.gather(model.state_dict(keep_vars=True)) if parallel.lockstep else None
+    weights = parallel.gather(model.state_dict(keep_vars=True)) if parallel.sharded else None
 
     def write() -> None:
         with atomic_dir(folder) as temporary:

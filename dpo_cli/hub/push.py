@@ -20,7 +20,7 @@ FILES = ["README.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", 
 
 
 def create_repository(name: str, public: bool = False) -> None:
-    """Create the repository ``name``, ORG/NAME, unless it is there: before hours of training, not after them.
+    """Create the repository ``name``, ORG/NAME, unless it is there.
 
     Raises:
         UsageError: there is no login, the hub cannot be reached, or the login may not write there.
@@ -51,7 +51,7 @@ def check_base(name: str) -> None:
     if not on_hub:
         raise UsageError(
             f"the adapter's base is not on the hub ({name}), so nobody else could load it; push a model of both: "
-            "dpo merge, or dpo train --export merged"
+            "dpo merge"
         )
 
 

@@ -122,39 +122,31 @@ def parse_objective(
     Raises:
         UsageError: an unknown loss or loss option, or an option that the losses would ignore.
     """
-    terms, options = _parse_terms(loss), _parse_numbers("--loss-options", loss_options or "")
+    terms, own = _parse_terms(loss), _parse_numbers("--loss-options", loss_options or "")
     alpha = 1.0 if ld_alpha is None else ld_alpha
-    objective = Objective(terms, beta, label_smoothing, f_divergence, alpha, wpo, options)
-    _check_loss_options(objective, f"--loss-options {loss_options}")
+    objective = Objective(terms, beta, label_smoothing, f_divergence, alpha, wpo, own)
+    options = sorted({name for each in objective.losses for name in each.options})
+    for name, value in own.items():
+        if name not in options:
+            others = f"it has {', '.join(options)}" if options else "it has none of its own"
+            raise UsageError(f"--loss-options {name}: --loss {objective.name} does not read it; {others}")
+        least = "greater than 0" if name == "discopop_tau" else "0 or greater"  # which divides
+        if value < 0 or (value == 0 and name == "discopop_tau"):
+            raise UsageError(f"--loss-options {loss_options}: {name} must be {least}")
     for each in objective.losses:
         if each.reads.get("label_smoothing") is inspect.Parameter.empty and not label_smoothing:
             raise UsageError(f"--loss {each.name}: needs --label-smoothing above 0, for example 0.001")
-    about_reference = {f"--f-divergence {f_divergence}": f_divergence != "reverse_kl"}
-    about_reference[f"--ld-alpha {ld_alpha}"] = ld_alpha is not None
-    if not objective.reference and (given := [option for option, is_given in about_reference.items() if is_given]):
-        raise UsageError(f"{given[0]}: is about the ratio to the reference, and --loss {objective.name} reads none")
-    for name, value, default in (
+    if ld_alpha is not None and not objective.reference:
+        raise UsageError(f"--ld-alpha {ld_alpha}: is about the ratio to the reference, and --loss {loss} reads none")
+    for name, given, default in (
         ("label_smoothing", label_smoothing, 0.0),
         ("f_divergence", f_divergence, "reverse_kl"),
     ):
-        if value != default and (ignoring := objective.ignored_by(name)):
-            able = ", ".join(name_ for name_, each in LOSSES.items() if name in each.reads)
-            raise UsageError(
-                f"--{name.replace('_', '-')} {value}: --loss {ignoring} does not read it; these do: {able}"
-            )
+        if given != default and (ignoring := objective.ignored_by(name)):
+            able = ", ".join(other for other, each in LOSSES.items() if name in each.reads)
+            flag = f"--{name.replace('_', '-')} {given}"
+            raise UsageError(f"{flag}: --loss {ignoring} does not read it; these do: {able}")
     return objective
-
-
-def _check_loss_options(objective: Objective, where: str) -> None:
-    own = {name for loss in objective.losses for name in loss.options}
-    for name, value in objective.options.items():
-        if name not in own:
-            others = f"it has {', '.join(sorted(own))}" if own else "it has none of its own"
-            raise UsageError(f"--loss-options {name}: --loss {objective.name} does not read it; {others}")
-        if value < 0 or (value == 0 and name == "discopop_tau"):  # which divides
-            raise UsageError(
-                f"{where}: {name} must be {'greater than 0' if name == 'discopop_tau' else '0 or greater'}"
-            )
 
 
 def _parse_terms(text: str) -> dict[str, float]:
@@ -175,12 +167,11 @@ def _parse_numbers(flag: str, text: str) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for part in text.split(",") if text else []:
         name, _, number = (word.strip() for word in part.partition("="))
-        if name in numbers:
-            raise UsageError(f"{flag} {text}: {name} is given twice")
         try:
-            numbers[name] = float(number)
+            value = float(number)
         except ValueError:
-            numbers[name] = math.nan
-        if not math.isfinite(numbers[name]):
-            raise UsageError(f"{flag} {text}: '{number}' is no number; write NAME=NUMBER, with commas between")
+            value = math.nan
+        if not math.isfinite(value) or name in numbers:
+            raise UsageError(f"{flag} {text}: '{part.strip()}': write NAME=NUMBER, each name once, with commas between")
+        numbers[name] = value
     return numbers

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -57,18 +57,6 @@ class Preferences:
         """Divide values (2P,) by the lengths of the responses: (P,) for chosen and rejected."""
         chosen, rejected = (values / self.lengths).chunk(2)
         return chosen, rejected
-
-    @staticmethod
-    def concatenate(parts: Sequence[Preferences]) -> Preferences:
-        """Join the pairs of several; their step is the same."""
-        import torch
-
-        def join(name: str, rows: int) -> Tensor:
-            return torch.cat([getattr(part, name).view(rows, -1) for part in parts], dim=1).flatten()
-
-        rows = dict.fromkeys(("logps", "ref_logps", "lengths", "full_logps"), 2) | {"margins": 1, "weights": 1}
-        tensors: dict[str, Any] = {name: join(name, count) for name, count in rows.items()}
-        return replace(parts[0], **tensors)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet i
 _FOREIGN = ("softcap", "position_bias")
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # its Python differs with every row; kernels are what it calls
 def prefix_shared_attention(
     module: torch.nn.Module,
     query: Tensor,

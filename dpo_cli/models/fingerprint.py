@@ -14,7 +14,6 @@ from xxhash import xxh3_128
 from dpo_cli.data.batching import Layout
 from dpo_cli.models.adapter_files import described
 from dpo_cli.models.adapters import is_adapted, is_quantized
-from dpo_cli.models.loading import compiled
 from dpo_cli.utils.files import sha256
 
 # Increase it when log-probs are computed differently.
@@ -34,8 +33,6 @@ def fingerprint(model: PreTrainedModel, weights: str, layout: Layout, dtype: tor
         "device": next(model.parameters()).device.type,
         "version": SCORING_VERSION,
     }
-    if compiled(model):
-        about["compiled"] = torch.__version__
     foreign = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers_modules.")]
     if foreign:  # --trust-remote-code
         about["code"] = [sha256(file) for file in sorted(Path(inspect.getfile(foreign[0])).parent.glob("*.py"))]

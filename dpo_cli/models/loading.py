@@ -24,7 +24,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
@@ -303,24 +302,3 @@ def export_dtype(name: str, source: ModelSource) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the option's word for a precision."""
     return str(dtype).removeprefix("torch.")
-
-
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each layer in place: they are alike, and one graph serves rows of every length.
-
-    Raises:
-        UsageError: the model has no layers that are known as such.
-    """
-    from torch._inductor import config as inductor
-
-    inductor.emulate_precision_casts = True  # as without: the graph with a backward pass would round elsewhere
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile(dynamic=True)
-    if not compiled(model):
-        raise UsageError("--compile: the model has no layers of transformers' kind; leave it out")
-
-
-def compiled(model: PreTrainedModel) -> bool:
-    """Whether its layers were compiled."""
-    return any(module._compiled_call_impl for module in model.modules())

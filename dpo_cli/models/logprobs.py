@@ -10,6 +10,7 @@ piece of the head.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -191,7 +192,6 @@ class ModelRunner:
         pairs: Sequence[Pair],
         compute: Callable[[Sequence[int], MicroBatch], Result],
         share: tuple[int, int] = (0, 1),
-        ld_alpha: float = 1.0,
     ) -> Iterator[tuple[tuple[int, ...], Result]]:
         """Run over all pairs in packed forwards, longest first; out of memory, repeat with fewer tokens per forward.
 
@@ -202,36 +202,33 @@ class ModelRunner:
             DpoError: one pair alone does not fit the device's memory.
         """
         self.model.eval()
-        costs = self.costs(pairs)
-        by_length = sorted(range(len(pairs)), key=lambda i: (-costs[i], i))
-        planned, (rank, world_size), dealt = self.max_tokens, share, 0
-        for start in range(0, len(by_length), WINDOW):
-            packed = pack(by_length[start : start + WINDOW], costs, self.layout, planned)
-            waiting = packed[(rank - dealt) % world_size :: world_size]
-            dealt += len(packed)
-            if self.max_tokens < planned:  # memory ran out before
-                waiting = pack([i for indices in waiting for i in indices], costs, self.layout, self.max_tokens)
-            while waiting:
-                result = self._attempt(pairs, waiting[0], compute, ld_alpha)
-                if result is not None:
-                    yield waiting.pop(0), result[0]
-                else:
-                    self.shrink([pairs[i] for i in waiting[0]])
-                    left = [i for indices in waiting for i in indices]
-                    waiting = pack(left, costs, self.layout, self.max_tokens)
-        if self.parallel.lockstep and rank >= (dealt % world_size or world_size):  # other ranks have one more
-            compute(by_length[-1:], self.batch([pairs[by_length[-1]]], ld_alpha))
+        costs, (rank, world_size) = self.costs(pairs), share
+        packed = self._pack(sorted(range(len(pairs)), key=lambda i: (-costs[i], i)), costs)
+        waiting = deque(packed[rank::world_size])
+        while waiting:
+            result = self._attempt(pairs, waiting[0], compute)
+            if result is not None:
+                yield waiting.popleft(), result[0]
+            else:
+                self.shrink([pairs[i] for i in waiting[0]])
+                waiting = deque(self._pack([i for indices in waiting for i in indices], costs))
+        if self.parallel.sharded and rank >= (len(packed) % world_size or world_size):  # other ranks have one more
+            compute(packed[-1][-1:], self.batch([pairs[packed[-1][-1]]]))
+
+    def _pack(self, indices: Sequence[int], costs: Sequence[int]) -> list[tuple[int, ...]]:
+        """Pack pairs of similar length together, a window after the other."""
+        windows = (indices[start : start + WINDOW] for start in range(0, len(indices), WINDOW))
+        return [indices for window in windows for indices in pack(window, costs, self.layout, self.max_tokens)]
 
     def _attempt(
         self,
         pairs: Sequence[Pair],
         places: Sequence[int],
         compute: Callable[[Sequence[int], MicroBatch], Result],
-        ld_alpha: float,
     ) -> tuple[Result] | None:
         """Compute one forward; None if memory ran out. Its tensors are freed only when this frame is gone."""
         try:
-            return (compute(places, self.batch([pairs[i] for i in places], ld_alpha)),)
+            return (compute(places, self.batch([pairs[i] for i in places])),)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -243,7 +240,7 @@ class ModelRunner:
         Raises:
             DpoError: it was a single pair, which cannot be split.
         """
-        if self.parallel.lockstep:
+        if self.parallel.sharded:
             raise DpoError("out of memory; with --fsdp all ranks run in lockstep: set a lower --max-tokens")
         tokens = sum(self.costs(pairs)) if self.layout != "padded" else len(pairs) * max(self.costs(pairs))
         if len(pairs) == 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -26,30 +27,32 @@ BODY = "run_body"  # method of a sharded model that runs its body and gathers th
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class Parallel:
-    """Each process, of one or several, holds the whole model; a step ends with the sum of their gradients."""
+    """How the processes of a run, one or several, share its model; what differs between the ways is asked here.
 
-    lockstep = False  # whether all ranks must run equally many forwards and backward passes
+    ``sharded``: each holds a shard of each parameter, of its gradient and of its moments, and all must run equally many
+    forwards and backward passes. Else each holds the whole model, and a step ends with the sum of the gradients.
+    """
+
+    sharded: bool
 
     def run(self, action: Callable[[], T]) -> T:
-        """Run the model outside of the steps: on rank 0 for all, or on all ranks in step."""
-        return distributed.on_rank_0(action)
+        """Run the model outside of the steps: in shards on all ranks in step, else on rank 0 for all."""
+        return action() if self.sharded else distributed.on_rank_0(action)
 
     def on_rank_0(self, action: Callable[[], T]) -> T:
         """Do within ``run`` what is for one rank only."""
-        return action()
+        return distributed.on_rank_0(action) if self.sharded else action()
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any of the ranks in ``run``."""
-        return flag
-
-    def sum_gradients(self, model: nn.Module) -> None:
-        """Add up the gradients of all ranks."""
-        distributed.all_reduce_gradients([p for p in model.parameters() if p.requires_grad])
+        return bool(distributed.all_reduce_max([flag])[0]) if self.sharded else flag
 
     def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
         """Sum the gradients over the ranks and clip them; returns their norm before: (), float64."""
-        self.sum_gradients(model)
+        if not self.sharded:  # else the backward pass has reduced them
+            distributed.all_reduce_gradients([p for p in model.parameters() if p.requires_grad])
         parameters = [p for p in model.parameters() if p.grad is not None]
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
         norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -57,33 +60,12 @@ class Parallel:
         return full_tensor(norm.detach()).double()
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return whole tensors, tied ones once, on rank 0; all ranks must call this."""
-        return dict(tensors)
+        """Gather tensors one after the other on rank 0's host, tied ones once; all ranks must call this.
 
-    def gathered_parameters(self, model: nn.Module) -> int:
-        """Count the parameters and gradients that a rank has gathered at a time, beside its own."""
-        return 0
-
-
-class Sharded(Parallel):
-    """Each process holds a shard of each parameter, of its gradient and of its moments."""
-
-    lockstep = True
-
-    def run(self, action: Callable[[], T]) -> T:  # noqa: D102
-        return action()
-
-    def on_rank_0(self, action: Callable[[], T]) -> T:  # noqa: D102
-        return distributed.on_rank_0(action)
-
-    def any(self, flag: bool) -> bool:  # noqa: D102
-        return bool(distributed.all_reduce_max([flag])[0])
-
-    def sum_gradients(self, model: nn.Module) -> None:
-        """Do nothing: the backward pass has reduced them."""
-
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather one tensor after the other, on rank 0's host; the other ranks get nothing."""
+        The other ranks get nothing of a sharded model. Tensors of a whole one are returned unchanged.
+        """
+        if not self.sharded:
+            return dict(tensors)
         gathered: dict[int, Tensor] = {}
         for tensor in tensors.values():
             if id(tensor) not in gathered:
@@ -92,18 +74,20 @@ class Sharded(Parallel):
         return {name: gathered[id(t)] for name, t in tensors.items()} if distributed.rank() == 0 else {}
 
     def gathered_parameters(self, model: nn.Module) -> int:
-        """Count those outside the layers and their gradients, two gathered layers, and a layer's gradients twice."""
+        """Count the parameters and gradients that a rank has gathered at a time.
+
+        Those outside the layers and their gradients, two gathered layers, one's gradients and their reduction.
+        """
+        if not self.sharded:
+            return 0
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in _layers(model)]
         rest = sum(p.numel() for p in model.parameters()) - sum(sizes)
         return int(2 * rest + 4 * max(sizes))
 
 
-WHOLE, SHARDED = Parallel(), Sharded()
-
-
 def parallel_of(model: nn.Module) -> Parallel:
     """Return how a model lies over the processes."""
-    return SHARDED if isinstance(model, FSDPModule) else WHOLE
+    return Parallel(sharded=isinstance(model, FSDPModule))
 
 
 def shard(model: Any, device: torch.device) -> None:

@@ -9,13 +9,12 @@ import torch
 
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.tokenize import reasons
-from dpo_cli.models.loading import compile_layers
+from dpo_cli.reference.store import fill_reference
 from dpo_cli.training.memory import fit, process_bytes
 from dpo_cli.training.prepare import (
     check_quantize,
     choose_model,
     choose_tokenizer,
-    fill_reference,
     load_scored_model,
     read_pairs,
 )
@@ -43,8 +42,6 @@ def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Repo
         reference.split_weights(memory)
         trained = f"--memory {memory}"
     reporter.info("memory", f"scored for dpo train {trained}")
-    if options.compile:
-        compile_layers(reference.model)
     if distributed.world_size() > 1:
         distributed.check_same(the_data=pairs.digest(), the_model=reference.fingerprint)
     cache = reference.open_cache(options, reporter)

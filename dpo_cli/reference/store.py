@@ -8,7 +8,6 @@ Legend: R responses, N response tokens that carry loss, P pairs.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
@@ -18,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.reference import shards
 from dpo_cli.reference.shards import KEY_BYTES, Entry
 from dpo_cli.utils import distributed
+from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, NotWrittenError, UsageError
 from dpo_cli.utils.files import DAY, remove_leftovers, write_json
 
@@ -55,16 +56,14 @@ def tokens_of(pair: Pair) -> int:
 class ReferenceCache:
     """The log-probs of one reference, by response key: those on disk, and those that this process adds.
 
-    ``about`` describes the reference to a person; nothing depends on it.
+    ``model`` names the reference to a person; nothing depends on it.
     """
 
-    def __init__(
-        self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None], about: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None], model: str = "unknown") -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", fingerprint):  # it names a folder, and may come from an edited manifest
             raise UsageError(f"'{fingerprint[:80]}' is no fingerprint of a reference")
         self.folder = cache_dir.expanduser() / "reference" / fingerprint[:32]
-        self.about, self.warn = about, warn
+        self.model = model
         self.values: dict[bytes, float] = {}
         for keys, logps, _, _ in shards.read_folder(self.folder, warn):
             self.values.update(zip(keys, logps.tolist(), strict=True))
@@ -99,18 +98,14 @@ class ReferenceCache:
         return logps
 
     def open_for_writing(self) -> None:
-        """Create the folder, and remove temporary files that killed processes left there.
+        """Create the folder with the model's name, and remove temporary files that killed processes left there.
 
         Raises:
             UsageError: nothing can be written there.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise PermissionError(errno.EACCES, "it is read-only", str(self.folder))
-            if self.about and not (self.folder / ABOUT).exists():
-                write_json(self.folder / ABOUT, dict(self.about))
-        except (OSError, NotWrittenError) as error:
+            write_json(self.folder / ABOUT, {"model": self.model})
+        except NotWrittenError as error:
             raise UsageError(f"--cache-dir: no reference log-probs can be kept in {self.folder} ({error})") from error
         remove_leftovers(self.folder, older_than=DAY)  # other processes may be writing
 
@@ -146,11 +141,18 @@ class ReferenceLogps:
     seconds: float = 0.0
 
 
-def compute_missing(
-    cache: ReferenceCache,
-    pairs: Sequence[Pair],
-    runner: ModelRunner,
-    on_progress: Callable[[int], None] = lambda tokens: None,
+def report_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> tuple[Tensor, list[int]]:
+    """Report what the cache has of P pairs; returns that (P, 2), and the places of those to score, equal ones once."""
+    logps = distributed.all_reduce_known(cache.lookup(pairs))
+    missing = missing_places(logps, pairs)
+    cached = len(pairs) - int(logps.isnan().any(dim=1).sum())
+    todo = f"{len(missing):,} to score" if missing else "no reference forward"
+    reporter.info("reference", f"{cached:,} of {len(pairs):,} pairs cached: {todo}")
+    return logps, missing
+
+
+def fill_reference(
+    cache: ReferenceCache, pairs: Sequence[Pair], runner: ModelRunner, reporter: Reporter
 ) -> ReferenceLogps:
     """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
 
@@ -161,14 +163,14 @@ def compute_missing(
         UsageError: the cache cannot be written to.
         DpoError: a log-prob is not finite, or the disk is full; earlier log-probs are kept.
     """
-    logps = distributed.all_reduce_known(cache.lookup(pairs))
-    todo = Pairs(pairs[place] for place in missing_places(logps, pairs))
+    logps, missing = report_cached(cache, pairs, reporter)
     misses = int(logps.isnan().any(dim=1).sum())
-    if not todo:
+    if not missing:
         return ReferenceLogps(logps, hits=len(pairs), misses=0)
     cache.open_for_writing()
+    todo = Pairs(pairs[place] for place in missing)
     began = written = time.monotonic()
-    tokens, waiting = 0, dict[bytes, Entry]()
+    share, waiting = (distributed.rank(), distributed.world_size()), dict[bytes, Entry]()
 
     def flush() -> None:
         entries = dict(waiting)
@@ -180,27 +182,26 @@ def compute_missing(
         token_logps = runner.token_logps(batch)
         return response_logps(token_logps, batch.lengths), token_logps
 
+    tokens = sum(map(tokens_of, todo))
     try:
-        share = distributed.rank(), distributed.world_size()
-        for indices, (sums, token_logps) in runner.forwards(todo, score, share):
-            scored = [todo[i] for i in indices]
-            values = sums.view(2, -1).T.tolist()  # (P, 2)
-            if bad := [
-                pair.where for pair, two in zip(scored, values, strict=True) if not all(map(math.isfinite, two))
-            ]:
-                rows = ", ".join(bad)
-                raise DpoError(f"the reference gives a log-prob that is not finite for {rows}; try --dtype float32")
-            keys = [key for pair in scored for key in pair_keys(pair)]
-            lengths = [count_loss_tokens(response) for pair in scored for response in (pair.chosen, pair.rejected)]
-            waiting.update(zip(keys, map(Entry, chain(*values), token_logps.cpu().split(lengths)), strict=True))
-            new = sum(map(tokens_of, scored))
-            tokens += new
-            on_progress(new)
-            if time.monotonic() - written > SHARD_SECONDS:
-                flush()
-                written = time.monotonic()
+        with reporter.progress("reference", tokens, unit="tok") as progress:
+            for indices, (sums, token_logps) in runner.forwards(todo, score, share):
+                scored = [todo[i] for i in indices]
+                values = sums.view(2, -1).T.tolist()  # (P, 2)
+                if bad := [pair.where for pair, both in zip(scored, values, strict=True) if not isfinite(sum(both))]:
+                    raise DpoError(
+                        f"the reference gives a log-prob that is not finite for {', '.join(bad)}; try --dtype float32"
+                    )
+                keys = [key for pair in scored for key in pair_keys(pair)]
+                lengths = [count_loss_tokens(response) for pair in scored for response in (pair.chosen, pair.rejected)]
+                waiting.update(zip(keys, map(Entry, chain(*values), token_logps.cpu().split(lengths)), strict=True))
+                progress.advance(sum(map(tokens_of, scored)) * share[1])  # the other ranks are about as fast
+                if time.monotonic() - written > SHARD_SECONDS:
+                    flush()
+                    written = time.monotonic()
     finally:
         flush()
-    logps = distributed.all_reduce_known(cache.lookup(pairs))
-    seconds = time.monotonic() - began
-    return ReferenceLogps(logps, len(pairs) - misses, misses, sum(distributed.all_gather(tokens)), seconds)
+    logps, seconds = distributed.all_reduce_known(cache.lookup(pairs)), time.monotonic() - began
+    rate = f"{seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
+    reporter.info("", f"{tokens:,} tokens in {rate}; kept in {cache.folder}")
+    return ReferenceLogps(logps, len(pairs) - misses, misses, tokens, seconds)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,14 +12,10 @@ from dpo_cli.evaluation.generation import generate, text
 from dpo_cli.evaluation.metrics_log import evaluations, read_metrics
 from dpo_cli.hub.export import NotReadBackError, export_model, response_logps
 from dpo_cli.hub.model_card import model_card
-from dpo_cli.hub.push import push
-from dpo_cli.models.adapter_files import save_adapter
 from dpo_cli.models.attention import attention
-from dpo_cli.models.loading import export_dtype, load_model, release
+from dpo_cli.models.loading import export_dtype
 from dpo_cli.models.split_weights import fp32_weights
 from dpo_cli.training.setup import Run
-from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.errors import DpoError
 
 ANSWER_TOKENS = 80  # most of an answer that is shown
 
@@ -30,8 +23,7 @@ ANSWER_TOKENS = 80  # most of an answer that is shown
 def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[str, float] | None = None) -> None:
     """Write the policy as it is after ``step`` to a folder of the run; ``after`` are its metrics if not yet written.
 
-    Of an adapter that is the adapter alone, unless it is to be merged: into a base that is loaded again, for to take it
-    out of its own again would change that by rounding.
+    Of an adapter that is the adapter alone.
 
     Raises:
         NotReadBackError: what was written is not what was trained.
@@ -40,40 +32,25 @@ def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[
     card = model_card(run, metrics.get(0, {}), after or metrics.get(step, {}))
     by_length = sorted(run.used, key=run.costs.__getitem__)
     pair = run.pairs[by_length[len(by_length) // 2]]
-    about: dict[str, Any] = {"source": run.policy.source, "pair": pair, "warn": run.runner.warn}
-    about["dtype"] = export_dtype(run.options.export_dtype, run.policy.source)
-    kept = f"The trained weights are in {run.folder / 'checkpoints'}"
-    try:
-        if run.options.export == "merged":
-            merged = _merged(run)
-            try:
-                export_model(run.folder / name, merged, run.tokenizer, card, **about)
-            finally:
-                release(merged)
-            return
-        with attention(run.model, run.policy.own_attention):
-            apart = run.runner.parallel.lockstep and run.runner.chunked_lm_head
-            logps = response_logps(run.model, pair, run.runner.dtype, apart)
-            with fp32_weights(run.model, optimizer):
-                about["expected"] = logps, run.runner.dtype
-                export_model(run.folder / name, run.model, run.tokenizer, card, **about)
-    except NotReadBackError as error:
-        raise NotReadBackError(f"{error}. {kept}") from error
-
-
-def _merged(run: Run) -> Any:
-    """The base, loaded again, with the trained adapter merged into it."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(run.model, Path(folder))
-        source = dataclasses.replace(run.policy.source, adapter=Path(folder), attached=False, checkpoint=None)
+    with attention(run.model, run.policy.own_attention):
+        apart = run.runner.parallel.sharded and run.runner.chunked_lm_head
+        logps = response_logps(run.model, pair, run.runner.dtype, apart)
         try:
-            merged = load_model(source)
-        except DpoError as error:
-            reason = str(error).removeprefix("--model ").replace(folder, "the trained adapter")
+            with fp32_weights(run.model, optimizer):
+                export_model(
+                    run.folder / name,
+                    run.model,
+                    run.tokenizer,
+                    card,
+                    source=run.policy.source,
+                    pair=pair,
+                    expected=(logps, run.runner.dtype),
+                    dtype=export_dtype(run.options.export_dtype, run.policy.source),
+                    warn=run.runner.warn,
+                )
+        except NotReadBackError as error:
             kept = run.folder / "checkpoints"
-            raise DpoError(f"--export merged: {reason}. The trained weights are in {kept}") from error
-    merged.generation_config = run.model.generation_config
-    return merged
+            raise NotReadBackError(f"{error}. The trained weights are in {kept}") from error
 
 
 def answer(run: Run) -> list[str]:
@@ -113,15 +90,3 @@ def summary(run: Run, first_answers: list[str]) -> dict[str, Any]:
             for pair, first, last in shown
         ],
     }
-
-
-def push_model(run: Run, reporter: Reporter) -> dict[str, Any]:
-    """Push the model if that was asked for; what goes wrong is among what is returned, for the run is complete."""
-    if not (name := run.options.push_to_hub):
-        return {}
-    try:
-        done = push(run.folder, name)
-    except DpoError as error:
-        return {"push_error": f"the run is complete in {run.folder}, but {error}"}
-    reporter.info("pushed", f"{done['url']} ({'private' if done['private'] else 'public'})")
-    return {"pushed": done["url"]}

@@ -19,18 +19,17 @@ from torch import Tensor
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.evaluation.metrics_log import append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.hub.export import NotReadBackError
-from dpo_cli.hub.push import check_base, create_repository
 from dpo_cli.models.logprobs import logp_tolerance
 from dpo_cli.models.parallel import reshard
+from dpo_cli.reference.store import fill_reference, report_cached
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
-from dpo_cli.training.finish import answer, export, push_model, summary
+from dpo_cli.training.finish import answer, export, summary
 from dpo_cli.training.heldout import HeldOut
 from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
-from dpo_cli.training.prepare import fill_reference, report_cached
 from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, trained_with
 from dpo_cli.training.setup import Run, prepare_run
-from dpo_cli.training.step import NotFiniteError, Trainer, compare_with_reference
+from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.training.trackers import Trackers, check_installed
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter, brief
@@ -49,12 +48,10 @@ def train(
         Interrupted: a signal came; a checkpoint was written.
     """
     folders: list[Path] = [resume] if resume else []  # the run's, once it is there
-    with distributed.started(lambda: _after_lost_rank(folders, options)) as device, ExitStack() as holding:
+    with distributed.started(lambda: _what_is_saved(folders)) as device, ExitStack() as holding:
         _check_start(options, resume, command, reporter, dry_run, holding)
         set_seed(options.seed)
         run = prepare_run(options, resume, device, reporter, dry_run)
-        if options.push_to_hub and options.lora_rank and options.export != "merged":
-            check_base(run.policy.source.name)
         if dry_run:
             missing = report_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
@@ -82,12 +79,11 @@ def train(
             _Loop(run, trainer, held_out, trackers, stop, reporter).run_from(done)
             parallel.run(partial(export, run, trainer.optimizer, "model", len(run.plan)))
         except NotWrittenError as error:
-            raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_resume(run)}") from error
+            raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_resume(run.folder)}") from error
         if stop.requested:
             reporter.warning("the signal came when all was trained: the run is complete")
         result = distributed.on_rank_0(lambda: summary(run, first_answers))
-        result |= distributed.on_rank_0(lambda: held_out.write_report(result["answers"]))
-        return result | distributed.on_rank_0(lambda: push_model(run, reporter))
+        return result | distributed.on_rank_0(lambda: held_out.write_report(result["answers"]))
 
 
 def _check_start(
@@ -104,8 +100,6 @@ def _check_start(
         distributed.on_rank_0(lambda: holding.enter_context(file_lock(resume / LOCK)))
     if resume:
         trained_with(resume)
-    if (repository := options.push_to_hub) and not dry_run:
-        distributed.on_rank_0(lambda: create_repository(repository))
     distributed.on_rank_0(lambda: check_installed(options))
     if distributed.world_size() == 1 and (count := torch.cuda.device_count()) > 1:
         launch = shlex.join(["torchrun", "--nproc-per-node", str(count), "-m", "dpo_cli", *command[1:]])
@@ -167,9 +161,6 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     """Before the first step policy and reference are equal, and every margin is 0: a check of the cache, too.
 
     With another model as the reference the starting point is only reported.
-
-    Raises:
-        DpoError: a response's log-probs differ by more than arithmetic explains.
     """
     indices = [i for micro_batch in run.plan[0] for i in micro_batch]
     values, largest = compare_with_reference(trainer, indices)
@@ -225,10 +216,7 @@ class _Loop:
                     if distributed.all_reduce_max([self.stop.requested])[0]:
                         raise self._interrupted(step - 1)
                     micro_batches, lr = self.trainer.micro_batches(planned), learning_rate(step, total, options)
-                    try:
-                        metrics = self.trainer.step(planned, micro_batches, lr, self.stop)
-                    except NotFiniteError as error:
-                        raise self._not_finite(step, error) from error
+                    metrics = self.trainer.step(planned, micro_batches, lr, self.stop)
                     if metrics is None:
                         raise self._interrupted(step - 1)
                     progress.advance(1, self._record(step, metrics, time.monotonic() - started))
@@ -274,30 +262,16 @@ class _Loop:
     def _interrupted(self, step: int) -> Interrupted:
         self._save(step)
         message = f"interrupted after step {step} of {len(self.run.plan)}; a checkpoint was written"
-        return Interrupted(f"{message}. {_how_to_resume(self.run)}")
-
-    def _not_finite(self, step: int, error: NotFiniteError) -> DpoError:
-        options = self.run.options
-        cause = f"--lr {options.lr} may be too high" if error.everywhere else "look at the named rows first"
-        touched = "Some weights were" if self.trainer.fused else "The weights were not"
-        return DpoError(
-            f"step {step}: {error}. Likely causes: {cause}; --dtype {options.dtype} may be too coarse. "
-            f"{touched} changed by this step, and earlier checkpoints are whole"
-        )
+        return Interrupted(f"{message}. {_how_to_resume(self.run.folder)}")
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def _after_lost_rank(folders: Sequence[Path], options: TrainOptions) -> str:
-    return f"what was saved is whole. {_resume_command(folders[0], options)}" if folders else "nothing was trained yet"
+def _what_is_saved(folders: Sequence[Path]) -> str:
+    return f"what was saved is whole. {_how_to_resume(folders[0])}" if folders else "nothing was trained yet"
 
 
-def _how_to_resume(run: Run) -> str:
-    return _resume_command(run.folder, run.options)
-
-
-def _resume_command(folder: Path, options: TrainOptions) -> str:
-    again = f" --push-to-hub {options.push_to_hub}" if options.push_to_hub else ""
-    return f"Go on with: dpo train --resume {shlex.quote(str(folder))}{again}"
+def _how_to_resume(folder: Path) -> str:
+    return f"Go on with: dpo train --resume {shlex.quote(str(folder))}"

@@ -93,12 +93,12 @@ def count_bytes(runner: ModelRunner, pairs: Sequence[Pair], process: int) -> Ste
     return StepBytes(
         parameters=sum(sizes),
         largest=max(sizes),
-        fixed=0.0 if runner.parallel.lockstep else max(slack * one - per_token * tokens, 0.0),  # with gathered weights
+        fixed=0.0 if runner.parallel.sharded else max(slack * one - per_token * tokens, 0.0),  # with gathered weights
         per_token=per_token,
         per_token_recomputed=2 * per_token / layers + kept_of_layers,  # one layer at a time, and its gradients
         per_logits=LOGIT_BYTES * config.vocab_size,
         process=process,
-        shards=distributed.world_size() if runner.parallel.lockstep else 1,
+        shards=distributed.world_size() if runner.parallel.sharded else 1,
         gathered=runner.parallel.gathered_parameters(model),
         frozen=sum(local_shard(p).nbytes for p in model.parameters() if not p.requires_grad),
     )
@@ -191,7 +191,7 @@ def fit(
         coarse = runner.dtype == torch.bfloat16 and not is_adapted(runner.model)
         ladder = LADDER[runner.device.type]
         ways = [way for way in ladder if (way[1] or not recompute) and (coarse or way[0] not in SPLIT)]
-        ways = [way for way in ways if way[0] == "full" or not runner.parallel.lockstep]
+        ways = [way for way in ways if way[0] == "full" or not runner.parallel.sharded]
     for way in ways:
         if counted.peak(*way, (enough, head), (enough, head)) <= room:
             break

@@ -31,7 +31,7 @@ KEPT = {
 
 def report_plan(run: Run, reporter: Reporter) -> None:
     """Report what the run will do and take; warn of too little memory or disk, and of held-out pairs trained on."""
-    options, runner, fitted = run.options, run.runner, run.fitted
+    options, runner, trained = run.options, run.runner, run.fitted.step_bytes.parameters
     if not options.objective.reference:
         reporter.info("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
     threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
@@ -40,29 +40,17 @@ def report_plan(run: Run, reporter: Reporter) -> None:
         here = distributed.local_world_size()
         reporter.info("ranks", f"{several} processes, {here} of them here; each keeps {share}")
     reporter.info("device", f"{runner.device.type}{threads}; compute {options.dtype}; {_kept(run)}")
-    parameters, trained = run.model.num_parameters(), fitted.step_bytes.parameters
+    parameters = run.model.num_parameters()
     share = f"{trained:,} of them trained ({trained / parameters:.2%})" if options.lora_rank else "all trained"
     reporter.info("parameters", f"{parameters:,}, {share}")
-    steps = [[i for indices in step for i in indices] for step in run.plan]
+    steps, padded_costs = [[i for each in step for i in each] for step in run.plan], row_costs(run.pairs, "padded")
     forwards = f"{sum(map(len, run.plan)):,} forwards of at most {runner.max_tokens:,} tokens"
     reporter.info("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {forwards}")
-    tokens, padded_costs = sum(run.costs[i] for step in steps for i in step), row_costs(run.pairs, "padded")
+    tokens = sum(run.costs[i] for step in steps for i in step)
     plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
     padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
     reporter.info("tokens", f"{tokens:,} to train on; {padded}")
-    need, room = fitted.estimate(run.plan, run.costs, run.pairs, runner), usable_bytes(runner.device)
-    state = fitted.step_bytes.frozen + trained * sum(BYTES[fitted.memory]) / fitted.step_bytes.shards
-    again = ", activations computed again in the backward pass" if fitted.recompute else ""
-    parts = f"{state / 2**30:.1f} of them weights, gradients and moments{again}"
-    reporter.info("memory", f"about {need / 2**30:.1f} GiB at most (estimate), {parts}")
-    if need > room:
-        remedy = "try a lower --max-length or --max-tokens"
-        reporter.warning(f"that is more than the {room / 2**30:.1f} GiB to be had: {remedy}")
-    disk, free = _disk_bytes(run), shutil.disk_usage(next(p for p in run.folder.absolute().parents if p.exists())).free
-    reporter.info("disk", f"about {disk / 2**30:.1f} GiB at most, for checkpoints and exports")
-    if disk > free:
-        remedy = "try a lower --save-total-limit or --export-dtype bfloat16"
-        reporter.warning(f"that is more than the {free / 2**30:.1f} GiB that are free: {remedy}")
+    _report_room(run, reporter)
     least, tried = (MOVES_ADAPTER, 2e-4) if options.lora_rank else (MOVES, 2e-5)
     if sum(learning_rate(step, len(steps), options) for step in range(1, len(steps) + 1)) < least:
         count = f"{len(steps):,} step{'s' * (len(steps) > 1)} at lr {options.lr:g}"
@@ -72,6 +60,24 @@ def report_plan(run: Run, reporter: Reporter) -> None:
         reporter.info("held out", f"no pairs: nothing will show whether the model learns the preference; {HOLD_OUT}")
     elif overlap := trained_on(run.held_out, run.trained, "will be")["text"]:
         reporter.warning(overlap)
+
+
+def _report_room(run: Run, reporter: Reporter) -> None:
+    """Report what the run takes of memory and disk, by estimates, and what there is of either."""
+    fitted, state, unit = run.fitted, run.fitted.step_bytes, 2**30
+    need, room = fitted.estimate(run.plan, run.costs, run.pairs, run.runner), usable_bytes(run.runner.device)
+    kept = (state.frozen + state.parameters * sum(BYTES[fitted.memory]) / state.shards) / unit
+    again = ", activations computed again in the backward pass" if fitted.recompute else ""
+    parts = f"{kept:.1f} of them weights, gradients and moments{again}"
+    reporter.info("memory", f"about {need / unit:.1f} GiB at most (estimate), {parts}")
+    disk, free = _disk_bytes(run), shutil.disk_usage(next(p for p in run.folder.absolute().parents if p.exists())).free
+    reporter.info("disk", f"about {disk / unit:.1f} GiB at most, for checkpoints and exports")
+    for what, size, there, remedy in (
+        ("memory", need, room, "a lower --max-length or --max-tokens"),
+        ("disk", disk, free, "a lower --save-total-limit or --export-dtype bfloat16"),
+    ):
+        if size > there:
+            reporter.warning(f"{what}: that is more than the {there / unit:.1f} GiB that are free: try {remedy}")
 
 
 def _kept(run: Run) -> str:
@@ -86,7 +92,7 @@ def _disk_bytes(run: Run) -> int:
     options, trained, steps = run.options, run.fitted.step_bytes.parameters, len(run.plan)
     weight, _, moments = BYTES[run.fitted.memory]
     checkpoint, exported = trained * (weight + moments), trained * 4
-    if not options.lora_rank or options.export == "merged":
+    if not options.lora_rank:
         exported = run.model.num_parameters() * export_dtype(options.export_dtype, run.policy.source).itemsize
     if not options.lora_rank:
         checkpoint += 4 * (run.model.num_parameters() - trained)

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -33,14 +32,14 @@ from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.converted import use_converted
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.layout import choose_layout
-from dpo_cli.models.loading import compute_dtype, dtype_name, load_model, load_tokenizer
+from dpo_cli.models.loading import compute_dtype, load_model, load_tokenizer
 from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import kind_of
 from dpo_cli.models.parallel import shard
 from dpo_cli.models.quantized import admit
 from dpo_cli.models.split_weights import split_master_weights
-from dpo_cli.reference.store import ReferenceCache, ReferenceLogps, compute_missing, missing_places, tokens_of
+from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.checkpoint import verified_step
 from dpo_cli.training.memory import MOST_TOKENS
 from dpo_cli.training.optimizer import SPLIT
@@ -126,7 +125,9 @@ def read_pairs(
         reporter.info("", f"{count:,} {note}")
     for name, column, usual in zip(("weights", "margins"), rows.pairs.terms.T, (1, 0), strict=True):
         if count := int(np.count_nonzero(column != usual)):
-            reporter.info("", f"{name} from {column.min():g} to {column.max():g}, not {usual} in {count:,} pairs")
+            reporter.info(
+                "", f"{name} from {column.min():g} to {column.max():g}, other than {usual} in {count:,} pairs"
+            )
     if rows.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
         tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template.plain
     return rows
@@ -212,14 +213,7 @@ class ScoredModel:
 
     def open_cache(self, options: Options, reporter: Reporter) -> ReferenceCache:
         """Open what is on disk of its log-probs."""
-        about = {
-            "model": self.source.base,
-            "from": self.source.description,
-            "layout": self.runner.layout,
-            "dtype": dtype_name(self.runner.dtype),
-            "device": self.runner.device.type,
-        }
-        return ReferenceCache(options.cache_dir, self.fingerprint, reporter.warning, about)
+        return ReferenceCache(options.cache_dir, self.fingerprint, reporter.warning, self.source.base)
 
 
 def load_scored_model(
@@ -241,8 +235,7 @@ def load_scored_model(
         UsageError: a pair is too long for the model, or has a token that it does not know; the precision is not that of
             the memory mode's weights; or there is nothing to shard over.
     """
-    if fsdp := getattr(options, "fsdp", False):
-        _check_fsdp(options)
+    fsdp = getattr(options, "fsdp", False)
 
     def load() -> tuple[PreTrainedModel, str]:
         model = load_model(source)
@@ -268,17 +261,6 @@ def load_scored_model(
         model.set_attn_implementation(PREFIX_SHARED)
     runner = ModelRunner(model, layout, dtype, max_tokens, device, apart, reporter.warning)
     return ScoredModel(source, runner, own_attention, weights)
-
-
-def _check_fsdp(options: Any) -> None:
-    if options.memory not in ("auto", "full"):
-        raise UsageError(
-            f"--memory {options.memory}: shards would cut its blocks of moments differently; with --fsdp use full"
-        )
-    if options.quantize:
-        raise UsageError(f"--load-in-{options.quantize}: shards are of what is trained; leave out --fsdp")
-    if options.compile:
-        raise UsageError("--compile: not with --fsdp, whose layers gather their weights as they run")
 
 
 def _check_pairs(model: PreTrainedModel, pairs: Pairs) -> int | None:
@@ -353,35 +335,5 @@ def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSourc
         raise UsageError(f"{asked}: bitsandbytes packs weights on CUDA devices, and there is none; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(f"{asked}: needs the package bitsandbytes; pip install bitsandbytes")
-    if options.dtype == "float32":
-        raise UsageError(f"{asked}: computes in bfloat16; leave out --dtype float32")
     if source.stored:
         raise UsageError(f"{asked}: {source.description}: it is packed already; name a model with plain weights")
-
-
-# ---- reference log-probs ----------------------------------------------------------------------------------------
-
-
-def report_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> tuple[Tensor, list[int]]:
-    """Report what the cache has of P pairs; returns that (P, 2), and the places of those to score, equal ones once."""
-    logps = distributed.all_reduce_known(cache.lookup(pairs))
-    missing = missing_places(logps, pairs)
-    cached = len(pairs) - int(logps.isnan().any(dim=1).sum())
-    todo = f"{len(missing):,} to score" if missing else "no reference forward"
-    reporter.info("reference", f"{cached:,} of {len(pairs):,} pairs cached: {todo}")
-    return logps, missing
-
-
-def fill_reference(
-    cache: ReferenceCache, pairs: Sequence[Pair], runner: ModelRunner, reporter: Reporter
-) -> ReferenceLogps:
-    """Score what the cache lacks, and report it."""
-    logps, missing = report_cached(cache, pairs, reporter)
-    if not missing:
-        return ReferenceLogps(logps, hits=len(pairs), misses=0)
-    with reporter.progress("reference", sum(tokens_of(pairs[place]) for place in missing), unit="tok") as progress:
-        ranks = distributed.world_size()  # each advances about as fast as this one
-        filled = compute_missing(cache, pairs, runner, lambda tokens: progress.advance(tokens * ranks))
-    rate = f"{filled.seconds:.1f} s ({filled.tokens / filled.seconds:,.0f} tokens/s)"
-    reporter.info("", f"{filled.tokens:,} tokens in {rate}; kept in {cache.folder}")
-    return filled

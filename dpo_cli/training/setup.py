@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import RESUME_MUTABLE
-from dpo_cli.data.batching import Step, split_into_micro_batches, step_pairs
+from dpo_cli.data.batching import Step, build_schedule, step_pairs
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
 from dpo_cli.data.rows import BadRow
 from dpo_cli.evaluation import kl
@@ -22,10 +22,10 @@ from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.evaluation.kl import HeadInputs
 from dpo_cli.models.attention import attention
 from dpo_cli.models.layout import experts_a_token
-from dpo_cli.models.loading import compile_layers, dtype_name, load_tokenizer, release
+from dpo_cli.models.loading import dtype_name, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.reference.store import ReferenceCache
+from dpo_cli.reference.store import ReferenceCache, fill_reference
 from dpo_cli.training.adapter import adapter_settings, attach_adapter
 from dpo_cli.training.memory import Fit, fit, process_bytes
 from dpo_cli.training.plan import report_plan
@@ -33,7 +33,6 @@ from dpo_cli.training.prepare import (
     ScoredModel,
     choose_model,
     choose_tokenizer,
-    fill_reference,
     hold_out,
     load_scored_model,
     read_pairs,
@@ -134,28 +133,14 @@ def prepare_run(
             ref_logps, recorded = _score_reference(reference, cache, options, pairs, held_out, reporter)
         release(reference.model)
     policy, experts = _load_policy(source, pairs, held_out, options, device, reporter)
-    fitted = fit(policy.runner, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
-    if not options.lora_rank and policy.split_weights(fitted.memory):  # auto found it; the halves keep less
-        fitted = fit(policy.runner, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
-    if options.compile:
-        compile_layers(policy.model)
-    policy.runner.max_tokens = fitted.max_tokens
-    options = dataclasses.replace(
-        options,
-        **{name: getattr(reading_of(options), name) for name in ("max_length", "control_tokens", "train_turns")},
-        max_tokens=fitted.max_tokens,
-        dtype=dtype_name(policy.runner.dtype),
-        memory=fitted.memory,
-        gradient_checkpointing=fitted.recompute,
-    )
-    costs = policy.runner.costs(pairs)
-    steps = _step_pairs(options, len(pairs))
-    ranks = distributed.world_size()
-    plan = [split_into_micro_batches(step, costs, policy.runner.layout, fitted.max_tokens, ranks) for step in steps]
+    options, fitted = _fit_memory(policy, pairs, options, process)
+    costs, ranks = policy.runner.costs(pairs), distributed.world_size()
+    order = {"max_tokens": fitted.max_tokens, "world_size": ranks, **_order(options)}
+    plan = build_schedule(costs, policy.runner.layout, **order)
     _check_plan(options, plan, pairs, held_out, policy.fingerprint)
-    policy.model.generation_config = generation_config(policy.model, tokenizer, pairs)  # which is exported
     if options.objective.reference and not reference:
         cache = policy.open_cache(options, reporter)
+    policy.model.generation_config = generation_config(policy.model, tokenizer, pairs)  # which is exported
     run = Run(
         folder=folder,
         options=options,
@@ -178,10 +163,9 @@ def prepare_run(
     return run
 
 
-def _step_pairs(options: TrainOptions, count: int) -> list[list[int]]:
-    return step_pairs(
-        count, batch_size=options.batch_size, epochs=options.epochs, max_steps=options.max_steps, seed=options.seed
-    )
+def _order(options: TrainOptions) -> dict[str, Any]:
+    """What decides which pairs a step has."""
+    return {name: getattr(options, name) for name in ("batch_size", "epochs", "max_steps", "seed")}
 
 
 def _read_data(options: TrainOptions, tokenizer: Any, reporter: Reporter) -> tuple[Pairs, Pairs, list[BadRow]]:
@@ -218,16 +202,35 @@ def _load_policy(
     policy.split_weights(mode)
     if options.lora_rank:
         attach_adapter(policy, options, pairs, reporter)
-    shortest = min(pairs, key=lambda pair: policy.runner.costs([pair]))
-    if experts and not any(
-        logits.requires_grad
-        for logits in policy.runner.body(policy.runner.batch([shortest]), output_router_logits=True).router_logits
-    ):
-        raise UsageError(
-            "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; "
-            "leave it out, or take other --lora-targets"
-        )
+    if experts:
+        costs = policy.runner.costs(pairs)
+        batch = policy.runner.batch([pairs[costs.index(min(costs))]])
+        if not any(logits.requires_grad for logits in policy.runner.body(batch, True).router_logits):
+            raise UsageError(
+                "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; "
+                "leave it out, or take other --lora-targets"
+            )
     return policy, experts
+
+
+def _fit_memory(policy: ScoredModel, pairs: Pairs, options: TrainOptions, process: int) -> tuple[TrainOptions, Fit]:
+    """How the policy's state and activations fit the memory, and the options with all that is chosen at run time."""
+    fitted = fit(policy.runner, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
+    if not options.lora_rank and policy.split_weights(fitted.memory):  # auto found it; the halves keep less
+        fitted = fit(policy.runner, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
+    policy.runner.max_tokens = fitted.max_tokens
+    reading = reading_of(options)
+    options = dataclasses.replace(
+        options,
+        max_length=reading.max_length,
+        control_tokens=reading.control_tokens,
+        train_turns=reading.train_turns,
+        max_tokens=fitted.max_tokens,
+        dtype=dtype_name(policy.runner.dtype),
+        memory=fitted.memory,
+        gradient_checkpointing=fitted.recompute,
+    )
+    return options, fitted
 
 
 def _check_plan(options: TrainOptions, plan: list[Step], pairs: Pairs, held_out: Pairs, start: str) -> None:
@@ -251,27 +254,22 @@ def _check_plan(options: TrainOptions, plan: list[Step], pairs: Pairs, held_out:
 def _load_reference(
     options: TrainOptions, tokenizer: Any, pairs: Pairs, device: torch.device, reporter: Reporter
 ) -> ScoredModel:
-    """The model that ``--ref-model`` names.
-
-    Raises:
-        UsageError: it cannot be loaded, or reads other tokens than the policy.
-    """
+    """The model that ``--ref-model`` names."""
     mode = weights_mode(options.memory, True, options.dtype, device)
     try:
         source = choose_model(options.ref_model, options, reporter, "reference")
         mine, theirs = tokenizer.get_vocab(), load_tokenizer(source).get_vocab()
         if differing := [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]:
             token = min(differing)
+            there, here = (f"token {ids[token]}" if token in ids else "no token" for ids in (theirs, mine))
             raise UsageError(
-                f"--ref-model {options.ref_model}: its tokenizer is another one than the policy's: {token!r} is token "
-                f"{theirs.get(token)} there and {mine.get(token)} here, and {len(differing) - 1:,} more differ"
+                f"--ref-model {options.ref_model}: its tokenizer is another one than the policy's: {token!r} is "
+                f"{there} there and {here} here, and {len(differing) - 1:,} more differ"
             )
         reference = load_scored_model(source, pairs, options, mode, device, reporter)
     except UsageError as error:
         raise UsageError(str(error).replace("--model", "--ref-model")) from error
     reference.split_weights(mode)
-    if options.compile:
-        compile_layers(reference.model)
     return reference
 
 
@@ -284,7 +282,7 @@ def _score_reference(
     reporter: Reporter,
 ) -> tuple[Tensor, HeadInputs | None]:
     """Log-probs of what the run will ask for, and on rank 0 the reference's side of the exact KL."""
-    used = pairs.select(sorted({i for step in _step_pairs(options, len(pairs)) for i in step}))
+    used = pairs.select(sorted({i for step in step_pairs(len(pairs), **_order(options)) for i in step}))
     logps = fill_reference(cache, used + held_out, reference.runner, reporter).logps
     states: list[HeadInputs | None] = [None]
     if held_out and options.kl == "exact":

@@ -32,14 +32,6 @@ from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
 
 
-class NotFiniteError(DpoError):
-    """A loss or gradient is not finite; ``everywhere``: of all pairs of a step."""
-
-    def __init__(self, message: str, everywhere: bool) -> None:
-        super().__init__(message)
-        self.everywhere = everywhere
-
-
 @dataclasses.dataclass
 class Totals:
     """Sums over the micro-batches of a step, on the device."""
@@ -84,9 +76,8 @@ class Trainer:
         ones: a backward pass that broke off has left half of its gradient behind.
 
         Raises:
-            NotFiniteError: a loss or the gradient is not finite; the weights are as before the step, unless they are
-                updated in the backward pass.
-            DpoError: one pair alone does not fit the device's memory.
+            DpoError: a loss or the gradient is not finite, and the weights are as before the step, unless they are
+                updated in the backward pass; or one pair alone does not fit the device's memory.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -137,7 +128,7 @@ class Trainer:
                 indices, self.costs, self.runner.layout, self.runner.max_tokens, world_size
             )
         step = self.step_values(indices)
-        lockstep = self.runner.parallel.lockstep or self.num_experts_per_tok > 0
+        lockstep = self.runner.parallel.sharded or self.num_experts_per_tok > 0
         batches = []
         for places in planned[distributed.rank() :: world_size]:
             if places:
@@ -202,7 +193,7 @@ def accumulate_gradients(
         if not batch.dummy:
             totals.losses[batch.places] = torch.cat(losses).detach()
             totals.sums += trainer.sum_metrics(hidden, totals.losses[batch.places])
-        if stop.requested and not runner.parallel.lockstep:
+        if stop.requested and not runner.parallel.sharded:
             break
         del hidden, pairs, balance  # before the next forward
     return totals
@@ -263,8 +254,8 @@ def compare_with_reference(trainer: Trainer, places: Sequence[int]) -> tuple[dic
     return summarize(torch.stack(sums).sum(0).tolist()), max(off)
 
 
-def _not_finite(trainer: Trainer, totals: Totals) -> NotFiniteError:
-    """Find the pairs to blame: those whose loss is not finite, else those whose gradient is not when alone."""
+def _not_finite(trainer: Trainer, totals: Totals) -> DpoError:
+    """Name the pairs to blame: those whose loss is not finite, else those whose gradient is not when alone."""
     own = [item for places, part in totals.losses.items() for item in zip(places, part.tolist(), strict=True)]
     losses = {place: loss for each in distributed.all_gather(own) for place, loss in each}
     what, bad = "loss", [place for place, loss in losses.items() if not math.isfinite(loss)]
@@ -272,7 +263,13 @@ def _not_finite(trainer: Trainer, totals: Totals) -> NotFiniteError:
         what, bad = "gradient", [place for place in losses if not _gradient_is_finite(trainer, place)]
     names = ", ".join(trainer.pairs[i].where for i in bad[:10]) or "the sum of the step's pairs, not for one alone"
     more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-    return NotFiniteError(f"the {what} is not finite for {names}{more}", len(bad) == len(losses) > 1)
+    everywhere, options = len(bad) == len(losses) > 1, trainer.options
+    cause = f"--lr {options.lr} may be too high" if everywhere else "look at the named rows first"
+    touched = "Some weights were" if trainer.fused else "The weights were not"
+    return DpoError(
+        f"step {len(trainer.mean_rewards) + 1}: the {what} is not finite for {names}{more}. Likely causes: {cause}; "
+        f"--dtype {options.dtype} may be too coarse. {touched} changed by this step, and earlier checkpoints are whole"
+    )
 
 
 def _gradient_is_finite(trainer: Trainer, place: int) -> bool:

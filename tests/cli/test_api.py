@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import dpo_cli
-from dpo_cli import DpoError, Interrupted, UsageError, evaluate, precompute, train
+from dpo_cli import Interrupted, UsageError, evaluate, precompute, train
 from dpo_cli.cli.app import app
 from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.step import Trainer
@@ -90,11 +90,11 @@ def test_results_are_those_of_the_commands(tiny: Path, rows: list[Any], options:
 
 def test_rows_in_memory_are_data(rows: list[Any], options: dict[str, Any]) -> None:
     """A run names the file that they were written to, and so can be repeated and resumed without them."""
-    done = train(rows, eval_data=iter(HELD_OUT[:4]), output="run", compile=False, wpo=True, **options)
+    done = train(rows, eval_data=iter(HELD_OUT[:4]), output="run", trust_remote_code=False, wpo=True, **options)
     (file,) = (file for file in Path("runs").glob("rows-*.jsonl") if len(file.read_text().splitlines()) == len(rows))
     told = json.loads(Path("run/manifest.json").read_text())["command"]
     assert told.startswith("dpo train ") and f"--data {file}" in told and "--lr 0.001" in told
-    assert " --wpo" in told and "--compile" not in told
+    assert " --wpo" in told and "--trust-remote-code" not in told
     assert train(resume="run")["after"] == done["after"]
     assert len(list(Path("runs").glob("rows-*.jsonl"))) == 2
 
@@ -172,15 +172,6 @@ def test_what_is_no_data_and_a_misspelled_option_are_refused() -> None:
         train(rows, dryrun=True)
     with pytest.raises(UsageError, match=r"unknown option 'resume'$"):
         evaluate(rows, resume="run")
-
-
-def test_an_upload_that_fails_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def trained(*_: Any) -> dict[str, Any]:
-        return {"run": "run", "push_error": "the run is complete in run, but the hub is not there"}
-
-    monkeypatch.setattr("dpo_cli.training.loop.train", trained)
-    with pytest.raises(DpoError, match="complete in run"):
-        train(SAMPLE / "train.jsonl")
 
 
 # ---- a process that goes on -------------------------------------------------------------------------------------

@@ -238,7 +238,6 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "beta": REAL_POSITIVE,
     "label_smoothing": ([0.0, 0.1, 0.499], [-0.1, 0.5, 0.6, math.nan]),
     "router_aux_loss_coef": ([0.0, 0.001], [-0.1, math.inf, math.nan]),
-    "push_to_hub": (["me/model-1.5", "my-org/m"], ["model", "/m", "a/b/c", "../m", ".m/n", "a/m n"]),
     "f_divergence": (
         ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "alpha_divergence=0.3"],
         ["KL", "", "js_divergence=1", "alpha_divergence=", "alpha_divergence=x", "alpha_divergence=nan"],
@@ -264,7 +263,6 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "lora_type": (["lora", "rslora", "dora"], ["LoRA", "", "qlora"]),
     "lora_targets": (["all-linear", "q_proj", "q_proj,mlp.down_proj"], ["", "q_proj,", "q_proj v_proj", "q.*"]),
     "modules_to_save": (["norm", "model.norm,lm_head"], ["", ",norm"]),
-    "export": (["adapter", "merged"], ["both", ""]),
     "export_dtype": (["float32", "bfloat16", "auto"], ["float16", "bf16", ""]),
     "report_to": (["none", "wandb", "tensorboard,mlflow"], ["tensorbord", "mlflow,W&B", "none,mlflow", ""]),
     "kl": (["exact", "none"], ["Exact", "", "sampled"]),
@@ -280,7 +278,7 @@ BESIDE: dict[str, dict[str, Any]] = {  # what an option cannot be without
     **dict.fromkeys(("eval_steps", "show_answers", "save_best"), HELD_OUT),
     "memory": {"max_grad_norm": 0.0},
 }
-OF_AN_ADAPTER = {"lora_alpha", "lora_type", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit", "export"}
+OF_AN_ADAPTER = {"lora_alpha", "lora_type", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit"}
 
 
 def fields(kind: type[Options]) -> list[dataclasses.Field[Any]]:
@@ -360,15 +358,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_to_yaml_writes_resolve_reads_back(written: Path, options: TrainOptions) -> None:
     """But for the output folder, so that it can run again, and for trust, which a file is not to ask for."""
     written.write_text(to_yaml(options), encoding="utf-8")
-    assert resolve(TrainOptions, {}, written) == dataclasses.replace(
-        options, output=None, trust_remote_code=False, push_to_hub=None
-    )
+    assert resolve(TrainOptions, {}, written) == dataclasses.replace(options, output=None, trust_remote_code=False)
 
 
 def test_to_yaml_names_every_other_option() -> None:
     lines = to_yaml(TrainOptions(**DATA, output=Path("runs/a"))).splitlines()
     named = {line.partition(":")[0] for line in lines if not line.startswith("-")}
-    assert named == {f.name for f in fields(TrainOptions)} - {"output", "trust_remote_code", "push_to_hub"}
+    assert named == {f.name for f in fields(TrainOptions)} - {"output", "trust_remote_code"}
 
 
 # ---- going on with a run ----------------------------------------------------------------------------------------
@@ -418,7 +414,6 @@ OTHER: dict[str, Any] = {
     "max_grad_norm": 9.0,
     "gradient_checkpointing": True,
     "fsdp": True,
-    "compile": True,
     "seed": 9,
     "logging_steps": 9,
     "eval_steps": 9,
@@ -435,9 +430,7 @@ OTHER: dict[str, Any] = {
     "modules_to_save": "norm",
     "load_in_4bit": True,
     "load_in_8bit": True,
-    "export": "merged",
     "export_dtype": "bfloat16",
-    "push_to_hub": "me/model",
     "report_to": "tensorboard",
 }
 
@@ -494,9 +487,8 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
         "show_answers",
         "trust_remote_code",
         "kl",
-        "export",
     }
-    names |= {"export_dtype", "base_model", "push_to_hub", "fsdp", "report_to"}
+    names |= {"export_dtype", "base_model", "fsdp", "report_to"}
     assert names == RESUME_MUTABLE
 
 

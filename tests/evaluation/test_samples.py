@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.data.pairs import Ids
@@ -22,7 +21,6 @@ from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequenc
 from dpo_cli.evaluation.kl import Progress, score
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.models.attention import PREFIX_SHARED, attention
-from dpo_cli.models.loading import compile_layers
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
@@ -132,19 +130,6 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.config._attn_implementation == PREFIX_SHARED
     with attention(model, "sdpa"):
         assert lists(found) == [[plainly(model.eval(), *random_prompts((4,)), 9)]]  # without dropout
-
-
-def test_compiled_layers_are_not_compiled_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny(0)
-    expected = lists(answer(model, random_prompts((4, 7)), 9))
-
-    def never(*_: Any) -> None:
-        raise AssertionError("compiled")
-
-    inner = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **rest: inner(self, backend=never, **rest))
-    compile_layers(model)
-    assert lists(answer(model, random_prompts((4, 7)), 9)) == expected
 
 
 def test_it_computes_in_the_precision_of_the_scoring() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
+from dpo_cli.data.pairs import Pair
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.reference.store import ReferenceCache
+from dpo_cli.reference.store import ReferenceCache, ReferenceLogps, fill_reference
+from dpo_cli.utils.console import Reporter
 from tests.helpers import make_model
 
 # Processes of their own that need not load the libraries again.
@@ -42,6 +44,10 @@ def make_scorer() -> ModelRunner:
 def open_cache(folder: Path, told: list[str] | None = None) -> ReferenceCache:
     """The cache on disk; what it warns of lands in ``told``, or fails the test."""
     return ReferenceCache(folder, "f" * 64, pytest.fail if told is None else told.append)
+
+
+def fill(cache: ReferenceCache, pairs: Sequence[Pair], runner: ModelRunner) -> ReferenceLogps:
+    return fill_reference(cache, pairs, runner, Reporter(quiet=True))
 
 
 def shards(folder: Path) -> list[Path]:

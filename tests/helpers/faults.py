@@ -124,14 +124,15 @@ class _Watched:
         module: Any = safetensors.torch
         module.serialize_file = self._watched("serialize_file", module.serialize_file)
         builtins.open = io.open = self._open(io.open)  # type: ignore[assignment]
-        score = dpo_cli.models.logprobs.ModelRunner.score
+        forwards = dpo_cli.models.logprobs.ModelRunner.forwards
 
-        def told(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            for scored in score(*args, **kwargs):
-                self._tell(0, "scored", count=len(scored[0]))
+        def told(runner: Any, pairs: Any, compute: Any, *share: Any) -> Iterator[Any]:
+            for scored in forwards(runner, pairs, compute, *share):
+                if compute.__qualname__.startswith("fill_reference"):
+                    self._tell(0, "scored", count=len(scored[0]))
                 yield scored
 
-        dpo_cli.models.logprobs.ModelRunner.score = told  # type: ignore[method-assign]
+        dpo_cli.models.logprobs.ModelRunner.forwards = told  # type: ignore[method-assign, assignment]
         if self.watch.steps:
             step = dpo_cli.training.loop.Trainer.step
 

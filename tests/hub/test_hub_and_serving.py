@@ -216,11 +216,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def test_a_pushed_run_is_its_model_and_nothing_else(hub: FakeHub, train: Train, tmp_path: Path, tiny: Path) -> None:
-    result = train("--push-to-hub", "org/model", "--eval-fraction", 0.1, "--json")
+    assert train("--eval-fraction", 0.1).exit_code == 0
+    result = push(tmp_path / "first", "org/model", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["pushed"] == "https://huggingface.co/org/model"
-    assert hub.private is True and "(private)" in result.stderr
-    assert hub.calls == [*["create_repo", "auth_check"] * 2, "upload_folder", "model_info"]
+    assert json.loads(result.stdout)["url"] == "https://huggingface.co/org/model"
+    assert hub.private is True and json.loads(result.stdout)["private"] is True
+    assert hub.calls == ["create_repo", "auth_check", "upload_folder", "model_info"]
     exported = {path.name for path in (tmp_path / "first" / "model").iterdir()}
     assert set(hub.files) == exported
     for name, content in hub.files.items():
@@ -228,9 +229,10 @@ def test_a_pushed_run_is_its_model_and_nothing_else(hub: FakeHub, train: Train, 
             assert secret.encode() not in content, name
     card = hub.files["README.md"].decode()
     assert "vllm serve org/model" in card and SELF not in card
-    assert (
-        "push_to_hub" not in (tmp_path / "first" / "config.yaml").read_text()
-    )  # whoever repeats the run is asked again
+
+
+def push(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["push", *map(str, arguments)])
 
 
 REFUSED: dict[str, tuple[str, Exception, str]] = {
@@ -242,22 +244,21 @@ REFUSED: dict[str, tuple[str, Exception, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_pushed_is_told_before_training(case: str, hub: FakeHub, train: Train, tmp_path: Path) -> None:
+def test_what_cannot_be_pushed_is_told(case: str, hub: FakeHub, train: Train, tmp_path: Path) -> None:
     call, error, told = REFUSED[case]
     hub.fail = {call: error}
-    result = train("--push-to-hub", "org/model")
+    assert train().exit_code == 0
+    result = push(tmp_path / "first", "org/model")
     assert result.exit_code == 2 and told in result.stderr, result.stderr
-    assert not (tmp_path / "first").exists() and "upload_folder" not in hub.calls
+    assert "upload_folder" not in hub.calls
 
 
-def test_a_push_that_fails_loses_no_run(hub: FakeHub, train: Train, tmp_path: Path) -> None:
+def test_a_push_that_fails_says_how_to_try_again(hub: FakeHub, train: Train, tmp_path: Path) -> None:
     hub.fail = {"upload_folder": ConnectionError("connection reset")}
-    result = train("--push-to-hub", "me/model", "--json")
-    assert result.exit_code == 1
-    assert json.loads(result.stdout)["steps"] == 2  # all that a run tells
-    assert f"the run is complete in {tmp_path / 'first'}" in result.stderr
+    assert train().exit_code == 0
+    result = push(tmp_path / "first", "me/model")
     again = f"dpo push {tmp_path / 'first'} me/model"
-    assert f"connection reset\nTry again with: {again}" in result.stderr
+    assert result.exit_code == 1 and f"connection reset\nTry again with: {again}" in result.stderr
     hub.fail = {}
     done = CliRunner().invoke(app, [*again.split()[1:], "--json"])
     assert done.exit_code == 0, done.output
@@ -279,9 +280,7 @@ def test_push_says_what_it_cannot_push(hub: FakeHub, tmp_path: Path, train: Trai
 
 def test_an_adapter_goes_to_the_hub_if_its_base_is_there(hub: FakeHub, train: Train, tmp_path: Path) -> None:
     """Of a local base its configuration has the path, which nobody else could load."""
-    told = "push a model of both: dpo merge, or dpo train --export merged"
-    refused = train("--lora-rank", 2, "--push-to-hub", "me/model")
-    assert refused.exit_code == 2 and told in refused.stderr and not (tmp_path / "first").exists()
+    told = "push a model of both: dpo merge"
     assert train("--lora-rank", 2).exit_code == 0
     file = tmp_path / "first" / "model" / "adapter_config.json"
     config = json.loads(file.read_text())
@@ -295,12 +294,6 @@ def test_an_adapter_goes_to_the_hub_if_its_base_is_there(hub: FakeHub, train: Tr
         else:
             assert result.exit_code == 2 and told in result.stderr and not hub.calls
     assert not any(str(tmp_path).encode() in content for content in hub.files.values())
-
-
-def test_a_sweep_pushes_nothing(tmp_path: Path) -> None:
-    data = ("--data", SAMPLE / "train.jsonl", "--eval-data", SAMPLE / "heldout.jsonl", "--push-to-hub", "me/model")
-    result = CliRunner().invoke(app, ["sweep", *map(str, data)])
-    assert result.exit_code == 2 and "dpo push uploads one" in result.stderr
 
 
 def test_the_export_answers_as_the_model_in_memory(train: Train, tmp_path: Path) -> None:

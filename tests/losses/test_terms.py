@@ -33,11 +33,11 @@ from dpo_cli.evaluation.kl import COLUMNS, TokenScores
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import ModelRunner, token_logps
-from dpo_cli.reference.store import compute_missing, pair_keys
+from dpo_cli.reference.store import pair_keys
 from dpo_cli.training.memory import at_head, count_bytes
 from dpo_cli.training.step import Trainer, compare_with_reference
 from tests.helpers import SAMPLE, make_model, random_pairs, write_rows
-from tests.helpers.caches import dpo, open_cache, plant, shards
+from tests.helpers.caches import dpo, fill, open_cache, plant, shards
 from tests.helpers.layouts import LAYOUTS, own
 from tests.helpers.steps import KeepGradients, make_trainer, relative, take_step
 
@@ -136,9 +136,9 @@ def test_cached_and_read_back(tmp_path: Path, model: PreTrainedModel) -> None:
     whole = [
         replace(pair, chosen=model_input_ids(pair.chosen), rejected=model_input_ids(pair.rejected)) for pair in PAIRS
     ]
-    filled = compute_missing(open_cache(tmp_path), [*PAIRS, *whole], scorer)
+    filled = fill(open_cache(tmp_path), [*PAIRS, *whole], scorer)
     cache = open_cache(tmp_path)
-    assert compute_missing(cache, [*PAIRS, *whole], scorer).misses == 0
+    assert fill(cache, [*PAIRS, *whole], scorer).misses == 0
     with torch.no_grad():
         wanted = torch.stack([plain(model, *each).sum() for each in responses([*PAIRS, *whole])]).view(-1, 2)
     torch.testing.assert_close(filled.logps, wanted, rtol=0, atol=NOISE)
@@ -358,7 +358,7 @@ def test_a_run_is_not_resumed_with_other_terms(
 def test_weights_and_margins_are_told(trained: tuple[Path, dict[str, Any], str]) -> None:
     weights = r"weights from (\S+) to (\S+), other than 1 in (\d+) pairs"
     margins = r"margins from (\S+) to (\S+), other than 0 in (\d+) pairs"
-    found = re.findall(f"{weights}; {margins}\n", trained[2])
+    found = re.findall(f"{weights}\n *{margins}\n", trained[2])
     assert len(found) == 2  # to train on, and held out
     for told, count in zip(found, (ROWS, HELD_OUT), strict=True):
         low, high = terms_of(count).min(0), terms_of(count).max(0)

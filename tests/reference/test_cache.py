@@ -36,13 +36,13 @@ from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner, token_logps
 from dpo_cli.reference.shards import read_folder, read_shard
-from dpo_cli.reference.store import compute_missing, pair_keys
+from dpo_cli.reference.store import pair_keys
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
 from dpo_cli.utils.files import file_lock
 from tests.helpers import CHATML, ROOT, cached_logps, make_model, random_pairs, write_rows
-from tests.helpers.caches import NOISE, changed_config, changed_weight, dpo, make_scorer, open_cache, shards
+from tests.helpers.caches import NOISE, changed_config, changed_weight, dpo, fill, make_scorer, open_cache, shards
 
 DAY = 24 * 60 * 60.0
 LINES = {1, 2, 3, 4, 5, 6}  # of the file of rows; the last is a conversation of several turns, the fifth has a system
@@ -128,14 +128,15 @@ def place(tmp_path: Path, begun: Place) -> Place:
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where the pairs stand that were scored."""
     found: list[str] = []
-    original = ModelRunner.score
+    original = ModelRunner.forwards
 
-    def telling(self: ModelRunner, pairs: Any, *share: Any) -> Iterator[Any]:
-        for result in original(self, pairs, *share):
-            found.extend(pairs[i].where for i in result[0])
+    def telling(self: ModelRunner, pairs: Any, compute: Any, *share: Any) -> Iterator[Any]:
+        for result in original(self, pairs, compute, *share):
+            if compute.__qualname__.startswith("fill_reference"):
+                found.extend(pairs[i].where for i in result[0])
             yield result
 
-    monkeypatch.setattr(ModelRunner, "score", telling)
+    monkeypatch.setattr(ModelRunner, "forwards", telling)
     return found
 
 
@@ -867,10 +868,10 @@ def test_prune_reports_what_it_cannot_remove(two: tuple[Place, Path, Path], monk
 def test_a_reference_that_is_pruned_while_it_is_filled_is_filled_further(tmp_path: Path) -> None:
     pairs, scorer = random_pairs(6, seed=9), make_scorer()
     cache = open_cache(tmp_path)
-    compute_missing(cache, pairs[:3], scorer)
+    fill(cache, pairs[:3], scorer)
     shutil.rmtree(cache.folder)
-    assert compute_missing(cache, pairs, scorer).misses == 3
-    assert not compute_missing(open_cache(tmp_path), pairs[3:], scorer).misses
+    assert fill(cache, pairs, scorer).misses == 3
+    assert not fill(open_cache(tmp_path), pairs[3:], scorer).misses
 
 
 # ---- where nothing can be written, and when the clock jumps -----------------------------------------------------
@@ -908,12 +909,12 @@ def test_shards_are_written_by_a_clock_that_nobody_sets(
     pairs = random_pairs(16, seed=4)
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: next(jumps))
-        filled = compute_missing(open_cache(tmp_path / "jumps"), pairs, make_scorer())
+        filled = fill(open_cache(tmp_path / "jumps"), pairs, make_scorer())
     assert 0 <= filled.seconds < 60 and len(shards(tmp_path / "jumps")) == 1
     seconds = itertools.count(0, 31)
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: float(next(seconds)))
-        compute_missing(open_cache(tmp_path / "passes"), pairs, make_scorer())
+        fill(open_cache(tmp_path / "passes"), pairs, make_scorer())
     assert len(shards(tmp_path / "passes")) >= 5
 
 

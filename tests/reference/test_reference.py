@@ -23,13 +23,12 @@ from torch import Tensor
 import dpo_cli.reference.store
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pair, Pairs
-from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.shards import KEY_BYTES
-from dpo_cli.reference.store import ReferenceCache, compute_missing, missing_places, pair_keys, response_key
+from dpo_cli.reference.store import ReferenceCache, missing_places, pair_keys, response_key
 from tests.helpers import SAMPLE, random_pairs, write_rows
 from tests.helpers.caches import (
     NOISE,
@@ -37,6 +36,7 @@ from tests.helpers.caches import (
     changed_config,
     changed_weight,
     dpo,
+    fill,
     make_scorer,
     open_cache,
     shards,
@@ -189,7 +189,7 @@ def test_a_length_that_cuts_nothing_is_no_change(rows: Path, precompute: Precomp
 def test_equal_pairs_are_scored_once(tmp_path: Path, scorer: ModelRunner, forwards: list[int]) -> None:
     pairs = random_pairs(5)
     cache = open_cache(tmp_path)
-    compute_missing(cache, [*pairs, *pairs, pairs[0]], scorer)
+    fill(cache, [*pairs, *pairs, pairs[0]], scorer)
     assert sum(forwards) == 5
     assert torch.equal(cache.lookup([*pairs, pairs[2]]), cache.lookup([*pairs, *pairs])[[0, 1, 2, 3, 4, 7]])
 
@@ -208,7 +208,7 @@ def test_a_key_is_of_all_ids_and_the_boundary(a: list[int], b: list[int], c: lis
 def test_stored_numbers_are_the_models(tmp_path: Path, scorer: ModelRunner) -> None:
     """Each response alone through the plain model; a shard's token log-probs add up to its sums."""
     pairs = random_pairs(6)
-    compute_missing(open_cache(tmp_path), pairs, scorer)
+    fill(open_cache(tmp_path), pairs, scorer)
     cache = open_cache(tmp_path)
     expected = []
     with torch.no_grad():
@@ -230,11 +230,15 @@ def test_log_probs_as_ld_dpo_reads_them(tmp_path: Path, scorer: ModelRunner, alp
     pairs = random_pairs(12)
     pairs.append(Pair("row 12", pairs[0].prompt, pairs[0].chosen, pairs[0].chosen[:1]))
     cache = open_cache(tmp_path)
-    whole = compute_missing(cache, pairs, scorer).logps
+    whole = fill(cache, pairs, scorer).logps
     found, fresh = cache.weighted(Pairs(pairs), alpha), torch.empty(len(pairs), 2)
-    forwards = scorer.forwards(pairs, lambda _, batch: [*scorer.body(batch).head_pieces()], ld_alpha=alpha)
-    for places, pieces in forwards:
-        fresh[list(places)] = Preferences.concatenate(pieces).logps.view(2, -1).T
+
+    def weighted(places: Sequence[int], _: MicroBatch) -> Tensor:
+        pieces = scorer.body(scorer.batch([pairs[i] for i in places], alpha)).head_pieces()
+        return torch.cat([piece.logps.view(2, -1) for piece in pieces], 1).T  # (P, 2)
+
+    for places, logps in scorer.forwards(pairs, weighted):
+        fresh[list(places)] = logps
     torch.testing.assert_close(found, fresh, rtol=1e-6, atol=1e-5)
     one = torch.tensor([len(pair.chosen) == len(pair.rejected) for pair in pairs])
     torch.testing.assert_close(found[one | (alpha == 1)], whole[one | (alpha == 1)])
@@ -321,7 +325,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Pair], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo_cli.reference.store, "SHARD_SECONDS", -1.0)
         cache = open_cache(folder)
-        compute_missing(cache, pairs, make_scorer())
+        fill(cache, pairs, make_scorer())
     assert len(shards(folder)) >= 4
     return folder, pairs, cache.lookup(pairs)
 
@@ -365,7 +369,7 @@ def test_a_damaged_shard_is_removed_and_computed_again(
         assert len(missing(cache, pairs)) == lost
         assert not shard.exists()
         forwards.clear()
-        compute_missing(cache, pairs, scorer)
+        fill(cache, pairs, scorer)
         assert sum(forwards) == lost
         torch.testing.assert_close(open_cache(folder).lookup(pairs), values, rtol=0, atol=NOISE)
 
@@ -417,15 +421,15 @@ def test_interrupted_fill_keeps_what_was_scored(
 
     monkeypatch.setattr(ModelRunner, "token_logps", failing)
     with pytest.raises(error if isinstance(error, type) else type(error)):
-        compute_missing(open_cache(tmp_path), pairs, scorer)
+        fill(open_cache(tmp_path), pairs, scorer)
     kept, scored = open_cache(tmp_path), sum(forwards)
     assert 0 < scored < 12
     assert len(missing(kept, pairs)) == 12 - scored
     monkeypatch.setattr(ModelRunner, "token_logps", original)
-    filled = compute_missing(kept, pairs, scorer)
+    filled = fill(kept, pairs, scorer)
     assert (filled.hits, filled.misses) == (scored, 12 - scored)
     whole = open_cache(tmp_path / "other")
-    compute_missing(whole, pairs, scorer)
+    fill(whole, pairs, scorer)
     torch.testing.assert_close(open_cache(tmp_path).lookup(pairs), whole.lookup(pairs), rtol=0, atol=NOISE)
 
 
@@ -435,11 +439,11 @@ def _fill(folder: Path, pairs: list[Pair], together: Barrier | None, die_at: int
     dpo_cli.reference.store.SHARD_SECONDS = -1.0
     cache = ReferenceCache(folder, "f" * 64, print)
     if die_at:
-        settle, calls = Path.replace, iter(range(1, 1000))
+        settle, calls = Path.replace, iter(range(1000))  # the first is of about.json
         Path.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == die_at else settle(*a)  # type: ignore[method-assign, assignment, return-value]
     if together:
         together.wait(60)
-    compute_missing(cache, pairs, scorer)
+    fill(cache, pairs, scorer)
 
 
 @pytest.fixture
@@ -470,9 +474,11 @@ def test_several_processes_fill_one_cache(tmp_path: Path, scorer: ModelRunner, s
     cache = open_cache(tmp_path)
     assert cache.values.keys() == {key for pair in pairs for key in pair_keys(pair)}
     alone = open_cache(tmp_path / "alone")
-    compute_missing(alone, pairs, scorer)
+    fill(alone, pairs, scorer)
     torch.testing.assert_close(cache.lookup(pairs), alone.lookup(pairs), rtol=0, atol=NOISE)
-    assert [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".safetensors"] == []
+    assert [
+        p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".safetensors" and p.name != "about.json"
+    ] == []
 
 
 def test_killed_fills_lose_nothing_that_was_written(
@@ -491,9 +497,9 @@ def test_killed_fills_lose_nothing_that_was_written(
         assert 0 < left <= unscored - (shard - 1)  # each shard before that one had a pair at least
         unscored = left
     cache = open_cache(tmp_path)
-    assert compute_missing(cache, pairs, scorer).misses == unscored
+    assert fill(cache, pairs, scorer).misses == unscored
     alone = open_cache(tmp_path / "alone")
-    compute_missing(alone, pairs, scorer)
+    fill(alone, pairs, scorer)
     torch.testing.assert_close(open_cache(tmp_path).lookup(pairs), alone.lookup(pairs), rtol=0, atol=NOISE)
 
 
@@ -501,9 +507,9 @@ def test_killed_fills_lose_nothing_that_was_written(
 def test_shards_have_the_mode_of_any_new_file(tmp_path: Path, scorer: ModelRunner, umask: int) -> None:
     before = os.umask(umask)
     try:
-        compute_missing(open_cache(tmp_path), random_pairs(4), scorer)
+        fill(open_cache(tmp_path), random_pairs(4), scorer)
     finally:
         os.umask(before)
-    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "about.json"]
     assert files == shards(tmp_path) and files  # so no temporary file is left
     assert {f.stat().st_mode & 0o777 for f in files} == {0o666 & ~umask}

@@ -154,12 +154,12 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
 def test_a_run_without_held_out_pairs_has_curves_and_its_origin() -> None:
     history = [line for line in make_history(60) if "loss" in line]
     found = Parsed(
-        page(ReportInput("run", None, history, {"device": "cpu"}, {"lr": 5e-7, "compile": False, "columns": None}))
+        page(ReportInput("run", None, history, {"device": "cpu"}, {"lr": 5e-7, "wpo": False, "columns": None}))
     )
     assert found.sections() == ["training", "manifest", "options"]
     text = "".join(found.texts)
     assert "60 training steps. No pairs were held out" in text and "--eval-fraction 0.1 holds out a tenth" in text
-    assert '"lr": 5e-07' in text and '"compile": false' in text
+    assert '"lr": 5e-07' in text and '"wpo": false' in text
 
 
 def test_held_out_pairs_are_not_denied() -> None:

@@ -308,7 +308,7 @@ def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path: Path) -> None:
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     older, newest = (
-        save_checkpoint(tmp_path, step, model, optimizer, {"cpu": torch.get_rng_state()}, 64, keep=2)  # type: ignore[arg-type]
+        save_checkpoint(tmp_path, step, model, optimizer, 64, keep=2)  # type: ignore[arg-type]
         for step in (8, 10)
     )
     content = (newest / "manifest.json").read_bytes()
@@ -329,7 +329,7 @@ def test_the_newest_is_that_of_most_steps_however_many_digits(tmp_path: Path) ->
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (999_999, 1_000_000, 1_000_001):
-        save_checkpoint(tmp_path, step, model, optimizer, {"cpu": torch.get_rng_state()}, 64, keep=2)  # type: ignore[arg-type]
+        save_checkpoint(tmp_path, step, model, optimizer, 64, keep=2)  # type: ignore[arg-type]
     found = newest_checkpoint(tmp_path, pytest.fail)
     assert found and found[1] == 1_000_001
     assert len(list(tmp_path.iterdir())) == 2

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import SweepOptions, TrainOptions
 from dpo_cli.config.resolve import resolve
+from dpo_cli.reference import store
 from dpo_cli.reporting.plots import frontier, png, write_plots
 from dpo_cli.training import prepare
 from dpo_cli.training.loop import train
@@ -96,7 +97,7 @@ class Seen:
         self.misses: list[int] = []
         self.models: list[weakref.ref[PreTrainedModel]] = []
         self.alive: list[int] = []
-        fill, load = prepare.fill_reference, prepare.load_scored_model
+        fill, load = store.fill_reference, prepare.load_scored_model
 
         def filled(*arguments: Any) -> Any:
             found = fill(*arguments)

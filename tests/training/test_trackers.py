@@ -105,10 +105,10 @@ def test_a_missing_tracker_is_told_before_anything_is_computed(monkeypatch: pyte
 
 
 def test_hyperparameters_are_plain_and_decide_what_is_trained() -> None:
-    options = TrainOptions(data=["a.jsonl", "b.jsonl"], output=Path("here"), push_to_hub="me/mine", report_to="mlflow")
+    options = TrainOptions(data=["a.jsonl", "b.jsonl"], output=Path("here"), report_to="mlflow")
     told = hyperparameters(options)
     assert told["data"] == "a.jsonl, b.jsonl" and told["beta"] == 0.1 and told["wpo"] is False
-    assert not {"output", "push_to_hub", "cache_dir", "report_to", "lora_rank", "max_steps"} & set(told)
+    assert not {"output", "cache_dir", "report_to", "lora_rank", "max_steps"} & set(told)
     assert all(isinstance(value, (bool, int, float, str)) for value in told.values())
 
 
