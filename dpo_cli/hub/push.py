@@ -19,49 +19,13 @@ from dpo_cli.utils.errors import DpoError, UsageError, name_beside
 FILES = ["README.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]  # of an export
 
 
-def create_repository(name: str, public: bool = False) -> None:
-    """Create the repository ``name``, ORG/NAME, unless it is there.
-
-    Raises:
-        UsageError: there is no login, the hub cannot be reached, or the login may not write there.
-    """
-    try:
-        HfApi().create_repo(name, private=not public, exist_ok=True)
-        HfApi().auth_check(name, write=True)
-    except LocalTokenNotFoundError as error:
-        raise UsageError(f"{name}: you are not logged in; run: hf auth login") from error
-    except Exception as error:  # offline, or what the hub answers
-        raise UsageError(
-            f"{name}: your login may not write there, or the hub cannot be reached\n{_first_line(error)}"
-        ) from error
-
-
-def check_base(name: str) -> None:
-    """Refuse to push an adapter whose base is not on the hub under that name: nobody else could load it.
-
-    This includes the default model's packaged copy, whose weights differ from the hub's.
-
-    Raises:
-        UsageError: the base is a local one.
-    """
-    try:
-        on_hub = hub_name(find_model(name)) == name
-    except UsageError:  # it was removed
-        on_hub = False
-    if not on_hub:
-        raise UsageError(
-            f"the adapter's base is not on the hub ({name}), so nobody else could load it; push a model of both: "
-            "dpo merge"
-        )
-
-
 def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
     """Upload the model of a run, or its model/ or best/, in one commit; its card then names the repository.
 
     A new repository is private unless ``public``.
 
     Raises:
-        UsageError: there is no trained model, or nobody could load it, or the login may not write there.
+        UsageError: there is no trained model, nobody else could load it, or there is no login.
         DpoError: the upload failed; the message says how to try again.
     """
     if not repository.holds(name):
@@ -72,18 +36,30 @@ def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
         beside = name_beside(folder)
         raise UsageError(f"{folder}: no trained model there; name a complete run, or its model/ or best/{beside}")
     if adapter.is_file():
-        check_base(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    create_repository(name, public)
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not _is_on_hub(base):
+            raise UsageError(
+                f"the adapter's base is not on the hub ({base}), so nobody else could load it; push a model of both: "
+                "dpo merge"
+            )
+    api, message = HfApi(), f"Model trained by dpo-cli {version('dpo-cli')}"
     card.write_text(card.read_text(encoding="utf-8").replace(SELF, name), encoding="utf-8")
-    message = f"Model trained by dpo-cli {version('dpo-cli')}"
     try:
-        done = HfApi().upload_folder(repo_id=name, folder_path=model, allow_patterns=FILES, commit_message=message)
-        private = bool(HfApi().model_info(name).private)
+        api.create_repo(name, private=not public, exist_ok=True)
+        done = api.upload_folder(repo_id=name, folder_path=model, allow_patterns=FILES, commit_message=message)
+        private = bool(api.model_info(name).private)
+    except LocalTokenNotFoundError as error:
+        raise UsageError(f"{name}: you are not logged in; run: hf auth login") from error
     except Exception as error:  # offline, or what the hub answers
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         again = f"Try again with: dpo push {shlex.quote(str(folder))} {name}"
-        raise DpoError(f"the model could not be pushed to {name}: {_first_line(error)}\n{again}") from error
+        raise DpoError(f"the model could not be pushed to {name}: {reason}\n{again}") from error
     return {"url": str(done.repo_url), "private": private}
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _is_on_hub(base: str) -> bool:
+    """Whether an adapter's base is there under that name; the default model's packaged copy has other weights."""
+    try:
+        return hub_name(find_model(base)) == base
+    except UsageError:  # it was removed
+        return False
