@@ -33,7 +33,7 @@ from dpo_cli.models import adapter_files
 from dpo_cli.models.adapters import is_tied
 from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource
 from dpo_cli.models.parallel import shard_like
-from dpo_cli.models.quantized import KEY, SCALES, dequantize, packing_of
+from dpo_cli.models.quantized import SCALES, dequantize, loading, packing_of
 from dpo_cli.utils.errors import DpoError, UsageError
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images, sound
@@ -154,8 +154,7 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
             device = {"": torch.cuda.current_device()}
             arguments |= {"quantization_config": _bits(source.quantize), "device_map": device, "dtype": torch.bfloat16}
         if packing is not None:
-            setattr(config, KEY, {**packing, "dequantize": True})
-            arguments["config"] = config
+            arguments |= loading(packing, config)
     model: Any
     model, loaded = auto.from_pretrained(**arguments, output_loading_info=True)
     model.eval()

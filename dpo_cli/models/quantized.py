@@ -13,13 +13,20 @@ from huggingface_hub import ModelCard, snapshot_download
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from dpo_cli.models.adapters import is_quantized
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.utils.errors import UsageError
 
 KEY = "quantization_config"
-METHODS = {"mxfp4": "MXFP4", "fp8": "FP8", "mxfp8": "MXFP8"}  # that transformers dequantizes on every device
+BITS = "bitsandbytes"
+METHODS = {
+    "mxfp4": "MXFP4",
+    "fp8": "FP8",
+    "mxfp8": "MXFP8",
+    BITS: BITS,
+}  # that transformers dequantizes on every device
 SCALES = ("_scale_inv", ".weight_scale", ".SCB")  # without which weights of 8 bits are others
 
 
@@ -33,7 +40,10 @@ def packing_of(source: ModelSource) -> Mapping[str, Any] | None:
     except Exception:  # whatever a folder from elsewhere raises; loading reports it
         return None
     found = [part[KEY] for part in parts if part.get(KEY) is not None]
-    return (found[0] if isinstance(found[0], dict) else {}) if found else None
+    packing = (found[0] if isinstance(found[0], dict) else {}) if found else None
+    if packing and (packing.get("load_in_4bit") is True or packing.get("load_in_8bit") is True):
+        return {**packing, "quant_method": BITS}  # which its first versions did not name
+    return packing
 
 
 def admit(source: ModelSource, name: str | None, frozen: bool = False) -> ModelSource:
@@ -55,8 +65,9 @@ def admit(source: ModelSource, name: str | None, frozen: bool = False) -> ModelS
     if source.adapter:
         other = f"let its adapter_config.json {other}" if frozen else f"{other} with --base-model"
     if method not in METHODS:
-        few_bits = "; --load-in-4bit packs it again" if method == "bitsandbytes" else ""
-        raise UsageError(f"{whose}, which is neither scored nor trained here; {other}{few_bits}")
+        raise UsageError(f"{whose}, which is neither scored nor trained here; {other}")
+    if method == BITS and not is_bitsandbytes_available():
+        raise UsageError(f"{whose}, which needs the package {BITS} (pip install -U {BITS}); or {other}")
     try:
         AutoQuantizationConfig.from_dict(dict(packing))
         _check_blocks(source, packing.get("weight_block_size"))
@@ -67,13 +78,15 @@ def admit(source: ModelSource, name: str | None, frozen: bool = False) -> ModelS
 
 
 def _made_from(source: ModelSource) -> str:
-    """Describe the model with plain weights, by the model card."""
-    base: Any = None
+    """Describe the model with plain weights, by the model card, else by the configuration."""
+    names: list[tuple[Any, str]] = []
     with suppress(Exception):  # there is none, or whatever stands in it
         card = Path(source.path, "README.md") if Path(source.path).is_dir() else source.path
         base = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
-    named = base[0] if isinstance(base, list) and base else base
-    return "the model that it was made from" + (f" (model card: {named})" if isinstance(named, str) else "")
+        names.append((base[0] if isinstance(base, list) and base else base, "model card"))
+    names.append((PretrainedConfig.get_config_dict(**source.arguments())[0].get("_name_or_path"), "config.json"))
+    named = [f" ({where}: {name})" for name, where in names if isinstance(name, str) and name not in ("", source.path)]
+    return "the model that it was made from" + (named[0] if named else "")
 
 
 def _check_blocks(source: ModelSource, block: Sequence[int] | None) -> None:
@@ -93,12 +106,24 @@ def _check_blocks(source: ModelSource, block: Sequence[int] | None) -> None:
             raise ValueError(f"{name}: its blocks of {block} do not divide a weight of {shape}")
 
 
+def loading(packing: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """Return what ``from_pretrained`` wants, to load packed weights so that they can be dequantized."""
+    setattr(config, KEY, {**packing, "dequantize": True})
+    return {"config": config} | ({"device_map": {"": "cpu"}} if packing.get("quant_method") == BITS else {})
+
+
 @torch.no_grad()
 def dequantize(model: PreTrainedModel) -> None:
     """Make a model of packed weights that was just loaded, in place, as if it was never packed.
 
     Its weights are float32, and saved under plain names.
+
+    Raises:
+        ValueError: weights are not packed as the config says; bitsandbytes would have rounded them.
     """
+    for name, module in model.named_modules():
+        if hasattr(module, "quant_state") and getattr(module.weight, "quant_state", None) is None:
+            raise ValueError(f"{name} is not packed, though its config.json says so: remove {KEY} there")
     if is_quantized(model):
         model.dequantize(torch.float32)
     model.float()

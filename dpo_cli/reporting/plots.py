@@ -45,7 +45,6 @@ THEME: Any = {
     "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "dpo",  # the same input gives the same bytes
-    "text.parse_math": False,
 }
 FAR = 30  # ratio of the largest to the smallest value from which an axis is logarithmic
 SMOOTHED = 40  # steps from which on a running mean is drawn

@@ -223,7 +223,6 @@ REFUSED = {
     "torchao": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     "fbgemm_fp8": {"quant_method": "fbgemm_fp8"},
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "of-2031": {"quant_method": "of-2031"},
     "in a way that its config.json does not name": "gptq",
     "in a way that its config.json does not name ": ["gptq"],
@@ -246,8 +245,7 @@ def test_other_packed_models_are_refused(name: str, plain: Path, tmp_path: Path,
     for more in ((), ("--lora-rank", 4), ("--dry-run",)):
         told = refused(tmp_path, "train", "--model", packed, *rows, *more)
         assert told.startswith(f"error: --model {packed}: it is packed ({name.strip()})")
-        bits = "; --load-in-4bit packs it again" * (name == "bitsandbytes")
-        assert told.endswith(f"; name {UNPACKED}{bits}") and "install" not in told
+        assert told.endswith(f"; name {UNPACKED}") and "install" not in told
 
 
 def test_every_command_refuses_and_the_way_out_works(plain: Path, tmp_path: Path, rows: list[Any]) -> None:
@@ -276,8 +274,9 @@ def test_every_command_refuses_and_the_way_out_works(plain: Path, tmp_path: Path
 
 def test_what_is_packed_inside_a_larger_model_is_seen(plain: Path, tmp_path: Path, rows: list[Any]) -> None:
     text = {"text_config": {"quantization_config": GPTQ}}
-    packed = change(shutil.copytree(plain, tmp_path / "packed"), **text)
-    assert refused(tmp_path, "train", "--model", packed, *rows).endswith(f"name {UNPACKED}")
+    packed = change(shutil.copytree(plain, tmp_path / "packed"), **text, _name_or_path="someone/Plain-1B")
+    told = refused(tmp_path, "train", "--model", packed, *rows)
+    assert told.endswith(f"name {UNPACKED} (config.json: someone/Plain-1B)")
     done(tmp_path, "train", "--model", change(plain, quantization_config=None), *rows, "--dry-run")
 
 
@@ -297,3 +296,53 @@ def test_scales_that_nothing_reads_are_no_plain_model(tmp_path: Path) -> None:
     change(packed, quantization_config=None)
     with pytest.raises(UsageError, match=r"its weights are packed, and nothing reads model\.layers\.0.*_scale_inv"):
         load_model(find_model(str(packed)))
+
+
+# ---- bitsandbytes -----------------------------------------------------------------------------------------------
+
+
+def test_bitsandbytes_without_its_package_names_what_is_missing(
+    plain: Path, tmp_path: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_cli.models.quantized.is_bitsandbytes_available", lambda: False)
+    for packing in ({"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_8bit": True}):
+        packed = change(plain, quantization_config=packing)
+        told = refused(tmp_path, "train", "--model", packed, *rows)
+        assert "needs the package bitsandbytes (pip install -U bitsandbytes); or name the model" in told
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_bitsandbytes_is_dequantized(bits: str, plain: Path, tmp_path: Path, rows: list[Any]) -> None:
+    """It trains whole and by an adapter, which is merged, and what is exported is plain."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    asked: Any = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float16}
+    config = BitsAndBytesConfig(**(asked if bits == "4bit" else {"load_in_8bit": True}))
+    given: Any = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": "cpu"}
+    packed = tmp_path / "packed"
+    AutoModelForCausalLM.from_pretrained(plain, **given).save_pretrained(packed)
+    make_tokenizer().save_pretrained(packed)
+    before = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32, device_map="cpu")
+    expected = before.dequantize(torch.float32).float()(IDS).logits
+    torch.testing.assert_close(load_model(find_model(str(packed)))(IDS).logits, expected, rtol=0, atol=1e-4)
+    told = done(tmp_path, "train", "--model", packed, *rows, "--output", tmp_path / "whole")
+    assert "stored as bitsandbytes, dequantized to float32" in told
+    check_export(tmp_path / "whole" / "model")
+    more = ("--lora-rank", 4, "--lr", "1e-2", "--export", "merged", "--output", tmp_path / "run")
+    done(tmp_path, "train", "--model", packed, *rows, *more)
+    check_export(tmp_path / "run" / "model")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")(IDS).logits
+    assert (found - expected).abs().max() > 0.1
+    (adapter,) = (tmp_path / "run" / "checkpoints").iterdir()
+    done(tmp_path, "merge", "--model", adapter, "--output", tmp_path / "merged")
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(t, exported[n]) for n, t in load_file(tmp_path / "merged" / "model.safetensors").items())
+    done(tmp_path, "train", "--resume", tmp_path / "run")
+
+
+def test_plain_weights_under_a_config_of_bitsandbytes_are_refused(plain: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    change(plain, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(UsageError, match=r"is not packed, though its config\.json says so"):
+        load_model(find_model(str(plain)))

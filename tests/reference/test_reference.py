@@ -131,7 +131,7 @@ def test_a_second_training_scores_no_held_out_pair_but_at_its_evaluations(
     assert found["exact"] == found["none"] == [4, 3, 4, 3, 4, 3, 4, 3]  # the check of step 0; step 0; three steps
 
 
-def test_precompute_fills_what_train_and_eval_need(
+def test_precompute_fills_what_train_needs(
     tmp_path: Path, tiny: Path, rows: Path, precompute: Precompute, forwards: list[int]
 ) -> None:
     first = precompute(rows)
@@ -143,10 +143,10 @@ def test_precompute_fills_what_train_and_eval_need(
     assert (again["pairs"], again["hits"], again["misses"], again["tokens"], forwards) == (12, 12, 0, 0, [])
     common = ("--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache")
     assert "12 of 12 pairs cached: no reference forward" in dpo("train", *common, "--output", tmp_path / "run")[1]
-    assert "12 of 12 pairs cached: no reference forward" in dpo("eval", *common, "--kl", "none")[1]
-    forwards.clear()
-    dpo("eval", *common)
-    assert sum(forwards) == 12  # of a model that is its own reference the states are there
+    for kl in ("none", "exact"):
+        forwards.clear()
+        dpo("eval", *common, "--kl", kl)
+        assert sum(forwards) == 12  # a model that is its own reference runs once
 
 
 def test_appended_row_is_all_that_is_scored(rows: Path, precompute: Precompute, forwards: list[int]) -> None:
