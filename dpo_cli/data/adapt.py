@@ -68,7 +68,7 @@ class TemplateAdapter:
             return message | {"role": self._tool_role} | ids.of_result(message)
         hidden: dict[str, list[str]] = {}
         if calls := message.get("tool_calls"):
-            if self._shows_calls:
+            if self._text_arguments is not None:
                 message = self._form(message | {"tool_calls": [call | {"id": ids.of_call(call)} for call in calls]})
             else:
                 hidden["tool_calls"] = [json.dumps(call, ensure_ascii=False) for call in calls]
@@ -88,22 +88,18 @@ class TemplateAdapter:
             return False
         return True if PROBE in self.probe(USER, _with_text_arguments(call)) else None
 
-    @property
-    def _shows_calls(self) -> bool:
-        return self._text_arguments is not None
-
     def _form(self, message: Message) -> Message:
         return _with_text_arguments(message) if self._text_arguments else message
 
     @cached_property
     def _short_ids(self) -> bool:
         """Whether the template accepts only call ids of nine letters and digits, as Mistral's do."""
-        return self._shows_calls and not self.probe(USER, self._form(_call("call_0a1b2c3d")))
+        return self._text_arguments is not None and not self.probe(USER, self._form(_call("call_0a1b2c3d")))
 
     @cached_property
     def _tool_role(self) -> str:
         """The role under which the template shows the result of a tool."""
-        call = self._form(_call("callcall1")) if self._shows_calls else answer("a")
+        call = self._form(_call("callcall1")) if self._text_arguments is not None else answer("a")
         result = {"content": PROBE, "tool_call_id": "callcall1", "name": "f"}
         shown = (role for role in _TOOL_ROLES if PROBE in self.probe(USER, call, {"role": role} | result))
         return next(shown, "tool")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from dpo_cli.utils.errors import RowError, printable
 
 Records = Iterator[tuple[str, Any]]
-MAX_CELL = 2**26  # characters; csv's own limit is less than a long response
+MAX_LINE = 64 * 2**20  # bytes; a longer line is a broken or hostile file
 MAX_DEPTH = 64  # of nested lists and objects: later stages recurse
 TOO_DEEP = "nested too deeply"
 
@@ -29,7 +29,7 @@ class SourceError(Exception):
 
 def read_json_lines(stream: BinaryIO) -> Records:
     """Read one object per line."""
-    for number, line in enumerate(stream, 1):
+    for number, line in _lines(stream):
         if line.strip() in (b"", b"\xef\xbb\xbf"):
             continue
         try:
@@ -54,10 +54,9 @@ def read_json(stream: BinaryIO) -> Records:
 
 def read_csv(stream: BinaryIO) -> Records:
     """Read rows under the column names of the first line; a row that spans lines is reported at its first."""
-    csv.field_size_limit(MAX_CELL)
-    reader = csv.reader(
-        (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(stream)), strict=True
-    )
+    csv.field_size_limit(MAX_LINE)
+    texts = (line.decode("utf-8-sig" if number == 1 else "utf-8") for number, line in _lines(stream))
+    reader = csv.reader(texts, strict=True)
     line = 1
     try:
         names = next(reader, [])
@@ -98,6 +97,13 @@ def read_tables(tables: Iterable[Any]) -> Records:
 
 
 # ---- helpers ----------------------------------------------------------------------------------------------------
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), 1):
+        if len(line) > MAX_LINE:
+            raise SourceError(f"line {number} is longer than {MAX_LINE >> 20} MiB")
+        yield number, line
 
 
 def _decode(content: bytes) -> Any:

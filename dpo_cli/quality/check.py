@@ -19,8 +19,7 @@ from dpo_cli.data.readers import shortened
 from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import Source, find_sources
 from dpo_cli.data.tokenize import Encoder
-from dpo_cli.quality.checks import ISSUE_TYPES, NOTES, normalize, row_issues, texts_of
-from dpo_cli.quality.lengths import biased_pairs, length_bias
+from dpo_cli.quality.checks import ISSUE_TYPES, NOTES, biased_pairs, length_bias, normalize, row_issues, texts_of
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
 from dpo_cli.training.run_dir import reading_as_trained
 from dpo_cli.utils.console import Reporter

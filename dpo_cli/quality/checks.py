@@ -1,17 +1,19 @@
-"""The table of issue types, and the checks that need a single row."""
+"""The table of issue types, the checks that need a single row, and the bias by length."""
 
 from __future__ import annotations
 
 import json
 import re
 import unicodedata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpo_cli.data.chat import CONTROL_KEPT
 from dpo_cli.data.messages import REASONING, Text
+from dpo_cli.data.pairs import Ids
 from dpo_cli.data.readers import shortened
 from dpo_cli.data.rows import Row
 from dpo_cli.data.tokenize import PROMPT_CUT, RESPONSE_CUT
+from dpo_cli.evaluation.statistics import wilson
 
 CONTEXT = 30  # characters shown on either side of a match
 
@@ -130,3 +132,38 @@ def _thinks(text: str) -> bool:
 def _around(text: str, match: re.Match[str]) -> str:
     start = max(match.start() - CONTEXT, 0)
     return "…" * (start > 0) + shortened(text[start:], match.end() - start + CONTEXT)
+
+
+# ---- what length alone predicts -------------------------------------------------------------------------------------
+
+BIASED, LEAST = 0.65, 0.6  # share of pairs, and what its interval must exceed
+
+
+def length_bias(lengths: Ids) -> dict[str, Any]:
+    """Compute how often the longer response is chosen, from (P, 2) tokens of chosen and rejected.
+
+    The accuracies are those of always preferring the longer or the shorter response, a tie counting half; a trained
+    model must beat both.
+    """
+    chosen, rejected = lengths.T  # (P,) each
+    longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
+    ties = len(lengths) - longer - shorter
+    prefer_longer = (longer + ties / 2) / len(lengths)
+    return {
+        "longer_chosen": longer,
+        "shorter_chosen": shorter,
+        "ties": ties,
+        "share": longer / (longer + shorter) if longer + shorter else 0.5,
+        "interval": list(wilson(longer, longer + shorter)),
+        "accuracy_prefer_longer": prefer_longer,
+        "accuracy_prefer_shorter": 1 - prefer_longer,
+    }
+
+
+def biased_pairs(bias: dict[str, Any]) -> tuple[int, str] | None:
+    """Return in how many pairs length predicts the preference, and how; None if it hardly does."""
+    low, high = bias["interval"]
+    for name, sure in (("longer", low), ("shorter", 1 - high)):
+        if bias[f"accuracy_prefer_{name}"] >= BIASED and sure > LEAST:
+            return bias[f"{name}_chosen"], f"the {name} response is chosen"
+    return None

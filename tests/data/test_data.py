@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cli.config import options as config
+from dpo_cli.data import readers
 from dpo_cli.data.formats import FORMATS as READERS
 from dpo_cli.data.readers import MAX_DEPTH
 from dpo_cli.data.rows import BadRow, Row, is_rendered, read_rows
@@ -32,6 +33,7 @@ from tests.helpers.records import (
     SYSTEM,
     assistant,
     kind_of,
+    packed,
     record,
     user,
     write_records,
@@ -667,6 +669,23 @@ def test_what_is_done_with_a_row_takes_time_in_proportion_to_it(tmp_path: Path) 
     header = ",".join(map(str, range(200_000)))
     with pytest.raises(UsageError, match="the column '199999' occurs twice"):
         read_bytes(tmp_path, "rows.csv", header + ",199999\n1,2\n")
+
+
+# ---- sizes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
+def test_a_line_that_is_too_long_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open quote of a CSV file would else take the rest of the file into one cell."""
+    monkeypatch.setattr(readers, "MAX_LINE", 100)
+    first, row = (HEADER.encode(), b"p,a,b") if name == "a.csv" else (b"\n", LINE)
+    fits = row + b" " * (99 - len(row)) + b"\n"
+    assert len(read_bytes(tmp_path, name, packed(first + fits * 3, name))) == 3
+    with pytest.raises(UsageError, match=f"{name}: line 3 is longer than"):
+        read_bytes(tmp_path, name, packed(first + fits + b"a" * 5000 + b"\n" + fits, name))
+    if name == "a.csv":
+        with pytest.raises(UsageError, match="line 3: not CSV in UTF-8: field larger than field limit"):
+            read_bytes(tmp_path, name, first + fits + b'p,"\n' + fits * 3)
 
 
 # ---- JSON arrays ------------------------------------------------------------------------------------------------

@@ -23,8 +23,7 @@ from dpo_cli.data.rows import Reading, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.quality.check import DataCheck, as_text, run_check
-from dpo_cli.quality.checks import ISSUE_TYPES, find_damage, normalize, row_issues, texts_of
-from dpo_cli.quality.lengths import length_bias
+from dpo_cli.quality.checks import ISSUE_TYPES, find_damage, length_bias, normalize, row_issues, texts_of
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
 from tests.helpers import SAMPLE, write_rows
