@@ -89,7 +89,8 @@ def precompute(
 
     Raises:
         UsageError: an option or the data cannot be used.
-        DpoError: a log-prob of the reference is not finite, or the disk is full.
+        DpoError: a log-prob of the reference is not finite, or the disk is full; with ``verify``, a cached log-prob is
+            off by more than arithmetic explains.
     """
     resolved = resolve(PrecomputeOptions, _given(data, options), config, ("config", "progress"))
     with _reporter(progress, resolved) as reporter:

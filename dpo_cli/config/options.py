@@ -237,6 +237,8 @@ class TrainOptions(WeightsOptions):
 class PrecomputeOptions(WeightsOptions):
     """`dpo precompute-ref`."""
 
+    verify: int = option(0, "Recompute this many random cached pairs and show the largest difference.", not_negative)
+
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class EvalOptions(SampleOptions, Options):

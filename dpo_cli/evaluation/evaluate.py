@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
+import numpy as np
 
 from dpo_cli.config.options import EvalOptions, TrainOptions
 from dpo_cli.data.pairs import Ids, Pairs, trained_on
@@ -22,11 +23,13 @@ from dpo_cli.evaluation import kl, statistics
 from dpo_cli.evaluation.evaluator import EvalResult, Evaluator
 from dpo_cli.evaluation.examples import write_per_pair
 from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequence_kl, text
+from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import same_weights
-from dpo_cli.models.loading import default_device, release
-from dpo_cli.models.locate import ModelSource, start_model
+from dpo_cli.models.loading import default_device, dtype_name, release
+from dpo_cli.models.locate import ModelSource, find_model, start_model
+from dpo_cli.reference.store import ReferenceCache, fill_reference
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
     ScoredModel,
@@ -83,7 +86,7 @@ def evaluate(
     models = _Models(options, source, began, evaluator, reporter)
     tokens, samples = models.score()
     history = _history(source, began)
-    scores = evaluator.scores(tokens, None, history, began.beta if began else None)
+    scores = evaluator.scores(tokens, models.ref_logps, history, began.beta if began else None)
     held_out, overlap = False, None
     if source.run and began and manifest:
         as_in_run = options.beta == began.beta and options.ref_model is None
@@ -146,6 +149,7 @@ class _Models:
     evaluator: Evaluator
     reporter: Reporter
     reference_name: str = ""
+    ref_logps: tuple[Table, Table] | None = None  # where ``tokens`` are of the policy alone, see ``Evaluator.scores``
 
     @property
     def itself(self) -> bool:
@@ -153,7 +157,11 @@ class _Models:
         return self.options.ref_model is None and self.source.run is None
 
     def score(self) -> tuple[kl.TokenScores, dict[str, Any]]:
-        """Score the policy and its reference, compare them for ``--kl exact``, and sample."""
+        """Score the policy and its reference, compare them for ``--kl exact``, and sample.
+
+        Without the exact KL the reference's log-probs are those of the cache, as in training; its model runs only where
+        the cache lacks pairs.
+        """
         pairs, objective = self.evaluator.pairs, self.evaluator.objective
         policy = self._load(self.source)
         if self.itself:
@@ -163,13 +171,43 @@ class _Models:
             return self._compare(policy)
         tokens = kl.score(policy.runner, pairs, self._progress("evaluate"))
         if self.itself:
-            reference = tokens.tokens
+            tokens = dataclasses.replace(tokens, tokens=tokens.tokens.expand(-1, 2))
         elif not objective.reference and self.options.ref_model is None:
             self.reference_name = f"none: --loss {objective.name} reads none"
-            reference = torch.full_like(tokens.tokens, torch.nan)
+            none = np.full((len(pairs), 2), np.nan)
+            self.ref_logps = none, none
         else:
-            reference = kl.score(self._reference(policy).runner, pairs, self._progress("reference")).tokens
-        return dataclasses.replace(tokens, tokens=torch.cat([tokens.tokens, reference], 1)), {}
+            self.ref_logps = self._cached_logps(policy)
+        return tokens, {}
+
+    def _cached_logps(self, policy: ScoredModel) -> tuple[Table, Table]:
+        """Return the reference's log-probs, and those with the token weights of LD-DPO: (P, 2) each."""
+        pairs, alpha, reference = self.evaluator.pairs, self.evaluator.objective.ld_alpha, policy
+        cache = self._complete_cache(policy)
+        if cache is None:
+            reference = self._reference(policy)
+            cache = reference.open_cache(self.options, self.reporter)
+        logps = fill_reference(cache, pairs, reference.runner, self.reporter).logps
+        weighted = logps if alpha == 1 else cache.weighted(pairs, alpha)
+        return logps.double().numpy(), weighted.double().numpy()
+
+    def _complete_cache(self, policy: ScoredModel) -> ReferenceCache | None:
+        """Open the cache of the run's reference, if that computed as the policy does and has all of these pairs."""
+        if self.options.ref_model is not None or self.source.run is None:
+            return None
+        manifest, runner = read_manifest(self.source.run), policy.runner
+        recorded = manifest["reference"]
+        cache = ReferenceCache(self.options.cache_dir, recorded["fingerprint"], self.reporter.warning)
+        same = (runner.layout, dtype_name(runner.dtype), runner.device.type)
+        if same != (recorded["layout"], recorded["dtype"], manifest["device"]):
+            return None
+        if cache.lookup(self.evaluator.pairs).isnan().any():
+            return None
+        self.reference_name = str(recorded["model"] or manifest["start_model"])
+        with suppress(UsageError):  # it may be gone, and is not loaded
+            name, base = start_model(recorded, self.options.base_model)
+            self.reference_name = find_model(name, base=base).description
+        return cache
 
     def _compare(self, policy: ScoredModel) -> tuple[kl.TokenScores, dict[str, Any]]:
         """Run both models over the pairs, and over responses that the policy samples."""

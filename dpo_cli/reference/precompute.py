@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo_cli.config.options import PrecomputeOptions
+from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.tokenize import reasons
+from dpo_cli.models.logprobs import ModelRunner, logp_tolerance, response_logps
 from dpo_cli.reference.store import fill_reference
 from dpo_cli.training.memory import fit, process_bytes
 from dpo_cli.training.prepare import (
@@ -20,10 +24,15 @@ from dpo_cli.training.prepare import (
 )
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import DpoError
 
 
 def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]:
-    """Score all pairs that the cache lacks, in the memory mode that a training would take; returns what it cost."""
+    """Score all pairs that the cache lacks, in the memory mode that a training would take; returns what it cost.
+
+    Raises:
+        DpoError: with ``--verify``, a cached log-prob is off by more than arithmetic explains.
+    """
     with distributed.started(lambda: "what was scored is kept, and the same command goes on from there") as device:
         distributed.check_same_command(options)
         return _precompute(options, device, reporter)
@@ -46,7 +55,7 @@ def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Repo
         distributed.check_same(the_data=pairs.digest(), the_model=reference.fingerprint)
     cache = reference.open_cache(options, reporter)
     filled = fill_reference(cache, pairs, reference.runner, reporter)
-    return {
+    result: dict[str, Any] = {
         "rows": rows.rows,
         "refused": reasons(rows.refused),
         "pairs": len(pairs),
@@ -56,3 +65,27 @@ def _precompute(options: PrecomputeOptions, device: torch.device, reporter: Repo
         "seconds": round(filled.seconds, 3),
         "cache_dir": str(cache.folder),
     }
+    if options.verify:
+        places = random.Random(0).sample(range(len(pairs)), min(options.verify, len(pairs)))
+        largest = verify(filled.logps[places], pairs.select(places), reference.runner, str(cache.folder))
+        result |= {"verified": len(places), "largest_difference": largest}
+    return result
+
+
+def verify(cached_logps: Tensor, pairs: Pairs, runner: ModelRunner, folder: str) -> float:
+    """Return the largest difference between cached log-probs of pairs (P, 2) and fresh ones, in nats.
+
+    Raises:
+        DpoError: one is larger than arithmetic explains.
+    """
+    logps = torch.empty_like(cached_logps)
+    for places, token_logps in runner.forwards(pairs, lambda _, batch: (runner.token_logps(batch), batch.lengths)):
+        logps[list(places)] = response_logps(*token_logps).view(2, -1).T.cpu()
+    off = (logps - cached_logps).abs()  # (P, 2)
+    allowed = logp_tolerance(runner.dtype) * torch.from_numpy(pairs.loss_lengths).sqrt()
+    if bad := [pairs[place].where for place in (~(off <= allowed)).any(1).nonzero().flatten().tolist()]:
+        raise DpoError(
+            f"--verify: {len(bad)} of {len(pairs)} cached pairs are off by up to {off.max():.3g} nats, among them "
+            f"{', '.join(bad[:5])}. Something changed them: remove {folder}, and they are recomputed"
+        )
+    return float(off.max())

@@ -9,9 +9,10 @@ import os
 import platform
 import secrets
 import shlex
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,12 +80,13 @@ def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
 
 
 def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str, Any]:
-    """Describe where a run's numbers come from: versions, data, start policy and reference."""
+    """Describe where a run's numbers come from: versions, git commit, data, start policy and reference."""
     options, policy, reference = run.options, run.policy, run.reference
     start = _named(options.model, options.base_model)
     return {
         "command": shlex.join(command),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
         "device": policy.runner.device.type,
         "processes": processes,
         "data": {
@@ -104,6 +106,14 @@ def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str,
             "dtype": options.dtype,
         },
     }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the working folder, if it is in a git repository."""
+    with suppress(OSError):  # no git
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+    return None
 
 
 def _named(model: str | None, base: str | None = None) -> dict[str, str | None]:

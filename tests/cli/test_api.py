@@ -78,8 +78,8 @@ def test_results_are_those_of_the_commands(tiny: Path, rows: list[Any], options:
     options_of_eval = ["--samples", 1, "--sample-prompts", 1, "--sample-tokens", 4]
     assert printed(found) == command("eval", "--data", held_out, "--model", "run", *options_of_eval)
     assert found["rewards/margins"] == pytest.approx(trained["after"]["rewards/margins"], abs=1e-6)
-    filled = command("precompute-ref", "--data", data, "--model", tiny)
-    kept = precompute(data, model=tiny)
+    filled = command("precompute-ref", "--data", data, "--model", tiny, "--verify", 2)
+    kept = precompute(data, model=tiny, verify=2)
     assert kept == filled | {"hits": 24, "misses": 0, "tokens": 0, "seconds": 0}
     for each in (trained, found, kept):
         assert is_plain(each), each

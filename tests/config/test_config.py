@@ -270,6 +270,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "samples": NOT_NEGATIVE,
     "sample_prompts": POSITIVE,
     "sample_tokens": POSITIVE,
+    "verify": NOT_NEGATIVE,
 }
 
 

@@ -267,27 +267,41 @@ def moved(trained: tuple[Path, dict[str, Any]]) -> Iterator[Path]:
     (trained[0] / "away").rename(start)
 
 
-@pytest.mark.parametrize("kl", ["exact", "none"])
-def test_both_models_are_loaded_one_after_the_other(
-    moved: Path, trained: tuple[Path, Any], loaded: list[str], kl: str
-) -> None:
-    """Where the reference's is gone, the message names the way out."""
+def test_full_cache_needs_no_reference_model(moved: Path, trained: tuple[Path, Any], loaded: list[str]) -> None:
+    result = evaluate(moved, "--kl", "none")
+    assert {name: result[name] for name in MEANS} == pytest.approx(
+        {name: trained[1]["after"][name] for name in MEANS}, rel=1e-6, abs=1e-6
+    )
+    assert loaded == [str(moved / "run" / "model")] and result["reference"] == str(moved / "start")
+
+
+def test_the_whole_distributions_need_both_models(moved: Path, trained: tuple[Path, Any], loaded: list[str]) -> None:
+    """One after the other. Where the reference's is gone, the message names the way out."""
     common = ("--model", moved / "run", "--data", moved / "held-out.jsonl", "--cache-dir", moved / "cache")
-    result = invoke("eval", *common, "--json", "--kl", kl)
+    result = invoke("eval", *common, "--json")
     assert result.exit_code == 2 and result.stdout == ""
     assert str(moved / "start") in result.stderr and "--ref-model" in result.stderr
     loaded.clear()
-    evaluate(moved, "--ref-model", moved / "away", "--kl", kl)
+    evaluate(moved, "--ref-model", moved / "away")
     assert loaded == [str(moved / "run" / "model"), str(moved / "away")]
 
 
-def test_the_reference_of_a_run_is_its_start_model(trained: tuple[Path, Any], tmp_path: Path) -> None:
+def test_pairs_that_are_not_cached_are_scored_by_the_start_model(
+    trained: tuple[Path, Any], tmp_path: Path, loaded: list[str]
+) -> None:
     folder = trained[0]
-    evaluate(folder, "--kl", "none", "--per-pair", tmp_path / "pairs.jsonl", data="unseen.jsonl")
+    cache = shutil.copytree(folder / "cache", tmp_path / "cache")
+    common = ("eval", "--model", folder / "run", "--data", folder / "unseen.jsonl", "--cache-dir", cache)
+    common = (*common, "--kl", "none")
+    first = dpo(*common, "--per-pair", tmp_path / "pairs.jsonl")
+    assert loaded == [str(folder / "run" / "model"), str(folder / "start")]
     row, line = per_pair(folder / "unseen.jsonl")[0], per_pair(tmp_path / "pairs.jsonl")[0]
     assert line["ref_logps/chosen"] == pytest.approx(
         plain_logps(folder / "start", row["prompt"], row["chosen"]), abs=NOISE
     )
+    loaded.clear()
+    assert dpo(*common) == first
+    assert loaded == [str(folder / "run" / "model")]  # now they are cached
 
 
 def test_start_model_that_is_gone_is_named(moved: Path, tmp_path: Path) -> None:

@@ -33,9 +33,11 @@ from dpo_cli.evaluation.kl import COLUMNS, TokenScores
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import ModelRunner, token_logps
+from dpo_cli.reference.precompute import verify
 from dpo_cli.reference.store import pair_keys
 from dpo_cli.training.memory import at_head, count_bytes
 from dpo_cli.training.step import Trainer, compare_with_reference
+from dpo_cli.utils.errors import DpoError
 from tests.helpers import SAMPLE, make_model, random_pairs, write_rows
 from tests.helpers.caches import dpo, fill, open_cache, plant, shards
 from tests.helpers.layouts import LAYOUTS, own
@@ -151,6 +153,20 @@ def test_cached_and_read_back(tmp_path: Path, model: PreTrainedModel) -> None:
         for key, part in zip(tensors["keys"], parts, strict=True):
             assert len(part) == lengths.pop(key.numpy().tobytes(), len(part))
     assert not lengths
+
+
+def test_verify_allows_noise_by_tokens_with_loss(model: PreTrainedModel) -> None:
+    """What is allowed of 100 tokens is too much where one of them carries loss."""
+    ids = np.arange(3, 103, dtype=np.int32)
+    whole = Pair("whole", ids[:5], ids, ids[::-1].copy())
+    pairs = Pairs([whole, replace(whole, chosen=np.append(~ids[:-1], ids[-1]))])
+    with torch.no_grad():
+        logps = torch.stack([plain(model, *each).sum() for each in responses([*pairs])]).view(-1, 2)
+    logps[:, 0] += 5 * NOISE
+    runner = ModelRunner(model, "packed", torch.float32, 120, CPU)
+    assert verify(logps[:1], pairs.select([0]), runner, "folder") == pytest.approx(5 * NOISE, rel=0.1)
+    with pytest.raises(DpoError, match="1 of 2 cached pairs are off"):
+        verify(logps, pairs, runner, "folder")
 
 
 # ---- a step -----------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def day(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Day:
         ]},
         "resume": {"arguments": ["train", "--resume", "../outside/run"]},
         "precompute-ref": {"arguments": [
-            "precompute-ref", "--model", "model", "--data", "rows.jsonl", "--json", *common,
+            "precompute-ref", "--model", "model", "--data", "rows.jsonl", "--verify", "2", "--json", *common,
         ]},
         "eval": {"arguments": [
             "eval", "--model", "../outside/run", "--data", "rows.jsonl", "--per-pair", "pairs.jsonl", "--json", *common,

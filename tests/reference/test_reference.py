@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import dpo_cli.reference.store
+from dpo_cli.cli.app import app
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
@@ -39,6 +42,7 @@ from tests.helpers.caches import (
     fill,
     make_scorer,
     open_cache,
+    plant,
     shards,
     write_shard,
 )
@@ -131,7 +135,7 @@ def test_a_second_training_scores_no_held_out_pair_but_at_its_evaluations(
     assert found["exact"] == found["none"] == [4, 3, 4, 3, 4, 3, 4, 3]  # the check of step 0; step 0; three steps
 
 
-def test_precompute_fills_what_train_needs(
+def test_precompute_fills_what_train_and_eval_need(
     tmp_path: Path, tiny: Path, rows: Path, precompute: Precompute, forwards: list[int]
 ) -> None:
     first = precompute(rows)
@@ -147,6 +151,11 @@ def test_precompute_fills_what_train_needs(
         forwards.clear()
         dpo("eval", *common, "--kl", kl)
         assert sum(forwards) == 12  # a model that is its own reference runs once
+    forwards.clear()
+    common = ("--data", rows, "--model", tmp_path / "run", "--cache-dir", tmp_path / "cache", "--kl", "none")
+    for more in ((), ("--ref-model", tiny)):
+        assert "12 of 12 pairs cached: no reference forward" in dpo("eval", *common, *more)[1]
+    assert sum(forwards) == 2 * 12  # the policy's
 
 
 def test_appended_row_is_all_that_is_scored(rows: Path, precompute: Precompute, forwards: list[int]) -> None:
@@ -513,3 +522,42 @@ def test_shards_have_the_mode_of_any_new_file(tmp_path: Path, scorer: ModelRunne
     files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "about.json"]
     assert files == shards(tmp_path) and files  # so no temporary file is left
     assert {f.stat().st_mode & 0o777 for f in files} == {0o666 & ~umask}
+
+
+# ---- verify -----------------------------------------------------------------------------------------------------
+
+
+def test_verify_finds_no_difference(rows: Path, precompute: Precompute, forwards: list[int]) -> None:
+    result = precompute(rows, "--verify", 5)
+    assert result["verified"] == 5 and sum(forwards) == 12 + 5
+    assert 0 <= result["largest_difference"] < NOISE
+    forwards.clear()
+    assert precompute(rows, "--verify", 100)["verified"] == sum(forwards) == 12  # there are no more
+
+
+def test_verify_finds_a_planted_difference(rows: Path, precompute: Precompute, tmp_path: Path, tiny: Path) -> None:
+    """Exit code 1; the message has the difference, the rows, and the remedy, which helps."""
+    folder = Path(precompute(rows)["cache_dir"])
+
+    def change(logps: Tensor) -> Tensor:
+        logps[7] -= 5
+        return logps
+
+    plant(folder, change)
+    common = ("precompute-ref", "--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache", "--verify", 12)
+    result = CliRunner().invoke(app, [*map(str, common)])
+    assert result.exit_code == 1
+    found = re.search(r"1 of 12 cached pairs are off by up to (\S+) nats, among them (\S+):(\d+)\.", result.stderr)
+    assert found and float(found[1]) == pytest.approx(5, abs=0.01) and Path(found[2]) == rows
+    remedy = re.search(r"remove (\S+),", result.stderr)
+    assert remedy and Path(remedy[1]) == folder
+    shutil.rmtree(folder)
+    assert precompute(rows, "--verify", 12)["largest_difference"] < NOISE
+
+
+def test_verify_is_told_to_a_person(tmp_path: Path, tiny: Path, rows: Path) -> None:
+    arguments = ("precompute-ref", "--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache", "--verify", 3)
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == 0
+    shown = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert shown["verified"] == "3" and float(shown["largest_difference"]) < NOISE

@@ -1,9 +1,11 @@
-"""Runs that are started at the same moment without ``--output`` get a folder each."""
+"""The folder of a run: runs that are started at once without ``--output`` get one each, and what its manifest says."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
 import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 import dpo_cli.training.loop
 from dpo_cli.cli.app import app
 from tests.helpers import SAMPLE
-from tests.helpers.caches import PROCESSES
+from tests.helpers.caches import PROCESSES, dpo
 from tests.helpers.pictures import pictures
 
 NOW = "20260101-120000"
@@ -77,3 +79,25 @@ def test_runs_that_begin_at_once_get_a_name_each(tiny: Path, tmp_path: Path) -> 
 def test_no_name_is_taken_by_what_never_begins(tiny: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     trained(tmp_path, tiny, more)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_manifest_has_the_commit_of_the_working_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    common = ("train", "--model", tiny, "--data", SAMPLE / "train.jsonl", "--max-steps", 1, "--batch-size", 2)
+
+    def committed(name: str) -> Any:
+        dpo(*common, "--output", name)
+        return json.loads(Path(name, "manifest.json").read_text())["git_commit"]
+
+    assert committed("before") is None
+
+    def git(*words: str) -> str:
+        author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        return subprocess.run(["git", *author, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    assert committed("after") == git("rev-parse", "HEAD")
