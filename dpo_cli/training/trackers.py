@@ -84,10 +84,11 @@ class Trackers:
             values = {name: value for name, value in json.loads(line).items() if value is not None}
             step = values.pop("step")
             for name, tracker in list(self.live.items()):
-                with self._guarded(name):  # W&B's own step must not fall, as it does after a resume
-                    tracker.log(
-                        {**values, "step": step} if name == "wandb" else values, step=None if name == "wandb" else step
-                    )
+                with self._guarded(name):
+                    if name == "wandb":  # its own step must not fall, as it does after a resume
+                        tracker.log(values | {"step": step})
+                    else:
+                        tracker.log(values, step=step)
 
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:

@@ -321,7 +321,7 @@ def test_it_is_told_where_it_goes_on_over_another_base(place: Place, monkeypatch
     told = "was trained on its base in 4bit and continues on it unquantized"
     arguments = (*place.options("never", start), "--lora-rank", 4, "--dry-run")
     assert told not in place.done("train", *arguments)[1]
-    quantized = dataclasses.replace(trained_with(start), load_in_4bit=True)
+    quantized = dataclasses.replace(trained_with(start), load_in_4bit=True, dtype="bfloat16")
     monkeypatch.setattr(runs, "trained_with", lambda _: quantized)
     assert told in place.done("train", *arguments)[1]
 
