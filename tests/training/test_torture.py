@@ -89,6 +89,8 @@ def cached(folder: Path) -> Content:
     """What is in the shards below a folder; each of them is whole."""
     content: Content = {}
     for shard in sorted(folder.rglob("*.safetensors")):
+        if shard.parent.suffix == ".tmp":  # of a process that was killed, or ran out of disk
+            continue
         written = shard.read_bytes()
         assert hashlib.sha256(written).hexdigest() == shard.stem, f"{shard} is not what it is named by"
         tensors = load(written)
@@ -269,7 +271,7 @@ def scoring(place: Place, trained: Undisturbed) -> list[Boundary]:
 
 def by_place(points: list[Boundary]) -> list[list[Boundary]]:
     """Boundaries of ``scoring`` by what is written there."""
-    places = ("weights/", "reference/", r"\.scoring\.", "metrics", "checkpoints", "model")
+    places = ("reference/", r"\.scoring\.", "metrics", "checkpoints", "model")
     groups = [[point for point in points if re.search(place, point.path)] for place in places]
     assert all(groups)
     return groups
