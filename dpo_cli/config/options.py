@@ -195,6 +195,12 @@ class TrainOptions(WeightsOptions):
     modules_to_save: str | None = option(
         None, "Modules to train in full beside the adapter, by the ends of their names.", checks.module_names
     )
+    export: str | None = option(
+        None,
+        "Content of model/ after training an adapter: the adapter, or the base with it merged.",
+        one_of("adapter", "merged"),
+        shown="adapter",
+    )
     export_dtype: str = option(
         "float32", "Precision of exported weights; auto: the start model's.", one_of("float32", "bfloat16", "auto")
     )

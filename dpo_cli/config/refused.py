@@ -7,7 +7,9 @@ from typing import Any
 
 from dpo_cli.losses.objective import Objective
 
-_OF_ADAPTERS = ("lora_type", "lora_alpha", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit")
+_OF_ADAPTERS = (
+    *("lora_type", "lora_alpha", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit", "export"),
+)
 
 
 def refused(options: Any) -> list[str]:
@@ -25,7 +27,7 @@ def refused(options: Any) -> list[str]:
     unused = ", ".join(f"--{name.replace('_', '-')}" for name in _OF_ADAPTERS if trains and not lora and o[name])
     reads_held_out = o["eval_steps"] or o["show_answers"] or o["save_best"]
     clips, in_full = o["max_grad_norm"], o["memory"] in (None, "auto", "full")
-    stored = o["export_dtype"] not in (None, "float32")
+    stored, merged = o["export_dtype"] not in (None, "float32"), o["export"] == "merged"
     table = [
         (o["load_in_4bit"] and o["load_in_8bit"], "--load-in-4bit, --load-in-8bit: a base is quantized once"),
         (ref and not objective.reference, "--ref-model {ref_model}: --loss {loss} reads no reference; leave it out"),
@@ -34,7 +36,11 @@ def refused(options: Any) -> list[str]:
         (unused, f"{unused}: no adapter is trained; add --lora-rank, for example 16, or leave it out"),
         (lora and not in_full, "--memory {memory}: an adapter's weights are few and stay float32; use full"),
         (o["memory"] == "in-backward" and clips, "--memory in-backward: nothing can be clipped; set --max-grad-norm 0"),
-        (lora and stored, "--export-dtype {export_dtype}: an adapter is written in float32; dpo merge writes others"),
+        (
+            lora and stored and not merged,
+            "--export-dtype {export_dtype}: an adapter is float32; add --export merged",
+        ),
+        (merged and quantized, "--export merged: not over a quantized base; export the adapter, and use dpo merge"),
         (quantized and o["dtype"] == "float32", "--load-in-4bit, --load-in-8bit: not with --dtype float32"),
         (fsdp and quantized, "--fsdp: shards float32 weights; not with --load-in-4bit, --load-in-8bit"),
         (fsdp and not in_full, "--memory {memory}: its blocks of moments cannot be sharded; with --fsdp use full"),

@@ -18,7 +18,7 @@ from dpo_cli.utils.errors import UsageError, did_you_mean, name_beside
 RESUME_MUTABLE = frozenset(
     (
         *("logging_steps", "save_steps", "save_total_limit", "cache_dir", "show_answers", "trust_remote_code", "kl"),
-        *("export_dtype", "base_model", "fsdp", "report_to"),
+        *("export", "export_dtype", "base_model", "fsdp", "report_to"),
     )
 )
 # Options that a run chooses itself when they are left open: from its model, its data, the free memory.

@@ -23,7 +23,7 @@ PreferenceTexts = tuple[Text, Text, Text]  # prompt, chosen, rejected
 
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input", "context")
-RANKED = ("responses", "completions")  # columns with several answers to a prompt
+RANKED = ("responses", "completions", "generations")  # columns with several answers to a prompt
 OWN_RANKS = ("rank", "score", "overall_score", "rating")  # of an answer, where no column ranks them
 OTHERS = ("system", "tools", "chat_template_kwargs", "id", "weight", "margin")
 COLUMNS = (*PROMPTS, "chosen", "rejected", "responses", "scores", "ranks", "history", *OTHERS)
@@ -220,14 +220,14 @@ def _ranked(row: Record) -> PreferenceTexts:
 
 def _scores(row: Record, answers: str, responses: list[Any]) -> list[float]:
     """Return how good each response is: its score, or minus its rank; NaN if it has none."""
-    column = next((name for name in row if name in ("scores", "ranks")), "")
+    column = next((name for name in row if name in ("scores", "ratings", "ranks")), "")
     if column:
         values = [{column: value} for value in parsed(row, column, list)]
     else:
         own = (key for key in OWN_RANKS if all(isinstance(each, dict) and key in each for each in responses))
         column, values = next(own, ""), responses
     if not column:
-        raise RowError(f"{answers} need scores (the higher the better) or ranks (the lower the better)")
+        raise RowError(f"{answers} need scores or ratings (the higher the better) or ranks (the lower the better)")
     sign = -1 if column in ("ranks", "rank") else 1
     return [sign * number(each, column, math.nan) for each in values]
 

@@ -62,9 +62,11 @@ def without_nulls(value: Any) -> Any:
 
 
 def unwrap(value: Any, column: str) -> Any:
-    """Return the messages in JSON text, or the text of an object that has one; any other value as it is."""
+    """Return the messages in JSON text, or the only text of an object or a list; any other value as it is."""
     if isinstance(value, str):
         return _messages_in(value, column)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and column not in CONVERSATIONS:
+        return value[0]
     if not isinstance(value, dict) or column in CONVERSATIONS or value.keys() & {"role", "from", "messages"}:
         return value
     keys = [key for key in TEXT_KEYS if value.get(key) is not None]

@@ -7,12 +7,12 @@ that row cannot be read.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from gzip import GzipFile
+from io import BytesIO
 from typing import Any, BinaryIO
 
 from dpo_cli.utils.errors import RowError, printable
@@ -42,7 +42,7 @@ def read_json(stream: BinaryIO) -> Records:
     """Read the elements of one array, or one object per line."""
     content = stream.read()
     if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
-        yield from read_json_lines(io.BytesIO(content))
+        yield from read_json_lines(BytesIO(content))
         return
     try:
         rows = _decode(content)
@@ -72,13 +72,13 @@ def read_csv(stream: BinaryIO) -> Records:
         raise SourceError(f"line {line}: not CSV in UTF-8: {error}") from error
 
 
-def read_parquet(path: Path) -> Records:
-    """Read the rows of a parquet file."""
+def read_parquet(stream: BinaryIO) -> Records:
+    """Read the rows of a parquet file; one that is compressed as a whole is decompressed in memory."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
+        with ParquetFile(BytesIO(stream.read()) if isinstance(stream, GzipFile) else stream) as file:
             _check_names(file.schema_arrow.names)
             yield from read_tables(file.iter_batches(128))  # few: a small file may repeat a long text many times
     except (ArrowException, ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
@@ -86,14 +86,19 @@ def read_parquet(path: Path) -> Records:
 
 
 def read_tables(tables: Iterable[Any]) -> Records:
-    """Read the rows of Arrow tables; of binary values, such as images, only whether there is one."""
+    """Read the rows of Arrow tables; of binary values, such as images, only whether there is one.
+
+    Values of the type JSON are decoded: ``datasets`` stores so what differs in kind from row to row.
+    """
     number = 0
     for table in tables:
         table.validate(full=True)  # memory-mapped files may be damaged
         binary = [field.name for field in table.schema if re.search(r"binary(?!\w*:)", str(field.type))]
+        in_json = [field for field in table.schema if "arrow.json" in str(field.type)]
         for record in table.to_pylist():
             number += 1
-            yield f"row {number}", record | {name: bool(record[name]) for name in binary}
+            decoded = {field.name: _decode_within(record[field.name], field.type) for field in in_json}
+            yield f"row {number}", record | decoded | {name: bool(record[name]) for name in binary}
 
 
 # ---- helpers ----------------------------------------------------------------------------------------------------
@@ -118,6 +123,19 @@ def _decode(content: bytes) -> Any:
         raise RowError(TOO_DEEP) from error
     except ValueError as error:
         raise RowError(f"not JSON: {error}") from error
+
+
+def _decode_within(value: Any, kind: Any) -> Any:
+    """Decode what is JSON in a value of an Arrow type."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_struct(kind):
+        return {field.name: _decode_within(value[field.name], field.type) for field in kind}
+    if types.is_list(kind) or types.is_large_list(kind):
+        return [_decode_within(each, kind.value_type) for each in value]
+    return _decode(value.encode()) if getattr(kind, "extension_name", "") == "arrow.json" else value
 
 
 def _check_names(names: list[str]) -> None:

@@ -28,8 +28,8 @@ from dpo_cli.data.readers import (
 )
 from dpo_cli.utils.errors import RowError, UsageError, name_beside
 
-TEXT_READERS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv}
-KINDS = f"{', '.join(TEXT_READERS)}, each optionally with .gz, or .parquet"
+READERS = {".jsonl": read_json_lines, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
+KINDS = f"{', '.join(READERS)}, each optionally with .gz"
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,8 @@ class Source:
 
 
 def _read_file(path: Path) -> Records:
-    if path.name.endswith(".parquet"):
-        yield from read_parquet(path)
-        return
     name = path.name.removesuffix(".gz")
-    reader = next(reader for suffix, reader in TEXT_READERS.items() if name.endswith(suffix))
+    reader = next(reader for suffix, reader in READERS.items() if name.endswith(suffix))
     with path.open("rb") if name == path.name else gzip.open(path) as stream:
         yield from reader(stream)  # type: ignore[arg-type]  # gzip's files are binary streams too
 
@@ -179,4 +176,4 @@ def _existing(typed: str) -> Path | None:
 
 
 def _is_known(file: str) -> bool:
-    return file.removesuffix(".gz").endswith(tuple(TEXT_READERS)) or file.endswith(".parquet")
+    return file.removesuffix(".gz").endswith(tuple(READERS))

@@ -57,7 +57,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
         options.objective,
         known | {"base_model": hub_name(run.policy.source) or known.get("base_model")},
         datasets=sorted({i for d in options.data if (i := hub_id(d))}) or None,
-        adapter=bool(options.lora_rank),
+        adapter=bool(options.lora_rank) and options.export != "merged",
         options=[(key.replace("_", " "), value) for key, value in shown.items() if value not in (None, "")],
         held_out=len(run.held_out),
         results=[

@@ -80,9 +80,9 @@ def _convert(source: ModelSource, folder: Path) -> None:
     plain = ModelSource(source.path, source.base, source.description, gguf=source.gguf, trust=source.trust)
 
     def described(tokenizer: Any, model: PreTrainedModel) -> tuple[str, ...]:
-        told = str((tokenizer.special_tokens_map, tokenizer.chat_template))
+        specials = str((tokenizer.special_tokens_map, tokenizer.chat_template))
         weights = fingerprint(model, hash_weights(model), "packed", torch.float32)
-        return weights, tokenizer.backend_tokenizer.to_str(), told
+        return weights, tokenizer.backend_tokenizer.to_str(), specials
 
     tokenizer, model = load_tokenizer(plain), load_model(plain)
     tokenizer.save_pretrained(folder)

@@ -86,8 +86,8 @@ def choose_layout(
             reasons.append("the head cannot run apart from the body")
         if layout == "alone" and limit < math.inf:
             reasons.append(f"--max-length {limit} lets sequences share one")
-        told = f"{DESCRIPTIONS[layout]}; equal to single sequences within {largest:.0e} nats per token"
-        return layout, apart, told + (f" ({'; '.join(reasons)})" if reasons else "")
+        description = f"{DESCRIPTIONS[layout]}; equal to single sequences within {largest:.0e} nats per token"
+        return layout, apart, description + (f" ({'; '.join(reasons)})" if reasons else "")
     if limit < math.inf:
         raise UsageError(
             f"sequences longer than {limit} tokens change the model's log-probs of shorter ones, beside and after them "

@@ -89,10 +89,10 @@ def attach_adapter(policy: ScoredModel, options: TrainOptions, pairs: Pairs, rep
         left = targets.left
     about = f"{options.lora_type} of rank {options.lora_rank}, alpha {options.lora_alpha}"
     reporter.info("adapter", f"{about}, on {describe_adapter(model)}")
-    if experts := experts_of_version_5(model):
+    if (experts := experts_of_version_5(model)) and options.export != "merged":
         reporter.warning(
             f"transformers 4 loads the exported adapter without its part on {', '.join(experts)}, or not at all: "
-            "it needs transformers 5; for other tools take dpo merge"
+            "it needs transformers 5; for other tools take --export merged, or dpo merge"
         )
     for reason in dict.fromkeys(reason for reason, _ in left):
         kinds = Counter({kind: count for (why, kind), count in left.items() if why == reason})

@@ -1,21 +1,27 @@
-"""What a run leaves: its exported model, answers, the result that is printed, and an upload."""
+"""What a run leaves: its exported model, answers and the result that is printed."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation.generation import generate, text
 from dpo_cli.evaluation.metrics_log import evaluations, read_metrics
 from dpo_cli.hub.export import NotReadBackError, export_model, response_logps
 from dpo_cli.hub.model_card import model_card
+from dpo_cli.models.adapter_files import save_adapter
 from dpo_cli.models.attention import attention
-from dpo_cli.models.loading import export_dtype
+from dpo_cli.models.loading import export_dtype, load_model, release
 from dpo_cli.models.split_weights import fp32_weights
 from dpo_cli.training.setup import Run
+from dpo_cli.utils.errors import UsageError
 
 ANSWER_TOKENS = 80  # most of an answer that is shown
 
@@ -23,7 +29,8 @@ ANSWER_TOKENS = 80  # most of an answer that is shown
 def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[str, float] | None = None) -> None:
     """Write the policy as it is after ``step`` to a folder of the run; ``after`` are its metrics if not yet written.
 
-    Of an adapter that is the adapter alone.
+    Of an adapter that is the adapter alone, unless it is to be merged: into a base that is loaded again, because taking
+    it out of its own again would round that.
 
     Raises:
         NotReadBackError: what was written is not what was trained.
@@ -31,26 +38,38 @@ def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[
     metrics = evaluations(read_metrics(run.folder / "metrics.jsonl"))
     card = model_card(run, metrics.get(0, {}), after or metrics.get(step, {}))
     by_length = sorted(run.used, key=run.costs.__getitem__)
-    pair = run.pairs[by_length[len(by_length) // 2]]
-    with attention(run.model, run.policy.own_attention):
-        apart = run.runner.parallel.sharded and run.runner.chunked_lm_head
-        logps = response_logps(run.model, pair, run.runner.dtype, apart)
-        try:
+    about: dict[str, Any] = {
+        "source": run.policy.source,
+        "pair": run.pairs[by_length[len(by_length) // 2]],
+        "dtype": export_dtype(run.options.export_dtype, run.policy.source),
+        "warn": run.runner.warn,
+    }
+    try:
+        if run.options.export == "merged":
+            model = _merged(run)
+            export_model(run.folder / name, model, run.tokenizer, card, **about)
+            release(model)
+            return
+        with attention(run.model, run.policy.own_attention):
+            apart = run.runner.parallel.sharded and run.runner.chunked_lm_head
+            expected = response_logps(run.model, about["pair"], run.runner.dtype, apart), run.runner.dtype
             with fp32_weights(run.model, optimizer):
-                export_model(
-                    run.folder / name,
-                    run.model,
-                    run.tokenizer,
-                    card,
-                    source=run.policy.source,
-                    pair=pair,
-                    expected=(logps, run.runner.dtype),
-                    dtype=export_dtype(run.options.export_dtype, run.policy.source),
-                    warn=run.runner.warn,
-                )
-        except NotReadBackError as error:
-            kept = run.folder / "checkpoints"
-            raise NotReadBackError(f"{error}. The trained weights are in {kept}") from error
+                export_model(run.folder / name, run.model, run.tokenizer, card, expected=expected, **about)
+    except NotReadBackError as error:
+        raise NotReadBackError(f"{error}. The trained weights are in {run.folder / 'checkpoints'}") from error
+
+
+def _merged(run: Run) -> PreTrainedModel:
+    """The base, loaded again, with the trained adapter merged into it."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(run.model, Path(folder))
+        try:
+            model = load_model(replace(run.policy.source, adapter=Path(folder), attached=False, checkpoint=None))
+        except UsageError as error:
+            reason = str(error).removeprefix("--model ").replace(folder, "the trained adapter")
+            raise NotReadBackError(f"--export merged: {reason}") from error
+    model.generation_config = run.model.generation_config
+    return model
 
 
 def answer(run: Run) -> list[str]:

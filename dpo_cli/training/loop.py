@@ -168,7 +168,7 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
     if run.cache is None:
         about = f"{trainer.objective.name} reads no reference"
     elif run.reference.fingerprint != run.policy.fingerprint:
-        about = f"policy and reference are two models, up to {largest:.3g} nats a root of a response's tokens apart"
+        about = f"policy and reference are two models, up to {largest:.3g} nats apart per root of a response's tokens"
     elif largest > logp_tolerance(run.runner.dtype):
         cause = f"The cached reference does not fit this model: remove {run.cache.folder}"
         if run.options.lora_rank and not run.policy.source.adapter:

@@ -92,7 +92,7 @@ def _disk_bytes(run: Run) -> int:
     options, trained, steps = run.options, run.fitted.step_bytes.parameters, len(run.plan)
     weight, _, moments = BYTES[run.fitted.memory]
     checkpoint, exported = trained * (weight + moments), trained * 4
-    if not options.lora_rank:
+    if not options.lora_rank or options.export == "merged":
         exported = run.model.num_parameters() * export_dtype(options.export_dtype, run.policy.source).itemsize
     if not options.lora_rank:
         checkpoint += 4 * (run.model.num_parameters() - trained)

@@ -263,6 +263,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "lora_type": (["lora", "rslora", "dora"], ["LoRA", "", "qlora"]),
     "lora_targets": (["all-linear", "q_proj", "q_proj,mlp.down_proj"], ["", "q_proj,", "q_proj v_proj", "q.*"]),
     "modules_to_save": (["norm", "model.norm,lm_head"], ["", ",norm"]),
+    "export": (["adapter", "merged"], ["both", ""]),
     "export_dtype": (["float32", "bfloat16", "auto"], ["float16", "bf16", ""]),
     "report_to": (["none", "wandb", "tensorboard,mlflow"], ["tensorbord", "mlflow,W&B", "none,mlflow", ""]),
     "kl": (["exact", "none"], ["Exact", "", "sampled"]),
@@ -279,7 +280,7 @@ BESIDE: dict[str, dict[str, Any]] = {  # what an option cannot be without
     **dict.fromkeys(("eval_steps", "show_answers", "save_best"), HELD_OUT),
     "memory": {"max_grad_norm": 0.0},
 }
-OF_AN_ADAPTER = {"lora_alpha", "lora_type", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit"}
+OF_AN_ADAPTER = {"lora_alpha", "lora_type", "lora_targets", "modules_to_save", "load_in_4bit", "load_in_8bit", "export"}
 
 
 def fields(kind: type[Options]) -> list[dataclasses.Field[Any]]:
@@ -431,6 +432,7 @@ OTHER: dict[str, Any] = {
     "modules_to_save": "norm",
     "load_in_4bit": True,
     "load_in_8bit": True,
+    "export": "merged",
     "export_dtype": "bfloat16",
     "report_to": "tensorboard",
 }
@@ -488,6 +490,7 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
         "show_answers",
         "trust_remote_code",
         "kl",
+        "export",
     }
     names |= {"export_dtype", "base_model", "fsdp", "report_to"}
     assert names == RESUME_MUTABLE

@@ -18,7 +18,7 @@ from dpo_cli.data.rows import BadRow, Reading, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.utils.errors import RowError
-from tests.helpers import size, write_rows
+from tests.helpers import LONG, size, write_rows
 from tests.helpers.chat import FAMILIES, FIND, Record, at_inference, decoded, tokenizer_of
 
 CHANGED = ("tool calls are written", "system message begins")  # the prompt is not the messages' own
@@ -213,7 +213,9 @@ def test_conversations(folder: Path) -> None:
     """And most are accepted: a reader that refused them would have nothing to get wrong."""
     seen = Counter[tuple[str, bool]]()
 
-    @settings(max_examples=size(60, 1500), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(
+        max_examples=size(60, 1500), derandomize=not LONG, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
     @given(conversation=conversations())
     def every(conversation: tuple[Record, list[Word], str]) -> None:
         row, words, turns = conversation

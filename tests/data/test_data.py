@@ -194,8 +194,10 @@ WHY, GOOD, BAD = [user("Why?")], [assistant("Because.")], [assistant("No.")]
             GOOD,
         ),
         ({"question": "Why?", "responses": ["Hm.", "No.", "Because."], "scores": [None, 1, 2]}, WHY, GOOD),
+        ({"instruction": "Why?", "generations": ["No.", "Because.", "Hm."], "ratings": [2, 5, 3]}, WHY, GOOD),
         ({"question": "Why?", "chosen": {"answer": "Because.", "score": 1}, "rejected": {"answer": "No."}}, WHY, GOOD),
         ({"prompt": WHY, "chosen": {"text": "Because."}, "rejected": {"text": "No."}}, WHY, GOOD),
+        ({"prompt": WHY, "chosen": ["Because."], "rejected": ["No."]}, WHY, GOOD),
         (
             {
                 "chosen": [{"role": "Human", "content": "Why?"}, {"role": "ASSISTANT", "content": "Because."}],
@@ -525,6 +527,7 @@ MESSAGES = FORMS["messages"][0]
         ({"prompt": []}, "prompt is empty"),
         ({"chosen": []}, "chosen is empty"),
         ({"chosen": ["text", {}]}, "chosen, message 1: must be an object with role and content"),
+        ({"chosen": ["text"]}, "chosen and rejected differ in kind"),
         ({"chosen": ["a", "b"]}, "chosen, message 1: must be an object with role and content"),
         (
             {"chosen": {"score": 1}},
@@ -828,13 +831,15 @@ GARBLED = ZIPPED[:40] + b"\x00\x01\x02\xff" + ZIPPED[44:]  # the deflate stream 
         ("rows.csv", HEADER.encode(), "has no rows"),
         ("rows.jsonl.gz", gzip.compress(b"", mtime=0), "has no rows"),
         ("rows.json", b'["\xff"]', r"not UTF-8 \(byte 3\)"),
-        ("rows.txt", LINE, "unknown kind of file; use .jsonl, .json, .csv, each optionally with .gz, or .parquet"),
+        ("rows.txt", LINE, "unknown kind of file; use .jsonl, .json, .parquet, .csv, each optionally with .gz"),
         ("rows", LINE, "unknown kind of file"),
         ("rows.gz", gzip.compress(LINE, mtime=0), "unknown kind of file"),
         ("rows.jsonl.gz", LINE, "cannot be read .*[Nn]ot a gzipped file"),
         ("rows.jsonl.gz", gzip.compress(LINE, mtime=0)[:-9], "cannot be read"),
         ("rows.jsonl.gz", GARBLED, "cannot be read"),
         ("rows.parquet", b"PAR1", "not a readable parquet file"),
+        ("rows.parquet.gz", gzip.compress(b"PAR1", mtime=0), "not a readable parquet file"),
+        ("rows.parquet.gz", gzip.compress(LINE, mtime=0)[:-9], "cannot be read"),
         ("rows.parquet", LINE, "not a readable parquet file"),
     ],
 )

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -57,12 +59,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
-    for name in ("b.jsonl.gz", "a.csv", "c.parquet", ".hidden.jsonl", "README.md", "d.json.gz"):
+    for name in ("b.jsonl.gz", "a.csv", "c.parquet.gz", ".hidden.jsonl", "README.md", "d.json.gz"):
         folder.mkdir(exist_ok=True)
         write_records(folder / name, [STRINGS | {"prompt": name}])
     (folder / "deeper.json").mkdir()
     write_rows(folder / "deeper.json" / "e.jsonl", ROWS)
-    names = ["a.csv", "b.jsonl.gz", "c.parquet", "d.json.gz"]
+    names = ["a.csv", "b.jsonl.gz", "c.parquet.gz", "d.json.gz"]
     found = read(folder)
     assert [record["prompt"] for _, record in found] == names
     assert [where.rpartition(":")[0] for where, _ in found] == [f"{folder / name}" for name in names]
@@ -80,7 +82,7 @@ def test_shards_of_links_are_files_too(tmp_path: Path) -> None:
 
 def test_a_folder_without_data_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("nothing")
-    told = "the folder has no file to read; looked for .jsonl, .json, .csv, each optionally with .gz, or .parquet"
+    told = "the folder has no file to read; looked for .jsonl, .json, .parquet, .csv, each optionally with .gz"
     assert refused(tmp_path) == told
     assert refused(tmp_path, option="--eval-data") == told
 
@@ -144,7 +146,7 @@ def test_no_flipped_bit_of_a_saved_data_set_ends_the_process(tmp_path: Path) -> 
 
 
 def test_columns_of_any_kind_do_not_matter(tmp_path: Path) -> None:
-    """Pictures are neither decoded nor kept; a date is what it is; JSON is its text."""
+    """Pictures are neither decoded nor kept; a date is what it is; JSON is its value."""
     raw = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features(
         {name: datasets.Value("string") for name in STRINGS}
@@ -161,7 +163,7 @@ def test_columns_of_any_kind_do_not_matter(tmp_path: Path) -> None:
     info["features"] |= {"picture": {"_type": "Image"}, "sounds": {"_type": "List", "feature": {"_type": "Audio"}}}
     (tmp_path / "saved" / "dataset_info.json").write_text(json.dumps(info))
     assert type(datasets.load_from_disk(str(tmp_path / "saved")).features["picture"]) is datasets.Image
-    left = [row | {"picture": there, "sounds": there, "functions": '[1,"a"]'} for there in (True, False)]
+    left = [row | {"picture": there, "sounds": there, "functions": [1, "a"]} for there in (True, False)]
     assert [record for _, record in read(tmp_path / "saved")] == left
     assert {type(row) for row in read_rows(find_sources([str(tmp_path / "saved")]))} == {Row}
 
@@ -177,15 +179,26 @@ def test_images_of_a_data_set_are_refused(tmp_path: Path) -> None:
     assert isinstance(bad, BadRow) and bad.reason.startswith("has the column 'image'") and isinstance(row, Row)
 
 
-def test_json_in_a_parquet_file_is_its_text(tmp_path: Path) -> None:
-    """Which tools, arguments and the rest may be."""
-    features = datasets.Features(
-        {name: datasets.Value("string") for name in STRINGS} | {"tools": datasets.List(datasets.Json())}
-    )
-    table = Dataset.from_list([STRINGS | {"tools": [{"name": "f"}]}], features=features)
+def test_json_in_a_parquet_file_is_its_value(tmp_path: Path) -> None:
+    """As which ``datasets`` writes messages whose contents are texts and lists of parts."""
+    parts = [{"type": "text", "text": "Because."}]
+    records = [
+        {"prompt": [{"role": "user", "content": "Why?"}], "tools": [{"name": "f"}, None]}
+        | {"chosen": [{"role": "assistant", "content": each}], "rejected": "No.", "said": {"so": each}}
+        for each in ("Because.", parts)
+    ]
+    any_ = datasets.Json()
+    messages = [{"role": datasets.Value("string"), "content": any_}]
+    features = {"prompt": any_, "chosen": messages, "rejected": any_, "tools": [any_], "said": {"so": any_}}
+    table = Dataset.from_list([*records, dict.fromkeys(features)], features=datasets.Features(features))
     table.to_parquet(tmp_path / "rows.parquet")
-    (row,) = read_rows(find_sources([str(tmp_path / "rows.parquet")]))
-    assert isinstance(row, Row) and row.template_arguments["tools"][0]["function"] == {"name": "f"}
+    assert [record for _, record in read(tmp_path / "rows.parquet")][:2] == records
+
+
+def test_a_parquet_file_with_json_that_is_none_is_refused(tmp_path: Path) -> None:
+    columns = {name: pa.array([value]) for name, value in STRINGS.items()} | {"tools": pa.array(["{"], pa.json_())}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    assert refused(tmp_path / "rows.parquet").startswith("not a readable parquet file (not JSON: ")
 
 
 # ---- stdin ------------------------------------------------------------------------------------------------------

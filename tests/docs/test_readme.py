@@ -27,7 +27,7 @@ def test_examples_of_rows_run(command: str, tiny: Path, monkeypatch: pytest.Monk
     words, _, row = (shlex.split(part) if part else [] for part in command.partition(" <<< "))
     out = CliRunner().invoke(app, [*words[1:], "--model", str(tiny)], input=row[0] + "\n" if row else None)
     assert out.exit_code == 0, out.output
-    assert "format " in out.stdout and "carry loss" in out.stdout
+    assert "format " in out.stdout and "\npart      loss " in out.stdout
     beside = re.search(rf"^\| `(\w+)` .*`{re.escape(command)}` \|$", read(DATA), re.MULTILINE)
     name = beside[1] if beside else Path(words[3]).stem
     assert name not in FORMATS or f"format      {FORMATS[name][0]}" in out.stdout

@@ -75,7 +75,7 @@ FORMS: dict[str, tuple[dict[str, Any], str, Any, Any, Any]] = {
         [assistant("No.")],
     ),
 }
-SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet")
+SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet", "parquet.gz")
 
 
 def packed(content: bytes, name: str) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,14 +50,6 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
     return run
 
 
-def merged(folder: Path) -> Path:
-    """The weights of the run's adapter and its base as one model."""
-    words = ("merge", "--model", folder / "run", "--output", folder / "merged")
-    result = CliRunner().invoke(app, [*map(str, words)])
-    assert result.exit_code == 0, result.output
-    return folder / "merged" / "model.safetensors"
-
-
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model.eval()(input_ids=IDS, use_cache=False).logits
@@ -81,9 +72,11 @@ def config_of(folder: Path) -> dict[str, Any]:
         (lambda tensors: tensors.update(more=torch.ones(2)), "nothing reads its weights more"),
     ],
 )
+@pytest.mark.parametrize("more", [(), ("--lora-rank", 4, "--export", "merged")])
 def test_a_wrong_export_is_said_and_the_checkpoint_kept(
     change: Callable[[dict[str, torch.Tensor]], Any],
     told: str,
+    more: tuple[Any, ...],
     train: Train,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -99,7 +92,7 @@ def test_a_wrong_export_is_said_and_the_checkpoint_kept(
             save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", spoiled)
-    result = train(model)
+    result = train(model, *more)
     message = result.stderr.replace("\n", " ")
     assert result.exit_code == 1 and told in message and "The trained weights are in " in message, result.output
     assert not (tmp_path / "run" / "model").exists()
@@ -111,18 +104,19 @@ def test_a_wrong_export_is_said_and_the_checkpoint_kept(
 
 def test_an_adapter_is_merged_where_no_layer_attends(train: Train, tmp_path: Path) -> None:
     """The cache of transformers raises in a forward of such a model."""
-    result = train(make_model("lfm2", scale=3.0, layer_types=["conv", "conv"]), "--lora-rank", 4)
-    assert result.exit_code == 0 and merged(tmp_path).exists(), result.output
+    result = train(make_model("lfm2", scale=3.0, layer_types=["conv", "conv"]), "--lora-rank", 4, "--export", "merged")
+    assert result.exit_code == 0 and (tmp_path / "run" / "model" / "model.safetensors").exists(), result.output
 
 
+@pytest.mark.parametrize("export", ["adapter", "merged"])
 def test_no_temporary_folder_is_named_where_an_adapter_cannot_be_loaded_again(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: Any, folder: Path) -> None:
         raise ValueError(f"{folder}/adapter_model.safetensors is broken")
 
     monkeypatch.setattr(adapter_files, "put_adapter", broken)
-    result = train(make_model("llama"), "--lora-rank", 4)
+    result = train(make_model("llama"), "--lora-rank", 4, "--export", export)
     message = result.stderr[result.stderr.index("error: ") :]
     assert result.exit_code == 1 and ".tmp" not in message and tempfile.gettempdir() + "/tmp" not in message, message
     assert "adapter_model.safetensors is broken" in message and "The trained weights are in " in message
@@ -145,10 +139,10 @@ def test_two_matrices_are_untied_whatever_the_config_says(train: Train, tokenize
     written = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert not torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
     assert config_of(tmp_path / "run" / "model")["tie_word_embeddings"] is False
-    shutil.rmtree(tmp_path / "run")
-    result = train(None, "--lora-rank", 4, "--modules-to-save", "lm_head")
+    adapter = ("--lora-rank", 4, "--modules-to-save", "lm_head", "--export", "merged", "--output", tmp_path / "adapter")
+    result = train(None, *adapter)
     assert result.exit_code == 0, result.output
-    written = load_file(merged(tmp_path))
+    written = load_file(tmp_path / "adapter" / "model" / "model.safetensors")
     assert torch.equal(written["model.embed_tokens.weight"], model.state_dict()["model.embed_tokens.weight"])
     assert not torch.equal(written["lm_head.weight"], model.state_dict()["lm_head.weight"])
 

@@ -220,16 +220,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(more: tuple[str, ...]
         assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-def test_the_last_and_the_best_adapter_are_merged(place: Place) -> None:
-    result, _ = place.train("whole", "--lora-rank", 4, "--save-best", "loss")
-    run, merged = place.folder / "whole", place.folder / "whole-merged"
-    place.done("merge", "--model", run, "--output", merged)
-    place.done("merge", "--model", run / "best", "--output", place.folder / "best-merged")
+def test_merged_export_and_the_best_model(place: Place) -> None:
+    """They are models of their own, and no checkpoint is."""
+    more = ("--lora-rank", 4, "--export", "merged", "--save-best", "loss")
+    result, _ = place.train("whole", *more)
+    run = place.folder / "whole"
+    assert (run / "model" / "model.safetensors").exists() and (run / "best" / "model.safetensors").exists()
     assert (run / "checkpoints" / "step-000002" / "adapter_model.safetensors").exists()
     torch.testing.assert_close(place.per_pair(run), place.per_pair(place.folder / "lora"), rtol=0, atol=1e-4)
     assert place.evaluated(run / "best")["loss"] <= result["after"]["loss"] + 1e-6
-    plain = plain_logps(AutoModelForCausalLM.from_pretrained(merged), place.held_out())
-    torch.testing.assert_close(plain, place.per_pair(run)[:, :2], rtol=0, atol=1e-4)
+    plain = plain_logps(AutoModelForCausalLM.from_pretrained(run / "model"), place.held_out())
+    torch.testing.assert_close(plain, place.per_pair(run)[:, :2], **CLOSE)
 
 
 def test_the_best_adapter_is_judged_by_the_steps_before_it(place: Place) -> None:
@@ -364,7 +365,9 @@ def test_what_computes_nothing_changes_no_name() -> None:
     [
         (("--lora-alpha", 8), "--lora-alpha: no adapter is trained; add --lora-rank"),
         (("--load-in-4bit",), "--load-in-4bit: no adapter is trained"),
+        (("--export", "merged", "--lora-type", "dora"), "--lora-type, --export: no adapter"),
         (("--lora-rank", 4, "--load-in-4bit"), "bitsandbytes packs weights on CUDA devices, and there is none"),
+        (("--lora-rank", 4, "--load-in-8bit", "--export", "merged"), "dpo merge"),
         (("--lora-rank", 4, "--load-in-4bit", "--lora-type", "dora"), "use lora or rslora"),
         (("--lora-rank", 4, "--lora-targets", "q_prj"), "no module's name ends with q_prj; linear ones are"),
         (("--lora-rank", 4, "--lora-targets", "q_proj,input_layernorm"), "input_layernorm is a LlamaRMSNorm"),

@@ -199,7 +199,7 @@ def test_a_dequantized_model_is_trained_as_a_plain_one(make: Any, tmp_path: Path
 
 def test_an_adapter_is_merged_into_the_dequantized_model(tmp_path: Path, rows: list[Any]) -> None:
     packed, plain = make_gpt_oss(tmp_path)
-    more = ("--lora-rank", 4, "--lr", "1e-2")
+    more = ("--lora-rank", 4, "--lr", "1e-2", "--export", "merged")
     done(tmp_path, "train", "--model", packed, *rows, *more, "--output", tmp_path / "run")
     (adapter,) = (tmp_path / "run" / "checkpoints").iterdir()
     told = done(tmp_path, "merge", "--model", adapter, "--output", tmp_path / "merged")
@@ -209,9 +209,10 @@ def test_an_adapter_is_merged_into_the_dequantized_model(tmp_path: Path, rows: l
     expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     before = expected(IDS).logits
     expected.load_adapter(str(adapter))
-    check_export(tmp_path / "merged")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
-    torch.testing.assert_close(found, expected(IDS).logits, rtol=0, atol=1e-3)
+    for folder in (tmp_path / "run" / "model", tmp_path / "merged"):
+        check_export(folder)
+        found = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+        torch.testing.assert_close(found, expected(IDS).logits, rtol=0, atol=1e-3)
     assert (found - before).abs().max() > 0.1
 
 

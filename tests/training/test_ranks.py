@@ -91,7 +91,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, di
     alone(*words("weighted-one", *WEIGHTED))
     shutil.copytree(tiny, folder / "other")
     make_model(seed=1).save_pretrained(folder / "other")
-    adapter, ref = ["--lora-rank", "4"], ["--ref-model", str(folder / "other")]
+    adapter, ref = ["--lora-rank", "4", "--export", "merged"], ["--ref-model", str(folder / "other")]
     alone(*words("adapter-one", *adapter))
     alone(*words("ref-one", *ref))
     alone(*scored("scored-1"))
