@@ -124,7 +124,7 @@ class Commands(TyperGroup):
         """Make the command of this name."""
         if cmd_name not in self.made:
             if cmd_name not in self.commands and not ctx.resilient_parsing:
-                ctx.fail(f"No such command '{cmd_name}'{did_you_mean(cmd_name, self.list_commands(ctx))}")
+                ctx.fail(printable(f"No such command '{cmd_name}'{did_you_mean(cmd_name, self.list_commands(ctx))}"))
             return super().get_command(ctx, cmd_name)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         function, kind = self.made[cmd_name]

@@ -85,7 +85,7 @@ def _parse(
                 values[name] = None if value is None and name in optional else _convert(value, types[name])
             except (TypeError, ValueError, OverflowError):
                 values[name] = None
-                problems.append(f"{place}option '{key}' cannot be {reprlib.repr(value)}")
+                problems.append(f"{place}option '{key}' cannot be {reprlib.repr(value)[:200]}")
     return {name: value for name, value in values.items() if value is not None}, problems
 
 

@@ -53,8 +53,10 @@ OF_OTHERS = {
 
 def _commands(group: Any, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     found = {}
-    for name, each in group.commands.items():
-        found |= _commands(each, (*names, name)) if hasattr(each, "commands") else {(*names, name): each}
+    context = typer.Context(group)
+    for name in group.list_commands(context):
+        each = group.get_command(context, name)
+        found |= _commands(each, (*names, name)) if hasattr(each, "list_commands") else {(*names, name): each}
     return found
 
 
