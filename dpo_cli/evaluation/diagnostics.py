@@ -151,7 +151,9 @@ def _nothing_learned(about: Evidence) -> Finding | None:
     if not moved < UNMOVED:
         return None
     title = f"Next to nothing was learned: the margins are {moved:.2g} nats on average; 1 or more is usual"
-    return _finding(title, "Train with a higher --lr or for more steps.", {"moved": moved, "steps": steps})
+    rates = [rate for line in about.training if (rate := line.get("learning_rate"))]
+    higher = ", such as --lr 2e-05," if rates and max(rates) <= 2e-6 else ""
+    return _finding(title, f"Train with a higher --lr{higher} or for more steps.", {"moved": moved, "steps": steps})
 
 
 def _chance(about: Evidence, explained: bool) -> dict[str, Finding | None]:

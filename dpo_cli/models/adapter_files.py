@@ -219,8 +219,12 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def described(model: PreTrainedModel) -> str:
-    """Return the configuration that decides what an adapter computes."""
-    return json.dumps({name: value for name, value in _plain(model).items() if name not in NOT_COMPUTED})
+    """Return the configuration that decides what an adapter computes, without the defaults of this version of peft."""
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict() | {"r": None, "lora_alpha": None}  # which are always written
+    own = {name: value for name, value in _plain(model).items() if name not in NOT_COMPUTED and value != usual[name]}
+    return json.dumps(own)
 
 
 def _plain(model: PreTrainedModel) -> dict[str, Any]:

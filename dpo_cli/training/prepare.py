@@ -200,15 +200,19 @@ class ScoredModel:
         """The name of its log-probs in the cache; asked for when nothing changes the forward any more."""
         return fingerprint(self.model, self.weights, self.runner.layout, self.runner.dtype)
 
-    def split_weights(self, memory: str) -> bool:
-        """Split the weights if ``memory`` does and they are whole; of a model with an adapter its base, for good."""
+    def split_weights(self, memory: str, trains: bool = False) -> bool:
+        """Split the weights if ``memory`` does and they are whole; what ``trains`` keeps the low halves.
+
+        Of a model with an adapter the base is rounded for good.
+        """
         if memory not in SPLIT or self.low is not None or is_quantized(self.model):
             return False
         self.weights = hashlib.sha256(f"{self.weights} halved".encode()).hexdigest()
         if is_adapted(self.model):
             cast_frozen_to_bf16(self.model)
         else:
-            self.low = split_master_weights(self.model)
+            low = split_master_weights(self.model)
+            self.low = low if trains else None
         return True
 
     def open_cache(self, options: Options, reporter: Reporter) -> ReferenceCache:

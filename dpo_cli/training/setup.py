@@ -199,7 +199,7 @@ def _load_policy(
             experts = experts_a_token(policy.model, pairs[0])
         if not policy.runner.chunked_lm_head:
             raise UsageError("--router-aux-loss-coef: the model's head cannot run apart from its body; leave it out")
-    policy.split_weights(mode)
+    policy.split_weights(mode, trains=True)
     if options.lora_rank:
         attach_adapter(policy, options, pairs, reporter)
     if experts:
@@ -216,7 +216,7 @@ def _load_policy(
 def _fit_memory(policy: ScoredModel, pairs: Pairs, options: TrainOptions, process: int) -> tuple[TrainOptions, Fit]:
     """How the policy's state and activations fit the memory, and the options with all that is chosen at run time."""
     fitted = fit(policy.runner, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
-    if not options.lora_rank and policy.split_weights(fitted.memory):  # auto found it; the halves keep less
+    if not options.lora_rank and policy.split_weights(fitted.memory, trains=True):  # auto; the halves keep less
         fitted = fit(policy.runner, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
     policy.runner.max_tokens = fitted.max_tokens
     reading = reading_of(options)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.pairs import Pair
-from dpo_cli.models.adapter_files import CONFIG, WEIGHTS
+from dpo_cli.models.adapter_files import CONFIG, WEIGHTS, described
 from dpo_cli.models.locate import find_model
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
@@ -468,3 +468,10 @@ def test_a_pinned_revision_of_the_base_is_not_passed_over(tmp_path: Path) -> Non
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"someone/base: is wanted at revision v1\.2; download that; --base-model"):
         find_model(str(tmp_path))
+
+
+def test_defaults_of_peft_are_no_part_of_a_fingerprint() -> None:
+    """A later version adds some: an adapter would be another model by it, and no run of it could be resumed."""
+    model = make_model()
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
+    assert set(json.loads(described(model))) == {"r", "lora_alpha", "target_modules"}
