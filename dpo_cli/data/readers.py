@@ -19,6 +19,8 @@ from dpo_cli.utils.errors import RowError, printable
 
 Records = Iterator[tuple[str, Any]]
 MAX_LINE = 64 * 2**20  # bytes; a longer line is a broken or hostile file
+MAX_JSON = 256 * 2**20  # bytes of a .json file, which is read as a whole
+MAX_UNPACKED = 2**30  # bytes of a parquet file that is decompressed in memory
 MAX_DEPTH = 64  # of nested lists and objects: later stages recurse
 TOO_DEEP = "nested too deeply"
 
@@ -40,8 +42,10 @@ def read_json_lines(stream: BinaryIO) -> Records:
 
 def read_json(stream: BinaryIO) -> Records:
     """Read the elements of one array, or one object per line."""
-    content = stream.read()
+    content = _whole(stream, MAX_JSON, "write it as .jsonl, a row per line")
     if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
+        if _is_spread(content):
+            raise SourceError("must be an array of rows, or a row per line")
         yield from read_json_lines(BytesIO(content))
         return
     try:
@@ -61,6 +65,8 @@ def read_csv(stream: BinaryIO) -> Records:
     try:
         names = next(reader, [])
         _check_names(names)
+        if len(names) == 1 and (separator := next((each for each in ";\t|" if each in names[0]), None)):
+            raise SourceError(f"the only column is '{shortened(names[0])}': write commas, not {separator!r}")
         line = reader.line_num + 1
         for cells in reader:
             if len(cells) > len(names):
@@ -78,27 +84,65 @@ def read_parquet(stream: BinaryIO) -> Records:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(BytesIO(stream.read()) if isinstance(stream, GzipFile) else stream) as file:
+        if isinstance(stream, GzipFile):
+            stream = BytesIO(_whole(stream, MAX_UNPACKED, "unpack it"))
+        with ParquetFile(stream) as file:
             _check_names(file.schema_arrow.names)
             yield from read_tables(file.iter_batches(128))  # few: a small file may repeat a long text many times
-    except (ArrowException, ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
+    except (ArrowException, ValueError, OverflowError) as error:
         raise SourceError(f"not a readable parquet file ({error})") from error
 
 
-def read_tables(tables: Iterable[Any]) -> Records:
+def read_tables(tables: Iterable[Any], is_mapped: bool = False) -> Records:
     """Read the rows of Arrow tables; of binary values, such as images, only whether there is one.
 
     Values of the type JSON are decoded: ``datasets`` stores so what differs in kind from row to row.
+    Tables that are mapped into memory are refused if they are damaged: behind one fault there may be others, and a
+    wrong offset would end the process.
     """
     number = 0
     for table in tables:
-        table.validate(full=True)  # memory-mapped files may be damaged
-        binary = [field.name for field in table.schema if re.search(r"binary(?!\w*:)", str(field.type))]
-        in_json = [field for field in table.schema if "arrow.json" in str(field.type)]
-        for record in table.to_pylist():
+        _check_memory(table, is_mapped)
+        for record in _table_rows(table):
             number += 1
-            decoded = {field.name: _decode_within(record[field.name], field.type) for field in in_json}
-            yield f"row {number}", record | decoded | {name: bool(record[name]) for name in binary}
+            yield f"row {number}", record
+
+
+def _check_memory(table: Any, is_mapped: bool) -> None:
+    """Refuse a damaged table; text that is not UTF-8 is left to its row unless the table is memory-mapped."""
+    from pyarrow import ArrowInvalid
+
+    for place in range(table.num_columns):
+        try:
+            table.select([place]).validate(full=True)
+        except ArrowInvalid as error:
+            if is_mapped or "UTF8" not in str(error):
+                raise
+
+
+def _table_rows(table: Any) -> list[Any]:
+    try:
+        columns = {field.name: _cells(table.column(place), field) for place, field in enumerate(table.schema)}
+    except RowError as error:
+        if table.num_rows == 1:
+            return [error]
+        return [row for place in range(table.num_rows) for row in _table_rows(table.slice(place, 1))]
+    return [{name: cells[place] for name, cells in columns.items()} for place in range(table.num_rows)]
+
+
+def _cells(column: Any, field: Any) -> list[Any]:
+    from pyarrow import ArrowException
+
+    kind = str(field.type)
+    try:
+        cells: list[Any] = column.to_pylist()
+        if "arrow.json" in kind:
+            cells = [_decode_within(cell, field.type) for cell in cells]
+    except UnicodeDecodeError as error:
+        raise RowError(f"{shortened(field.name)}: not UTF-8 (byte {error.start + 1})") from error
+    except (ArrowException, ValueError, OverflowError) as error:  # such as a date out of range
+        raise RowError(f"{shortened(field.name)}: {shortened(str(error), 200)}") from error
+    return [bool(cell) for cell in cells] if re.search(r"binary(?!\w*:)", kind) else cells
 
 
 # ---- helpers ----------------------------------------------------------------------------------------------------
@@ -109,6 +153,23 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if len(line) > MAX_LINE:
             raise SourceError(f"line {number} is longer than {MAX_LINE >> 20} MiB")
         yield number, line
+
+
+def _whole(stream: BinaryIO, limit: int, remedy: str) -> bytes:
+    content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise SourceError(f"longer than {limit >> 20} MiB; {remedy}")
+    return content
+
+
+def _is_spread(content: bytes) -> bool:
+    """Return whether the first JSON value covers several lines."""
+    text = content.decode("utf-8-sig", "replace").lstrip()
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return text.startswith(("{\n", "{\r\n"))
+    return "\n" in text[:end]
 
 
 def _decode(content: bytes) -> Any:

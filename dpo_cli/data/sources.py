@@ -85,7 +85,7 @@ def _read_data_set(name: str, dataset: str, config: str | None, split: str | Non
     split, rows = load_split(name, dataset, config, split, folder)
     begin = "/".join(filter(None, (config, split)))
     try:
-        for where, record in read_tables(rows.with_format("arrow").iter(batch_size=128)):
+        for where, record in read_tables(rows.with_format("arrow").iter(batch_size=128), is_mapped=True):
             yield f"{begin}:{where}" if begin else where, record
     except (ArrowException, ValueError, OverflowError) as error:
         raise SourceError(f"the data set cannot be read ({error})") from error

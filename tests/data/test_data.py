@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tests.helpers.records import (
     kind_of,
     packed,
     record,
+    unpacked,
     user,
     write_records,
 )
@@ -691,12 +693,51 @@ def test_a_line_that_is_too_long_is_refused(name: str, tmp_path: Path, monkeypat
             read_bytes(tmp_path, name, first + fits + b'p,"\n' + fits * 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "limit", "remedy"),
+    [
+        ("a.json", "MAX_JSON", "write it as .jsonl"),
+        ("a.json.gz", "MAX_JSON", "write it as .jsonl"),
+        ("a.parquet.gz", "MAX_UNPACKED", "unpack it"),
+    ],
+)
+def test_a_file_that_is_read_as_a_whole_has_a_limit(
+    name: str, limit: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_records(tmp_path / name, [STRINGS])
+    monkeypatch.setattr(readers, limit, size := len(unpacked(tmp_path / name)))
+    assert len(read(tmp_path / name)) == 1
+    monkeypatch.setattr(readers, limit, size - 1)
+    with pytest.raises(UsageError, match=f"{name}: longer than 0 MiB; {remedy}"):
+        read(tmp_path / name)
+
+
 # ---- JSON arrays ------------------------------------------------------------------------------------------------
 
 
 def test_a_json_file_may_hold_lines(tmp_path: Path) -> None:
     rows = read_bytes(tmp_path, "rows.json", b"\n" + LINE + b"\n{}\n" + LINE)
     assert where_and_kind(rows) == [("2", Row), ("3", BadRow), ("4", Row)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(STRINGS, indent=2),
+        BOM.decode() + "\r\n" + json.dumps({"data": [STRINGS]}, indent=1).replace("\n", "\r\n"),
+        json.dumps(STRINGS, indent=2) + "\n" + json.dumps(STRINGS, indent=2),
+        '{"prompt": "Why?",\n "chosen": "a", "rejected": "b"}',
+        json.dumps(STRINGS, indent=2)[:-2],
+    ],
+)
+def test_an_object_over_several_lines_is_one_error(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"rows.json: must be an array of rows, or a row per line$"):
+        read_bytes(tmp_path, "rows.json", text)
+
+
+def test_a_json_file_whose_first_line_is_cut_off_holds_lines_still(tmp_path: Path) -> None:
+    rows = read_bytes(tmp_path, "rows.json", LINE[:30] + b"\n" + LINE)
+    assert where_and_kind(rows) == [("1", BadRow), ("2", Row)]
 
 
 def test_an_element_of_an_array_is_reported_by_its_number(tmp_path: Path) -> None:
@@ -772,6 +813,12 @@ def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> No
     """As a key that occurs twice in JSON is."""
     with pytest.raises(UsageError, match="chosen"):
         read_bytes(tmp_path, "rows.csv", "prompt,chosen,chosen,rejected\np,a,b,c\n")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_csv_without_commas_is_refused(separator: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"the only column is .*: write commas, not {re.escape(repr(separator))}$"):
+        read_bytes(tmp_path, "rows.csv", HEADER.replace(",", separator) + separator.join("pab"))
 
 
 @pytest.mark.parametrize(
@@ -863,14 +910,29 @@ def test_bad_parquet_rows_are_told_by_their_number(tmp_path: Path) -> None:
     assert [row.reason for row in rows if isinstance(row, BadRow)] == ["chosen is missing", "rejected is empty"]
 
 
-def test_a_parquet_file_with_a_text_that_is_none_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["strings", "messages"])
+def test_a_text_of_parquet_that_is_none_costs_its_row_only(form: str, tmp_path: Path) -> None:
     """A flipped bit in a text that is stored plainly."""
-    pq.write_table(pa.Table.from_pylist([STRINGS, STRINGS | {"prompt": "Whx?"}]), tmp_path / "a", compression="none")
+    turn = [user("Whx?")] if form == "messages" else "Whx?"
+    records = [FORMS[form][0], FORMS[form][0] | {"prompt": turn}, FORMS[form][0]] * 100
+    pq.write_table(
+        pa.Table.from_pylist(records), tmp_path / "a", compression="none", use_dictionary=False, write_statistics=False
+    )
     content = (tmp_path / "a").read_bytes()
-    page, statistics = content.index(b"Whx?"), content.rindex(b"Whx?")
-    assert page < statistics
-    with pytest.raises(UsageError, match="not a readable parquet file"):
-        read_bytes(tmp_path, "rows.parquet", content[: page + 2] + b"\xf8" + content[page + 3 :])
+    place = content.index(b"Whx?")
+    rows = read_bytes(tmp_path, "rows.parquet", content[: place + 2] + b"\xf8" + content[place + 3 :])
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    assert len(rows) == 300 and [(row.where, row.reason) for row in bad] == [
+        (f"{tmp_path / 'rows.parquet'}:row 2", "prompt: not UTF-8 (byte 3)")
+    ]
+
+
+def test_a_date_of_parquet_that_is_none_costs_its_row_only(tmp_path: Path) -> None:
+    columns = {name: pa.array([value] * 2) for name, value in STRINGS.items()}
+    pq.write_table(pa.table(columns | {"day": pa.array([1, 10**8], pa.date32())}), tmp_path / "rows.parquet")
+    row, bad = read(tmp_path / "rows.parquet")
+    assert isinstance(row, Row) and isinstance(bad, BadRow) and bad.where.endswith(":row 2")
+    assert bad.reason == "day: date value out of range"
 
 
 def test_a_parquet_file_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:

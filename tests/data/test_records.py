@@ -195,10 +195,13 @@ def test_json_in_a_parquet_file_is_its_value(tmp_path: Path) -> None:
     assert [record for _, record in read(tmp_path / "rows.parquet")][:2] == records
 
 
-def test_a_parquet_file_with_json_that_is_none_is_refused(tmp_path: Path) -> None:
-    columns = {name: pa.array([value]) for name, value in STRINGS.items()} | {"tools": pa.array(["{"], pa.json_())}
-    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
-    assert refused(tmp_path / "rows.parquet").startswith("not a readable parquet file (not JSON: ")
+def test_json_in_a_parquet_file_that_is_none_costs_its_row_only(tmp_path: Path) -> None:
+    columns = {name: pa.array([value] * 3) for name, value in STRINGS.items()}
+    tools = pa.array(["[]", "{", "[]"], pa.json_())
+    pq.write_table(pa.table(columns | {"tools": tools}), tmp_path / "rows.parquet")
+    (_, first), (where, bad), (_, last) = read(tmp_path / "rows.parquet")
+    assert first == last == STRINGS | {"tools": []}
+    assert where.endswith(":row 2") and str(bad).startswith("tools: not JSON: ")
 
 
 # ---- stdin ------------------------------------------------------------------------------------------------------
