@@ -100,8 +100,10 @@ def precompute(
 
 
 def _given(data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options as a command has them: with names of data only."""
-    given = {**options, "data": data}
+    """Return the options as a command has them: by their names, a hyphen as an underscore, with names of data only."""
+    names = {name: name.replace("-", "_") for name in options}
+    given = {name if names[name] in options else names[name]: value for name, value in options.items()}
+    given["data"] = data
     return given | {name: _sources(given[name]) for name in ("data", "eval_data") if name in given}
 
 

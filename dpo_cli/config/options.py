@@ -16,6 +16,7 @@ from dpo_cli.losses.preference import LOSSES
 from dpo_cli.utils.errors import UsageError, did_you_mean
 
 CACHE_DIR = Path("~/.cache/dpo")
+OF_A_RUN = "for eval, check and explain of a run, what it was trained with"
 FORMATS = (
     *("strings", "messages", "conversations", "hh", "sharegpt"),
     *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked", "openai", "swift"),
@@ -67,16 +68,16 @@ class DataOptions:
     )
     format: str | None = option(None, "Format of every row.", one_of(*FORMATS), shown="from each row's columns")
     max_length: int | None = option(
-        None, "Longest prompt + response in tokens.", checks.at_least_16, shown="1024, or what the run was trained with"
+        None, "Longest prompt + response in tokens.", checks.at_least_16, shown=f"1024; {OF_A_RUN}"
     )
     control_tokens: str | None = option(
-        None, "Control tokens in messages: keep them, or refuse the row.", TOKENS, shown="keep, or the run's"
+        None, "Control tokens in messages: keep them, or refuse the row.", TOKENS, shown=f"keep; {OF_A_RUN}"
     )
     train_turns: str | None = option(
         None,
         "Answers of several turns: the last, or all that differ.",
         one_of("last", "all"),
-        shown="last, or the run's",
+        shown=f"last; {OF_A_RUN}",
     )
     chat_template: Path | None = option(None, "Jinja file to use as the chat template.", shown="the model's")
     trust_remote_code: bool = option(False, "Run Python code from the model's repository.")
@@ -110,7 +111,9 @@ class Options(DataOptions):
         None, "Tokens per packed forward: the memory knob.", checks.at_least_16, shown="from free memory"
     )
     dtype: str | None = option(None, "Compute precision.", checks.precision, shown="auto")
-    cache_dir: Path = option(CACHE_DIR, "Folder of cached reference log-probs.")
+    cache_dir: Path = option(
+        CACHE_DIR, "Folder of cached reference log-probs, converted GGUF models and temporary files of the exact KL."
+    )
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)

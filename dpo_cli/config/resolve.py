@@ -105,10 +105,9 @@ def _yaml_items(file: Path) -> Iterator[tuple[str, Any, str]]:
         place = f"{file}:{key.start_mark.line + 1}: "
         try:
             yield str(key.value), loader.construct_object(value, deep=True), place
-        except (ValueError, yaml.YAMLError) as error:
-            raise UsageError(
-                f"{place}option '{key.value}' is no value of YAML: {str(error).splitlines()[0]}"
-            ) from error
+        except Exception as error:  # of whatever type: an empty !!int is an IndexError
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise UsageError(f"{place}option '{key.value}' is no value of YAML: {reason}") from error
 
 
 def _convert(value: Any, type_: Any) -> Any:

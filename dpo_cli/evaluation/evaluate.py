@@ -22,7 +22,7 @@ from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation import kl, statistics
 from dpo_cli.evaluation.evaluator import EvalResult, Evaluator
 from dpo_cli.evaluation.examples import write_per_pair
-from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequence_kl, text
+from dpo_cli.evaluation.generation import as_pairs, by_prompt, eos_ids, generate, sequence_kl, text
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
@@ -225,9 +225,10 @@ class _Models:
         if not options.samples:
             return tokens, {}
         token_kl = compare(recorded_samples, drawn, self._progress("samples")).distributions["kl"]
-        ended = [len(response) < options.sample_tokens for responses in sampled for response in responses]
+        ends = eos_ids(policy.model, self.evaluator.tokenizer)
+        ended = [np.isin(response[-1:], ends).any() for responses in sampled for response in responses]
         estimate = sequence_kl(by_prompt(token_kl, options.samples))
-        estimate |= {"max_new_tokens": options.sample_tokens, "ended": sum(ended) / len(ended)}
+        estimate |= {"max_new_tokens": options.sample_tokens, "ended": float(np.mean(ended))}
         answers = {"policy": greedy, "policy_sampled": sampled, "reference": greedy, "reference_sampled": sampled}
         if not self.itself:
             answers["reference"] = self._answers(reference, prompts, 0)

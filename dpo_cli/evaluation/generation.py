@@ -56,7 +56,7 @@ def generate(
     room = [int(min(max_new_tokens, context - len(prompt))) for prompt in prompts]
     places = sorted([*range(len(prompts))] * copies, key=lambda i: -len(prompts[i]))
     responses: list[list[Ids]] = [[] for _ in prompts]
-    config = GenerationConfig(do_sample=sampled, eos_token_id=_eos_ids(model, tokenizer) or None, pad_token_id=0)
+    config = GenerationConfig(do_sample=sampled, eos_token_id=eos_ids(model, tokenizer) or None, pad_token_id=0)
     config.update(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}))
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _plain(model), attention(model, own_attention), torch.no_grad():
@@ -120,7 +120,7 @@ def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pa
     """
     config = _valid(deepcopy(model.generation_config) if model.generation_config else GenerationConfig())
     lasts = Counter(int(model_input_ids(pair.chosen[-1:])[0]) for pair in pairs[:ENDS_OF])
-    (last, _), eos = lasts.most_common(1)[0], _eos_ids(model, tokenizer)
+    (last, _), eos = lasts.most_common(1)[0], eos_ids(model, tokenizer)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     wanted = eos if last in eos or last not in special else [*eos, last]
     if wanted != eos or config.eos_token_id is None:
@@ -144,7 +144,7 @@ def _valid(config: GenerationConfig) -> GenerationConfig:
     return GenerationConfig(bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id)
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+def eos_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     """The ids that end a response, from the first of these that names any."""
     for source in (model.generation_config, model.config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)

@@ -105,7 +105,7 @@ def _render(
         **about,
     )
     template, values = str(Path(__file__).with_name("model_card.md")), values | {"adapter": adapter, "place": SELF}
-    return str(ModelCard.from_template(data, template, name=_line(name), summary=summary, **values))
+    return f"{ModelCard.from_template(data, template, name=_line(name), summary=summary, **values)}\n"
 
 
 def _method(objective: Objective) -> str:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from dpo_cli.config.checks import repository
@@ -20,7 +20,7 @@ FILES = ["README.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", 
 
 
 def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
-    """Upload the model of a run, or its model/ or best/, in one commit; its card then names the repository.
+    """Upload the model of a run, or its model/ or best/, in one commit; the card there names the repository.
 
     A new repository is private unless ``public``.
 
@@ -36,17 +36,21 @@ def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
         beside = name_beside(folder)
         raise UsageError(f"{folder}: no trained model there; name a complete run, or its model/ or best/{beside}")
     if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if not _is_on_hub(base):
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not (base and _is_on_hub(base)):
+            named = base or "its configuration names none"
             raise UsageError(
-                f"the adapter's base is not on the hub ({base}), so nobody else could load it; push a model of both: "
+                f"the adapter's base is not on the hub ({named}), so nobody else could load it; push a model of both: "
                 "dpo merge"
             )
     api, message = HfApi(), f"Model trained by dpo-cli {version('dpo-cli')}"
-    card.write_text(card.read_text(encoding="utf-8").replace(SELF, name), encoding="utf-8")
+    files = {file.relative_to(model).as_posix(): file for pattern in FILES for file in sorted(model.rglob(pattern))}
+    content: dict[str, Path | bytes] = {path: file for path, file in files.items() if not path.startswith(".")}
+    content["README.md"] = card.read_text(encoding="utf-8").replace(SELF, name).encode()
     try:
         api.create_repo(name, private=not public, exist_ok=True)
-        done = api.upload_folder(repo_id=name, folder_path=model, allow_patterns=FILES, commit_message=message)
+        added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=source) for path, source in content.items()]
+        done = api.create_commit(name, added, commit_message=message)  # upload_folder makes several
         private = bool(api.model_info(name).private)
     except LocalTokenNotFoundError as error:
         raise UsageError(f"{name}: you are not logged in; run: hf auth login") from error

@@ -72,7 +72,7 @@ def _evaluation(result: Result) -> Iterator[str]:
         yield (
             f"{'KL per response':<24}{number(kl['token_kl'])} ({between(kl['token_kl_interval'])}) nats, from "
             f"{kl['samples']} samples of each of {kl['prompts']} prompts, cut at {kl['max_new_tokens']} tokens; "
-            f"{percent(kl['ended'], 0)} ended before"
+            f"{percent(kl['ended'], 0)} ended with EOS"
         )
     if drift := result.get("drift"):
         yield (
@@ -117,8 +117,8 @@ def _comparison(result: Result) -> Iterator[str]:
     yield f"{'larger log-ratio margin':<34}in b in {share}"
     for name, why in result["not_compared"].items():
         yield f"{f'{name} not compared':<34}{why}"
-    yield f"\n{'':<34}{'a':>10}{'b':>10}{'b - a':>10}  95 % interval of the paired difference"
+    yield f"\n{'':<34}{'a':>10} {'b':>10} {'b - a':>11}  95 % interval of the paired difference"
     signed = partial(number, signed=True)
     for name, values in result["differences"].items():
-        cells = f"{number(values['a']):>10}{number(values['b']):>10}{signed(values['difference']):>10}"
+        cells = f"{number(values['a']):>10} {number(values['b']):>10} {signed(values['difference']):>11}"
         yield f"{name:<34}{cells}  {between(values['interval'])}"

@@ -46,9 +46,15 @@ def atomic_dir(path: Path, new: bool = False) -> Iterator[Path]:
         yield temporary
         for each in [*temporary.rglob("*"), temporary]:
             _sync_with_mode(each)
+        old = temporary.with_name(".old")
         if path.is_dir() and not new:
-            path.rename(temporary.with_name(".old"))
-        temporary.rename(path)  # fails on a folder that is not empty
+            path.rename(old)
+        try:
+            temporary.rename(path)  # fails on a folder that is not empty
+        except BaseException:
+            if old.is_dir():
+                old.rename(path)
+            raise
 
 
 @contextmanager

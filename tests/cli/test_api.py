@@ -114,6 +114,12 @@ def test_data_that_cannot_be_used(data: Any, told: str, tiny: Path) -> None:
         precompute(data, model=tiny)
 
 
+def test_an_option_may_have_the_hyphens_of_its_flag(rows: list[Any], options: dict[str, Any]) -> None:
+    hyphens = {name.replace("_", "-"): value for name, value in options.items()}
+    done = train(rows, output="run", **hyphens, **{"eval-data": HELD_OUT[:4]})
+    assert done["after"] and "--max-steps 3" in json.loads(Path("run/manifest.json").read_text())["command"]
+
+
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 
@@ -122,6 +128,8 @@ def test_data_that_cannot_be_used(data: Any, told: str, tiny: Path) -> None:
     [
         ({"batchsize": 4}, "unknown option 'batchsize'; did you mean 'batch_size'?"),
         ({"resum": "run"}, "unknown option 'resum'; did you mean 'resume'?"),
+        ({"max-steps": "x"}, "option 'max_steps' cannot be 'x'"),
+        ({"max-steps": 3, "max_steps": 3}, "option 'max_steps' is given twice"),
         ({"lr": True}, "option 'lr' cannot be True"),
         ({"epochs": 1.5}, "option 'epochs' cannot be 1.5"),
         ({"model": 7.5j}, "option 'model' cannot be 7.5j"),

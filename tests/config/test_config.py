@@ -147,6 +147,8 @@ def test_a_wrong_key_or_value_in_the_file_is_told_with_its_line(text: str, told:
         "seed: !!int abc",
         "model: 2024-13-45",
         "lr: !!float x",
+        'seed: !!int ""',
+        "seed: !!bool x",
     ],
 )
 def test_a_value_that_yaml_cannot_make_is_refused(text: str, file: Path) -> None:

@@ -10,17 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import dpo_cli.evaluation.evaluate
 import dpo_cli.training.finish
 import dpo_cli.training.heldout
 import dpo_cli.training.loop
 from dpo_cli.cli.app import app
 from dpo_cli.evaluation import kl as divergence
 from dpo_cli.evaluation.diagnostics import Evidence, judge
+from dpo_cli.evaluation.generation import eos_ids
 from dpo_cli.evaluation.metrics_log import best_step
 from dpo_cli.models.logprobs import HiddenStates
 from dpo_cli.utils.errors import NotWrittenError
@@ -203,6 +206,18 @@ def test_samples_of_a_run_and_the_seed(place: Place, runs: dict[str, Path]) -> N
     assert first["loss"] == other["loss"]
     assert first["sequence_kl"]["token_kl"] > 0
     assert first["kl/chosen"] == pytest.approx(place.eval(runs["loss"])["kl/chosen"])
+
+
+def test_responses_that_ended_are_those_with_eos(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit may cut behind an EOS, and the model's context before the limit."""
+
+    def answers(model: Any, tokenizer: Any, prompts: list[Any], *_: Any, copies: int, **__: Any) -> list[list[Any]]:
+        ids = [[5, 6], [5, 6, 7, eos_ids(model, tokenizer)[0]], [5, 6, 7, 8]]
+        return [[np.array(each, np.int32) for each in ids[:copies]] for _ in prompts]
+
+    monkeypatch.setattr(dpo_cli.evaluation.evaluate, "generate", answers)
+    result = place.eval(place.model, "--samples", 3, "--sample-prompts", 2, "--sample-tokens", 4)
+    assert result["sequence_kl"]["ended"] == pytest.approx(1 / 3)
 
 
 # ---- two models -------------------------------------------------------------------------------------------------

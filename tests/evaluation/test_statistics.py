@@ -300,6 +300,14 @@ def test_what_other_objectives_measure_otherwise_is_not_compared(objective: Obje
     assert all(f"{name} not compared" in text and words in text for name, words in reasons.items())
 
 
+def test_the_columns_of_a_comparison_are_apart() -> None:
+    about = {"model": "m", "reference": "r", "beta": 0.1}
+    wide = {"a": -4.71e-14, "b": -4.71e-14, "difference": 4.71e-14, "interval": [0, 0]}
+    result = compare(random_scores(20), random_scores(20)) | {"differences": {"loss": wide}}
+    lines = as_text({"a": about, "b": about, "pairs": 20, "same_tokens": True} | result).splitlines()
+    assert lines[-1].split() == ["loss", "−4.71×10⁻¹⁴", "−4.71×10⁻¹⁴", "+4.71×10⁻¹⁴", "0", "to", "0"]
+
+
 def test_what_only_one_has_is_not_compared_and_other_pairs_are_refused() -> None:
     result = compare(random_scores(20), random_scores(20, exact=False))
     assert "kl/chosen" not in result["differences"] and "loss" in result["differences"]

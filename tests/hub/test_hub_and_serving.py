@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitOperationAdd, ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, pipeline
 from typer.testing import CliRunner
 
@@ -191,11 +190,11 @@ class FakeHub:
         assert exist_ok
         self.private = private
 
-    def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> Any:
-        self._call("upload_folder")
-        names = [path.name for path in folder_path.iterdir()]
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
-            self.files[name] = (folder_path / name).read_bytes()
+    def create_commit(self, repo_id: str, operations: list[CommitOperationAdd], commit_message: str) -> Any:
+        self._call("create_commit")
+        for operation in operations:
+            with operation.as_file() as stream:
+                self.files[operation.path_in_repo] = stream.read()
         self.message = commit_message
         return type("Done", (), {"repo_url": f"https://huggingface.co/{repo_id}"})
 
@@ -213,18 +212,39 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 def test_a_pushed_run_is_its_model_and_nothing_else(hub: FakeHub, train: Train, tmp_path: Path, tiny: Path) -> None:
     assert train("--eval-fraction", 0.1).exit_code == 0
+    local = content_of(tmp_path / "first")
     result = push(tmp_path / "first", "org/model", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["url"] == "https://huggingface.co/org/model"
     assert hub.private is True and json.loads(result.stdout)["private"] is True
-    assert hub.calls == ["create_repo", "upload_folder", "model_info"]
+    assert hub.calls == ["create_repo", "create_commit", "model_info"]
     exported = {path.name for path in (tmp_path / "first" / "model").iterdir()}
     assert set(hub.files) == exported
     for name, content in hub.files.items():
         for secret in (str(tmp_path), str(tiny), str(Path.home()), "train-strings"):
             assert secret.encode() not in content, name
     card = hub.files["README.md"].decode()
-    assert "vllm serve org/model" in card and SELF not in card
+    assert "vllm serve org/model" in card and SELF not in card and card.endswith("too.\n")
+    assert content_of(tmp_path / "first") == local
+
+
+def test_templates_below_the_model_are_pushed_and_hidden_files_are_not(hub: FakeHub, tmp_path: Path) -> None:
+    for name in (
+        "README.md",
+        "tokenizer_config.json",
+        "additional_chat_templates/tool.jinja",
+        ".cache/a.json",
+        "a.bin",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert push(tmp_path, "org/model").exit_code == 0
+    assert hub.files.keys() == {"README.md", "tokenizer_config.json", "additional_chat_templates/tool.jinja"}
+
+
+def content_of(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """Content and time of the last change of each file."""
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
 
 
 def push(*arguments: Any) -> Any:
@@ -244,11 +264,11 @@ def test_what_cannot_be_pushed_is_told(case: str, hub: FakeHub, train: Train, tm
     assert train().exit_code == 0
     result = push(tmp_path / "first", "org/model")
     assert result.exit_code == code and told in result.stderr, result.stderr
-    assert "upload_folder" not in hub.calls
+    assert "create_commit" not in hub.calls
 
 
 def test_a_push_that_fails_says_how_to_try_again(hub: FakeHub, train: Train, tmp_path: Path) -> None:
-    hub.fail = {"upload_folder": ConnectionError("connection reset")}
+    hub.fail = {"create_commit": ConnectionError("connection reset")}
     assert train().exit_code == 0
     result = push(tmp_path / "first", "me/model")
     again = f"dpo push {tmp_path / 'first'} me/model"
@@ -278,7 +298,7 @@ def test_an_adapter_goes_to_the_hub_if_its_base_is_there(hub: FakeHub, train: Tr
     assert train("--lora-rank", 2).exit_code == 0
     file = tmp_path / "first" / "model" / "adapter_config.json"
     config = json.loads(file.read_text())
-    for base in (config["base_model_name_or_path"], str(tmp_path / "gone"), PACKAGED, "org/base"):
+    for base in (config["base_model_name_or_path"], str(tmp_path / "gone"), PACKAGED, None, "", "org/base"):
         hub.calls.clear()
         file.write_text(json.dumps(config | {"base_model_name_or_path": base}))
         result = CliRunner().invoke(app, ["push", str(tmp_path / "first"), "me/model"])
@@ -288,6 +308,10 @@ def test_an_adapter_goes_to_the_hub_if_its_base_is_there(hub: FakeHub, train: Tr
         else:
             assert result.exit_code == 2 and told in result.stderr and not hub.calls
     assert not any(str(tmp_path).encode() in content for content in hub.files.values())
+    del config["base_model_name_or_path"]
+    file.write_text(json.dumps(config))
+    result = push(tmp_path / "first", "me/model")
+    assert result.exit_code == 2 and told in result.stderr and "names none" in result.stderr
 
 
 def test_the_export_answers_as_the_model_in_memory(train: Train, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files and folders are whole or absent."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -91,6 +92,23 @@ def test_folder_that_is_there_gives_way_when_the_new_one_is_whole(tmp_path: Path
     with atomic_dir(tmp_path / "folder") as temporary:
         (temporary / "new").write_text("new")
     assert everything_in(tmp_path) == {"folder", "folder/new"}
+
+
+def test_folder_is_put_back_if_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder" / "old").mkdir(parents=True)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "folder" and target == tmp_path / "folder":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(DpoError, match="Input/output error"), atomic_dir(tmp_path / "folder") as temporary:
+        (temporary / "new").write_text("new")
+    assert everything_in(tmp_path) == {"folder", "folder/old"}
 
 
 def test_folder_is_there_only_after_the_block(tmp_path: Path) -> None:
