@@ -25,7 +25,7 @@ from dpo_cli.config.resolve import resolve, to_yaml
 from dpo_cli.data.pairs import Hashes
 from dpo_cli.data.rows import Reading
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.errors import NotWrittenError, UsageError
 from dpo_cli.utils.files import atomic_dir, file_lock, load_checksummed, sha256, to_json, with_checksum
 
 if TYPE_CHECKING:
@@ -65,16 +65,22 @@ def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
     """Make the run's folder with its options, manifest and refused rows, whole at once; hold it while the block runs.
 
     Raises:
-        DpoError: another run made the folder meanwhile, or it cannot be written.
+        UsageError: another run made the folder meanwhile.
+        NotWrittenError: it cannot be written.
     """
-    with atomic_dir(run.folder, new=True) as folder:
-        (folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
-        content = with_checksum(manifest | {"config": sha256(folder / "config.yaml")})
-        (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        save_file({"pairs": run.trained}, folder / TRAINED)
-        if run.refused:
-            rows = ({"where": bad.where, "reason": bad.reason, "row": bad.record} for bad in run.refused)
-            (folder / "refused.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+    try:
+        with atomic_dir(run.folder, new=True) as folder:
+            (folder / "config.yaml").write_text(to_yaml(run.options), encoding="utf-8")
+            content = with_checksum(manifest | {"config": sha256(folder / "config.yaml")})
+            (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            save_file({"pairs": run.trained}, folder / TRAINED)
+            if run.refused:
+                rows = ({"where": bad.where, "reason": bad.reason, "row": bad.record} for bad in run.refused)
+                (folder / "refused.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+    except NotWrittenError as error:
+        if (run.folder / "manifest.json").exists():
+            raise UsageError(f"{run.folder} is in use by another process, which began a run in it") from error
+        raise
     with file_lock(run.folder / LOCK):
         yield
 

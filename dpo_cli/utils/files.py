@@ -62,7 +62,8 @@ def _temporary(path: Path) -> Iterator[Path]:
     """Yield a name in a new folder beside ``path``, which goes with all that is left in it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.tmp", DAY)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            _remove(leftover, DAY)
         folder = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
         try:
             yield folder / path.name
@@ -88,12 +89,18 @@ def writing(path: Path) -> Iterator[None]:
         raise NotWrittenError(f"{path} cannot be written: {reason}") from error
 
 
-def remove_leftovers(folder: Path, pattern: str = "**/.*.tmp", older_than: float = 0.0) -> None:
-    """Remove temporary folders that killed processes left; ``older_than`` in seconds."""
-    for path in list(folder.glob(pattern)):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime >= older_than:
-                shutil.rmtree(path, ignore_errors=True)
+def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
+    """Remove temporary folders that killed processes left below a folder; ``older_than`` in seconds."""
+    for parent, names, _ in os.walk(folder):  # which passes over a folder that vanishes meanwhile, as glob does not
+        for name in names:
+            if name.startswith(".") and name.endswith(".tmp"):
+                _remove(Path(parent, name), older_than)
+
+
+def _remove(folder: Path, older_than: float) -> None:
+    with suppress(OSError):
+        if time.time() - folder.stat().st_mtime >= older_than:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -6,11 +6,12 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpo_cli.utils.errors import DpoError
-from dpo_cli.utils.files import atomic_dir, atomic_write, sha256
+from dpo_cli.utils.files import atomic_dir, atomic_write, remove_leftovers, sha256
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
@@ -161,3 +162,22 @@ def test_sha256(tmp_path: Path) -> None:
     content = os.urandom(100_000)
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_folder_that_vanishes_while_leftovers_are_looked_for_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank finishes its file meanwhile."""
+    (tmp_path / ".about.json.x.tmp").mkdir()
+    (tmp_path / "sub" / ".old.tmp").mkdir(parents=True)
+    os.utime(tmp_path / "sub" / ".old.tmp", (0, 0))
+    scandir = os.scandir
+
+    def vanishing(path: Any) -> Any:
+        if str(path).endswith(".about.json.x.tmp"):
+            os.rmdir(path)  # noqa: PTH106
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    remove_leftovers(tmp_path, older_than=3600.0)
+    assert not list(tmp_path.rglob("*.tmp")) and (tmp_path / "sub").is_dir()
