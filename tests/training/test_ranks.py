@@ -129,8 +129,7 @@ def test_trajectory_is_that_of_one_process(done: tuple[Path, Any], name: str) ->
             assert abs(line[key] - other[key]) < off
         for key, value in line.items():
             assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-4)
-    file = "adapter_model.safetensors" if name == "adapter" else "model.safetensors"
-    weights, others = (load_file(folder / run / "model" / file) for run in (one, name))
+    weights, others = (load_file(folder / run / "model" / "model.safetensors") for run in (one, name))
     assert weights.keys() == others.keys()
     near = 3e-5 if one == "weighted-one" else 1e-5  # with two losses AdamW divides more rounding by gradients near 0
     assert max(float((weights[key] - others[key]).abs().max()) for key in weights) < near
