@@ -33,6 +33,7 @@ from dpo_cli.reference.store import ReferenceCache, fill_reference
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
     ScoredModel,
+    check_reference,
     choose_model,
     choose_tokenizer,
     load_scored_model,
@@ -77,6 +78,7 @@ def evaluate(
     source = choose_model(name, options, reporter, base=options.base_model)
     began, manifest = (trained_with(source.run), read_manifest(source.run)) if source.run else (None, None)
     source, options = _as_in_run(source, began), _as_trained(options, source, began)
+    check_reference(options)
     tokenizer = choose_tokenizer(source, options)
     rows = read_pairs(options.data, options, tokenizer, reporter)
     pairs = rows.pairs

@@ -174,7 +174,8 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, int, list[str]]]:
 def _routers(every: dict[str, nn.Module], experts: list[tuple[str, int, list[str]]]) -> set[str]:
     """Linear modules that score the experts beside them, or weigh the shared one."""
     linear = {name: module for name, module in every.items() if isinstance(module, nn.Linear)}
-    found = {name for name in linear if "router" in name}
+    inside = tuple(f"{name}." for name, module in every.items() if "Router" in type(module).__name__)
+    found = {name for name in linear if "router" in name or name.startswith(inside)}
     for group, count, _ in experts:
         block = group.rpartition(".")[0]
         beside = [n for n in linear if n.rpartition(".")[0] in (block, f"{block}.gate") and "proj" not in n]

@@ -69,6 +69,20 @@ def choose_model(
     return source
 
 
+def check_reference(options: TrainOptions | EvalOptions) -> None:
+    """Refuse a ``--ref-model`` that is packed in a way that is not read here, before any data is read.
+
+    Raises:
+        UsageError: naming the model to take instead.
+    """
+    name = options.ref_model
+    if name is not None:
+        try:
+            admit(find_model(name, options.trust_remote_code), name, frozen=True)
+        except UsageError as error:
+            raise UsageError(str(error).replace("--model", "--ref-model", 1)) from error
+
+
 def check_adapter(source: ModelSource, reporter: Reporter) -> None:
     """Warn of what peft ignores of an adapter's configuration.
 

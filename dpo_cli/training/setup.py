@@ -31,6 +31,7 @@ from dpo_cli.training.memory import Fit, fit, process_bytes
 from dpo_cli.training.plan import report_plan
 from dpo_cli.training.prepare import (
     ScoredModel,
+    check_reference,
     choose_model,
     choose_tokenizer,
     hold_out,
@@ -119,6 +120,7 @@ def prepare_run(
     folder = distributed.on_rank_0(lambda: choose_folder(options.output, resume))
     source = choose_model(options.model, options, reporter, base=options.base_model)
     source, options = adapter_settings(source, options, device, reporter)
+    check_reference(options)
     tokenizer = choose_tokenizer(source, options)
     pairs, held_out, refused = _read_data(options, tokenizer, reporter)
     process = process_bytes(device)

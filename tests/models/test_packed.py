@@ -260,8 +260,9 @@ def test_every_command_refuses_and_the_way_out_works(plain: Path, tmp_path: Path
         )
         told = refused(tmp_path, command, "--model", packed, *rows, *more)
         assert f"--model {packed}: it is packed (gptq)" in told and told.endswith(way_out)
-    code, told = run(tmp_path, "train", "--model", plain, "--ref-model", packed, *rows)
-    assert code == 2 and f"error: --ref-model {packed}: it is packed (gptq)" in told and told.strip().endswith(way_out)
+    for command in ("train", "eval"):
+        told = refused(tmp_path, command, "--model", plain, "--ref-model", packed, *rows)
+        assert told.startswith(f"error: --ref-model {packed}: it is packed (gptq)") and told.endswith(way_out)
     named = re.findall(r"model card: (\S+)\)", told)
     done(tmp_path, "train", "--model", *named, *rows, "--lora-rank", 4, "--output", tmp_path / "run")
     file = tmp_path / "run" / "model" / "adapter_config.json"

@@ -10,12 +10,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from benchmarks.studies import lora_targets
 from dpo_cli.cli.app import app
-from dpo_cli.models.lora_targets import choose_targets, counted, kind_of
+from dpo_cli.models.lora_targets import _routers, choose_targets, counted, kind_of
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import ROOT, SAMPLE, make_model
 
@@ -182,3 +183,15 @@ def test_kinds_are_counted_together() -> None:
     ]
     kinds = choose_targets(make_model("qwen2"), "all-linear").left
     assert not kinds and counted(type(kinds)({"a.b": 2, "c": 2, "d": 30})) == "30 d; 2 each of a.b, c"  # type: ignore[dict-item]
+
+
+def test_all_that_a_router_is_made_of_gets_no_adapter() -> None:
+    """As zaya's, whose linear modules have names of a projection."""
+
+    class ToyRouter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down_proj = nn.Linear(4, 2)
+
+    model = nn.ModuleDict({"gate": ToyRouter(), "up_proj": nn.Linear(4, 4)})
+    assert _routers(dict(model.named_modules()), []) == {"gate.down_proj"}
