@@ -23,7 +23,7 @@ from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, save_adapter
 from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied
 from dpo_cli.models.loading import load_exported, load_model, release
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.models.logprobs import logp_tolerance, token_logps
+from dpo_cli.models.logprobs import ModelRunner, logp_tolerance, response_logps
 from dpo_cli.models.parallel import parallel_of, reshard
 from dpo_cli.training.memory import process_bytes, usable_bytes
 from dpo_cli.utils.errors import DpoError, UsageError
@@ -62,7 +62,8 @@ def export_model(
         ids = np.arange(min(64, model.config.get_text_config().vocab_size), dtype=np.int32)
         pair = Pair("the ids from 0 to 63", ids[:1], ids[1:], ids[:0:-1])
     if expected is None:
-        expected = response_logps(model, pair, torch.float32), torch.float32
+        runner = ModelRunner(model, "padded", torch.float32, 0, model.device, chunked_lm_head=False)
+        expected = pair_logps(runner, pair), torch.float32
     parallel = parallel_of(model)
     reshard(model)
     weights = parallel.gather(model.state_dict(keep_vars=True)) if parallel.sharded else None
@@ -98,13 +99,11 @@ def export_model(
     parallel.on_rank_0(write)
 
 
-def response_logps(model: PreTrainedModel, pair: Pair, dtype: torch.dtype, apart: bool = False) -> Tensor:
-    """Log-probs of the two responses of a pair: (2,) nats, float64. ``apart`` as of ``ModelRunner``."""
-    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
-    with torch.no_grad():
-        logps = token_logps(model, batch.to(next(model.parameters()).device), dtype, apart)
-    chosen, rejected = logps.double().split([count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)])
-    return torch.stack([chosen.sum(), rejected.sum()])
+@torch.no_grad()
+def pair_logps(runner: ModelRunner, pair: Pair) -> Tensor:
+    """Log-probs of the two responses of a pair in a padded batch: (2,) nats."""
+    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]).to(runner.device)
+    return response_logps(runner.token_logps(batch), batch.lengths)
 
 
 def _save_weights(
@@ -168,7 +167,7 @@ def _read_back(written: Path, model: PreTrainedModel, source: ModelSource, pair:
     except (UsageError, ValueError) as error:
         raise NotReadBackError(f"what was written cannot be loaded again: {error}") from error
     try:
-        return response_logps(again, pair, torch.float32)
+        return pair_logps(ModelRunner(again, "padded", torch.float32, 0, CPU, chunked_lm_head=False), pair)
     finally:
         release(again)
 

@@ -273,11 +273,11 @@ def load_scored_model(
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or MOST_TOKENS[device.type]
     tried = pairs + _sampled(pairs, options, limit)
-    layout, apart, description = choose_layout(model, tried, max_tokens, device, dtype)
+    runner, description = choose_layout(model, tried, max_tokens, device, dtype)
     reporter.info("layout", description)
-    if layout == "shared":
+    runner.warn = reporter.warning
+    if runner.layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
-    runner = ModelRunner(model, layout, dtype, max_tokens, device, apart, reporter.warning)
     return ScoredModel(source, runner, own_attention, weights)
 
 

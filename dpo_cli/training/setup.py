@@ -21,10 +21,10 @@ from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.evaluation.kl import HeadInputs
 from dpo_cli.models.attention import attention
-from dpo_cli.models.layout import experts_a_token
 from dpo_cli.models.loading import dtype_name, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import ModelRunner
+from dpo_cli.models.moe import experts_a_token
 from dpo_cli.reference.store import ReferenceCache, fill_reference
 from dpo_cli.training.adapter import adapter_settings, attach_adapter
 from dpo_cli.training.memory import Fit, fit, process_bytes
@@ -198,9 +198,7 @@ def _load_policy(
     experts = 0
     if options.router_aux_loss_coef:
         with attention(policy.model, policy.own_attention):
-            experts = experts_a_token(policy.model, pairs[0])
-        if not policy.runner.chunked_lm_head:
-            raise UsageError("--router-aux-loss-coef: the model's head cannot run apart from its body; leave it out")
+            experts = experts_a_token(policy.runner, pairs[0])
     policy.split_weights(mode, trains=True)
     if options.lora_rank:
         attach_adapter(policy, options, pairs, reporter)

@@ -23,7 +23,6 @@ from dpo_cli.models import locate
 from dpo_cli.models.adapter_files import adapter_weights, attach_saved, described, merged, save_adapter
 from dpo_cli.models.adapters import attach, make_config, trained
 from dpo_cli.models.locate import find_model
-from dpo_cli.models.logprobs import token_logps
 from dpo_cli.models.lora_targets import choose_targets
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.training import adapter as runs
@@ -31,7 +30,7 @@ from dpo_cli.training.memory import StepBytes
 from dpo_cli.training.prepare import check_quantize
 from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.errors import UsageError
-from tests.helpers import make_model, random_pairs
+from tests.helpers import make_model, random_pairs, token_logps
 from tests.helpers.adapters import CLOSE, Place, make_place, plain_logps
 
 IDS = torch.arange(3, 40)[None]
