@@ -182,11 +182,8 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
 def _ropes(config: PretrainedConfig) -> dict[str, Any]:
     """The rotary embeddings of a text model, without the name that version 4 had for their type."""
-    return {
-        name: value
-        for name, value in (getattr(config.get_text_config(), "rope_parameters", None) or {}).items()
-        if name != "type"
-    }
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return {name: value for name, value in ropes.items() if name != "type"}
 
 
 def _with_older_names(written: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpo_cli.config.options import TrainOptions
 from dpo_cli.models.logprobs import forward_errors
-from dpo_cli.models.lora_targets import Targets, counted, ends_with, kind_of, pattern_of
+from dpo_cli.models.lora_targets import (
+    ALL_LINEAR,
+    Targets,
+    choose_targets,
+    counted,
+    ends_with,
+    kind_of,
+    pattern_of,
+)
 from dpo_cli.models.split_weights import split
 from dpo_cli.utils.errors import UsageError
 
@@ -31,19 +40,24 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def make_config(
-    model: PreTrainedModel, *, rank: int, kind: str, alpha: int, targets: Targets, to_save: str | None, base: str
-) -> Any:
-    """Make the ``peft.LoraConfig`` of a new adapter for this model, which ``base`` names.
+def new_adapter(
+    model: PreTrainedModel, options: TrainOptions, base: str, logps: Callable[[], Tensor] | None = None
+) -> dict[str, Counter[str]]:
+    """Attach a new adapter to a model, which ``base`` names, in place; ``logps`` as of ``choose_targets``.
 
     The layer's output is W x + s B A x, with s = alpha / rank, or alpha / sqrt(rank) of rslora.
 
+    Returns:
+        The matrices without an adapter, as of ``Targets``.
+
     Raises:
-        UsageError: a module to save does not exist, is adapted as well, or shares its weights with another one.
+        UsageError: there is nothing to adapt, or peft cannot; a module to save does not exist, is adapted as well, or
+            shares its weights with another one.
     """
     from peft import LoraConfig  # peft takes a second to import
 
-    whole, tied = _modules_to_save(model, to_save, targets) if to_save else [], is_tied(model)
+    targets, tied = choose_targets(model, options.lora_targets or ALL_LINEAR, logps), is_tied(model)
+    whole = _modules_to_save(model, options.modules_to_save, targets) if options.modules_to_save else []
     embedding = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     alone = [n for n in targets.modules if n in embedding + head] + [n for n in whole if n in head]
@@ -52,24 +66,26 @@ def make_config(
             f"--lora-targets, --modules-to-save: the weights of {alone[0]} are embedding and head at once, and one "
             "would be trained without the other; to train both as one, name the embedding in --modules-to-save"
         )
-    if kind == "dora" and targets.parameters:
+    if options.lora_type == "dora" and targets.parameters:
         raise UsageError(
             f"--lora-type dora: peft does not decompose {kind_of(targets.parameters[0])}, which it adapts as a "
             "parameter; take lora or rslora, or other --lora-targets"
         )
-    return LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
-        r=rank,
-        lora_alpha=alpha,
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
         lora_dropout=0.0,
-        use_rslora=kind == "rslora",
-        use_dora=kind == "dora",
+        use_rslora=options.lora_type == "rslora",
+        use_dora=options.lora_type == "dora",
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
         modules_to_save=whole or None,
         ensure_weight_tying=tied and not {*embedding}.isdisjoint(whole),
     )
+    attach(model, config, options.seed)
+    return targets.left
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -122,8 +138,9 @@ def attach(model: PreTrainedModel, config: Any, seed: int = 0, where: str = "--l
         except Exception as error:  # of whatever type peft raises
             raise UsageError(f"{where}: peft cannot adapt this: {str(error).splitlines()[0]}") from error
     config.target_modules = full_names  # which peft shortens to ends
-    for p in trained(model):
-        p.data = p.detach().float()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.detach().float()
     if halved:
         if not is_quantized(model):
             cast_frozen_to_bf16(model)
@@ -147,33 +164,25 @@ def try_backward(model: PreTrainedModel, logps: Callable[[], Tensor]) -> list[st
     return sorted({kind_of(re.split(r"\.(?:base_layer|lora_|modules_to_save)", name)[0]) for name in unreached})
 
 
-def describe_adapter(model: nn.Module) -> str:
-    """Describe how many matrices have an adapter, by kind, and what is trained in full beside them."""
-    kinds = Counter(kind for kind, _ in _adapted(model))
-    whole = Counter(
-        kind_of(n) for n, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"
-    )
-    return f"{kinds.total():,} matrices: {counted(kinds)}" + (f"; trained whole: {counted(whole)}" if whole else "")
+def describe_adapter(model: PreTrainedModel) -> tuple[str, list[str]]:
+    """Count the adapted matrices by kind, and what is trained in full beside them.
 
-
-def experts_of_version_5(model: PreTrainedModel) -> list[str]:
-    """The kinds of adapted expert tensors that transformers 4 has as other modules, so that it cannot load them."""
-    if model.config.get_text_config().model_type == "gpt_oss":  # 4.57.6 with peft 0.17.1 computes the same
-        return []
-    return sorted({kind for kind, own in _adapted(model) if own != "weight"})
-
-
-def _adapted(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The kind of each adapted matrix, and the name that its module has for it."""
+    Returns also the kinds of expert tensors among them that transformers 4 has as other modules, so that it cannot load
+    their adapter.
+    """
+    kinds, whole, experts = Counter[str](), Counter[str](), set[str]()
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             own = getattr(module, "parameter_name", "weight")
-            yield kind_of(name.replace(".base_layer", "") + f".{own}" * (own != "weight")), own
-
-
-def trained(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Return the parameters that are trained."""
-    return (p for p in model.parameters() if p.requires_grad)
+            kind = kind_of(name.replace(".base_layer", "") + f".{own}" * (own != "weight"))
+            kinds[kind] += 1
+            # of gpt_oss 4.57.6 with peft 0.17.1 computes the same
+            if own != "weight" and model.config.get_text_config().model_type != "gpt_oss":
+                experts.add(kind)
+        elif type(module).__name__ == "ModulesToSaveWrapper":
+            whole[kind_of(name)] += 1
+    also = f"; trained whole: {counted(whole)}" if whole else ""
+    return f"{kinds.total():,} matrices: {counted(kinds)}{also}", sorted(experts)
 
 
 @torch.no_grad()

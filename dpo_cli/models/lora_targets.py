@@ -25,8 +25,7 @@ LINEAR = (nn.Linear, Conv1D)  # GPT-2's are of transformers' own kind
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d)  # what can be named
 # Why a matrix gets no adapter.
 ROUTER, UNREACHED, OWN_FORWARD = "routers", "no log-prob of text depends on them", "more than a matrix product"
-READ_DIRECTLY, PACKED = "read by fused kernels", "packed"
-NOT_NAMED = "experts that --lora-targets does not name"
+READ_DIRECTLY, NOT_NAMED = "read by fused kernels", "experts that --lora-targets does not name"
 # A weight that the layer around it reads, as fused kernels of state-space models do, and not only its dtype or device.
 READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))")
 
@@ -37,7 +36,7 @@ class Targets:
 
     modules: list[str]
     parameters: list[str]
-    left: Counter[tuple[str, str]]
+    left: dict[str, Counter[str]]
 
 
 def choose_targets(model: PreTrainedModel, names: str, logps: Callable[[], Tensor] | None = None) -> Targets:
@@ -62,26 +61,29 @@ def choose_targets(model: PreTrainedModel, names: str, logps: Callable[[], Tenso
     routers = _routers(every, experts) if names == ALL_LINEAR else set[str]()
     reached, read = _reached(model, logps), _read_directly(model)
     renamed = {end for end in {name.rpartition(".")[2] for name in named if name in every} if _is_renamed(model, end)}
-    modules, parameters, left = list[str](), list[str](), Counter[tuple[str, str]]()
+    modules, parameters, left = list[str](), list[str](), defaultdict[str, Counter[str]](Counter)
     for name in named:
         module, as_parameter = every.get(name), name.rpartition(".")[2] in renamed
         owner = name if module else name.rpartition(".")[0]
+        packed = type(module).__module__.startswith("bitsandbytes")  # whose forward is a matrix product too
+        own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
         if reason := (
             (READ_DIRECTLY if name in read else "")
             or (ROUTER if name in routers else "")
             or (UNREACHED if pattern_of(owner) not in reached else "")
-            or (OWN_FORWARD if isinstance(module, nn.Linear) and not _is_plain(module) else "")
-            or (PACKED if module and as_parameter and type(module) not in LINEAR else "")
+            or (OWN_FORWARD if own_forward and (as_parameter or not packed) else "")
         ):
-            left[reason, kind_of(name)] += 1
+            left[reason][kind_of(name)] += 1
         elif module and not as_parameter:
             modules.append(name)
         else:
             parameters.append(f"{name}.weight" if module else name)
     if names != ALL_LINEAR:
-        if beyond := [key for key in left if key[0] != UNREACHED]:
-            raise UsageError(f"--lora-targets {names}: {beyond[0][1]} is {beyond[0][0]}, so that no adapter reaches it")
-        left.update((NOT_NAMED, kind_of(name)) for name in stacked if name not in named)
+        if beyond := [(kind, reason) for reason, kinds in left.items() if reason != UNREACHED for kind in kinds]:
+            kind, reason = beyond[0]
+            raise UsageError(f"--lora-targets {names}: {kind} is {reason}, so that no adapter reaches it")
+        if unnamed := Counter(kind_of(name) for name in stacked if name not in named):
+            left[NOT_NAMED] = unnamed
     if not modules and not parameters:
         raise UsageError(f"--lora-targets {names}: nothing to adapt; {_adaptable_names(every, stacked)}")
     return Targets(modules, parameters, left)
@@ -139,24 +141,16 @@ def _reached(model: nn.Module, logps: Callable[[], Tensor] | None) -> set[str]:
     return {pattern_of(name) for node in seen for name in called[node]}
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a linear module computes its product and nothing else; packed ones of bitsandbytes do."""
-    return type(module).forward is nn.Linear.forward or type(module).__module__.startswith("bitsandbytes")
-
-
 def _read_directly(model: nn.Module) -> set[str]:
     """Modules whose weight the layer around them reads: on some devices their forward, and an adapter's, never runs."""
-    around = [(name, type(m)) for name, m in model.named_modules() if any(isinstance(c, LINEAR) for c in m.children())]
-    reads = {kind: READ.findall(_source(kind)) for kind in {kind for _, kind in around}}
-    return {f"{name}.{child}" for name, kind in around for child in reads[kind]}
-
-
-def _source(kind: type[nn.Module]) -> str:
-    """The code of a module's class and of those it inherits from, but for torch's and transformers' general ones."""
-    own = [each for each in kind.__mro__ if issubclass(each, nn.Module) and not each.__module__.startswith("torch.")]
-    with suppress(OSError, TypeError):  # it is not there
-        return "\n".join(inspect.getsource(each) for each in own if each is not PreTrainedModel)
-    return ""
+    around = {name: type(m) for name, m in model.named_modules() if any(isinstance(c, LINEAR) for c in m.children())}
+    reads = defaultdict[type[nn.Module], list[str]](list)
+    for kind in {*around.values()}:
+        for each in kind.__mro__:
+            if issubclass(each, nn.Module) and not each.__module__.startswith("torch.") and each is not PreTrainedModel:
+                with suppress(OSError, TypeError):  # its source is not there
+                    reads[kind] += READ.findall(inspect.getsource(each))
+    return {f"{name}.{child}" for name, kind in around.items() for child in reads[kind]}
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, int, list[str]]]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +24,7 @@ from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_rows
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import LOSSES
-from dpo_cli.models.adapter_files import CONFIG, read_config, unknown_keys
+from dpo_cli.models.adapter_files import read_config
 from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantized
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.converted import use_converted
@@ -63,7 +61,8 @@ def choose_model(
     if source.gguf:
         cache_dir = getattr(options, "cache_dir", CACHE_DIR)
         source = distributed.rank_0_first(lambda: use_converted(source, cache_dir, computes, reporter))
-    check_adapter(source, reporter)
+    if source.adapter:
+        read_config(source.adapter, reporter.warning)
     if source.trust:
         reporter.warning(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")
     return source
@@ -81,20 +80,6 @@ def check_reference(options: TrainOptions | EvalOptions) -> None:
             admit(find_model(name, options.trust_remote_code), name, frozen=True)
         except UsageError as error:
             raise UsageError(str(error).replace("--model", "--ref-model", 1)) from error
-
-
-def check_adapter(source: ModelSource, reporter: Reporter) -> None:
-    """Warn of what peft ignores of an adapter's configuration.
-
-    Raises:
-        UsageError: it is of a kind that is neither trained nor merged here.
-    """
-    if source.adapter is None:
-        return
-    read_config(source.adapter)
-    if ignored := unknown_keys(source.adapter):
-        keys = ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(ignored.items()))
-        reporter.warning(f"{source.adapter / CONFIG}: peft {version('peft')} does not know and ignores {keys[:300]}")
 
 
 def choose_tokenizer(source: ModelSource, options: DataOptions) -> Any:
