@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dpo_cli.models.lora_targets import choose_targets, counted
+from dpo_cli.models.adapters import choose_targets, counted
 
 SIZES = {
     "hidden_size": 32,

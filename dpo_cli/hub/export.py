@@ -21,7 +21,7 @@ from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, save_adapter
 from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied
-from dpo_cli.models.loading import load_exported, load_model, release
+from dpo_cli.models.loading import dtype_name, load_exported, load_model, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import ModelRunner, logp_tolerance, response_logps
 from dpo_cli.models.parallel import parallel_of, reshard
@@ -126,12 +126,11 @@ def _save_weights(
     for processor in getattr(model, "processors", ()):
         shutil.copyfile(processor, folder / processor.name)
     file = folder / "config.json"
-    _rewrite(file, lambda written: written | {"dtype": str(dtype).removeprefix("torch.")})
+    _rewrite(file, lambda written: written | {"dtype": dtype_name(dtype)})
     plain = file.read_text(encoding="utf-8")
     _rewrite(file, lambda written: _with_older_names(written, model.config))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", FutureWarning)  # of a class that reads these names no more
+        with warnings.catch_warnings(action="error", category=FutureWarning):  # of a class that reads them no more
             same = _ropes(type(model.config).from_pretrained(folder)) == _ropes(model.config)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, FutureWarning):
         same = False

@@ -30,9 +30,9 @@ def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, re
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     if output.exists():
         raise UsageError(f"--output {output}: exists already; name another folder")
+    read_config(source.adapter, reporter.warning)
     source = admit(source, name)
     reporter.info("model", source.description)
-    read_config(source.adapter, reporter.warning)
     trained = trained_with(source.run) if source.run else None
     if trained and trained.quantize:
         reporter.warning(

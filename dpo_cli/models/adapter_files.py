@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_cli.models.adapters import attach, is_tied
-from dpo_cli.models.lora_targets import ends_with, kind_of
+from dpo_cli.models.adapters import attach, ends_with, is_tied, kind_of
 from dpo_cli.utils.errors import DpoError, UsageError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
@@ -132,11 +131,8 @@ def put_adapter(model: PreTrainedModel, folder: Path) -> None:
         known = [tensor for name, tensor in saved.items() if name not in unexpected]
         odd = [n for n in unexpected if n not in saved or not any(torch.equal(saved[n], t) for t in known)]
         reason = f"it has no {lacking[0]}" if lacking else f"its base has no {odd[0]}" if odd else ""
-    except KeyError as error:  # of a module that is saved whole
-        reason = f"it has no {error.args[0]}"
-    except RuntimeError as error:
-        shapes = re.search(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)", str(error))
-        reason = f"{shapes[1]} is {shapes[2]}, and of its base {shapes[3]}" if shapes else _line(error)
+    except (KeyError, RuntimeError) as error:
+        reason = _line(error)
     if reason:
         reason = reason.replace(".default", "")
         raise DpoError(f"{folder / WEIGHTS}: is of another model or of other modules: {reason}")

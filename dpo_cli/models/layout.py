@@ -96,13 +96,10 @@ def choose_layout(
 def _tried(model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int) -> tuple[list[list[Pair]], float]:
     """The pairs of each forward to try a layout on; and the length beyond which sequences change those of up to it.
 
-    Always two pairs, the longest that fits ``max_tokens`` among them, and a third that is the shorter with one token
-    of its prompt left: behind a long prompt nothing would be seen of what the state of a state-space model keeps of
-    the sequence before. The longest of all by itself, where it does not fit. For each threshold of the configuration
-    the longest pair beside one with a sequence up to it, or a longer row where no sequence is longer. The third is
-    left out where it alone would be on the other side of a threshold.
-
-    Infinity: no threshold lies between two sequences.
+    Always two pairs, the longest that fits ``max_tokens`` among them, and the shorter with one token of its prompt
+    left, unless that is on the other side of a threshold: behind a long prompt, what a state-space model keeps of the
+    sequence before fades. The longest of all by itself, where it does not fit. For each threshold the longest pair
+    beside one with a sequence up to it, or a longer row where no sequence is longer. Infinity: no threshold matters.
     """
     first = probe_pairs(pairs, "padded", max_tokens)
     cut = replace(first[-1], prompt=first[-1].prompt[-1:])
@@ -114,9 +111,7 @@ def _tried(model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int) -> tu
     other_side = any(1 + min(len(cut.chosen), len(cut.rejected)) <= length < shorter.min() for length in thresholds)
     groups = [first if other_side else [*first, cut]] + [[long]] * (2 * longest > max_tokens)
     between = [length for length in thresholds if shorter.min() <= length < longest]
-    for length in between:
-        short = pairs[int(np.where(shorter <= length, shorter, 0).argmax())]
-        groups.append([long, short])
+    groups += [[long, pairs[int(np.where(shorter <= length, shorter, 0).argmax())]] for length in between]
     beyond = [length for length in thresholds if longest <= length < max_tokens]
     groups += [[first[0]] * (length // row_costs(first, "shared")[0] + 1) + [first[-1]] for length in beyond]
     return groups, min(between, default=math.inf)
@@ -138,7 +133,6 @@ def _largest(off: Tensor) -> float:
 
 
 def _thresholds(config: Mapping[str, Any]) -> set[int]:
-    """The lengths that a configuration names, or a part of it."""
     found = {int(value) for name, value in config.items() if name in THRESHOLDS and isinstance(value, int | float)}
     return found.union(*(_thresholds(part) for part in config.values() if isinstance(part, dict)))
 

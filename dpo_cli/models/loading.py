@@ -214,12 +214,12 @@ def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     if source.adapter:
         tokens, of_base = _tokens(source), _tokens(replace(source, tokenizer=None))
         adapter_files.fit_vocabulary(model, source.adapter, tokens if tokens > of_base else 0)
-    if source.adapter and source.attached:
-        adapter_files.attach_saved(model, source.adapter, source.name)
-    elif source.adapter:
-        model = adapter_files.merged(model, source.adapter)
-    if source.adapter and (source.adapter / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.adapter)
+        if source.attached:
+            adapter_files.attach_saved(model, source.adapter, source.name)
+        else:
+            model = adapter_files.merged(model, source.adapter)
+        if (source.adapter / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source.adapter)
     if source.checkpoint and source.checkpoint != source.adapter:
         put_weights(model, source.checkpoint)
     return model

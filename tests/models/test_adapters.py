@@ -349,7 +349,7 @@ def test_what_computes_nothing_changes_no_name() -> None:
 
     def told(**change: Any) -> str:
         model: Any = make_model()
-        adapt(model, rank=8)
+        adapt(model)
         for name, value in change.items():
             setattr(model.peft_config["default"], name, value)
         return described(model)

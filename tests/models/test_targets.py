@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from benchmarks.studies import lora_targets
 from dpo_cli.cli.app import app
-from dpo_cli.models.lora_targets import NOT_NAMED, _routers, choose_targets, counted, kind_of
+from dpo_cli.models.adapters import NOT_NAMED, _routers, choose_targets, counted, kind_of
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import ROOT, SAMPLE, make_model
 
