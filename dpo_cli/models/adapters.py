@@ -219,9 +219,9 @@ def choose_targets(model: PreTrainedModel, names: str, logps: Callable[[], Tenso
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         linear = [name for name, module in every.items() if isinstance(module, LINEAR)]
         named = [name for name in linear if not any(every[name] is end for end in ends)] + stacked
+        routers = _routers(every, experts)
     else:
-        named = _named(every, stacked, names)
-    routers = _routers(every, experts) if names == ALL_LINEAR else set[str]()
+        named, routers = _named(every, stacked, names), set[str]()
     reached, read = _reached(model, logps), _read_directly(model)
     renamed = {end for end in {name.rpartition(".")[2] for name in named if name in every} if _is_renamed(model, end)}
     modules, parameters, left = list[str](), list[str](), defaultdict[str, Counter[str]](Counter)
@@ -265,11 +265,11 @@ def kind_of(name: str) -> str:
 
 def counted(kinds: Counter[str]) -> str:
     """Kinds and their counts in words, equal counts together: ``30 each of mlp.up_proj, self_attn.q_proj``."""
-    groups: dict[int, list[str]] = {}
-    for kind, count in sorted(kinds.items()):
-        groups.setdefault(count, []).append(kind)
-    words = {count: "each of " if len(group) > 1 else "" for count, group in groups.items()}
-    return "; ".join(f"{count:,} {words[count]}{', '.join(groups[count])}" for count in sorted(groups, reverse=True))
+    parts = []
+    for count in sorted({*kinds.values()}, reverse=True):
+        equal = sorted(kind for kind in kinds if kinds[kind] == count)
+        parts.append(f"{count:,} {'each of ' if len(equal) > 1 else ''}{', '.join(equal)}")
+    return "; ".join(parts)
 
 
 def pattern_of(name: str) -> str:
