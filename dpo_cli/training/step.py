@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ from dpo_cli.losses.objective import Objective
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner, out_of_memory
 from dpo_cli.models.moe import auxiliary_loss, routed
 from dpo_cli.models.parallel import local_shard
-from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.optimizer import SmallAdamW
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
+
+if TYPE_CHECKING:
+    from dpo_cli.training.loop import StopSignal
 
 
 @dataclasses.dataclass

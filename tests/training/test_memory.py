@@ -155,7 +155,7 @@ def test_a_resumed_run_keeps_the_smaller_forwards(
     start: Train, whole: Path, limits: Limits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that its weights are equal to the bit to those of the run that was not interrupted."""
-    import dpo_cli.training.loop
+    import dpo_cli.training.trackers
 
     limits.tokens = 500
     assert start(tmp_path / "through").exit_code == 0
@@ -165,9 +165,9 @@ def test_a_resumed_run_keeps_the_smaller_forwards(
             raise KeyboardInterrupt
         original(file, step, *rest)
 
-    original = dpo_cli.training.loop.append_metrics
+    original = dpo_cli.training.trackers.append_metrics
     with monkeypatch.context() as patch:
-        patch.setattr(dpo_cli.training.loop, "append_metrics", killed)
+        patch.setattr(dpo_cli.training.trackers, "append_metrics", killed)
         assert start(tmp_path / "run").exit_code == 130
     limits.failed.clear()
     result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])
