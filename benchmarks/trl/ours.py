@@ -76,8 +76,8 @@ class Ours:
     def _ready(self) -> Any:
         """The trainer, its references scored where no phase did."""
         if self.trainer is None:
-            scores = score_reference(self.run)
-            self.trainer, self.held_out_reference = make_trainer(self.run, scores), scores.logps[len(self.run.used) :]
+            score_reference(self.run)
+            self.trainer, self.held_out_reference = make_trainer(self.run), self.run.scores.logps[len(self.run.used) :]
             self.meter.holders.append(self.trainer.optimizer)
         return self.trainer
 

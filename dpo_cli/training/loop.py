@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.evaluation.metrics_log import evaluations, read_metrics, step_rewards, truncate_metrics
@@ -30,7 +29,7 @@ from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, s
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
 from dpo_cli.training.results import HeldOut, answer, export, summary
 from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, trained_with
-from dpo_cli.training.setup import ReferenceScores, Run, prepare_run, score_reference
+from dpo_cli.training.setup import Run, prepare_run, score_reference
 from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.training.trackers import MetricsLog, check_installed
 from dpo_cli.utils import distributed
@@ -55,21 +54,23 @@ def train(
         return f"what was saved is whole. {_how_to_resume(folders[0])}" if folders else "nothing was trained yet"
 
     with distributed.started(saved) as device, ExitStack() as holding:
-        _check_start(options, resume, command, reporter, dry_run, holding)
+        distributed.check_same_command(options, str(resume), str(dry_run))
+        if resume and not dry_run:
+            distributed.on_rank_0(lambda: holding.enter_context(file_lock(resume / LOCK)))
+        if resume:
+            trained_with(resume)  # which refuses options that were changed
+        distributed.on_rank_0(lambda: check_installed(options))
+        if distributed.world_size() == 1 and (count := torch.cuda.device_count()) > 1:
+            launch = shlex.join(["torchrun", "--nproc-per-node", str(count), "-m", "dpo_cli", *command[1:]])
+            reporter.info("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
         set_seed(options.seed)
         run = prepare_run(options, resume, device, reporter, dry_run)
         if dry_run:
             missing = report_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
-        manifest = make_manifest(run, command, distributed.world_size())
-        began = manifest
-        if resume:
-            began = distributed.on_rank_0(lambda: check_same_run(run.folder, manifest, reporter.warning))
-        reference = run.scores or score_reference(run)
-        manifest["reference"]["values"] = hashlib.sha256(reference.logps.numpy().tobytes()).hexdigest()
-        if began["reference"]["values"] != manifest["reference"]["values"]:
-            reporter.warning("the reference was recomputed since the run began: the last bits may differ")
-        trainer = make_trainer(run, reference)
+        manifest = make_manifest(run, command)
+        _score_reference(run, manifest, bool(resume))
+        trainer = make_trainer(run)
         _check_step_0(trainer, run)
         parallel = trainer.runner.parallel
         first_answers = parallel.run(partial(answer, run))
@@ -79,7 +80,7 @@ def train(
             folders.append(run.folder)
         done = _restore(run, trainer) if resume else 0
         log = holding.enter_context(closing(MetricsLog(run.folder, run.options, reporter, done)))
-        held_out = HeldOut(run, reference, log)
+        held_out = HeldOut(run, log)
         try:
             _Loop(run, trainer, held_out, log, stop).run_from(done)
             parallel.run(partial(export, run, trainer.optimizer, "model", len(run.plan)))
@@ -91,39 +92,26 @@ def train(
         return result | distributed.on_rank_0(lambda: held_out.write_report(result["answers"]))
 
 
-def _check_start(
-    options: TrainOptions,
-    resume: Path | None,
-    command: Sequence[str],
-    reporter: Reporter,
-    dry_run: bool,
-    holding: ExitStack,
-) -> None:
-    """Refuse what can be refused before anything is loaded; hold the folder of a run that is resumed."""
-    distributed.check_same_command(options, str(resume), str(dry_run))
-    if resume and not dry_run:
-        distributed.on_rank_0(lambda: holding.enter_context(file_lock(resume / LOCK)))
-    if resume:
-        trained_with(resume)
-    distributed.on_rank_0(lambda: check_installed(options))
-    if distributed.world_size() == 1 and (count := torch.cuda.device_count()) > 1:
-        launch = shlex.join(["torchrun", "--nproc-per-node", str(count), "-m", "dpo_cli", *command[1:]])
-        reporter.info("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
-
-
 def _how_to_resume(folder: Path) -> str:
     return f"Go on with: dpo train --resume {shlex.quote(str(folder))}"
 
 
-def make_trainer(run: Run, reference: ReferenceScores) -> Trainer:
-    """Make what a step needs; the reference's log-probs are those of the pairs that are used, and more."""
+def _score_reference(run: Run, manifest: dict[str, Any], resumed: bool) -> None:
+    """Score the reference, unless a run that is resumed began with other data or weights; add it to the manifest."""
+    began = manifest
+    if resumed:
+        began = distributed.on_rank_0(lambda: check_same_run(run.folder, manifest, run.reporter.warning))
+    if run.reference is run.policy:  # else it has scored
+        score_reference(run)
+    manifest["reference"]["values"] = hashlib.sha256(run.scores.logps.numpy().tobytes()).hexdigest()
+    if began["reference"]["values"] != manifest["reference"]["values"]:
+        run.reporter.warning("the reference was recomputed since the run began: the last bits may differ")
 
-    def by_place(logps: Tensor) -> Tensor:
-        table = torch.full((len(run.pairs), 2), torch.nan)  # pairs that no step reads stay NaN
-        table[run.used] = logps[: len(run.used)]
-        return table
 
-    model = run.policy.model
+def make_trainer(run: Run) -> Trainer:
+    """Make what a step needs of a run whose reference has scored."""
+    model, tables = run.policy.model, torch.full((2, len(run.pairs), 2), torch.nan)  # NaN for pairs that no step reads
+    tables[0, run.used], tables[1, run.used] = run.scores.logps[: len(run.used)], run.scores.weighted[: len(run.used)]
     if run.options.gradient_checkpointing:
         # transformers 5.23 renamed it, and 5.17 has only the old name
         new = getattr(model, "activation_checkpointing_enable", None)
@@ -135,8 +123,8 @@ def make_trainer(run: Run, reference: ReferenceScores) -> Trainer:
         optimizer=make_optimizer(model, run.options.weight_decay, run.fitted.memory, low),
         pairs=run.pairs,
         costs=run.costs,
-        ref_logps=by_place(reference.logps),
-        weighted_ref_logps=by_place(reference.weighted),
+        ref_logps=tables[0],
+        weighted_ref_logps=tables[1],
         options=run.options,
         num_experts_per_tok=run.experts,
     )

@@ -28,7 +28,7 @@ from dpo_cli.models.split_weights import fp32_weights
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.reporting.plots import curves, write_plots
 from dpo_cli.training.run_dir import read_manifest
-from dpo_cli.training.setup import ReferenceScores, Run
+from dpo_cli.training.setup import Run
 from dpo_cli.training.trackers import MetricsLog
 from dpo_cli.utils.errors import UsageError
 
@@ -41,11 +41,11 @@ class HeldOut:
     Rank 0 evaluates while the others wait; the ranks of a sharded model all run the same forwards, and rank 0 writes.
     """
 
-    def __init__(self, run: Run, reference: ReferenceScores, log: MetricsLog) -> None:
-        self.run, self.recorded, self.log = run, reference.recorded, log
+    def __init__(self, run: Run, log: MetricsLog) -> None:
+        self.run, self.log = run, log
         self.evaluator = Evaluator(run.held_out, run.tokenizer, run.options.objective)
         self.last: tuple[int, PairScores, kl.TokenScores] | None = None  # the last evaluation, by its step
-        logps, weighted = (table[len(run.used) :].double().numpy() for table in (reference.logps, reference.weighted))
+        logps, weighted = (table[len(run.used) :].double().numpy() for table in (run.scores.logps, run.scores.weighted))
         self.ref_logps = logps, weighted
 
     def evaluate(
@@ -59,9 +59,9 @@ class HeldOut:
         run, progress = self.run, kl.Progress(self.run.reporter, "held out", stopped)
         runner = dataclasses.replace(runner)  # a smaller token budget here must not change that of training
         try:
-            if self.recorded:
+            if run.recorded:
                 same = step == 0 and run.reference is run.policy  # the policy is the reference, whose states are there
-                tokens = kl.compare(runner, self.recorded, run.held_out, progress, policy_runs=True, same=same)
+                tokens = kl.compare(runner, run.recorded, run.held_out, progress, policy_runs=True, same=same)
             else:
                 tokens = kl.score(runner, run.held_out, progress)
         except kl.Stopped:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import RESUME_MUTABLE
@@ -24,7 +23,7 @@ from dpo_cli.models.attention import attention
 from dpo_cli.models.layout import experts_a_token
 from dpo_cli.models.loading import dtype_name, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.reference.store import ReferenceCache, fill_reference
+from dpo_cli.reference.store import ReferenceCache, ReferenceLogps, fill_reference
 from dpo_cli.training.adapter import adapter_settings, attach_adapter
 from dpo_cli.training.memory import Fit, fit, process_bytes, usable_bytes
 from dpo_cli.training.optimizer import BYTES, learning_rate
@@ -55,15 +54,6 @@ KEPT = {
 
 
 @dataclasses.dataclass
-class ReferenceScores:
-    """What a reference computed of the pairs that are used, then of the held-out ones: log-probs (P, 2) in nats."""
-
-    logps: Tensor
-    weighted: Tensor  # with the token weights of LD-DPO
-    recorded: kl.HeadInputs | None  # its side of the exact KL on the held-out pairs, on the ranks that evaluate
-
-
-@dataclasses.dataclass
 class Run:
     """A run that has not begun; ``prepare_run`` fills it in, top down."""
 
@@ -78,7 +68,8 @@ class Run:
     used: list[int]  # places of the pairs that the run trains on
     reference: ScoredModel = dataclasses.field(init=False)
     cache: ReferenceCache | None = None  # of the reference; None: the loss reads none
-    scores: ReferenceScores | None = None  # of a reference that is another model, whose weights are gone
+    scores: ReferenceLogps = dataclasses.field(init=False)  # of ``scored()``, see ``score_reference``
+    recorded: kl.HeadInputs | None = None  # the reference's side of the exact KL, on the ranks that evaluate
     policy: ScoredModel = dataclasses.field(init=False)
     experts: int = 0  # that a token goes to, where the balance of a mixture is part of the loss
     fitted: Fit = dataclasses.field(init=False)
@@ -128,7 +119,7 @@ def prepare_run(
     if options.ref_model:
         _load_reference(run)
         if not dry_run:
-            run.scores = score_reference(run)
+            score_reference(run)
         release(run.reference.model)
     _load_policy(run, source)
     _fit_memory(run, process)
@@ -190,10 +181,7 @@ def _load_policy(run: Run, source: ModelSource) -> None:
 
 
 def _fit_memory(run: Run, process: int) -> None:
-    """Choose what lets the policy's state and activations fit the memory, and put all that is chosen into the options.
-
-    Units: ``process`` in bytes, see ``StepBytes``.
-    """
+    """Choose what lets the policy's state and activations fit the memory; all that is chosen goes into the options."""
     policy, pairs, options = run.policy, run.pairs, run.options
     fitted = fit(policy.runner, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
     if not options.lora_rank and policy.split_weights(fitted.memory, trains=True):  # auto; the halves keep less
@@ -252,7 +240,7 @@ def _load_reference(run: Run) -> None:
     run.cache = run.reference.open_cache(options, reporter)
 
 
-def score_reference(run: Run) -> ReferenceScores:
+def score_reference(run: Run) -> None:
     """Score the pairs under the reference, by its cache, and run it over the held-out ones for the exact KL.
 
     Raises:
@@ -260,18 +248,19 @@ def score_reference(run: Run) -> ReferenceScores:
     """
     options, runner, reporter = run.options, run.reference.runner, run.reporter
     if run.cache:
-        filled = fill_reference(run.cache, run.scored(), runner, reporter, options.objective.ld_alpha)
-        logps, weighted = filled.logps, filled.weighted
+        run.scores = fill_reference(run.cache, run.scored(), runner, reporter, options.objective.ld_alpha)
     else:  # a loss that reads none gets 0, and an evaluation shows none
-        logps = weighted = torch.full((len(run.scored()), 2), torch.nan)
+        logps = torch.full((len(run.scored()), 2), torch.nan)
         logps[: len(run.used)] = 0.0
-    recorded: list[kl.HeadInputs] = []
+        run.scores = ReferenceLogps(logps, logps)
     if run.held_out and options.kl == "exact":
         reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL")
         progress = kl.Progress(reporter, "reference")
-        record = partial(kl.record, runner, run.held_out, options.cache_dir, progress)
-        runner.parallel.run(lambda: recorded.append(record()))
-    return ReferenceScores(logps, weighted, recorded[0] if recorded else None)
+
+        def record() -> None:
+            run.recorded = kl.record(runner, run.held_out, options.cache_dir, progress)
+
+        runner.parallel.run(record)
 
 
 # ---- the plan ---------------------------------------------------------------------------------------------------
@@ -316,10 +305,7 @@ def _report_plan(run: Run) -> None:
 
 
 def _report_room(run: Run) -> None:
-    """Report what the run takes of memory and disk, by estimates, and what there is of either.
-
-    On disk that is at most the checkpoints it keeps, its exports, and one of each being written.
-    """
+    """Report what the run takes of memory and disk at most, by estimates, and what there is of either."""
     options, fitted, state, unit = run.options, run.fitted, run.fitted.step_bytes, 2**30
     runner, model, reporter = run.policy.runner, run.policy.model, run.reporter
     need, room = fitted.estimate(run.plan, run.costs, run.pairs, runner), usable_bytes(runner.device)
@@ -334,6 +320,7 @@ def _report_room(run: Run) -> None:
     if not options.lora_rank:
         checkpoint += 4 * (model.num_parameters() - state.parameters)
     saves = 1 + (len(run.plan) - 1) // options.save_steps if options.save_steps else 1
+    # The checkpoints that are kept, the exports, and one of each being written.
     disk = min(options.save_total_limit + 1, saves) * checkpoint + exported * (3 if options.save_best else 1)
     free = shutil.disk_usage(next(p for p in run.folder.absolute().parents if p.exists())).free
     reporter.info("disk", f"about {disk / unit:.1f} GiB at most, for checkpoints and exports")

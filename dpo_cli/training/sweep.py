@@ -109,11 +109,7 @@ def _train(run: Path, options: TrainOptions, command: Sequence[str], reporter: R
 
 
 def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str, Any]:
-    """Evaluate a run on the held-out rows, as ``dpo eval`` does.
-
-    Raises:
-        UsageError: they changed since the run began.
-    """
+    """Evaluate a run on the held-out rows, as ``dpo eval`` does; refuse others than it began with."""
     common = {f.name: getattr(options, f.name) for f in dataclasses.fields(EvalOptions) if hasattr(options, f.name)}
     own = {"model": [str(run)], "data": options.eval_data, "beta": None, "ref_model": None, "kl": "exact"}
     evaluation, pairs = evaluate(str(run), EvalOptions(**common | own), reporter)

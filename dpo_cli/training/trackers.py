@@ -25,11 +25,7 @@ PROJECT = "dpo"
 
 
 def check_installed(options: TrainOptions) -> None:
-    """Refuse a tracker whose package is missing before anything is computed.
-
-    Raises:
-        UsageError: with the command that installs it.
-    """
+    """Refuse a tracker whose package is missing before anything is computed."""
     specs = {name: importlib.util.find_spec(name) for name in options.trackers}
     if missing := [name for name, spec in specs.items() if spec is None or spec.origin is None]:  # a folder has none
         raise UsageError(f"--report-to {','.join(missing)}: not installed; run: pip install {' '.join(missing)}")

@@ -200,7 +200,7 @@ def test_a_rank_of_a_sharded_model_stops_before_it_asks_the_others(monkeypatch: 
     trainer, _ = make_trainer(runner, random_pairs(2), TrainOptions(data=["none"]), torch.zeros(2, 2))
     monkeypatch.setattr("dpo_cli.utils.distributed.all_reduce_max", lambda _: pytest.fail("another rank was asked"))
     with pytest.raises(DpoError, match="with --fsdp all ranks run in lockstep: set a lower --max-tokens"):
-        trainer._shrink(trainer.batch([0, 1], **trainer.step_values([0, 1])))
+        trainer._shrink(trainer.batch([0, 1], [0, 1]))
 
 
 @pytest.mark.parametrize("kl", ["none", "exact"])
