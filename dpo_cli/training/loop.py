@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,21 @@ import torch
 from accelerate.utils import set_seed
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.evaluation.metrics_log import evaluations, read_metrics, step_rewards, truncate_metrics
+from dpo_cli.evaluation import kl
+from dpo_cli.evaluation.diagnostics import judge
+from dpo_cli.evaluation.evaluator import Evaluator
+from dpo_cli.evaluation.metrics import PairScores
+from dpo_cli.evaluation.metrics_log import best_step, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.hub.export import NotReadBackError
 from dpo_cli.models.logprobs import logp_tolerance
 from dpo_cli.models.parallel import reshard
 from dpo_cli.reference.store import report_cached
+from dpo_cli.reporting.html import ReportInput, write_report
+from dpo_cli.reporting.plots import curves, write_plots
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
-from dpo_cli.training.results import HeldOut, answer, export, summary
-from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, trained_with
+from dpo_cli.training.results import answer, export, summary
+from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, read_manifest, trained_with
 from dpo_cli.training.setup import Run, prepare_run, score_reference
 from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.training.trackers import MetricsLog, check_installed
@@ -80,16 +86,16 @@ def train(
             folders.append(run.folder)
         done = _restore(run, trainer) if resume else 0
         log = holding.enter_context(closing(MetricsLog(run.folder, run.options, reporter, done)))
-        held_out = HeldOut(run, log)
+        loop = _Loop(run, trainer, log, stop)
         try:
-            _Loop(run, trainer, held_out, log, stop).run_from(done)
+            loop.run_from(done)
             parallel.run(partial(export, run, trainer.optimizer, "model", len(run.plan)))
         except NotWrittenError as error:
             raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_resume(run.folder)}") from error
         if stop.requested:
             reporter.warning("the signal came when all was trained: the run is complete")
         result = distributed.on_rank_0(lambda: summary(run, first_answers))
-        return result | distributed.on_rank_0(lambda: held_out.write_report(result["answers"]))
+        return result | distributed.on_rank_0(lambda: loop.write_report(result["answers"]))
 
 
 def _how_to_resume(folder: Path) -> str:
@@ -208,13 +214,19 @@ def _due(every: int, last: int) -> set[int]:
 
 @dataclasses.dataclass
 class _Loop:
-    """A run's steps, with its evaluations and checkpoints in between."""
+    """A run's steps, with the evaluations of its held-out pairs, its report and checkpoints in between."""
 
     run: Run
     trainer: Trainer
-    held_out: HeldOut
     log: MetricsLog
     stop: StopSignal
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self.evaluator = Evaluator(run.held_out, run.tokenizer, run.options.objective)
+        held_out = [table[len(run.used) :].double().numpy() for table in (run.scores.logps, run.scores.weighted)]
+        self.ref_logps = held_out[0], held_out[1]
+        self.last: tuple[int, PairScores, kl.TokenScores] | None = None  # the last evaluation, by its step
 
     def run_from(self, done: int) -> None:
         """Take all steps after ``done``, and every evaluation that is due and not in the metrics yet.
@@ -251,12 +263,13 @@ class _Loop:
                     raise self._interrupted(step)
 
     def _evaluate(self, step: int) -> bool:
-        """Evaluate the held-out pairs, and keep the model if it is the best; False if a signal came first."""
-        run, runner = self.run, self.trainer.runner
-        keep = partial(export, run, self.trainer.optimizer, "best", step)
-        evaluate = partial(self.held_out.evaluate, step, runner, lambda: runner.parallel.any(self.stop.requested), keep)
+        """Evaluate the policy and report it; False if a signal came first.
+
+        Rank 0 evaluates while the others wait; the ranks of a sharded model all run the same forwards.
+        """
+        run, parallel = self.run, self.trainer.runner.parallel
         try:
-            metrics = runner.parallel.run(evaluate)
+            metrics = parallel.run(partial(self._score, step))
         except NotReadBackError:
             self._save(step)
             raise
@@ -264,8 +277,57 @@ class _Loop:
             return False
         run.reporter.info("held out", f"step {step}: {brief(metrics)}", {"step": step} | metrics)
         if step < len(run.plan) and distributed.rank() == 0:  # the last one's is written when the run is complete
-            self.held_out.write_report()
+            self.write_report()
         return True
+
+    def _score(self, step: int) -> dict[str, float] | None:
+        """Score the held-out pairs and write their metrics; None if a signal came first.
+
+        A policy that is the best so far is exported before its metrics are written, so that an interruption in between
+        repeats both.
+        """
+        run, parallel = self.run, self.trainer.runner.parallel
+        progress = kl.Progress(run.reporter, "held out", lambda: parallel.any(self.stop.requested))
+        runner = dataclasses.replace(self.trainer.runner)  # a smaller budget here must not change that of training
+        try:
+            if run.recorded:
+                same = step == 0 and run.reference is run.policy  # the policy is the reference, whose states are there
+                tokens = kl.compare(runner, run.recorded, run.held_out, progress, policy_runs=True, same=same)
+            else:
+                tokens = kl.score(runner, run.held_out, progress)
+        except kl.Stopped:
+            return None
+        history = parallel.on_rank_0(lambda: read_metrics(self.log.file))
+        scores = self.evaluator.scores(tokens, self.ref_logps, history)
+        metrics, earlier = parallel.on_rank_0(scores.means), evaluations(history)
+        if (metric := run.options.save_best) and best_step(earlier | {step: metrics}, metric) == step:
+            export(run, self.trainer.optimizer, "best", step, metrics)
+        if step not in earlier:
+            self.log.write(step, metrics, "eval_")
+        self.last = step, scores, tokens
+        return metrics
+
+    def write_report(self, samples: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Write the run's report and curves as of now; return ``findings`` and ``judged``.
+
+        An error is reported and does not end the training.
+        """
+        run, result = self.run, None
+        try:
+            history = read_metrics(self.log.file)
+            if self.last:
+                step, scores, tokens = self.last
+                reference = run.reference.source.description
+                about = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta, "reference": reference}
+                more: dict[str, Any] = {"about": about, "samples": [dict(sample) for sample in samples]}
+                result = self.evaluator.result(scores, tokens, history, trained_on=run.trained_on, **more)
+            options, objective = dataclasses.asdict(run.options), run.options.objective
+            about_run = ReportInput(run.folder.name, result, history, read_manifest(run.folder), options, objective)
+            write_report(run.folder / "report.html", about_run)
+            write_plots(run.folder / "curves.png", curves(history, objective))
+        except Exception as error:  # also of the libraries that draw
+            run.reporter.warning(f"the report of {run.folder} is not up to date: {error}")
+        return {"findings": result.findings if result else [], "judged": result.judged if result else judge(0)}
 
     def _save(self, step: int) -> None:
         if self.log.file.exists() and distributed.rank() == 0:

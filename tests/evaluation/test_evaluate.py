@@ -414,14 +414,14 @@ def test_a_run_has_its_report_at_each_evaluation_and_at_its_end(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[tuple[int, bool, bool]] = []
-    original = dpo_cli.training.results.write_report
+    original = dpo_cli.training.loop.write_report
 
     def seen(file: Path, about: Any) -> None:
         original(file, about)
         steps = max(line["step"] for line in about.history)
         found.append((steps, about.evaluation is not None, bool(about.evaluation.samples)))
 
-    monkeypatch.setattr(dpo_cli.training.results, "write_report", seen)
+    monkeypatch.setattr(dpo_cli.training.loop, "write_report", seen)
     result = place.train(tmp_path / "run", "--max-steps", 2, "--show-answers", 1)
     assert result.exit_code == 0, result.output
     assert found == [(0, True, False), (1, True, False), (2, True, True)]
@@ -471,7 +471,7 @@ def test_a_report_that_cannot_be_drawn_ends_no_training(
     def failing(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(dpo_cli.training.results, name, failing)
+    monkeypatch.setattr(dpo_cli.training.loop, name, failing)
     result = place.train(tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert result.stderr.count(f"warning: the report of {tmp_path / 'run'} is not up to date: {error}") == STEPS + 1

@@ -129,8 +129,8 @@ def test_killed_three_times_from_outside(
         Strike("dpo_cli.training.trackers:append_metrics", 9),  # after a step, before its line
         Strike("dpo_cli.evaluation.kl:_compare_heads", 5),  # in an evaluation
         Strike("dpo_cli.training.trackers:append_metrics", 11),  # evaluated, before its line
-        Strike("dpo_cli.training.results:write_report", 2),  # its line is written, its report is not
-        Strike("dpo_cli.training.results:write_report", 4),  # trained and exported, the last report is not written
+        Strike("dpo_cli.training.loop:write_report", 2),  # its line is written, its report is not
+        Strike("dpo_cli.training.loop:write_report", 4),  # trained and exported, the last report is not written
         Strike("dpo_cli.training.checkpoint:save_file", 2 * 3 + 2),  # weights written, moments not
         Strike("dpo_cli.training.checkpoint:sha256", 2 * 3 + 2),  # all written, no manifest
         Strike("dpo_cli.training.checkpoint:shutil.rmtree", 1),  # an old checkpoint about to be dropped
@@ -221,7 +221,7 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
         ("training.trackers:append_metrics", 8, signal.SIGTERM),
         ("evaluation.kl:_compare_heads", 5, signal.SIGINT),  # in an evaluation on the way
         ("training.trackers:append_metrics", 11, signal.SIGTERM),
-        ("training.results:write_report", 2, signal.SIGINT),
+        ("training.loop:write_report", 2, signal.SIGINT),
         ("training.loop:save_checkpoint", 3, signal.SIGTERM),
         ("training.results:export_model", 1, signal.SIGINT),
     ],
