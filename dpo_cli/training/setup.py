@@ -108,14 +108,14 @@ def prepare_run(
     source, options = adapter_settings(source, options, device, reporter)
     check_reference(options)
     tokenizer = choose_tokenizer(source, options)
-    data = _read_data(options, tokenizer, reporter)
+    pairs, held_out, refused = _read_data(options, tokenizer, reporter)
     order = {name: getattr(options, name) for name in ("batch_size", "epochs", "max_steps", "seed")}
-    used = sorted({i for step in step_pairs(len(data[0]), **order) for i in step})
+    used = sorted({i for step in step_pairs(len(pairs), **order) for i in step})
     process = process_bytes(device)
     if resume and options.fsdp and not distributed.is_launched():
         reporter.info("shard", "one process resumes what began in shards")
         options = dataclasses.replace(options, fsdp=False)
-    run = Run(folder, options, device, reporter, tokenizer, *data, used)
+    run = Run(folder, options, device, reporter, tokenizer, pairs, held_out, refused, used)
     if options.ref_model:
         _load_reference(run)
         if not dry_run:

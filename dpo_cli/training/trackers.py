@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
-from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import RESUME_MUTABLE
@@ -94,18 +95,15 @@ class MetricsLog:
 
 
 def _start(name: str, folder: Path, run_id: str, purge_step: int | None) -> GeneralTracker:
-    tracker: GeneralTracker
-    if name == "tensorboard":
-        tracker = TensorBoardTracker(name, folder, purge_step=purge_step)
-    elif name == "wandb":
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
-        settings = {"console": "off"}  # else it captures what this process prints
-        tracker = WandBTracker(project, dir=str(folder), name=folder.name, id=run_id, resume="allow", settings=settings)
-    elif name == "trackio":
-        loads = {"auto_log_cpu": False, "auto_log_gpu": False}
-        tracker = TrackioTracker(PROJECT, name=f"{folder.name}-{run_id}", resume="allow", **loads)
-    else:
-        tracker = MLflowTracker(PROJECT, run_name=folder.name)
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {"logging_dir": folder, "purge_step": purge_step},
+        "wandb": {"dir": str(folder), "name": folder.name, "id": run_id, "resume": "allow"},
+        "trackio": {"name": f"{folder.name}-{run_id}", "resume": "allow", "auto_log_cpu": False, "auto_log_gpu": False},
+        "mlflow": {"run_name": folder.name},
+    }
+    project = {"tensorboard": name, "wandb": os.environ.get("WANDB_PROJECT", PROJECT)}.get(name, PROJECT)
+    options["wandb"]["settings"] = {"console": "off"}  # else it captures what this process prints
+    tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](project, **options[name])
     tracker.start()
     if name == "wandb":
         tracker.tracker.define_metric("*", step_metric="step")
