@@ -206,19 +206,6 @@ def cache_list(cache_dir: CacheDir = CACHE_DIR, **_: Any) -> None:
     out.show(listed(cache_dir), as_text)
 
 
-@cache_app.command("verify")
-@with_flags
-def cache_verify(cache_dir: CacheDir = CACHE_DIR, **_: Any) -> None:
-    """Check every cached file; exit code 3 if one cannot be used."""
-    reporter = out.reporter()
-    from dpo_cli.reference.manage import verify
-
-    result = verify(cache_dir, reporter)
-    out.show(result)
-    if result["damaged"]:
-        raise typer.Exit(3)
-
-
 @cache_app.command("prune")
 @with_flags
 def cache_prune(
