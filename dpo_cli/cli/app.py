@@ -19,7 +19,7 @@ from dpo_cli.config.options import (
     SweepOptions,
     TrainOptions,
 )
-from dpo_cli.config.resolve import resolve, resolve_training
+from dpo_cli.config.resolve import resolve, resolve_training, write_config
 from dpo_cli.utils.errors import UsageError, printable
 
 if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's width, and a shell offers each line
@@ -59,8 +59,6 @@ def init(
     **_: Any,
 ) -> None:
     """Write a file of all options for dpo train --config, with comments."""
-    from dpo_cli.config.template import write_config
-
     write_config(file, data or (), force)
     then = f"{file} is written. {'Now' if data else 'Fill in data: there, then'}: dpo train --config {file}"
     out.show({"config": str(file)}, lambda _: then)

@@ -7,7 +7,9 @@ import reprlib
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
+from functools import partial
 from pathlib import Path
+from textwrap import fill
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -39,6 +41,12 @@ OTHER_NAMES = {
     "max_seq_length": "max_length",
 }
 
+HEAD = (
+    "All options of dpo train with their defaults, for dpo train --config. null: chosen when the run begins, or off. A "
+    "flag on the command line overrides this file."
+)
+WIDTH = 100  # of the comments
+
 Name = str | os.PathLike[str]
 T = TypeVar("T", bound=DataOptions)
 
@@ -57,36 +65,30 @@ def resolve(kind: type[T], given: Mapping[str, Any], file: Name | None = None, k
     Raises:
         UsageError: naming every unknown key, wrong type, failed check, missing option or refused combination.
     """
-    values, problems = _parse(kind, _yaml_items(Path(file))) if file else ({}, [])
-    flags, wrong = _parse(kind, ((name, value, "") for name, value in given.items() if value is not None), keywords)
-    values |= flags
-    problems += [*wrong, *out_of_range(kind, values)]
+    types, values, problems = get_type_hints(kind), dict[str, Any](), list[str]()
+    optional = {f.name for f in fields(kind) if f.default in (None, MISSING)}
+    flags = [(name, value, "") for name, value in given.items() if value is not None]
+    for items in (_yaml_items(Path(file)) if file else (), flags):
+        read: dict[str, Any] = {}
+        for key, value, place in items:
+            name = key.replace("-", "_")
+            if name not in types:
+                problems.append(f"{place}unknown option '{key}'{suggest_option(name, [*types, *keywords])}")
+            elif name in read:
+                problems.append(f"{place}option '{key}' is given twice")
+            else:
+                try:
+                    read[name] = None if value is None and name in optional else _convert(value, types[name])
+                except (TypeError, ValueError, OverflowError):
+                    read[name] = None
+                    problems.append(f"{place}option '{key}' cannot be {reprlib.repr(value)[:200]}")
+        values |= {name: value for name, value in read.items() if value is not None}
+    problems += out_of_range(kind, values)
     if not values.get("data"):
         problems.append("--data is missing: name a file of preference pairs, for example --data pairs.jsonl")
     if problems:
         raise UsageError("\n".join(problems))
     return kind(**values)
-
-
-def _parse(
-    kind: type[DataOptions], items: Iterable[tuple[str, Any, str]], keywords: Sequence[str] = ()
-) -> tuple[dict[str, Any], list[str]]:
-    """Convert (name, value, place) items to the options' types; returns values and problems."""
-    types, values, problems = get_type_hints(kind), dict[str, Any](), list[str]()
-    optional = {f.name for f in fields(kind) if f.default in (None, MISSING)}
-    for key, value, place in items:
-        name = key.replace("-", "_")
-        if name not in types:
-            problems.append(f"{place}unknown option '{key}'{suggest_option(name, [*types, *keywords])}")
-        elif name in values:
-            problems.append(f"{place}option '{key}' is given twice")
-        else:
-            try:
-                values[name] = None if value is None and name in optional else _convert(value, types[name])
-            except (TypeError, ValueError, OverflowError):
-                values[name] = None
-                problems.append(f"{place}option '{key}' cannot be {reprlib.repr(value)[:200]}")
-    return {name: value for name, value in values.items() if value is not None}, problems
 
 
 def _yaml_items(file: Path) -> Iterator[tuple[str, Any, str]]:
@@ -135,6 +137,9 @@ def _convert(value: Any, type_: Any) -> Any:
     return type_(float(value)) if type_ in (int, float) else type_(str(value))
 
 
+# ---- files of options -------------------------------------------------------------------------------------------
+
+
 def to_yaml(options: DataOptions) -> str:
     """Write options as a YAML file that ``resolve`` reads back, without those that every run must be given again."""
     import yaml
@@ -142,6 +147,32 @@ def to_yaml(options: DataOptions) -> str:
     values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     kept = {name: v for name, v in values.items() if name not in ("output", "trust_remote_code")}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def write_config(file: Path, data: Sequence[str] = (), force: bool = False) -> None:
+    """Write a file of all options of `dpo train` with their help and defaults, and ``data`` as its pairs.
+
+    Raises:
+        UsageError: the file exists, and ``force`` is not set.
+        NotWrittenError: it cannot be written.
+    """
+    import yaml
+
+    from dpo_cli.utils.files import atomic_write
+
+    if file.exists() and not force:
+        raise UsageError(f"{file}: exists already; name another file, or replace it with --force")
+    comment = partial(fill, width=WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+    entries = [f"{comment(HEAD)}\n"]
+    for option in sorted(fields(TrainOptions), key=lambda f: f.name != "data"):
+        value, text, shown = option.default, option.metadata["help"], option.metadata["shown"]
+        if value is MISSING:
+            value, text = list(data) or None, f"{text} Required."
+        text += f" null: {shown}." if shown else ""
+        value = str(value) if isinstance(value, Path) else value
+        entries.append(f"{comment(text)}\n{yaml.safe_dump({option.name: value}, allow_unicode=True)}")
+    with atomic_write(file) as temporary:
+        temporary.write_text("\n".join(entries), encoding="utf-8")
 
 
 # ---- resumed runs -----------------------------------------------------------------------------------------------
