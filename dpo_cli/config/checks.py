@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dpo_cli.losses.objective import Objective
-from dpo_cli.losses.preference import DIVERGENCES, divergence
+from dpo_cli.losses.preference import DIVERGENCES, LOSSES, divergence
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -41,6 +41,11 @@ valid_seed = Check(lambda v: 0 <= v < 2**32, "must be at least 0 and less than 2
 at_least_16 = Check(lambda v: v >= 16, "must be at least 16 tokens")
 precision = one_of("auto", "float32", "bfloat16")._replace(
     must="must be one of: auto, float32, bfloat16 (float16 overflows in training; a model stored in it can be used)"
+)
+losses = Check(
+    lambda v: all(part.partition("=")[0].strip() in LOSSES for part in v.split(",")),
+    f"must be one or more of {', '.join(LOSSES)}",
+    tuple(LOSSES),
 )
 divergences = Check(
     lambda v: bool(divergence(v)),
@@ -74,8 +79,8 @@ def refused(options: Any) -> list[str]:
     objective = options.objective if trains else Objective()
     ref, held_out = trains and o["ref_model"], o["eval_data"] or o["eval_fraction"]
     quantized = o["load_in_4bit"] or o["load_in_8bit"]
-    of_adapters = ("lora_type", "lora_alpha", "lora_targets", "modules_to_save")
-    of_adapters += ("load_in_4bit", "load_in_8bit", "export")
+    of_adapters = ["lora_type", "lora_alpha", "lora_targets", "modules_to_save"]
+    of_adapters += ["load_in_4bit", "load_in_8bit", "export"]
     unused = ", ".join(f"--{name.replace('_', '-')}" for name in of_adapters if trains and not lora and o[name])
     reads_held_out = o["eval_steps"] or o["show_answers"] or o["save_best"]
     in_full, merged = o["memory"] in (None, "auto", "full"), o["export"] == "merged"

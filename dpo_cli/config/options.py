@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -27,17 +27,11 @@ KL = (
 BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}  # metrics of --save-best: lower or higher is better
 
 
-def option(
-    default: Any, text: str, check: Check | None = None, shown: str | None = None, choices: Sequence[str] = ()
-) -> Any:
-    """Make a field of an options class, whose help says what the check accepts.
-
-    ``shown`` describes a default that is chosen at run time. ``choices``, else the check's, are offered by a shell.
-    """
-    choices = choices or (check.choices if check else ())
-    if check and not (choices and all(choice in text for choice in choices)):
+def option(default: Any, text: str, check: Check | None = None, shown: str | None = None) -> Any:
+    """Make a field of an options class, whose help says what the check accepts; ``shown``: a default of run time."""
+    if check and not (check.choices and all(choice in text for choice in check.choices)):
         text += f" {check.must[0].upper()}{check.must[1:]}."
-    return field(default=default, metadata={"help": text, "check": check, "shown": shown, "choices": choices})
+    return field(default=default, metadata={"help": text, "check": check, "shown": shown})
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -65,12 +59,10 @@ class DataOptions:
     chat_template: Path | None = option(None, "Jinja file to use as the chat template.", shown="the model's")
     trust_remote_code: bool = option(False, "Run Python code from the model's repository.")
 
-    def __init_subclass__(cls) -> None:
-        # Methods that are generated for each class would take a quarter of the time of --help.
-        dataclass(frozen=True, init=False, repr=False, eq=False)(cls)
-
     def __init__(self, **values: Any) -> None:
         """Take options by name, with the default of those that are missing.
+
+        Written by hand, like equality: generated methods of all classes would take a quarter of the time of --help.
 
         Raises:
             UsageError: naming every value out of its range, else every combination that is refused.
@@ -85,6 +77,7 @@ class DataOptions:
         return type(self) is type(other) and vars(self) == vars(other)
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Options(DataOptions):
     """What every command needs that computes log-probs."""
 
@@ -98,6 +91,7 @@ class Options(DataOptions):
     cache_dir: Path = option(CACHE_DIR, "Cached reference log-probs, converted GGUF models, temporary files.")
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class WeightsOptions(Options):
     """How the weights are kept, in training and in scoring for a training."""
 
@@ -117,6 +111,7 @@ class WeightsOptions(Options):
         return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class SampleOptions(Options):
     """What every command needs that samples answers."""
 
@@ -125,12 +120,14 @@ class SampleOptions(Options):
     sample_tokens: int = option(128, "Longest sampled answer in tokens.", positive)
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class ExplainOptions(DataOptions):
     """`dpo explain`."""
 
     row: str | None = option(None, "Row number, or FILE:NUMBER if there are several files.", shown="the first")
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class TrainOptions(WeightsOptions):
     """`dpo train`."""
 
@@ -140,9 +137,8 @@ class TrainOptions(WeightsOptions):
     beta: float = option(0.1, "Strength of the pull towards the reference.", positive)
     loss: str = option(
         "sigmoid",
-        f"Loss to minimise; dpo losses explains each: {', '.join(LOSSES)}. Several are added up by weight, as in "
-        "sigmoid=1,sft=0.2.",
-        choices=tuple(LOSSES),
+        f"Loss, explained by dpo losses: {', '.join(LOSSES)}. Several are added up by weight: sigmoid=1,sft=0.2.",
+        checks.losses,
     )
     loss_options: str | None = option(None, "Options of a loss, as simpo_gamma=1.", shown="as in dpo losses")
     label_smoothing: float = option(0.0, "Share of labels assumed to be flipped (conservative DPO).", checks.below_half)
@@ -213,12 +209,14 @@ class TrainOptions(WeightsOptions):
         return parse_objective(self.loss, self.loss_options, **{name: getattr(self, name) for name in names})
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class PrecomputeOptions(WeightsOptions):
     """`dpo precompute-ref`."""
 
     verify: int = option(0, "Recompute this many random cached pairs and show the largest difference.", not_negative)
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class EvalOptions(SampleOptions):
     """`dpo eval`."""
 
@@ -235,6 +233,7 @@ class EvalOptions(SampleOptions):
     report: Path | None = option(None, "Write the report, one HTML file, to this file.")
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class SweepOptions(SampleOptions, TrainOptions):
     """`dpo sweep`: the options of its trainings, which differ in beta alone, and of the evaluation after them."""
 
@@ -250,6 +249,7 @@ class SweepOptions(SampleOptions, TrainOptions):
         return [TrainOptions(**common | {"beta": beta, "output": None}) for beta in checks.numbers(self.beta)]
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class CheckOptions(DataOptions):
     """`dpo check`."""
 
@@ -271,11 +271,3 @@ def out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[str
             near = did_you_mean(str(value), check.choices)
             problems.append(f"--{f.name.replace('_', '-')} {value}: {check.must}{near}")
     return problems
-
-
-def as_flag(name: str, value: Any) -> list[str]:
-    """Format an option with its value, or its values, as words of a command."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}"] if value else []
-    return [word for each in (value if isinstance(value, list) else [value]) for word in (f"--{flag}", str(each))]

@@ -13,7 +13,7 @@ from textwrap import fill
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from dpo_cli.config.options import DataOptions, TrainOptions, as_flag, out_of_range
+from dpo_cli.config.options import DataOptions, TrainOptions, out_of_range
 from dpo_cli.utils.errors import UsageError, did_you_mean, name_beside
 
 # Options that do not change what is trained: a resumed run may change them.
@@ -57,10 +57,10 @@ def suggest_option(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, names, {theirs: ours for theirs, ours in OTHER_NAMES.items() if ours in names})
 
 
-def resolve(kind: type[T], given: Mapping[str, Any], file: Name | None = None, keywords: Sequence[str] = ()) -> T:
+def resolve(kind: type[T], given: Mapping[str, Any], file: Name | None = None) -> T:
     """Merge flags or keywords over the YAML file over the defaults, and check the result.
 
-    None leaves an option open. ``keywords`` are other words that an unknown option may have meant.
+    None leaves an option open.
 
     Raises:
         UsageError: naming every unknown key, wrong type, failed check, missing option or refused combination.
@@ -73,7 +73,7 @@ def resolve(kind: type[T], given: Mapping[str, Any], file: Name | None = None, k
         for key, value, place in items:
             name = key.replace("-", "_")
             if name not in types:
-                problems.append(f"{place}unknown option '{key}'{suggest_option(name, [*types, *keywords])}")
+                problems.append(f"{place}unknown option '{key}'{suggest_option(name, types)}")
             elif name in read:
                 problems.append(f"{place}option '{key}' is given twice")
             else:
@@ -178,9 +178,7 @@ def write_config(file: Path, data: Sequence[str] = (), force: bool = False) -> N
 # ---- resumed runs -----------------------------------------------------------------------------------------------
 
 
-def resolve_training(
-    given: Mapping[str, Any], resume: Path | None, file: Name | None = None, keywords: Sequence[str] = ()
-) -> TrainOptions:
+def resolve_training(given: Mapping[str, Any], resume: Path | None, file: Name | None = None) -> TrainOptions:
     """Return the options of a new run, or those of the run in the folder ``resume``.
 
     There the options given may only change what does not change the training; ``output`` may repeat the folder.
@@ -189,7 +187,7 @@ def resolve_training(
         UsageError: they cannot be used, the folder is no run, or an option asks for another training.
     """
     if not resume:
-        return resolve(TrainOptions, given, file, keywords)
+        return resolve(TrainOptions, given, file)
     if file:
         raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
     for name in ("config.yaml", "manifest.json"):
@@ -198,17 +196,26 @@ def resolve_training(
     if given.get("output") and Path(given["output"]) == resume:
         given = {**given, "output": None}
     file = resume / "config.yaml"
-    began, options = resolve(TrainOptions, {}, file), resolve(TrainOptions, given, file, keywords)
+    began, options = resolve(TrainOptions, {}, file), resolve(TrainOptions, given, file)
     if changed := differences(began, options):
         new = {"output": resume.with_name(f"{resume.name}-2")} | {name: getattr(options, name) for name in changed}
-        words = [word for name, value in new.items() for word in as_flag(name, value)]
-        command = shlex.join(["dpo", "train", "--config", str(file), *words])
+        command = shlex.join(["dpo", "train", "--config", str(file), *as_words(new)])
         further = f"; add --model {shlex.quote(str(resume))} to train its model further"
         raise UsageError(
             f"--resume {resume}: cannot change {', '.join(changed.values())}. A new run can: {command}"
             + (further if (resume / "model").is_dir() and "model" not in changed else "")
         )
     return options
+
+
+def as_words(options: Mapping[str, Any]) -> list[str]:
+    """Format options as words of a command, without those that are None or False."""
+    words = []
+    for name, value in options.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each is not False:
+                words += [f"--{name.replace('_', '-')}"] if each is True else [f"--{name.replace('_', '-')}", str(each)]
+    return words
 
 
 def differences(began: TrainOptions, options: TrainOptions) -> dict[str, str]:
