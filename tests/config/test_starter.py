@@ -48,6 +48,7 @@ def test_a_comment_says_what_it_is_for_and_what_it_can_be(tmp_path: Path) -> Non
 
 
 def test_a_new_option_is_in_it_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(frozen=True, init=False)
     class More(TrainOptions):
         mood: str = option("good", "How it is.", Check(str.isalpha, "must be a word"))
 
