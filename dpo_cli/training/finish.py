@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation.generation import generate, text
-from dpo_cli.evaluation.metrics_log import evaluations, read_metrics
+from dpo_cli.evaluation.metrics import evaluations, read_metrics
 from dpo_cli.hub.export import NotReadBackError, export_model, response_logps
 from dpo_cli.hub.model_card import model_card
 from dpo_cli.models.adapter_files import save_adapter
@@ -75,16 +75,7 @@ def _merged(run: Run) -> PreTrainedModel:
 def answer(run: Run) -> list[str]:
     """Answer the first held-out prompts greedily, as many as are shown."""
     prompts = [pair.prompt for pair in run.held_out[: run.options.show_answers]]
-    responses = generate(
-        run.model,
-        run.tokenizer,
-        prompts,
-        run.policy.own_attention,
-        ANSWER_TOKENS,
-        sampled=False,
-        max_tokens=run.runner.max_tokens,
-        dtype=run.runner.dtype,
-    )
+    responses = generate(run.runner, run.tokenizer, prompts, run.policy.own_attention, ANSWER_TOKENS)
     return [text(run.tokenizer, response) for (response,) in responses]
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import judge
 from dpo_cli.evaluation.evaluator import Evaluator
-from dpo_cli.evaluation.metrics import PairScores
-from dpo_cli.evaluation.metrics_log import append_metrics, best_step, evaluations, read_metrics
+from dpo_cli.evaluation.metrics import PairScores, append_metrics, best_step, evaluations, read_metrics
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.reporting.plots import curves, write_plots
@@ -57,7 +56,7 @@ class HeldOut:
         if run.held_out and run.options.kl == "exact" and run.reference is run.policy:
             instead = "" if self.metrics.exists() else ", in place of step 0's evaluation"
             self.reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL{instead}")
-            progress = kl.Progress(self.reporter, "reference")
+            progress = self.reporter.progress("reference", len(run.held_out))
             self.recorded = kl.record(run.runner, run.held_out, run.options.cache_dir, progress)
 
     def evaluate(
@@ -68,7 +67,8 @@ class HeldOut:
         If the policy is the best so far, ``keep`` is called with its metrics before they are written, so that an
         interruption in between repeats both.
         """
-        run, progress = self.run, kl.Progress(self.reporter, "held out", stopped)
+        run = self.run
+        progress = self.reporter.progress("held out", len(run.held_out), stopping=stopped)
         runner = dataclasses.replace(runner)  # a smaller token budget here must not change that of training
         try:
             if self.recorded:
@@ -101,17 +101,12 @@ class HeldOut:
                 step, scores, tokens = self.last
                 reference = run.reference.source.description
                 about = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta, "reference": reference}
-                answers = [dict(sample) for sample in samples]
-                result = self.evaluator.result(
-                    scores, tokens, history, trained_on=run.trained_on, about=about, samples=answers
-                )
+                result = self.evaluator.evaluation(scores, tokens, history, about, run.trained_on, samples=samples)
             options, objective = dataclasses.asdict(run.options), run.options.objective
             about_run = ReportInput(run.folder.name, result, history, read_manifest(run.folder), options, objective)
             write_report(run.folder / "report.html", about_run)
-            write_plots(run.folder / "curves.png", curves(history, objective))
+            write_plots(run.folder / "curves.png", curves(history))
         except Exception as error:  # also of the libraries that draw
             self.reporter.warning(f"the report of {run.folder} is not up to date: {error}")
-        return {
-            "findings": result.findings if result else [],
-            "judged": result.judged if result else judge(0),
-        }
+        verdict = result.result if result else {"findings": [], "judged": judge(0)}
+        return {name: verdict[name] for name in ("findings", "judged")}

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.evaluation.metrics_log import append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
+from dpo_cli.evaluation.metrics import append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.hub.export import NotReadBackError
 from dpo_cli.models.logprobs import logp_tolerance
 from dpo_cli.models.parallel import reshard

@@ -288,7 +288,7 @@ def _score_reference(
     logps = fill_reference(cache, used + held_out, reference.runner, reporter).logps
     states: list[HeadInputs | None] = [None]
     if held_out and options.kl == "exact":
-        progress = kl.Progress(reporter, "reference")
+        progress = reporter.progress("reference", len(held_out))
         record = partial(kl.record, reference.runner, held_out, options.cache_dir, progress)
         distributed.on_rank_0(lambda: states.append(record()))
     return logps, states[-1]

@@ -10,16 +10,14 @@ from typing import Any
 from dpo_cli.config.options import EvalOptions, SweepOptions, TrainOptions
 from dpo_cli.config.resolve import differences, inherit_auto_options
 from dpo_cli.evaluation.evaluate import evaluate
-from dpo_cli.evaluation.evaluator import EvalResult
 from dpo_cli.models.loading import free_memory
 from dpo_cli.reporting.plots import frontier, write_plots
-from dpo_cli.reporting.text import overlap, verdict
+from dpo_cli.reporting.text import between, number, overlap, percent, verdict
 from dpo_cli.training.loop import train
 from dpo_cli.training.run_dir import read_manifest, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import Interrupted, UsageError
 from dpo_cli.utils.files import write_json
-from dpo_cli.utils.formatting import NONE, between, is_number, number, percent
 
 METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 RESULT = "sweep.json"
@@ -68,17 +66,13 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines = [*overlap(result), f"{head}  run"]
     for point in result["points"]:
         cells = [percent(point[m]) if m == "rewards/accuracies" else number(point[m]) for m in METRICS]
-        line = f"{point['beta']:>7g}{_figures(point['kl']):>10}  {between(point['intervals']['kl'], _figures):<22}"
+        line = f"{point['beta']:>7g}{number(point['kl']):>10}  {between(point['intervals']['kl']):<22}"
         lines.append(line + "".join(f"{cell:>20}" for cell in cells) + f"  {point['run']}")
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
     lines.append(f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}")
     for point in result["points"]:
         lines += ["", f"beta {point['beta']:g}", *verdict(point)]
     return "\n".join(lines)
-
-
-def _figures(kl: Any) -> str:
-    return f"{kl:.3g}" if is_number(kl) else NONE
 
 
 def _folder(options: SweepOptions) -> Path:
@@ -114,7 +108,7 @@ def _train(run: Path, options: TrainOptions, command: Sequence[str], reporter: R
         free_memory()
 
 
-def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> EvalResult:
+def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str, Any]:
     """Evaluate a run on the held-out rows, as ``dpo eval`` does.
 
     Raises:
@@ -126,24 +120,23 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> EvalResul
     if pairs.digest() != read_manifest(run)["held_out"]["sha256"]:
         raise UsageError(f"{run}: the held-out data changed since it began; choose another --output")
     free_memory()
-    return evaluation
+    return evaluation.result
 
 
-def _about(evaluation: EvalResult) -> dict[str, Any]:
+def _about(result: Mapping[str, Any]) -> dict[str, Any]:
     """What holds for all points: the reference and the prompts."""
-    result, kl = evaluation.to_dict(), evaluation.sequence_kl
     about: dict[str, Any] = {name: result[name] for name in ("trained_on", "reference", "pairs") if name in result}
     about["kl"] = {"of": "at each token of the chosen responses", "unit": "nats per token"}
-    if kl:
+    if kl := result.get("sequence_kl"):
         about["kl"] = {"of": "over responses sampled from the policy", "unit": "nats per response"}
         about["kl"] |= {name: kl[name] for name in ("prompts", "samples", "max_new_tokens")}
     return about
 
 
-def _point(run: Path, evaluation: EvalResult) -> dict[str, Any]:
+def _point(run: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """A run's KL and what it buys, named as in ``dpo eval --json``."""
-    kl, means, ends = evaluation.sequence_kl, evaluation.means, evaluation.intervals
-    point: dict[str, Any] = {"beta": evaluation.about["beta"], "run": str(run)}
-    point |= {"kl": kl["token_kl"] if kl else means["kl/chosen"]} | {name: means[name] for name in METRICS}
+    kl, ends = result.get("sequence_kl"), result["intervals"]
+    point: dict[str, Any] = {"beta": result["beta"], "run": str(run)}
+    point |= {"kl": kl["token_kl"] if kl else result["kl/chosen"]} | {name: result[name] for name in METRICS}
     intervals = {"kl": kl["token_kl_interval"] if kl else ends["kl/chosen"]} | {name: ends[name] for name in METRICS}
-    return point | {"intervals": intervals, "findings": evaluation.findings, "judged": evaluation.judged}
+    return point | {"intervals": intervals, "findings": result["findings"], "judged": result["judged"]}

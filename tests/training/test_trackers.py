@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.evaluation.metrics_log import append_metrics, read_metrics, truncate_metrics
+from dpo_cli.evaluation.metrics import append_metrics, read_metrics, truncate_metrics
 from dpo_cli.training import trackers
 from dpo_cli.training.trackers import Trackers, check_installed, hyperparameters
 from dpo_cli.utils.console import Reporter
