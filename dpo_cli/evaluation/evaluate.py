@@ -184,9 +184,8 @@ class _Models:
             none = np.full((len(pairs), 2), np.nan)
             return _Scored(tokens, f"none: --loss {objective.name} reads none", (none, none))
         cache, runner, name = self._reference_cache(policy)
-        logps = fill_reference(cache, pairs, runner, self.reporter).logps
-        weighted = logps if objective.ld_alpha == 1 else cache.weighted(pairs, objective.ld_alpha)
-        return _Scored(tokens, name, (logps.double().numpy(), weighted.double().numpy()))
+        filled = fill_reference(cache, pairs, runner, self.reporter, objective.ld_alpha)
+        return _Scored(tokens, name, (filled.logps.double().numpy(), filled.weighted.double().numpy()))
 
     def _compare(self, policy: ScoredModel, itself: bool) -> _Scored:
         """Run both models over the pairs, and over responses that the policy samples."""

@@ -88,9 +88,15 @@ class TokenScores:
         return np.asarray(torch.segment_reduce(values.double().contiguous(), "sum", lengths=lengths)).reshape(-1, 2)
 
 
-def score(runner: ModelRunner, pairs: Pairs, progress: Progress) -> TokenScores:
-    """Compute the log-prob of each response token."""
-    tokens = _run(runner, pairs, lambda _, batch: runner.token_logps(batch)[:, None], progress)
+def score(
+    runner: ModelRunner, pairs: Pairs, progress: Progress, stopped: Callable[[], bool] = lambda: False
+) -> TokenScores:
+    """Compute the log-prob of each response token.
+
+    Raises:
+        Stopped: ``stopped``, asked after each forward, was true.
+    """
+    tokens = _run(runner, pairs, lambda _, batch: runner.token_logps(batch)[:, None], progress, stopped=stopped)
     return TokenScores(tokens, pairs.loss_lengths)
 
 
@@ -112,6 +118,7 @@ def compare(
     *,
     policy_runs: bool,
     same: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> TokenScores:
     """Run the other model over the same pairs.
 
@@ -121,6 +128,7 @@ def compare(
 
     Raises:
         UsageError: the two have different vocabularies.
+        Stopped: ``stopped``, asked after each forward, was true.
     """
     other_head, spans = recorded.head.to(runner.device), spans_of(pairs)
 
@@ -138,7 +146,7 @@ def compare(
             parts += map(divergences, p.split(rows), q.split(rows), batch.targets[tokens].split(rows))
         return torch.cat(parts)
 
-    return TokenScores(_run(runner, pairs, both, progress), pairs.loss_lengths)
+    return TokenScores(_run(runner, pairs, both, progress, stopped=stopped), pairs.loss_lengths)
 
 
 def _run(
@@ -147,12 +155,9 @@ def _run(
     compute: Callable[[Sequence[int], MicroBatch], Tensor],
     progress: Progress,
     folder: Path | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Tensor:
-    """Collect the rows that ``compute`` has for the response tokens of each forward; on disk if a folder is given.
-
-    Raises:
-        Stopped: ``progress`` was stopping after a forward.
-    """
+    """Collect the rows that ``compute`` has for the response tokens of each forward; on disk if a folder is given."""
     spans, table = spans_of(pairs), torch.empty(0)
     with progress:
         for places, rows in runner.forwards(pairs, compute):
@@ -163,7 +168,7 @@ def _run(
             for place, part in zip(places, parts, strict=True):
                 table[spans[place]] = part
             progress.advance(len(places))
-            if progress.stopping():
+            if stopped():
                 raise Stopped
     return table
 

@@ -256,5 +256,5 @@ def test_it_stops_when_asked(after: int, tmp_path: Path) -> None:
         return len(asked) > after
 
     with pytest.raises(Stopped):
-        score(scorer, pairs, Reporter(quiet=True).progress("test", len(pairs), stopping=stopped))
+        score(scorer, pairs, PROGRESS, stopped)
     assert len(asked) == after + 1
