@@ -175,7 +175,7 @@ finally:
 @pytest.mark.parametrize("options", [(), ("--gradient-checkpointing",)], ids=" ".join)
 def test_the_estimate_is_near_the_peak(tmp_path: Path, options: tuple[str, ...]) -> None:
     """Of a model whose state and activations are several times what the program itself takes."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 128}
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "head_dim": 128}
     make_model(**sizes, vocab_size=16384, scale=1.0).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     rows = (SAMPLE / "train-strings.jsonl").read_text().splitlines()[:12]
