@@ -44,17 +44,6 @@ UNREAD = ("image", "images", "video", "videos", "audio", "audios")  # parts of a
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """How records become pairs: all that defines a pair besides the record and the tokenizer."""
-
-    columns: str | None = None
-    format: str | None = None
-    max_length: int = 1024
-    control_tokens: str = "keep"
-    train_turns: str = "last"
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
     """One preference: all three texts are strings, or all three are message lists.
 
@@ -80,6 +69,7 @@ class BadRow:
     where: str
     reason: str
     record: Any = None
+    format: str = ""
 
 
 def read_rows(

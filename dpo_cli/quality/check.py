@@ -21,9 +21,9 @@ from dpo_cli.data.sources import Source, find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.quality.checks import ISSUE_TYPES, NOTES, biased_pairs, length_bias, normalize, row_issues, texts_of
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
-from dpo_cli.training.run_dir import reading_as_trained
+from dpo_cli.training.run_dir import reading_of
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.errors import RowError, UsageError, printable
+from dpo_cli.utils.errors import UsageError, printable
 from dpo_cli.utils.files import atomic_write, finite
 
 
@@ -38,10 +38,10 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     if options.fix:
         _check_new(options.fix)
     model = choose_model(options.model, options, reporter, base=options.base_model)
-    reading = reading_as_trained(options, model)
-    check = DataCheck(Encoder(choose_tokenizer(model, options), reading), options.examples)
-    check.read_held_out(read_rows(held_out, reading.columns, reading.format))
-    check.read(read_rows(sources, reading.columns, reading.format))
+    encoder = Encoder(choose_tokenizer(model, options), **reading_of(options, model.run))
+    check = DataCheck(encoder, options.examples)
+    check.read_held_out(read_rows(held_out, options.columns, options.format))
+    check.read(read_rows(sources, options.columns, options.format))
     result = check.result()
     if options.fix:
         result["fixed"] = _write_clean(options.fix, sources, check.problems)
@@ -83,14 +83,15 @@ class DataCheck:
 
     def read(self, rows: Iterable[Row | BadRow]) -> None:
         """Check rows."""
-        for row, result in self.encoder.pairs(rows):
+        for result in self.encoder.pairs(rows):
             self.problems.append("")
-            self.where.append(row.where)
-            if isinstance(row, BadRow) or isinstance(result, RowError):
-                reason = printable(str(result))
+            if isinstance(result, BadRow):
+                self.where.append(result.where)
+                reason = printable(result.reason)
                 self._add("refused", reason, reason=re.sub(r"'.*'|\b\d+\b", "…", reason))  # the same of several rows
                 continue
-            pair, notes = result
+            row, pair, notes = result
+            self.where.append(row.where)
             self.formats[row.format] += 1
             self.lengths.append((count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)))
             texts = texts_of(row)

@@ -21,7 +21,7 @@ from dpo_cli.config.options import CACHE_DIR, DataOptions, EvalOptions, Options,
 from dpo_cli.data.batching import row_costs
 from dpo_cli.data.chat import NO_TEMPLATE
 from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
-from dpo_cli.data.rows import Reading, read_rows
+from dpo_cli.data.rows import read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_rows
 from dpo_cli.losses.objective import Objective
@@ -126,8 +126,8 @@ def read_pairs(
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     skip = options.on_bad_row == "skip"
-    sources, reading = find_sources(data, "--eval-data" if name == "held out" else "--data"), reading_of(options)
-    rows = tokenize_rows(read_rows(sources, reading.columns, reading.format), tokenizer, reading)
+    sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
+    rows = tokenize_rows(read_rows(sources, options.columns, options.format), tokenizer, **reading_of(options))
     if rows.refused and (not skip or not rows.pairs):
         raise refusal(rows.refused, rows.rows)
     counts = f"{rows.rows:,} rows, {len(rows.pairs):,} pairs, {len(rows.refused):,} refused"
@@ -143,7 +143,7 @@ def read_pairs(
                 "", f"{name} from {column.min():g} to {column.max():g}, other than {usual} in {count:,} pairs"
             )
     if rows.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
-        tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template.plain
+        tokenizer.chat_template = Encoder(tokenizer).chat.template.plain
     return rows
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import CheckOptions
-from dpo_cli.data.rows import Reading, Row, read_rows
+from dpo_cli.data.rows import Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.quality.check import DataCheck, as_text, run_check
@@ -471,7 +471,7 @@ def test_a_row_takes_few_bytes(tokenizer: Any, tmp_path: Path) -> None:
             for n in range(rows):
                 row = prompt(f"{n}: {words[n % 328]}", f"{n} {words[n % 41]}", f"{words[n % 37]} {n}")
                 stream.write(json.dumps(row) + "\n")
-        data_check = DataCheck(Encoder(tokenizer, Reading()), 3)
+        data_check = DataCheck(Encoder(tokenizer), 3)
         rows_read = read_rows(find_sources([str(tmp_path / "rows.jsonl")]))
         tracemalloc.start()
         data_check.read(rows_read)
