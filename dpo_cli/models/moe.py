@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_cli.data.collate import MicroBatch
+from dpo_cli.data.batching import MicroBatch
 
 
 @dataclass(frozen=True)
