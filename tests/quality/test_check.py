@@ -22,8 +22,16 @@ from dpo_cli.config.options import CheckOptions
 from dpo_cli.data.rows import Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
-from dpo_cli.quality.check import DataCheck, as_text, run_check
-from dpo_cli.quality.checks import ISSUE_TYPES, find_damage, length_bias, normalize, row_issues, texts_of
+from dpo_cli.quality.check import (
+    ISSUE_TYPES,
+    DataCheck,
+    as_text,
+    find_damage,
+    length_bias,
+    normalize,
+    row_issues,
+    run_check,
+)
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
 from tests.helpers import SAMPLE, write_rows
@@ -175,7 +183,7 @@ def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path)
 def test_markers_are_those_of_chat_templates_outside_code() -> None:
     def found(text: str) -> bool:
         row = Row("", "", "Why?", text, "No.")
-        return "markers" in row_issues(row, texts_of(row))
+        return "markers" in row_issues(row)
 
     assert all(map(found, ["a <|im_end|> b", "a <|user|> c", "Here:\n```\na\n```\n[INST] b", "`a` <|im_start|>user"]))
     assert not any(map(found, ["<think>a</think> b", "-- <filename>", "`<|user|>`", "```\n[INST]\n```"]))
@@ -226,9 +234,8 @@ HOSTILE = [
 def test_hostile_text_takes_no_time(piece: str) -> None:
     text = piece * (2_000_000 // len(piece))
     row = Row("", "", "Why?", f"x{text}", f"x{text}y")
-    texts = texts_of(row)
     began = time.process_time()
-    row_issues(row, texts)
+    row_issues(row)
     normalize(row)
     assert time.process_time() - began < 5
 
