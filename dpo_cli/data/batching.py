@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_cli.data.pairs import Ids, Pair, carries_loss, count_loss_tokens, model_input_ids
+from dpo_cli.data.pairs import Ids, Pair, count_loss_tokens, model_input_ids
 
 Layout = Literal["shared", "packed", "padded", "alone"]
 Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world_size]
@@ -38,9 +38,6 @@ def build_schedule(
 ) -> list[Step]:
     """Return the micro-batches of every optimizer step of a run; a pure function of its arguments.
 
-    Each epoch visits every pair exactly once, in an order of its own; its last step may be smaller than ``batch_size``.
-    The number of micro-batches per step is a multiple of ``world_size``; with too few pairs some are empty.
-
     Units: ``costs`` and ``max_tokens`` in tokens, see ``row_costs``.
     """
     steps = step_pairs(len(costs), batch_size=batch_size, epochs=epochs, max_steps=max_steps, seed=seed)
@@ -48,7 +45,10 @@ def build_schedule(
 
 
 def step_pairs(count: int, *, batch_size: int, epochs: int, max_steps: int | None, seed: int) -> list[list[int]]:
-    """Return the pair indices of every step, which depend on neither the model nor the device."""
+    """Return the pair indices of every step, which depend on neither the model nor the device.
+
+    Each epoch visits every pair exactly once, in an order of its own; its last step may be smaller than ``batch_size``.
+    """
     steps: list[list[int]] = []
     for epoch in range(epochs):
         order = list(range(count))
@@ -70,10 +70,7 @@ def split_into_micro_batches(
     while len(bins) % world_size:
         largest = max(range(len(bins)), key=lambda b: len(bins[b]))
         pairs = bins[largest]
-        if len(pairs) < 2:
-            bins.append(())
-        else:
-            bins[largest : largest + 1] = [pairs[::2], pairs[1::2]]
+        bins[largest : largest + 1] = [pairs[::2], pairs[1::2]] if len(pairs) > 1 else [pairs, ()]
     return bins
 
 
@@ -239,7 +236,7 @@ def _shared(pairs: Sequence[Pair]) -> MicroBatch:
         spans.append((p, c, r))
         start = rejected + r
     segments = Segments(
-        key_index=_int64(np.concatenate(keys)),
+        key_index=torch.as_tensor(np.concatenate(keys), dtype=torch.int64),
         query_bounds=torch.tensor(query_bounds, dtype=torch.int32),
         key_bounds=torch.tensor(key_bounds, dtype=torch.int32),
         spans=tuple(spans),
@@ -287,13 +284,13 @@ def _micro_batch(
 ) -> MicroBatch:
     """Build the batch; ``logit_positions`` covers all response tokens, of which the loss-bearing ones are kept."""
     tokens, lengths = np.concatenate(responses), [count_loss_tokens(response) for response in responses]
-    has_loss, pairs = carries_loss(tokens), len(responses) // 2
+    has_loss, pairs = tokens >= 0, len(responses) // 2
     return MicroBatch(
-        input_ids=_int64(ids),
-        position_ids=None if positions is None else _int64(positions),
-        attention_mask=None if mask is None else _int64(mask),
-        logit_positions=_int64(np.concatenate(logit_positions)[has_loss]),
-        targets=_int64(tokens[has_loss]),
+        input_ids=torch.as_tensor(ids, dtype=torch.int64),
+        position_ids=None if positions is None else torch.as_tensor(positions, dtype=torch.int64),
+        attention_mask=None if mask is None else torch.as_tensor(mask, dtype=torch.int64),
+        logit_positions=torch.as_tensor(np.concatenate(logit_positions)[has_loss], dtype=torch.int64),
+        targets=torch.as_tensor(tokens[has_loss], dtype=torch.int64),
         lengths=torch.tensor(lengths),
         pair_tokens=tuple(sum(lengths[i : i + 2]) for i in range(0, len(lengths), 2)),
         segments=segments,
@@ -303,7 +300,3 @@ def _micro_batch(
         ref_logps=torch.zeros(2 * pairs),
         weighted_ref_logps=torch.zeros(2 * pairs),
     )
-
-
-def _int64(array: Integers) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64))

@@ -164,7 +164,7 @@ def _swift(row: Record, format_: Format) -> PreferenceTexts:
 def _alpaca(row: Record, format_: Format) -> PreferenceTexts:
     history: list[Message] = []
     for exchange in parsed(row, "history", list):
-        if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(text, str) for text in exchange):
+        if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(each, str) for each in exchange):
             raise RowError("history must be a list of pairs of a question and an answer")
         history += [*user_turn(exchange[0]), *answer_of(exchange[1])]
     parts = [text(row, name, str) for name in ("instruction", "input") if name == "instruction" or row.get(name)]

@@ -142,6 +142,8 @@ def _cells(column: Any, field: Any) -> list[Any]:
     return [bool(cell) for cell in cells] if re.search(r"binary(?!\w*:)", kind) else cells
 
 
+READERS = {".jsonl": read_json_lines, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
+
 # ---- helpers ----------------------------------------------------------------------------------------------------
 
 

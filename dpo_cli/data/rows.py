@@ -7,27 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_cli.data.formats import (
-    ANSWERS,
-    COLUMNS,
-    FORMATS,
-    OTHERS,
-    PROMPTS,
-    Record,
-    detect_format,
-    number,
-    parsed,
-)
-from dpo_cli.data.messages import (
-    CONVERSATIONS,
-    Message,
-    Text,
-    answer_of,
-    check_encodable,
-    unwrap,
-    user_turn,
-    without_nulls,
-)
+from dpo_cli.data.formats import ANSWERS, COLUMNS, FORMATS, OTHERS, PROMPTS, Record, detect_format, number, parsed
+from dpo_cli.data.messages import CONVERSATIONS, Text, answer_of, check_encodable, unwrap, user_turn, without_nulls
 from dpo_cli.data.readers import TOO_DEEP, json_value, shortened
 from dpo_cli.data.sources import Source
 from dpo_cli.utils.errors import RowError, UsageError, did_you_mean
@@ -186,7 +167,7 @@ def _template_arguments(row: Record) -> dict[str, Any]:
     return arguments | {"tools": wrapped}
 
 
-def _with_system(system: Any, prompt: Text) -> list[Message]:
+def _with_system(system: Any, prompt: Text) -> Text:
     """Begin a conversation with a system message; a string becomes the user's turn."""
     if system is not None and not isinstance(system, str):
         raise RowError("system must be a string")
@@ -215,7 +196,7 @@ def _check_content(prompt: Text, chosen: Text, rejected: Text) -> None:
         raise RowError(f"prompt ends with the role '{prompt[-1]['role']}'; it must end with user or tool")
 
 
-def _check_response(turns: list[Message], name: str) -> None:
+def _check_response(turns: list[dict[str, Any]], name: str) -> None:
     for message in turns:
         if message["role"] not in ("assistant", "tool", "user"):
             raise RowError(f"{name} has a '{message['role']}' turn; it may stand before all answers only")

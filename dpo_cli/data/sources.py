@@ -14,21 +14,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data.readers import (
-    TOO_DEEP,
-    Records,
-    SourceError,
-    is_too_deep,
-    read_csv,
-    read_json,
-    read_json_lines,
-    read_parquet,
-    read_tables,
-)
+from dpo_cli.data import readers
 from dpo_cli.utils.errors import RowError, UsageError, name_beside
 
-READERS = {".jsonl": read_json_lines, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
-KINDS = f"{', '.join(READERS)}, each optionally with .gz"
+KINDS = f"{', '.join(readers.READERS)}, each optionally with .gz"
 FILES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".yaml")  # never names on the hub
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -42,7 +31,7 @@ class Source:
 
     name: str
     place: str
-    read: Callable[[], Records]
+    read: Callable[[], readers.Records]
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield the location of each record, as ``file:line``, and the record, or a RowError if it cannot be read.
@@ -54,8 +43,8 @@ class Source:
         try:
             for where, record in self.read():
                 empty = False
-                yield f"{self.place}:{where}", RowError(TOO_DEEP) if is_too_deep(record) else record
-        except SourceError as error:
+                yield f"{self.place}:{where}", RowError(readers.TOO_DEEP) if readers.is_too_deep(record) else record
+        except readers.SourceError as error:
             raise UsageError(f"{self.name}: {error}") from error
         except (OSError, EOFError, zlib.error) as error:
             raise UsageError(f"{self.name}: cannot be read ({error})") from error
@@ -90,14 +79,14 @@ def _sources(typed: str, name: str) -> list[Source]:
             return [Source(name, str(path), partial(_read_file, path))]
         if not _is_saved(path):
             return _files(path, name)
-        dataset, config, split = typed, None, None
+        parts: tuple[Any, ...] = (typed, None, None)
     elif (path := _existing(folder)) and _is_saved(path):
-        dataset, config = folder, None
+        parts = (folder, None, split)
     elif match := _hub_match(typed):
-        dataset, config, split = match.groups()
+        parts = match.groups()
     else:
         raise UsageError(f"{name}: no such file{name_beside(Path(typed))}")
-    return [Source(name, dataset, partial(_read_data_set, dataset, config, split, path))]
+    return [Source(name, str(parts[0]), partial(_read_data_set, *parts, path))]
 
 
 def _stdin(name: str) -> Source:
@@ -107,7 +96,7 @@ def _stdin(name: str) -> Source:
         raise UsageError(f"{name}: stdin is a terminal; pipe JSON lines into the command")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError(f"{name}: several processes cannot share stdin; name a file")
-    return Source(name, "stdin", lambda: read_json_lines(io.BytesIO(_stdin_content(sys.stdin))))
+    return Source(name, "stdin", lambda: readers.read_json_lines(io.BytesIO(_stdin_content(sys.stdin))))
 
 
 @cache
@@ -137,7 +126,7 @@ def _existing(typed: str) -> Path | None:
 
 
 def _is_known(file: str) -> bool:
-    return file.removesuffix(".gz").endswith(tuple(READERS))
+    return file.removesuffix(".gz").endswith(tuple(readers.READERS))
 
 
 def _is_saved(folder: Path) -> bool:
@@ -152,14 +141,14 @@ def _is_saved(folder: Path) -> bool:
 # ---- readers ----------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path) -> Records:
+def _read_file(path: Path) -> readers.Records:
     name = path.name.removesuffix(".gz")
-    reader = next(reader for suffix, reader in READERS.items() if name.endswith(suffix))
+    reader = next(reader for suffix, reader in readers.READERS.items() if name.endswith(suffix))
     with path.open("rb") if name == path.name else gzip.open(path) as stream:
         yield from reader(stream)  # type: ignore[arg-type]  # gzip's files are binary streams too
 
 
-def _read_data_set(dataset: str, config: str | None, split: str | None, folder: Path | None) -> Records:
+def _read_data_set(dataset: str, config: str | None, split: str | None, folder: Path | None) -> readers.Records:
     """Read a split of a data set of the hub, or of a ``folder`` that ``save_to_disk`` wrote; none of its code is run.
 
     The split is by default ``train`` or the only one.
@@ -175,24 +164,24 @@ def _read_data_set(dataset: str, config: str | None, split: str | None, folder: 
         reason = " ".join(": ".join(f"{type(each).__name__}: {each}" for each in causes).split())[:400]
         hint = f"; name a configuration as {dataset}:CONFIG/SPLIT" if "config" in reason.lower() else ""
         what = "the saved data set" if folder else "no such file, and the data set"
-        raise SourceError(f"{what} cannot be loaded ({reason}){hint}") from error
+        raise readers.SourceError(f"{what} cannot be loaded ({reason}){hint}") from error
     if not isinstance(splits, dict):
         if split is not None:
-            raise SourceError(f"the saved data set has no splits; name it without ':{split}'")
+            raise readers.SourceError(f"the saved data set has no splits; name it without ':{split}'")
         rows = splits
     else:
         prefix = f"{dataset}:{config}/" if config else f"{dataset}:"
         if split is None:
             split = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
         if split is None or split not in splits:
-            raise SourceError(f"name a split as {prefix}SPLIT; available: {', '.join(splits) or 'none'}")
+            raise readers.SourceError(f"name a split as {prefix}SPLIT; available: {', '.join(splits) or 'none'}")
         rows = splits[split]
     begin = "/".join(filter(None, (config, split)))
     try:
-        for where, record in read_tables(rows.with_format("arrow").iter(batch_size=128), is_mapped=True):
+        for where, record in readers.read_tables(rows.with_format("arrow").iter(batch_size=128), is_mapped=True):
             yield f"{begin}:{where}" if begin else where, record
     except (ArrowException, ValueError, OverflowError) as error:
-        raise SourceError(f"the data set cannot be read ({error})") from error
+        raise readers.SourceError(f"the data set cannot be read ({error})") from error
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------------

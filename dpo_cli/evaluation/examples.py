@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.data.pairs import Ids, Pairs, carries_loss, model_input_ids
+from dpo_cli.data.pairs import Ids, Pairs, model_input_ids
 from dpo_cli.evaluation.kl import FOLD, TokenScores, spans_of
 from dpo_cli.evaluation.metrics import SIDES, PairScores
 from dpo_cli.utils.files import atomic_write, to_json
@@ -62,7 +62,7 @@ def shown_pairs(scores: PairScores, pairs: Pairs, tokens: TokenScores, tokenizer
     for place in dict.fromkeys(place for places in kinds.values() for place in places):
         pair, rows = pairs[place], iter(tokens.tokens[spans[place], :5].tolist())
         sides = [
-            [Token(text, *(next(rows) if loss else ())) for text, loss in zip(texts, carries_loss(ids), strict=True)]
+            [Token(text, *(next(rows) if loss else ())) for text, loss in zip(texts, ids >= 0, strict=True)]
             for ids, texts in ((ids, token_texts(ids, tokenizer)) for ids in (pair.chosen, pair.rejected))
         ]
         prompt = "".join(token_texts(pair.prompt, tokenizer))
@@ -96,7 +96,7 @@ def _in_context(row: int, tokens: TokenScores, pairs: Pairs, tokenizer: Any) -> 
     pair, side = pairs[response // 2], SIDES[response % 2]
     ids: Ids = getattr(pair, side)
     offset = row - (int(ends[response - 1]) if response else 0)
-    place = int(np.flatnonzero(carries_loss(ids))[offset])
+    place = int(np.flatnonzero(ids >= 0)[offset])
     logp, ref_logp = tokens.tokens[row, :2].tolist()
     fold = math.copysign(math.exp(min(abs(logp - ref_logp), 700)), logp - ref_logp)
     text, at = np.concatenate([model_input_ids(pair.prompt), model_input_ids(ids)]), len(pair.prompt) + place

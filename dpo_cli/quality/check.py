@@ -104,7 +104,7 @@ class DataCheck:
         """Remember held-out rows, which no row of ``read`` should equal."""
         for row in rows:
             if isinstance(row, Row):
-                prompt, whole, _ = _hashes(self.encoder.chat.as_turns(row))
+                prompt, whole, _ = hashes(self.encoder.chat.as_turns(row))
                 self.held_out.setdefault(prompt, row.where)
                 self.held_out.setdefault(whole, row.where)
 
@@ -121,7 +121,7 @@ class DataCheck:
             self.where.append(row.where)
             self.formats[row.format] += 1
             self.lengths.append((count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)))
-            excerpt = shortened(texts_of(row).prompt, 70)
+            excerpt = shortened(texts_of(row)["prompt"], 70)
             for kind, text in row_issues(row).items():
                 self._add(kind, text)
             for note in notes:
@@ -130,7 +130,7 @@ class DataCheck:
 
     def _compare(self, row: Row, excerpt: str) -> None:
         """Compare the last row with the held-out rows and with earlier ones."""
-        prompt, whole, swapped = _hashes(row)
+        prompt, whole, swapped = hashes(row)
         place = len(self.where) - 1
         if other := self.held_out.get(whole):
             self._add("leak_row", excerpt, other=other)
@@ -154,9 +154,9 @@ class DataCheck:
 
     def result(self) -> dict[str, Any]:
         """Return counts, findings and the bias by length, as `dpo check --json` prints them."""
-        bias = length_bias(np.array(self.lengths, np.int32)) if self.lengths else None
-        for name, low in (("longer", bias["interval"][0]), ("shorter", 1 - bias["interval"][1])) if bias else ():
-            if bias[f"accuracy_prefer_{name}"] >= BIASED and low > LEAST:
+        bias = length_bias(np.array(self.lengths, np.int32)) if self.lengths else {"interval": (0, 1)}
+        for name, low in (("longer", bias["interval"][0]), ("shorter", 1 - bias["interval"][1])):
+            if low > LEAST and bias[f"accuracy_prefer_{name}"] >= BIASED:
                 self.counts["length_bias", f"the {name} response is chosen"] = bias[f"{name}_chosen"]
         order = list(ISSUE_TYPES)
         findings = [
@@ -180,7 +180,7 @@ class DataCheck:
             "problem_rows": sum(map(bool, self.problems)),
             "findings": findings,
         }
-        return result | ({"length_bias": bias} if bias else {})
+        return result | ({"length_bias": bias} if self.lengths else {})
 
 
 def length_bias(lengths: Ids) -> dict[str, Any]:
@@ -207,17 +207,9 @@ def length_bias(lengths: Ids) -> dict[str, Any]:
 # ---- the text of a row ------------------------------------------------------------------------------------------
 
 
-class Texts(NamedTuple):
-    """The text of a row's parts."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-def texts_of(row: Row) -> Texts:
+def texts_of(row: Row) -> dict[str, str]:
     """Return the text of each part of a row; for messages their reasoning, contents and tool calls."""
-    return Texts(_text(row.prompt), _text(row.chosen), _text(row.rejected))
+    return {"prompt": _text(row.prompt), "chosen": _text(row.chosen), "rejected": _text(row.rejected)}
 
 
 def _text(value: Text) -> str:
@@ -231,21 +223,20 @@ def _text(value: Text) -> str:
     return "\n".join(parts)
 
 
-def normalize(row: Row) -> Texts:
-    """Normalize texts to NFC, lower case and single spaces; tools and other template arguments join the prompt."""
-    texts = Texts(*(" ".join(unicodedata.normalize("NFC", text).casefold().split()) for text in texts_of(row)))
-    arguments = json.dumps(row.template_arguments, sort_keys=True, default=str) if row.template_arguments else ""
-    return texts._replace(prompt=f"{texts.prompt}\n{arguments}") if arguments else texts
+def hashes(row: Row) -> tuple[bytes, bytes, bytes]:
+    """Hash the prompt, the row, and the row with its responses swapped; tools are part of the prompt.
+
+    Texts are compared by NFC, without case and with single spaces.
+    """
+    texts = [" ".join(unicodedata.normalize("NFC", text).casefold().split()) for text in texts_of(row).values()]
+    if row.template_arguments:
+        texts[0] += "\n" + json.dumps(row.template_arguments, sort_keys=True, default=str)
+    prompt, chosen, rejected = (_digest(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return prompt, _digest(prompt + chosen + rejected), _digest(prompt + rejected + chosen)
 
 
-def _hashes(row: Row) -> tuple[bytes, bytes, bytes]:
-    """Hash the normalized prompt, the row, and the row with its responses swapped."""
-
-    def digest(content: bytes) -> bytes:
-        return hashlib.blake2b(content, digest_size=12).digest()
-
-    prompt, chosen, rejected = (digest(text.encode("utf-8", "surrogatepass")) for text in normalize(row))
-    return prompt, digest(prompt + chosen + rejected), digest(prompt + rejected + chosen)
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=12).digest()
 
 
 # ---- checks of a row --------------------------------------------------------------------------------------------
@@ -267,7 +258,7 @@ _DAMAGE = re.compile(
 def row_issues(row: Row) -> dict[str, str]:
     """Return the issues of a row by type, each with an excerpt."""
     issues, texts = {}, texts_of(row)
-    for name, text in zip(Texts._fields, texts, strict=True):
+    for name, text in texts.items():
         if damage := find_damage(text):
             issues["encoding"] = f"{name}: {_around(text, damage)}"
         if name == "prompt":
@@ -277,7 +268,7 @@ def row_issues(row: Row) -> dict[str, str]:
         if not _WORD.search(text):
             issues["empty_response"] = f"{name}: {shortened(text)}"
     if len(thinking := [name for name in ("chosen", "rejected") if _has_thinking(getattr(row, name))]) == 1:
-        issues["thinking"] = f"only the {thinking[0]}: {shortened(texts.prompt)}"
+        issues["thinking"] = f"only the {thinking[0]}: {shortened(texts['prompt'])}"
     return issues
 
 

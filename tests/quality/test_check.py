@@ -27,8 +27,8 @@ from dpo_cli.quality.check import (
     DataCheck,
     as_text,
     find_damage,
+    hashes,
     length_bias,
-    normalize,
     row_issues,
     run_check,
 )
@@ -236,7 +236,7 @@ def test_hostile_text_takes_no_time(piece: str) -> None:
     row = Row("", "", "Why?", f"x{text}", f"x{text}y")
     began = time.process_time()
     row_issues(row)
-    normalize(row)
+    hashes(row)
     assert time.process_time() - began < 5
 
 
