@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions, as_flag
-from dpo_cli.config.resolve import Name, resolve, resolve_training
+from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions
+from dpo_cli.config.resolve import Name, as_words, resolve, resolve_training
 from dpo_cli.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ def train(
         DpoError: the run failed, and its last checkpoint is whole.
     """
     given, folder = _given(data, options), Path(resume) if resume else None
-    resolved = resolve_training(given, folder, config, ("config", "progress", "resume", "dry_run"))
+    resolved = resolve_training(given, folder, config)
     with _reporter(progress, resolved) as reporter:
         from dpo_cli.training.loop import train as run
 
-        values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": config}
-        words = [word for name, each in values.items() if each is not None for word in as_flag(name, each)]
-        return run(resolved, folder, ["dpo", "train", *words], reporter, dry_run)
+        values = {name: getattr(resolved, name) for name in (name.replace("-", "_") for name in given)}
+        values |= {"resume": folder, "config": config}
+        return run(resolved, folder, ["dpo", "train", *as_words(values)], reporter, dry_run)
 
 
 def evaluate(
@@ -71,7 +71,7 @@ def evaluate(
         UsageError: an option or the data cannot be used.
         DpoError: the evaluation failed.
     """
-    resolved = resolve(EvalOptions, _given(data, options), config, ("config", "progress"))
+    resolved = resolve(EvalOptions, _given(data, options), config)
     results: list[dict[str, Any]] = []
     with _reporter(progress, resolved) as reporter:
         from dpo_cli.evaluation.evaluate import run_eval
@@ -92,7 +92,7 @@ def precompute(
         DpoError: a log-prob of the reference is not finite, or the disk is full; with ``verify``, a cached log-prob is
             off by more than arithmetic explains.
     """
-    resolved = resolve(PrecomputeOptions, _given(data, options), config, ("config", "progress"))
+    resolved = resolve(PrecomputeOptions, _given(data, options), config)
     with _reporter(progress, resolved) as reporter:
         from dpo_cli.reference.precompute import precompute as run
 
@@ -100,11 +100,10 @@ def precompute(
 
 
 def _given(data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options as a command has them: by their names, a hyphen as an underscore, with names of data only."""
-    names = {name: name.replace("-", "_") for name in options}
-    given = {name if names[name] in options else names[name]: value for name, value in options.items()}
-    given["data"] = data
-    return given | {name: _sources(given[name]) for name in ("data", "eval_data") if name in given}
+    """Return the options as a command has them, with names of data only."""
+    of_data = ("data", "eval_data", "eval-data")
+    given = {"data": data, **options}
+    return {name: _sources(value) if name in of_data else value for name, value in given.items()}
 
 
 def _sources(data: Data | None) -> Any:

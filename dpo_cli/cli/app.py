@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
-from dpo_cli.cli.command import Commands, ConfigFile, command, out, with_flags
+from dpo_cli.cli.command import COMMANDS, Command, Commands, ConfigFile, out
 from dpo_cli.config.options import (
     CACHE_DIR,
     CheckOptions,
@@ -19,11 +20,14 @@ from dpo_cli.config.options import (
     SweepOptions,
     TrainOptions,
 )
-from dpo_cli.config.resolve import resolve, resolve_training
+from dpo_cli.config.resolve import resolve, resolve_training, write_config
 from dpo_cli.utils.errors import UsageError, printable
 
 if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's width, and a shell offers each line
     os.environ["TERMINAL_WIDTH"] = "10000"
+
+Precision = Literal["float32", "bfloat16", "auto"]
+CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Folder of cached reference log-probs.")]
 
 app = main = typer.Typer(
     cls=Commands,
@@ -51,22 +55,17 @@ def top(
     """Train language models on preference pairs with DPO: no reward model, no critic, no resident reference."""
 
 
-@command()
 def init(
     file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.yaml"),
     data: Annotated[list[str] | None, typer.Option(help="Value of --data of dpo train. Repeatable.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    **_: Any,
 ) -> None:
-    """Write a file of all options for dpo train --config, with comments."""
-    from dpo_cli.config.template import write_config
-
+    """Write a file of all options of dpo train, with comments."""
     write_config(file, data or (), force)
     then = f"{file} is written. {'Now' if data else 'Fill in data: there, then'}: dpo train --config {file}"
     out.show({"config": str(file)}, lambda _: then)
 
 
-@command(kind=TrainOptions)
 def train(
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before the first step.")] = False,
@@ -81,12 +80,10 @@ def train(
     out.show(run(options, resume, sys.argv, reporter, dry_run), _train_summary)
 
 
-@command()
 def push(
     run: Annotated[Path, typer.Argument(help="A run's folder, or its model/ or best/.")],
     name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
-    **_: Any,
 ) -> None:
     """Upload a trained model to the Hugging Face hub."""
     from dpo_cli.hub.push import push as upload
@@ -94,7 +91,6 @@ def push(
     out.show(upload(run, name, public))
 
 
-@command("precompute-ref", PrecomputeOptions)
 def precompute_ref(config: ConfigFile = None, **flags: Any) -> None:
     """Fill the cache with the reference's log-probabilities."""
     options = resolve(PrecomputeOptions, flags, config)
@@ -104,9 +100,8 @@ def precompute_ref(config: ConfigFile = None, **flags: Any) -> None:
     out.show(precompute(options, reporter))
 
 
-@command("eval", EvalOptions)
 def eval_(config: ConfigFile = None, **flags: Any) -> None:
-    """Show what a model learned, and how far it is from its reference."""
+    """Show what a model learned and how far it drifted."""
     options = resolve(EvalOptions, flags, config)
     reporter = out.reporter(options)
     from dpo_cli.evaluation.evaluate import run_eval
@@ -115,9 +110,8 @@ def eval_(config: ConfigFile = None, **flags: Any) -> None:
     run_eval(options, reporter, lambda result: out.show(result, as_text))
 
 
-@command(kind=SweepOptions)
 def sweep(config: ConfigFile = None, **flags: Any) -> None:
-    """Train with several betas and show what each reward costs in KL."""
+    """Train with several betas: what each reward costs in KL."""
     options = resolve(SweepOptions, flags, config)
     reporter = out.reporter(options)
     from dpo_cli.training.sweep import as_text
@@ -126,22 +120,14 @@ def sweep(config: ConfigFile = None, **flags: Any) -> None:
     out.show(run(options, sys.argv, reporter), as_text)
 
 
-@command()
 def merge(
     model: Annotated[str, typer.Option(help="Run, checkpoint or folder of an adapter.")],
     output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
-    base_model: Annotated[
-        str | None,
-        typer.Option(help="The adapter's base: hub id, folder or .gguf file. [default: what the adapter names]"),
-    ] = None,
-    export_dtype: Annotated[
-        Literal["float32", "bfloat16", "auto"],
-        typer.Option(help="Precision of the weights; auto: that in which the base is stored."),
-    ] = "float32",
+    base_model: Annotated[str | None, typer.Option(help="The adapter's base. [default: what it names]")] = None,
+    export_dtype: Annotated[Precision, typer.Option(help="Of the weights; auto: as the base is stored.")] = "float32",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code from the base model's repository.")
+        bool, typer.Option("--trust-remote-code", help="Run Python code of the base.")
     ] = False,
-    **_: Any,
 ) -> None:
     """Write an adapter and its base as one model."""
     from dpo_cli.models.locate import find_model
@@ -153,9 +139,8 @@ def merge(
     out.show(run(model, base_model, output, export_dtype, trust_remote_code, reporter))
 
 
-@command(kind=ExplainOptions)
 def explain(config: ConfigFile = None, **flags: Any) -> None:
-    """Show one row as it would be trained: every token, and which carry loss."""
+    """Show the tokens of one row, and which carry loss."""
     options = resolve(ExplainOptions, flags, config)
     reporter = out.reporter(options)
     from dpo_cli.quality.explain import explain as run
@@ -168,9 +153,8 @@ def explain(config: ConfigFile = None, **flags: Any) -> None:
         show(result)
 
 
-@command(kind=CheckOptions)
 def check(config: ConfigFile = None, **flags: Any) -> None:
-    """Report what is wrong with preference rows; only tokenizes them."""
+    """Report what is wrong with preference rows."""
     options = resolve(CheckOptions, flags, config)
     reporter = out.reporter(options)
     from dpo_cli.quality.check import as_text, run_check
@@ -183,52 +167,27 @@ def check(config: ConfigFile = None, **flags: Any) -> None:
         raise typer.Exit(3)
 
 
-@command()
-def losses(**_: Any) -> None:
-    """List the losses of --loss: formulas, when to use which, papers."""
+def losses() -> None:
+    """List the losses with formulas, uses and papers."""
     from dpo_cli.losses.objective import as_text, list_losses
 
     out.show(list_losses(), as_text)
 
 
-cache_app = typer.Typer(no_args_is_help=True, help="Manage cached reference log-probs.")
-app.add_typer(cache_app, name="cache")
-
-CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Folder of cached reference log-probs.")]
-
-
-@cache_app.command("list")
-@with_flags
-def cache_list(cache_dir: CacheDir = CACHE_DIR, **_: Any) -> None:
+def cache_list(cache_dir: CacheDir = CACHE_DIR) -> None:
     """Show what is cached: model, size and last use."""
     from dpo_cli.reference.manage import as_text, listed
 
     out.show(listed(cache_dir), as_text)
 
 
-@cache_app.command("verify")
-@with_flags
-def cache_verify(cache_dir: CacheDir = CACHE_DIR, **_: Any) -> None:
-    """Check every cached file; exit code 3 if one cannot be used."""
-    reporter = out.reporter()
-    from dpo_cli.reference.manage import verify
-
-    result = verify(cache_dir, reporter)
-    out.show(result)
-    if result["damaged"]:
-        raise typer.Exit(3)
-
-
-@cache_app.command("prune")
-@with_flags
 def cache_prune(
     cache_dir: CacheDir = CACHE_DIR,
     older_than: Annotated[float | None, typer.Option(min=0, help="Not used for so many days.")] = None,
     model: Annotated[str | None, typer.Option(help="Part of the model's name.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only listed.")] = False,
-    **_: Any,
 ) -> None:
-    """Remove what is cached by age or model; without --yes it only lists that."""
+    """Remove what is cached, by age or model."""
     if older_than is None and not model:
         raise UsageError("say what to remove: --older-than DAYS, --model NAME or both")
     reporter = out.reporter()
@@ -239,6 +198,28 @@ def cache_prune(
         print(printable(as_text({"entries": [entry.shown() for entry in entries]})), file=sys.stderr)
         raise UsageError(f"these {len(entries)} entries would be removed: add --yes")
     out.show(prune(entries, reporter))
+
+
+COMMANDS.update(
+    {
+        "init": Command(init),
+        "train": Command(train, TrainOptions),
+        "push": Command(push),
+        "precompute-ref": Command(precompute_ref, PrecomputeOptions),
+        "eval": Command(eval_, EvalOptions),
+        "sweep": Command(sweep, SweepOptions),
+        "merge": Command(merge),
+        "explain": Command(explain, ExplainOptions),
+        "check": Command(check, CheckOptions),
+        "losses": Command(losses),
+        "cache": TyperGroup(
+            commands={"list": Command(cache_list), "prune": Command(cache_prune)},
+            no_args_is_help=True,
+            rich_markup_mode=None,
+            help="Manage cached reference log-probs.",
+        ),
+    }
+)
 
 
 def _train_summary(result: dict[str, Any]) -> str:

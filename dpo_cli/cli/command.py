@@ -13,14 +13,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer.main
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from dpo_cli.config.options import DataOptions
 from dpo_cli.config.resolve import suggest_option
-from dpo_cli.utils.errors import DpoError, UsageError, did_you_mean, printable
+from dpo_cli.utils.errors import DpoError, UsageError, printable
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options; a flag wins.")]
 
@@ -79,8 +79,7 @@ class Output:
             get_error_handler().record_exception(error)
         else:
             overwrite = "\r" if sys.stderr.isatty() else ""  # the ^C that a terminal shows of an interrupt
-            event = {"event": "error", "exit_code": code, "text": message}
-            self._log(message, event, f"{overwrite}error: ")
+            self._log(message, {"event": "error", "exit_code": code}, f"{overwrite}error: ")
         return code
 
     def _log(self, text: str, event: dict[str, Any], head: str = "") -> None:
@@ -89,6 +88,7 @@ class Output:
 
 
 out = Output()
+COMMANDS: dict[str, TyperCommand | TyperGroup] = {}
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
@@ -104,38 +104,69 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return f"out of device memory; lower --max-tokens, or set --gradient-checkpointing\n{error}", 1
     if type(error).__name__ == "NoSuchOption":  # click's, which typer may vendor
         about: Any = error
-        known = [flag.lstrip("-").replace("-", "_") for each in about.ctx.command.params for flag in each.opts]
+        known = [parameter.name for parameter in about.ctx.command.params]
         near = suggest_option(about.option_name.lstrip("-").replace("-", "_"), known)
         near = near.replace("_", "-").replace("'", "'--", 1)
         return f"unknown option {about.option_name}{near}", 2
     raise error
 
 
+class Command(TyperCommand):
+    """A command with a flag for each option of ``kind`` and the flags of ``out``.
+
+    The function gets options as keywords; None if not given, which leaves the file's value or the default.
+    """
+
+    def __init__(self, function: Callable[..., None], kind: type[DataOptions] | None = None) -> None:
+        super().__init__(function.__name__, help=function.__doc__, rich_markup_mode=None)
+        self.function, self.kind = function, kind
+
+    def get_params(self, ctx: Any) -> Any:
+        """Make the flags when they are asked for: to make those of all commands takes as long as to import typer."""
+        if self.callback is None:
+            options, types = (fields(self.kind), get_type_hints(self.kind)) if self.kind else ((), {})
+            flags = [_flag(f.name, types[f.name] | None, _option(f)) for f in options]
+            own = inspect.signature(self.function, eval_str=True).parameters.values()
+            flags += [each.replace(kind=_KEYWORD) for each in own if each.kind is not each.VAR_KEYWORD]
+            made, output = _typed(self.function, flags), _typed(lambda: None, OUTPUT_FLAGS)
+            self.params, self.callback = [*made.params, *output.params], made.callback
+        return super().get_params(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of the command; ``out`` keeps its flags."""
+        rest = super().parse_args(ctx, args)
+        vars(out).update({flag.name: ctx.params.pop(flag.name) for flag in OUTPUT_FLAGS})
+        return rest
+
+
+def _flag(name: str, type_: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, _KEYWORD, default=None, annotation=Annotated[type_, option])
+
+
+def _typed(function: Callable[..., None], flags: list[inspect.Parameter]) -> Any:
+    """Return what typer makes of a function with these flags."""
+    function.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+    single = typer.Typer(add_completion=False)
+    single.command()(function)
+    return typer.main.get_command(single)
+
+
+OUTPUT_FLAGS = [
+    _flag(name, bool, typer.Option(f"--{name.replace('_', '-')}", help=text))
+    for name, text in {
+        "json": "Print exactly one JSON object on stdout.",
+        "quiet": "Print only warnings, errors and the result.",
+        "log_json": "Write JSON lines to stderr; event is their kind.",
+        "debug": "Show the traceback of an error.",
+    }.items()
+]
+
+
 class Commands(TyperGroup):
-    """The commands, each made when it is asked for; an error that a user can cause is one message and an exit code."""
+    """All commands; an error that a user can cause is one message and an exit code."""
 
-    made: ClassVar[dict[str, tuple[Callable[..., None], type[DataOptions] | None]]] = {}
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of all commands."""
-        return [*self.made, *self.commands]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Make the command of this name."""
-        if cmd_name not in self.made:
-            if cmd_name not in self.commands and not ctx.resilient_parsing:
-                ctx.fail(printable(f"No such command '{cmd_name}'{did_you_mean(cmd_name, self.list_commands(ctx))}"))
-            return super().get_command(ctx, cmd_name)
-        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        function, kind = self.made[cmd_name]
-        single.command(cmd_name)(with_flags(function, kind))
-        return typer.main.get_command(single)
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the names and sentences of all commands; to make them all would take as long as to import typer."""
-        rows = [(name, str(function.__doc__).splitlines()[0]) for name, (function, _) in self.made.items()]
-        with formatter.section("Commands"):
-            formatter.write_dl([*rows, *((name, str(group.help)) for name, group in self.commands.items())])
+    def __init__(self, **about: Any) -> None:
+        super().__init__(**about | {"commands": COMMANDS})
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was typed."""
@@ -147,10 +178,7 @@ class Commands(TyperGroup):
         except typer.Exit as end:
             code = end.exit_code
         except BrokenPipeError:  # the reader of the output is gone, as head is
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            code = 1
+            raise
         except (Exception, KeyboardInterrupt) as error:
             code = out.fail(error)
         if (distributed := sys.modules.get("dpo_cli.utils.distributed")) and distributed.is_launched():
@@ -158,56 +186,9 @@ class Commands(TyperGroup):
         raise typer.Exit(code)
 
 
-def command(
-    name: str | None = None, kind: type[DataOptions] | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function, with the flags of ``out`` and a flag for each option of ``kind``.
-
-    The function gets the options as keywords; None if not given, which leaves the file's value or the default.
-    """
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        Commands.made[name or function.__name__] = function, kind
-        return function
-
-    return decorate
-
-
-def with_flags(function: Callable[..., None], kind: type[DataOptions] | None = None) -> Callable[..., None]:
-    """Let typer see the flags of ``out`` and those of the options of ``kind`` in the signature of a function."""
-    if hasattr(function, "__signature__"):  # an earlier command of this process made it
-        return function
-    own = [
-        p.replace(kind=_KEYWORD)
-        for p in inspect.signature(function, eval_str=True).parameters.values()
-        if p.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    types = get_type_hints(kind) if kind else {}
-    flags = {f.name: Annotated[types[f.name] | None, _flag(f)] for f in (fields(kind) if kind else ())}
-    added = [inspect.Parameter(name, _KEYWORD, default=None, annotation=each) for name, each in flags.items()]
-    parameters = [*added, *own, *(_of_output(*each) for each in _OF_OUTPUT)]
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return function
-
-
-def _of_output(name: str, text: str) -> inspect.Parameter:
-    def keep(value: bool) -> None:
-        setattr(out, name, value)
-
-    flag = typer.Option(f"--{name.replace('_', '-')}", help=text, callback=keep, expose_value=False)
-    return inspect.Parameter(f"{name}_", _KEYWORD, default=None, annotation=Annotated[bool, flag])
-
-
-_OF_OUTPUT = (
-    ("json", "Print exactly one JSON object on stdout."),
-    ("quiet", "Print only warnings, errors and the result."),
-    ("log_json", "Write JSON lines to stderr; event is their kind."),
-    ("debug", "Show the traceback of an error."),
-)
-
-
-def _flag(option: Field[Any]) -> Any:
-    text, shown, choices = (option.metadata[name] for name in ("help", "shown", "choices"))
+def _option(option: Field[Any]) -> Any:
+    text, shown, check = (option.metadata[name] for name in ("help", "shown", "check"))
+    choices = check.choices if check else ()
     default = shown or (None if option.default in (MISSING, False) else option.default)
     text += "" if default is None else f" [default: {default}]"
 

@@ -1,13 +1,15 @@
-"""Ranges of options: what a value must be, as a test and in words."""
+"""What options may be: ranges of single options, and the combinations of options that are refused."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dpo_cli.losses.preference import DIVERGENCES, divergence
+from dpo_cli.losses.objective import Objective
+from dpo_cli.losses.preference import DIVERGENCES, LOSSES, divergence
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -25,11 +27,6 @@ def one_of(*values: str) -> Check:
     return Check(lambda v: v in values, "must be one of: " + ", ".join(values), values)
 
 
-def matching(pattern: str, must: str) -> Check:
-    """Check that a whole value matches a regular expression."""
-    return Check(lambda v: bool(re.fullmatch(pattern, v, re.ASCII)), must)
-
-
 def numbers(text: str) -> list[float]:
     """Parse numbers separated by commas, lowest first."""
     return sorted(float(part) for part in text.split(","))
@@ -45,6 +42,11 @@ at_least_16 = Check(lambda v: v >= 16, "must be at least 16 tokens")
 precision = one_of("auto", "float32", "bfloat16")._replace(
     must="must be one of: auto, float32, bfloat16 (float16 overflows in training; a model stored in it can be used)"
 )
+losses = Check(
+    lambda v: all(part.partition("=")[0].strip() in LOSSES for part in v.split(",")),
+    f"must be one or more of {', '.join(LOSSES)}",
+    tuple(LOSSES),
+)
 divergences = Check(
     lambda v: bool(divergence(v)),
     f"must be one of: {', '.join(DIVERGENCES)}, the last also with =ALPHA",
@@ -59,8 +61,51 @@ trackers = Check(
     f"must be one or more of {', '.join(TRACKERS)}, separated by commas, or none",
     TRACKERS,
 )
-repository = matching(r"[\w-][\w.-]*/[\w-][\w.-]*", "must be ORG/NAME, for example my-name/my-model")
-module_names = matching(
-    r"[\w-]+(\.[\w-]+)*(,[\w-]+(\.[\w-]+)*)*",
+module_names = Check(
+    lambda v: bool(re.fullmatch(r"[\w-]+(\.[\w-]+)*(,[\w-]+(\.[\w-]+)*)*", v, re.ASCII)),
     "must be names of modules, separated by commas, for example q_proj,v_proj",
 )
+
+
+def refused(options: Any) -> list[str]:
+    """Say which of the options contradict each other, and what to do.
+
+    Raises:
+        UsageError: the loss cannot have the options that are given for it.
+    """
+    o = defaultdict(lambda: None, vars(options))  # None: the command has no such option, or it is not given
+    trains, fsdp, lora = "lora_rank" in o, o["fsdp"], o["lora_rank"]
+    sweeps = trains and "samples" in o
+    objective = options.objective if trains else Objective()
+    ref, held_out = trains and o["ref_model"], o["eval_data"] or o["eval_fraction"]
+    quantized = o["load_in_4bit"] or o["load_in_8bit"]
+    of_adapters = ["lora_type", "lora_alpha", "lora_targets", "modules_to_save"]
+    of_adapters += ["load_in_4bit", "load_in_8bit", "export"]
+    unused = ", ".join(f"--{name.replace('_', '-')}" for name in of_adapters if trains and not lora and o[name])
+    reads_held_out = o["eval_steps"] or o["show_answers"] or o["save_best"]
+    in_full, merged = o["memory"] in (None, "auto", "full"), o["export"] == "merged"
+    stored = lora and not merged and o["export_dtype"] != "float32"
+    clips = o["memory"] == "in-backward" and o["max_grad_norm"]
+    table = [
+        (o["load_in_4bit"] and o["load_in_8bit"], "--load-in-4bit, --load-in-8bit: a base is quantized once"),
+        (ref and not objective.reference, "--ref-model {ref_model}: --loss {loss} reads no reference; leave it out"),
+        (fsdp and (lora or ref), "--fsdp: shards a model that is trained in full; not with --lora-rank, --ref-model"),
+        (fsdp and o["show_answers"], "--show-answers: a model in shards does not answer; use dpo eval --samples"),
+        (unused, f"{unused}: no adapter is trained; add --lora-rank, for example 16, or leave it out"),
+        (lora and not in_full, "--memory {memory}: an adapter's weights are few and stay float32; use full"),
+        (clips, "--memory in-backward: nothing can be clipped; set --max-grad-norm 0"),
+        (stored, "--export-dtype {export_dtype}: an adapter is float32; add --export merged"),
+        (merged and quantized, "--export merged: not over a quantized base; export the adapter, and use dpo merge"),
+        (quantized and o["dtype"] == "float32", "--load-in-4bit, --load-in-8bit: not with --dtype float32"),
+        (fsdp and quantized, "--fsdp: shards float32 weights; not with --load-in-4bit, --load-in-8bit"),
+        (fsdp and not in_full, "--memory {memory}: its blocks of moments cannot be sharded; with --fsdp use full"),
+        (quantized and o["lora_type"] == "dora", "--lora-type dora: not over a quantized base; use lora or rslora"),
+        (o["eval_data"] and o["eval_fraction"], "--eval-data and --eval-fraction: give one of them"),
+        (
+            reads_held_out and not held_out,
+            "--eval-steps, --show-answers and --save-best need held-out pairs: --eval-data or --eval-fraction",
+        ),
+        (sweeps and not o["eval_data"], "--eval-data is missing: a sweep compares its runs on held-out rows"),
+        (sweeps and not objective.uses("beta"), "--loss {loss}: reads no beta, so there is nothing to compare"),
+    ]
+    return [text.format_map(o) for refuse, text in table if refuse]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import checks
-from dpo_cli.config.checks import Check, not_negative, one_of, positive
-from dpo_cli.config.refused import refused
+from dpo_cli.config.checks import Check, not_negative, one_of, positive, refused
 from dpo_cli.losses.objective import Objective, parse_objective
 from dpo_cli.losses.preference import LOSSES
 from dpo_cli.utils.errors import UsageError, did_you_mean
@@ -21,63 +20,41 @@ FORMATS = (
     *("strings", "messages", "conversations", "hh", "sharegpt"),
     *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked", "openai", "swift"),
 )
-TOKENS = one_of("keep", "refuse")
+KL = (
+    "exact: compare the next-token distributions of both models (KL, entropies, shifted tokens), which runs both; "
+    "none: compare only the log-probs of the responses."
+)
 BEST = {"loss": -1, "rewards/margins": 1, "rewards/accuracies": 1}  # metrics of --save-best: lower or higher is better
 
 
-def option(
-    default: Any, text: str, check: Check | None = None, shown: str | None = None, choices: Sequence[str] = ()
-) -> Any:
-    """Make a field of an options class, whose help says what the check accepts.
-
-    ``shown`` describes a default that is chosen at run time. ``choices`` are words that a shell offers; the check's own
-    choices are offered without it.
-    """
+def option(default: Any, text: str, check: Check | None = None, shown: str | None = None) -> Any:
+    """Make a field of an options class, whose help says what the check accepts; ``shown``: a default of run time."""
     if check and not (check.choices and all(choice in text for choice in check.choices)):
         text += f" {check.must[0].upper()}{check.must[1:]}."
-    metadata = {"help": text, "check": check, "shown": shown, "choices": choices or (check.choices if check else ())}
-    return field(default=default, metadata=metadata)
-
-
-def kl_option(more: str = "") -> Any:
-    """Make the option of whether evaluations compare whole next-token distributions."""
-    text = (
-        "exact: compare the next-token distributions of both models (KL, entropies, shifted tokens), which runs both; "
-        "none: compare only the log-probs of the responses."
-    )
-    return option("exact", f"{text} {more}".strip(), one_of("exact", "none"))
+    return field(default=default, metadata={"help": text, "check": check, "shown": shown})
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class DataOptions:
     """What every command needs: pairs, and the model whose tokenizer reads them."""
 
-    model: str | None = option(
-        None, "Hub id, local folder, .gguf file, run folder or adapter folder.", shown="SmolLM2-135M-Instruct"
-    )
-    base_model: str | None = option(
-        None, "Base of the adapter in --model: hub id, folder or .gguf file.", shown="what the adapter names"
-    )
+    model: str | None = option(None, "Hub id, folder, .gguf file, run or adapter.", shown="SmolLM2-135M-Instruct")
+    base_model: str | None = option(None, "Base of the adapter in --model.", shown="what the adapter names")
     data: list[str] = option(
         MISSING,
         "Preference rows: .jsonl, .json, .parquet or .csv, also .gz; a folder of them; a saved data set or a "
         "hub id (ORG/NAME), with :SPLIT; - for JSON lines from stdin. Repeatable.",
     )
-    columns: str | None = option(
-        None, "Names of your columns, as prompt=…,chosen=…,rejected=…", shown="prompt, chosen, rejected"
-    )
+    columns: str | None = option(None, "Your columns, as prompt=…,chosen=…,rejected=…", shown="by the format")
     format: str | None = option(None, "Format of every row.", one_of(*FORMATS), shown="from each row's columns")
     max_length: int | None = option(
         None, "Longest prompt + response in tokens.", checks.at_least_16, shown=f"1024; {OF_A_RUN}"
     )
     control_tokens: str | None = option(
-        None, "Control tokens in messages: keep them, or refuse the row.", TOKENS, shown=f"keep; {OF_A_RUN}"
+        None, "Rows with control tokens: keep or refuse.", one_of("keep", "refuse"), shown=f"keep; {OF_A_RUN}"
     )
     train_turns: str | None = option(
-        None,
-        "Answers of several turns: the last, or all that differ.",
-        one_of("last", "all"),
-        shown=f"last; {OF_A_RUN}",
+        None, "Answers to train: the last, or all that differ.", one_of("last", "all"), shown=f"last; {OF_A_RUN}"
     )
     chat_template: Path | None = option(None, "Jinja file to use as the chat template.", shown="the model's")
     trust_remote_code: bool = option(False, "Run Python code from the model's repository.")
@@ -111,9 +88,7 @@ class Options(DataOptions):
         None, "Tokens per packed forward: the memory knob.", checks.at_least_16, shown="from free memory"
     )
     dtype: str | None = option(None, "Compute precision.", checks.precision, shown="auto")
-    cache_dir: Path = option(
-        CACHE_DIR, "Folder of cached reference log-probs, converted GGUF models and temporary files of the exact KL."
-    )
+    cache_dir: Path = option(CACHE_DIR, "Cached reference log-probs, converted GGUF models, temporary files.")
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -137,7 +112,7 @@ class WeightsOptions(Options):
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
-class SampleOptions:
+class SampleOptions(Options):
     """What every command needs that samples answers."""
 
     samples: int = option(0, "Answers sampled per prompt: KL of whole responses; both models' answers.", not_negative)
@@ -162,13 +137,10 @@ class TrainOptions(WeightsOptions):
     beta: float = option(0.1, "Strength of the pull towards the reference.", positive)
     loss: str = option(
         "sigmoid",
-        f"Loss to minimise; dpo losses explains each: {', '.join(LOSSES)}. Several are added up by weight, as in "
-        "sigmoid=1,sft=0.2.",
-        choices=tuple(LOSSES),
+        f"Loss, explained by dpo losses: {', '.join(LOSSES)}. Several are added up by weight: sigmoid=1,sft=0.2.",
+        checks.losses,
     )
-    loss_options: str | None = option(
-        None, "Options of a loss, as in simpo_gamma=1; see dpo losses.", shown="the papers'"
-    )
+    loss_options: str | None = option(None, "Options of a loss, as simpo_gamma=1.", shown="as in dpo losses")
     label_smoothing: float = option(0.0, "Share of labels assumed to be flipped (conservative DPO).", checks.below_half)
     router_aux_loss_coef: float = option(0.0, "Weight of the load-balancing loss of experts (aux_loss).", not_negative)
     f_divergence: str = option("reverse_kl", "Divergence that holds the policy to the reference.", checks.divergences)
@@ -184,9 +156,7 @@ class TrainOptions(WeightsOptions):
     warmup_ratio: float = option(0.1, "Fraction of the steps in which the learning rate rises.", checks.fraction)
     weight_decay: float = option(0.0, "AdamW's weight decay, applied to matrices only.", not_negative)
     max_grad_norm: float = option(1.0, "Clip the gradient norm to this; 0 turns clipping off.", not_negative)
-    ref_model: str | None = option(
-        None, "Reference model, scored first; never in memory with the policy.", shown="--model"
-    )
+    ref_model: str | None = option(None, "Reference model; never in memory with the policy.", shown="--model")
     lora_rank: int | None = option(
         None, "Train a LoRA adapter of this rank instead of all weights, or continue that in --model.", positive
     )
@@ -199,10 +169,7 @@ class TrainOptions(WeightsOptions):
         None, "Modules to train in full beside the adapter, by the ends of their names.", checks.module_names
     )
     export: str | None = option(
-        None,
-        "Content of model/ after training an adapter: the adapter, or the base with it merged.",
-        one_of("adapter", "merged"),
-        shown="adapter",
+        None, "Write to model/ the adapter, or its base with it merged.", one_of("adapter", "merged"), shown="adapter"
     )
     export_dtype: str = option(
         "float32", "Precision of exported weights; auto: the start model's.", one_of("float32", "bfloat16", "auto")
@@ -211,7 +178,7 @@ class TrainOptions(WeightsOptions):
     seed: int = option(0, "Seed of the order of the pairs.", checks.valid_seed)
     logging_steps: int = option(10, "Steps per log line if stderr is not a terminal; at least one per 30 s.", positive)
     eval_steps: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
-    kl: str = kl_option()
+    kl: str = option("exact", KL, one_of("exact", "none"))
     save_best: str | None = option(
         None, "Keep the best evaluation's model in best/: by lowest loss, or highest of the others.", one_of(*BEST)
     )
@@ -250,17 +217,17 @@ class PrecomputeOptions(WeightsOptions):
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
-class EvalOptions(SampleOptions, Options):
+class EvalOptions(SampleOptions):
     """`dpo eval`."""
 
     model: list[str] | None = option(  # type: ignore[assignment]  # two are compared
         None,
-        "Hub id, local folder, .gguf file, run folder or checkpoint; twice: the second is compared with the first.",
+        "Hub id, folder, .gguf file, run or checkpoint; twice: the second is compared with the first.",
         shown="SmolLM2-135M-Instruct",
     )
     ref_model: str | None = option(None, "Reference model.", shown="the run's, else the model itself")
     beta: float | None = option(None, "Scale of the implicit reward.", positive, shown="the run's, else 0.1")
-    kl: str = kl_option()
+    kl: str = option("exact", KL, one_of("exact", "none"))
     seed: int = option(0, "Seed of the samples.", checks.valid_seed)
     per_pair: Path | None = option(None, "Write one JSON line per pair to this file.")
     report: Path | None = option(None, "Write the report, one HTML file, to this file.")
@@ -271,16 +238,10 @@ class SweepOptions(SampleOptions, TrainOptions):
     """`dpo sweep`: the options of its trainings, which differ in beta alone, and of the evaluation after them."""
 
     beta: str = option(  # type: ignore[assignment]  # several
-        "0.03,0.1,0.3,1",
-        "Strengths of the pull towards the reference, separated by commas: a training each.",
-        checks.betas,
+        "0.03,0.1,0.3,1", "Strengths of the pull towards the reference: a training each.", checks.betas
     )
-    output: Path | None = option(
-        None,
-        "Folder of the runs and of the comparison; an existing sweep is resumed.",
-        shown="runs/sweep",
-    )
-    kl: str = kl_option("While training; the frontier's is always exact.")
+    output: Path | None = option(None, "Folder of the runs; an existing sweep is resumed.", shown="runs/sweep")
+    kl: str = option("exact", f"{KL} While training; the frontier's is always exact.", one_of("exact", "none"))
 
     def runs(self) -> list[TrainOptions]:
         """Return the options of each training, lowest beta first, without its output folder."""
@@ -310,11 +271,3 @@ def out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[str
             near = did_you_mean(str(value), check.choices)
             problems.append(f"--{f.name.replace('_', '-')} {value}: {check.must}{near}")
     return problems
-
-
-def as_flag(name: str, value: Any) -> list[str]:
-    """Format an option with its value, or its values, as words of a command."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}"] if value else []
-    return [word for each in (value if isinstance(value, list) else [value]) for word in (f"--{flag}", str(each))]

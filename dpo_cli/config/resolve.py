@@ -7,11 +7,13 @@ import reprlib
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
+from functools import partial
 from pathlib import Path
+from textwrap import fill
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from dpo_cli.config.options import DataOptions, TrainOptions, as_flag, out_of_range
+from dpo_cli.config.options import DataOptions, TrainOptions, out_of_range
 from dpo_cli.utils.errors import UsageError, did_you_mean, name_beside
 
 # Options that do not change what is trained: a resumed run may change them.
@@ -39,6 +41,12 @@ OTHER_NAMES = {
     "max_seq_length": "max_length",
 }
 
+HEAD = (
+    "All options of dpo train with their defaults, for dpo train --config. null: chosen when the run begins, or off. A "
+    "flag on the command line overrides this file."
+)
+WIDTH = 100  # of the comments
+
 Name = str | os.PathLike[str]
 T = TypeVar("T", bound=DataOptions)
 
@@ -49,44 +57,38 @@ def suggest_option(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, names, {theirs: ours for theirs, ours in OTHER_NAMES.items() if ours in names})
 
 
-def resolve(kind: type[T], given: Mapping[str, Any], file: Name | None = None, keywords: Sequence[str] = ()) -> T:
+def resolve(kind: type[T], given: Mapping[str, Any], file: Name | None = None) -> T:
     """Merge flags or keywords over the YAML file over the defaults, and check the result.
 
-    None leaves an option open. ``keywords`` are other words that an unknown option may have meant.
+    None leaves an option open.
 
     Raises:
         UsageError: naming every unknown key, wrong type, failed check, missing option or refused combination.
     """
-    values, problems = _parse(kind, _yaml_items(Path(file))) if file else ({}, [])
-    flags, wrong = _parse(kind, ((name, value, "") for name, value in given.items() if value is not None), keywords)
-    values |= flags
-    problems += [*wrong, *out_of_range(kind, values)]
+    types, values, problems = get_type_hints(kind), dict[str, Any](), list[str]()
+    optional = {f.name for f in fields(kind) if f.default in (None, MISSING)}
+    flags = [(name, value, "") for name, value in given.items() if value is not None]
+    for items in (_yaml_items(Path(file)) if file else (), flags):
+        read: dict[str, Any] = {}
+        for key, value, place in items:
+            name = key.replace("-", "_")
+            if name not in types:
+                problems.append(f"{place}unknown option '{key}'{suggest_option(name, types)}")
+            elif name in read:
+                problems.append(f"{place}option '{key}' is given twice")
+            else:
+                try:
+                    read[name] = None if value is None and name in optional else _convert(value, types[name])
+                except (TypeError, ValueError, OverflowError):
+                    read[name] = None
+                    problems.append(f"{place}option '{key}' cannot be {reprlib.repr(value)[:200]}")
+        values |= {name: value for name, value in read.items() if value is not None}
+    problems += out_of_range(kind, values)
     if not values.get("data"):
         problems.append("--data is missing: name a file of preference pairs, for example --data pairs.jsonl")
     if problems:
         raise UsageError("\n".join(problems))
     return kind(**values)
-
-
-def _parse(
-    kind: type[DataOptions], items: Iterable[tuple[str, Any, str]], keywords: Sequence[str] = ()
-) -> tuple[dict[str, Any], list[str]]:
-    """Convert (name, value, place) items to the options' types; returns values and problems."""
-    types, values, problems = get_type_hints(kind), dict[str, Any](), list[str]()
-    optional = {f.name for f in fields(kind) if f.default in (None, MISSING)}
-    for key, value, place in items:
-        name = key.replace("-", "_")
-        if name not in types:
-            problems.append(f"{place}unknown option '{key}'{suggest_option(name, [*types, *keywords])}")
-        elif name in values:
-            problems.append(f"{place}option '{key}' is given twice")
-        else:
-            try:
-                values[name] = None if value is None and name in optional else _convert(value, types[name])
-            except (TypeError, ValueError, OverflowError):
-                values[name] = None
-                problems.append(f"{place}option '{key}' cannot be {reprlib.repr(value)[:200]}")
-    return {name: value for name, value in values.items() if value is not None}, problems
 
 
 def _yaml_items(file: Path) -> Iterator[tuple[str, Any, str]]:
@@ -135,6 +137,9 @@ def _convert(value: Any, type_: Any) -> Any:
     return type_(float(value)) if type_ in (int, float) else type_(str(value))
 
 
+# ---- files of options -------------------------------------------------------------------------------------------
+
+
 def to_yaml(options: DataOptions) -> str:
     """Write options as a YAML file that ``resolve`` reads back, without those that every run must be given again."""
     import yaml
@@ -144,12 +149,36 @@ def to_yaml(options: DataOptions) -> str:
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
+def write_config(file: Path, data: Sequence[str] = (), force: bool = False) -> None:
+    """Write a file of all options of `dpo train` with their help and defaults, and ``data`` as its pairs.
+
+    Raises:
+        UsageError: the file exists, and ``force`` is not set.
+        NotWrittenError: it cannot be written.
+    """
+    import yaml
+
+    from dpo_cli.utils.files import atomic_write
+
+    if file.exists() and not force:
+        raise UsageError(f"{file}: exists already; name another file, or replace it with --force")
+    comment = partial(fill, width=WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+    entries = [f"{comment(HEAD)}\n"]
+    for option in sorted(fields(TrainOptions), key=lambda f: f.name != "data"):
+        value, text, shown = option.default, option.metadata["help"], option.metadata["shown"]
+        if value is MISSING:
+            value, text = list(data) or None, f"{text} Required."
+        text += f" null: {shown}." if shown else ""
+        value = str(value) if isinstance(value, Path) else value
+        entries.append(f"{comment(text)}\n{yaml.safe_dump({option.name: value}, allow_unicode=True)}")
+    with atomic_write(file) as temporary:
+        temporary.write_text("\n".join(entries), encoding="utf-8")
+
+
 # ---- resumed runs -----------------------------------------------------------------------------------------------
 
 
-def resolve_training(
-    given: Mapping[str, Any], resume: Path | None, file: Name | None = None, keywords: Sequence[str] = ()
-) -> TrainOptions:
+def resolve_training(given: Mapping[str, Any], resume: Path | None, file: Name | None = None) -> TrainOptions:
     """Return the options of a new run, or those of the run in the folder ``resume``.
 
     There the options given may only change what does not change the training; ``output`` may repeat the folder.
@@ -158,7 +187,7 @@ def resolve_training(
         UsageError: they cannot be used, the folder is no run, or an option asks for another training.
     """
     if not resume:
-        return resolve(TrainOptions, given, file, keywords)
+        return resolve(TrainOptions, given, file)
     if file:
         raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
     for name in ("config.yaml", "manifest.json"):
@@ -167,17 +196,26 @@ def resolve_training(
     if given.get("output") and Path(given["output"]) == resume:
         given = {**given, "output": None}
     file = resume / "config.yaml"
-    began, options = resolve(TrainOptions, {}, file), resolve(TrainOptions, given, file, keywords)
+    began, options = resolve(TrainOptions, {}, file), resolve(TrainOptions, given, file)
     if changed := differences(began, options):
         new = {"output": resume.with_name(f"{resume.name}-2")} | {name: getattr(options, name) for name in changed}
-        words = [word for name, value in new.items() for word in as_flag(name, value)]
-        command = shlex.join(["dpo", "train", "--config", str(file), *words])
+        command = shlex.join(["dpo", "train", "--config", str(file), *as_words(new)])
         further = f"; add --model {shlex.quote(str(resume))} to train its model further"
         raise UsageError(
             f"--resume {resume}: cannot change {', '.join(changed.values())}. A new run can: {command}"
             + (further if (resume / "model").is_dir() and "model" not in changed else "")
         )
     return options
+
+
+def as_words(options: Mapping[str, Any]) -> list[str]:
+    """Format options as words of a command, without those that are None or False."""
+    words = []
+    for name, value in options.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each is not False:
+                words += [f"--{name.replace('_', '-')}"] if each is True else [f"--{name.replace('_', '-')}", str(each)]
+    return words
 
 
 def differences(began: TrainOptions, options: TrainOptions) -> dict[str, str]:

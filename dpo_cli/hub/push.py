@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from dpo_cli.config.checks import repository
 from dpo_cli.hub.model_card import SELF, hub_name
 from dpo_cli.models.locate import find_model
 from dpo_cli.utils.errors import DpoError, UsageError, name_beside
@@ -28,8 +28,8 @@ def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
         UsageError: there is no trained model, nobody else could load it, or there is no login.
         DpoError: the upload failed; the message says how to try again.
     """
-    if not repository.holds(name):
-        raise UsageError(f"{name}: {repository.must}")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
+        raise UsageError(f"{name}: must be ORG/NAME, for example my-name/my-model")
     model = folder / "model" if (folder / "manifest.json").is_file() else folder
     card, adapter = model / "README.md", model / "adapter_config.json"
     if not (card.is_file() and (model / "tokenizer_config.json").is_file()):

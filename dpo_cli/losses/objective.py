@@ -6,11 +6,10 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.losses.preference import LOSSES, PAIR_FIELDS, RUN_OPTIONS, Loss, Preferences, divergence
-from dpo_cli.utils.errors import UsageError, did_you_mean
+from dpo_cli.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,18 +29,13 @@ class Objective:
 
     def __call__(self, p: Preferences) -> Tensor:
         """Compute the loss of each pair: (P,)."""
-        values = {name: getattr(p, name) for name in PAIR_FIELDS} | self._run_values
+        values: dict[str, Any] = {"beta": self.beta, "label_smoothing": self.label_smoothing, **self.options}
+        values |= {name: getattr(p, name) for name in PAIR_FIELDS} | {"f_divergence": divergence(self.f_divergence)}
         parts = [
-            weight * LOSSES[name].compute(p, **{key: values[key] for key in LOSSES[name].reads if key in values})
-            for name, weight in self.terms.items()
+            weight * LOSSES[loss].compute(p, **{name: values[name] for name in LOSSES[loss].reads if name in values})
+            for loss, weight in self.terms.items()
         ]
         return p.weights * sum(parts[1:], parts[0])
-
-    @cached_property
-    def _run_values(self) -> dict[str, Any]:
-        """The parameters of losses that are the same for all pairs, by name."""
-        values = {"beta": self.beta, "label_smoothing": self.label_smoothing}
-        return {**self.options, **values, "f_divergence": divergence(self.f_divergence)}
 
     @property
     def losses(self) -> list[Loss]:
@@ -107,59 +101,36 @@ def as_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_objective(
-    loss: str = "sigmoid",
-    loss_options: str | None = None,
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    f_divergence: str = "reverse_kl",
-    ld_alpha: float | None = None,
-    wpo: bool = False,
-) -> Objective:
-    """Build the objective from the options of the same names.
+def parse_objective(loss: str = "sigmoid", loss_options: str | None = None, **given: Any) -> Objective:
+    """Build the objective from the options of the same names and those of ``Objective``; None leaves one open.
 
     Raises:
-        UsageError: an unknown loss or loss option, or an option that the losses would ignore.
+        UsageError: an unknown loss option, or an option that the losses would ignore.
     """
-    terms, own = _parse_terms(loss), _parse_numbers("--loss-options", loss_options or "")
-    alpha = 1.0 if ld_alpha is None else ld_alpha
-    objective = Objective(terms, beta, label_smoothing, f_divergence, alpha, wpo, own)
-    options = sorted({name for each in objective.losses for name in each.options})
+    terms = _parse_numbers("--loss", ",".join(part if "=" in part else f"{part}=1" for part in loss.split(",")))
+    if min(terms.values()) <= 0:
+        raise UsageError(f"--loss {loss}: a weight must be greater than 0")
+    own, given = _parse_numbers("--loss-options", loss_options or ""), {n: v for n, v in given.items() if v is not None}
+    objective = Objective(terms, options=own, **given)
+    known = sorted({name for each in objective.losses for name in each.options})
     for name, value in own.items():
-        if name not in options:
-            others = f"it has {', '.join(options)}" if options else "it has none of its own"
-            raise UsageError(f"--loss-options {name}: --loss {objective.name} does not read it; {others}")
-        least = "greater than 0" if name == "discopop_tau" else "0 or greater"  # which divides
-        if value < 0 or (value == 0 and name == "discopop_tau"):
-            raise UsageError(f"--loss-options {loss_options}: {name} must be {least}")
+        if name not in known:
+            others = ", ".join(known) or "none of its own"
+            raise UsageError(f"--loss-options {name}: --loss {objective.name} does not read it; it has {others}")
+        if value < 0 or (value == 0 and name == "discopop_tau"):  # which divides
+            raise UsageError(f"--loss-options {loss_options}: must be 0 or greater, discopop_tau greater than 0")
     for each in objective.losses:
-        if each.reads.get("label_smoothing") is inspect.Parameter.empty and not label_smoothing:
+        if each.reads.get("label_smoothing") is inspect.Parameter.empty and not objective.label_smoothing:
             raise UsageError(f"--loss {each.name}: needs --label-smoothing above 0, for example 0.001")
-    if ld_alpha is not None and not objective.reference:
-        raise UsageError(f"--ld-alpha {ld_alpha}: is about the ratio to the reference, and --loss {loss} reads none")
-    for name, given, default in (
-        ("label_smoothing", label_smoothing, 0.0),
-        ("f_divergence", f_divergence, "reverse_kl"),
-    ):
-        if given != default and (ignoring := objective.ignored_by(name)):
-            able = ", ".join(other for other, each in LOSSES.items() if name in each.reads)
-            flag = f"--{name.replace('_', '-')} {given}"
+    if "ld_alpha" in given and not objective.reference:
+        raise UsageError(f"--ld-alpha {objective.ld_alpha}: is about the ratio to the reference, which {loss} lacks")
+    for name in ("label_smoothing", "f_divergence"):
+        value = getattr(objective, name)
+        if value != getattr(DPO, name) and (ignoring := objective.ignored_by(name)):
+            able = ", ".join(other.name for other in LOSSES.values() if name in other.reads)
+            flag = f"--{name.replace('_', '-')} {value}"
             raise UsageError(f"{flag}: --loss {ignoring} does not read it; these do: {able}")
     return objective
-
-
-def _parse_terms(text: str) -> dict[str, float]:
-    """Parse ``sigmoid`` or ``sigmoid=1,sft=0.2`` to weights by name."""
-    parts = [part if "=" in part else f"{part}=1" for part in text.split(",")]
-    for name in (part.partition("=")[0].strip() for part in parts):
-        if name not in LOSSES:
-            near = did_you_mean(name.replace("-", "_"), LOSSES) or f"; there are {', '.join(LOSSES)}"
-            raise UsageError(f"--loss {text}: no loss is called '{name}'{near}")
-    terms = _parse_numbers("--loss", ",".join(parts))
-    if any(weight <= 0 for weight in terms.values()):
-        raise UsageError(f"--loss {text}: a weight must be greater than 0")
-    return terms
 
 
 def _parse_numbers(flag: str, text: str) -> dict[str, float]:

@@ -15,8 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from types import MappingProxyType
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def preference_loss(**properties: bool) -> Callable[[Callable[..., Tensor]], Cal
     def add(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
         use, formula, paper = (" ".join(part.split()) for part in inspect.cleandoc(compute.__doc__ or "").split("\n\n"))
         _, *parameters = inspect.signature(compute).parameters.values()
-        reads = MappingProxyType({each.name: each.default for each in parameters})
+        reads = {each.name: each.default for each in parameters}
         name = compute.__name__
         LOSSES[name] = Loss(name, compute, use, formula, paper.removeprefix("Source: "), reads, **properties)
         return compute
@@ -142,6 +141,7 @@ def alpha_divergence(logratios: Tensor, alpha: float = 0.5) -> Tensor:
 DIVERGENCES = {each.__name__: each for each in (reverse_kl, forward_kl, js_divergence, alpha_divergence)}
 
 
+@cache
 def divergence(text: str) -> Divergence:
     """Parse ``--f-divergence``.
 

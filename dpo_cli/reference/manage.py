@@ -1,4 +1,4 @@
-"""`dpo cache`: reference log-probs and converted models on disk; checked and removed."""
+"""`dpo cache`: reference log-probs and converted models on disk, listed and removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.models import converted
-from dpo_cli.reference import shards
 from dpo_cli.reference.store import ABOUT
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.files import DAY, remove_leftovers
@@ -74,41 +73,6 @@ def as_text(result: dict[str, Any]) -> str:
         size, unused = f"{entry['bytes'] / 2**20:,.1f} MiB", f"{entry['days_unused']:.1f} d"
         lines.append(f"{entry['kind']:<11}{entry['name'][:32]:<34}{size:>12}{unused:>10}  {entry['model']}")
     return "\n".join(lines)
-
-
-def verify(cache_dir: Path, reporter: Reporter) -> dict[str, Any]:
-    """Check every cached file against its hash; damaged ones are removed, and will be computed again."""
-    checked, damaged = 0, list[str]()
-    everything = [path for entry in entries(cache_dir) for path in _files(entry)]
-    with reporter.progress("verify", len(everything)) as progress:
-        for path in everything:
-            reason = ""
-            try:
-                _check(path)
-            except FileNotFoundError:  # pruned meanwhile
-                continue
-            except (shards.DamagedError, ValueError, OSError) as error:
-                reason = str(error)
-            checked += 1
-            if reason:
-                damaged.append(str(path))
-                with suppress(OSError):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                reporter.warning(f"{path} was removed: {reason}" if not path.exists() else f"{path}: {reason}")
-            progress.advance(1)
-    return {"checked": checked, "damaged": damaged}
-
-
-def _files(entry: CacheEntry) -> list[Path]:
-    return sorted(entry.path.glob(shards.NAMES)) if entry.kind == "reference" else [entry.path]
-
-
-def _check(path: Path) -> None:
-    if path.is_dir():
-        if not converted.is_whole(path):
-            raise ValueError("its files were changed")
-    else:
-        shards.read_shard(path)
 
 
 def select(cache_dir: Path, days: float | None, model: str | None) -> list[CacheEntry]:

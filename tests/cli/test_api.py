@@ -127,8 +127,8 @@ def test_an_option_may_have_the_hyphens_of_its_flag(rows: list[Any], options: di
     ("given", "told"),
     [
         ({"batchsize": 4}, "unknown option 'batchsize'; did you mean 'batch_size'?"),
-        ({"resum": "run"}, "unknown option 'resum'; did you mean 'resume'?"),
-        ({"max-steps": "x"}, "option 'max_steps' cannot be 'x'"),
+        ({"resum": "run"}, "unknown option 'resum'"),
+        ({"max-steps": "x"}, "option 'max-steps' cannot be 'x'"),
         ({"max-steps": 3, "max_steps": 3}, "option 'max_steps' is given twice"),
         ({"lr": True}, "option 'lr' cannot be True"),
         ({"epochs": 1.5}, "option 'epochs' cannot be 1.5"),
@@ -176,7 +176,7 @@ def test_what_is_no_data_and_a_misspelled_option_are_refused() -> None:
         with pytest.raises(UsageError, match="must be what --data names"):
             train(data)  # type: ignore[arg-type]
     rows = [{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}]
-    with pytest.raises(UsageError, match=r"unknown option 'dryrun'; did you mean 'dry_run'\?"):
+    with pytest.raises(UsageError, match=r"unknown option 'dryrun'"):
         train(rows, dryrun=True)
     with pytest.raises(UsageError, match=r"unknown option 'resume'$"):
         evaluate(rows, resume="run")

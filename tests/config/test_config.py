@@ -238,6 +238,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "dtype": (["auto", "float32", "bfloat16"], ["float16", "fp32", ""]),
     "eval_fraction": SHARE,
     "beta": REAL_POSITIVE,
+    "loss": (["sigmoid", "ipo=2,sft=0.2"], ["apo-zero", "sigmoid,xyz", "", "sigmoid,"]),
     "label_smoothing": ([0.0, 0.1, 0.499], [-0.1, 0.5, 0.6, math.nan]),
     "router_aux_loss_coef": ([0.0, 0.001], [-0.1, math.inf, math.nan]),
     "f_divergence": (

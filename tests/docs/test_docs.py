@@ -62,7 +62,8 @@ def _commands(group: Any, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
 
 COMMANDS = {(): typer.main.get_command(app)} | _commands(typer.main.get_command(app))
 OPTIONS = {
-    names: {option for parameter in command.params for option in parameter.opts} | {"--help", "-h"}
+    names: {option for parameter in command.get_params(typer.Context(command)) for option in parameter.opts}
+    | {"--help", "-h"}
     for names, command in COMMANDS.items()
 }
 

@@ -273,9 +273,6 @@ def test_a_combination_is_the_weighted_sum() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"loss": "apo-zero"}, "--loss apo-zero: no loss is called 'apo-zero'; did you mean 'apo_zero'?"),
-        ({"loss": "xyz"}, "--loss xyz: no loss is called 'xyz'; there are sigmoid, "),
-        ({"loss": ""}, "no loss is called ''"),
         ({"loss": "sigmoid,sft=x"}, "'sft=x': write NAME=NUMBER"),
         ({"loss": "sigmoid,sft=0"}, "a weight must be greater than 0"),
         ({"loss": "sigmoid,sft=inf"}, "'sft=inf': write NAME=NUMBER"),
@@ -284,7 +281,7 @@ def test_a_combination_is_the_weighted_sum() -> None:
         ({"loss": "sigmoid,hinge,sft", "label_smoothing": 0.1}, "--label-smoothing 0.1: --loss hinge does not read"),
         ({"loss": "sft", "label_smoothing": 0.1}, "--label-smoothing 0.1: --loss sft does not read it; "),
         ({"loss": "sigmoid,simpo", "f_divergence": "forward_kl"}, "--loss simpo does not read it"),
-        ({"loss": "discopop", "loss_options": "discopop_tau=0"}, "discopop_tau must be greater than 0"),
+        ({"loss": "discopop", "loss_options": "discopop_tau=0"}, "discopop_tau greater than 0"),
         ({"loss": "exo_pair"}, "--loss exo_pair: needs --label-smoothing above 0"),
         ({"loss": "sigmoid,apo_zero", "f_divergence": "forward_kl"}, "--loss apo_zero does not read it"),
         ({"loss": "simpo", "f_divergence": "forward_kl"}, "--f-divergence forward_kl: --loss simpo does not read"),
@@ -294,7 +291,7 @@ def test_a_combination_is_the_weighted_sum() -> None:
         ({"loss": "simpo", "loss_options": "beta=1"}, "--loss-options beta: --loss simpo does not read it"),
         ({"loss": "simpo", "loss_options": "simpo_gamma"}, "'simpo_gamma': write NAME=NUMBER"),
         ({"loss": "simpo", "loss_options": "simpo_gamma=1,simpo_gamma=2"}, "each name once"),
-        ({"loss": "discopop", "loss_options": "discopop_tau=-1"}, "discopop_tau must be greater than 0"),
+        ({"loss": "discopop", "loss_options": "discopop_tau=-1"}, "discopop_tau greater than 0"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together_is_refused(options: dict[str, Any], told: str) -> None:

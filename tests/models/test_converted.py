@@ -274,7 +274,6 @@ def test_the_cache_command_knows_of_copies(copied: Callable[..., ModelSource], t
     listed = json.loads(cache("list", "--json").stdout)["entries"]
     sizes = {each["name"]: each["bytes"] for each in listed if each["kind"] == "model"}
     assert sizes.keys() == {source.converted.name} and sizes[source.converted.name] > 10_000
-    assert json.loads(cache("verify", "--json").stdout)["checked"] == 1
     assert json.loads(cache("prune", "--older-than", 1, "--yes", "--json").stdout)["removed"] == []
     assert json.loads(cache("prune", "--model", "other", "--yes", "--json").stdout)["removed"] == []
     removed = json.loads(cache("prune", "--model", "tin", "--yes", "--json").stdout)
