@@ -70,7 +70,10 @@ def split_into_micro_batches(
     while len(bins) % world_size:
         largest = max(range(len(bins)), key=lambda b: len(bins[b]))
         pairs = bins[largest]
-        bins[largest : largest + 1] = [pairs[::2], pairs[1::2]] if len(pairs) > 1 else [pairs, ()]
+        if len(pairs) < 2:
+            bins.append(())
+        else:
+            bins[largest : largest + 1] = [pairs[::2], pairs[1::2]]
     return bins
 
 

@@ -120,7 +120,7 @@ def _turns(row: Record, format_: Format) -> PreferenceTexts:
     return _split(chosen, rejected) if turns in (chosen, rejected) else (turns, chosen, rejected)
 
 
-def _conversations(row: Record, format_: Format) -> PreferenceTexts:
+def _conversations(row: Record, format_: Format) -> tuple[list[Message], list[Message], list[Message]]:
     return _split(text(row, "chosen", list), text(row, "rejected", list))
 
 

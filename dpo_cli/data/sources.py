@@ -79,14 +79,14 @@ def _sources(typed: str, name: str) -> list[Source]:
             return [Source(name, str(path), partial(_read_file, path))]
         if not _is_saved(path):
             return _files(path, name)
-        parts: tuple[Any, ...] = (typed, None, None)
+        dataset, config, split = typed, "", ""
     elif (path := _existing(folder)) and _is_saved(path):
-        parts = (folder, None, split)
+        dataset, config = folder, ""
     elif match := _hub_match(typed):
-        parts = match.groups()
+        dataset, config, split = (part or "" for part in match.groups())
     else:
         raise UsageError(f"{name}: no such file{name_beside(Path(typed))}")
-    return [Source(name, str(parts[0]), partial(_read_data_set, *parts, path))]
+    return [Source(name, dataset, partial(_read_data_set, dataset, config, split, path))]
 
 
 def _stdin(name: str) -> Source:
@@ -148,7 +148,7 @@ def _read_file(path: Path) -> readers.Records:
         yield from reader(stream)  # type: ignore[arg-type]  # gzip's files are binary streams too
 
 
-def _read_data_set(dataset: str, config: str | None, split: str | None, folder: Path | None) -> readers.Records:
+def _read_data_set(dataset: str, config: str, split: str, folder: Path | None) -> readers.Records:
     """Read a split of a data set of the hub, or of a ``folder`` that ``save_to_disk`` wrote; none of its code is run.
 
     The split is by default ``train`` or the only one.
@@ -158,7 +158,7 @@ def _read_data_set(dataset: str, config: str | None, split: str | None, folder: 
 
     logging.set_verbosity_error()  # else it warns when it falls back to its cache
     try:
-        splits = load_from_disk(str(folder)) if folder else load_dataset(dataset, config)
+        splits = load_from_disk(str(folder)) if folder else load_dataset(dataset, config or None)
     except Exception as error:  # of many kinds: no network, no such name, no access, a damaged file
         causes = [each for each in (error, error.__cause__) if each is not None]
         reason = " ".join(": ".join(f"{type(each).__name__}: {each}" for each in causes).split())[:400]
@@ -166,14 +166,14 @@ def _read_data_set(dataset: str, config: str | None, split: str | None, folder: 
         what = "the saved data set" if folder else "no such file, and the data set"
         raise readers.SourceError(f"{what} cannot be loaded ({reason}){hint}") from error
     if not isinstance(splits, dict):
-        if split is not None:
+        if split:
             raise readers.SourceError(f"the saved data set has no splits; name it without ':{split}'")
         rows = splits
     else:
         prefix = f"{dataset}:{config}/" if config else f"{dataset}:"
-        if split is None:
-            split = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
-        if split is None or split not in splits:
+        if not split:
+            split = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else ""
+        if split not in splits:
             raise readers.SourceError(f"name a split as {prefix}SPLIT; available: {', '.join(splits) or 'none'}")
         rows = splits[split]
     begin = "/".join(filter(None, (config, split)))

@@ -154,7 +154,7 @@ class DataCheck:
 
     def result(self) -> dict[str, Any]:
         """Return counts, findings and the bias by length, as `dpo check --json` prints them."""
-        bias = length_bias(np.array(self.lengths, np.int32)) if self.lengths else {"interval": (0, 1)}
+        bias = length_bias(np.array(self.lengths, np.int32).reshape(-1, 2))
         for name, low in (("longer", bias["interval"][0]), ("shorter", 1 - bias["interval"][1])):
             if low > LEAST and bias[f"accuracy_prefer_{name}"] >= BIASED:
                 self.counts["length_bias", f"the {name} response is chosen"] = bias[f"{name}_chosen"]
@@ -192,7 +192,7 @@ def length_bias(lengths: Ids) -> dict[str, Any]:
     chosen, rejected = lengths.T  # (P,) each
     longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
     ties = len(lengths) - longer - shorter
-    prefer_longer = (longer + ties / 2) / len(lengths)
+    prefer_longer = (longer + ties / 2) / max(len(lengths), 1)
     return {
         "longer_chosen": longer,
         "shorter_chosen": shorter,
