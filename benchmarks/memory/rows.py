@@ -35,7 +35,6 @@ from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import tokenize_rows
 from dpo_cli.models.loading import load_tokenizer
 from dpo_cli.models.locate import find_model
-from dpo_cli.reference.shards import Entry
 from dpo_cli.reference.store import ReferenceCache, pair_keys
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +84,7 @@ def fill(folder: Path, pairs: Pairs) -> None:
         entries = {}
         for pair in pairs[start : start + SHARD_PAIRS]:
             for key, response in zip(pair_keys(pair), (pair.chosen, pair.rejected), strict=True):
-                entries[key] = Entry(-float(len(response)), torch.full((len(response),), -1.0))
+                entries[key] = (-float(len(response)), torch.full((len(response),), -1.0))
         cache.add(entries)
         cache.values.clear()
 

@@ -50,7 +50,7 @@ from dpo_cli.models.loading import default_device, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.lora_targets import choose_targets
-from dpo_cli.training.interrupt import StopSignal
+from dpo_cli.training.loop import StopSignal
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils.console import Reporter

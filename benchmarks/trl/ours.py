@@ -16,10 +16,9 @@ from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import Progress
 from dpo_cli.reference.store import fill_reference
-from dpo_cli.training.interrupt import StopSignal
-from dpo_cli.training.loop import make_trainer
+from dpo_cli.training.loop import StopSignal, make_trainer
 from dpo_cli.training.optimizer import learning_rate
-from dpo_cli.training.setup import prepare_run
+from dpo_cli.training.setup import prepare_run, score_reference
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.distributed import started
 
@@ -58,10 +57,10 @@ class Ours:
         self.order = [place for step in job["order"] for place in step]
         for planned, expected in zip(self.run.plan, job["order"], strict=True):
             assert sorted(i for indices in planned for i in indices) == sorted(expected), "the plan has another order"
-        meter.holders.append(self.run.model)
+        meter.holders.append(self.run.policy.model)
         ordered = self.run.pairs.select(self.order)
         ids = [ordered.digest(), self.run.held_out.digest()]
-        self.about = {"ids": ids, "max_tokens": self.run.runner.max_tokens}
+        self.about = {"ids": ids, "max_tokens": self.run.policy.runner.max_tokens}
 
     def precompute(self, blocks: list[int]) -> Message:
         """Score block by block into the cache."""
@@ -69,7 +68,7 @@ class Ours:
         for count in blocks:
             pairs = Pairs(self.run.pairs[i] for i in self.order[start : start + count])
             self.meter.begin()
-            fill_reference(self.run.cache, pairs, self.run.runner, self.reporter)
+            fill_reference(self.run.cache, pairs, self.run.policy.runner, self.reporter)
             self.meter.end()
             start += count
         return {}
@@ -77,8 +76,8 @@ class Ours:
     def _ready(self) -> Any:
         """The trainer, its references scored where no phase did."""
         if self.trainer is None:
-            scored = fill_reference(self.run.cache, self.run.scored(), self.run.runner, self.reporter).logps
-            self.trainer, self.held_out_reference = make_trainer(self.run, scored), scored[len(self.run.used) :]
+            score_reference(self.run)
+            self.trainer, self.held_out_reference = make_trainer(self.run), self.run.scores.logps[len(self.run.used) :]
             self.meter.holders.append(self.trainer.optimizer)
         return self.trainer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,45 +25,41 @@ class CacheEntry:
     path: Path
     model: str
     bytes: int
-    last_used: float  # seconds since the epoch
+    days_unused: float
 
     def shown(self) -> dict[str, Any]:
         """Return the entry as plain values."""
-        unused = round(max(time.time() - self.last_used, 0) / DAY, 1)
-        return {
-            "kind": self.kind,
-            "name": self.path.name,
-            "model": self.model,
-            "bytes": self.bytes,
-            "days_unused": unused,
-        }
+        about = {"kind": self.kind, "name": self.path.name, "model": self.model, "bytes": self.bytes}
+        return about | {"days_unused": round(self.days_unused, 1)}
 
 
-def entries(cache_dir: Path) -> Iterator[CacheEntry]:
-    """Return everything in a cache."""
-    for folder in sorted((cache_dir.expanduser() / "reference").glob("[0-9a-f]" * 32)):
-        if folder.is_symlink() or not folder.is_dir():
-            continue
-        model = "unknown"
-        with suppress(OSError, ValueError, AttributeError, RecursionError):  # only a description
-            model = str(json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("model", model))
-        yield _folder_entry("reference", folder, model)
-    for folder, model in converted.copies(cache_dir):
-        yield _folder_entry("model", folder, model)
+def select(cache_dir: Path, days: float | None = None, model: str | None = None) -> list[CacheEntry]:
+    """Return the entries not used for so many days, if given, and of a model with this part of a name, if given."""
+    references = sorted((cache_dir.expanduser() / "reference").glob("[0-9a-f]" * 32))
+    folders = [("reference", each, _model_of(each)) for each in references if each.is_dir() and not each.is_symlink()]
+    folders += [("model", folder, name) for folder, name in converted.copies(cache_dir)]
+    chosen = []
+    for kind, folder, name in folders:
+        stats = []
+        for file in folder.iterdir():
+            with suppress(FileNotFoundError):  # pruned meanwhile
+                stats.append(file.lstat())
+        used = max((stat.st_mtime for stat in stats), default=folder.stat().st_mtime)
+        unused = max(time.time() - used, 0) / DAY
+        if (days is None or unused > days) and (model is None or model in name):
+            chosen.append(CacheEntry(kind, folder, name, sum(stat.st_size for stat in stats), unused))
+    return chosen
 
 
-def _folder_entry(kind: str, folder: Path, model: str) -> CacheEntry:
-    stats = []
-    for file in folder.iterdir():
-        with suppress(FileNotFoundError):  # pruned meanwhile
-            stats.append(file.lstat())
-    used = max((stat.st_mtime for stat in stats), default=folder.stat().st_mtime)
-    return CacheEntry(kind, folder, model, sum(stat.st_size for stat in stats), used)
+def _model_of(folder: Path) -> str:
+    with suppress(OSError, ValueError, AttributeError, RecursionError):  # only a description
+        return str(json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("model", "unknown"))
+    return "unknown"
 
 
 def listed(cache_dir: Path) -> dict[str, Any]:
     """Return the result of `dpo cache list`."""
-    return {"cache_dir": str(cache_dir.expanduser()), "entries": [entry.shown() for entry in entries(cache_dir)]}
+    return {"cache_dir": str(cache_dir.expanduser()), "entries": [entry.shown() for entry in select(cache_dir)]}
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -73,15 +69,6 @@ def as_text(result: dict[str, Any]) -> str:
         size, unused = f"{entry['bytes'] / 2**20:,.1f} MiB", f"{entry['days_unused']:.1f} d"
         lines.append(f"{entry['kind']:<11}{entry['name'][:32]:<34}{size:>12}{unused:>10}  {entry['model']}")
     return "\n".join(lines)
-
-
-def select(cache_dir: Path, days: float | None, model: str | None) -> list[CacheEntry]:
-    """Return the entries not used for so many days, if given, and of a model with this part of a name, if given."""
-    return [
-        entry
-        for entry in entries(cache_dir)
-        if (days is None or time.time() - entry.last_used > days * DAY) and (model is None or model in entry.model)
-    ]
 
 
 def prune(chosen: Sequence[CacheEntry], reporter: Reporter) -> dict[str, Any]:

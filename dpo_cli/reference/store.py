@@ -1,6 +1,8 @@
 """Reference log-probs: computed once and kept on disk.
 
-Each reference has a folder, named by its fingerprint, with shards of log-probs by response. Only rows that are not
+Each reference has a folder, named by its fingerprint, with shards: immutable files of log-probs by response, each named
+by its content's hash. A shard is whole or absent and never changes, so reading needs no lock and several processes may
+add shards side by side, also on a network file system, where a database's locks would not hold. Only rows that are not
 cached are computed, and a crash loses at most the shard in flight.
 
 Legend: R responses, N response tokens that carry loss, P pairs.
@@ -13,28 +15,36 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
-from math import isfinite
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dpo_cli.data.batching import MicroBatch, length_weights
 from dpo_cli.data.pairs import Ids, Pair, Pairs, count_loss_tokens
 from dpo_cli.models.logprobs import ModelRunner, response_logps
-from dpo_cli.reference import shards
-from dpo_cli.reference.shards import KEY_BYTES, Entry
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, NotWrittenError, UsageError
-from dpo_cli.utils.files import DAY, remove_leftovers, write_json
+from dpo_cli.utils.files import DAY, atomic_write, remove_leftovers, write_json
 
 SHARD_SECONDS = 30.0  # a crash costs at most this much work
 ABOUT = "about.json"
+KEY_BYTES = 16
+NAMES = "[0-9a-f]" * 64 + ".safetensors"  # of shards
+
+Shard = tuple[
+    list[bytes], Tensor, Tensor, Tensor
+]  # keys, log-probs (R,), token log-probs (N,), tokens by response (R,)
+
+
+class DamagedError(Exception):
+    """A shard cannot be used; the message says why."""
 
 
 def response_key(prompt: Ids, response: Ids) -> bytes:
@@ -65,7 +75,7 @@ class ReferenceCache:
         self.folder = cache_dir.expanduser() / "reference" / fingerprint[:32]
         self.model = model
         self.values: dict[bytes, float] = {}
-        for keys, logps, _, _ in shards.read_folder(self.folder, warn):
+        for keys, logps, _, _ in read_folder(self.folder, warn):
             self.values.update(zip(keys, logps.tolist(), strict=True))
         with suppress(OSError):
             os.utime(self.folder / ABOUT)  # the time of its last use
@@ -75,23 +85,22 @@ class ReferenceCache:
         values = [self.values.get(key, math.nan) for pair in pairs for key in pair_keys(pair)]
         return torch.tensor(values, dtype=torch.float32).view(-1, 2)
 
-    def weighted(self, pairs: Pairs, alpha: float) -> Tensor:
+    def weighted(self, pairs: Sequence[Pair], alpha: float) -> Tensor:
         """Return log-probs with the token weights of LD-DPO, see ``length_weights``: (P, 2) nats.
 
         Raises:
             DpoError: shards have been removed since they were looked up.
         """
-        loss_lengths, logps = pairs.loss_lengths, torch.full((len(pairs), 2), torch.nan)
-        places: dict[bytes, list[tuple[int, int]]] = {}
+        cached: dict[bytes, Tensor] = {}  # (N,) of each response
+        for keys, _, token_logps, lengths in read_folder(self.folder):
+            cached.update(zip(keys, token_logps.split(lengths.tolist()), strict=True))
+        logps = torch.full((len(pairs), 2), torch.nan)
         for place, pair in enumerate(pairs):
+            counts = [count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)]
+            weights = length_weights(torch.tensor(counts), alpha).split(counts)
             for side, key in enumerate(pair_keys(pair)):
-                places.setdefault(key, []).append((place, side))
-        for keys, _, token_logps, lengths in shards.read_folder(self.folder):
-            for key, of_response in zip(keys, token_logps.split(lengths.tolist()), strict=True):
-                for place, side in places.get(key, ()):
-                    counts = torch.from_numpy(loss_lengths[place])
-                    weights = length_weights(counts, alpha).split(counts.tolist())[side]
-                    logps[place, side] = (of_response * weights).double().sum()
+                if key in cached:  # else another rank has it
+                    logps[place, side] = (cached[key] * weights[side]).double().sum()
         logps = distributed.all_reduce_known(logps)
         if logps.isnan().any():
             raise DpoError(f"{self.folder}: log-probs were removed while they were read; start again")
@@ -109,34 +118,95 @@ class ReferenceCache:
             raise UsageError(f"--cache-dir: no reference log-probs can be kept in {self.folder} ({error})") from error
         remove_leftovers(self.folder, older_than=DAY)  # other processes may be writing
 
-    def add(self, entries: Mapping[bytes, Entry]) -> None:
-        """Write a shard.
+    def add(self, entries: Mapping[bytes, tuple[float, Tensor]]) -> None:
+        """Write a shard of R responses, by key: the log-prob, and those of its tokens (N,), in nats.
 
         Raises:
             NotWrittenError: earlier shards are kept.
         """
+        logps, token_logps = zip(*entries.values(), strict=True)
+        content = save(
+            {
+                "keys": _bytes(b"".join(entries)).view(-1, KEY_BYTES),  # (R, 16)
+                "logps": torch.tensor(logps, dtype=torch.float32),  # (R,)
+                "token_logps": torch.cat(token_logps),  # (N,)
+                "lengths": torch.tensor([len(each) for each in token_logps]),  # (R,)
+                "reference": _bytes(self.folder.name.encode()),  # files can be copied into the wrong folder
+            }
+        )
         try:
-            shards.write_shard(self.folder, entries)
+            with atomic_write(self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors") as temporary:
+                temporary.write_bytes(content)
         except NotWrittenError as error:
             raise NotWrittenError(f"{error}. Earlier log-probs are kept; rerun the command to continue") from error
-        self.values.update((key, entry.logp) for key, entry in entries.items())
+        self.values.update(zip(entries, logps, strict=True))
 
 
-def missing_places(logps: Tensor, pairs: Sequence[Pair]) -> list[int]:
-    """Return the places of pairs that ``lookup`` did not find; of equal pairs only the first."""
-    first: dict[tuple[bytes, bytes], int] = {}
-    for place in logps.isnan().any(dim=1).nonzero().flatten().tolist():
-        first.setdefault(pair_keys(pairs[place]), place)
-    return list(first.values())
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+# ---- reading shards ---------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator[Shard]:
+    """Read every usable shard of a folder; damaged ones are removed with a warning."""
+    for shard in sorted(folder.glob(NAMES)):
+        try:
+            yield read_shard(shard)
+        except DamagedError as error:
+            with suppress(OSError):  # a reader ignores it anyway
+                shard.unlink()
+            warn(f"reference cache: {shard} was removed: {error}; its pairs are recomputed")
+        except FileNotFoundError:  # pruned meanwhile
+            continue
+        except OSError as error:
+            warn(f"reference cache: {shard} cannot be read and is ignored ({error.strerror})")
+
+
+def read_shard(shard: Path) -> Shard:
+    """Read a shard.
+
+    Raises:
+        DamagedError: nothing of the file can be used.
+        OSError: it cannot be read.
+    """
+    if shard.is_symlink():
+        raise DamagedError("it is a link")
+    content = shard.read_bytes()
+    if hashlib.sha256(content).hexdigest() != shard.stem:
+        raise DamagedError("its content was changed")
+    try:
+        tensors = load(content)
+        keys, logps, token_logps, lengths = (tensors[name] for name in ("keys", "logps", "token_logps", "lengths"))
+        reference = tensors["reference"]
+    except (SafetensorError, KeyError) as error:
+        raise DamagedError(f"it holds something else: {error}") from error
+    if not torch.equal(reference, _bytes(shard.parent.name.encode())):
+        raise DamagedError("it is of another reference")
+    count = len(keys)
+    flat = all(tensor.shape == (count,) for tensor in (logps, lengths)) and token_logps.ndim == 1
+    whole = flat and keys.dtype == torch.uint8 and keys.shape == (count, KEY_BYTES)
+    if not whole or int(lengths.sum()) != len(token_logps) or not logps.isfinite().all():
+        raise DamagedError("its tensors do not fit each other")
+    joined = keys.numpy().tobytes()
+    return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)], logps, token_logps, lengths
+
+
+# ---- scoring ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class ReferenceLogps:
-    """Reference log-probs of P pairs (P, 2) in nats, and what they cost. Hits and misses count pairs."""
+    """Reference log-probs of P pairs (P, 2) in nats, and what they cost. Hits and misses count pairs.
+
+    ``weighted`` has the token weights of LD-DPO.
+    """
 
     logps: Tensor
-    hits: int
-    misses: int
+    weighted: Tensor
+    hits: int = 0
+    misses: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -144,15 +214,17 @@ class ReferenceLogps:
 def report_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> tuple[Tensor, list[int]]:
     """Report what the cache has of P pairs; returns that (P, 2), and the places of those to score, equal ones once."""
     logps = distributed.all_reduce_known(cache.lookup(pairs))
-    missing = missing_places(logps, pairs)
-    cached = len(pairs) - int(logps.isnan().any(dim=1).sum())
+    uncached = logps.isnan().any(dim=1).nonzero().flatten().tolist()
+    missing: dict[tuple[bytes, bytes], int] = {}
+    for place in uncached:
+        missing.setdefault(pair_keys(pairs[place]), place)
     todo = f"{len(missing):,} to score" if missing else "no reference forward"
-    reporter.info("reference", f"{cached:,} of {len(pairs):,} pairs cached: {todo}")
-    return logps, missing
+    reporter.info("reference", f"{len(pairs) - len(uncached):,} of {len(pairs):,} pairs cached: {todo}")
+    return logps, list(missing.values())
 
 
 def fill_reference(
-    cache: ReferenceCache, pairs: Sequence[Pair], runner: ModelRunner, reporter: Reporter
+    cache: ReferenceCache, pairs: Sequence[Pair], runner: ModelRunner, reporter: Reporter, ld_alpha: float = 1.0
 ) -> ReferenceLogps:
     """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
 
@@ -164,13 +236,23 @@ def fill_reference(
         DpoError: a log-prob is not finite, or the disk is full; earlier log-probs are kept.
     """
     logps, missing = report_cached(cache, pairs, reporter)
-    misses = int(logps.isnan().any(dim=1).sum())
-    if not missing:
-        return ReferenceLogps(logps, hits=len(pairs), misses=0)
+    misses, tokens, seconds = int(logps.isnan().any(dim=1).sum()), 0, 0.0
+    if missing:
+        todo, began = Pairs(pairs[place] for place in missing), time.monotonic()
+        _score(cache, todo, runner, reporter)
+        logps, seconds = distributed.all_reduce_known(cache.lookup(pairs)), time.monotonic() - began
+        tokens = sum(map(tokens_of, todo))
+        rate = f"{seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
+        reporter.info("", f"{tokens:,} tokens in {rate}; kept in {cache.folder}")
+    weighted = logps if ld_alpha == 1 else cache.weighted(pairs, ld_alpha)
+    return ReferenceLogps(logps, weighted, len(pairs) - misses, misses, tokens, seconds)
+
+
+def _score(cache: ReferenceCache, pairs: Pairs, runner: ModelRunner, reporter: Reporter) -> None:
+    """Score this rank's share of the pairs into the cache."""
     cache.open_for_writing()
-    todo = Pairs(pairs[place] for place in missing)
-    began = written = time.monotonic()
-    share, waiting = (distributed.rank(), distributed.world_size()), dict[bytes, Entry]()
+    share, written = (distributed.rank(), distributed.world_size()), time.monotonic()
+    waiting: dict[bytes, tuple[float, Tensor]] = {}
 
     def flush() -> None:
         entries = dict(waiting)
@@ -182,26 +264,22 @@ def fill_reference(
         token_logps = runner.token_logps(batch)
         return response_logps(token_logps, batch.lengths), token_logps
 
-    tokens = sum(map(tokens_of, todo))
     try:
-        with reporter.progress("reference", tokens, unit="tok") as progress:
-            for indices, (sums, token_logps) in runner.forwards(todo, score, share):
-                scored = [todo[i] for i in indices]
-                values = sums.view(2, -1).T.tolist()  # (P, 2)
-                if bad := [pair.where for pair, both in zip(scored, values, strict=True) if not isfinite(sum(both))]:
+        with reporter.progress("reference", sum(map(tokens_of, pairs)), unit="tok") as progress:
+            for indices, (sums, token_logps) in runner.forwards(pairs, score, share):
+                scored = [pairs[i] for i in indices]
+                logps = sums.view(2, -1).T.cpu()  # (P, 2)
+                if bad := [scored[place].where for place in (~logps.isfinite()).any(1).nonzero().flatten().tolist()]:
                     raise DpoError(
                         f"the reference gives a log-prob that is not finite for {', '.join(bad)}; try --dtype float32"
                     )
                 keys = [key for pair in scored for key in pair_keys(pair)]
                 lengths = [count_loss_tokens(response) for pair in scored for response in (pair.chosen, pair.rejected)]
-                waiting.update(zip(keys, map(Entry, chain(*values), token_logps.cpu().split(lengths)), strict=True))
+                entries = zip(logps.flatten().tolist(), token_logps.cpu().split(lengths), strict=True)
+                waiting.update(zip(keys, entries, strict=True))
                 progress.advance(sum(map(tokens_of, scored)) * share[1])  # the other ranks are about as fast
                 if time.monotonic() - written > SHARD_SECONDS:
                     flush()
                     written = time.monotonic()
     finally:
         flush()
-    logps, seconds = distributed.all_reduce_known(cache.lookup(pairs)), time.monotonic() - began
-    rate = f"{seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
-    reporter.info("", f"{tokens:,} tokens in {rate}; kept in {cache.folder}")
-    return ReferenceLogps(logps, len(pairs) - misses, misses, tokens, seconds)

@@ -32,12 +32,7 @@ ADAPTER_FILES = FILES - {WEIGHTS} | {adapter_files.CONFIG, adapter_files.WEIGHTS
 
 
 def save_checkpoint(
-    checkpoints: Path,
-    step: int,
-    model: PreTrainedModel,
-    optimizer: Optimizer,
-    max_tokens: int,
-    keep: int,
+    checkpoints: Path, step: int, model: PreTrainedModel, optimizer: Optimizer, max_tokens: int, keep: int
 ) -> Path:
     """Write the state after ``step`` optimizer steps, then drop all but the newest ``keep`` checkpoints.
 
@@ -48,7 +43,7 @@ def save_checkpoint(
     Raises:
         NotWrittenError: earlier checkpoints are kept.
     """
-    folder = checkpoints / _name(step)
+    folder = checkpoints / f"step-{step:06d}"
     reshard(model)
     if not distributed.on_rank_0(folder.exists):
         parallel = parallel_of(model)
@@ -97,15 +92,11 @@ def verified_step(folder: Path) -> int | None:
         files = manifest["files"]
         complete = files.keys() in (FILES, ADAPTER_FILES)
         whole = complete and all(sha256(folder / name) == entry["sha256"] for name, entry in files.items())
-        return manifest["step"] if whole and folder.name == _name(manifest["step"]) else None
+        return manifest["step"] if whole and folder.name == f"step-{manifest['step']:06d}" else None
     except PermissionError:  # says nothing about what is in the file
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
 
 
 def restore_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> int:

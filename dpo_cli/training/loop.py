@@ -5,32 +5,39 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shlex
+import signal
+import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.evaluation.metrics_log import append_metrics, evaluations, read_metrics, step_rewards, truncate_metrics
+from dpo_cli.evaluation import kl
+from dpo_cli.evaluation.diagnostics import judge
+from dpo_cli.evaluation.evaluator import Evaluator
+from dpo_cli.evaluation.metrics import PairScores
+from dpo_cli.evaluation.metrics_log import best_step, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.hub.export import NotReadBackError
 from dpo_cli.models.logprobs import logp_tolerance
 from dpo_cli.models.parallel import reshard
-from dpo_cli.reference.store import fill_reference, report_cached
+from dpo_cli.reference.store import report_cached
+from dpo_cli.reporting.html import ReportInput, write_report
+from dpo_cli.reporting.plots import curves, write_plots
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
-from dpo_cli.training.finish import answer, export, summary
-from dpo_cli.training.heldout import HeldOut
-from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
-from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, trained_with
-from dpo_cli.training.setup import Run, prepare_run
+from dpo_cli.training.results import answer, export, summary
+from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, read_manifest, trained_with
+from dpo_cli.training.setup import Run, prepare_run, score_reference
 from dpo_cli.training.step import Trainer, compare_with_reference
-from dpo_cli.training.trackers import Trackers, check_installed
+from dpo_cli.training.trackers import MetricsLog, check_installed
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter, brief
 from dpo_cli.utils.errors import DpoError, Interrupted, NotWrittenError
@@ -48,108 +55,97 @@ def train(
         Interrupted: a signal came; a checkpoint was written.
     """
     folders: list[Path] = [resume] if resume else []  # the run's, once it is there
-    with distributed.started(lambda: _what_is_saved(folders)) as device, ExitStack() as holding:
-        _check_start(options, resume, command, reporter, dry_run, holding)
+
+    def saved() -> str:
+        return f"what was saved is whole. {_how_to_resume(folders[0])}" if folders else "nothing was trained yet"
+
+    with distributed.started(saved) as device, ExitStack() as holding:
+        distributed.check_same_command(options, str(resume), str(dry_run))
+        if resume and not dry_run:
+            distributed.on_rank_0(lambda: holding.enter_context(file_lock(resume / LOCK)))
+        if resume:
+            trained_with(resume)  # which refuses options that were changed
+        distributed.on_rank_0(lambda: check_installed(options))
+        if distributed.world_size() == 1 and (count := torch.cuda.device_count()) > 1:
+            launch = shlex.join(["torchrun", "--nproc-per-node", str(count), "-m", "dpo_cli", *command[1:]])
+            reporter.info("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
         set_seed(options.seed)
         run = prepare_run(options, resume, device, reporter, dry_run)
         if dry_run:
             missing = report_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
-        manifest = make_manifest(run, command, distributed.world_size())
-        began = manifest
-        if resume:
-            began = distributed.on_rank_0(lambda: check_same_run(run.folder, manifest, reporter.warning))
-        ref_logps = reference_logps(run, reporter)
-        manifest["reference"]["values"] = hashlib.sha256(ref_logps.numpy().tobytes()).hexdigest()
-        if began["reference"]["values"] != manifest["reference"]["values"]:
-            reporter.warning("the reference was recomputed since the run began: the last bits may differ")
-        trainer = make_trainer(run, ref_logps)
-        _check_step_0(trainer, run, reporter)
+        manifest = make_manifest(run, command)
+        _score_reference(run, manifest, bool(resume))
+        trainer = make_trainer(run)
+        _check_step_0(trainer, run)
         parallel = trainer.runner.parallel
         first_answers = parallel.run(partial(answer, run))
-        held_out = HeldOut(run, ref_logps[len(run.used) :], reporter)
-        parallel.run(held_out.record)
         stop = holding.enter_context(StopSignal())
         if not resume:
             distributed.on_rank_0(lambda: holding.enter_context(begin(run, manifest)))
             folders.append(run.folder)
-        done = _restore(run, trainer, reporter) if resume else 0
-        trackers = holding.enter_context(Trackers(run.folder, run.options, reporter))
+        done = _restore(run, trainer) if resume else 0
+        log = holding.enter_context(closing(MetricsLog(run.folder, run.options, reporter, done)))
+        loop = _Loop(run, trainer, log, stop)
         try:
-            _Loop(run, trainer, held_out, trackers, stop, reporter).run_from(done)
+            loop.run_from(done)
             parallel.run(partial(export, run, trainer.optimizer, "model", len(run.plan)))
         except NotWrittenError as error:
             raise NotWrittenError(f"{error}. What was saved before is whole. {_how_to_resume(run.folder)}") from error
         if stop.requested:
             reporter.warning("the signal came when all was trained: the run is complete")
         result = distributed.on_rank_0(lambda: summary(run, first_answers))
-        return result | distributed.on_rank_0(lambda: held_out.write_report(result["answers"]))
+        return result | distributed.on_rank_0(lambda: loop.write_report(result["answers"]))
 
 
-def _check_start(
-    options: TrainOptions,
-    resume: Path | None,
-    command: Sequence[str],
-    reporter: Reporter,
-    dry_run: bool,
-    holding: ExitStack,
-) -> None:
-    """Refuse what can be refused before anything is loaded; hold the folder of a run that is resumed."""
-    distributed.check_same_command(options, str(resume), str(dry_run))
-    if resume and not dry_run:
-        distributed.on_rank_0(lambda: holding.enter_context(file_lock(resume / LOCK)))
-    if resume:
-        trained_with(resume)
-    distributed.on_rank_0(lambda: check_installed(options))
-    if distributed.world_size() == 1 and (count := torch.cuda.device_count()) > 1:
-        launch = shlex.join(["torchrun", "--nproc-per-node", str(count), "-m", "dpo_cli", *command[1:]])
-        reporter.info("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
+def _how_to_resume(folder: Path) -> str:
+    return f"Go on with: dpo train --resume {shlex.quote(str(folder))}"
 
 
-def reference_logps(run: Run, reporter: Reporter) -> Tensor:
-    """Return log-probs of ``run.scored()`` under the reference: (P, 2) nats; 0 where the loss reads none."""
-    if run.cache is None:
-        return torch.zeros(len(run.scored()), 2)
-    if run.ref_logps is not None:
-        return run.ref_logps
-    return fill_reference(run.cache, run.scored(), run.runner, reporter).logps
+def _score_reference(run: Run, manifest: dict[str, Any], resumed: bool) -> None:
+    """Score the reference, unless a run that is resumed began with other data or weights; add it to the manifest."""
+    began = manifest
+    if resumed:
+        began = distributed.on_rank_0(lambda: check_same_run(run.folder, manifest, run.reporter.warning))
+    if run.reference is run.policy:  # else it has scored
+        score_reference(run)
+    manifest["reference"]["values"] = hashlib.sha256(run.scores.logps.numpy().tobytes()).hexdigest()
+    if began["reference"]["values"] != manifest["reference"]["values"]:
+        run.reporter.warning("the reference was recomputed since the run began: the last bits may differ")
 
 
-def make_trainer(run: Run, scored: Tensor) -> Trainer:
-    """Make what a step needs; ``scored`` are the ``reference_logps`` of the run."""
-    used = run.used
-    ref_logps = torch.full((len(run.pairs), 2), torch.nan)  # pairs that no step reads stay NaN
-    weighted_ref_logps = ref_logps.clone()
-    ref_logps[used] = scored[: len(used)]
-    weighted_ref_logps[used] = run.weighted_ref_logps(run.pairs.select(used), scored[: len(used)])
+def make_trainer(run: Run) -> Trainer:
+    """Make what a step needs of a run whose reference has scored."""
+    model, tables = run.policy.model, torch.full((2, len(run.pairs), 2), torch.nan)  # NaN for pairs that no step reads
+    tables[0, run.used], tables[1, run.used] = run.scores.logps[: len(run.used)], run.scores.weighted[: len(run.used)]
     if run.options.gradient_checkpointing:
         # transformers 5.23 renamed it, and 5.17 has only the old name
-        new = getattr(run.model, "activation_checkpointing_enable", None)
-        (new or run.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        new = getattr(model, "activation_checkpointing_enable", None)
+        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     low, run.policy.low = run.policy.low, None  # the optimizer's from now on
-    reshard(run.model)
+    reshard(model)
     return Trainer(
-        runner=dataclasses.replace(run.runner, max_tokens=run.fitted.max_tokens),  # whatever scoring came down to
-        optimizer=make_optimizer(run.model, run.options.weight_decay, run.fitted.memory, low),
+        runner=dataclasses.replace(run.policy.runner, max_tokens=run.fitted.max_tokens),  # whatever scoring came to
+        optimizer=make_optimizer(model, run.options.weight_decay, run.fitted.memory, low),
         pairs=run.pairs,
         costs=run.costs,
-        ref_logps=ref_logps,
-        weighted_ref_logps=weighted_ref_logps,
+        ref_logps=tables[0],
+        weighted_ref_logps=tables[1],
         options=run.options,
         num_experts_per_tok=run.experts,
     )
 
 
-def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
+def _restore(run: Run, trainer: Trainer) -> int:
     """Bring the run back to its newest whole checkpoint, or its start where there is none; returns the steps done."""
-    checkpoints, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
+    checkpoints, metrics, reporter = run.folder / "checkpoints", run.folder / "metrics.jsonl", run.reporter
     newest = distributed.on_rank_0(lambda: newest_checkpoint(checkpoints, reporter.warning))
     done = 0
     if newest is None:
         reporter.info("resume", f"from the start: no whole checkpoint in {checkpoints}")
     else:
         checkpoint, done = newest
-        trainer.runner.max_tokens = restore_checkpoint(checkpoint, run.model, trainer.optimizer)
+        trainer.runner.max_tokens = restore_checkpoint(checkpoint, run.policy.model, trainer.optimizer)
         reporter.info("resume", f"after step {done} of {len(run.plan)}, from {checkpoint}")
     distributed.on_rank_0(lambda: remove_leftovers(run.folder))
     distributed.on_rank_0(lambda: truncate_metrics(metrics, done))
@@ -157,7 +153,7 @@ def _restore(run: Run, trainer: Trainer, reporter: Reporter) -> int:
     return done
 
 
-def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
+def _check_step_0(trainer: Trainer, run: Run) -> None:
     """Before the first step policy and reference are equal, and every margin is 0: a check of the cache, too.
 
     With another model as the reference the starting point is only reported.
@@ -169,7 +165,7 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
         about = f"{trainer.objective.name} reads no reference"
     elif run.reference.fingerprint != run.policy.fingerprint:
         about = f"policy and reference are two models, up to {largest:.3g} nats apart per root of a response's tokens"
-    elif largest > logp_tolerance(run.runner.dtype):
+    elif largest > logp_tolerance(trainer.runner.dtype):
         cause = f"The cached reference does not fit this model: remove {run.cache.folder}"
         if run.options.lora_rank and not run.policy.source.adapter:
             cause = (
@@ -182,19 +178,55 @@ def _check_step_0(trainer: Trainer, run: Run, reporter: Reporter) -> None:
         )
     else:
         about = f"policy and cached reference are equal on its {len(indices)} pairs, as they must"
-    reporter.info("step 0", f"{metrics}  ({about})")
+    run.reporter.info("step 0", f"{metrics}  ({about})")
+
+
+class StopSignal:
+    """SIGINT and SIGTERM as a flag that the loop reads between micro-batches; a second signal ends the process at once.
+
+    In an interactive session, whose variables outlive a run, the second signal raises KeyboardInterrupt. Outside the
+    main thread signals are left alone. After an error on one of several ranks SIGTERM is ignored: the launcher sends it
+    when another rank has ended, and it would hide the message of the error.
+    """
+
+    requested = False
+
+    def __enter__(self) -> StopSignal:
+        handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self._receive) for number in handled}
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for number, handler in self.before.items():
+            ignored = error is not None and number == signal.SIGTERM and distributed.world_size() > 1
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        for each in self.before:
+            signal.signal(each, signal.default_int_handler if hasattr(sys, "ps1") else signal.SIG_DFL)
+
+
+def _due(every: int, last: int) -> set[int]:
+    """The steps at which something is due: the last one, and every so many if not 0."""
+    return {*range(every, last, every), last} if every else {last}
 
 
 @dataclasses.dataclass
 class _Loop:
-    """A run's steps, with its evaluations and checkpoints in between."""
+    """A run's steps, with the evaluations of its held-out pairs, its report and checkpoints in between."""
 
     run: Run
     trainer: Trainer
-    held_out: HeldOut
-    trackers: Trackers
+    log: MetricsLog
     stop: StopSignal
-    reporter: Reporter
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self.evaluator = Evaluator(run.held_out, run.tokenizer, run.options.objective)
+        held_out = [table[len(run.used) :].double().numpy() for table in (run.scores.logps, run.scores.weighted)]
+        self.ref_logps = held_out[0], held_out[1]
+        self.last: tuple[int, PairScores, kl.TokenScores] | None = None  # the last evaluation, by its step
 
     def run_from(self, done: int) -> None:
         """Take all steps after ``done``, and every evaluation that is due and not in the metrics yet.
@@ -206,8 +238,10 @@ class _Loop:
             DpoError: the run failed, and can be resumed from its last checkpoint once the cause is gone.
         """
         run, options, total = self.run, self.run.options, len(self.run.plan)
-        evaluated = distributed.on_rank_0(lambda: set(evaluations(read_metrics(run.folder / "metrics.jsonl"))))
-        with self.reporter.progress(
+        evaluated = distributed.on_rank_0(lambda: set(evaluations(read_metrics(self.log.file))))
+        evaluated -= {total}  # it is in the report
+        saves, evaluates = _due(options.save_steps, total), _due(options.eval_steps, total) | {0}
+        with run.reporter.progress(
             "train", total, done, options.logging_steps, stopping=lambda: self.stop.requested
         ) as progress:
             for step in range(done, total + 1):
@@ -219,59 +253,90 @@ class _Loop:
                     metrics = self.trainer.step(planned, micro_batches, lr, self.stop)
                     if metrics is None:
                         raise self._interrupted(step - 1)
-                    progress.advance(1, self._record(step, metrics, time.monotonic() - started))
-                    if step == total or _due(options.save_steps, step):
+                    self.log.write(step, metrics)
+                    tokens = sum(run.costs[i] for places in planned for i in places)
+                    speed = {"tokens_per_second": tokens / (time.monotonic() - started)}
+                    progress.advance(1, metrics | speed)
+                    if step in saves:
                         self._save(step)
-                due = run.held_out and (step in (0, total) or _due(options.eval_steps, step))
-                again = step == total or step not in evaluated  # the last one is in the report
-                if due and again and not self._evaluate(step):
+                if run.held_out and step in evaluates - evaluated and not self._evaluate(step):
                     raise self._interrupted(step)
-                self.trackers.follow()
-
-    def _record(self, step: int, metrics: dict[str, float], seconds: float) -> dict[str, float]:
-        """Write the line of a step; returns its metrics with its speed."""
-        if distributed.rank() == 0:
-            append_metrics(self.run.folder / "metrics.jsonl", step, metrics)
-        tokens = sum(self.run.costs[i] for places in self.run.plan[step - 1] for i in places)
-        return metrics | {"tokens_per_second": tokens / seconds}
 
     def _evaluate(self, step: int) -> bool:
-        """Evaluate the held-out pairs, and keep the model if it is the best; False if a signal came first."""
-        run, runner = self.run, self.trainer.runner
-        keep = partial(export, run, self.trainer.optimizer, "best", step)
-        evaluate = partial(self.held_out.evaluate, step, runner, lambda: runner.parallel.any(self.stop.requested), keep)
+        """Evaluate the policy and report it; False if a signal came first.
+
+        Rank 0 evaluates while the others wait; the ranks of a sharded model all run the same forwards.
+        """
+        run, parallel = self.run, self.trainer.runner.parallel
         try:
-            metrics = runner.parallel.run(evaluate)
+            metrics = parallel.run(partial(self._score, step))
         except NotReadBackError:
             self._save(step)
             raise
         if metrics is None:
             return False
-        self.reporter.info("held out", f"step {step}: {brief(metrics)}", {"step": step} | metrics)
+        run.reporter.info("held out", f"step {step}: {brief(metrics)}", {"step": step} | metrics)
         if step < len(run.plan) and distributed.rank() == 0:  # the last one's is written when the run is complete
-            self.held_out.write_report()
+            self.write_report()
         return True
 
+    def _score(self, step: int) -> dict[str, float] | None:
+        """Score the held-out pairs and write their metrics; None if a signal came first.
+
+        A policy that is the best so far is exported before its metrics are written, so that an interruption in between
+        repeats both.
+        """
+        run, parallel = self.run, self.trainer.runner.parallel
+        progress = kl.Progress(run.reporter, "held out", lambda: parallel.any(self.stop.requested))
+        runner = dataclasses.replace(self.trainer.runner)  # a smaller budget here must not change that of training
+        try:
+            if run.recorded:
+                same = step == 0 and run.reference is run.policy  # the policy is the reference, whose states are there
+                tokens = kl.compare(runner, run.recorded, run.held_out, progress, policy_runs=True, same=same)
+            else:
+                tokens = kl.score(runner, run.held_out, progress)
+        except kl.Stopped:
+            return None
+        history = parallel.on_rank_0(lambda: read_metrics(self.log.file))
+        scores = self.evaluator.scores(tokens, self.ref_logps, history)
+        metrics, earlier = parallel.on_rank_0(scores.means), evaluations(history)
+        if (metric := run.options.save_best) and best_step(earlier | {step: metrics}, metric) == step:
+            export(run, self.trainer.optimizer, "best", step, metrics)
+        if step not in earlier:
+            self.log.write(step, metrics, "eval_")
+        self.last = step, scores, tokens
+        return metrics
+
+    def write_report(self, samples: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Write the run's report and curves as of now; return ``findings`` and ``judged``.
+
+        An error is reported and does not end the training.
+        """
+        run, result = self.run, None
+        try:
+            history = read_metrics(self.log.file)
+            if self.last:
+                step, scores, tokens = self.last
+                reference = run.reference.source.description
+                about = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta, "reference": reference}
+                more: dict[str, Any] = {"about": about, "samples": [dict(sample) for sample in samples]}
+                result = self.evaluator.result(scores, tokens, history, trained_on=run.trained_on, **more)
+            options, objective = dataclasses.asdict(run.options), run.options.objective
+            about_run = ReportInput(run.folder.name, result, history, read_manifest(run.folder), options, objective)
+            write_report(run.folder / "report.html", about_run)
+            write_plots(run.folder / "curves.png", curves(history, objective))
+        except Exception as error:  # also of the libraries that draw
+            run.reporter.warning(f"the report of {run.folder} is not up to date: {error}")
+        return {"findings": result.findings if result else [], "judged": result.judged if result else judge(0)}
+
     def _save(self, step: int) -> None:
-        run, metrics = self.run, self.run.folder / "metrics.jsonl"
-        if metrics.exists() and distributed.rank() == 0:
-            sync(metrics)  # its lines last as long as the checkpoint
-        max_tokens, keep = self.trainer.runner.max_tokens, run.options.save_total_limit
-        save_checkpoint(run.folder / "checkpoints", step, run.model, self.trainer.optimizer, max_tokens, keep)
+        if self.log.file.exists() and distributed.rank() == 0:
+            sync(self.log.file)  # its lines last as long as the checkpoint
+        max_tokens, keep = self.trainer.runner.max_tokens, self.run.options.save_total_limit
+        checkpoints, model = self.run.folder / "checkpoints", self.run.policy.model
+        save_checkpoint(checkpoints, step, model, self.trainer.optimizer, max_tokens, keep)
 
     def _interrupted(self, step: int) -> Interrupted:
         self._save(step)
         message = f"interrupted after step {step} of {len(self.run.plan)}; a checkpoint was written"
         return Interrupted(f"{message}. {_how_to_resume(self.run.folder)}")
-
-
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step > 0 and step % every == 0
-
-
-def _what_is_saved(folders: Sequence[Path]) -> str:
-    return f"what was saved is whole. {_how_to_resume(folders[0])}" if folders else "nothing was trained yet"
-
-
-def _how_to_resume(folder: Path) -> str:
-    return f"Go on with: dpo train --resume {shlex.quote(str(folder))}"

@@ -81,8 +81,11 @@ def count_bytes(runner: ModelRunner, pairs: Sequence[Pair], process: int) -> Ste
     """Count what a forward keeps: over the start of a long pair, and over that and a short one."""
     model: Any = runner.model
     config = model.config.get_text_config()
-    tried = [_cut(pair) for pair in probe_pairs(pairs, runner.layout, runner.max_tokens)]
-    long, short = tried[0], tried[-1]
+    cut = []  # what is counted grows with the tokens, so that a few hundred of each part are enough
+    for pair in probe_pairs(pairs, runner.layout, runner.max_tokens):
+        prompt, chosen, rejected = (model_input_ids(ids[:COUNTED]) for ids in (pair.prompt, pair.chosen, pair.rejected))
+        cut.append(Pair(pair.where, prompt, chosen, rejected))  # all of a response carries loss: its beginning may not
+    long, short = cut[0], cut[-1]
     tokens, more = row_costs([long, short], runner.layout)
     one, two = _kept(runner, [long]), _kept(runner, [long, short])
     slack = FRAGMENTED if runner.device.type == "cpu" else 1.0
@@ -102,15 +105,6 @@ def count_bytes(runner: ModelRunner, pairs: Sequence[Pair], process: int) -> Ste
         gathered=runner.parallel.gathered_parameters(model),
         frozen=sum(local_shard(p).nbytes for p in model.parameters() if not p.requires_grad),
     )
-
-
-def _cut(pair: Pair) -> Pair:
-    """The beginning of each part: what is counted grows with the tokens, so that a few hundred are enough.
-
-    All of a response carries loss here, for there may be nothing that does in its beginning.
-    """
-    prompt, chosen, rejected = (model_input_ids(part[:COUNTED]) for part in (pair.prompt, pair.chosen, pair.rejected))
-    return Pair(pair.where, prompt, chosen, rejected)
 
 
 def _kept(runner: ModelRunner, pairs: Sequence[Pair]) -> int:

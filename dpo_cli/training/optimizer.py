@@ -36,15 +36,14 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 def make_optimizer(
     model: nn.Module, weight_decay: float, memory: str = "full", low: dict[str, Tensor] | None = None
 ) -> Optimizer:
-    """AdamW with decay on matrices only; the learning rate is set before each step.
+    """AdamW with decay on matrices only; the learning rate is set before each step. The model is on its device already.
 
-    ``low`` is what ``split_master_weights(model)`` returned, in the modes of ``SPLIT``; it
-    is used up. The model must be on its device already.
+    ``low`` is what ``split_master_weights(model)`` returned, in the modes of ``SPLIT``; it is used up.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
+    kinds = [(matrices, weight_decay), (vectors, 0.0)]
+    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in kinds if parameters]
     if memory == "full":
         return AdamW(groups, lr=0.0, fused=True)
     assert (memory in SPLIT) == (low is not None)
@@ -103,18 +102,18 @@ def _root(codes: Tensor, least: Tensor, gap: Tensor) -> Tensor:
 
 def _zero_moments(p: Tensor) -> dict[str, Tensor]:
     """The moments of a parameter before its first step: coded, or float32 where that is hardly worth it."""
-    shape = (-1, BLOCK) if _is_coded(p) else (1, -1)
-    zeros = torch.zeros(p.numel(), dtype=torch.uint8, device=p.device).view(shape)
+    zeros = torch.zeros(p.numel(), dtype=torch.uint8, device=p.device).view(_blocks(p))
     step = torch.zeros((), device=p.device)
-    if not _is_coded(p):
+    if len(zeros) == 1:
         return {"step": step, "exp_avg": zeros.float(), "exp_avg_sq": zeros.float()}
     column = torch.zeros(len(zeros), 1, device=p.device)
     codes = {"exp_avg": zeros.to(torch.int8), "exp_avg_sq": zeros}
     return {"step": step, **codes, "scale": column, "least": column + FLOOR, "gap": column.clone()}
 
 
-def _is_coded(p: Tensor) -> bool:
-    return p.numel() >= SMALLEST and p.numel() % BLOCK == 0
+def _blocks(p: Tensor) -> tuple[int, int]:
+    """The shape of a parameter in blocks; one block of all its values where its moments are not coded."""
+    return (-1, BLOCK) if p.numel() >= SMALLEST and p.numel() % BLOCK == 0 else (1, -1)
 
 
 # ---- the optimizer ----------------------------------------------------------------------------------------------
@@ -131,7 +130,7 @@ class SmallAdamW(Optimizer):
         for _, p in self._parameters():
             p.data = p.detach().contiguous()  # it is viewed in blocks
             if p in low:
-                self.state[p]["low"] = low.pop(p).view((-1, BLOCK) if _is_coded(p) else (1, -1))
+                self.state[p]["low"] = low.pop(p).view(_blocks(p))
         self._squares = torch.zeros((), dtype=torch.float64, device=p.device)
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
@@ -157,15 +156,14 @@ class SmallAdamW(Optimizer):
     def fused_backward(self) -> Iterator[None]:
         """Around the last backward pass of a step: update each parameter when its gradient is whole, and free that.
 
-        Gradients of earlier passes count. What has one without getting more in this pass (an untied head) is updated
-        at the end. From the first gradient on that is not finite no parameter is changed, nor are its moments; which
-        were before cannot be undone. ``grad_norm`` then is not finite, which is to be read once the block is left. Nor
-        can a pass be undone that broke off, when memory ran out.
+        What has a gradient of earlier passes alone (an untied head) is updated at the end. From the first gradient on
+        that is not finite no parameter is changed; which were before cannot be undone, nor can a pass that broke off
+        when memory ran out. ``grad_norm``, to be read once the block is left, then is not finite.
         """
         self._squares.zero_()
-        handles = []
-        for group, p in self._parameters():
-            handles.append(p.register_post_accumulate_grad_hook(partial(self._step_param, group)))
+        handles = [
+            p.register_post_accumulate_grad_hook(partial(self._step_param, group)) for group, p in self._parameters()
+        ]
         try:
             yield
             for group, p in self._parameters():

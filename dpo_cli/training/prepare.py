@@ -70,15 +70,10 @@ def choose_model(
 
 
 def check_reference(options: TrainOptions | EvalOptions) -> None:
-    """Refuse a ``--ref-model`` that is packed in a way that is not read here, before any data is read.
-
-    Raises:
-        UsageError: naming the model to take instead.
-    """
-    name = options.ref_model
-    if name is not None:
+    """Refuse a ``--ref-model`` that is packed in a way that is not read here, before any data is read."""
+    if options.ref_model is not None:
         try:
-            admit(find_model(name, options.trust_remote_code), name, frozen=True)
+            admit(find_model(options.ref_model, options.trust_remote_code), options.ref_model, frozen=True)
         except UsageError as error:
             raise UsageError(str(error).replace("--model", "--ref-model", 1)) from error
 
@@ -113,22 +108,15 @@ def choose_tokenizer(source: ModelSource, options: DataOptions) -> Any:
 # ---- pairs ------------------------------------------------------------------------------------------------------
 
 
-def read_pairs(
-    data: list[str],
-    options: Options,
-    tokenizer: Any,
-    reporter: Reporter,
-    name: str = "data",
-) -> PairSet:
+def read_pairs(data: list[str], options: Options, tokenizer: Any, reporter: Reporter, name: str = "data") -> PairSet:
     """Read and tokenize data, and report what it holds.
 
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
-    skip = options.on_bad_row == "skip"
     sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
     rows = tokenize_rows(read_rows(sources, options.columns, options.format), tokenizer, **reading_of(options))
-    if rows.refused and (not skip or not rows.pairs):
+    if rows.refused and (options.on_bad_row != "skip" or not rows.pairs):
         raise refusal(rows.refused, rows.rows)
     counts = f"{rows.rows:,} rows, {len(rows.pairs):,} pairs, {len(rows.refused):,} refused"
     reporter.info(name, f"{', '.join(data)}: {counts} ({', '.join(rows.formats)})")
@@ -139,9 +127,8 @@ def read_pairs(
         reporter.info("", f"{count:,} {note}")
     for name, column, usual in zip(("weights", "margins"), rows.pairs.terms.T, (1, 0), strict=True):
         if count := int(np.count_nonzero(column != usual)):
-            reporter.info(
-                "", f"{name} from {column.min():g} to {column.max():g}, other than {usual} in {count:,} pairs"
-            )
+            values = f"{name} from {column.min():g} to {column.max():g}"
+            reporter.info("", f"{values}, other than {usual} in {count:,} pairs")
     if rows.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
         tokenizer.chat_template = Encoder(tokenizer).chat.template.plain
     return rows
@@ -178,11 +165,7 @@ def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
 
 
 def refuse_unread_terms(objective: Objective, pairs: Pairs) -> None:
-    """Refuse rows with margins that the objective does not read.
-
-    Raises:
-        UsageError: there are such rows.
-    """
+    """Refuse rows with margins that the objective does not read."""
     if (pairs.terms[:, 1] != 0).any() and (ignoring := objective.ignored_by("margins")):
         able = ", ".join(name for name, loss in LOSSES.items() if "margins" in loss.reads)
         raise UsageError(f"--loss {ignoring} has no place for the rows' margins; leave them out, or take {able}")
@@ -325,9 +308,8 @@ def _report_unread(model: PreTrainedModel, reporter: Reporter) -> None:
     if left := getattr(model, "not_loaded", {}):
         parts = sorted({kind_of(name.rpartition(".")[0]) for name in left})[:5]
         kept = "a whole export keeps them" if all(left.values()) else "an export is without them"
-        reporter.info(
-            "", f"{len(left):,} tensors of the checkpoint are not part of the model ({', '.join(parts)}); {kept}"
-        )
+        what = f"{len(left):,} tensors of the checkpoint are not part of the model ({', '.join(parts)})"
+        reporter.info("", f"{what}; {kept}")
 
 
 def weights_mode(memory: str, frozen: bool, dtype: str | None, device: torch.device) -> str:
@@ -341,17 +323,13 @@ def weights_mode(memory: str, frozen: bool, dtype: str | None, device: torch.dev
 
 
 def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSource, device: torch.device) -> None:
-    """Refuse to quantize where that cannot be done.
-
-    Raises:
-        UsageError: always, but on CUDA with bitsandbytes and of a model that is not packed already.
-    """
-    asked = f"--load-in-{options.quantize}"
-    if options.quantize is None:
-        return
+    """Refuse to quantize but on CUDA with bitsandbytes, and a model that is packed already."""
+    problem = None
     if device.type != "cuda":
-        raise UsageError(f"{asked}: bitsandbytes packs weights on CUDA devices, and there is none; leave it out")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"{asked}: needs the package bitsandbytes; pip install bitsandbytes")
-    if source.stored:
-        raise UsageError(f"{asked}: {source.description}: it is packed already; name a model with plain weights")
+        problem = "bitsandbytes packs weights on CUDA devices, and there is none; leave it out"
+    elif importlib.util.find_spec("bitsandbytes") is None:
+        problem = "needs the package bitsandbytes; pip install bitsandbytes"
+    elif source.stored:
+        problem = f"{source.description}: it is packed already; name a model with plain weights"
+    if options.quantize and problem:
+        raise UsageError(f"--load-in-{options.quantize}: {problem}")

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from dpo_cli.config.options import DataOptions, TrainOptions
 from dpo_cli.config.resolve import resolve, to_yaml
 from dpo_cli.data.pairs import Hashes
+from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from dpo_cli.utils.files import atomic_dir, file_lock, load_checksummed, sha256, to_json, with_checksum
 
@@ -35,11 +36,7 @@ PACKAGES = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "pe
 
 
 def choose_folder(output: Path | None, resume: Path | None) -> Path:
-    """Return the folder of a run to begin or to resume.
-
-    Raises:
-        UsageError: there is one already, or it cannot be made.
-    """
+    """Return the folder of a run to begin or to resume; refuse one that is there already or cannot be made."""
     if resume:
         return resume
     folder = output or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
@@ -83,7 +80,7 @@ def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str, Any]:
+def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
     """Describe where a run's numbers come from: versions, git commit, data, start policy and reference."""
     options, policy, reference = run.options, run.policy, run.reference
     start = _named(options.model, options.base_model)
@@ -92,7 +89,7 @@ def make_manifest(run: Run, command: Sequence[str], processes: int) -> dict[str,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
         "device": policy.runner.device.type,
-        "processes": processes,
+        "processes": distributed.world_size(),
         "data": {
             "files": options.data,
             "pairs": len(run.pairs),
@@ -122,9 +119,9 @@ def _git_commit() -> str | None:
 
 def _named(model: str | None, base: str | None = None) -> dict[str, str | None]:
     """Name a model for ``locate.start_model``, by an absolute path where it is a local one."""
-    paths = {"model": model} | ({"base_model": base} if base else {})
-    local = {key: Path(name).expanduser() for key, name in paths.items() if name}
-    return paths | {key: str(path.absolute()) for key, path in local.items() if path.exists()}
+    names = {"model": model} | ({"base_model": base} if base else {})
+    local = {key: Path(name).expanduser() for key, name in names.items() if name}
+    return names | {key: str(path.absolute()) for key, path in local.items() if path.exists()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -180,11 +177,11 @@ def reading_of(options: DataOptions, run: Path | None = None) -> dict[str, Any]:
 def check_same_run(folder: Path, manifest: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
     """Refuse to resume with other data or weights than the run began with; returns its manifest."""
     began = read_manifest(folder)
-    checks = {"data": "the data", "held_out": "the held-out data", "start": "the start model"}
+    checks = [("data", "sha256", "the data"), ("held_out", "sha256", "the held-out data")]
+    checks.append(("start", "fingerprint", "the start model"))
     if any(each["reference"]["fingerprint"] != each["start"]["fingerprint"] for each in (began, manifest)):
-        checks["reference"] = "the reference"
-    keys = {name: "sha256" if name in ("data", "held_out") else "fingerprint" for name in checks}
-    if changed := [checks[name] for name, key in keys.items() if began[name][key] != manifest[name][key]]:
+        checks.append(("reference", "fingerprint", "the reference"))
+    if changed := [what for name, key, what in checks if began[name][key] != manifest[name][key]]:
         raise UsageError(
             f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"
         )

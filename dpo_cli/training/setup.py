@@ -1,34 +1,32 @@
-"""A run before its first step: its data, its policy and reference, and the schedule of its steps."""
+"""A run before its first step: its data, its policy and reference, the schedule of its steps, and the printed plan."""
 
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property, partial
+import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import RESUME_MUTABLE
-from dpo_cli.data.batching import Step, build_schedule, step_pairs
+from dpo_cli.data.batching import Step, build_schedule, row_costs, step_pairs
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
 from dpo_cli.data.rows import BadRow
 from dpo_cli.evaluation import kl
+from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config
-from dpo_cli.evaluation.kl import HeadInputs
 from dpo_cli.models.attention import attention
 from dpo_cli.models.layout import experts_a_token
-from dpo_cli.models.loading import dtype_name, load_tokenizer, release
+from dpo_cli.models.loading import dtype_name, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.reference.store import ReferenceCache, fill_reference
+from dpo_cli.reference.store import ReferenceCache, ReferenceLogps, fill_reference
 from dpo_cli.training.adapter import adapter_settings, attach_adapter
-from dpo_cli.training.memory import Fit, fit, process_bytes
-from dpo_cli.training.plan import report_plan
+from dpo_cli.training.memory import Fit, fit, process_bytes, usable_bytes
+from dpo_cli.training.optimizer import BYTES, learning_rate
 from dpo_cli.training.prepare import (
     ScoredModel,
     check_reference,
@@ -45,45 +43,38 @@ from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
+# The sum of the steps' learning rates is about the most that AdamW moves a weight. Each 1e-6 of it moved the margin of
+# an easy preference by 0.17 nats on the packaged model, and by 0.009 with an adapter: below these it stays under a nat.
+MOVES, MOVES_ADAPTER = 5e-6, 1e-4
+KEPT = {
+    "full": "weights and moments float32",
+    "split": "weights bfloat16 with their lower halves, moments 8 bits",
+    "in-backward": "weights bfloat16 with their lower halves, moments 8 bits, updated in the backward pass",
+}
+
 
 @dataclasses.dataclass
 class Run:
-    """A run that is laid out and has not begun.
-
-    Where the reference is another model than the start policy it has scored and its weights are gone: ``ref_logps``
-    (P, 2) in nats are those of ``scored()``, ``recorded`` is its side of the exact KL on the held-out pairs.
-    """
+    """A run that has not begun; ``prepare_run`` fills it in, top down."""
 
     folder: Path
-    options: TrainOptions
+    options: TrainOptions  # in the end with all that is chosen at run time
+    device: torch.device
+    reporter: Reporter
     tokenizer: Any
     pairs: Pairs
     held_out: Pairs
     refused: list[BadRow]
-    policy: ScoredModel
-    reference: ScoredModel
-    cache: ReferenceCache | None  # of the reference; None: the loss reads none
-    costs: list[int]  # tokens that each pair takes up in a forward
-    plan: list[Step]
-    fitted: Fit
+    used: list[int]  # places of the pairs that the run trains on
+    reference: ScoredModel = dataclasses.field(init=False)
+    cache: ReferenceCache | None = None  # of the reference; None: the loss reads none
+    scores: ReferenceLogps = dataclasses.field(init=False)  # of ``scored()``, see ``score_reference``
+    recorded: kl.HeadInputs | None = None  # the reference's side of the exact KL, on the ranks that evaluate
+    policy: ScoredModel = dataclasses.field(init=False)
     experts: int = 0  # that a token goes to, where the balance of a mixture is part of the loss
-    ref_logps: Tensor | None = None
-    recorded: HeadInputs | None = None
-
-    @property
-    def runner(self) -> ModelRunner:
-        """The policy's."""
-        return self.policy.runner
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The policy."""
-        return self.policy.model
-
-    @cached_property
-    def used(self) -> list[int]:
-        """The places of the pairs that the plan trains on."""
-        return sorted({i for step in self.plan for indices in step for i in indices})
+    fitted: Fit = dataclasses.field(init=False)
+    costs: list[int] = dataclasses.field(init=False)  # tokens that each pair takes up in a forward
+    plan: list[Step] = dataclasses.field(init=False)
 
     def scored(self) -> Pairs:
         """Return the pairs that the reference scores: those that are used, then the held-out ones."""
@@ -100,11 +91,6 @@ class Run:
     def trained_on(self) -> dict[str, Any]:
         """How many of the held-out pairs are trained on too."""
         return trained_on(self.held_out, self.trained)
-
-    def weighted_ref_logps(self, pairs: Pairs, ref_logps: Tensor) -> Tensor:
-        """Return reference log-probs of pairs with the token weights of LD-DPO: (P, 2) nats."""
-        alpha = self.options.objective.ld_alpha
-        return ref_logps if alpha == 1 or self.cache is None else self.cache.weighted(pairs, alpha)
 
 
 def prepare_run(
@@ -123,51 +109,30 @@ def prepare_run(
     check_reference(options)
     tokenizer = choose_tokenizer(source, options)
     pairs, held_out, refused = _read_data(options, tokenizer, reporter)
+    order = {name: getattr(options, name) for name in ("batch_size", "epochs", "max_steps", "seed")}
+    used = sorted({i for step in step_pairs(len(pairs), **order) for i in step})
     process = process_bytes(device)
     if resume and options.fsdp and not distributed.is_launched():
         reporter.info("shard", "one process resumes what began in shards")
         options = dataclasses.replace(options, fsdp=False)
-    reference, cache, ref_logps, recorded = None, None, None, None
+    run = Run(folder, options, device, reporter, tokenizer, pairs, held_out, refused, used)
     if options.ref_model:
-        reference = _load_reference(options, tokenizer, pairs + held_out, device, reporter)
-        cache = reference.open_cache(options, reporter)
+        _load_reference(run)
         if not dry_run:
-            ref_logps, recorded = _score_reference(reference, cache, options, pairs, held_out, reporter)
-        release(reference.model)
-    policy, experts = _load_policy(source, pairs, held_out, options, device, reporter)
-    options, fitted = _fit_memory(policy, pairs, options, process)
-    costs, ranks = policy.runner.costs(pairs), distributed.world_size()
-    order = {"max_tokens": fitted.max_tokens, "world_size": ranks, **_order(options)}
-    plan = build_schedule(costs, policy.runner.layout, **order)
-    _check_plan(options, plan, pairs, held_out, policy.fingerprint)
-    if options.objective.reference and not reference:
-        cache = policy.open_cache(options, reporter)
-    policy.model.generation_config = generation_config(policy.model, tokenizer, pairs)  # which is exported
-    run = Run(
-        folder=folder,
-        options=options,
-        tokenizer=tokenizer,
-        pairs=pairs,
-        held_out=held_out,
-        refused=refused,
-        policy=policy,
-        reference=reference or policy,
-        cache=cache,
-        costs=costs,
-        plan=plan,
-        fitted=fitted,
-        experts=experts,
-        ref_logps=ref_logps,
-        recorded=recorded,
-    )
-    _check_same_heads(run)
-    report_plan(run, reporter)
+            score_reference(run)
+        release(run.reference.model)
+    _load_policy(run, source)
+    _fit_memory(run, process)
+    run.costs = run.policy.runner.costs(run.pairs)
+    room = {"max_tokens": run.fitted.max_tokens, "world_size": distributed.world_size()}
+    run.plan = build_schedule(run.costs, run.policy.runner.layout, **room, **order)
+    _check_plan(run)
+    if not options.ref_model:
+        run.reference = run.policy
+        run.cache = run.policy.open_cache(options, reporter) if options.objective.reference else None
+    run.policy.model.generation_config = generation_config(run.policy.model, tokenizer, run.pairs)  # which is exported
+    _report_plan(run)
     return run
-
-
-def _order(options: TrainOptions) -> dict[str, Any]:
-    """What decides which pairs a step has."""
-    return {name: getattr(options, name) for name in ("batch_size", "epochs", "max_steps", "seed")}
 
 
 def _read_data(options: TrainOptions, tokenizer: Any, reporter: Reporter) -> tuple[Pairs, Pairs, list[BadRow]]:
@@ -184,27 +149,20 @@ def _read_data(options: TrainOptions, tokenizer: Any, reporter: Reporter) -> tup
     return pairs, held_out, refused
 
 
-def _load_policy(
-    source: ModelSource,
-    pairs: Pairs,
-    held_out: Pairs,
-    options: TrainOptions,
-    device: torch.device,
-    reporter: Reporter,
-) -> tuple[ScoredModel, int]:
-    """The start policy, with its adapter and the weights of its memory mode, and the experts that a token goes to."""
-    mode = weights_mode(options.memory, bool(options.lora_rank), options.dtype, device)
-    policy = load_scored_model(source, pairs + held_out, options, mode, device, reporter)
-    experts = 0
+def _load_policy(run: Run, source: ModelSource) -> None:
+    """Load the start policy, with its adapter and the weights of its memory mode."""
+    options, pairs = run.options, run.pairs
+    mode = weights_mode(options.memory, bool(options.lora_rank), options.dtype, run.device)
+    policy = load_scored_model(source, pairs + run.held_out, options, mode, run.device, run.reporter)
     if options.router_aux_loss_coef:
         with attention(policy.model, policy.own_attention):
-            experts = experts_a_token(policy.model, pairs[0])
+            run.experts = experts_a_token(policy.model, pairs[0])
         if not policy.runner.chunked_lm_head:
             raise UsageError("--router-aux-loss-coef: the model's head cannot run apart from its body; leave it out")
     policy.split_weights(mode, trains=True)
     if options.lora_rank:
-        attach_adapter(policy, options, pairs, reporter)
-    if experts:
+        attach_adapter(policy, options, pairs, run.reporter)
+    if run.experts:
         costs = policy.runner.costs(pairs)
         batch = policy.runner.batch([pairs[costs.index(min(costs))]])
         if not any(logits.requires_grad for logits in policy.runner.body(batch, True).router_logits):
@@ -212,16 +170,25 @@ def _load_policy(
                 "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; "
                 "leave it out, or take other --lora-targets"
             )
-    return policy, experts
+    if options.ref_model and run.held_out and options.kl == "exact":
+        theirs, ours = (each.model.config.get_text_config().vocab_size for each in (run.reference, policy))
+        if theirs != ours:
+            raise UsageError(
+                f"--ref-model {options.ref_model}: its head knows {theirs:,} tokens and the policy's {ours:,}, so "
+                "there is no exact KL: add --kl none"
+            )
+    run.policy = policy
 
 
-def _fit_memory(policy: ScoredModel, pairs: Pairs, options: TrainOptions, process: int) -> tuple[TrainOptions, Fit]:
-    """How the policy's state and activations fit the memory, and the options with all that is chosen at run time."""
+def _fit_memory(run: Run, process: int) -> None:
+    """Choose what lets the policy's state and activations fit the memory; all that is chosen goes into the options."""
+    policy, pairs, options = run.policy, run.pairs, run.options
     fitted = fit(policy.runner, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
     if not options.lora_rank and policy.split_weights(fitted.memory, trains=True):  # auto; the halves keep less
         fitted = fit(policy.runner, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
     policy.runner.max_tokens = fitted.max_tokens
-    options = dataclasses.replace(
+    run.fitted = fitted
+    run.options = dataclasses.replace(
         options,
         **reading_of(options),
         max_tokens=fitted.max_tokens,
@@ -229,35 +196,33 @@ def _fit_memory(policy: ScoredModel, pairs: Pairs, options: TrainOptions, proces
         memory=fitted.memory,
         gradient_checkpointing=fitted.recompute,
     )
-    return options, fitted
 
 
-def _check_plan(options: TrainOptions, plan: list[Step], pairs: Pairs, held_out: Pairs, start: str) -> None:
+def _check_plan(run: Run) -> None:
     """Refuse steps that the memory mode cannot take, and ranks that would not train the same."""
-    if options.memory == "in-backward":
+    if run.options.memory == "in-backward":
         if distributed.world_size() > 1:
             raise UsageError("--memory in-backward: a gradient is used up before the ranks could add theirs; use split")
-        if any(len(step) > 1 for step in plan):
+        if any(len(step) > 1 for step in run.plan):
             raise UsageError(
                 "--memory in-backward: a weight is updated as soon as its gradient is there, so each step must be one "
                 "forward: a lower --batch-size, or a higher --max-tokens"
             )
-    fixed = {name: value for name, value in dataclasses.asdict(options).items() if name not in RESUME_MUTABLE}
-    data = {"the_data": pairs.digest(), "the_held_out_data": held_out.digest()}
-    distributed.check_same(**data, the_model=start, the_options=str(fixed))
+    fixed = {name: value for name, value in vars(run.options).items() if name not in RESUME_MUTABLE}
+    data = {"the_data": run.pairs.digest(), "the_held_out_data": run.held_out.digest()}
+    distributed.check_same(**data, the_model=run.policy.fingerprint, the_options=str(fixed))
 
 
-# ---- a reference that is another model --------------------------------------------------------------------------
+# ---- the reference ----------------------------------------------------------------------------------------------
 
 
-def _load_reference(
-    options: TrainOptions, tokenizer: Any, pairs: Pairs, device: torch.device, reporter: Reporter
-) -> ScoredModel:
-    """The model that ``--ref-model`` names."""
-    mode = weights_mode(options.memory, True, options.dtype, device)
+def _load_reference(run: Run) -> None:
+    """Load the model that ``--ref-model`` names, and open its cache."""
+    options, reporter = run.options, run.reporter
+    mode = weights_mode(options.memory, True, options.dtype, run.device)
     try:
         source = choose_model(options.ref_model, options, reporter, "reference")
-        mine, theirs = tokenizer.get_vocab(), load_tokenizer(source).get_vocab()
+        mine, theirs = run.tokenizer.get_vocab(), load_tokenizer(source).get_vocab()
         if differing := [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]:
             token = min(differing)
             there, here = (f"token {ids[token]}" if token in ids else "no token" for ids in (theirs, mine))
@@ -265,36 +230,100 @@ def _load_reference(
                 f"--ref-model {options.ref_model}: its tokenizer is another one than the policy's: {token!r} is "
                 f"{there} there and {here} here, and {len(differing) - 1:,} more differ"
             )
-        reference = load_scored_model(source, pairs, options, mode, device, reporter)
+        run.reference = load_scored_model(source, run.pairs + run.held_out, options, mode, run.device, reporter)
     except UsageError as error:
         raise UsageError(str(error).replace("--model", "--ref-model")) from error
-    reference.split_weights(mode)
-    return reference
+    run.reference.split_weights(mode)
+    run.cache = run.reference.open_cache(options, reporter)
 
 
-def _score_reference(
-    reference: ScoredModel,
-    cache: ReferenceCache,
-    options: TrainOptions,
-    pairs: Pairs,
-    held_out: Pairs,
-    reporter: Reporter,
-) -> tuple[Tensor, HeadInputs | None]:
-    """Log-probs of what the run will ask for, and on rank 0 the reference's side of the exact KL."""
-    used = pairs.select(sorted({i for step in step_pairs(len(pairs), **_order(options)) for i in step}))
-    logps = fill_reference(cache, used + held_out, reference.runner, reporter).logps
-    states: list[HeadInputs | None] = [None]
-    if held_out and options.kl == "exact":
+def score_reference(run: Run) -> None:
+    """Score the pairs under the reference, by its cache, and run it over the held-out ones for the exact KL.
+
+    Raises:
+        NotWrittenError: the disk has no room for its log-probs, or its side of the exact KL.
+    """
+    options, runner, reporter = run.options, run.reference.runner, run.reporter
+    if run.cache:
+        run.scores = fill_reference(run.cache, run.scored(), runner, reporter, options.objective.ld_alpha)
+    else:  # a loss that reads none gets 0, and an evaluation shows none
+        logps = torch.full((len(run.scored()), 2), torch.nan)
+        logps[: len(run.used)] = 0.0
+        run.scores = ReferenceLogps(logps, logps)
+    if run.held_out and options.kl == "exact":
+        reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL")
         progress = kl.Progress(reporter, "reference")
-        record = partial(kl.record, reference.runner, held_out, options.cache_dir, progress)
-        distributed.on_rank_0(lambda: states.append(record()))
-    return logps, states[-1]
+
+        def record() -> None:
+            run.recorded = kl.record(runner, run.held_out, options.cache_dir, progress)
+
+        runner.parallel.run(record)
 
 
-def _check_same_heads(run: Run) -> None:
-    theirs, ours = (model.config.get_text_config().vocab_size for model in (run.reference.model, run.model))
-    if run.recorded and theirs != ours:
-        raise UsageError(
-            f"--ref-model {run.options.ref_model}: its head knows {theirs:,} tokens and the policy's {ours:,}, so "
-            "there is no exact KL: add --kl none"
-        )
+# ---- the plan ---------------------------------------------------------------------------------------------------
+
+
+def _report_plan(run: Run) -> None:
+    """Report what the run will do and take; warn of too little memory or disk, and of held-out pairs trained on."""
+    options, runner, reporter = run.options, run.policy.runner, run.reporter
+    trained = run.fitted.step_bytes.parameters
+    if not options.objective.reference:
+        reporter.info("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
+    threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
+    if (several := distributed.world_size()) > 1:
+        share = "a share of the model" if options.fsdp else "the whole model"
+        here = distributed.local_world_size()
+        reporter.info("ranks", f"{several} processes, {here} of them here; each keeps {share}")
+    kept = KEPT[options.memory]
+    if options.lora_rank:
+        base = options.quantize or ("bfloat16" if run.policy.model.dtype == torch.bfloat16 else "float32")
+        kept = f"frozen base {base}, adapter and its moments float32"
+    reporter.info("device", f"{runner.device.type}{threads}; compute {options.dtype}; {kept}")
+    parameters = run.policy.model.num_parameters()
+    share = f"{trained:,} of them trained ({trained / parameters:.2%})" if options.lora_rank else "all trained"
+    reporter.info("parameters", f"{parameters:,}, {share}")
+    steps, padded_costs = [[i for each in step for i in each] for step in run.plan], row_costs(run.pairs, "padded")
+    forwards = f"{sum(map(len, run.plan)):,} forwards of at most {runner.max_tokens:,} tokens"
+    reporter.info("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {forwards}")
+    tokens = sum(run.costs[i] for step in steps for i in step)
+    plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
+    padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
+    reporter.info("tokens", f"{tokens:,} to train on; {padded}")
+    _report_room(run)
+    least, tried = (MOVES_ADAPTER, 2e-4) if options.lora_rank else (MOVES, 2e-5)
+    if sum(learning_rate(step, len(steps), options) for step in range(1, len(steps) + 1)) < least:
+        count = f"{len(steps):,} step{'s' * (len(steps) > 1)} at lr {options.lr:g}"
+        more = f"for a few hundred pairs try --lr {tried:g} --batch-size 8" if options.lr < tried else "take more steps"
+        reporter.info("hint", f"{count} will hardly move the model: {more}")
+    if not run.held_out:
+        reporter.info("held out", f"no pairs: nothing will show whether the model learns the preference; {HOLD_OUT}")
+    elif overlap := trained_on(run.held_out, run.trained, "will be")["text"]:
+        reporter.warning(overlap)
+
+
+def _report_room(run: Run) -> None:
+    """Report what the run takes of memory and disk at most, by estimates, and what there is of either."""
+    options, fitted, state, unit = run.options, run.fitted, run.fitted.step_bytes, 2**30
+    runner, model, reporter = run.policy.runner, run.policy.model, run.reporter
+    need, room = fitted.estimate(run.plan, run.costs, run.pairs, runner), usable_bytes(runner.device)
+    kept = (state.frozen + state.parameters * sum(BYTES[fitted.memory]) / state.shards) / unit
+    again = ", activations computed again in the backward pass" if fitted.recompute else ""
+    parts = f"{kept:.1f} of them weights, gradients and moments{again}"
+    reporter.info("memory", f"about {need / unit:.1f} GiB at most (estimate), {parts}")
+    weight, _, moments = BYTES[fitted.memory]
+    checkpoint, exported = state.parameters * (weight + moments), state.parameters * 4
+    if not options.lora_rank or options.export == "merged":
+        exported = model.num_parameters() * export_dtype(options.export_dtype, run.policy.source).itemsize
+    if not options.lora_rank:
+        checkpoint += 4 * (model.num_parameters() - state.parameters)
+    saves = 1 + (len(run.plan) - 1) // options.save_steps if options.save_steps else 1
+    # The checkpoints that are kept, the exports, and one of each being written.
+    disk = min(options.save_total_limit + 1, saves) * checkpoint + exported * (3 if options.save_best else 1)
+    free = shutil.disk_usage(next(p for p in run.folder.absolute().parents if p.exists())).free
+    reporter.info("disk", f"about {disk / unit:.1f} GiB at most, for checkpoints and exports")
+    for what, size, there, remedy in (
+        ("memory", need, room, "a lower --max-length or --max-tokens"),
+        ("disk", disk, free, "a lower --save-total-limit or --export-dtype bfloat16"),
+    ):
+        if size > there:
+            reporter.warning(f"{what}: that is more than the {there / unit:.1f} GiB that are free: try {remedy}")

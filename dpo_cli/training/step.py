@@ -9,8 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -25,10 +24,12 @@ from dpo_cli.losses.objective import Objective
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner, out_of_memory
 from dpo_cli.models.moe import auxiliary_loss, routed
 from dpo_cli.models.parallel import local_shard
-from dpo_cli.training.interrupt import StopSignal
 from dpo_cli.training.optimizer import SmallAdamW
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
+
+if TYPE_CHECKING:
+    from dpo_cli.training.loop import StopSignal
 
 
 @dataclasses.dataclass
@@ -56,15 +57,10 @@ class Trainer:
     num_experts_per_tok: int = 0  # where the load-balancing loss of a mixture of experts is trained too
     mean_rewards: list[float] = dataclasses.field(default_factory=list)  # of the steps so far
 
-    @cached_property
-    def objective(self) -> Objective:
-        """The objective of the run."""
-        return self.options.objective
-
-    @property
-    def fused(self) -> SmallAdamW | None:
-        """The optimizer, if it updates the weights in the backward pass of a step, which is a single one."""
-        return cast(SmallAdamW, self.optimizer) if self.options.memory == "in-backward" else None
+    def __post_init__(self) -> None:
+        self.objective: Objective = self.options.objective
+        # The optimizer, if it updates the weights in the backward pass of a step, which is a single one.
+        self.fused = cast(SmallAdamW, self.optimizer) if self.options.memory == "in-backward" else None
 
     def step(
         self, planned: Step, micro_batches: Sequence[MicroBatch], lr: float, stop: StopSignal
@@ -75,8 +71,7 @@ class Trainer:
         ones: a backward pass that broke off has left half of its gradient behind.
 
         Raises:
-            DpoError: a loss or the gradient is not finite, and the weights are as before the step, unless they are
-                updated in the backward pass; or one pair alone does not fit the device's memory.
+            DpoError: a loss or the gradient is not finite, or one pair alone does not fit the device's memory.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -128,33 +123,32 @@ class Trainer:
             planned = split_into_micro_batches(
                 indices, self.costs, self.runner.layout, self.runner.max_tokens, world_size
             )
-        step = self.step_values(indices)
         lockstep = self.runner.parallel.sharded or self.num_experts_per_tok > 0
         batches = []
         for places in planned[distributed.rank() :: world_size]:
             if places:
-                batches.append(self.batch(places, **step))
+                batches.append(self.batch(places, indices))
             elif lockstep:
-                batch = self.batch((min(indices, key=self.costs.__getitem__),), **step)
+                batch = self.batch((min(indices, key=self.costs.__getitem__),), indices)
                 batches.append(dataclasses.replace(batch, weights=0 * batch.weights, dummy=True))
         return batches
 
-    def step_values(self, indices: Sequence[int]) -> dict[str, float]:
-        """Compute what the loss of a pair reads of its step and of those before it."""
-        rewards = self.mean_rewards if self.objective.uses("reward_baseline") else []
-        return {
-            "mean_chosen_length": sum(count_loss_tokens(self.pairs[i].chosen) for i in indices) / len(indices),
-            "reward_baseline": sum(rewards) / len(rewards) if rewards else 0.0,
-        }
-
-    def batch(self, places: Sequence[int], **step: float) -> MicroBatch:
-        """Build a micro-batch on the device, with its reference log-probs."""
+    def batch(self, places: Sequence[int], step: Sequence[int]) -> MicroBatch:
+        """Build a micro-batch on the device, with what its loss reads of the reference and of the pairs of its step."""
         batch = self.runner.batch([self.pairs[i] for i in places], self.objective.ld_alpha)
-        tables = {"ref_logps": self.ref_logps, "weighted_ref_logps": self.weighted_ref_logps}
-        values: dict[str, Any] = {
-            name: to_device(table[list(places)].T.reshape(-1), self.runner.device) for name, table in tables.items()
-        }
-        return dataclasses.replace(batch, places=tuple(places), **values | step)
+        logps, weighted = (
+            to_device(table[list(places)].T.reshape(-1), self.runner.device)
+            for table in (self.ref_logps, self.weighted_ref_logps)
+        )
+        rewards = self.mean_rewards if self.objective.uses("reward_baseline") else []
+        return dataclasses.replace(
+            batch,
+            places=tuple(places),
+            ref_logps=logps,
+            weighted_ref_logps=weighted,
+            mean_chosen_length=sum(count_loss_tokens(self.pairs[i].chosen) for i in step) / len(step),
+            reward_baseline=sum(rewards) / len(rewards) if rewards else 0.0,
+        )
 
     def sum_metrics(self, hidden: HiddenStates, losses: Tensor) -> Tensor:
         """Sum the metrics of a micro-batch whose head has run, see ``pair_sums``; ``losses`` (P,)."""
@@ -242,10 +236,10 @@ def compare_with_reference(trainer: Trainer, places: Sequence[int]) -> tuple[dic
 
     Units: the difference is the largest of any response, in nats per square root of its tokens that carry loss.
     """
-    runner, step = dataclasses.replace(trainer.runner), trainer.step_values(places)  # training keeps its ``max_tokens``
+    runner = dataclasses.replace(trainer.runner)  # training keeps its ``max_tokens``
 
     def compute(indices: Sequence[int], _: MicroBatch) -> tuple[Tensor, float]:
-        hidden = runner.body(trainer.batch([places[i] for i in indices], **step))
+        hidden = runner.body(trainer.batch([places[i] for i in indices], places))
         losses = torch.cat([trainer.objective(pairs) for pairs in hidden.head_pieces(trainer.objective.wpo)])
         logps, lengths = hidden.responses()
         off = (logps - hidden.batch.ref_logps).abs() / lengths.sqrt()
@@ -274,7 +268,7 @@ def _not_finite(trainer: Trainer, totals: Totals) -> DpoError:
 
 
 def _gradient_is_finite(trainer: Trainer, place: int) -> bool:
-    hidden = trainer.runner.body(trainer.batch([place], **trainer.step_values([place])))
+    hidden = trainer.runner.body(trainer.batch([place], [place]))
     for pairs in hidden.head_pieces(trainer.objective.wpo):
         trainer.objective(pairs).sum().backward()
     hidden.backward()

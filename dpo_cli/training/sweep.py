@@ -10,7 +10,6 @@ from typing import Any
 from dpo_cli.config.options import EvalOptions, SweepOptions, TrainOptions
 from dpo_cli.config.resolve import differences, inherit_auto_options
 from dpo_cli.evaluation.evaluate import evaluate
-from dpo_cli.evaluation.evaluator import EvalResult
 from dpo_cli.models.loading import free_memory
 from dpo_cli.reporting.plots import frontier, write_plots
 from dpo_cli.reporting.text import overlap, verdict
@@ -33,28 +32,36 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
         DpoError: a run failed; what was trained is kept.
         Interrupted: a signal came; a checkpoint was written.
     """
-    folder = _folder(options)
+    folder = options.output or Path("runs", "sweep")
+    names = [path.name for path in folder.glob("*")]
+    if folder.is_file() or (names and RESULT not in names and not any(name.startswith("beta-") for name in names)):
+        raise UsageError(f"--output {folder}: it holds something other than a sweep; choose another folder")
     runs = {folder / f"beta-{training.beta:g}": training for training in options.runs()}
     started = {run: trained_with(run) for run in runs if run.exists()}
-    for run, asked in runs.items():
-        if run in started and (changed := differences(started[run], inherit_auto_options(asked, started[run]))):
+    for run, began in started.items():
+        if changed := differences(began, inherit_auto_options(runs[run], began)):
             changes = f"{run.name} exists with other options: {', '.join(changed.values())}"
             raise UsageError(f"--output {folder}: {changes}; choose another folder")
-    result: dict[str, Any] = {"output": str(folder)}
-    points: list[dict[str, Any]] = []
+    evaluations: dict[Path, dict[str, Any]] = {}
+    first = next(iter(runs))
     for run, training in runs.items():
-        reporter.info("sweep", f"beta {training.beta:g}, {len(points) + 1} of {len(runs)}: {run}")
+        reporter.info("sweep", f"beta {training.beta:g}, {len(evaluations) + 1} of {len(runs)}: {run}")
         like = started.get(run) or next(iter(started.values()), None)
         _train(run, inherit_auto_options(training, like) if like else training, command, reporter)
         started[run] = trained_with(run)
-        first, expected = next(iter(runs)), _starting_point(next(iter(runs)))
+        expected = _starting_point(first)
         if moved := [name for name, value in _starting_point(run).items() if value != expected[name]]:
             raise UsageError(f"{run}: {' and '.join(moved)} changed since {first.name} began; choose another --output")
-        evaluation = _evaluate(run, options, reporter)
-        if not points:
-            result |= _about(evaluation)
-        points.append(_point(run, evaluation))
-    result["points"] = points
+        evaluations[run] = _evaluate(run, options, reporter)
+    about = evaluations[first]
+    result: dict[str, Any] = {"output": str(folder)}
+    result |= {name: about[name] for name in ("trained_on", "reference", "pairs") if name in about}
+    if "sequence_kl" in about:
+        result["kl"] = {"of": "over responses sampled from the policy", "unit": "nats per response"}
+        result["kl"] |= {name: about["sequence_kl"][name] for name in ("prompts", "samples", "max_new_tokens")}
+    else:
+        result["kl"] = {"of": "at each token of the chosen responses", "unit": "nats per token"}
+    points = result["points"] = [_point(run, evaluation) for run, evaluation in evaluations.items()]
     for name in ("frontier.svg", "frontier.png"):
         write_plots(folder / name, frontier(points, result["kl"]["unit"]))
     write_json(folder / RESULT, result)
@@ -81,19 +88,6 @@ def _figures(kl: Any) -> str:
     return f"{kl:.3g}" if is_number(kl) else NONE
 
 
-def _folder(options: SweepOptions) -> Path:
-    """The folder of the runs.
-
-    Raises:
-        UsageError: it holds something else.
-    """
-    folder = options.output or Path("runs", "sweep")
-    names = [path.name for path in folder.glob("*")]
-    if folder.is_file() or (names and RESULT not in names and not any(name.startswith("beta-") for name in names)):
-        raise UsageError(f"--output {folder}: it holds something other than a sweep; choose another folder")
-    return folder
-
-
 def _starting_point(run: Path) -> dict[str, str]:
     """What the runs of a sweep must share, by name."""
     manifest = read_manifest(run)
@@ -114,36 +108,28 @@ def _train(run: Path, options: TrainOptions, command: Sequence[str], reporter: R
         free_memory()
 
 
-def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> EvalResult:
-    """Evaluate a run on the held-out rows, as ``dpo eval`` does.
-
-    Raises:
-        UsageError: they changed since the run began.
-    """
+def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str, Any]:
+    """Evaluate a run on the held-out rows, as ``dpo eval`` does; refuse others than it began with."""
     common = {f.name: getattr(options, f.name) for f in dataclasses.fields(EvalOptions) if hasattr(options, f.name)}
     own = {"model": [str(run)], "data": options.eval_data, "beta": None, "ref_model": None, "kl": "exact"}
     evaluation, pairs = evaluate(str(run), EvalOptions(**common | own), reporter)
     if pairs.digest() != read_manifest(run)["held_out"]["sha256"]:
         raise UsageError(f"{run}: the held-out data changed since it began; choose another --output")
     free_memory()
-    return evaluation
+    return evaluation.to_dict()
 
 
-def _about(evaluation: EvalResult) -> dict[str, Any]:
-    """What holds for all points: the reference and the prompts."""
-    result, kl = evaluation.to_dict(), evaluation.sequence_kl
-    about: dict[str, Any] = {name: result[name] for name in ("trained_on", "reference", "pairs") if name in result}
-    about["kl"] = {"of": "at each token of the chosen responses", "unit": "nats per token"}
-    if kl:
-        about["kl"] = {"of": "over responses sampled from the policy", "unit": "nats per response"}
-        about["kl"] |= {name: kl[name] for name in ("prompts", "samples", "max_new_tokens")}
-    return about
-
-
-def _point(run: Path, evaluation: EvalResult) -> dict[str, Any]:
+def _point(run: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     """A run's KL and what it buys, named as in ``dpo eval --json``."""
-    kl, means, ends = evaluation.sequence_kl, evaluation.means, evaluation.intervals
-    point: dict[str, Any] = {"beta": evaluation.about["beta"], "run": str(run)}
-    point |= {"kl": kl["token_kl"] if kl else means["kl/chosen"]} | {name: means[name] for name in METRICS}
-    intervals = {"kl": kl["token_kl_interval"] if kl else ends["kl/chosen"]} | {name: ends[name] for name in METRICS}
-    return point | {"intervals": intervals, "findings": evaluation.findings, "judged": evaluation.judged}
+    kl, kl_interval = found["kl/chosen"], found["intervals"]["kl/chosen"]
+    if "sequence_kl" in found:
+        kl, kl_interval = (found["sequence_kl"][name] for name in ("token_kl", "token_kl_interval"))
+    return {
+        "beta": found["beta"],
+        "run": str(run),
+        "kl": kl,
+        **{name: found[name] for name in METRICS},
+        "intervals": {"kl": kl_interval} | {name: found["intervals"][name] for name in METRICS},
+        "findings": found["findings"],
+        "judged": found["judged"],
+    }

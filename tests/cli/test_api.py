@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import dpo_cli
 from dpo_cli import Interrupted, UsageError, evaluate, precompute, train
 from dpo_cli.cli.app import app
-from dpo_cli.training.interrupt import StopSignal
+from dpo_cli.training.loop import StopSignal
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils.files import to_json
 from tests.helpers import ROOT, SAMPLE, write_rows
@@ -30,7 +30,7 @@ HELD_OUT = [json.loads(line) for line in (SAMPLE / "heldout.jsonl").read_text().
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to be in, with a cache of its own. Reports take most of the time of so small a run."""
     for name in ("write_report", "write_plots"):
-        monkeypatch.setattr(f"dpo_cli.training.heldout.{name}", lambda *_: None)
+        monkeypatch.setattr(f"dpo_cli.training.loop.{name}", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path

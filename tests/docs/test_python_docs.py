@@ -23,7 +23,7 @@ def test_the_notebook_runs(
         lines = (SAMPLE / name).read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / "sample_data" / name).write_text("".join(lines[:count]), encoding="utf-8")
     for name in ("write_report", "write_plots"):  # they take most of the time of so small a run
-        monkeypatch.setattr(f"dpo_cli.training.heldout.{name}", lambda *_: None)
+        monkeypatch.setattr(f"dpo_cli.training.loop.{name}", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     cell: dict[str, object] = {}

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-import dpo_cli.training.heldout
+import dpo_cli.training.loop
 from dpo_cli.cli.app import app
 from dpo_cli.data.pairs import Pair, Pairs, trained_on
 from tests.helpers import SAMPLE, make_model, random_pairs, write_rows
@@ -122,7 +122,7 @@ def test_a_report_that_cannot_be_drawn_leaves_the_verdict(
     def failing(*_: Any) -> None:
         raise ValueError("the template is broken")
 
-    monkeypatch.setattr(dpo_cli.training.heldout, "write_report", failing)
+    monkeypatch.setattr(dpo_cli.training.loop, "write_report", failing)
     out = train(place, "--eval-data", place / "new.jsonl", "--max-steps", 1, "--output", tmp_path / "run")
     assert "the template is broken" in out.stderr and FEW in out.stdout
 

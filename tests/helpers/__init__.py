@@ -170,7 +170,7 @@ def random_pairs(count: int, seed: int = 0, longest: int = 20, vocabulary: int =
 
 def cached_logps(folder: Path) -> dict[bytes, float]:
     """The log-probs in a folder of the reference cache, by response key; none of its files may be damaged."""
-    from dpo_cli.reference.shards import read_folder
+    from dpo_cli.reference.store import read_folder
 
     found: dict[bytes, float] = {}
     for keys, logps, _, _ in read_folder(folder, pytest.fail):

@@ -33,7 +33,6 @@ from typing import Any, Literal
 import safetensors.torch
 
 import dpo_cli.models.logprobs
-import dpo_cli.reference.shards
 import dpo_cli.reference.store
 import dpo_cli.training.loop
 from tests.helpers.caches import PROCESSES

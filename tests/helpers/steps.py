@@ -12,7 +12,7 @@ from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import Step
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.training.interrupt import StopSignal
+from dpo_cli.training.loop import StopSignal
 from dpo_cli.training.step import Trainer
 
 

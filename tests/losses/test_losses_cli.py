@@ -61,7 +61,7 @@ def place(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dpo(place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Result:
     monkeypatch.chdir(place)
     for drawn in ("write_report", "write_plots"):  # other tests look at these, and they take most of the time
-        monkeypatch.setattr(f"dpo_cli.training.heldout.{drawn}", lambda *_: None)
+        monkeypatch.setattr(f"dpo_cli.training.loop.{drawn}", lambda *_: None)
     words = [str(word) for word in arguments]
     if words[0] in ("train", "sweep") and "--resume" not in words:
         words += ["--model", str(tiny), "--data", "rows.jsonl", "--lr", "1e-3"]

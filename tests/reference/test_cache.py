@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from typer.testing import CliRunner
 
 import dpo_cli.models.fingerprint
-import dpo_cli.reference.shards
+import dpo_cli.reference.store
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.batching import padded
@@ -35,8 +35,7 @@ from dpo_cli.models.fingerprint import hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner, token_logps
-from dpo_cli.reference.shards import read_folder, read_shard
-from dpo_cli.reference.store import pair_keys
+from dpo_cli.reference.store import pair_keys, read_folder, read_shard
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError

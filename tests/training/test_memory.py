@@ -155,7 +155,7 @@ def test_a_resumed_run_keeps_the_smaller_forwards(
     start: Train, whole: Path, limits: Limits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that its weights are equal to the bit to those of the run that was not interrupted."""
-    import dpo_cli.training.loop
+    import dpo_cli.training.trackers
 
     limits.tokens = 500
     assert start(tmp_path / "through").exit_code == 0
@@ -165,9 +165,9 @@ def test_a_resumed_run_keeps_the_smaller_forwards(
             raise KeyboardInterrupt
         original(file, step, *rest)
 
-    original = dpo_cli.training.loop.append_metrics
+    original = dpo_cli.training.trackers.append_metrics
     with monkeypatch.context() as patch:
-        patch.setattr(dpo_cli.training.loop, "append_metrics", killed)
+        patch.setattr(dpo_cli.training.trackers, "append_metrics", killed)
         assert start(tmp_path / "run").exit_code == 130
     limits.failed.clear()
     result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])
@@ -200,7 +200,7 @@ def test_a_rank_of_a_sharded_model_stops_before_it_asks_the_others(monkeypatch: 
     trainer, _ = make_trainer(runner, random_pairs(2), TrainOptions(data=["none"]), torch.zeros(2, 2))
     monkeypatch.setattr("dpo_cli.utils.distributed.all_reduce_max", lambda _: pytest.fail("another rank was asked"))
     with pytest.raises(DpoError, match="with --fsdp all ranks run in lockstep: set a lower --max-tokens"):
-        trainer._shrink(trainer.batch([0, 1], **trainer.step_values([0, 1])))
+        trainer._shrink(trainer.batch([0, 1], [0, 1]))
 
 
 @pytest.mark.parametrize("kl", ["none", "exact"])

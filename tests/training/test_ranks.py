@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from benchmarks.memory import hosts, scale
 from dpo_cli.cli.app import app
-from dpo_cli.training.interrupt import StopSignal
+from dpo_cli.training.loop import StopSignal
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
 from tests.helpers import LONG, ROOT, SAMPLE, cached_logps, cli_environment, make_model

@@ -126,11 +126,11 @@ def test_killed_three_times_from_outside(
     "strike",
     [
         Strike("dpo_cli.models.logprobs:HiddenStates.backward", 13),  # between the micro-batches of a step
-        Strike("dpo_cli.training.loop:append_metrics", 7),  # after a step, before its line
+        Strike("dpo_cli.training.trackers:append_metrics", 9),  # after a step, before its line
         Strike("dpo_cli.evaluation.kl:_compare_heads", 5),  # in an evaluation
-        Strike("dpo_cli.training.heldout:append_metrics", 3),  # evaluated, before its line
-        Strike("dpo_cli.training.heldout:write_report", 2),  # its line is written, its report is not
-        Strike("dpo_cli.training.heldout:write_report", 4),  # trained and exported, the last report is not written
+        Strike("dpo_cli.training.trackers:append_metrics", 11),  # evaluated, before its line
+        Strike("dpo_cli.training.loop:write_report", 2),  # its line is written, its report is not
+        Strike("dpo_cli.training.loop:write_report", 4),  # trained and exported, the last report is not written
         Strike("dpo_cli.training.checkpoint:save_file", 2 * 3 + 2),  # weights written, moments not
         Strike("dpo_cli.training.checkpoint:sha256", 2 * 3 + 2),  # all written, no manifest
         Strike("dpo_cli.training.checkpoint:shutil.rmtree", 1),  # an old checkpoint about to be dropped
@@ -218,12 +218,12 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
         ("training.loop:Trainer.step", 1, signal.SIGINT),
         ("models.logprobs:HiddenStates.backward", 13, signal.SIGTERM),  # between the micro-batches of a step
         ("models.logprobs:HiddenStates.backward", 13, signal.SIGINT),
-        ("training.loop:append_metrics", 6, signal.SIGTERM),
+        ("training.trackers:append_metrics", 8, signal.SIGTERM),
         ("evaluation.kl:_compare_heads", 5, signal.SIGINT),  # in an evaluation on the way
-        ("training.heldout:append_metrics", 3, signal.SIGTERM),
-        ("training.heldout:write_report", 2, signal.SIGINT),
+        ("training.trackers:append_metrics", 11, signal.SIGTERM),
+        ("training.loop:write_report", 2, signal.SIGINT),
         ("training.loop:save_checkpoint", 3, signal.SIGTERM),
-        ("training.finish:export_model", 1, signal.SIGINT),
+        ("training.results:export_model", 1, signal.SIGINT),
     ],
 )
 def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, number: signal.Signals) -> None:
@@ -231,7 +231,7 @@ def test_interrupted_run_says_how_to_go_on(place: Place, phase: str, call: int, 
     name = f"my {phase.partition(':')[2]} {call} {number.name}"
     run = place.folder / name
     code, told = place.train(name, strike=Strike(f"dpo_cli.{phase}", call, (number,)))
-    if phase != "training.finish:export_model" or code:  # the work is done there: it may as well come to its end
+    if phase != "training.results:export_model" or code:  # the work is done there: it may as well come to its end
         assert code == 130, told
         found = newest_checkpoint(run / "checkpoints", pytest.fail)
         assert found and found[1] == max(newest_step(run), 0)

@@ -110,7 +110,7 @@ class Seen:
             self.models.append(weakref.ref(found.model))
             return found
 
-        patch.setattr("dpo_cli.training.loop.fill_reference", filled)
+        patch.setattr("dpo_cli.training.setup.fill_reference", filled)
         patch.setattr("dpo_cli.training.setup.load_scored_model", loaded)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, call
@@ -11,9 +12,9 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.evaluation.metrics_log import append_metrics, read_metrics, truncate_metrics
+from dpo_cli.evaluation.metrics_log import read_metrics, truncate_metrics
 from dpo_cli.training import trackers
-from dpo_cli.training.trackers import Trackers, check_installed, hyperparameters
+from dpo_cli.training.trackers import MetricsLog, check_installed, hyperparameters
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from tests.helpers import Cli
@@ -155,28 +156,31 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Listener]:
     return found
 
 
-def start(folder: Path, names: str) -> Trackers:
+def start(folder: Path, names: str, done: int = 0) -> closing[MetricsLog]:
     PartialState(cpu=True)  # accelerate's trackers log through it
     folder.mkdir(exist_ok=True)
-    return Trackers(folder, TrainOptions(data=["pairs.jsonl"], report_to=names), Reporter())
+    return closing(MetricsLog(folder, TrainOptions(data=["pairs.jsonl"], report_to=names), Reporter(), done))
 
 
-def take_steps(live: Trackers, folder: Path, *steps: int) -> None:
+def take_steps(log: MetricsLog, *steps: int) -> None:
     """Steps of a run, each with a line of metrics."""
     for step in steps:
-        append_metrics(folder / "metrics.jsonl", step, {"loss": 1 / step, "grad_norm": float("nan")})
-        live.follow()
+        log.write(step, {"loss": 1 / step, "grad_norm": float("nan")})
 
 
 def test_each_line_is_logged_once_and_in_order(made: list[Listener], tmp_path: Path) -> None:
-    """Held-out lines too, half a line when it is whole; what is no finite number is left out."""
-    with start(tmp_path, "tensorboard") as live:
-        append_metrics(tmp_path / "metrics.jsonl", 0, {"loss": 0.5}, "eval_")
-        take_steps(live, tmp_path, 1, 2)
-        append_metrics(tmp_path / "metrics.jsonl", 2, {"loss": 0.25}, "eval_")
+    """Held-out lines too; what is no finite number is left out, but for the file."""
+    with start(tmp_path, "tensorboard") as log:
+        log.write(0, {"loss": 0.5}, "eval_")
+        take_steps(log, 1, 2)
+        log.write(2, {"loss": 0.25}, "eval_")
     (only,) = made
     rows = [(0, {"eval_loss": 0.5}), (1, {"loss": 1.0}), (2, {"loss": 0.5}), (2, {"eval_loss": 0.25})]
     assert only.rows == rows and only.finished and only.options["beta"] == 0.1
+    lines = [(line.pop("step"), line) for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert lines == [
+        (step, values if step == 0 or "eval_loss" in values else values | {"grad_norm": None}) for step, values in rows
+    ]
 
 
 def test_a_tracker_that_fails_ends_neither_run_nor_others(
@@ -184,8 +188,8 @@ def test_a_tracker_that_fails_ends_neither_run_nor_others(
 ) -> None:
     """It is reported once, without the password in its address; stdout stays the result's."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host/")
-    with start(tmp_path, "mlflow,tensorboard") as live:
-        take_steps(live, tmp_path, 1, 2, 3)
+    with start(tmp_path, "mlflow,tensorboard") as log:
+        take_steps(log, 1, 2, 3)
     out, err = capsys.readouterr()
     message = "warning: --report-to mlflow: no answer from MLFLOW_TRACKING_URI; the run continues without it"
     assert out == "" and err.count(message) == 1 and "secret" not in err
@@ -196,24 +200,26 @@ def test_a_tracker_that_cannot_start_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trackers, "_start", MagicMock(side_effect=ValueError("api_key not configured")))
-    with start(tmp_path, "wandb") as live:
-        take_steps(live, tmp_path, 1)
+    with start(tmp_path, "wandb") as log:
+        take_steps(log, 1)
     assert capsys.readouterr().err.count("api_key not configured") == 1
 
 
 def test_only_rank_0_reports(made: list[Listener], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_cli.utils.distributed.rank", lambda: 1)
-    with start(tmp_path, "trackio") as live:
-        take_steps(live, tmp_path, 1)
+    with start(tmp_path, "trackio") as log:
+        take_steps(log, 1)
     assert not made
 
 
-def test_half_a_line_of_a_full_disk_hides_no_error(made: list[Listener], tmp_path: Path) -> None:
-    with pytest.raises(NotWrittenError), start(tmp_path, "tensorboard") as live:
-        take_steps(live, tmp_path, 1)
-        with (tmp_path / "metrics.jsonl").open("a") as stream:
-            stream.write('{"step": 2, "lo')
-        raise NotWrittenError("no space left")
+def test_a_line_that_is_not_written_is_not_logged(
+    made: list[Listener], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the run's error is not hidden."""
+    with pytest.raises(NotWrittenError), start(tmp_path, "tensorboard") as log:
+        take_steps(log, 1)
+        monkeypatch.setattr(trackers, "append_metrics", MagicMock(side_effect=NotWrittenError("no space left")))
+        take_steps(log, 2)
     assert made[0].finished and made[0].rows == [(1, {"loss": 1.0})]
 
 
@@ -221,8 +227,8 @@ def test_wandb_draws_over_the_steps_of_the_run(tmp_path: Path, monkeypatch: pyte
     """Its own count would drop the steps that a resumed run repeats."""
     run = MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", MagicMock(init=lambda **_: run))
-    with start(tmp_path, "wandb") as live:
-        take_steps(live, tmp_path, 1, 2)
+    with start(tmp_path, "wandb") as log:
+        take_steps(log, 1, 2)
     run.define_metric.assert_called_once_with("*", step_metric="step")
     rows = [{"loss": 1.0, "step": 1}, {"loss": 0.5, "step": 2}]
     assert run.log.call_args_list == [call(row, step=None) for row in rows]
@@ -230,9 +236,9 @@ def test_wandb_draws_over_the_steps_of_the_run(tmp_path: Path, monkeypatch: pyte
 
 def test_tensorboard_draws_one_curve_of_a_resumed_run(tmp_path: Path) -> None:
     """Killed after step 3 and taken back to step 1: steps 2 and 3 come again, and replace the first ones."""
-    with start(tmp_path, "tensorboard") as live:
-        take_steps(live, tmp_path, 1, 2, 3)
+    with start(tmp_path, "tensorboard") as log:
+        take_steps(log, 1, 2, 3)
     truncate_metrics(tmp_path / "metrics.jsonl", 1)
-    with start(tmp_path, "tensorboard") as live:
-        take_steps(live, tmp_path, 2, 3, 4)
+    with start(tmp_path, "tensorboard", done=1) as log:
+        take_steps(log, 2, 3, 4)
     assert scalars(tmp_path / "tensorboard") == {"loss": {1: [1.0], 2: [0.5], 3: [pytest.approx(1 / 3)], 4: [0.25]}}

@@ -1,10 +1,10 @@
-"""What a run leaves: its exported model, answers and the result that is printed."""
+"""What a run leaves: its exported models, answers, and the result that is printed."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +35,24 @@ def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[
     Raises:
         NotReadBackError: what was written is not what was trained.
     """
+    runner, source = run.policy.runner, run.policy.source
     metrics = evaluations(read_metrics(run.folder / "metrics.jsonl"))
     card = model_card(run, metrics.get(0, {}), after or metrics.get(step, {}))
     by_length = sorted(run.used, key=run.costs.__getitem__)
-    about: dict[str, Any] = {
-        "source": run.policy.source,
-        "pair": run.pairs[by_length[len(by_length) // 2]],
-        "dtype": export_dtype(run.options.export_dtype, run.policy.source),
-        "warn": run.runner.warn,
-    }
+    pair, dtype = run.pairs[by_length[len(by_length) // 2]], export_dtype(run.options.export_dtype, source)
+    about: dict[str, Any] = {"source": source, "pair": pair, "dtype": dtype, "warn": runner.warn}
     try:
         if run.options.export == "merged":
             model = _merged(run)
             export_model(run.folder / name, model, run.tokenizer, card, **about)
             release(model)
             return
-        with attention(run.model, run.policy.own_attention):
-            apart = run.runner.parallel.sharded and run.runner.chunked_lm_head
-            expected = response_logps(run.model, about["pair"], run.runner.dtype, apart), run.runner.dtype
-            with fp32_weights(run.model, optimizer):
-                export_model(run.folder / name, run.model, run.tokenizer, card, expected=expected, **about)
+        model = run.policy.model
+        with attention(model, run.policy.own_attention):
+            apart = runner.parallel.sharded and runner.chunked_lm_head
+            expected = response_logps(model, pair, runner.dtype, apart), runner.dtype
+            with fp32_weights(model, optimizer):
+                export_model(run.folder / name, model, run.tokenizer, card, expected=expected, **about)
     except NotReadBackError as error:
         raise NotReadBackError(f"{error}. The trained weights are in {run.folder / 'checkpoints'}") from error
 
@@ -62,28 +60,28 @@ def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[
 def _merged(run: Run) -> PreTrainedModel:
     """The base, loaded again, with the trained adapter merged into it."""
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(run.model, Path(folder))
+        save_adapter(run.policy.model, Path(folder))
+        source = dataclasses.replace(run.policy.source, adapter=Path(folder), attached=False, checkpoint=None)
         try:
-            model = load_model(replace(run.policy.source, adapter=Path(folder), attached=False, checkpoint=None))
+            model = load_model(source)
         except UsageError as error:
             reason = str(error).removeprefix("--model ").replace(folder, "the trained adapter")
             raise NotReadBackError(f"--export merged: {reason}") from error
-    model.generation_config = run.model.generation_config
+    model.generation_config = run.policy.model.generation_config
     return model
 
 
 def answer(run: Run) -> list[str]:
     """Answer the first held-out prompts greedily, as many as are shown."""
-    prompts = [pair.prompt for pair in run.held_out[: run.options.show_answers]]
     responses = generate(
-        run.model,
+        run.policy.model,
         run.tokenizer,
-        prompts,
+        [pair.prompt for pair in run.held_out[: run.options.show_answers]],
         run.policy.own_attention,
         ANSWER_TOKENS,
         sampled=False,
-        max_tokens=run.runner.max_tokens,
-        dtype=run.runner.dtype,
+        max_tokens=run.policy.runner.max_tokens,
+        dtype=run.policy.runner.dtype,
     )
     return [text(run.tokenizer, response) for (response,) in responses]
 
