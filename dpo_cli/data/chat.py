@@ -17,7 +17,7 @@ from dpo_cli.data.formats import FORMATS, common_prefix
 from dpo_cli.data.messages import REASONING, Message, answer_of
 from dpo_cli.data.readers import shortened
 from dpo_cli.data.rows import Row, is_rendered
-from dpo_cli.data.template import PROBE, USER, ChatTemplate, answer
+from dpo_cli.data.template import PROBE, USER, ChatTemplate, answer, leaves
 from dpo_cli.utils.errors import RowError
 
 # Notes about a row.
@@ -278,23 +278,11 @@ def _parts(message: Message) -> Iterator[tuple[str, str]]:
         parts = [("text", inside[1] or ""), ("reasoning", inside[2]), ("text", inside[3])]
     for call in message.get("tool_calls", ()):
         function = call["function"]
-        parts += [("tool call", leaf) for leaf in (function["name"], *_leaves(function["arguments"]))]
+        parts += [("tool call", leaf) for leaf in (function["name"], *leaves(function["arguments"]))]
     if isinstance(text := message.get("function_calls"), str):
         parts.append(("tool call", text))
     texts = ((part, _FLAG.sub("", text).strip()) for part, text in parts)
     yield from ((part, text) for part, text in texts if text)
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Yield all keys and values of arguments, which a template may write as JSON, in tags, or in its own way."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield from (str(key), *_leaves(each))
-    elif isinstance(value, list):
-        for each in value:
-            yield from _leaves(each)
-    else:
-        yield value if isinstance(value, str) else json.dumps(value)
 
 
 def _find(words: str, text: str) -> str | None:

@@ -70,10 +70,6 @@ class Pairs(list[Pair]):
         """Return the pairs at these places."""
         return Pairs(self[place] for place in places)
 
-    def largest_id(self) -> int:
-        """Return the largest token id of all pairs."""
-        return int(model_input_ids(self.ids).max(initial=0))
-
     def digest(self) -> str:
         """Hash all token ids and lengths in order, and weights and margins if there are any (hex)."""
         content = hashlib.sha256(self.lengths.tobytes())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,19 @@ TOOL_ROLES = ("tool", "environment", "ipython", "observation", "function")
 def answer(content: str) -> Message:
     """Return an assistant's message."""
     return {"role": "assistant", "content": content}
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """Yield the keys and values of a nested value, those that are no strings as JSON."""
+    queue = [value]
+    while queue:
+        value = queue.pop()
+        if isinstance(value, dict):
+            queue += [each for item in reversed(value.items()) for each in reversed(item)]
+        elif isinstance(value, (list, tuple)):
+            queue += reversed(value)
+        else:
+            yield value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 class ChatTemplate:
@@ -81,15 +94,8 @@ class ChatTemplate:
             return ""
 
     def first_control_token(self, value: Any) -> str | None:
-        """Return the first control token in the strings of a nested value."""
-        queue = [value]
-        while queue:
-            value = queue.pop()
-            if isinstance(value, str) and (match := self.token.search(value)):
-                return match[0]
-            if isinstance(value, (dict, list, tuple)):
-                queue += reversed(value.values() if isinstance(value, dict) else value)
-        return None
+        """Return the first control token in a nested value."""
+        return next((match[0] for leaf in leaves(value) if (match := self.token.search(leaf))), None)
 
     # ---- what it can show -------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,32 +28,27 @@ from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
 from dpo_cli.utils.files import atomic_write, finite
 
-
-class IssueType(NamedTuple):
-    """What an issue is called; on a ``problem`` --strict fails and --fix drops the row."""
-
-    problem: bool
-    title: str
-
-
-# In the order in which they are reported.
-ISSUE_TYPES = {
-    "refused": IssueType(True, "refused rows; dpo train needs --on-bad-row skip, or these rows mended"),
-    "encoding": IssueType(True, "damaged encoding: text decoded wrongly, replacement or control characters"),
-    "markers": IssueType(True, "markers of chat templates in a response, outside code; the template writes its own"),
-    "contradiction": IssueType(True, "contradictions: for one prompt two responses are preferred to each other"),
-    "leak_row": IssueType(True, "rows that are in --eval-data too"),
-    "leak_prompt": IssueType(True, "prompts that are in --eval-data too, with other responses"),
-    "duplicate": IssueType(True, "copies of other rows, but for case and white space"),
-    "prompt_cut": IssueType(False, "truncated prompts: the oldest turns are removed beyond --max-length"),
-    "response_cut": IssueType(False, "truncated responses: the end is removed beyond --max-length"),
-    "control_tokens": IssueType(False, "control tokens in messages, which act as such; --control-tokens refuse"),
-    "thinking": IssueType(False, "thinking on one side only, which teaches to think, or not to"),
-    "empty_response": IssueType(False, "responses without a letter or a digit"),
-    "length_bias": IssueType(False, "length predicts the preference"),
-    "other": IssueType(False, "noted when the row was tokenized"),
+# In the order in which they are reported. On a problem --strict fails and --fix drops the row.
+PROBLEMS = {
+    "refused": "refused rows; dpo train needs --on-bad-row skip, or these rows mended",
+    "encoding": "damaged encoding: text decoded wrongly, replacement or control characters",
+    "markers": "markers of chat templates in a response, outside code; the template writes its own",
+    "contradiction": "contradictions: for one prompt two responses are preferred to each other",
+    "leak_row": "rows that are in --eval-data too",
+    "leak_prompt": "prompts that are in --eval-data too, with other responses",
+    "duplicate": "copies of other rows, but for case and white space",
 }
-NOTES = {PROMPT_CUT: "prompt_cut", RESPONSE_CUT: "response_cut", CONTROL_KEPT: "control_tokens"}
+NOTES = {
+    "prompt_cut": "truncated prompts: the oldest turns are removed beyond --max-length",
+    "response_cut": "truncated responses: the end is removed beyond --max-length",
+    "control_tokens": "control tokens in messages, which act as such; --control-tokens refuse",
+    "thinking": "thinking on one side only, which teaches to think, or not to",
+    "empty_response": "responses without a letter or a digit",
+    "length_bias": "length predicts the preference",
+    "other": "noted when the row was tokenized",
+}
+TITLES = PROBLEMS | NOTES
+NOTED = {PROMPT_CUT: "prompt_cut", RESPONSE_CUT: "response_cut", CONTROL_KEPT: "control_tokens"}
 CONTEXT = 30  # characters shown on either side of a match
 BIASED, LEAST = 0.65, 0.6  # share of pairs that length must predict to be noted, and what its interval must exceed
 
@@ -125,7 +120,7 @@ class DataCheck:
             for kind, text in row_issues(row).items():
                 self._add(kind, text)
             for note in notes:
-                self._add(NOTES.get(note, "other"), excerpt, reason="" if note in NOTES else note)
+                self._add(NOTED.get(note, "other"), excerpt, reason="" if note in NOTED else note)
             self._compare(row, excerpt)
 
     def _compare(self, row: Row, excerpt: str) -> None:
@@ -149,7 +144,7 @@ class DataCheck:
         self.counts[kind, reason] += 1
         if len(examples := self.examples[kind, reason]) < self.max_examples:
             examples.append({"where": self.where[place], "text": text} | more)
-        if ISSUE_TYPES[kind].problem:
+        if kind in PROBLEMS:
             self.problems[place] = self.problems[place] or kind
 
     def result(self) -> dict[str, Any]:
@@ -158,12 +153,12 @@ class DataCheck:
         for name, low in (("longer", bias["interval"][0]), ("shorter", 1 - bias["interval"][1])):
             if low > LEAST and bias[f"accuracy_prefer_{name}"] >= BIASED:
                 self.counts["length_bias", f"the {name} response is chosen"] = bias[f"{name}_chosen"]
-        order = list(ISSUE_TYPES)
+        order = list(TITLES)
         findings = [
             {
                 "kind": kind,
-                "severity": "problem" if (issue := ISSUE_TYPES[kind]).problem else "note",
-                "title": f"{issue.title}: {reason}" if reason else issue.title,
+                "severity": "problem" if kind in PROBLEMS else "note",
+                "title": f"{TITLES[kind]}: {reason}" if reason else TITLES[kind],
                 "count": count,
                 "share": count / len(self.problems),
                 "examples": self.examples[kind, reason],
@@ -259,7 +254,8 @@ def row_issues(row: Row) -> dict[str, str]:
     """Return the issues of a row by type, each with an excerpt."""
     issues, texts = {}, texts_of(row)
     for name, text in texts.items():
-        if damage := find_damage(text):
+        plain = text.isascii() and text.isprintable()
+        if not plain and (damage := _DAMAGE.search(text)):
             issues["encoding"] = f"{name}: {_around(text, damage)}"
         if name == "prompt":
             continue
@@ -270,11 +266,6 @@ def row_issues(row: Row) -> dict[str, str]:
     if len(thinking := [name for name in ("chosen", "rejected") if _has_thinking(getattr(row, name))]) == 1:
         issues["thinking"] = f"only the {thinking[0]}: {shortened(texts['prompt'])}"
     return issues
-
-
-def find_damage(text: str) -> re.Match[str] | None:
-    """Find control characters, replacement characters and UTF-8 that was decoded as another encoding."""
-    return None if text.isascii() and text.isprintable() else _DAMAGE.search(text)
 
 
 def _has_thinking(response: Text) -> bool:
@@ -306,7 +297,7 @@ def _write_clean(file: Path, sources: list[Source], problems: list[str]) -> dict
                         out.write(json.dumps(finite(record), ensure_ascii=False, default=str) + "\n")
             except ValueError as error:
                 raise UsageError("--data: the rows changed while they were read; nothing is written") from error
-    return {"file": str(file), "kept": kept, "dropped": {kind: dropped[kind] for kind in ISSUE_TYPES if dropped[kind]}}
+    return {"file": str(file), "kept": kept, "dropped": {kind: dropped[kind] for kind in PROBLEMS if dropped[kind]}}
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -331,7 +322,7 @@ def as_text(result: dict[str, Any]) -> str:
     if fixed := result.get("fixed"):
         kept = f"{fixed['kept']:,} rows written to" if fixed["kept"] else "no row is clean; not written:"
         lines.append(f"fixed: {kept} {fixed['file']}")
-        lines += [f"  {count:>9,}  dropped: {ISSUE_TYPES[kind].title}" for kind, count in fixed["dropped"].items()]
+        lines += [f"  {count:>9,}  dropped: {PROBLEMS[kind]}" for kind, count in fixed["dropped"].items()]
         lines.append("")
     problems = f"problems: {result['problems']}, in {result['problem_rows']:,} of" if result["problems"] else ""
     return "\n".join([*lines, f"{problems or 'no problems found in'} {result['rows']:,} rows"])

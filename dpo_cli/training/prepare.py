@@ -267,9 +267,9 @@ def load_scored_model(
 def _check_pairs(model: PreTrainedModel, pairs: Pairs) -> int | None:
     """Refuse pairs that the model cannot read; returns the tokens of its longest sequence, if it names one."""
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
-    if pairs.largest_id() >= vocabulary:
+    if (largest := int(model_input_ids(pairs.ids).max())) >= vocabulary:
         raise UsageError(
-            f"the tokenizer gives the token {pairs.largest_id()} and the model knows {vocabulary}: they do not fit. "
+            f"the tokenizer gives the token {largest} and the model knows {vocabulary}: they do not fit. "
             "Take the model's own tokenizer; if tokens were added to it, give the model as many with transformers' "
             "resize_token_embeddings, train them, and start from that"
         )
