@@ -29,8 +29,7 @@ import dpo_cli.models.fingerprint
 import dpo_cli.reference.store
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
-from dpo_cli.data.batching import Layout
-from dpo_cli.data.collate import padded
+from dpo_cli.data.batching import Layout, padded
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.models.fingerprint import hash_weights
 from dpo_cli.models.loading import load_model

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import dpo_cli.reference.store
 from dpo_cli.cli.app import app
-from dpo_cli.data.collate import MicroBatch
+from dpo_cli.data.batching import MicroBatch
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.loading import load_model
