@@ -189,9 +189,8 @@ class _Models:
         if cache is None:
             reference = self._reference(policy)
             cache = reference.open_cache(self.options, self.reporter)
-        logps = fill_reference(cache, pairs, reference.runner, self.reporter).logps
-        weighted = logps if alpha == 1 else cache.weighted(pairs, alpha)
-        return logps.double().numpy(), weighted.double().numpy()
+        found = fill_reference(cache, pairs, reference.runner, self.reporter, alpha)
+        return found.logps.double().numpy(), found.weighted.double().numpy()
 
     def _complete_cache(self, policy: ScoredModel) -> ReferenceCache | None:
         """Open the cache of the run's reference, if that computed as the policy does and has all of these pairs."""
