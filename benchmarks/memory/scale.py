@@ -7,15 +7,16 @@ keeps per token is counted on small models of the same kind and follows from the
 import itertools
 import sys
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.pairs import Pair
-from dpo_cli.models.adapters import attach, make_config, trained
+from dpo_cli.models.adapters import new_adapter
 from dpo_cli.models.logprobs import LOGITS_BUDGET_BYTES, ModelRunner
-from dpo_cli.models.lora_targets import choose_targets
 from dpo_cli.models.parallel import Parallel
 from dpo_cli.training.memory import FRAGMENTED, LOGIT_BYTES, USABLE, StepBytes, count_bytes
 
@@ -52,14 +53,8 @@ def make(
     dtype = torch.bfloat16 if adapter else torch.float32
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     if adapter:
-        wanted = {
-            "rank": RANK,
-            "kind": "lora",
-            "alpha": 2 * RANK,
-            "targets": choose_targets(model, "all-linear"),
-            "to_save": None,
-        }
-        attach(model, make_config(model, **wanted, base=""))
+        lora: Any = {"lora_rank": RANK, "lora_type": "lora", "lora_alpha": 2 * RANK}
+        new_adapter(model, TrainOptions(data=["pairs.jsonl"], **lora), "")
     return model
 
 
@@ -88,7 +83,7 @@ def bytes_by_width(adapter: bool = False) -> np.ndarray:
 
 def step_bytes(model: PreTrainedModel, shards: int = 1) -> StepBytes:
     """What ``dpo train`` would reckon with, on a GPU."""
-    config, sizes = model.config, [p.numel() for p in trained(model)]
+    config, sizes = model.config, [p.numel() for p in model.parameters() if p.requires_grad]
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     per_token = float(np.array(widths(config)) @ bytes_by_width(frozen > 0))
     kept = config.num_hidden_layers * config.hidden_size * 4

@@ -44,12 +44,11 @@ from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequenc
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.losses.preference import Preferences, preference_loss
-from dpo_cli.models.adapters import attach, make_config
+from dpo_cli.models.adapters import new_adapter
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.loading import default_device, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.models.lora_targets import choose_targets
 from dpo_cli.training.loop import StopSignal
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
 from dpo_cli.training.step import Trainer
@@ -270,13 +269,8 @@ class Lab:
         common = {"lr": sizes.lr, "lr_scheduler": "constant", "batch_size": sizes.batch_size, "seed": seed}
         options = TrainOptions(data=["completions"], loss=method.loss, **common, **method.options)
         policy: Any = deepcopy(self.reference.model)
-        adapter = {
-            "rank": sizes.rank,
-            "kind": "lora",
-            "alpha": 2 * sizes.rank,
-            "targets": choose_targets(policy, "all-linear"),
-        }
-        attach(policy, make_config(policy, **adapter, to_save=None, base=""), seed)
+        adapter = {"lora_rank": sizes.rank, "lora_type": "lora", "lora_alpha": 2 * sizes.rank}
+        new_adapter(policy, replace(options, **adapter), "")
         scorer = replace(self.reference, model=policy)
         costs = scorer.costs(pairs)
         how = {"batch_size": sizes.batch_size, "epochs": -(-steps * sizes.batch_size // len(pairs)), "seed": seed}

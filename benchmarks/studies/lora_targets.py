@@ -8,6 +8,7 @@ Tiny models of the families' own classes: the names are those of the large ones,
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dpo_cli.models.lora_targets import choose_targets, counted
+from dpo_cli.models.adapters import choose_targets, counted
 
 SIZES = {
     "hidden_size": 32,
@@ -85,10 +86,9 @@ def rows() -> Iterator[str]:
     for family in FAMILIES:
         model = make(family)
         targets = choose_targets(model, "all-linear", lambda m=model: m(input_ids=ids, use_cache=False).logits)  # type: ignore[misc]
-        done, left = len(targets.modules) + len(targets.parameters), targets.left.total()
+        done, left = len(targets.modules) + len(targets.parameters), sum(targets.left.values(), Counter[str]())
         routers = [n for n in (*targets.modules, *targets.parameters) if "router" in n or n.endswith("gate.weight")]
-        by_kind = type(targets.left)({kind: n for (_, kind), n in targets.left.items()})
-        yield f"| {family} | {done} / {done + left} | {len(routers)} | {counted(by_kind)} |"
+        yield f"| {family} | {done} / {done + left.total()} | {len(routers)} | {counted(left)} |"
 
 
 if __name__ == "__main__":

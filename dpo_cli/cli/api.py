@@ -36,10 +36,9 @@ def train(
     """Train a model on chosen/rejected pairs, as ``dpo train`` does; returns what that prints with ``--json``.
 
     ``options`` are those of the command, as in ``lr=1e-5``. ``data``, and the option ``eval_data``, are what ``--data``
-    takes, or rows as dicts: those are first written to a file below ``runs``, since a run is resumed and repeated from
-    its folder, which names its data. ``resume`` continues the run in that folder, ``config`` is a YAML file of options,
-    ``dry_run`` stops before the first step. With ``progress`` everything is reported on stderr, as by the command;
-    without, warnings only, as Python's.
+    takes, or rows as dicts, which are first written to a file below ``runs``: a run is resumed from its folder, which
+    names its data. ``resume`` continues the run in that folder, ``config`` is a YAML file of options, ``dry_run`` stops
+    before the first step. With ``progress`` all is reported on stderr; without, warnings only, as Python's.
 
     In the result, ``model`` is the folder of the trained model; ``before`` and ``after`` are means over the held-out
     pairs, by the names of ``metrics.jsonl``. The random generators of Python, NumPy and torch are seeded.
@@ -51,11 +50,10 @@ def train(
     """
     given, folder = _given(data, options), Path(resume) if resume else None
     resolved = resolve_training(given, folder, config)
+    values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": config}
     with _reporter(progress, resolved) as reporter:
         from dpo_cli.training.loop import train as run
 
-        values = {name: getattr(resolved, name) for name in (name.replace("-", "_") for name in given)}
-        values |= {"resume": folder, "config": config}
         return run(resolved, folder, ["dpo", "train", *as_words(values)], reporter, dry_run)
 
 
@@ -100,10 +98,15 @@ def precompute(
 
 
 def _given(data: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options as a command has them, with names of data only."""
-    of_data = ("data", "eval_data", "eval-data")
-    given = {"data": data, **options}
-    return {name: _sources(value) if name in of_data else value for name, value in given.items()}
+    """Return the options as a command has them: a hyphen as an underscore, with names of data only.
+
+    Raises:
+        UsageError: one is given twice.
+    """
+    given = {"data": data} | {name.replace("-", "_"): value for name, value in options.items()}
+    if len(given) <= len(options):
+        raise UsageError("an option is given twice, with hyphens and with underscores")
+    return given | {name: _sources(given[name]) for name in ("data", "eval_data") if name in given}
 
 
 def _sources(data: Data | None) -> Any:
@@ -114,11 +117,9 @@ def _sources(data: Data | None) -> Any:
     """
     if data is None or isinstance(data, (str, os.PathLike)):
         return data
-    if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        raise UsageError("data: must be what --data names, or a list of rows as dicts")
-    items: list[Any] = list(data)
+    items: list[Any] = [] if isinstance(data, Mapping) or not isinstance(data, Iterable) else list(data)
     if not items:
-        raise UsageError("there are no rows")
+        raise UsageError("data: must be what --data names, or a list of rows as dicts")
     if not isinstance(items[0], Mapping):
         return items
     import hashlib

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from dpo_cli.cli.command import COMMANDS, Command, Commands, ConfigFile, out
+from dpo_cli.cli.command import COMMANDS, Command, Commands, out
 from dpo_cli.config.options import (
     CACHE_DIR,
     CheckOptions,
@@ -20,7 +20,7 @@ from dpo_cli.config.options import (
     SweepOptions,
     TrainOptions,
 )
-from dpo_cli.config.resolve import resolve, resolve_training, write_config
+from dpo_cli.config.resolve import write_config
 from dpo_cli.utils.errors import UsageError, printable
 
 if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's width, and a shell offers each line
@@ -67,13 +67,11 @@ def init(
 
 
 def train(
+    options: TrainOptions,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before the first step.")] = False,
-    config: ConfigFile = None,
-    **flags: Any,
 ) -> None:
     """Train a model on chosen/rejected pairs."""
-    options = resolve_training(flags, resume, config)
     reporter = out.reporter(options, several=True)
     from dpo_cli.training.loop import train as run
 
@@ -91,18 +89,16 @@ def push(
     out.show(upload(run, name, public))
 
 
-def precompute_ref(config: ConfigFile = None, **flags: Any) -> None:
+def precompute_ref(options: PrecomputeOptions) -> None:
     """Fill the cache with the reference's log-probabilities."""
-    options = resolve(PrecomputeOptions, flags, config)
     reporter = out.reporter(options, several=True)
     from dpo_cli.reference.precompute import precompute
 
     out.show(precompute(options, reporter))
 
 
-def eval_(config: ConfigFile = None, **flags: Any) -> None:
+def eval_(options: EvalOptions) -> None:
     """Show what a model learned and how far it drifted."""
-    options = resolve(EvalOptions, flags, config)
     reporter = out.reporter(options)
     from dpo_cli.evaluation.evaluate import run_eval
     from dpo_cli.reporting.text import as_text
@@ -110,9 +106,8 @@ def eval_(config: ConfigFile = None, **flags: Any) -> None:
     run_eval(options, reporter, lambda result: out.show(result, as_text))
 
 
-def sweep(config: ConfigFile = None, **flags: Any) -> None:
+def sweep(options: SweepOptions) -> None:
     """Train with several betas: what each reward costs in KL."""
-    options = resolve(SweepOptions, flags, config)
     reporter = out.reporter(options)
     from dpo_cli.training.sweep import as_text
     from dpo_cli.training.sweep import sweep as run
@@ -139,9 +134,8 @@ def merge(
     out.show(run(model, base_model, output, export_dtype, trust_remote_code, reporter))
 
 
-def explain(config: ConfigFile = None, **flags: Any) -> None:
+def explain(options: ExplainOptions) -> None:
     """Show the tokens of one row, and which carry loss."""
-    options = resolve(ExplainOptions, flags, config)
     reporter = out.reporter(options)
     from dpo_cli.quality.explain import explain as run
     from dpo_cli.quality.explain import show
@@ -153,9 +147,8 @@ def explain(config: ConfigFile = None, **flags: Any) -> None:
         show(result)
 
 
-def check(config: ConfigFile = None, **flags: Any) -> None:
+def check(options: CheckOptions) -> None:
     """Report what is wrong with preference rows."""
-    options = resolve(CheckOptions, flags, config)
     reporter = out.reporter(options)
     from dpo_cli.quality.check import as_text, run_check
 

@@ -19,10 +19,10 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from dpo_cli.config.options import DataOptions
-from dpo_cli.config.resolve import suggest_option
+from dpo_cli.config.resolve import resolve, resolve_training, suggest_option
 from dpo_cli.utils.errors import DpoError, UsageError, printable
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options; a flag wins.")]
+CONFIG = "YAML file with any of these options; a flag wins."
 
 
 class Output:
@@ -112,43 +112,51 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 class Command(TyperCommand):
-    """A command with a flag for each option of ``kind`` and the flags of ``out``.
+    """A command of a function; its flags are those of ``out``, the function's own, and the options of ``kind``.
 
-    The function gets options as keywords; None if not given, which leaves the file's value or the default.
+    A function with a ``kind`` gets its options as ``options``, resolved from flags and ``--config``.
     """
 
     def __init__(self, function: Callable[..., None], kind: type[DataOptions] | None = None) -> None:
-        super().__init__(function.__name__, help=function.__doc__, rich_markup_mode=None)
+        super().__init__(function.__name__, callback=function, help=function.__doc__, rich_markup_mode=None)
         self.function, self.kind = function, kind
 
     def get_params(self, ctx: Any) -> Any:
         """Make the flags when they are asked for: to make those of all commands takes as long as to import typer."""
-        if self.callback is None:
-            options, types = (fields(self.kind), get_type_hints(self.kind)) if self.kind else ((), {})
-            flags = [_flag(f.name, types[f.name] | None, _option(f)) for f in options]
+        if not self.params:
+            flags = []
+            if self.kind:
+                types = get_type_hints(self.kind)
+                flags = [_flag(f.name, types[f.name] | None, _option(f)) for f in fields(self.kind)]
+                flags.append(_flag("config", Path | None, typer.Option("--config", help=CONFIG)))
             own = inspect.signature(self.function, eval_str=True).parameters.values()
-            flags += [each.replace(kind=_KEYWORD) for each in own if each.kind is not each.VAR_KEYWORD]
-            made, output = _typed(self.function, flags), _typed(lambda: None, OUTPUT_FLAGS)
-            self.params, self.callback = [*made.params, *output.params], made.callback
+            flags += [each.replace(kind=_KEYWORD) for each in own if each.name != "options"]
+
+            def typed() -> None: ...
+
+            typed.__signature__ = inspect.Signature([*flags, *OUTPUT_FLAGS])  # type: ignore[attr-defined]
+            single = typer.Typer(add_completion=False)
+            single.command()(typed)
+            self.params = typer.main.get_command(single).params
         return super().get_params(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words of the command; ``out`` keeps its flags."""
+        """Parse the words of the command to the flags of ``out`` and the arguments of the function."""
         rest = super().parse_args(ctx, args)
-        vars(out).update({flag.name: ctx.params.pop(flag.name) for flag in OUTPUT_FLAGS})
+        if not ctx.resilient_parsing:  # as for a shell that completes
+            given = {name: None if value == () else value for name, value in ctx.params.items()}
+            vars(out).update({flag.name: given.pop(flag.name) for flag in OUTPUT_FLAGS})
+            if self.kind:
+                flags, file = {f.name: given.pop(f.name) for f in fields(self.kind)}, given.pop("config")
+                resume = given.get("resume")
+                options = resolve_training(flags, resume, file) if resume else resolve(self.kind, flags, file)
+                given["options"] = options
+            ctx.params = given
         return rest
 
 
 def _flag(name: str, type_: Any, option: Any) -> inspect.Parameter:
     return inspect.Parameter(name, _KEYWORD, default=None, annotation=Annotated[type_, option])
-
-
-def _typed(function: Callable[..., None], flags: list[inspect.Parameter]) -> Any:
-    """Return what typer makes of a function with these flags."""
-    function.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
-    single = typer.Typer(add_completion=False)
-    single.command()(function)
-    return typer.main.get_command(single)
 
 
 OUTPUT_FLAGS = [

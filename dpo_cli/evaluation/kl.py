@@ -27,7 +27,7 @@ from torch import Tensor
 from dpo_cli.data.collate import MicroBatch, length_weights
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation.metrics import Table
-from dpo_cli.models.logprobs import Head, ModelRunner, max_logit_rows, split_pairs
+from dpo_cli.models.logprobs import Head, ModelRunner, split_pairs
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from dpo_cli.utils.files import writing
@@ -170,7 +170,7 @@ def _compare_heads(
 
     Each head gets as many tokens at a time as when it scores, so that the log-probs are equal to the bit.
     """
-    for _, tokens in split_pairs(batch.pair_tokens, max_logit_rows(runner.model)):
+    for _, tokens in split_pairs(batch.pair_tokens, runner.max_logit_rows):
         logits, other_logits = runner.head.logits(states[tokens]), other_head.logits(other[tokens])  # (n, V)
         if logits.shape != other_logits.shape:
             sizes = f"{logits.shape[1]:,} and {other_logits.shape[1]:,}"

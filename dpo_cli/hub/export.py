@@ -21,9 +21,9 @@ from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, save_adapter
 from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied
-from dpo_cli.models.loading import load_exported, load_model, release
+from dpo_cli.models.loading import dtype_name, load_exported, load_model, release
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.models.logprobs import logp_tolerance, token_logps
+from dpo_cli.models.logprobs import ModelRunner, logp_tolerance, response_logps
 from dpo_cli.models.parallel import parallel_of, reshard
 from dpo_cli.training.memory import process_bytes, usable_bytes
 from dpo_cli.utils.errors import DpoError, UsageError
@@ -62,7 +62,8 @@ def export_model(
         ids = np.arange(min(64, model.config.get_text_config().vocab_size), dtype=np.int32)
         pair = Pair("the ids from 0 to 63", ids[:1], ids[1:], ids[:0:-1])
     if expected is None:
-        expected = response_logps(model, pair, torch.float32), torch.float32
+        runner = ModelRunner(model, "padded", torch.float32, 0, model.device, chunked_lm_head=False)
+        expected = pair_logps(runner, pair), torch.float32
     parallel = parallel_of(model)
     reshard(model)
     weights = parallel.gather(model.state_dict(keep_vars=True)) if parallel.sharded else None
@@ -98,13 +99,11 @@ def export_model(
     parallel.on_rank_0(write)
 
 
-def response_logps(model: PreTrainedModel, pair: Pair, dtype: torch.dtype, apart: bool = False) -> Tensor:
-    """Log-probs of the two responses of a pair: (2,) nats, float64. ``apart`` as of ``ModelRunner``."""
-    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
-    with torch.no_grad():
-        logps = token_logps(model, batch.to(next(model.parameters()).device), dtype, apart)
-    chosen, rejected = logps.double().split([count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)])
-    return torch.stack([chosen.sum(), rejected.sum()])
+@torch.no_grad()
+def pair_logps(runner: ModelRunner, pair: Pair) -> Tensor:
+    """Log-probs of the two responses of a pair in a padded batch: (2,) nats."""
+    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]).to(runner.device)
+    return response_logps(runner.token_logps(batch), batch.lengths)
 
 
 def _save_weights(
@@ -127,12 +126,11 @@ def _save_weights(
     for processor in getattr(model, "processors", ()):
         shutil.copyfile(processor, folder / processor.name)
     file = folder / "config.json"
-    _rewrite(file, lambda written: written | {"dtype": str(dtype).removeprefix("torch.")})
+    _rewrite(file, lambda written: written | {"dtype": dtype_name(dtype)})
     plain = file.read_text(encoding="utf-8")
     _rewrite(file, lambda written: _with_older_names(written, model.config))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", FutureWarning)  # of a class that reads these names no more
+        with warnings.catch_warnings(action="error", category=FutureWarning):  # of a class that reads them no more
             same = _ropes(type(model.config).from_pretrained(folder)) == _ropes(model.config)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, FutureWarning):
         same = False
@@ -168,7 +166,7 @@ def _read_back(written: Path, model: PreTrainedModel, source: ModelSource, pair:
     except (UsageError, ValueError) as error:
         raise NotReadBackError(f"what was written cannot be loaded again: {error}") from error
     try:
-        return response_logps(again, pair, torch.float32)
+        return pair_logps(ModelRunner(again, "padded", torch.float32, 0, CPU, chunked_lm_head=False), pair)
     finally:
         release(again)
 
@@ -183,11 +181,8 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
 def _ropes(config: PretrainedConfig) -> dict[str, Any]:
     """The rotary embeddings of a text model, without the name that version 4 had for their type."""
-    return {
-        name: value
-        for name, value in (getattr(config.get_text_config(), "rope_parameters", None) or {}).items()
-        if name != "type"
-    }
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return {name: value for name, value in ropes.items() if name != "type"}
 
 
 def _with_older_names(written: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:

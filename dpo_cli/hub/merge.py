@@ -7,11 +7,11 @@ from typing import Any
 
 from dpo_cli.hub.export import export_model
 from dpo_cli.hub.model_card import merged_card
+from dpo_cli.models.adapter_files import read_config
 from dpo_cli.models.loading import export_dtype, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.quantized import admit
 from dpo_cli.training.checkpoint import verified_step
-from dpo_cli.training.prepare import check_adapter
 from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
@@ -30,9 +30,9 @@ def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, re
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     if output.exists():
         raise UsageError(f"--output {output}: exists already; name another folder")
+    read_config(source.adapter, reporter.warning)
     source = admit(source, name)
     reporter.info("model", source.description)
-    check_adapter(source, reporter)
     trained = trained_with(source.run) if source.run else None
     if trained and trained.quantize:
         reporter.warning(

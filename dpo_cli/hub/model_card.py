@@ -42,7 +42,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 
     ``before`` and ``after`` are metrics of the held-out pairs, empty if there are none.
     """
-    options, known = run.options, _metadata_of(run.policy.source)
+    options, known = run.options, _metadata(run.policy.source)
     shown: dict[str, Any] = {"loss": options.objective.name} | {key: getattr(options, key) for key in _OPTIONS}
     shown |= {"steps": len(run.plan), "pairs": len(run.pairs)}
     trained = "All its weights were trained."
@@ -74,9 +74,7 @@ def merged_card(source: ModelSource, name: str, objective: Objective | None) -> 
 
     ``objective``: the adapter's, if it is known.
     """
-    known: dict[str, Any] = {}
-    with suppress(Exception):  # there is none, or whatever stands in it
-        known = _metadata(Path(source.adapter or source.path, "README.md"))
+    known = _metadata(source, source.adapter)
     base = Path(source.name).name if Path(source.name).is_absolute() else source.name
     trained = f", trained with {_method(objective)}" if objective else ""
     stored = f", {source.stored}" if source.stored else ""
@@ -121,20 +119,16 @@ def hub_name(source: ModelSource) -> str | None:
     return source.base if source.base == DEFAULT_MODEL or source.path == source.base else None
 
 
-def _metadata_of(source: ModelSource) -> dict[str, Any]:
-    """Return the metadata of the base model's own card; empty if it cannot be read."""
+def _metadata(source: ModelSource, folder: Path | None = None) -> dict[str, Any]:
+    """Return the plain names in the metadata of a model's card, or of a folder's; empty if it cannot be read."""
     with suppress(Exception):  # of the hub, or of whatever stands in the file
-        if source.path == source.base:  # from the hub; no other is asked for there
-            return _metadata(hf_hub_download(source.base, "README.md", etag_timeout=5))
-        return _metadata(Path(source.path, "README.md"))
+        card: str | Path = Path(folder or source.path, "README.md")
+        if folder is None and source.path == source.base:  # from the hub; no other is asked for there
+            card = hf_hub_download(source.base, "README.md", etag_timeout=5)
+        metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        plain = re.compile(r"[\w][\w.:/+-]*", re.ASCII)
+        return {key: value for key, value in metadata.items() if isinstance(value, str) and plain.fullmatch(value)}
     return {}
-
-
-def _metadata(card: str | Path) -> dict[str, Any]:
-    """Return the plain names in the metadata of a card."""
-    metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    plain = re.compile(r"[\w][\w.:/+-]*", re.ASCII)
-    return {key: value for key, value in metadata.items() if isinstance(value, str) and plain.fullmatch(value)}
 
 
 def _line(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -135,14 +136,9 @@ def parse_objective(loss: str = "sigmoid", loss_options: str | None = None, **gi
 
 def _parse_numbers(flag: str, text: str) -> dict[str, float]:
     """Parse ``name=number,name=number`` by name."""
-    numbers: dict[str, float] = {}
-    for part in text.split(",") if text else []:
-        name, _, number = (word.strip() for word in part.partition("="))
-        try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or name in numbers:
-            raise UsageError(f"{flag} {text}: '{part.strip()}': write NAME=NUMBER, each name once, with commas between")
-        numbers[name] = value
-    return numbers
+    parts = text.split(",") if text else []
+    with suppress(ValueError):
+        numbers = {name.strip(): float(number) for name, number in (part.split("=") for part in parts)}
+        if len(numbers) == len(parts) and all(map(math.isfinite, numbers.values())):
+            return numbers
+    raise UsageError(f"{flag} {text}: write NAME=NUMBER, each name once, with commas between")

@@ -6,8 +6,7 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_cli.models.adapters import attach, is_tied
-from dpo_cli.models.lora_targets import ends_with, kind_of
+from dpo_cli.models.adapters import attach, ends_with, is_tied, kind_of
 from dpo_cli.utils.errors import DpoError, UsageError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
@@ -44,15 +42,20 @@ VARIANTS = {
 }
 
 
-def read_config(folder: Path) -> Any:
-    """Read the ``peft.LoraConfig`` of an adapter; null keys have peft's defaults.
+def read_config(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Any:
+    """Read the ``peft.LoraConfig`` of an adapter; null keys have peft's defaults. ``warn`` of what peft ignores.
 
     Raises:
         UsageError: it is no LoRA, or a variant that can be neither trained nor merged here.
     """
     from peft import LoraConfig, __version__
 
-    file, values = folder / CONFIG, _values(folder)
+    file = folder / CONFIG
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        values = {name: value for name, value in content.items() if value is not None and name != "runtime_config"}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{file}: cannot be read ({error})") from error
     if (kind := values.get("peft_type")) != "LORA":
         raise UsageError(
             f"{file}: not a LoRA adapter, its peft_type is {kind}; merge it into its base with peft's merge_and_unload "
@@ -66,32 +69,19 @@ def read_config(folder: Path) -> Any:
             f"{file}: it began as {began}, which changes its base; save it as a plain LoRA where it was trained: "
             "peft's path_initial_model_for_weight_conversion"
         )
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if ignored := {k: values[k] for k in sorted(values.keys() - known) if values[k] and "version" not in k}:
+        keys = ", ".join(f"{name}: {json.dumps(value)}" for name, value in ignored.items())
+        warn(f"{file}: peft {__version__} does not know and ignores {keys[:300]}")
     try:
-        with _quiet():
-            config = LoraConfig(**{f.name: values[f.name] for f in dataclasses.fields(LoraConfig) if f.name in values})
+        with warnings.catch_warnings(action="ignore"):
+            config = LoraConfig(**{name: value for name, value in values.items() if name in known})
         if odd := [each for each in (config.r, config.lora_alpha) if not isinstance(each, int | float)]:
             raise TypeError(f"{odd[0]!r} is no number")
     except (TypeError, ValueError, ImportError, AttributeError, KeyError) as error:
         raise UsageError(f"{file}: peft {__version__} cannot read it: {_line(error)}") from error
     config.init_lora_weights, config.lora_dropout, config.inference_mode = began, 0.0, False
     return config
-
-
-def unknown_keys(folder: Path) -> dict[str, Any]:
-    """Return the keys of an adapter's configuration that the installed peft does not know, but for versions."""
-    from peft import LoraConfig
-
-    known = {f.name for f in dataclasses.fields(LoraConfig)}
-    return {k: value for k, value in _values(folder).items() if k not in known and value and "version" not in k}
-
-
-def _values(folder: Path) -> dict[str, Any]:
-    """Read an adapter's configuration without its null keys."""
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return {name: value for name, value in values.items() if value is not None and name != "runtime_config"}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{folder / CONFIG}: cannot be read ({error})") from error
 
 
 def settings(config: Any) -> dict[str, Any]:
@@ -108,14 +98,6 @@ def _line(error: Exception) -> str:
     return re.sub(r"\x1b\[[\d;]*m|\s+", " ", str(error)).strip() or type(error).__name__
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence peft's and transformers' warnings: their causes are checked here, or change nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 # ---- load and save ----------------------------------------------------------------------------------------------
 
 
@@ -130,7 +112,7 @@ def attach_saved(model: PreTrainedModel, folder: Path, base: str) -> Any:
     """
     config = read_config(folder)
     config.base_model_name_or_path = base
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"):
         tuner = attach(model, config, where=str(folder / CONFIG))
     put_adapter(model, folder)
     return tuner
@@ -149,11 +131,8 @@ def put_adapter(model: PreTrainedModel, folder: Path) -> None:
         known = [tensor for name, tensor in saved.items() if name not in unexpected]
         odd = [n for n in unexpected if n not in saved or not any(torch.equal(saved[n], t) for t in known)]
         reason = f"it has no {lacking[0]}" if lacking else f"its base has no {odd[0]}" if odd else ""
-    except KeyError as error:  # of a module that is saved whole
-        reason = f"it has no {error.args[0]}"
-    except RuntimeError as error:
-        shapes = re.search(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)", str(error))
-        reason = f"{shapes[1]} is {shapes[2]}, and of its base {shapes[3]}" if shapes else _line(error)
+    except (KeyError, RuntimeError) as error:
+        reason = _line(error)
     if reason:
         reason = reason.replace(".default", "")
         raise DpoError(f"{folder / WEIGHTS}: is of another model or of other modules: {reason}")
@@ -168,7 +147,7 @@ def _put(model: nn.Module, weights: dict[str, Tensor]) -> tuple[list[str], list[
     """Load weights into an attached adapter; returns those without a place, and trained parameters that got none."""
     from peft import set_peft_model_state_dict
 
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"):
         result: Any = set_peft_model_state_dict(model, weights)
     trained = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     given = {number for name, number in trained.items() if name not in result.missing_keys}
@@ -201,7 +180,7 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the tensors of an adapter's file: what is trained, and parts of the base that came with the adapter."""
     from peft import get_peft_model_state_dict
 
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"):
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights |= {name: parameters[name] for name in getattr(model, "of_base", ())}
@@ -248,7 +227,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if tied:  # an adapter may be of one of them alone
         head.weight = nn.Parameter(head.weight.detach().clone())
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):
             whole: PreTrainedModel = tuner.merge_and_unload()
     except (NotImplementedError, ValueError, RuntimeError) as error:
         reason = _line(error).rstrip(".")

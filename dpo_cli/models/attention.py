@@ -25,9 +25,6 @@ from dpo_cli.data.collate import Segments
 PREFIX_SHARED = "dpo_prefix_shared"
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.11
 
-# Keyword arguments with which a layer asks for attention of another kind than this one computes.
-_FOREIGN = ("softcap", "position_bias")
-
 
 def prefix_shared_attention(
     module: torch.nn.Module,
@@ -52,9 +49,10 @@ def prefix_shared_attention(
     Raises:
         ValueError: soft-capping, a position bias, or a forward without segments.
     """
-    foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
-    if foreign or segments is None:
-        raise ValueError(f"its attention takes {foreign[0]}" if foreign else "it does not pass segments on")
+    if foreign := [name for name in ("softcap", "position_bias") if kwargs.get(name) is not None]:
+        raise ValueError(f"its attention takes {foreign[0]}")
+    if segments is None:
+        raise ValueError("it does not pass segments on")
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -66,15 +64,11 @@ def prefix_shared_attention(
     parts = []
     for place, (prompt, _, _) in enumerate(segments.spans):
         first, second = 2 * place, 2 * place + 1
-        k, v = (_after_prompt(x[first], prompt, x[second]) for x in (keys, values))
+        # the rejected response sees the prompt, out of ``prompt+chosen``, and itself
+        k, v = (torch.cat([x[first][:, :, :prompt], x[second]], dim=2) for x in (keys, values))
         parts.append(_causal(queries[first], keys[first], values[first], segments, scaling, s_aux, sliding_window))
         parts.append(_causal(queries[second], k, v, segments, scaling, s_aux, sliding_window))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _after_prompt(first: Tensor, prompt: int, rejected: Tensor) -> Tensor:
-    """What the rejected response sees: the prompt, out of ``prompt+chosen``, and itself."""
-    return torch.cat([first[:, :, :prompt], rejected], dim=2)
 
 
 def _causal(
@@ -119,13 +113,10 @@ def _varlen(
 ) -> Tensor:
     """One flash call for all segments; its causality is aligned at the last query and key. -> (1, T, A, D)."""
     keys, values = (x[0].transpose(0, 1)[segments.key_index] for x in (key, value))  # (K, G, D)
-    grouped: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1]:
-        if GROUPED:
-            grouped = {"enable_gqa": True}
-        else:
-            groups = query.shape[1] // key.shape[1]
-            keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+    groups = query.shape[1] // key.shape[1]
+    grouped: dict[str, Any] = {"enable_gqa": True} if GROUPED and groups > 1 else {}
+    if groups > 1 and not GROUPED:
+        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
     out = varlen_attn(
         query[0].transpose(0, 1),
         keys,

@@ -31,8 +31,8 @@ LARGEST = 2**30  # bytes of a GGUF file that is copied, which takes up to eight 
 def use_converted(source: ModelSource, cache_dir: Path, make: bool, reporter: Reporter) -> ModelSource:
     """Return the source of a GGUF model with its cached copy, if there is one; others as they are.
 
-    A missing or damaged one is made if ``make`` says so and the file is no larger than ``LARGEST``. If it cannot be
-    written, or would not compute the same, the GGUF file is read, with a warning.
+    ``make`` a missing or damaged one. If it cannot be written, or would not compute the same, the GGUF file is read,
+    with a warning.
 
     Raises:
         UsageError: the GGUF file cannot be loaded.
@@ -50,8 +50,7 @@ def use_converted(source: ModelSource, cache_dir: Path, make: bool, reporter: Re
         return source
     if folder.exists():
         reporter.warning(f"{folder} is damaged; the GGUF file is converted again")
-    else:
-        reporter.info("", f"converting its GGUF file once, so that later starts are quick: {folder}")
+    reporter.info("", f"converting its GGUF file once, so that later starts are quick: {folder}")
     try:
         with atomic_dir(folder) as temporary:
             _convert(source, temporary)

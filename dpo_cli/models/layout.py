@@ -1,4 +1,4 @@
-"""What a model's forward allows: the most compact layout that equals single sequences, and its routers."""
+"""What a model's forward allows: the most compact layout that equals single sequences."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.data.batching import Layout, probe_pairs, row_costs
-from dpo_cli.data.collate import MicroBatch, collate, padded
+from dpo_cli.data.collate import MicroBatch, padded
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
-from dpo_cli.models.logprobs import forward_errors, hidden_states, token_logps
-from dpo_cli.models.moe import auxiliary_loss, routed
+from dpo_cli.models.logprobs import ModelRunner, forward_errors
 from dpo_cli.utils.errors import DpoError, UsageError
 
 # Names in configurations of a length at which a forward changes: with its longest sequence (longrope) or with the
@@ -35,10 +34,8 @@ DESCRIPTIONS: dict[Layout, str] = {
 @torch.no_grad()
 def choose_layout(
     model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Layout, bool, str]:
+) -> tuple[ModelRunner, str]:
     """Find the most compact layout whose log-probs equal those of each response alone, and describe it.
-
-    The bool says whether the head may run apart from the body, see ``ModelRunner``.
 
     Real pairs are scored in forwards of each layout, see ``_tried``, in float32 and in the compute precision, and
     compared with the plainest forward there is: one response, the model's own attention, no padding. Sparse attention
@@ -49,31 +46,31 @@ def choose_layout(
         UsageError: the model's own forward fails; a token's log-prob depends on the tokens behind it, is another in
             training, or changes when the model has read a longer sequence.
     """
-    groups, limit = _tried(model, pairs, max_tokens, device)
+    groups, limit = _tried(model, pairs, max_tokens)
     tried = [pair for group in groups for pair in group]
     longest = max(((p.prompt, r) for p in tried for r in (p.chosen, p.rejected)), key=lambda each: sum(map(len, each)))
+    exact = ModelRunner(model, "alone", torch.float32, max_tokens, device, chunked_lm_head=False)
     precisions = dict.fromkeys((torch.float32, dtype))
     with forward_errors("the model's own forward fails on a pair of the data"):
-        expected = {p: _alone(model, tried, device, p) for p in precisions}
+        expected = {p: _alone(replace(exact, dtype=p), tried) for p in precisions}
     if not all(logps.isfinite().all() for logps in expected.values()):
         raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
     with forward_errors("the model's own forward fails in training mode"):
-        _check_alone(model, padded([longest]).to(device))
+        _check_alone(exact, padded([longest]).to(device))
     apart, reasons = False, list[str]()
     with suppress(UsageError), forward_errors("a body or a head of another kind"):
-        together = _alone(model, tried, device, torch.float32, apart=True)
-        apart = _largest(together - expected[torch.float32]) < 1e-3
+        apart = _largest(_alone(replace(exact, chunked_lm_head=True), tried) - expected[torch.float32]) < 1e-3
     layouts: list[Layout] = [*DESCRIPTIONS]
     chosen = getattr(model.config.get_text_config(), "index_topk", None)
     if chosen and sum(map(len, longest)) > chosen:
         limit, layouts = min(limit, chosen), ["alone"]
         reasons.append("its attention chooses tokens, and breaks ties by the row's length")
     for layout in layouts:
-        forwards = [collate(group, layout).to(device) for group in groups]
+        runners = {p: ModelRunner(model, layout, p, max_tokens, device, apart) for p in precisions}
         own = PREFIX_SHARED if layout == "shared" else None
         try:
             with forward_errors(f"{layout}: not supported by the code of this model"), attention(model, own):
-                scored = {p: torch.cat([token_logps(model, b, p, apart) for b in forwards]) for p in precisions}
+                scored = {p: torch.cat([r.token_logps(r.batch(g)) for g in groups]) for p, r in runners.items()}
         except UsageError as error:
             reasons.append(str(error))
             continue
@@ -87,7 +84,7 @@ def choose_layout(
         if layout == "alone" and limit < math.inf:
             reasons.append(f"--max-length {limit} lets sequences share one")
         description = f"{DESCRIPTIONS[layout]}; equal to single sequences within {largest:.0e} nats per token"
-        return layout, apart, description + (f" ({'; '.join(reasons)})" if reasons else "")
+        return runners[dtype], description + (f" ({'; '.join(reasons)})" if reasons else "")
     if limit < math.inf:
         raise UsageError(
             f"sequences longer than {limit} tokens change the model's log-probs of shorter ones, beside and after them "
@@ -96,18 +93,13 @@ def choose_layout(
     raise DpoError(f"no layout gives this model's log-probs of single sequences: {'; '.join(reasons)}")
 
 
-def _tried(
-    model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int, device: torch.device
-) -> tuple[list[list[Pair]], float]:
+def _tried(model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int) -> tuple[list[list[Pair]], float]:
     """The pairs of each forward to try a layout on; and the length beyond which sequences change those of up to it.
 
-    Always two pairs, the longest that fits ``max_tokens`` among them, and a third that is the shorter with one token
-    of its prompt left: behind a long prompt nothing would be seen of what the state of a state-space model keeps of
-    the sequence before. The longest of all by itself, where it does not fit. For each threshold of the configuration
-    the longest pair beside one with a sequence up to it, or a longer row where no sequence is longer. The third is
-    left out where it alone would be on the other side of a threshold.
-
-    Infinity: no threshold lies between two sequences.
+    Always two pairs, the longest that fits ``max_tokens`` among them, and the shorter with one token of its prompt
+    left, unless that is on the other side of a threshold: behind a long prompt, what a state-space model keeps of the
+    sequence before fades. The longest of all by itself, where it does not fit. For each threshold the longest pair
+    beside one with a sequence up to it, or a longer row where no sequence is longer. Infinity: no threshold matters.
     """
     first = probe_pairs(pairs, "padded", max_tokens)
     cut = replace(first[-1], prompt=first[-1].prompt[-1:])
@@ -119,23 +111,19 @@ def _tried(
     other_side = any(1 + min(len(cut.chosen), len(cut.rejected)) <= length < shorter.min() for length in thresholds)
     groups = [first if other_side else [*first, cut]] + [[long]] * (2 * longest > max_tokens)
     between = [length for length in thresholds if shorter.min() <= length < longest]
-    for length in between:
-        short = pairs[int(np.where(shorter <= length, shorter, 0).argmax())]
-        groups.append([long, short])
+    groups += [[long, pairs[int(np.where(shorter <= length, shorter, 0).argmax())]] for length in between]
     beyond = [length for length in thresholds if longest <= length < max_tokens]
     groups += [[first[0]] * (length // row_costs(first, "shared")[0] + 1) + [first[-1]] for length in beyond]
     return groups, min(between, default=math.inf)
 
 
-def _alone(
-    model: PreTrainedModel, tried: Sequence[Pair], device: torch.device, dtype: torch.dtype, apart: bool = False
-) -> Tensor:
+def _alone(runner: ModelRunner, tried: Sequence[Pair]) -> Tensor:
     """Token log-probs (N,) of these pairs, a forward per response, shorter ones before one that may leave state."""
     sequences = [(pair.prompt, response) for pair in tried for response in (pair.chosen, pair.rejected)]
     logps = dict[tuple[bytes, bytes], Tensor]()
     for prompt, response in sorted(sequences, key=lambda each: sum(map(len, each))):
         if (ids := (prompt.tobytes(), response.tobytes())) not in logps:
-            logps[ids] = token_logps(model, padded([(prompt, response)]).to(device), dtype, apart)
+            logps[ids] = runner.token_logps(padded([(prompt, response)]).to(runner.device))
     return torch.cat([logps[prompt.tobytes(), response.tobytes()] for prompt, response in sequences])
 
 
@@ -145,22 +133,21 @@ def _largest(off: Tensor) -> float:
 
 
 def _thresholds(config: Mapping[str, Any]) -> set[int]:
-    """The lengths that a configuration names, or a part of it."""
     found = {int(value) for name, value in config.items() if name in THRESHOLDS and isinstance(value, int | float)}
     return found.union(*(_thresholds(part) for part in config.values() if isinstance(part, dict)))
 
 
-def _check_alone(model: PreTrainedModel, batch: MicroBatch) -> None:
+def _check_alone(runner: ModelRunner, batch: MicroBatch) -> None:
     """Refuse a model whose log-probs of one sequence are others in training, or with another last token."""
-    expected, ids = token_logps(model, batch, torch.float32), batch.input_ids.clone()
+    expected, ids = runner.token_logps(batch), batch.input_ids.clone()
     ids[0, -1] = int(ids[0, -1] == 0)
     changed = replace(batch, input_ids=ids)
-    model.train()
-    in_training = _largest(token_logps(model, changed, torch.float32) - expected)
-    model.eval()
+    runner.model.train()
+    in_training = _largest(runner.token_logps(changed) - expected)
+    runner.model.eval()
     if in_training < 1e-3:
         return
-    if (ahead := _largest(token_logps(model, changed, torch.float32) - expected)) >= 1e-3:
+    if (ahead := _largest(runner.token_logps(changed) - expected)) >= 1e-3:
         raise UsageError(
             f"the model is no causal language model: a token's log-prob changes by {ahead:.2g} nats with what stands "
             "behind it. Take one that predicts each token from those before it"
@@ -169,26 +156,3 @@ def _check_alone(model: PreTrainedModel, batch: MicroBatch) -> None:
         f"in training the model's log-probs differ from those in evaluation by {in_training:.2g} nats per token: "
         "something in it is drawn at random, so that the policy would not be its reference. Take another model"
     )
-
-
-@torch.no_grad()
-def experts_a_token(model: PreTrainedModel, pair: Pair) -> int:
-    """How many experts each token goes to in a mixture whose load-balancing loss is known.
-
-    Raises:
-        UsageError: the model is no mixture of experts, or its own loss of a pair is another than ours.
-    """
-    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]).to(model.device)
-    asked = {"output_router_logits": True, "use_cache": False, "attention_mask": batch.attention_mask}
-    try:
-        experts = int(model.config.get_text_config().num_experts_per_tok)
-        own = float(model(batch.input_ids, **asked).aux_loss)
-        part = routed(hidden_states(model, batch, torch.float32, output_router_logits=True)[1], batch, experts)
-        ours = float(auxiliary_loss(part, part.counts))
-    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        why = f"{type(model).__name__} is no mixture of experts whose routers can be read"
-        raise UsageError(f"--router-aux-loss-coef: {why}; leave it out") from error
-    if not math.isclose(own, ours, rel_tol=1e-4):
-        why = f"{type(model).__name__} balances its experts by another loss ({own:.6g}, not {ours:.6g})"
-        raise UsageError(f"--router-aux-loss-coef: {why}; leave it out")
-    return experts

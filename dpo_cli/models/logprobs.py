@@ -140,7 +140,7 @@ class ModelRunner:
     """A model and the one way its forwards run, so that policy and reference take the same path.
 
     ``max_tokens`` shrinks when the device runs out of memory. ``chunked_lm_head``: the head runs after the body, a few
-    pairs at a time; else within the model's own forward.
+    pairs at a time, on the hidden states that predict loss-bearing tokens; else within the model's own forward.
 
     Units: ``max_tokens`` in tokens per forward.
     """
@@ -161,26 +161,53 @@ class ModelRunner:
     @property
     def head(self) -> Head:
         """The head for ``body(...).values``."""
-        return head_of(self.model, self.dtype) if self.chunked_lm_head else Head(None, None, self.dtype)
+        model: Any = self.model
+        module = model.get_output_embeddings() if self.chunked_lm_head else None
+        return Head(module, model.config.get_text_config(), self.dtype)
+
+    @property
+    def max_logit_rows(self) -> int:
+        """How many response tokens may meet the head together."""
+        model: Any = self.model
+        return LOGITS_BUDGET_BYTES[self.device.type] // (4 * int(model.config.get_text_config().vocab_size))
 
     def batch(self, pairs: Sequence[Pair], ld_alpha: float = 1.0) -> MicroBatch:
         """Build the tensors of one forward, on the device."""
         return collate(pairs, self.layout, ld_alpha).to(self.device)
 
     def body(self, batch: MicroBatch, output_router_logits: bool = False) -> HiddenStates:
-        """Run the body over a batch."""
-        if not self.chunked_lm_head:
-            return HiddenStates(own_logits(self.model, batch, self.dtype), batch, self.head, len(batch.targets))
-        values, routers = hidden_states(self.model, batch, self.dtype, output_router_logits)
-        return HiddenStates(values, batch, self.head, max_logit_rows(self.model), routers)
+        """Run the body over a batch, or the whole model where the head cannot run apart."""
+        rows = self.max_logit_rows if self.chunked_lm_head else len(batch.targets)
+        if batch.alone:
+            parts = [self.body(sequence, output_router_logits) for sequence in batch.alone]
+            routers = [torch.cat(layer) for layer in zip(*(part.router_logits for part in parts), strict=True)]
+            return HiddenStates(torch.cat([part.values for part in parts]), batch, self.head, rows, routers)
+        model: Any = self.model
+        names = ("input_ids", "position_ids", "attention_mask", "segments")
+        inputs: dict[str, Any] = {name: value for name in names if (value := getattr(batch, name)) is not None}
+        with precision(self.device, self.dtype):
+            if not self.chunked_lm_head:
+                width = batch.input_ids.shape[1]
+                keep, column = torch.unique(batch.logit_positions % width, return_inverse=True)
+                logits = model(logits_to_keep=keep, use_cache=False, **inputs).logits  # (B, kept, V)
+                return HiddenStates(logits[batch.logit_positions // width, column].float(), batch, self.head, rows)
+            if output_router_logits:
+                inputs["output_router_logits"] = True
+            states = (getattr(model, BODY, None) or model.base_model)(use_cache=False, **inputs)
+        routers = [logits.flatten(0, -2) for logits in states.router_logits] if output_router_logits else []
+        return HiddenStates(
+            states.last_hidden_state.flatten(0, 1)[batch.logit_positions], batch, self.head, rows, routers
+        )
 
     def token_logps(self, batch: MicroBatch) -> Tensor:
-        """Compute ``token_logps`` of the model in the compute precision: (N,) nats."""
-        return token_logps(self.model, batch, self.dtype, self.chunked_lm_head)
+        """Compute the log-probability of every response token that carries loss, given all tokens before it.
 
-    def response_logps(self, batch: MicroBatch) -> Tensor:
-        """Compute the log-prob of each response: (2P,) nats, chosen first."""
-        return response_logps(self.token_logps(batch), batch.lengths)
+        Shapes: -> (N,), float32, responses in the order of the batch.
+        Units: nats.
+        """
+        hidden = self.body(batch)
+        pieces = [tokens for _, tokens in split_pairs(batch.pair_tokens, hidden.max_rows)]
+        return torch.cat([target_logps(hidden.head.logits(hidden.values[i]), batch.targets[i]) for i in pieces])
 
     def costs(self, pairs: Sequence[Pair]) -> list[int]:
         """Return the number of tokens that each pair takes up in a forward."""
@@ -277,22 +304,6 @@ def forward_errors(message: str, remedy: str = "") -> Iterator[None]:
         raise UsageError(f"{message}: {type(error).__name__}: {reason}{remedy}") from error
 
 
-def token_logps(model: nn.Module, batch: MicroBatch, dtype: torch.dtype, chunked_lm_head: bool = False) -> Tensor:
-    """Compute the log-probability of every response token that carries loss, given all tokens before it.
-
-    Only the hidden states that predict such a token meet the head: a few pairs at a time with ``chunked_lm_head``, else
-    in the model's own forward, by ``logits_to_keep``.
-
-    Shapes: -> (N,), float32, responses in the order of the batch.
-    Units: nats.
-    """
-    if not chunked_lm_head:
-        return target_logps(own_logits(model, batch, dtype), batch.targets)
-    (hidden, _), head = hidden_states(model, batch, dtype), head_of(model, dtype)
-    pieces = [tokens for _, tokens in split_pairs(batch.pair_tokens, max_logit_rows(model))]
-    return torch.cat([target_logps(head.logits(hidden[tokens]), batch.targets[tokens]) for tokens in pieces])
-
-
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute the log-probability of each target: (N, V), (N,) -> (N,) nats."""
     return -F.cross_entropy(logits, targets, reduction="none")
@@ -310,23 +321,6 @@ def likelihoods(token_logps: Tensor, logits: Tensor, lengths: Tensor) -> Tensor:
     return chosen * rejected
 
 
-def own_logits(model: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> Tensor:
-    """Compute the logits that predict the response tokens in the model's own forward: (N, V), float32."""
-    if batch.alone:
-        return torch.cat([own_logits(model, sequence, dtype) for sequence in batch.alone])
-    width = batch.input_ids.shape[1]
-    keep, column = torch.unique(batch.logit_positions % width, return_inverse=True)
-    with precision(batch.input_ids.device, dtype):
-        logits: Tensor = model(logits_to_keep=keep, use_cache=False, **_inputs(batch)).logits  # (B, kept, V)
-    return logits[batch.logit_positions // width, column].float()
-
-
-def max_logit_rows(model: nn.Module) -> int:
-    """Return how many response tokens may meet the head together."""
-    vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    return LOGITS_BUDGET_BYTES[next(model.parameters()).device.type] // (4 * vocabulary)
-
-
 def split_pairs(pair_tokens: Sequence[int], max_rows: int) -> Iterator[tuple[slice, slice]]:
     """Split a batch into whole pairs with at most ``max_rows`` response tokens: slices of pairs and of tokens."""
     pair = token = end = 0
@@ -336,35 +330,6 @@ def split_pairs(pair_tokens: Sequence[int], max_rows: int) -> Iterator[tuple[sli
             pair, token = place, end
         end += more
     yield slice(pair, len(pair_tokens)), slice(token, end)
-
-
-def hidden_states(
-    model: nn.Module, batch: MicroBatch, dtype: torch.dtype, output_router_logits: bool = False
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """Run the body; returns what the head reads to predict the response tokens, and the logits of each layer's router.
-
-    Shapes: -> (N, H), and where they are asked for (B * T, experts) per layer.
-    """
-    if batch.alone:
-        parts = [hidden_states(model, sequence, dtype, output_router_logits) for sequence in batch.alone]
-        layers = zip(*(routers for _, routers in parts), strict=True)
-        return torch.cat([hidden for hidden, _ in parts]), [torch.cat(layer) for layer in layers]
-    body: Any = getattr(model, BODY, None) or model.base_model
-    more = {"output_router_logits": True} if output_router_logits else {}
-    with precision(batch.input_ids.device, dtype):
-        states = body(use_cache=False, **_inputs(batch), **more)
-    routers = [logits.flatten(0, -2) for logits in states.router_logits] if output_router_logits else []
-    return states.last_hidden_state.flatten(0, 1)[batch.logit_positions], routers
-
-
-def head_of(model: nn.Module, dtype: torch.dtype) -> Head:
-    """Return the model's head, to run apart from its body."""
-    return Head(model.get_output_embeddings(), model.config.get_text_config(), dtype)  # type: ignore[operator, union-attr]
-
-
-def _inputs(batch: MicroBatch) -> dict[str, Any]:
-    names = ("input_ids", "position_ids", "attention_mask", "segments")
-    return {name: value for name in names if (value := getattr(batch, name)) is not None}
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

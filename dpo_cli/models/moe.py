@@ -9,31 +9,25 @@ Legend: B rows, T tokens of a row, E experts, L layers that have a router.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_cli.data.collate import MicroBatch
+from dpo_cli.data.collate import MicroBatch, padded
+from dpo_cli.data.pairs import Pair
+from dpo_cli.models.logprobs import ModelRunner
+from dpo_cli.utils.errors import UsageError
 
 
-@dataclass(frozen=True)
-class Routed:
-    """Sums over the layers and tokens of a forward.
+def routed(router_logits: Sequence[Tensor], batch: MicroBatch, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+    """Sum the routers' probabilities over the layers and tokens of a forward, and count their choices.
 
-    Shapes: ``probabilities`` (E,) of the experts, with their graph; ``counts`` (E + 1,), how often each expert was
-    chosen, then the number of tokens, all times the layers.
-    """
-
-    probabilities: Tensor
-    counts: Tensor
-
-
-def routed(router_logits: Sequence[Tensor], batch: MicroBatch, num_experts_per_tok: int) -> Routed:
-    """Sum probabilities and choices of the routers of one forward; zeros for a dummy batch.
-
-    Shapes: ``router_logits`` L of (B * T, E).
+    Shapes: ``router_logits`` L of (B * T, E) -> ``probabilities`` (E,), with their graph, and ``counts`` (E + 1,): how
+    often each expert was chosen, then the number of tokens, all times the layers. Zeros for a dummy batch.
     """
     times = token_counts(batch)  # (B * T,)
     probabilities, chosen = [], []
@@ -43,11 +37,11 @@ def routed(router_logits: Sequence[Tensor], batch: MicroBatch, num_experts_per_t
         probabilities.append(times @ each)
         chosen.append((times.double() @ best.double()).detach())
     tokens = times.double().sum()[None] * len(router_logits)
-    return Routed(torch.stack(probabilities).sum(0), torch.cat([torch.stack(chosen).sum(0), tokens]))
+    return torch.stack(probabilities).sum(0), torch.cat([torch.stack(chosen).sum(0), tokens])
 
 
-def auxiliary_loss(part: Routed, counts: Tensor) -> Tensor:
-    """Compute the share of a forward in the load-balancing loss of a step with these ``counts`` (E + 1,): ().
+def auxiliary_loss(probabilities: Tensor, counts: Tensor) -> Tensor:
+    """Compute the share of a forward (E,) in the load-balancing loss of a step with these ``counts`` (E + 1,): ().
 
         loss = E * sum over experts of f * p,
         f = share of the tokens routed to the expert, p = mean of its probability
@@ -57,8 +51,8 @@ def auxiliary_loss(part: Routed, counts: Tensor) -> Tensor:
     Source: equations 4 to 6 of arXiv 2101.03961, over all layers at once as in transformers; over a whole step as in
         arXiv 2501.11873.
     """
-    shares = (counts / counts[-1])[:-1].to(part.probabilities)
-    return len(shares) * (shares * part.probabilities).sum() / counts[-1].to(part.probabilities)
+    shares = (counts / counts[-1])[:-1].to(probabilities)
+    return len(shares) * (shares * probabilities).sum() / counts[-1].to(probabilities)
 
 
 def token_counts(batch: MicroBatch) -> Tensor:
@@ -71,3 +65,27 @@ def token_counts(batch: MicroBatch) -> Tensor:
         return torch.tensor([2.0, 1.0]).repeat(len(parts) // 2).repeat_interleave(parts).to(ids.device)
     mask = batch.attention_mask
     return (torch.ones_like(ids) if mask is None else mask).flatten().float()
+
+
+@torch.no_grad()
+def experts_a_token(runner: ModelRunner, pair: Pair) -> int:
+    """How many experts each token goes to in a mixture whose load-balancing loss is known.
+
+    Raises:
+        UsageError: the model is no mixture of experts, or its own loss of a pair is another than ours.
+    """
+    model: Any = runner.model
+    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]).to(runner.device)
+    why = f"{type(model).__name__} is no mixture of experts whose routers can be read"
+    try:
+        experts = int(model.config.get_text_config().num_experts_per_tok)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        own = float(model(**inputs, output_router_logits=True, use_cache=False).aux_loss)
+        hidden = replace(runner, dtype=torch.float32).body(batch, output_router_logits=True)
+        ours = float(auxiliary_loss(*routed(hidden.router_logits, batch, experts)))
+        if math.isclose(own, ours, rel_tol=1e-4):
+            return experts
+        why = f"{type(model).__name__} balances its experts by another loss ({own:.6g}, not {ours:.6g})"
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        pass
+    raise UsageError(f"--router-aux-loss-coef: {why}; leave it out")

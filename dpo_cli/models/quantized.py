@@ -21,12 +21,7 @@ from dpo_cli.utils.errors import UsageError
 
 KEY = "quantization_config"
 BITS = "bitsandbytes"
-METHODS = {
-    "mxfp4": "MXFP4",
-    "fp8": "FP8",
-    "mxfp8": "MXFP8",
-    BITS: BITS,
-}  # that transformers dequantizes on every device
+METHODS = {"mxfp4": "MXFP4", "fp8": "FP8", "mxfp8": "MXFP8", BITS: BITS}  # dequantized on every device
 SCALES = ("_scale_inv", ".weight_scale", ".SCB")  # without which weights of 8 bits are others
 
 
@@ -104,12 +99,6 @@ def _check_blocks(source: ModelSource, block: Sequence[int] | None) -> None:
         sizes = zip(shape, grid[-2:], block, strict=False)
         if name.endswith("_scale_inv") and any(count > 1 and size != count * each for size, count, each in sizes):
             raise ValueError(f"{name}: its blocks of {block} do not divide a weight of {shape}")
-
-
-def loading(packing: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
-    """Return what ``from_pretrained`` wants, to load packed weights so that they can be dequantized."""
-    setattr(config, KEY, {**packing, "dequantize": True})
-    return {"config": config} | ({"device_map": {"": "cpu"}} if packing.get("quant_method") == BITS else {})
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 
 import torch
@@ -10,17 +11,9 @@ import torch
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.models.adapter_files import check_loadable, read_config, settings
-from dpo_cli.models.adapters import (
-    attach,
-    describe_adapter,
-    experts_of_version_5,
-    is_adapted,
-    make_config,
-    try_backward,
-)
+from dpo_cli.models.adapters import counted, describe_adapter, is_adapted, kind_of, new_adapter, pattern_of
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import forward_errors
-from dpo_cli.models.lora_targets import choose_targets, counted
 from dpo_cli.training.prepare import ScoredModel, check_quantize
 from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.console import Reporter
@@ -76,31 +69,31 @@ def attach_adapter(policy: ScoredModel, options: TrainOptions, pairs: Pairs, rep
     costs = runner.costs(pairs)  # a longer pair also reaches what compresses many tokens into one
     most = max(min(costs), min(TRIED, runner.max_tokens))
     batch = runner.batch([pairs[max((i for i in range(len(pairs)) if costs[i] <= most), key=costs.__getitem__)]])
-    left = Counter[tuple[str, str]]()
+    left = dict[str, Counter[str]]()
     if new:
-        rank, kind, alpha, names = options.lora_rank, options.lora_type, options.lora_alpha, options.lora_targets
-        assert rank and kind and alpha and names
         with forward_errors("the model's own forward fails where gradients are wanted"):
-            targets = choose_targets(model, names, lambda: runner.token_logps(batch))
-        whole, base = options.modules_to_save, policy.source.name
-        config = make_config(model, rank=rank, kind=kind, alpha=alpha, targets=targets, to_save=whole, base=base)
-        attach(model, config, options.seed)
+            left = new_adapter(model, options, policy.source.name, lambda: runner.token_logps(batch))
         check_loadable(model)
-        left = targets.left
+    adapted, experts = describe_adapter(model)
     about = f"{options.lora_type} of rank {options.lora_rank}, alpha {options.lora_alpha}"
-    reporter.info("adapter", f"{about}, on {describe_adapter(model)}")
-    if (experts := experts_of_version_5(model)) and options.export != "merged":
+    reporter.info("adapter", f"{about}, on {adapted}")
+    if experts and options.export != "merged":
         reporter.warning(
             f"transformers 4 loads the exported adapter without its part on {', '.join(experts)}, or not at all: "
             "it needs transformers 5; for other tools take --export merged, or dpo merge"
         )
-    for reason in dict.fromkeys(reason for reason, _ in left):
-        kinds = Counter({kind: count for (why, kind), count in left.items() if why == reason})
-        reporter.info("", f"without an adapter, {reason}: {counted(kinds)}")
-    if unreached := try_backward(model, lambda: runner.token_logps(batch)):
+    for reason, counts in left.items():
+        reporter.info("", f"without an adapter, {reason}: {counted(counts)}")
+    with forward_errors("--lora-targets: this model fails with an adapter"):
+        runner.token_logps(batch).sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    reached = {pattern_of(name) for name, gradient in trained.items() if gradient is not None}
+    model.zero_grad()
+    if names := [name for name in trained if pattern_of(name) not in reached]:
+        kinds = sorted({kind_of(re.split(r"\.(?:base_layer|lora_|modules_to_save)", name)[0]) for name in names})
         if new:
             raise UsageError(
-                f"--lora-targets, --modules-to-save: no log-prob of text depends on {', '.join(unreached)}, so that it "
+                f"--lora-targets, --modules-to-save: no log-prob of text depends on {', '.join(kinds)}, so that it "
                 "would not be trained; leave it out"
             )
-        reporter.info("", f"no log-prob of text depends on these, and they stay as they are: {', '.join(unreached)}")
+        reporter.info("", f"no log-prob of text depends on these, and they stay as they are: {', '.join(kinds)}")

@@ -8,7 +8,7 @@ Legend: P pairs, T packed tokens, N response tokens that carry loss, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.batching import Step, probe_pairs, row_costs
+from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
 from dpo_cli.models.adapters import is_adapted
-from dpo_cli.models.logprobs import ModelRunner, forward_errors, hidden_states, max_logit_rows, token_logps
+from dpo_cli.models.logprobs import ModelRunner, forward_errors
 from dpo_cli.models.parallel import local_shard
 from dpo_cli.training.optimizer import BYTES, SPLIT
 from dpo_cli.utils import distributed
@@ -118,10 +119,10 @@ def _kept(runner: ModelRunner, pairs: Sequence[Pair]) -> int:
             kept[storage.data_ptr()] = tensor.detach()  # alive, so that no other gets its place
         return tensor.detach()  # the tensor itself would never be freed
 
-    forward = hidden_states if runner.chunked_lm_head else token_logps
+    forward: Callable[[MicroBatch], Any] = runner.body if runner.chunked_lm_head else runner.token_logps
     graph = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with forward_errors("the model's own forward fails where gradients are wanted"), torch.enable_grad(), graph:
-        forward(runner.model, runner.batch(pairs), runner.dtype)
+        forward(runner.batch(pairs))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())  # of a gathered weight nothing is left
 
 
@@ -179,7 +180,7 @@ def fit(
     costs = runner.costs(pairs)
     enough = max(max(costs), max_tokens or FEWEST_TOKENS)  # a longer pair has a forward of its own
     longest = pairs[costs.index(max(costs))]
-    head = max(at_head(runner, [longest]), min(max_logit_rows(runner.model), enough)) if runner.chunked_lm_head else 0
+    head = max(at_head(runner, [longest]), min(runner.max_logit_rows, enough)) if runner.chunked_lm_head else 0
     ways = [(memory, recompute)]
     if memory == "auto":
         coarse = runner.dtype == torch.bfloat16 and not is_adapted(runner.model)
@@ -196,4 +197,4 @@ def fit(
 def at_head(runner: ModelRunner, pairs: Sequence[Pair]) -> int:
     """Response tokens of a micro-batch that meet the head at once; 0 where they count among what the forward keeps."""
     tokens = [count_loss_tokens(pair.chosen) + count_loss_tokens(pair.rejected) for pair in pairs]
-    return min(sum(tokens), max(max_logit_rows(runner.model), *tokens)) if runner.chunked_lm_head and tokens else 0
+    return min(sum(tokens), max(runner.max_logit_rows, *tokens)) if runner.chunked_lm_head and tokens else 0

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, cast
 
 import numpy as np
@@ -26,8 +24,8 @@ from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_rows
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import LOSSES
-from dpo_cli.models.adapter_files import CONFIG, read_config, unknown_keys
-from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantized
+from dpo_cli.models.adapter_files import read_config
+from dpo_cli.models.adapters import cast_frozen_to_bf16, is_adapted, is_quantized, kind_of
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.converted import use_converted
 from dpo_cli.models.fingerprint import fingerprint, hash_weights
@@ -35,7 +33,6 @@ from dpo_cli.models.layout import choose_layout
 from dpo_cli.models.loading import compute_dtype, load_model, load_tokenizer
 from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.models.lora_targets import kind_of
 from dpo_cli.models.parallel import shard
 from dpo_cli.models.quantized import admit
 from dpo_cli.models.split_weights import split_master_weights
@@ -63,7 +60,8 @@ def choose_model(
     if source.gguf:
         cache_dir = getattr(options, "cache_dir", CACHE_DIR)
         source = distributed.rank_0_first(lambda: use_converted(source, cache_dir, computes, reporter))
-    check_adapter(source, reporter)
+    if source.adapter:
+        read_config(source.adapter, reporter.warning)
     if source.trust:
         reporter.warning(f"--trust-remote-code: Python code that comes with {source.path} runs with all your rights")
     return source
@@ -76,20 +74,6 @@ def check_reference(options: TrainOptions | EvalOptions) -> None:
             admit(find_model(options.ref_model, options.trust_remote_code), options.ref_model, frozen=True)
         except UsageError as error:
             raise UsageError(str(error).replace("--model", "--ref-model", 1)) from error
-
-
-def check_adapter(source: ModelSource, reporter: Reporter) -> None:
-    """Warn of what peft ignores of an adapter's configuration.
-
-    Raises:
-        UsageError: it is of a kind that is neither trained nor merged here.
-    """
-    if source.adapter is None:
-        return
-    read_config(source.adapter)
-    if ignored := unknown_keys(source.adapter):
-        keys = ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(ignored.items()))
-        reporter.warning(f"{source.adapter / CONFIG}: peft {version('peft')} does not know and ignores {keys[:300]}")
 
 
 def choose_tokenizer(source: ModelSource, options: DataOptions) -> Any:
@@ -256,11 +240,11 @@ def load_scored_model(
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or MOST_TOKENS[device.type]
     tried = pairs + _sampled(pairs, options, limit)
-    layout, apart, description = choose_layout(model, tried, max_tokens, device, dtype)
+    runner, description = choose_layout(model, tried, max_tokens, device, dtype)
     reporter.info("layout", description)
-    if layout == "shared":
+    runner.warn = reporter.warning
+    if runner.layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
-    runner = ModelRunner(model, layout, dtype, max_tokens, device, apart, reporter.warning)
     return ScoredModel(source, runner, own_attention, weights)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation.generation import generate, text
 from dpo_cli.evaluation.metrics_log import evaluations, read_metrics
-from dpo_cli.hub.export import NotReadBackError, export_model, response_logps
+from dpo_cli.hub.export import NotReadBackError, export_model, pair_logps
 from dpo_cli.hub.model_card import model_card
 from dpo_cli.models.adapter_files import save_adapter
 from dpo_cli.models.attention import attention
@@ -49,8 +49,7 @@ def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[
             return
         model = run.policy.model
         with attention(model, run.policy.own_attention):
-            apart = runner.parallel.sharded and runner.chunked_lm_head
-            expected = response_logps(model, pair, runner.dtype, apart), runner.dtype
+            expected = pair_logps(runner, pair), runner.dtype
             with fp32_weights(model, optimizer):
                 export_model(run.folder / name, model, run.tokenizer, card, expected=expected, **about)
     except NotReadBackError as error:

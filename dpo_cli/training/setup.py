@@ -20,9 +20,9 @@ from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.models.attention import attention
-from dpo_cli.models.layout import experts_a_token
 from dpo_cli.models.loading import dtype_name, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
+from dpo_cli.models.moe import experts_a_token
 from dpo_cli.reference.store import ReferenceCache, ReferenceLogps, fill_reference
 from dpo_cli.training.adapter import adapter_settings, attach_adapter
 from dpo_cli.training.memory import Fit, fit, process_bytes, usable_bytes
@@ -156,9 +156,7 @@ def _load_policy(run: Run, source: ModelSource) -> None:
     policy = load_scored_model(source, pairs + run.held_out, options, mode, run.device, run.reporter)
     if options.router_aux_loss_coef:
         with attention(policy.model, policy.own_attention):
-            run.experts = experts_a_token(policy.model, pairs[0])
-        if not policy.runner.chunked_lm_head:
-            raise UsageError("--router-aux-loss-coef: the model's head cannot run apart from its body; leave it out")
+            run.experts = experts_a_token(policy.runner, pairs[0])
     policy.split_weights(mode, trains=True)
     if options.lora_rank:
         attach_adapter(policy, options, pairs, run.reporter)

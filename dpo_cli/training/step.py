@@ -207,7 +207,7 @@ def _count_experts(trainer: Trainer, micro_batches: Sequence[MicroBatch], totals
     for batch in micro_batches:
         try:
             router_logits = trainer.runner.body(batch, output_router_logits=True).router_logits
-            counts.append(routed(router_logits, batch, trainer.num_experts_per_tok).counts)
+            counts.append(routed(router_logits, batch, trainer.num_experts_per_tok)[1])
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -223,8 +223,8 @@ def _balance_loss(trainer: Trainer, hidden: HiddenStates, totals: Totals) -> lis
     """Compute the weighted load-balancing loss of a micro-batch; empty where it is not trained."""
     if not trainer.num_experts_per_tok:
         return []
-    part = routed(hidden.router_logits, hidden.batch, trainer.num_experts_per_tok)
-    loss = auxiliary_loss(part, part.counts if totals.expert_counts is None else totals.expert_counts)
+    probabilities, counts = routed(hidden.router_logits, hidden.batch, trainer.num_experts_per_tok)
+    loss = auxiliary_loss(probabilities, counts if totals.expert_counts is None else totals.expert_counts)
     totals.aux_loss += loss.detach()
     return [loss * trainer.options.router_aux_loss_coef]
 

@@ -102,7 +102,7 @@ def test_rows_in_memory_are_data(rows: list[Any], options: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        ([], "no rows"),
+        ([], "a list of rows as dicts"),
         ([{"prompt": "p", "chosen": "a", "rejected": b"b"}], "cannot be written as JSON"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a"}], ".jsonl:2"),
         (None, "--data is missing"),
@@ -128,8 +128,8 @@ def test_an_option_may_have_the_hyphens_of_its_flag(rows: list[Any], options: di
     [
         ({"batchsize": 4}, "unknown option 'batchsize'; did you mean 'batch_size'?"),
         ({"resum": "run"}, "unknown option 'resum'"),
-        ({"max-steps": "x"}, "option 'max-steps' cannot be 'x'"),
-        ({"max-steps": 3, "max_steps": 3}, "option 'max_steps' is given twice"),
+        ({"max-steps": "x"}, "option 'max_steps' cannot be 'x'"),
+        ({"max-steps": 3, "max_steps": 3}, "an option is given twice, with hyphens and with underscores"),
         ({"lr": True}, "option 'lr' cannot be True"),
         ({"epochs": 1.5}, "option 'epochs' cannot be 1.5"),
         ({"model": 7.5j}, "option 'model' cannot be 7.5j"),

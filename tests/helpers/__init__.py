@@ -17,9 +17,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from dpo_cli.data.collate import MicroBatch
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import Preferences
+from dpo_cli.models.logprobs import ModelRunner
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 torch.set_num_threads(1)  # the models are so small that more threads only wait for each other
@@ -45,6 +47,13 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def token_logps(
+    model: PreTrainedModel, batch: MicroBatch, dtype: torch.dtype = torch.float32, chunked_lm_head: bool = False
+) -> torch.Tensor:
+    """Log-probs (N,) of the response tokens of a batch on the model's device."""
+    return ModelRunner(model, "padded", dtype, 0, model.device, chunked_lm_head).token_logps(batch)
 
 
 def make_model(family: str = "llama", seed: int = 0, scale: float = 6.0, **config: Any) -> PreTrainedModel:

@@ -15,10 +15,9 @@ from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pair
-from dpo_cli.models.logprobs import token_logps
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
-from tests.helpers import SAMPLE, make_model, write_rows
+from tests.helpers import SAMPLE, make_model, token_logps, write_rows
 
 ROWS = 14
 CLOSE = {"rtol": 0, "atol": 1e-5 * 16}  # of a sum over some dozens of tokens

@@ -32,13 +32,13 @@ from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import COLUMNS, TokenScores
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import attention
-from dpo_cli.models.logprobs import ModelRunner, token_logps
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.precompute import verify
 from dpo_cli.reference.store import pair_keys
 from dpo_cli.training.memory import at_head, count_bytes
 from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.utils.errors import DpoError
-from tests.helpers import SAMPLE, make_model, random_pairs, write_rows
+from tests.helpers import SAMPLE, make_model, random_pairs, token_logps, write_rows
 from tests.helpers.caches import dpo, fill, open_cache, plant, shards
 from tests.helpers.layouts import LAYOUTS, own
 from tests.helpers.steps import KeepGradients, make_trainer, relative, take_step

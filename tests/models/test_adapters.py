@@ -21,20 +21,22 @@ from dpo_cli.data.collate import padded
 from dpo_cli.evaluation.metrics_log import best_step, evaluations, read_metrics
 from dpo_cli.models import locate
 from dpo_cli.models.adapter_files import adapter_weights, attach_saved, described, merged, save_adapter
-from dpo_cli.models.adapters import attach, make_config, trained
+from dpo_cli.models.adapters import new_adapter
 from dpo_cli.models.locate import find_model
-from dpo_cli.models.logprobs import token_logps
-from dpo_cli.models.lora_targets import choose_targets
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.training import adapter as runs
 from dpo_cli.training.memory import StepBytes
 from dpo_cli.training.prepare import check_quantize
 from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.errors import UsageError
-from tests.helpers import make_model, random_pairs
+from tests.helpers import make_model, random_pairs, token_logps
 from tests.helpers.adapters import CLOSE, Place, make_place, plain_logps
 
 IDS = torch.arange(3, 40)[None]
+
+
+def trained(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +65,11 @@ def randomize(model: PreTrainedModel) -> None:
 # ---- attached, saved, merged ------------------------------------------------------------------------------------
 
 
-def lora_config(
-    model: PreTrainedModel, kind: str = "lora", targets: str = "q_proj", to_save: str | None = None, rank: int = 4
-) -> Any:
-    chosen = choose_targets(model, targets)
-    return make_config(model, rank=rank, kind=kind, alpha=6, targets=chosen, to_save=to_save, base="base")
+def adapt(
+    model: PreTrainedModel, kind: str = "lora", targets: str = "q_proj", to_save: str | None = None, seed: int = 0
+) -> None:
+    lora: Any = {"lora_rank": 4, "lora_type": kind, "lora_alpha": 6, "lora_targets": targets}
+    new_adapter(model, TrainOptions(data=["pairs.jsonl"], **lora, modules_to_save=to_save, seed=seed), "base")
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
@@ -86,7 +88,7 @@ def test_an_adapter_starts_as_its_base_and_comes_back_as_it_was(
 ) -> None:
     base = make_model(tie_word_embeddings=tied)
     before = base(input_ids=IDS).logits.detach()
-    attach(base, lora_config(base, kind, targets, to_save))
+    adapt(base, kind, targets, to_save)
     assert torch.equal(base(input_ids=IDS).logits, before)
     randomize(base)
     after = base(input_ids=IDS).logits.detach()
@@ -103,7 +105,7 @@ def test_an_adapter_starts_as_its_base_and_comes_back_as_it_was(
 @pytest.mark.parametrize(("kind", "scale"), [("lora", 6 / 4), ("rslora", 6 / 2), ("dora", 6 / 4)])
 def test_the_scale_is_that_of_the_papers(kind: str, scale: float) -> None:
     model = make_model()
-    attach(model, lora_config(model, kind))
+    adapt(model, kind)
     layer: Any = model.get_submodule("model.layers.0.self_attn.q_proj")
     x = torch.randn(3, 32)
     with torch.no_grad():
@@ -125,7 +127,7 @@ def test_a_base_in_bfloat16_takes_an_adapter_in_float32(kind: str, to_save: str 
     split_master_weights(model)
     batch = padded([(pair.prompt, pair.chosen) for pair in random_pairs(2)])
     before = token_logps(model, batch, torch.bfloat16)
-    attach(model, lora_config(model, kind, "all-linear", to_save))
+    adapt(model, kind, "all-linear", to_save)
     assert {p.dtype for p in trained(model)} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert torch.equal(token_logps(model, batch, torch.bfloat16), before)
@@ -137,7 +139,7 @@ def test_its_start_depends_on_the_seed_alone() -> None:
     def start(seed: int) -> Tensor:
         model = make_model()
         torch.rand(seed + 1)
-        attach(model, lora_config(model), seed)
+        adapt(model, seed=seed)
         return torch.cat([w.flatten() for w in adapter_weights(model).values()])
 
     assert torch.equal(start(0), start(0)) and not torch.equal(start(0), start(1))
@@ -347,7 +349,7 @@ def test_what_computes_nothing_changes_no_name() -> None:
 
     def told(**change: Any) -> str:
         model: Any = make_model()
-        attach(model, lora_config(model, rank=8))
+        adapt(model)
         for name, value in change.items():
             setattr(model.peft_config["default"], name, value)
         return described(model)

@@ -22,9 +22,9 @@ from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.models.layout import choose_layout
-from dpo_cli.models.logprobs import ModelRunner, response_logps, token_logps
+from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.utils.errors import DpoError, UsageError
-from tests.helpers import sigmoid_loss
+from tests.helpers import sigmoid_loss, token_logps
 from tests.helpers.families import FAMILIES, SPECIAL, WINDOW, dense_attention, make, small
 
 ONE_DOCUMENT = {"opt", "gpt_oss"}  # their own attention takes a packed row for one
@@ -103,7 +103,8 @@ def test_equal_to_single_sequences(family: str, pairs: list[Pair], monkeypatch: 
     layouts: list[Layout] = ["shared", "padded", "alone"]
     for layout in layouts if family in ONE_DOCUMENT else [*layouts, "packed"]:
         check_equal(score(model, pairs, layout), wanted)
-    layout, apart, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    runner, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    layout, apart = runner.layout, runner.chunked_lm_head
     assert apart
     assert layout == "shared" and told.startswith("packed rows, each prompt computed once for both responses; equal")
     assert model.config._attn_implementation != PREFIX_SHARED  # only tried
@@ -113,7 +114,8 @@ def test_equal_to_single_sequences(family: str, pairs: list[Pair], monkeypatch: 
 def test_special_attention_gets_an_exact_layout(family: str, pairs: list[Pair]) -> None:
     model = make(family)
     _, expected, reasons = SPECIAL[family]
-    layout, apart, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    runner, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    layout, apart = runner.layout, runner.chunked_lm_head
     assert apart
     assert layout == expected
     assert TOLD[layout] in told
@@ -188,7 +190,8 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
     wanted, _ = score(model, pairs, None)
     FAULTS[fault](monkeypatch)
     assert difference(model, pairs, dpo_cli.models.layout.PREFIX_SHARED, wanted) > 0.1  # nats: far above the noise
-    layout, _, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    runner, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    layout = runner.layout
     assert layout == "packed"
     assert "packed rows, the prompt computed once for each response; equal" in told and "shared: off by" in told
 
@@ -196,7 +199,8 @@ def test_a_wrong_mask_is_seen(family: str, fault: str, pairs: list[Pair], monkey
 def test_falls_back_to_padded_batches(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """OPT takes a packed row for one document."""
     monkeypatch.setattr(dpo_cli.models.layout, "PREFIX_SHARED", None)
-    layout, _, told = choose_layout(make("opt"), pairs, 256, CPU, torch.float32)
+    runner, told = choose_layout(make("opt"), pairs, 256, CPU, torch.float32)
+    layout = runner.layout
     assert layout == "padded"
     assert "shared: off by" in told and "packed: off by" in told
 
@@ -226,7 +230,8 @@ def test_what_a_state_keeps_of_the_sequence_before_is_seen_behind_long_prompts(f
         for i, lengths in enumerate(LONG_PROMPTS)
     ]
     model = small(family, **FADING[family])
-    layout, _, told = choose_layout(model, pairs, 512, CPU, torch.float32)
+    runner, told = choose_layout(model, pairs, 512, CPU, torch.float32)
+    layout = runner.layout
     assert layout == "padded" and "packed: off by" in told
     check_equal(score(model, pairs, layout), score(model, pairs, None))
 
@@ -250,7 +255,8 @@ def test_what_a_layout_fails_by_is_told(pairs: list[Pair]) -> None:
 
     model = make("llama")
     model.model.layers[0].register_forward_pre_hook(broken, with_kwargs=True)
-    layout, _, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    runner, told = choose_layout(model, pairs, 256, CPU, torch.float32)
+    layout = runner.layout
     assert layout == "packed" and told.endswith(
         "(shared: not supported by the code of this model: TypeError: 'NoneType' object is not subscriptable)"
     )
@@ -273,11 +279,11 @@ def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPa
     """
     tried: list[Any] = []
 
-    def spy(probes: list[Pair], layout: Layout) -> MicroBatch:
+    def spy(runner: ModelRunner, probes: list[Pair]) -> MicroBatch:
         tried.append(probes)
-        return collate(probes, layout)
+        return collate(probes, runner.layout)
 
-    monkeypatch.setattr(dpo_cli.models.layout, "collate", spy)
+    monkeypatch.setattr(ModelRunner, "batch", spy)
     for max_tokens, groups in ((256, [[2, 1, 1]]), (47, [[0, 1, 1], [2]]), (16, [[1, 1], [2]])):
         tried.clear()
         choose_layout(make("llama"), pairs, max_tokens, CPU, torch.float32)

@@ -14,8 +14,8 @@ from dpo_cli.data.batching import Layout, build_schedule, row_costs
 from dpo_cli.data.collate import collate, length_weights, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
-from dpo_cli.models.logprobs import ModelRunner, likelihoods, response_logps, token_logps
-from tests.helpers import make_model, random_pairs, sigmoid_loss
+from dpo_cli.models.logprobs import ModelRunner, likelihoods, response_logps
+from tests.helpers import make_model, random_pairs, sigmoid_loss, token_logps
 from tests.helpers.layouts import CPU, LAYOUTS, own
 from tests.helpers.steps import make_trainer, relative, take_step
 

@@ -19,7 +19,7 @@ from dpo_cli.data.collate import MicroBatch, collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.models.moe import Routed, auxiliary_loss, routed
+from dpo_cli.models.moe import auxiliary_loss, routed
 from tests.helpers import SAMPLE, make_model, random_pairs
 
 CPU = torch.device("cpu")
@@ -53,8 +53,7 @@ def backward(model: PreTrainedModel, pairs: Sequence[Pair], layout: Layout) -> t
         hidden = runner.body(runner.batch(pairs), output_router_logits=True)
         for piece in hidden.head_pieces():
             (0 * piece.logps.sum()).backward()
-        part = routed(hidden.router_logits, hidden.batch, 2)
-        loss = auxiliary_loss(part, part.counts)
+        loss = auxiliary_loss(*routed(hidden.router_logits, hidden.batch, 2))
         hidden.backward(loss)
     return float(loss.detach()), gradients(model)
 
@@ -80,12 +79,12 @@ def test_worked_by_hand() -> None:
     pairs = random_pairs(1)
     batch: MicroBatch = collate(pairs, "shared")
     logits = torch.tensor([3.0, 1.0, 1.0, 1.0]).log().expand(batch.input_ids.numel(), 4)
-    part = routed([logits], batch, 1)
+    probabilities, counts = routed([logits], batch, 1)
     tokens = 2 * len(pairs[0].prompt) + len(pairs[0].chosen) + len(pairs[0].rejected)
-    assert part.counts.tolist() == [tokens, 0, 0, 0, tokens]
-    assert float(auxiliary_loss(part, part.counts)) == pytest.approx(4 * 1 * 0.5)  # even routing has 1
-    even = Routed(torch.full((4,), 2.5), torch.tensor([5.0, 5, 5, 5, 10]))
-    assert float(auxiliary_loss(even, even.counts)) == pytest.approx(2)  # two of four experts a token
+    assert counts.tolist() == [tokens, 0, 0, 0, tokens]
+    assert float(auxiliary_loss(probabilities, counts)) == pytest.approx(4 * 1 * 0.5)  # even routing has 1
+    even = torch.full((4,), 2.5), torch.tensor([5.0, 5, 5, 5, 10])
+    assert float(auxiliary_loss(*even)) == pytest.approx(2)  # two of four experts a token
 
 
 @pytest.fixture(scope="module")

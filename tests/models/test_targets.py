@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from benchmarks.studies import lora_targets
 from dpo_cli.cli.app import app
-from dpo_cli.models.lora_targets import _routers, choose_targets, counted, kind_of
+from dpo_cli.models.adapters import NOT_NAMED, _routers, choose_targets, counted, kind_of
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import ROOT, SAMPLE, make_model
 
@@ -172,7 +173,7 @@ def test_names_are_found_by_their_ends_and_experts_by_theirs() -> None:
 )
 def test_experts_are_not_left_out_without_a_word(names: str, left: set[str]) -> None:
     """They are one tensor in transformers 5, of another name than their parts."""
-    assert {kind for _, kind in choose_targets(make_model("glm4_moe", **SHARED), names).left} == left
+    assert {*choose_targets(make_model("glm4_moe", **SHARED), names).left.get(NOT_NAMED, ())} == left
 
 
 def test_kinds_are_counted_together() -> None:
@@ -181,8 +182,8 @@ def test_kinds_are_counted_together() -> None:
         "a.merger.mlp",
         "a.b",
     ]
-    kinds = choose_targets(make_model("qwen2"), "all-linear").left
-    assert not kinds and counted(type(kinds)({"a.b": 2, "c": 2, "d": 30})) == "30 d; 2 each of a.b, c"  # type: ignore[dict-item]
+    assert not choose_targets(make_model("qwen2"), "all-linear").left
+    assert counted(Counter({"a.b": 2, "c": 2, "d": 30})) == "30 d; 2 each of a.b, c"
 
 
 def test_all_that_a_router_is_made_of_gets_no_adapter() -> None:

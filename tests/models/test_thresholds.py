@@ -222,13 +222,13 @@ def test_refuses_a_model_that_longer_sequences_change_for_good() -> None:
     long = Pair("long", np.full(2 * T, 5, np.int32), pairs[0].chosen, pairs[0].rejected)
     with pytest.raises(UsageError, match=rf"alone: off by .*; set --max-length {T}$"):
         choose_layout(deepcopy(model), [*pairs, long], 1024, CPU, torch.float32)
-    assert choose_layout(model, pairs, 1024, CPU, torch.float32)[0] == "shared"
+    assert choose_layout(model, pairs, 1024, CPU, torch.float32)[0].layout == "shared"
 
 
 def test_rows_beyond_a_threshold_are_tried_where_no_sequence_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama 4 reads places in the row: a few short pairs in a forward would not show it."""
     model = make_model("llama4_text", **MODELS["chunks"][1] | {"floor_scale": 512, "attention_chunk_size": 4096})
     pairs = random_pairs(8, longest=20)
-    assert choose_layout(model, pairs, 1024, CPU, torch.float32)[0] == "padded"
+    assert choose_layout(model, pairs, 1024, CPU, torch.float32)[0].layout == "padded"
     monkeypatch.setattr(dpo_cli.models.layout, "THRESHOLDS", ())
-    assert choose_layout(model, pairs, 1024, CPU, torch.float32)[0] == "shared"  # what the rows are there for
+    assert choose_layout(model, pairs, 1024, CPU, torch.float32)[0].layout == "shared"  # what the rows are there for

@@ -29,18 +29,19 @@ import dpo_cli.models.fingerprint
 import dpo_cli.reference.store
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
+from dpo_cli.data.batching import Layout
 from dpo_cli.data.collate import padded
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.models.fingerprint import hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
-from dpo_cli.models.logprobs import ModelRunner, token_logps
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.store import pair_keys, read_folder, read_shard
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
 from dpo_cli.utils.files import file_lock
-from tests.helpers import CHATML, ROOT, cached_logps, make_model, random_pairs, write_rows
+from tests.helpers import CHATML, ROOT, cached_logps, make_model, random_pairs, token_logps, write_rows
 from tests.helpers.caches import NOISE, changed_config, changed_weight, dpo, fill, make_scorer, open_cache, shards
 
 DAY = 24 * 60 * 60.0
@@ -284,8 +285,15 @@ def the_precision(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], s
     return ["--dtype", "bfloat16"], LINES
 
 
+def forced(layout: Layout) -> Callable[..., tuple[ModelRunner, str]]:
+    def choose(model: PreTrainedModel, _: Pairs, max_tokens: int, device: torch.device, dtype: torch.dtype) -> Any:
+        return ModelRunner(model, layout, dtype, max_tokens, device), "forced"
+
+    return choose
+
+
 def the_attention(place: Place, patch: pytest.MonkeyPatch) -> tuple[list[Any], set[int]]:
-    patch.setattr("dpo_cli.training.prepare.choose_layout", lambda *_: ("packed", True, "forced"))
+    patch.setattr("dpo_cli.training.prepare.choose_layout", forced("packed"))
     return [], LINES
 
 
@@ -388,7 +396,7 @@ def test_attention_matters_where_the_model_computes_its_own(place: Place, monkey
         with monkeypatch.context() as patch:
             patch.setattr("dpo_cli.training.prepare.load_model", load)
             if layout != "shared":
-                patch.setattr("dpo_cli.training.prepare.choose_layout", lambda *_: (layout, True, "forced"))
+                patch.setattr("dpo_cli.training.prepare.choose_layout", forced(layout))
             return int(place.precompute()["misses"])
 
     assert misses("shared", "sdpa") == misses("shared", "eager") == 0

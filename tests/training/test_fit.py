@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import dpo_cli.training.memory
 from dpo_cli.data.batching import row_costs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
-from dpo_cli.models.logprobs import ModelRunner, hidden_states
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.training.memory import Fit, StepBytes, at_head, count_bytes, fit
 from tests.helpers import SAMPLE, cli_environment, make_model, make_tokenizer, random_pairs
 
@@ -73,7 +73,7 @@ def test_what_a_forward_keeps_is_counted(model: PreTrainedModel) -> None:
         batch = scorer.batch(PAIRS)
         held: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.detach()) or x.detach(), lambda x: x):
-            hidden_states(model, batch, torch.float32)
+            scorer.body(batch)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
     expected = sum(n for place, n in storages.items() if place not in own) * dpo_cli.training.memory.FRAGMENTED
@@ -175,7 +175,7 @@ finally:
 @pytest.mark.parametrize("options", [(), ("--gradient-checkpointing",)], ids=" ".join)
 def test_the_estimate_is_near_the_peak(tmp_path: Path, options: tuple[str, ...]) -> None:
     """Of a model whose state and activations are several times what the program itself takes."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 128}
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "head_dim": 128}
     make_model(**sizes, vocab_size=16384, scale=1.0).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     rows = (SAMPLE / "train-strings.jsonl").read_text().splitlines()[:12]

@@ -30,11 +30,11 @@ from dpo_cli.hub.merge import merge
 from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.models.layout import choose_layout
 from dpo_cli.models.loading import compute_dtype, default_device
-from dpo_cli.models.logprobs import ModelRunner, response_logps, token_logps
+from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.training.loop import train
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils.console import Reporter
-from tests.helpers import SAMPLE, cli_environment, make_model, make_tokenizer
+from tests.helpers import SAMPLE, cli_environment, make_model, make_tokenizer, token_logps
 from tests.helpers.families import dense_attention
 
 pytestmark = [
@@ -172,7 +172,8 @@ def test_log_probs_under_bfloat16(family: str, config: dict[str, Any], flash_cal
 )
 def test_choose_layout(family: str, config: dict[str, Any], expected: str) -> None:
     model = make_model(family, **config).to(DEVICE)
-    layout, _, told = choose_layout(model, make_pairs(), 4096, DEVICE, torch.bfloat16)
+    runner, told = choose_layout(model, make_pairs(), 4096, DEVICE, torch.bfloat16)
+    layout = runner.layout
     assert layout == expected, told
     assert "equal to single sequences" in told
 

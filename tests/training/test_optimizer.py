@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from dpo_cli.data.collate import collate
 from dpo_cli.hub.export import export_model
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.models.logprobs import response_logps, token_logps
+from dpo_cli.models.logprobs import response_logps
 from dpo_cli.models.split_weights import fp32_weights, join, split, split_master_weights
 from dpo_cli.training.checkpoint import restore_checkpoint, save_checkpoint
 from dpo_cli.training.optimizer import BYTES, SPLIT, SmallAdamW, decode, encode, make_optimizer
-from tests.helpers import make_model, random_pairs, sigmoid_loss
+from tests.helpers import make_model, random_pairs, sigmoid_loss, token_logps
 
 SMALL = ["split", "in-backward"]
 BATCH = collate(random_pairs(6, seed=3), "padded")

@@ -20,7 +20,7 @@ from dpo_cli.evaluation.diagnostics import Evidence, diagnose
 from dpo_cli.evaluation.metrics import PairScores, Table
 from dpo_cli.evaluation.statistics import intervals, length_bias
 from dpo_cli.losses.objective import Objective
-from dpo_cli.models.logprobs import ModelRunner, hidden_states
+from dpo_cli.models.logprobs import ModelRunner, response_logps
 from tests.helpers import make_model, sigmoid_loss
 
 CPU = torch.device("cpu")
@@ -72,8 +72,8 @@ def table(model: PreTrainedModel, pairs: Sequence[Pair]) -> Tensor:
     """Log-probs of all pairs: (P, 2) nats."""
     logps = torch.zeros(len(pairs), 2)
     runner = scorer(model)
-    for places, scored in runner.forwards(pairs, lambda _, batch: runner.response_logps(batch)):
-        logps[list(places)] = scored.view(2, -1).T
+    for places, scored in runner.forwards(pairs, lambda _, batch: (runner.token_logps(batch), batch.lengths)):
+        logps[list(places)] = response_logps(*scored).view(2, -1).T
     return logps
 
 
@@ -101,7 +101,7 @@ def distributions(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Se
     """By plain forwards over all pairs at once: the model is tiny."""
     batch: MicroBatch = collate(pairs, "padded")
     p, q = (
-        model.get_output_embeddings()(hidden_states(model, batch, torch.float32)[0]).double().log_softmax(-1)
+        model.get_output_embeddings()(scorer(model).body(batch).values).double().log_softmax(-1)
         for model in (policy, reference)
     )
     changed = (p - q).gather(1, batch.targets[:, None])[:, 0]
