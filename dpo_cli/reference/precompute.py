@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.tokenize import reasons
-from dpo_cli.models.logprobs import ModelRunner, logp_tolerance
+from dpo_cli.models.logprobs import ModelRunner, logp_tolerance, response_logps
 from dpo_cli.reference.store import fill_reference
 from dpo_cli.training.memory import fit, process_bytes
 from dpo_cli.training.prepare import check_quantize, choose_model, choose_tokenizer, load_scored_model, read_pairs
@@ -68,8 +68,8 @@ def verify(cached_logps: Tensor, pairs: Pairs, runner: ModelRunner, folder: str)
         DpoError: one is larger than arithmetic explains.
     """
     logps = torch.empty_like(cached_logps)
-    for places, sums in runner.forwards(pairs, lambda _, batch: runner.response_logps(batch)):
-        logps[list(places)] = sums.view(2, -1).T.cpu()
+    for places, token_logps in runner.forwards(pairs, lambda _, batch: (runner.token_logps(batch), batch.lengths)):
+        logps[list(places)] = response_logps(*token_logps).view(2, -1).T.cpu()
     off = (logps - cached_logps).abs()  # (P, 2)
     allowed = logp_tolerance(runner.dtype) * torch.from_numpy(pairs.loss_lengths).sqrt()
     if bad := [pairs[place].where for place in (~(off <= allowed)).any(1).nonzero().flatten().tolist()]:
