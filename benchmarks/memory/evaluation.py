@@ -34,7 +34,6 @@ from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import tokenize_rows
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
-from dpo_cli.evaluation.kl import Progress
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.loading import compute_dtype, default_device, load_model, load_tokenizer
@@ -43,7 +42,7 @@ from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
 
 ROOT = Path(__file__).parents[2]
-PROGRESS = Progress(Reporter(quiet=True), "benchmark")
+PROGRESS = Reporter(quiet=True).progress("benchmark", 1)
 MAX_TOKENS = 2048
 
 
@@ -113,7 +112,7 @@ def memory(count: int) -> str:
         compared = exact(policy, reference, pairs, Path(folder))
         forwards = peak_mib() - before
         evaluator = Evaluator(pairs, tokenizer, Objective())
-        evaluator.result(evaluator.scores(compared), compared, [])
+        evaluator.evaluation(evaluator.scores(compared), compared, [], {})
         tokens = compared.tokens.nbytes / 2**20
     return (
         f"| {count:,} | {int(pairs.loss_lengths.sum()):,} | {forwards:.0f} | {peak_mib() - before:.0f} | {tokens:.0f} |"

@@ -57,7 +57,7 @@ from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.files import write_json
 
 ROOT = Path(__file__).parents[2]
-PROGRESS = kl.Progress(Reporter(quiet=True), "frontier")
+PROGRESS = Reporter(quiet=True).progress("frontier", 1)
 SHARPNESS = 12.0  # of the reward: nats of preference a nat of evidence a word
 MAX_TOKENS = 2048
 BEST_OF = (2, 4, 8, 16)
@@ -234,9 +234,8 @@ class Lab:
 
     def completions(self, scorer: ModelRunner, prompts: Sequence[Ids], copies: int, seed: int) -> list[list[Ids]]:
         """Drawn at temperature 1: -> for each prompt its ``copies``."""
-        model: Any = scorer.model
-        how: dict[str, Any] = {"copies": copies, "seed": seed, "max_tokens": 2 * MAX_TOKENS, "dtype": scorer.dtype}
-        return generate(model, self.tokenizer, prompts, self.own_attention, self.sizes.tokens, sampled=True, **how)
+        runner = replace(scorer, max_tokens=2 * MAX_TOKENS)
+        return generate(runner, self.tokenizer, prompts, self.own_attention, self.sizes.tokens, copies, seed)
 
     def rewards(self, responses: Sequence[Sequence[Ids]]) -> Table:
         """The reward of each: (prompts, K)."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.statistics import student
-from dpo_cli.reporting.plots import MUTED, THEME
+from dpo_cli.reporting.plots import COLORS, THEME
 from dpo_cli.utils.files import atomic_write
 
 Point = Mapping[str, Any]
@@ -114,7 +114,7 @@ def draw(file: Path, result: Mapping[str, Any]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points, muted = result["points"], MUTED
+    points, muted = result["points"], COLORS["muted"]
     far = max(point["kl"] for point in points) * 1.04
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)

@@ -284,7 +284,7 @@ def main() -> None:
             "Total variation": partial(draw_variations, variations=variations),
         }
         PICTURE.parent.mkdir(exist_ok=True)
-        write_plots(PICTURE, [Plot(title, "", "", drawing) for title, drawing in drawings.items()])
+        write_plots(PICTURE, [Plot(title, "", drawing) for title, drawing in drawings.items()])
     print(f"\n{time.perf_counter() - began:.0f} seconds, {torch.get_num_threads()} threads")
 
 

@@ -14,7 +14,6 @@ from dpo_cli.config.resolve import resolve
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
-from dpo_cli.evaluation.kl import Progress
 from dpo_cli.reference.store import fill_reference
 from dpo_cli.training.loop import StopSignal, make_trainer
 from dpo_cli.training.optimizer import learning_rate
@@ -100,7 +99,7 @@ class Ours:
         held_out = self.run.held_out
         for _ in blocks:
             self.meter.begin()
-            tokens = kl.score(trainer.runner, held_out, Progress(self.reporter, "held out"))
+            tokens = kl.score(trainer.runner, held_out, self.reporter.progress("held out", len(held_out)))
             evaluator = Evaluator(held_out, self.run.tokenizer, options.objective)
             reference = self.held_out_reference.double().numpy()
             scores = evaluator.scores(tokens, (reference, reference))

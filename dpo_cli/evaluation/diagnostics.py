@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.evaluation.metrics import SIDES, PairScores
-from dpo_cli.evaluation.metrics_log import History
+from dpo_cli.evaluation.metrics import SIDES, History, PairScores
 from dpo_cli.evaluation.statistics import Interval
 
 Finding = dict[str, Any]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +20,14 @@ from dpo_cli.config.options import EvalOptions, TrainOptions
 from dpo_cli.data.pairs import Ids, Pairs, trained_on
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation import kl, statistics
-from dpo_cli.evaluation.evaluator import EvalResult, Evaluator
-from dpo_cli.evaluation.examples import write_per_pair
+from dpo_cli.evaluation.evaluator import Evaluation, Evaluator, write_per_pair
 from dpo_cli.evaluation.generation import as_pairs, by_prompt, eos_ids, generate, sequence_kl, text
-from dpo_cli.evaluation.metrics import Table
-from dpo_cli.evaluation.metrics_log import History, best_step, evaluations, read_metrics
+from dpo_cli.evaluation.metrics import Table, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import same_weights
 from dpo_cli.models.loading import default_device, dtype_name, release
 from dpo_cli.models.locate import ModelSource, find_model, start_model
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.store import ReferenceCache, fill_reference
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.training.prepare import (
@@ -42,9 +41,10 @@ from dpo_cli.training.prepare import (
     weights_mode,
 )
 from dpo_cli.training.run_dir import read_manifest, reading_as_trained, trained_hashes, trained_with
-from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.console import Progress, Reporter
 from dpo_cli.utils.errors import UsageError
 
+ITSELF = "the model itself"
 Show = Callable[[dict[str, Any]], None]
 
 
@@ -64,7 +64,7 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
         raise UsageError("--per-pair, --report, --samples and --base-model take one --model: evaluate each on its own")
     (first, pairs), (second, others) = (evaluate(name, options, reporter) for name in names)
     result: dict[str, Any] = {"pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
-    for name, each in (("a", first.to_dict()), ("b", second.to_dict())):
+    for name, each in (("a", first.result), ("b", second.result)):
         result[name] = {key: each[key] for key in ("trained_on", "model", "reference", "beta") if key in each}
     if result["a"]["reference"] != result["b"]["reference"]:
         reporter.warning("the two models have different references: their rewards and KLs are not comparable")
@@ -73,7 +73,7 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
 
 def evaluate(
     name: str | None, options: EvalOptions, reporter: Reporter, show: Show = lambda result: None
-) -> tuple[EvalResult, Pairs]:
+) -> tuple[Evaluation, Pairs]:
     """Evaluate one model, show its result, and write the files that were asked for."""
     source = choose_model(name, options, reporter, base=options.base_model)
     began, manifest = (trained_with(source.run), read_manifest(source.run)) if source.run else (None, None)
@@ -85,30 +85,29 @@ def evaluate(
     objective = dataclasses.replace(began.objective if began else Objective(), beta=cast(float, options.beta))
     refuse_unread_terms(objective, pairs)
     evaluator = Evaluator(pairs, tokenizer, objective)
-    models = _Models(options, source, began, evaluator, reporter)
-    tokens, samples = models.score()
+    scored = _Models(options, source, began, manifest, evaluator, reporter).score()
     history = _history(source, began)
-    scores = evaluator.scores(tokens, models.ref_logps, history, began.beta if began else None)
+    scores = evaluator.scores(scored.tokens, scored.ref_logps, history, began.beta if began else None)
     held_out, overlap = False, None
     if source.run and began and manifest:
         as_in_run = options.beta == began.beta and options.ref_model is None
         held_out = as_in_run and manifest["held_out"]["sha256"] == pairs.digest()
         trained = trained_hashes(source.run, manifest, reporter.warning)
         overlap = trained_on(pairs, trained) if trained is not None else None
-    about: dict[str, Any] = {"model": source.description, "reference": models.reference_name, "beta": options.beta}
+    about: dict[str, Any] = {"model": source.description, "reference": scored.reference, "beta": options.beta}
     about |= {"rows": rows.rows, "refused": reasons(rows.refused), "pairs": len(pairs)}
-    result = evaluator.result(scores, tokens, history, held_out, overlap, about=about, **samples)
-    show(result.to_dict())
+    evaluation = evaluator.evaluation(scores, scored.tokens, history, about, overlap, held_out, **scored.samples)
+    show(evaluation.result)
     if options.per_pair:
         write_per_pair(options.per_pair, pairs, scores)
     if options.report:
-        report = ReportInput(source.description, result, history, manifest, vars(options), objective)
+        report = ReportInput(source.description, evaluation, history, manifest, vars(options), objective)
         write_report(options.report, report)
         reporter.info("report", str(options.report))
-    return result, pairs
+    return evaluation, pairs
 
 
-def _history(source: ModelSource, began: TrainOptions | None) -> History:
+def _history(source: ModelSource, began: TrainOptions | None) -> list[dict[str, Any]]:
     """The lines of a run's metrics up to the step after which it had this model."""
     history = read_metrics(source.run / "metrics.jsonl") if source.run else []
     exported, step = source.adapter or Path(source.path), None
@@ -141,129 +140,120 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
     )
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Scored:
+    """Log-probs of both models, as for ``Evaluator.scores``; the reference's name; ``sequence_kl`` and ``samples``."""
+
+    tokens: kl.TokenScores
+    reference: str
+    ref_logps: tuple[Table, Table] | None = None
+    samples: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Models:
-    """A policy and its reference over the same pairs; a loaded reference takes the policy's place in memory."""
+    """A policy and its reference over the same pairs; a loaded reference takes the policy's place in memory.
+
+    ``began`` and ``manifest`` are those of the run that the policy is of, if any.
+    """
 
     options: EvalOptions
     source: ModelSource
-    began: TrainOptions | None  # the policy's training options, if it is of a run
+    began: TrainOptions | None
+    manifest: Mapping[str, Any] | None
     evaluator: Evaluator
     reporter: Reporter
-    reference_name: str = ""
-    ref_logps: tuple[Table, Table] | None = None  # where ``tokens`` are of the policy alone, see ``Evaluator.scores``
 
-    @property
-    def itself(self) -> bool:
-        """Whether the model is its own reference."""
-        return self.options.ref_model is None and self.source.run is None
-
-    def score(self) -> tuple[kl.TokenScores, dict[str, Any]]:
+    def score(self) -> _Scored:
         """Score the policy and its reference, compare them for ``--kl exact``, and sample.
 
         Without the exact KL the reference's log-probs are those of the cache, as in training; its model runs only where
         the cache lacks pairs.
         """
-        pairs, objective = self.evaluator.pairs, self.evaluator.objective
+        pairs, objective, options = self.evaluator.pairs, self.evaluator.objective, self.options
         policy = self._load(self.source)
-        if self.itself:
-            self.reference_name = "the model itself"
+        itself = options.ref_model is None and self.source.run is None
+        if itself:
             self.reporter.info("reference", "the model itself: it is not a run, and there is no --ref-model")
-        if self.options.kl == "exact":
-            return self._compare(policy)
-        tokens = kl.score(policy.runner, pairs, self._progress("evaluate"))
-        if self.itself:
-            tokens = dataclasses.replace(tokens, tokens=tokens.tokens.expand(-1, 2))
-        elif not objective.reference and self.options.ref_model is None:
-            self.reference_name = f"none: --loss {objective.name} reads none"
+        if options.kl == "exact":
+            return self._compare(policy, itself)
+        tokens = kl.score(policy.runner, pairs, self._progress("evaluate", pairs))
+        if itself:
+            return _Scored(tokens, ITSELF, (tokens.logps(), tokens.logps(0, objective.ld_alpha)))
+        if not objective.reference and options.ref_model is None:
             none = np.full((len(pairs), 2), np.nan)
-            self.ref_logps = none, none
-        else:
-            self.ref_logps = self._cached_logps(policy)
-        return tokens, {}
+            return _Scored(tokens, f"none: --loss {objective.name} reads none", (none, none))
+        cache, runner, name = self._reference_cache(policy)
+        filled = fill_reference(cache, pairs, runner, self.reporter, objective.ld_alpha)
+        return _Scored(tokens, name, (filled.logps.double().numpy(), filled.weighted.double().numpy()))
 
-    def _cached_logps(self, policy: ScoredModel) -> tuple[Table, Table]:
-        """Return the reference's log-probs, and those with the token weights of LD-DPO: (P, 2) each."""
-        pairs, alpha, reference = self.evaluator.pairs, self.evaluator.objective.ld_alpha, policy
-        cache = self._complete_cache(policy)
-        if cache is None:
-            reference = self._reference(policy)
-            cache = reference.open_cache(self.options, self.reporter)
-        found = fill_reference(cache, pairs, reference.runner, self.reporter, alpha)
-        return found.logps.double().numpy(), found.weighted.double().numpy()
-
-    def _complete_cache(self, policy: ScoredModel) -> ReferenceCache | None:
-        """Open the cache of the run's reference, if that computed as the policy does and has all of these pairs."""
-        if self.options.ref_model is not None or self.source.run is None:
-            return None
-        manifest, runner = read_manifest(self.source.run), policy.runner
-        recorded = manifest["reference"]
-        cache = ReferenceCache(self.options.cache_dir, recorded["fingerprint"], self.reporter.warning)
-        same = (runner.layout, dtype_name(runner.dtype), runner.device.type)
-        if same != (recorded["layout"], recorded["dtype"], manifest["device"]):
-            return None
-        if cache.lookup(self.evaluator.pairs).isnan().any():
-            return None
-        self.reference_name = str(recorded["model"] or manifest["start_model"])
-        with suppress(UsageError):  # it may be gone, and is not loaded
-            name, base = start_model(recorded, self.options.base_model)
-            self.reference_name = find_model(name, base=base).description
-        return cache
-
-    def _compare(self, policy: ScoredModel) -> tuple[kl.TokenScores, dict[str, Any]]:
+    def _compare(self, policy: ScoredModel, itself: bool) -> _Scored:
         """Run both models over the pairs, and over responses that the policy samples."""
-        options, pairs, decode = self.options, self.evaluator.pairs, partial(text, self.evaluator.tokenizer)
-        recorded = kl.record(policy.runner, pairs, options.cache_dir, self._progress("policy"))
+        options, pairs, answers = self.options, self.evaluator.pairs, {}
+        recorded = kl.record(policy.runner, pairs, options.cache_dir, self._progress("policy", pairs))
         if options.samples:
             prompts = [*{pair.prompt.tobytes(): pair.prompt for pair in pairs}.values()][: options.sample_prompts]
             self.reporter.info("samples", f"{options.samples} answers to each of {len(prompts)} prompts")
-            greedy, sampled = self._answers(policy, prompts, 0), self._answers(policy, prompts, options.samples)
-            drawn = as_pairs(prompts, sampled)
-            recorded_samples = kl.record(policy.runner, drawn, options.cache_dir, self._progress("samples"))
-        reference = policy if self.itself else self._reference(policy)
-        compare = partial(kl.compare, reference.runner, policy_runs=False, same=self.itself)
-        tokens = compare(recorded, pairs, self._progress("reference"))
+            answers["policy"] = self._answers(policy, prompts)
+            drawn = as_pairs(prompts, answers["policy"][1])
+            recorded_samples = kl.record(policy.runner, drawn, options.cache_dir, self._progress("samples", drawn))
+        reference = policy if itself else self._reference(policy)
+        name = ITSELF if itself else reference.source.description
+        compare = partial(kl.compare, reference.runner, policy_runs=False, same=itself)
+        tokens = compare(recorded, pairs, self._progress("reference", pairs))
         if not options.samples:
-            return tokens, {}
-        token_kl = compare(recorded_samples, drawn, self._progress("samples")).distributions["kl"]
+            return _Scored(tokens, name)
+        token_kl = compare(recorded_samples, drawn, self._progress("samples", drawn)).distributions["kl"]
         ends = eos_ids(policy.model, self.evaluator.tokenizer)
-        ended = [np.isin(response[-1:], ends).any() for responses in sampled for response in responses]
+        ended = [np.isin(response[-1:], ends).any() for responses in answers["policy"][1] for response in responses]
         estimate = sequence_kl(by_prompt(token_kl, options.samples))
         estimate |= {"max_new_tokens": options.sample_tokens, "ended": float(np.mean(ended))}
-        answers = {"policy": greedy, "policy_sampled": sampled, "reference": greedy, "reference_sampled": sampled}
-        if not self.itself:
-            answers["reference"] = self._answers(reference, prompts, 0)
-            answers["reference_sampled"] = self._answers(reference, prompts, options.samples)
-        samples: list[dict[str, Any]] = [{"prompt": decode(prompt)} for prompt in prompts]
-        for name, responses in answers.items():
-            for sample, of_prompt in zip(samples, responses, strict=True):
-                texts = [decode(response) for response in of_prompt]
-                sample[name] = texts if name.endswith("_sampled") else texts[0]
-        return tokens, {"sequence_kl": estimate, "samples": samples}
+        answers["reference"] = answers["policy"] if itself else self._answers(reference, prompts)
+        decode, samples = partial(text, self.evaluator.tokenizer), list[dict[str, Any]]()
+        for place, prompt in enumerate(prompts):
+            samples.append({"prompt": decode(prompt)})
+            for model, (greedy, sampled) in answers.items():
+                samples[-1] |= {model: decode(greedy[place][0]), f"{model}_sampled": [*map(decode, sampled[place])]}
+        return _Scored(tokens, name, samples={"sequence_kl": estimate, "samples": samples})
 
-    def _answers(self, model: ScoredModel, prompts: list[Ids], copies: int) -> list[list[Ids]]:
-        """Sample so many answers to each prompt; the greedy one for 0."""
-        return generate(
-            model.model,
-            self.evaluator.tokenizer,
-            prompts,
-            model.own_attention,
-            self.options.sample_tokens,
-            sampled=copies > 0,
-            copies=copies or 1,
-            seed=self.options.seed,
-            max_tokens=model.runner.max_tokens,
-            dtype=model.runner.dtype,
-        )
+    def _answers(self, model: ScoredModel, prompts: list[Ids]) -> tuple[list[list[Ids]], list[list[Ids]]]:
+        """Answer each prompt greedily, and as often as was asked for by samples."""
+        options, tokenizer = self.options, self.evaluator.tokenizer
+        answer = partial(generate, model.runner, tokenizer, prompts, model.own_attention, options.sample_tokens)
+        return answer(seed=options.seed), answer(options.samples, options.seed)
 
-    def _progress(self, name: str) -> kl.Progress:
-        return kl.Progress(self.reporter, name)
+    def _progress(self, name: str, pairs: Pairs) -> Progress:
+        return self.reporter.progress(name, len(pairs))
+
+    @property
+    def recorded(self) -> Mapping[str, Any] | None:
+        """The reference as the run's manifest has it, if it is that."""
+        return self.manifest["reference"] if self.manifest and self.options.ref_model is None else None
+
+    def _reference_cache(self, policy: ScoredModel) -> tuple[ReferenceCache, ModelRunner, str]:
+        """The cache of the reference's log-probs, the model that fills it, and the reference's name.
+
+        The run's cache needs no other model if its reference computed as the policy does and it has all of these pairs.
+        """
+        recorded, runner = self.recorded, policy.runner
+        same = (runner.layout, dtype_name(runner.dtype), runner.device.type)
+        if recorded and self.manifest and same == (recorded["layout"], recorded["dtype"], self.manifest["device"]):
+            cache = ReferenceCache(self.options.cache_dir, recorded["fingerprint"], self.reporter.warning)
+            if not cache.lookup(self.evaluator.pairs).isnan().any():
+                name = str(recorded["model"] or self.manifest["start_model"])
+                with suppress(UsageError):  # it may be gone, and is not loaded
+                    start, base = start_model(recorded, self.options.base_model)
+                    name = find_model(start, base=base).description
+                return cache, runner, name
+        reference = self._reference(policy)
+        return reference.open_cache(self.options, self.reporter), reference.runner, reference.source.description
 
     def _load(self, source: ModelSource, hashed: bool = False) -> ScoredModel:
         """Load a model onto the device; it is hashed only where its fingerprint is asked for."""
-        began, device, pairs = self.began, default_device(), self.evaluator.pairs
+        began, device = self.began, default_device()
         frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
         memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
+        pairs = self.evaluator.pairs
         model = load_scored_model(source, pairs, self.options, memory, device, self.reporter, hashed=hashed)
         model.split_weights(memory)
         return model
@@ -276,17 +266,15 @@ class _Models:
         """
         release(policy.model)
         gc.collect()
-        of_run = self.source.run is not None and self.options.ref_model is None
-        recorded = read_manifest(cast(Path, self.source.run))["reference"] if of_run else None
+        recorded, options = self.recorded, self.options
         try:
-            name, base = start_model(recorded, self.options.base_model) if recorded else (self.options.ref_model, None)
-            source = choose_model(name, self.options, self.reporter, "reference", base)
+            name, base = start_model(recorded, options.base_model) if recorded else (options.ref_model, None)
+            source = choose_model(name, options, self.reporter, "reference", base)
             if recorded and self.began and self.began.ref_model is None:
                 source = _as_in_run(source, self.began)
             loaded = self._load(source, hashed=True)
         except UsageError as error:
             raise UsageError(f"the reference cannot be loaded; name it with --ref-model\n{error}") from error
-        self.reference_name = source.description
         if recorded and not same_weights(loaded.fingerprint, recorded["fingerprint"]):
             raise UsageError(f"{source.path} is no longer the model the run began with; name that one with --ref-model")
         return loaded

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,90 +20,83 @@ from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.models.attention import attention
-from dpo_cli.models.logprobs import forward_errors, precision
+from dpo_cli.models.logprobs import ModelRunner, forward_errors, precision
 from dpo_cli.utils.errors import DpoError
 
 ENDS_OF = 256  # pairs whose last token is looked at
 
 
 def generate(
-    model: PreTrainedModel,
+    runner: ModelRunner,
     tokenizer: Any,
     prompts: Sequence[Ids],
     own_attention: str,
     max_new_tokens: int,
-    *,
-    sampled: bool,
-    copies: int = 1,
+    copies: int = 0,
     seed: int = 0,
-    max_tokens: int,
-    dtype: torch.dtype = torch.float32,
 ) -> list[list[Ids]]:
-    """Answer each prompt ``copies`` times: greedily, or ``sampled`` at temperature 1 from the model's own distribution.
+    """Answer each prompt greedily, or ``copies`` times at temperature 1 from the model's own distribution.
 
     Nothing else shapes the distribution: of the model's generation config only the EOS ids are used. A response ends
-    with an EOS, after ``max_new_tokens``, or where the model's context ends. The same ``seed`` and ``max_tokens`` give
-    the same samples, and the global random state is left as it was. ``dtype`` must be that of the scoring if the
-    samples are to estimate a KL.
+    with an EOS, after ``max_new_tokens``, or where the model's context ends. It is computed in the precision of the
+    ``runner``, which may score it, with prompts, padding and responses of at most its ``max_tokens`` per batch. The
+    same ``seed`` and ``max_tokens`` give the same samples, and the global random state is left as it was.
 
-    Shapes: -> for each prompt the token ids of its ``copies`` responses.
-    Units: ``max_tokens`` per batch: prompts, padding and responses.
+    Shapes: -> for each prompt the token ids of its responses.
 
     Raises:
         DpoError: the batch does not fit the device's memory.
     """
+    model = cast(PreTrainedModel, runner.model)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     room = [int(min(max_new_tokens, context - len(prompt))) for prompt in prompts]
-    places = sorted([*range(len(prompts))] * copies, key=lambda i: -len(prompts[i]))
+    places = sorted([*range(len(prompts))] * (copies or 1), key=lambda i: -len(prompts[i]))
     responses: list[list[Ids]] = [[] for _ in prompts]
-    config = GenerationConfig(do_sample=sampled, eos_token_id=eos_ids(model, tokenizer) or None, pad_token_id=0)
-    config.update(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}))
+    config = GenerationConfig(do_sample=copies > 0, eos_token_id=eos_ids(model, tokenizer) or None, pad_token_id=0)
+    config.update(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if copies else {}))
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _plain(model), attention(model, own_attention), torch.no_grad():
+    model.eval()
+    with torch.random.fork_rng(devices), _no_defaults(model), attention(model, own_attention), torch.no_grad():
         torch.manual_seed(seed)
-        with precision(model.device, dtype):
-            while places:
-                config.max_new_tokens = room[places[0]]
-                size = max(1, max_tokens // (len(prompts[places[0]]) + room[places[0]]))
-                batch = [place for place in places[:size] if room[place] == room[places[0]]]
-                places = places[len(batch) :]
-                for place, response in zip(batch, _generate(model, [prompts[i] for i in batch], config), strict=True):
-                    responses[place].append(response)
+        while places:
+            config.max_new_tokens = room[places[0]]
+            size = max(1, runner.max_tokens // (len(prompts[places[0]]) + room[places[0]]))
+            batch = [place for place in places[:size] if room[place] == room[places[0]]]
+            places = places[len(batch) :]
+            with precision(model.device, runner.dtype):
+                answers = _generate(model, [prompts[place] for place in batch], config)
+            for place, response in zip(batch, answers, strict=True):
+                responses[place].append(response)
     return responses
 
 
-def _generate(model: PreTrainedModel, prompts: Sequence[Ids], config: GenerationConfig) -> Iterator[Ids]:
+def _generate(model: PreTrainedModel, prompts: Sequence[Ids], config: GenerationConfig) -> list[Ids]:
     """Answer prompts in one batch, padded on the left."""
     width = max(map(len, prompts))
-    ids, mask = (torch.zeros(len(prompts), width, dtype=torch.long) for _ in range(2))
+    ids, mask = (torch.zeros(len(prompts), width, dtype=torch.long, device=model.device) for _ in range(2))
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, width - len(prompt) :] = 1
     try:
         with forward_errors("the model cannot generate answers", "; leave out --samples and --show-answers"):
-            out = model.generate(  # type: ignore[operator]  # a mixin that hides the method from the checker
-                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-            )
+            out = cast(Any, model).generate(ids, attention_mask=mask, generation_config=config)
     except RuntimeError as error:  # out of memory
         size = f"{len(prompts)} answers ({width} + {config.max_new_tokens} tokens each)"
         remedy = "set a lower --max-tokens or --sample-tokens"
         raise DpoError(f"{size} do not fit the device's memory: {remedy}") from error
-    for response in out[:, width:].cpu().numpy().astype(np.int32):
-        ends = np.flatnonzero(np.isin(response, config.eos_token_id or []))
-        yield response[: ends[0] + 1] if len(ends) else response
+    answers = out[:, width:].cpu().numpy().astype(np.int32)
+    ends = [np.flatnonzero(np.isin(answer, config.eos_token_id or [])) for answer in answers]
+    return [answer[: places[0] + 1] if len(places) else answer for answer, places in zip(answers, ends, strict=True)]
 
 
 @contextmanager
-def _plain(model: PreTrainedModel) -> Iterator[None]:
-    """In evaluation mode and with an empty generation config, from which transformers would fill in what is None."""
-    training, own = model.training, model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig()
+def _no_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Give the model an empty generation config: from its own transformers would fill in what is None."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
         model.generation_config = own
-        model.train(training)
 
 
 def text(tokenizer: Any, ids: Ids) -> str:
@@ -159,10 +152,10 @@ def as_pairs(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> Pair
     Every prompt has equally many. The last of an odd number is paired with itself; ``by_prompt`` counts it once.
     """
     pairs = Pairs()
-    for place, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
+    for place, (prompt, answers) in enumerate(zip(prompts, responses, strict=True), 1):
         for first in range(0, len(answers), 2):
-            second = min(first + 1, len(answers) - 1)
-            pairs.append(Pair(f"sample {place + 1}/{first + 1}", prompt, answers[first], answers[second]))
+            two = answers[first : first + 2]
+            pairs.append(Pair(f"sample {place}/{first + 1}", prompt, two[0], two[-1]))
     return pairs
 
 

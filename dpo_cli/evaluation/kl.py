@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from dpo_cli.data.collate import MicroBatch, length_weights
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.models.logprobs import Head, ModelRunner, split_pairs
-from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.console import Progress
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from dpo_cli.utils.files import writing
 
@@ -41,15 +41,6 @@ COLUMNS = ("logp", "ref_logp", "entropy", "ref_entropy", "kl", "reverse_kl")  # 
 
 class Stopped(Exception):  # noqa: N818 (no error)
     """A pass over pairs was asked to end early."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How a pass over pairs is shown; it raises ``Stopped`` where ``stopped``, asked after each forward, is true."""
-
-    reporter: Reporter
-    name: str
-    stopped: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -97,9 +88,15 @@ class TokenScores:
         return np.asarray(torch.segment_reduce(values.double().contiguous(), "sum", lengths=lengths)).reshape(-1, 2)
 
 
-def score(runner: ModelRunner, pairs: Pairs, progress: Progress) -> TokenScores:
-    """Compute the log-prob of each response token."""
-    tokens = _run(runner, pairs, lambda _, batch: runner.token_logps(batch)[:, None], progress)
+def score(
+    runner: ModelRunner, pairs: Pairs, progress: Progress, stopped: Callable[[], bool] = lambda: False
+) -> TokenScores:
+    """Compute the log-prob of each response token.
+
+    Raises:
+        Stopped: ``stopped``, asked after each forward, was true.
+    """
+    tokens = _run(runner, pairs, lambda _, batch: runner.token_logps(batch)[:, None], progress, stopped=stopped)
     return TokenScores(tokens, pairs.loss_lengths)
 
 
@@ -121,23 +118,35 @@ def compare(
     *,
     policy_runs: bool,
     same: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> TokenScores:
     """Run the other model over the same pairs.
 
     The model that runs is the policy if ``policy_runs``, else the reference; the other one was recorded. If it is the
-    ``same`` model, the recorded states are its own and only its head runs.
+    ``same`` model, the recorded states are its own and only its head runs. Each head gets as many tokens at a time as
+    when it scores, so that the log-probs are equal to the bit.
 
     Raises:
         UsageError: the two have different vocabularies.
+        Stopped: ``stopped``, asked after each forward, was true.
     """
     other_head, spans = recorded.head.to(runner.device), spans_of(pairs)
 
     def both(places: Sequence[int], batch: MicroBatch) -> Tensor:
         other = torch.cat([recorded.states[spans[place]] for place in places]).to(runner.device)
         states = other if same else runner.body(batch).head_inputs()
-        return torch.cat([*_compare_heads(runner, batch, states, other, other_head, policy_runs)])
+        parts: list[Tensor] = []
+        for _, tokens in split_pairs(batch.pair_tokens, runner.max_logit_rows):
+            logits, other_logits = runner.head.logits(states[tokens]), other_head.logits(other[tokens])  # (n, V)
+            if logits.shape != other_logits.shape:
+                sizes = f"{logits.shape[1]:,} and {other_logits.shape[1]:,}"
+                raise UsageError(f"the models have vocabularies of {sizes} tokens, so there is no KL: add --kl none")
+            p, q = (logits, other_logits) if policy_runs else (other_logits, logits)
+            rows = max(1, PIECE_BYTES[runner.device.type] // (4 * p.shape[1]))
+            parts += map(divergences, p.split(rows), q.split(rows), batch.targets[tokens].split(rows))
+        return torch.cat(parts)
 
-    return TokenScores(_run(runner, pairs, both, progress), pairs.loss_lengths)
+    return TokenScores(_run(runner, pairs, both, progress, stopped=stopped), pairs.loss_lengths)
 
 
 def _run(
@@ -146,10 +155,11 @@ def _run(
     compute: Callable[[Sequence[int], MicroBatch], Tensor],
     progress: Progress,
     folder: Path | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """Collect the rows that ``compute`` has for the response tokens of each forward; on disk if a folder is given."""
     spans, table = spans_of(pairs), torch.empty(0)
-    with progress.reporter.progress(progress.name, len(pairs)) as bar:
+    with progress:
         for places, rows in runner.forwards(pairs, compute):
             if not len(table):
                 shape = spans[-1].stop, rows.shape[1]
@@ -157,27 +167,10 @@ def _run(
             parts = rows.cpu().split([spans[place].stop - spans[place].start for place in places])
             for place, part in zip(places, parts, strict=True):
                 table[spans[place]] = part
-            bar.advance(len(places))
-            if progress.stopped():
+            progress.advance(len(places))
+            if stopped():
                 raise Stopped
     return table
-
-
-def _compare_heads(
-    runner: ModelRunner, batch: MicroBatch, states: Tensor, other: Tensor, other_head: Head, policy_runs: bool
-) -> Iterator[Tensor]:
-    """Compare the model that runs with the ``other`` one: (n, 6) of ``COLUMNS``, piece by piece.
-
-    Each head gets as many tokens at a time as when it scores, so that the log-probs are equal to the bit.
-    """
-    for _, tokens in split_pairs(batch.pair_tokens, runner.max_logit_rows):
-        logits, other_logits = runner.head.logits(states[tokens]), other_head.logits(other[tokens])  # (n, V)
-        if logits.shape != other_logits.shape:
-            sizes = f"{logits.shape[1]:,} and {other_logits.shape[1]:,}"
-            raise UsageError(f"the two models have vocabularies of {sizes} tokens, so there is no KL: add --kl none")
-        p, q = (logits, other_logits) if policy_runs else (other_logits, logits)
-        rows = max(1, PIECE_BYTES[runner.device.type] // (4 * p.shape[1]))
-        yield from map(divergences, p.split(rows), q.split(rows), batch.targets[tokens].split(rows))
 
 
 def divergences(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> Tensor:

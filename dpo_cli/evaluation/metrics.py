@@ -1,22 +1,28 @@
-"""Metrics of preference pairs, defined once for training steps, evaluations and sweeps.
+"""Metrics of preference pairs, defined once for training steps, evaluations and sweeps; ``metrics.jsonl``.
 
 Legend: P pairs; columns of (P, 2) are chosen and rejected.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dpo_cli.config.options import BEST
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import Preferences
+from dpo_cli.utils.files import atomic_write, to_json, writing
 
 Table = npt.NDArray[np.float64]
 Groups = npt.NDArray[np.int64]
@@ -27,6 +33,7 @@ METRICS = (
     *("logps/chosen", "logps/rejected"),
 )
 SUMS = (*METRICS, "pairs")
+History = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
 
 
 def pair_metrics(
@@ -70,12 +77,13 @@ def summarize(sums: Sequence[float]) -> dict[str, float]:
 class PairScores:
     """Log-probs of P pairs under policy and reference, and what else their loss reads.
 
-    Shapes: ``tokens`` (those that carry loss), ``logps``, ``ref_logps``, ``terms`` (weight and margin), and each of
-    ``distributions``: (P, 2); ``groups`` (P,): the number of each pair's prompt; None: no two pairs share one.
-    ``ref_logps`` are NaN where the objective reads no reference and none was scored. ``weighted_logps`` and
-    ``weighted_ref_logps`` have the token weights of LD-DPO; None: there are none. ``distributions`` has the sums over
-    each response of entropy, ref_entropy, kl, reverse_kl and shifted_tokens. ``shift``: the mean reward of earlier
-    steps.
+    ``ref_logps`` are NaN where the objective reads no reference and none was scored. ``groups``: the number of each
+    pair's prompt, if some share one. ``distributions``: sums over each response of entropy, ref_entropy, kl, reverse_kl
+    and shifted_tokens, if computed. ``weighted``: ``logps`` and ``ref_logps`` with the token weights of LD-DPO.
+    ``shift``: the mean reward of earlier steps.
+
+    Shapes: ``tokens`` (those that carry loss), ``logps``, ``ref_logps``, ``terms`` (weight and margin), each of
+    ``distributions`` and ``weighted``: (P, 2); ``groups`` (P,).
     Units: nats.
     """
 
@@ -87,8 +95,7 @@ class PairScores:
     groups: Groups | None = None
     objective: Objective = field(default_factory=Objective)
     distributions: Mapping[str, Table] = field(default_factory=dict)
-    weighted_logps: Table | None = None
-    weighted_ref_logps: Table | None = None
+    weighted: tuple[Table, Table] | None = None
     shift: float = 0.0
 
     @property
@@ -118,8 +125,7 @@ class PairScores:
     @cached_property
     def losses(self) -> Table:
         """The loss of each pair, as if all pairs were one step, without the weights of WPO: (P,)."""
-        logps = self.logps if self.weighted_logps is None else self.weighted_logps
-        ref_logps = self.ref_logps if self.weighted_ref_logps is None else self.weighted_ref_logps
+        logps, ref_logps = self.weighted or (self.logps, self.ref_logps)
         pairs = Preferences(
             logps=_chosen_first(logps),
             ref_logps=_chosen_first(ref_logps),
@@ -154,11 +160,12 @@ class PairScores:
             ratios |= {f"{name}/{side}": (table[:, c], self.tokens[:, c]) for c, side in enumerate(SIDES)}
         return ratios
 
+    @np.errstate(over="ignore")
     def means(self) -> dict[str, float]:
         """Every reported mean by its public name, and the perplexities of the cross-entropies."""
         means = {name: float(above.sum() / below.sum()) for name, (above, below) in self.ratios.items()}
         crosses = [name for name in means if "cross_entropy/" in name]
-        return means | {name.replace("cross_entropy", "perplexity"): perplexity(means[name]) for name in crosses}
+        return means | {name.replace("cross_entropy", "perplexity"): float(np.exp(means[name])) for name in crosses}
 
 
 def _chosen_first(table: Table) -> Tensor:
@@ -176,6 +183,55 @@ def wins(gap: Table) -> Table:
     return np.where(np.isnan(gap), np.nan, (gap > TIE) + 0.5 * (np.abs(gap) <= TIE))
 
 
-def perplexity(cross_entropy: float) -> float:
-    """The exponential of nats per token; infinite where it overflows."""
-    return math.exp(cross_entropy) if cross_entropy < 700 else cross_entropy * math.inf
+# ---- metrics.jsonl: one line per training step, one per evaluation, whose names begin with eval_ ----------------
+
+
+def append_metrics(file: Path, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+    """Append one line; a value that is not finite becomes null."""
+    with writing(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(to_json({"step": step} | {prefix + name: value for name, value in values.items()}) + "\n")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Read all complete lines; a value that was not finite is None."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def truncate_metrics(file: Path, step: int) -> None:
+    """Drop the lines after ``step``, and a last line that a crash cut short."""
+    lines = [line for line in read_metrics(file) if isinstance(line, dict) and line.get("step", math.inf) <= step]
+    with atomic_write(file) as temporary:
+        temporary.write_text("".join(to_json(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def evaluations(history: History) -> dict[int, dict[str, float]]:
+    """Held-out metrics by step, without their prefix; null becomes NaN."""
+    return {
+        line["step"]: {
+            name.removeprefix("eval_"): math.nan if value is None else value
+            for name, value in line.items()
+            if name.startswith("eval_")
+        }
+        for line in history
+        if "eval_loss" in line
+    }
+
+
+def best_step(evaluated: Mapping[int, Mapping[str, float]], metric: str) -> int:
+    """The step with the best value of a metric among ``evaluations``; the first of equals, never NaN."""
+    goodness = {step: BEST[metric] * evaluated[step][metric] for step in sorted(evaluated)}
+    return max(goodness, key=lambda step: -math.inf if math.isnan(goodness[step]) else goodness[step])
+
+
+def mean_reward(values: Mapping[str, float]) -> float:
+    """Mean reward of one step over chosen and rejected."""
+    return (values["rewards/chosen"] + values["rewards/rejected"]) / 2
+
+
+def step_rewards(history: History) -> list[float]:
+    """``mean_reward`` of every training step."""
+    return [mean_reward(line) for line in history if "rewards/chosen" in line]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr, t
 
-from dpo_cli.evaluation.metrics import Groups, PairScores, Table, perplexity, reward_unit, wins
+from dpo_cli.evaluation.metrics import Groups, PairScores, Table, reward_unit, wins
 from dpo_cli.losses.objective import Objective
 from dpo_cli.utils.errors import UsageError
 
@@ -70,6 +70,7 @@ def wilson(hits: float, of: float) -> tuple[float, float]:
     return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
 
 
+@np.errstate(over="ignore")
 def intervals(scores: PairScores) -> dict[str, Interval]:
     """The interval of every mean in ``PairScores.means``, by name."""
     ends: dict[str, Interval] = {}
@@ -80,9 +81,8 @@ def intervals(scores: PairScores) -> dict[str, Interval]:
         else:
             ends[name] = ratio_interval(above, below, scores.groups)
         if "cross_entropy/" in name:
-            exponential = [perplexity(end) for end in ends[name] or [math.inf]]
-            finite = exponential if math.isfinite(exponential[-1]) else None
-            ends[name.replace("cross_entropy", "perplexity")] = finite
+            low, high = np.exp(ends[name] or [math.nan, math.nan]).tolist()
+            ends[name.replace("cross_entropy", "perplexity")] = [low, high] if math.isfinite(high) else None
     return ends
 
 
@@ -91,17 +91,17 @@ def length_bias(scores: PairScores) -> dict[str, Any]:
 
     Lengths are tokens that carry loss.
     """
-    gap = scores.tokens[:, 0] - scores.tokens[:, 1]
-    rho, ends = spearman(np.where(scores.metrics["rewards/ties"] == 1, 0.0, scores.margins), gap, scores.groups)
+    gap, groups = scores.tokens[:, 0] - scores.tokens[:, 1], scores.groups
+    rho, ends = spearman(np.where(scores.metrics["rewards/ties"] == 1, 0.0, scores.margins), gap, groups)
     section: dict[str, Any] = {"margin_length_correlation": rho, "margin_length_correlation_interval": ends}
-    for name, inside in (("chosen_longer", gap > 0), ("chosen_shorter", gap < 0)):
-        hits, key = scores.wins[inside], f"accuracy_{name}"
-        groups = None if scores.groups is None else scores.groups[inside]
+    for key, inside in (("accuracy_chosen_longer", gap > 0), ("accuracy_chosen_shorter", gap < 0)):
+        hits = scores.wins[inside]
         section[key] = float(hits.mean()) if len(hits) else math.nan
-        section |= {f"{key}_interval": share_interval(hits, groups), f"{key}_pairs": len(hits)}
+        section[f"{key}_interval"] = share_interval(hits, None if groups is None else groups[inside])
+        section[f"{key}_pairs"] = len(hits)
     longer = (gap > 0) + 0.5 * (gap == 0)
     section["accuracy_prefer_longer"] = float(longer.mean())
-    return section | {"accuracy_prefer_longer_interval": share_interval(longer, scores.groups)}
+    return section | {"accuracy_prefer_longer_interval": share_interval(longer, groups)}
 
 
 def spearman(first: Table, second: Table, groups: Groups | None = None) -> tuple[float, Interval]:
@@ -132,14 +132,15 @@ def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
         raise UsageError("the two models read different rows, because of truncation: set --max-length")
     left_out = _not_compared(a.objective, b.objective)
     margins = [each.logratios[:, 0] - each.logratios[:, 1] for each in (a, b)]
-    more = ({"logratios/margins": (margin, np.ones_like(margin))} for margin in margins)
-    ratios = [each.ratios | own for each, own in zip((a, b), more, strict=True)]
+    of_a, of_b = (
+        each.ratios | {"logratios/margins": (margin, np.ones_like(margin))}
+        for each, margin in zip((a, b), margins, strict=True)
+    )
     differences = {}
-    for name in ratios[0]:
-        if name in ratios[1] and name.partition("/")[0] not in left_out:
-            first, second = (float(r[name][0].sum() / r[name][1].sum()) for r in ratios)
-            apart = deviations(*ratios[1][name], a.groups) - deviations(*ratios[0][name], a.groups)
-            interval = _student(second - first, apart)
+    for name in of_a:
+        if name in of_b and name.partition("/")[0] not in left_out:
+            first, second = (float(above.sum() / below.sum()) for above, below in (of_a[name], of_b[name]))
+            interval = _student(second - first, deviations(*of_b[name], a.groups) - deviations(*of_a[name], a.groups))
             differences[name] = {"a": first, "b": second, "difference": second - first, "interval": interval}
     better = wins(margins[1] - margins[0])
     share = {"share": float(better.mean()), "interval": share_interval(better, a.groups)}

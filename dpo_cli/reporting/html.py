@@ -21,12 +21,12 @@ from typing import Any
 from jinja2 import Environment, Template
 from markupsafe import Markup
 
-from dpo_cli.evaluation.evaluator import EvalResult
+from dpo_cli.evaluation.evaluator import Evaluation
 from dpo_cli.evaluation.metrics import SIDES, reward_unit
 from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.reporting.plots import Plot, curves, pair_plots, png
+from dpo_cli.reporting.text import between, is_number, number, percent
 from dpo_cli.utils.files import atomic_write
-from dpo_cli.utils.formatting import between, fold, is_number, nats, number, percent
 
 MAX_TOKENS = 600  # of a response that are shown
 SHADES = tuple(math.log(times) for times in (1.25, 2, 5, 20))  # where a colour of the heat map begins, either way
@@ -43,7 +43,7 @@ class ReportInput:
     """
 
     title: str
-    evaluation: EvalResult | None = None
+    evaluation: Evaluation | None = None
     history: Sequence[Mapping[str, Any]] = ()
     manifest: Mapping[str, Any] | None = None
     options: Mapping[str, Any] | None = None
@@ -63,12 +63,12 @@ def write_report(file: Path, about: ReportInput) -> None:
 def page(about: ReportInput) -> str:
     """Render the report as HTML."""
     evaluation = about.evaluation
-    result: Mapping[str, Any] = evaluation.to_dict() if evaluation else {}
+    result: Mapping[str, Any] = evaluation.result if evaluation else {}
     sections = {
         "headline": ("Headline", list(_headline(result, about.objective))),
         "findings": ("Findings", "judged" in result),
-        "training": ("Training", [_drawn(plot) for plot in curves(about.history, about.objective)]),
-        "preference": ("Preference", [_drawn(plot) for plot in pair_plots(evaluation.scores)] if evaluation else []),
+        "training": ("Training", curves(about.history)),
+        "preference": ("Preference", pair_plots(evaluation.scores) if evaluation else []),
         "pairs": ("Pairs, token by token", evaluation.shown if evaluation else []),
         "drift": ("Drift", (result.get("drift") or {}).get("top")),
         "samples": ("Samples", result.get("samples")),
@@ -94,7 +94,7 @@ def page(about: ReportInput) -> str:
 def _style() -> tuple[Markup, Template]:
     folder = files("dpo_cli.reporting")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=shown)
-    environment.filters |= {"number": number, "percent": percent, "fold": fold, "nats": nats, "shade": shade}
+    environment.filters |= {"number": number, "percent": percent, "fold": fold, "shade": shade, "picture": picture}
     template = environment.from_string(folder.joinpath("report.html.jinja").read_text(encoding="utf-8"))
     return Markup(folder.joinpath("report.css").read_text(encoding="utf-8")), template  # noqa: S704 (our own file)
 
@@ -126,7 +126,7 @@ def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[dict[
         show = percent if name == "Accuracy" else number
         sides = SIDES if key.endswith("/") else ("",)
         if values.get(key + sides[0]) is not None:
-            figures = [(s, show(values[key + s]), between(intervals.get(key + s), show, none="")) for s in sides]
+            figures = [(s, show(values[key + s]), between(intervals.get(key + s), show)) for s in sides]
             yield {"name": name, "figures": figures, "meaning": meaning}
 
 
@@ -138,11 +138,18 @@ def _all_numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             flat |= {f"{section}.{name}": (value, content.get(f"{name}_interval")) for name, value in content.items()}
     for name, (value, interval) in flat.items():
         if is_number(value) or isinstance(value, float):
-            yield name, number(value), between(interval, none="")
+            yield name, number(value), between(interval)
 
 
-def _drawn(plot: Plot) -> dict[str, Any]:
-    return {"plot": plot, "picture": base64.b64encode(png(plot)).decode()}
+def fold(logratio: float) -> str:
+    """How many times likelier or rarer something is, from the log of the ratio (nats)."""
+    times = number(math.exp(min(abs(logratio), 700)))
+    return f"{times}× {'likelier' if logratio > 0 else 'rarer'}"
+
+
+def picture(plot: Plot) -> str:
+    """Draw a plot as an address that holds the picture itself."""
+    return f"data:image/png;base64,{base64.b64encode(png(plot)).decode()}"
 
 
 def shade(logratio: float) -> int:

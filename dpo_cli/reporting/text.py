@@ -1,16 +1,17 @@
-"""An evaluation, and a comparison of two, as text for a terminal."""
+"""Numbers as people read them; an evaluation, and a comparison of two, as text for a terminal."""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from dpo_cli.evaluation.metrics import SIDES
-from dpo_cli.utils.formatting import NONE, between, number, percent
 
 Result = Mapping[str, Any]
+NONE = "–"
 WIDTH = 110
 PER_PAIR = ("loss", "rewards/margins", "rewards/accuracies", *(f"rewards/{side}" for side in SIDES))
 PER_TOKEN = {
@@ -25,6 +26,28 @@ PER_TOKEN = {
     "reverse_kl": "KL(reference || policy)",
     "shifted_tokens": "share of tokens whose probability changed 20-fold",
 }
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any) -> str:
+    """Four figures, all of an integer, thousands apart; a dash for what is no finite number."""
+    if not is_number(value):
+        return NONE
+    return f"{value:,}" if isinstance(value, Integral) else f"{value:#,.4g}".rstrip(".")
+
+
+def percent(value: Any, decimals: int = 1) -> str:
+    """A share in per cent."""
+    return f"{value:.{decimals}%}" if is_number(value) else NONE
+
+
+def between(interval: Sequence[float] | None, show: Callable[[Any], str] = number) -> str:
+    """Both ends of an interval; a dash where there is none."""
+    return " to ".join(map(show, interval)) if interval else NONE
 
 
 def as_text(result: Result) -> str:
@@ -81,7 +104,7 @@ def _evaluation(result: Result) -> Iterator[str]:
         )
         for token in drift["top"]:
             text = f"{token['before']}[{token['token']}]{token['after']}".replace("\n", "\\n")
-            yield f"{number(round(token['fold'])):>20}  {text[:WIDTH]}  {token['row']} {token['response']}"
+            yield f"{number(token['fold']):>20}  {text[:WIDTH]}  {token['row']} {token['response']}"
     yield ""
     yield from verdict(result)
 
@@ -118,7 +141,6 @@ def _comparison(result: Result) -> Iterator[str]:
     for name, why in result["not_compared"].items():
         yield f"{f'{name} not compared':<34}{why}"
     yield f"\n{'':<34}{'a':>10} {'b':>10} {'b - a':>11}  95 % interval of the paired difference"
-    signed = partial(number, signed=True)
     for name, values in result["differences"].items():
-        cells = f"{number(values['a']):>10} {number(values['b']):>10} {signed(values['difference']):>11}"
+        cells = f"{number(values['a']):>10} {number(values['b']):>10} {number(values['difference']):>11}"
         yield f"{name:<34}{cells}  {between(values['interval'])}"

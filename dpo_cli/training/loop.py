@@ -23,8 +23,7 @@ from dpo_cli.config.options import TrainOptions
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import judge
 from dpo_cli.evaluation.evaluator import Evaluator
-from dpo_cli.evaluation.metrics import PairScores
-from dpo_cli.evaluation.metrics_log import best_step, evaluations, read_metrics, step_rewards, truncate_metrics
+from dpo_cli.evaluation.metrics import PairScores, best_step, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.hub.export import NotReadBackError
 from dpo_cli.models.logprobs import logp_tolerance
 from dpo_cli.models.parallel import reshard
@@ -287,14 +286,19 @@ class _Loop:
         repeats both.
         """
         run, parallel = self.run, self.trainer.runner.parallel
-        progress = kl.Progress(run.reporter, "held out", lambda: parallel.any(self.stop.requested))
+        progress = run.reporter.progress("held out", len(run.held_out), stopping=lambda: self.stop.requested)
         runner = dataclasses.replace(self.trainer.runner)  # a smaller budget here must not change that of training
+
+        def stopped() -> bool:
+            return parallel.any(self.stop.requested)
+
         try:
             if run.recorded:
                 same = step == 0 and run.reference is run.policy  # the policy is the reference, whose states are there
-                tokens = kl.compare(runner, run.recorded, run.held_out, progress, policy_runs=True, same=same)
+                compare = partial(kl.compare, policy_runs=True, same=same, stopped=stopped)
+                tokens = compare(runner, run.recorded, run.held_out, progress)
             else:
-                tokens = kl.score(runner, run.held_out, progress)
+                tokens = kl.score(runner, run.held_out, progress, stopped)
         except kl.Stopped:
             return None
         history = parallel.on_rank_0(lambda: read_metrics(self.log.file))
@@ -319,15 +323,15 @@ class _Loop:
                 step, scores, tokens = self.last
                 reference = run.reference.source.description
                 about = {"step": step, "pairs": len(run.held_out), "beta": run.options.beta, "reference": reference}
-                more: dict[str, Any] = {"about": about, "samples": [dict(sample) for sample in samples]}
-                result = self.evaluator.result(scores, tokens, history, trained_on=run.trained_on, **more)
+                result = self.evaluator.evaluation(scores, tokens, history, about, run.trained_on, samples=samples)
             options, objective = dataclasses.asdict(run.options), run.options.objective
             about_run = ReportInput(run.folder.name, result, history, read_manifest(run.folder), options, objective)
             write_report(run.folder / "report.html", about_run)
-            write_plots(run.folder / "curves.png", curves(history, objective))
+            write_plots(run.folder / "curves.png", curves(history))
         except Exception as error:  # also of the libraries that draw
             run.reporter.warning(f"the report of {run.folder} is not up to date: {error}")
-        return {"findings": result.findings if result else [], "judged": result.judged if result else judge(0)}
+        verdict = result.result if result else {"findings": [], "judged": judge(0)}
+        return {name: verdict[name] for name in ("findings", "judged")}
 
     def _save(self, step: int) -> None:
         if self.log.file.exists() and distributed.rank() == 0:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation.generation import generate, text
-from dpo_cli.evaluation.metrics_log import evaluations, read_metrics
+from dpo_cli.evaluation.metrics import evaluations, read_metrics
 from dpo_cli.hub.export import NotReadBackError, export_model, pair_logps
 from dpo_cli.hub.model_card import model_card
 from dpo_cli.models.adapter_files import save_adapter
@@ -72,16 +72,8 @@ def _merged(run: Run) -> PreTrainedModel:
 
 def answer(run: Run) -> list[str]:
     """Answer the first held-out prompts greedily, as many as are shown."""
-    responses = generate(
-        run.policy.model,
-        run.tokenizer,
-        [pair.prompt for pair in run.held_out[: run.options.show_answers]],
-        run.policy.own_attention,
-        ANSWER_TOKENS,
-        sampled=False,
-        max_tokens=run.policy.runner.max_tokens,
-        dtype=run.policy.runner.dtype,
-    )
+    prompts = [pair.prompt for pair in run.held_out[: run.options.show_answers]]
+    responses = generate(run.policy.runner, run.tokenizer, prompts, run.policy.own_attention, ANSWER_TOKENS)
     return [text(run.tokenizer, response) for (response,) in responses]
 
 

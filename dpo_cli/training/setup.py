@@ -253,7 +253,7 @@ def score_reference(run: Run) -> None:
         run.scores = ReferenceLogps(logps, logps)
     if run.held_out and options.kl == "exact":
         reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL")
-        progress = kl.Progress(reporter, "reference")
+        progress = reporter.progress("reference", len(run.held_out))
 
         def record() -> None:
             run.recorded = kl.record(runner, run.held_out, options.cache_dir, progress)

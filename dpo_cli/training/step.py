@@ -19,8 +19,7 @@ from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import Step, split_into_micro_batches
 from dpo_cli.data.collate import MicroBatch, to_device
 from dpo_cli.data.pairs import Pair, count_loss_tokens
-from dpo_cli.evaluation.metrics import SUMS, pair_sums, summarize
-from dpo_cli.evaluation.metrics_log import mean_reward
+from dpo_cli.evaluation.metrics import SUMS, mean_reward, pair_sums, summarize
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner, out_of_memory
 from dpo_cli.models.moe import auxiliary_loss, routed

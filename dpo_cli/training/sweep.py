@@ -12,13 +12,12 @@ from dpo_cli.config.resolve import differences, inherit_auto_options
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.models.loading import free_memory
 from dpo_cli.reporting.plots import frontier, write_plots
-from dpo_cli.reporting.text import overlap, verdict
+from dpo_cli.reporting.text import between, number, overlap, percent, verdict
 from dpo_cli.training.loop import train
 from dpo_cli.training.run_dir import read_manifest, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import Interrupted, UsageError
 from dpo_cli.utils.files import write_json
-from dpo_cli.utils.formatting import NONE, between, is_number, number, percent
 
 METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 RESULT = "sweep.json"
@@ -75,17 +74,13 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines = [*overlap(result), f"{head}  run"]
     for point in result["points"]:
         cells = [percent(point[m]) if m == "rewards/accuracies" else number(point[m]) for m in METRICS]
-        line = f"{point['beta']:>7g}{_figures(point['kl']):>10}  {between(point['intervals']['kl'], _figures):<22}"
+        line = f"{point['beta']:>7g}{number(point['kl']):>10}  {between(point['intervals']['kl']):<22}"
         lines.append(line + "".join(f"{cell:>20}" for cell in cells) + f"  {point['run']}")
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
     lines.append(f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}")
     for point in result["points"]:
         lines += ["", f"beta {point['beta']:g}", *verdict(point)]
     return "\n".join(lines)
-
-
-def _figures(kl: Any) -> str:
-    return f"{kl:.3g}" if is_number(kl) else NONE
 
 
 def _starting_point(run: Path) -> dict[str, str]:
@@ -116,7 +111,7 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str,
     if pairs.digest() != read_manifest(run)["held_out"]["sha256"]:
         raise UsageError(f"{run}: the held-out data changed since it began; choose another --output")
     free_memory()
-    return evaluation.to_dict()
+    return evaluation.result
 
 
 def _point(run: Path, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import RESUME_MUTABLE
-from dpo_cli.evaluation.metrics_log import append_metrics
+from dpo_cli.evaluation.metrics import append_metrics
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError

@@ -1,1 +1,1 @@
-"""What every package may use: errors, files, processes, the console, number formats."""
+"""What every package may use: errors, files, processes, the console."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from textwrap import fill
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dpo_cli.utils.errors import printable
-from dpo_cli.utils.files import to_json
+from dpo_cli.utils.files import DAY, to_json
 
 
 class _Console(Console):
@@ -84,17 +85,11 @@ def brief(values: Mapping[str, float]) -> str:
     return "  ".join(text.format(values[name]) for name, text in WORDS.items() if name in values)
 
 
-def clock(seconds: float) -> str:
-    """Format a duration as m:ss, or h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 class Progress:
     """The progress of a job: a bar on a terminal; elsewhere a line per ``every`` units and per 30 s, else per 10 s.
 
-    With the unit ``tok`` the rate is shown too. ``stopping``: whether a signal asked the job to stop.
+    Remaining time and rate are those after the first, slow, units; the rate is shown with the unit ``tok``.
+    ``stopping``: whether a signal asked the job to stop.
     """
 
     def __init__(
@@ -107,13 +102,21 @@ class Progress:
         unit: str = "",
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.reporter, self.what, self.total, self.done, self.unit = reporter, what, total, done, unit
-        self.every, self.patience = every, 30 if every else 10  # seconds without a line
-        self.printed = time.monotonic()
-        self.started: tuple[float, int] | None = None  # time and units done after the first, slow, ones
-        columns = (rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(30), _Status(stopping))
-        self.bar = rich_progress.Progress(*columns, console=reporter.console, transient=True, disable=not reporter.live)
-        self.task = self.bar.add_task(self._count(), total=total, completed=done, status="")
+        self.reporter, self.every, self.unit, self.stopping = reporter, every, unit, stopping
+        self.printed, self.patience = time.monotonic(), 30 if every else 10  # seconds without a line
+        self.count, self.status = f"{what} {{task.completed:,}}/{{task.total:,}} {unit}".rstrip(), ""
+        self.bar = rich_progress.Progress(
+            rich_progress.TextColumn(self.count),
+            rich_progress.BarColumn(30),
+            rich_progress.RenderableColumn(self),
+            console=reporter.console,
+            transient=True,
+            disable=not reporter.live,
+            get_time=time.monotonic,
+            speed_estimate_period=DAY,
+        )
+        self.bar.add_task(what, total=total, completed=done)
+        (self.task,) = self.bar.tasks
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -122,37 +125,23 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
+    def __rich__(self) -> Text:
+        """What stands beside the bar: the metrics, or that the job stops."""
+        stopping = "stopping after this forward; once more to end at once"
+        return Text(stopping if self.stopping() else self.status, no_wrap=True, overflow="crop")
+
     def advance(self, units: int, values: Mapping[str, float] | None = None) -> None:
         """Count units as done, with metrics to show beside them."""
-        self.done, values, now = min(self.done + units, self.total), dict(values or {}), time.monotonic()
-        eta = None
-        if self.started:
-            pace = max(self.done - self.started[1], 1) / max(now - self.started[0], 1e-9)  # units per second
-            eta = (self.total - self.done) / pace
-            if self.unit == "tok":
-                values["tokens_per_second"] = pace
-        else:
-            self.started = now, self.done
-        status = "  ".join(filter(None, (brief(values), f"eta {clock(eta)}" if eta is not None else "")))
-        self.bar.update(self.task, completed=self.done, description=self._count(), status=status)
-        due = self.done == self.total or (self.every and self.done % self.every == 0)
+        task, values, now = self.task, dict(values or {}), time.monotonic()
+        self.bar.update(task.id, completed=min(task.completed + units, task.total or 0))
+        eta = task.time_remaining
+        if self.unit == "tok" and task.speed:
+            values["tokens_per_second"] = task.speed
+        left = "" if eta is None else f"eta {timedelta(seconds=eta)}"
+        self.status = f"{brief(values)}  {left}".strip()
+        due = task.finished or (self.every and task.completed % self.every == 0)
         if not self.reporter.live and (due or now - self.printed >= self.patience):
             self.printed = now
-            event = {"event": "progress", "what": self.what, "done": self.done, "total": self.total}
+            event = {"event": "progress", "what": task.description, "done": task.completed, "total": task.total}
             more = {"unit": self.unit or None, "eta_seconds": eta}
-            self.reporter.emit(event | more | values, f"{self._count()}  {status}".rstrip())
-
-    def _count(self) -> str:
-        return f"{self.what} {self.done:,}/{self.total:,} {self.unit}".rstrip()
-
-
-class _Status(rich_progress.ProgressColumn):
-    """The metrics, or that the job stops."""
-
-    def __init__(self, stopping: Callable[[], bool]) -> None:
-        super().__init__()
-        self.stopping = stopping
-
-    def render(self, task: rich_progress.Task) -> Text:
-        stopping = "stopping after this forward; once more to end at once"
-        return Text(stopping if self.stopping() else task.fields["status"], no_wrap=True, overflow="crop")
+            self.reporter.emit(event | more | values, f"{self.count.format(task=task)}  {self.status}".rstrip())

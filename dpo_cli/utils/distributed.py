@@ -131,7 +131,7 @@ def on_rank_0(action: Callable[[], T]) -> T:
 def rank_0_first(action: Callable[[], T]) -> T:
     """Run ``action`` on all ranks, on rank 0 before the others, which find on disk what it wrote."""
     results: list[T] = []
-    on_rank_0(lambda: results.extend([action()]))
+    on_rank_0(lambda: results.append(action()))
     return results[0] if results else action()
 
 

@@ -386,4 +386,4 @@ def test_a_person_gets_a_table(trained: tuple[Path, Any]) -> None:
 
 
 def read_number(text: str) -> float:
-    return float(text.replace("−", "-").replace(",", ""))
+    return float(text.replace(",", ""))

@@ -24,7 +24,7 @@ from dpo_cli.cli.app import app
 from dpo_cli.evaluation import kl as divergence
 from dpo_cli.evaluation.diagnostics import Evidence, judge
 from dpo_cli.evaluation.generation import eos_ids
-from dpo_cli.evaluation.metrics_log import best_step
+from dpo_cli.evaluation.metrics import best_step
 from dpo_cli.models.logprobs import HiddenStates
 from dpo_cli.utils.errors import NotWrittenError
 from tests.helpers import SAMPLE, make_model, write_rows
@@ -211,9 +211,11 @@ def test_samples_of_a_run_and_the_seed(place: Place, runs: dict[str, Path]) -> N
 def test_responses_that_ended_are_those_with_eos(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit may cut behind an EOS, and the model's context before the limit."""
 
-    def answers(model: Any, tokenizer: Any, prompts: list[Any], *_: Any, copies: int, **__: Any) -> list[list[Any]]:
-        ids = [[5, 6], [5, 6, 7, eos_ids(model, tokenizer)[0]], [5, 6, 7, 8]]
-        return [[np.array(each, np.int32) for each in ids[:copies]] for _ in prompts]
+    def answers(
+        runner: Any, tokenizer: Any, prompts: list[Any], attention: str, tokens: int, copies: int = 0, seed: int = 0
+    ) -> list[list[Any]]:
+        ids = [[5, 6], [5, 6, 7, eos_ids(runner.model, tokenizer)[0]], [5, 6, 7, 8]]
+        return [[np.array(each, np.int32) for each in ids[: copies or 1]] for _ in prompts]
 
     monkeypatch.setattr(dpo_cli.evaluation.evaluate, "generate", answers)
     result = place.eval(place.model, "--samples", 3, "--sample-prompts", 2, "--sample-tokens", 4)
@@ -419,7 +421,7 @@ def test_a_run_has_its_report_at_each_evaluation_and_at_its_end(
     def seen(file: Path, about: Any) -> None:
         original(file, about)
         steps = max(line["step"] for line in about.history)
-        found.append((steps, about.evaluation is not None, bool(about.evaluation.samples)))
+        found.append((steps, about.evaluation is not None, bool(about.evaluation.result.get("samples"))))
 
     monkeypatch.setattr(dpo_cli.training.loop, "write_report", seen)
     result = place.train(tmp_path / "run", "--max-steps", 2, "--show-answers", 1)

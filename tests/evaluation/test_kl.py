@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 
 from dpo_cli.data.batching import Layout
 from dpo_cli.data.pairs import Pair, Pairs, carries_loss, model_input_ids
-from dpo_cli.evaluation.evaluator import Evaluator
-from dpo_cli.evaluation.examples import TOP, shifted_tokens
-from dpo_cli.evaluation.kl import FOLD, Progress, Stopped, TokenScores, compare, divergences, record, score
+from dpo_cli.evaluation.evaluator import TOP, Evaluator, shifted_tokens
+from dpo_cli.evaluation.kl import FOLD, Stopped, TokenScores, compare, divergences, record, score
 from dpo_cli.evaluation.metrics import PairScores
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
@@ -28,7 +27,7 @@ from dpo_cli.utils.errors import NotWrittenError, UsageError
 from tests.helpers import make_model, make_tokenizer, random_pairs
 
 CPU = torch.device("cpu")
-PROGRESS = Progress(Reporter(quiet=True), "test")
+PROGRESS = Reporter(quiet=True).progress("test", 1)
 
 
 def scorer_of(
@@ -257,5 +256,5 @@ def test_it_stops_when_asked(after: int, tmp_path: Path) -> None:
         return len(asked) > after
 
     with pytest.raises(Stopped):
-        score(scorer, pairs, Progress(Reporter(quiet=True), "test", stopped))
+        score(scorer, pairs, PROGRESS, stopped)
     assert len(asked) == after + 1

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dpo_cli.data.pairs import Ids
 from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequence_kl, text
-from dpo_cli.evaluation.kl import Progress, score
+from dpo_cli.evaluation.kl import score
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner
@@ -50,9 +50,14 @@ def random_prompts(lengths: tuple[int, ...], vocabulary: int = V, seed: int = 0)
     return [rng.integers(3, vocabulary, n).astype(np.int32) for n in lengths]
 
 
+def runner_of(model: PreTrainedModel, max_tokens: int = 10_000, dtype: torch.dtype = torch.float32) -> ModelRunner:
+    return ModelRunner(model, "padded", dtype, max_tokens, torch.device("cpu"))
+
+
 def answer(model: PreTrainedModel, prompts: list[Ids], tokens: int = 2, **options: Any) -> list[list[Ids]]:
-    given = {"sampled": False, "max_tokens": 10_000, **options}
-    return generate(model, NoTokenizer(), prompts, model.config._attn_implementation, tokens, **given)
+    """``options`` are of ``generate`` and of the runner."""
+    runner = runner_of(model, **{name: options.pop(name) for name in ("max_tokens", "dtype") if name in options})
+    return generate(runner, NoTokenizer(), prompts, model.config._attn_implementation, tokens, **options)
 
 
 def lists(found: list[list[Ids]]) -> list[list[list[int]]]:
@@ -83,11 +88,11 @@ def test_the_seed_decides_the_samples_and_leaves_no_trace() -> None:
     model, prompts = tiny(0), random_prompts((3, 11, 5))
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    found = answer(model, prompts, 9, sampled=True, copies=3, seed=1)
+    found = answer(model, prompts, 9, copies=3, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    assert lists(answer(model, prompts, 9, sampled=True, copies=3, seed=1)) == lists(found)
-    assert lists(answer(model, prompts, 9, sampled=True, copies=3, seed=2)) != lists(found)
+    assert lists(answer(model, prompts, 9, copies=3, seed=1)) == lists(found)
+    assert lists(answer(model, prompts, 9, copies=3, seed=2)) != lists(found)
     assert len({str(mine) for mine in found[0]}) == 3
 
 
@@ -124,9 +129,9 @@ def test_the_model_is_left_as_it_was() -> None:
     model = make_model(attention_dropout=0.9)
     model.train()
     model.set_attn_implementation(PREFIX_SHARED)
-    config, modes = model.generation_config, [module.training for module in model.modules()]
-    found = generate(model, NoTokenizer(), random_prompts((4,)), "sdpa", 9, sampled=False, max_tokens=100)
-    assert [module.training for module in model.modules()] == modes and model.generation_config is config
+    config = model.generation_config
+    found = generate(runner_of(model), NoTokenizer(), random_prompts((4,)), "sdpa", 9)
+    assert model.generation_config is config
     assert model.config._attn_implementation == PREFIX_SHARED
     with attention(model, "sdpa"):
         assert lists(found) == [[plainly(model.eval(), *random_prompts((4,)), 9)]]  # without dropout
@@ -152,7 +157,7 @@ def test_a_response_ends_with_the_first_eos_of_any(source: str, ids: Any) -> Non
     model.config.eos_token_id = {"generation config": 3, "config": ids}.get(source)
     tokenizer.eos_token_id = ids if source == "tokenizer" else 3
     prompts, known = random_prompts((4, 7)), np.atleast_1d(ids).tolist()
-    found = [r for mine in generate(model, tokenizer, prompts, "sdpa", 40, sampled=True, copies=30, max_tokens=9999)
+    found = [r for mine in generate(runner_of(model), tokenizer, prompts, "sdpa", 40, copies=30)
              for r in mine]  # fmt: skip
     assert {int(r[-1]) for r in found if len(r) < 40} == set(known)
     assert all(not set(r[:-1].tolist()) & set(known) for r in found)
@@ -163,7 +168,7 @@ def test_a_response_ends_with_the_first_eos_of_any(source: str, ids: Any) -> Non
 def test_a_response_without_an_eos_goes_on_to_the_end() -> None:
     model = tiny(0)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
-    (found,) = answer(model, random_prompts((4,)), 30, sampled=True, copies=20)
+    (found,) = answer(model, random_prompts((4,)), 30, copies=20)
     assert all(len(r) == 30 for r in found)
     assert EOS in np.concatenate(list(found))
 
@@ -226,7 +231,7 @@ def test_samples_follow_the_models_own_distribution(policy: PreTrainedModel, tmp
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert model.generation_config.top_k == 1
     (prompt,) = random_prompts((4,))
-    found = answer(model, [prompt], sampled=True, copies=6000, max_tokens=9000)[0]
+    found = answer(model, [prompt], copies=6000, max_tokens=9000)[0]
     counted = dict.fromkeys(map(str, RESPONSES), 0)
     for response in found:
         counted[str(response.tolist())] += 1  # nothing but what was written down
@@ -243,7 +248,7 @@ def test_samples_follow_the_models_own_distribution(policy: PreTrainedModel, tmp
 def test_the_chi_square_would_see_another_temperature(policy: PreTrainedModel) -> None:
     (prompt,) = random_prompts((4,))
     first, _ = next_logps(policy, prompt)
-    found = answer(policy, [prompt], 1, sampled=True, copies=6000, max_tokens=9000)[0]
+    found = answer(policy, [prompt], 1, copies=6000, max_tokens=9000)[0]
     seen = np.bincount([r[0] for r in found], minlength=V)
 
     def pvalue(temperature: float) -> float:
@@ -259,14 +264,14 @@ def test_the_chi_square_would_see_another_temperature(policy: PreTrainedModel) -
 @pytest.mark.parametrize("copies", [1, 4, 5])
 def test_samples_are_scored_as_pairs(policy: PreTrainedModel, reference: PreTrainedModel, copies: int) -> None:
     prompts = random_prompts((4, 2, 6))
-    found = answer(policy, prompts, sampled=True, copies=copies)
+    found = answer(policy, prompts, copies=copies)
     pairs = as_pairs(prompts, found)
     assert [pair.where for pair in pairs][-1] == {1: "sample 3/1", 4: "sample 3/3", 5: "sample 3/5"}[copies]
     scored = []
     for model in (policy, reference):
         with attention(model, PREFIX_SHARED):
             scorer = ModelRunner(model, "shared", torch.float32, 40, torch.device("cpu"))
-            table = score(scorer, pairs, Progress(Reporter(quiet=True), "test"))
+            table = score(scorer, pairs, Reporter(quiet=True).progress("test", 1))
         scored.append(by_prompt(table.logps(), copies))
     assert scored[0].shape == (3, copies)
     for place, prompt in enumerate(prompts):
@@ -320,7 +325,7 @@ def test_the_estimate_is_unbiased_and_narrower_than_the_log_ratio(population: li
 def test_from_generation_to_the_estimate(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
     (prompt,) = random_prompts((4,))
     exact = enumerate_all(policy, reference, prompt)
-    (found,) = answer(policy, [prompt], sampled=True, copies=2000, max_tokens=9000, seed=3)
+    (found,) = answer(policy, [prompt], copies=2000, max_tokens=9000, seed=3)
     at = [RESPONSES.index(response.tolist()) for response in found]
     estimate = sequence_kl(exact.token_kl[at][None])
     assert (estimate["prompts"], estimate["samples"]) == (1, 2000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dpo_cli.evaluation.examples import ShownPair, Token
+from dpo_cli.evaluation.evaluator import Evaluation, ShownPair, Token
 from dpo_cli.reporting.html import ReportInput
 from tests.helpers.synthetic import make_evaluation
 
@@ -96,8 +96,7 @@ def report_of(text: str, plots: bool = False) -> ReportInput:
     shown = [ShownPair("best", text, 1.0, text, tokens, tokens)]
     history: list[dict[str, Any]] = [{"step": 1, "loss": 0.5, text: 1.0}, {"step": text, "loss": text}] if plots else []
     manifest = {text: text, "more": {text: [text, text]}}
-    about = like.about | {"model": text, "reference": text, "refused": {text: 2}, text: 1.5, "text": {text: 1.5}}
-    evaluation = dataclasses.replace(
-        like, scores=scores, about=about, findings=findings, drift=drift, samples=samples, shown=shown
-    )
+    about: dict[str, Any] = {"model": text, "reference": text, "refused": {text: 2}, text: 1.5, "text": {text: 1.5}}
+    about |= {"findings": findings, "drift": drift, "samples": samples}
+    evaluation = Evaluation(like.result | about, scores, shown)
     return ReportInput(text, evaluation, history, manifest, {"data": [text], text: text})

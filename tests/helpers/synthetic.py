@@ -11,8 +11,7 @@ import numpy as np
 
 from dpo_cli.evaluation import statistics
 from dpo_cli.evaluation.diagnostics import judge
-from dpo_cli.evaluation.evaluator import EvalResult
-from dpo_cli.evaluation.examples import ShownPair, Token
+from dpo_cli.evaluation.evaluator import QUANTILES, Evaluation, ShownPair, Token
 from dpo_cli.evaluation.metrics import PairScores
 from dpo_cli.losses.objective import Objective
 from tests.helpers import SAMPLE
@@ -168,20 +167,21 @@ def scores_of(logratios: Any, tokens: Any = None, ref_logps: Any = None, beta: f
     return PairScores(where, tokens, ref_logps + logratios, ref_logps, terms, **more)
 
 
-def make_evaluation(pairs: int = 300, seed: int = 0, shown: int = 3, scores: PairScores | None = None) -> EvalResult:
+def make_evaluation(
+    pairs: int = 300, seed: int = 0, shown: list[ShownPair] | int = 3, scores: PairScores | None = None, **changed: Any
+) -> Evaluation:
     """What ``dpo eval`` would say of the scores, with findings, shifted tokens and samples from here."""
     scores = scores or make_scores(pairs, seed)
     with np.errstate(all="ignore"):
-        return EvalResult(
-            scores=scores,
-            means=scores.means(),
-            intervals=statistics.intervals(scores),
-            length=statistics.length_bias(scores),
-            findings=make_findings(),
-            judged=judge(len(scores.where), 2, ["not_finite"]),
-            about=ABOUT | {"rows": pairs + 2, "pairs": pairs},
-            drift=make_drift(),
-            sequence_kl=SEQUENCE_KL,
-            samples=make_samples(),
-            shown=make_shown(shown),
-        )
+        result = ABOUT | {"rows": pairs + 2, "pairs": pairs} | scores.means()
+        result |= {
+            "intervals": statistics.intervals(scores),
+            "rewards/margins_quantiles": {str(q): float(np.quantile(scores.margins, q)) for q in QUANTILES},
+            "length": statistics.length_bias(scores),
+            "findings": make_findings(),
+            "judged": judge(len(scores.where), 2, ["not_finite"]),
+            "drift": make_drift(),
+            "sequence_kl": SEQUENCE_KL,
+            "samples": make_samples(),
+        }
+    return Evaluation(result | changed, scores, make_shown(shown) if isinstance(shown, int) else shown)

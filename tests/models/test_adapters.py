@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.collate import padded
-from dpo_cli.evaluation.metrics_log import best_step, evaluations, read_metrics
+from dpo_cli.evaluation.metrics import best_step, evaluations, read_metrics
 from dpo_cli.models import locate
 from dpo_cli.models.adapter_files import adapter_weights, attach_saved, described, merged, save_adapter
 from dpo_cli.models.adapters import new_adapter

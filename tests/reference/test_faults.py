@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.data.collate import MicroBatch
 from dpo_cli.evaluation import kl
-from dpo_cli.evaluation.metrics_log import append_metrics
+from dpo_cli.evaluation.metrics import append_metrics
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner, split_pairs
 from dpo_cli.training.step import Trainer

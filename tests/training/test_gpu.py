@@ -25,7 +25,7 @@ from dpo_cli.data.collate import Segments, collate
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.evaluation.generation import generate
-from dpo_cli.evaluation.kl import Progress, compare, record
+from dpo_cli.evaluation.kl import compare, record
 from dpo_cli.hub.merge import merge
 from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.models.layout import choose_layout
@@ -329,7 +329,7 @@ def test_an_adapter_trains_on_a_coarse_base(
     assert result["before"]["loss"] == pytest.approx(math.log(2), abs=1e-2) and result["after"]["loss"] < 0.6
     assert (tmp_path / "run" / "checkpoints" / "step-000006" / "adapter_model.safetensors").exists()
     asked = EvalOptions(model=[str(tmp_path / "run")], data=held_out, **common)
-    found = evaluate(str(tmp_path / "run"), asked, Reporter(quiet=True))[0].means
+    found = evaluate(str(tmp_path / "run"), asked, Reporter(quiet=True))[0].result
     assert found["rewards/margins"] == pytest.approx(result["after"]["rewards/margins"], rel=1e-3)
     assert merge(str(tmp_path / "run"), tmp_path / "merged", False, Reporter(quiet=True))["parameters"] > 0
 
@@ -338,7 +338,7 @@ def test_an_adapter_trains_on_a_coarse_base(
 
 
 def test_exact_divergences_are_those_of_the_cpu(tmp_path: Path) -> None:
-    pairs, progress = Pairs(make_pairs()), Progress(Reporter(quiet=True), "test")
+    pairs, progress = Pairs(make_pairs()), Reporter(quiet=True).progress("test", 1)
     found = []
     for device in (torch.device("cpu"), DEVICE):
         scorers = []
@@ -354,12 +354,8 @@ def test_exact_divergences_are_those_of_the_cpu(tmp_path: Path) -> None:
 def test_samples_are_drawn_from_the_models_own_distribution(tokenizer: PreTrainedTokenizerFast) -> None:
     """First tokens of many samples against the softmax that scoring computes, in the precision that it computes in."""
     model, prompt = make_model(vocab_size=50).to(DEVICE), np.array([7, 3, 11], np.int32)
-    drawn = generate(
-        model, tokenizer, [prompt], "sdpa", 1, sampled=True, copies=2000, max_tokens=2**16, dtype=torch.bfloat16
-    )[0]
-    again = generate(
-        model, tokenizer, [prompt], "sdpa", 1, sampled=True, copies=20, max_tokens=2**16, dtype=torch.bfloat16
-    )[0]
+    runner = ModelRunner(model, "padded", torch.bfloat16, 2**16, DEVICE)
+    drawn, again = (generate(runner, tokenizer, [prompt], "sdpa", 1, copies)[0] for copies in (2000, 20))
     assert [r.tolist() for r in again] == [r.tolist() for r in drawn[:20]]
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(prompt).long()[None].to(DEVICE)).logits[0, -1].float()

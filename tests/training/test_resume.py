@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.config.resolve import resolve_training
-from dpo_cli.evaluation.metrics_log import truncate_metrics
+from dpo_cli.evaluation.metrics import truncate_metrics
 from dpo_cli.training.checkpoint import newest_checkpoint, save_checkpoint
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import make_model

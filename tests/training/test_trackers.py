@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.evaluation.metrics_log import read_metrics, truncate_metrics
+from dpo_cli.evaluation.metrics import read_metrics, truncate_metrics
 from dpo_cli.training import trackers
 from dpo_cli.training.trackers import MetricsLog, check_installed, hyperparameters
 from dpo_cli.utils.console import Reporter
