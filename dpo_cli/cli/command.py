@@ -219,8 +219,8 @@ def _lines(result: dict[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{name}: {_value(each)}" for name, each in value.items()]
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    if isinstance(value, dict):
-        return "  ".join(f"{name}: {_value(each)}" for name, each in value.items()) or "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

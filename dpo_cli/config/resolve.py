@@ -97,10 +97,8 @@ def _yaml_items(file: Path) -> Iterator[tuple[str, Any, str]]:
     try:
         loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
         node = loader.get_single_node()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {file}: cannot be read ({error}){name_beside(file)}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"--config {file}: not valid YAML\n{error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"--config {file}: cannot be read as YAML: {error}{name_beside(file)}") from error
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise UsageError(f"--config {file}: must be a mapping of option names to values")
     for key, value in node.value if node else ():
@@ -212,9 +210,11 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
     """Format options as words of a command, without those that are None or False."""
     words = []
     for name, value in options.items():
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and each is not False:
-                words += [f"--{name.replace('_', '-')}"] if each is True else [f"--{name.replace('_', '-')}", str(each)]
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [flag] * value
+        elif value is not None:
+            words += [word for each in (value if isinstance(value, list) else [value]) for word in (flag, str(each))]
     return words
 
 

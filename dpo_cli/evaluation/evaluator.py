@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.data.pairs import Ids, Pairs, carries_loss, model_input_ids
+from dpo_cli.data.pairs import Ids, Pairs, model_input_ids
 from dpo_cli.evaluation import statistics
 from dpo_cli.evaluation.diagnostics import Evidence, diagnose
 from dpo_cli.evaluation.kl import COLUMNS, FOLD, TokenScores, spans_of
@@ -121,7 +121,7 @@ def shown_pairs(scores: PairScores, pairs: Pairs, tokens: TokenScores, tokenizer
         sides: dict[str, list[dict[str, Any]]] = {}
         for side, ids in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
             sides[side] = [{"text": text} for text in token_texts(ids, tokenizer)]
-            for at in np.flatnonzero(carries_loss(ids)):
+            for at in np.flatnonzero(ids >= 0):
                 numbers = dict(zip(COLUMNS, next(rows), strict=True))
                 sides[side][at] |= {**numbers, "logratio": numbers["logp"] - numbers["ref_logp"]}
         shown.append({**about, "prompt": "".join(token_texts(pair.prompt, tokenizer)), **sides})
@@ -153,7 +153,7 @@ def _in_context(row: int, tokens: TokenScores, pairs: Pairs, tokenizer: Any) -> 
     response = int(np.searchsorted(ends, row, "right"))
     pair, side = pairs[response // 2], SIDES[response % 2]
     ids: Ids = getattr(pair, side)
-    place = int(np.flatnonzero(carries_loss(ids))[row - ends[response]])  # counted from the response's end
+    place = int(np.flatnonzero(ids >= 0)[row - ends[response]])  # counted from the response's end
     logp, ref_logp = tokens.tokens[row, :2].tolist()
     fold = math.copysign(math.exp(min(abs(logp - ref_logp), 700)), logp - ref_logp)
     text, at = np.concatenate([model_input_ids(pair.prompt), model_input_ids(ids)]), len(pair.prompt) + place

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo_cli.data.collate import padded
+from dpo_cli.data.batching import padded
 from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, save_adapter
 from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied

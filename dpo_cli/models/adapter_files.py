@@ -24,22 +24,12 @@ PREFIX = "base_model.model."  # what peft puts before the names of a model's mod
 # Initializations that leave the base unchanged; others subtract from it.
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 # Keys of a configuration that do not change what the adapter computes.
-NOT_COMPUTED = {
-    "base_model_name_or_path",
-    "revision",
-    "peft_version",
-    "task_type",
-    "inference_mode",
-    "init_lora_weights",
-}
-# Keys that make a LoRA something that is neither trained nor merged here, and the way out.
-FROM_BASE = "start from its base"
-VARIANTS = {
-    "layer_replication": "save the base with its layers repeated as layers of their own, name it with --base-model, "
-    "and set layer_replication to null",
-    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"), FROM_BASE),
-    **dict.fromkeys(("velora_config", "use_bdlora", "use_qalora"), FROM_BASE),
-}
+NEUTRAL = {"base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode", "init_lora_weights"}
+# Keys that make a LoRA something that is neither trained nor merged here.
+VARIANTS = (
+    *("layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+    *("velora_config", "use_bdlora", "use_qalora"),
+)
 
 
 def read_config(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Any:
@@ -59,10 +49,10 @@ def read_config(folder: Path, warn: Callable[[str], None] = lambda _: None) -> A
     if (kind := values.get("peft_type")) != "LORA":
         raise UsageError(
             f"{file}: not a LoRA adapter, its peft_type is {kind}; merge it into its base with peft's merge_and_unload "
-            f"and name the result, or {FROM_BASE}"
+            "and name the result, or start from its base"
         )
     if used := [name for name in VARIANTS if values.get(name)]:
-        raise UsageError(f"{file}: {used[0]} is on, which is neither trained nor merged here; {VARIANTS[used[0]]}")
+        raise UsageError(f"{file}: {used[0]} is on, which is neither trained nor merged here; start from its base")
     began = values.pop("init_lora_weights", True)  # some ask for packages that saved weights do not need
     if began not in HARMLESS:
         raise UsageError(
@@ -166,14 +156,11 @@ def check_loadable(model: PreTrainedModel) -> None:
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in adapter_weights(model).items()}
         lacking = {kind_of(name.partition(".lora_")[0]) for name in _put(model, weights)[1]}
     except Exception as error:  # of whatever type peft raises
-        raise UsageError(
-            f"--lora-targets: peft {__version__} cannot save and load this adapter: {_line(error)}"
-        ) from error
+        reason = f"cannot save and load this adapter: {_line(error)}"
+        raise UsageError(f"--lora-targets: peft {__version__} {reason}") from error
     if lacking:
-        raise UsageError(
-            f"--lora-targets: peft {__version__} would not load the adapter of {', '.join(sorted(lacking))} from its "
-            "file, because it renames those weights; leave them out"
-        )
+        reason = f"would not load the adapter of {', '.join(sorted(lacking))} from its file, because it renames those"
+        raise UsageError(f"--lora-targets: peft {__version__} {reason}; leave them out")
 
 
 def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -202,7 +189,7 @@ def described(model: PreTrainedModel) -> str:
     from peft import LoraConfig
 
     usual = LoraConfig().to_dict() | {"r": None, "lora_alpha": None}  # which are always written
-    own = {name: value for name, value in _plain(model).items() if name not in NOT_COMPUTED and value != usual[name]}
+    own = {name: value for name, value in _plain(model).items() if name not in NEUTRAL and value != usual[name]}
     return json.dumps(own)
 
 

@@ -173,13 +173,12 @@ def describe_adapter(model: PreTrainedModel) -> tuple[str, list[str]]:
             own = getattr(module, "parameter_name", "weight")
             kind = kind_of(name.replace(".base_layer", "") + f".{own}" * (own != "weight"))
             kinds[kind] += 1
-            # of gpt_oss 4.57.6 with peft 0.17.1 computes the same
-            if own != "weight" and model.config.get_text_config().model_type != "gpt_oss":
-                experts.add(kind)
+            experts |= {kind} if own != "weight" else set()
         elif type(module).__name__ == "ModulesToSaveWrapper":
             whole[kind_of(name)] += 1
     also = f"; trained whole: {counted(whole)}" if whole else ""
-    return f"{kinds.total():,} matrices: {counted(kinds)}{also}", sorted(experts)
+    same = model.config.get_text_config().model_type == "gpt_oss"  # in 4.57.6 with peft 0.17.1
+    return f"{kinds.total():,} matrices: {counted(kinds)}{also}", [] if same else sorted(experts)
 
 
 @torch.no_grad()

@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_cli.data.batching import Layout, pack, row_costs
-from dpo_cli.data.collate import MicroBatch, collate
+from dpo_cli.data.batching import Layout, MicroBatch, collate, pack, row_costs
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.parallel import BODY, Parallel, parallel_of
@@ -33,6 +32,7 @@ WINDOW = 512  # pairs of similar length that are packed together where order doe
 LOGITS_BUDGET_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 Result = TypeVar("Result")
+Compute = Callable[[Sequence[int], MicroBatch], Result]  # of indices of pairs and their batch
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def forwards(
-        self,
-        pairs: Sequence[Pair],
-        compute: Callable[[Sequence[int], MicroBatch], Result],
-        share: tuple[int, int] = (0, 1),
+        self, pairs: Sequence[Pair], compute: Compute[Result], share: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[tuple[int, ...], Result]]:
         """Run over all pairs in packed forwards, longest first; out of memory, repeat with fewer tokens per forward.
 
@@ -247,12 +244,7 @@ class ModelRunner:
         windows = (indices[start : start + WINDOW] for start in range(0, len(indices), WINDOW))
         return [indices for window in windows for indices in pack(window, costs, self.layout, self.max_tokens)]
 
-    def _attempt(
-        self,
-        pairs: Sequence[Pair],
-        places: Sequence[int],
-        compute: Callable[[Sequence[int], MicroBatch], Result],
-    ) -> tuple[Result] | None:
+    def _attempt(self, pairs: Sequence[Pair], places: Sequence[int], compute: Compute[Result]) -> tuple[Result] | None:
         """Compute one forward; None if memory ran out. Its tensors are freed only when this frame is gone."""
         try:
             return (compute(places, self.batch([pairs[i] for i in places])),)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_cli.data.collate import MicroBatch, padded
+from dpo_cli.data.batching import MicroBatch, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.errors import UsageError
@@ -76,7 +76,6 @@ def experts_a_token(runner: ModelRunner, pair: Pair) -> int:
     """
     model: Any = runner.model
     batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]).to(runner.device)
-    why = f"{type(model).__name__} is no mixture of experts whose routers can be read"
     try:
         experts = int(model.config.get_text_config().num_experts_per_tok)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -85,7 +84,7 @@ def experts_a_token(runner: ModelRunner, pair: Pair) -> int:
         ours = float(auxiliary_loss(*routed(hidden.router_logits, batch, experts)))
         if math.isclose(own, ours, rel_tol=1e-4):
             return experts
-        why = f"{type(model).__name__} balances its experts by another loss ({own:.6g}, not {ours:.6g})"
+        why = f"balances its experts by another loss ({own:.6g}, not {ours:.6g})"
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
-        pass
-    raise UsageError(f"--router-aux-loss-coef: {why}; leave it out")
+        why = "is no mixture of experts whose routers can be read"
+    raise UsageError(f"--router-aux-loss-coef: {type(model).__name__} {why}; leave it out")

@@ -1,8 +1,4 @@
-"""What a user gets wrong ends with exit code 2, one message that helps, nothing on stdout and nothing written.
-
-Cases that end before torch is imported run as processes of their own. Of the others some do, and the rest call the
-command's entry point here, where torch is there already.
-"""
+"""What a user gets wrong ends with exit code 2, one message that helps, nothing on stdout and nothing written."""
 
 from __future__ import annotations
 
@@ -10,18 +6,15 @@ import dataclasses
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from dpo_cli.cli.app import main
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import to_yaml
 from dpo_cli.data.pairs import Pairs
@@ -57,29 +50,6 @@ def listing(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    """The same as ``dpo``, but in this process."""
-    at_first = signal.getsignal(signal.SIGTERM)
-    for name, value in cli_environment(tmp_path / "home").items():
-        monkeypatch.setenv(name, value)
-    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
-        monkeypatch.setenv(name, "")  # the command sets them, and they go back at the test's end
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["dpo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out, err)
-
-    yield run
-    signal.signal(signal.SIGTERM, at_first)
-
-
 def refusal(command: Cli, folder: Path, *arguments: Any) -> str:
     """The message with which a command is refused; all that every refusal has in common is checked."""
     before = listing(folder)
@@ -96,9 +66,6 @@ def error_lines(stderr: str) -> list[str]:
     lines = stderr.splitlines()
     [start] = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     return [lines[start].removeprefix("error: "), *lines[start + 1 :]]
-
-
-# ---- before torch is imported -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,9 +118,6 @@ def test_a_config_file_beside_resume_is_refused(dpo: Cli, rows: Path, tmp_path: 
     assert "--resume" in message and "--config" in message
 
 
-# ---- as processes of their own ----------------------------------------------------------------------------------
-
-
 def test_a_missing_file_is_refused(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
     [message] = error_lines(refusal(dpo, tmp_path, "train", "--model", tiny, "--data", "none.jsonl", "--json"))
     assert message.startswith("--data none.jsonl: no such file")
@@ -171,30 +135,27 @@ def test_ten_bad_rows_are_told_in_full_and_the_rest_counted(dpo: Cli, tiny: Path
     assert len(told) == 12
 
 
-# ---- in this process --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("model", ["{here}/none", "./none", "none/of/these", "none.gguf"])
-def test_a_model_that_is_not_there_is_refused(model: str, here: Cli, rows: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_refused(model: str, dpo: Cli, rows: Path, tmp_path: Path) -> None:
     model = model.format(here=tmp_path)
-    [message] = error_lines(refusal(here, tmp_path, "train", "--model", model, "--data", rows))
+    [message] = error_lines(refusal(dpo, tmp_path, "train", "--model", model, "--data", rows))
     assert message.startswith(f"--model {model}: no such f")
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
 @pytest.mark.parametrize("command", ["train", "precompute-ref", "eval"])
-def test_a_bad_row_is_refused_with_its_place(command: str, name: str, here: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_a_bad_row_is_refused_with_its_place(command: str, name: str, dpo: Cli, tiny: Path, tmp_path: Path) -> None:
     line, told = BAD_LINES[name]
     (tmp_path / "rows.jsonl").write_text(f"{good(1)}\n\n{line}\n{good(2)}\n")
-    message = error_lines(refusal(here, tmp_path, command, "--model", tiny, "--data", "rows.jsonl"))
+    message = error_lines(refusal(dpo, tmp_path, command, "--model", tiny, "--data", "rows.jsonl"))
     assert message[0] == f"rows.jsonl:3: {told}"
     assert message[1].startswith("1 of 3 rows cannot be used.") and len(message) == 2
 
 
-def test_bad_held_out_rows_are_refused(here: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_bad_held_out_rows_are_refused(dpo: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_text(BAD_LINES["equal"][0])
     given = ("--model", tiny, "--data", rows, "--eval-data", "held.jsonl")
-    assert error_lines(refusal(here, tmp_path, "train", *given))[0] == "held.jsonl:1: chosen equals rejected"
+    assert error_lines(refusal(dpo, tmp_path, "train", *given))[0] == "held.jsonl:1: chosen equals rejected"
 
 
 @pytest.mark.parametrize(
@@ -207,11 +168,11 @@ def test_bad_held_out_rows_are_refused(here: Cli, tiny: Path, rows: Path, tmp_pa
     ],
 )
 def test_a_file_without_rows_is_refused(
-    name: str, content: bytes, told: str, here: Cli, tiny: Path, tmp_path: Path
+    name: str, content: bytes, told: str, dpo: Cli, tiny: Path, tmp_path: Path
 ) -> None:
     """In one message: no library adds its own."""
     (tmp_path / name).write_bytes(content)
-    stderr = refusal(here, tmp_path, "train", "--model", tiny, "--data", name)
+    stderr = refusal(dpo, tmp_path, "train", "--model", tiny, "--data", name)
     [message] = error_lines(stderr)
     assert message.startswith(told)
     before = [] if name == "rows.txt" else ["loading…", "model"]
@@ -223,33 +184,33 @@ def copy_of(tiny: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_model_folder_without_weights_is_refused(here: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_model_folder_without_weights_is_refused(dpo: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
     model = copy_of(tiny, tmp_path / "m")
     (model / "model.safetensors").unlink()
-    [message] = error_lines(refusal(here, tmp_path, "train", "--model", "m", "--data", rows))
+    [message] = error_lines(refusal(dpo, tmp_path, "train", "--model", "m", "--data", rows))
     assert message.startswith("--model m: the folder has no weights")
     (model / "pytorch_model.bin").write_bytes(b"")  # a pickle is no weights here
-    [message] = error_lines(refusal(here, tmp_path, "train", "--model", "m", "--data", rows))
+    [message] = error_lines(refusal(dpo, tmp_path, "train", "--model", "m", "--data", rows))
     assert message.startswith("--model m: the folder has no weights")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_model_with_a_broken_file_is_refused(file: str, here: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_model_with_a_broken_file_is_refused(file: str, dpo: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
     broken = copy_of(tiny, tmp_path / "m") / file
     broken.write_bytes(broken.read_bytes()[:300])
-    message = error_lines(refusal(here, tmp_path, "train", "--model", "m", "--data", rows))
+    message = error_lines(refusal(dpo, tmp_path, "train", "--model", "m", "--data", rows))
     assert message[0].startswith("--model ") and "cannot be loaded" in message[0]
 
 
-def test_a_folder_that_is_no_model_is_refused(here: Cli, rows: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_model_is_refused(dpo: Cli, rows: Path, tmp_path: Path) -> None:
     for name in (".", "home"):
         (tmp_path / "home").mkdir(exist_ok=True)
-        [message] = error_lines(refusal(here, tmp_path, "train", "--model", name, "--data", rows))
+        [message] = error_lines(refusal(dpo, tmp_path, "train", "--model", name, "--data", rows))
         assert message.startswith(f"--model {name}: no model there")
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
-def test_an_output_that_exists_is_refused(kind: str, here: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_an_output_that_exists_is_refused(kind: str, dpo: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     if kind == "file":
         output.write_text("mine")
@@ -258,32 +219,32 @@ def test_an_output_that_exists_is_refused(kind: str, here: Cli, tiny: Path, rows
         if kind == "folder":
             (output / "metrics.jsonl").write_text("mine")
     given = ("--model", tiny, "--data", rows, "--output", "run")
-    [message] = error_lines(refusal(here, tmp_path, "train", *given))
+    [message] = error_lines(refusal(dpo, tmp_path, "train", *given))
     assert message.startswith("--output run: exists already") and "--resume run" in message
-    [message] = error_lines(refusal(here, tmp_path, "train", *given, "--dry-run"))
+    [message] = error_lines(refusal(dpo, tmp_path, "train", *given, "--dry-run"))
     assert message.startswith("--output run: exists already")
 
 
 def test_an_output_that_cannot_be_made_is_refused_before_anything_is_scored(
-    here: Cli, tiny: Path, rows: Path, tmp_path: Path
+    dpo: Cli, tiny: Path, rows: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
     given = ("--model", tiny, "--data", rows, "--output", "file/run")
-    [message] = error_lines(refusal(here, tmp_path, "train", *given))
+    [message] = error_lines(refusal(dpo, tmp_path, "train", *given))
     assert message.startswith("--output file/run: ")
 
 
-def test_a_run_without_its_manifest_is_refused(here: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_manifest_is_refused(dpo: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(TrainOptions(data=[str(rows)], model=str(tiny))))
-    [message] = error_lines(refusal(here, tmp_path, "train", "--resume", "run"))
+    [message] = error_lines(refusal(dpo, tmp_path, "train", "--resume", "run"))
     assert message == "--resume run: no run there (manifest.json is missing)"
 
 
-def test_holding_out_every_pair_is_refused(here: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_holding_out_every_pair_is_refused(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [GOOD])
     given = ("--model", tiny, "--data", "rows.jsonl", "--eval-fraction", 0.5)
-    [message] = error_lines(refusal(here, tmp_path, "train", *given))
+    [message] = error_lines(refusal(dpo, tmp_path, "train", *given))
     assert message == "--eval-fraction 0.5: leaves no pair of 1 to train on"
 
 
@@ -340,15 +301,15 @@ REFUSED = [
 ]
 
 
-def test_skip_goes_on_and_counts(here: Cli, tiny: Path, mixed: Path, tmp_path: Path) -> None:
+def test_skip_goes_on_and_counts(dpo: Cli, tiny: Path, mixed: Path, tmp_path: Path) -> None:
     before = listing(tmp_path)
     given = ("--model", tiny, "--data", "mixed.jsonl", "--max-length", 32, "--on-bad-row", "skip")
-    out = here("train", *given, "--dry-run", "--json")
+    out = dpo("train", *given, "--dry-run", "--json")
     assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout)["pairs"] == 4
     assert "mixed.jsonl: 10 rows, 4 pairs, 6 refused" in out.stderr
     assert listing(tmp_path) == before  # nor does a dry run write anything
-    out = here("precompute-ref", *given, "--json")
+    out = dpo("precompute-ref", *given, "--json")
     assert out.returncode == 0, out.stderr
     result = json.loads(out.stdout)
     assert result["pairs"] == 4 and "10 rows, 4 pairs, 6 refused" in out.stderr
@@ -357,19 +318,19 @@ def test_skip_goes_on_and_counts(here: Cli, tiny: Path, mixed: Path, tmp_path: P
         assert f"{count} refused: {reason}" in out.stderr
 
 
-def test_a_tokenizer_of_another_model_is_refused(here: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(dpo: Cli, tiny: Path, rows: Path, tmp_path: Path) -> None:
     """It gives tokens that the model has no embedding for."""
     make_model(vocab_size=100).save_pretrained(tmp_path / "small")
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "small")
-    out = here("precompute-ref", "--model", "small", "--data", rows)
+    out = dpo("precompute-ref", "--model", "small", "--data", rows)
     assert out.returncode == 2 and "Traceback" not in out.stderr
     assert re.search(r"gives the token \d+ and the model knows 100", out.stderr)
 
 
-def test_skip_is_refused_when_no_pair_is_left(here: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_skip_is_refused_when_no_pair_is_left(dpo: Cli, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(line for line, _ in BAD_LINES.values()))
     given = ("--model", tiny, "--data", "rows.jsonl", "--on-bad-row", "skip")
-    message = error_lines(refusal(here, tmp_path, "train", *given))
+    message = error_lines(refusal(dpo, tmp_path, "train", *given))
     assert message[:4] == [f"rows.jsonl:{n}: {why}" for n, (_, why) in enumerate(BAD_LINES.values(), 1)]
     assert message[4].startswith("4 of 4 rows cannot be used.")
 
