@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.memory.rows import forget_peak, peak_mib
 from dpo_cli.data.pairs import Pairs
-from dpo_cli.data.rows import Reading, read_rows
+from dpo_cli.data.rows import read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import tokenize_rows
 from dpo_cli.evaluation import kl
@@ -68,7 +68,7 @@ def times(name: str | None, count: int, repeats: int) -> None:
     source = find_model(name)
     tokenizer = load_tokenizer(source)
     rows = read_rows(find_sources([str(ROOT / "sample_data" / "heldout.jsonl")]))
-    pairs = tokenize_rows(rows, tokenizer, Reading()).pairs.select(range(count))
+    pairs = tokenize_rows(rows, tokenizer).pairs.select(range(count))
     policy, reference = scorer_of(moved(load_model(source))), scorer_of(load_model(source))
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Callable[[], Any]] = {

@@ -30,7 +30,7 @@ import torch
 
 from dpo_cli.data.batching import build_schedule, row_costs
 from dpo_cli.data.pairs import Pairs
-from dpo_cli.data.rows import Reading, read_rows
+from dpo_cli.data.rows import read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import tokenize_rows
 from dpo_cli.models.loading import load_tokenizer
@@ -101,7 +101,7 @@ def measure(rows: int, model: str | None) -> Measured:
         read = sum(1 for _ in read_rows(find_sources([str(folder / "rows.jsonl")])))
         times.append(time.perf_counter())
         rows_again = read_rows(find_sources([str(folder / "rows.jsonl")]))
-        pairs = tokenize_rows(rows_again, tokenizer, Reading()).pairs
+        pairs = tokenize_rows(rows_again, tokenizer).pairs
         times.append(time.perf_counter())
         costs = row_costs(pairs, "shared")
         plan = build_schedule(

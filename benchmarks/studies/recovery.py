@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.collate import collate
+from dpo_cli.data.batching import collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.losses.objective import Objective

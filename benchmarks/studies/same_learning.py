@@ -39,7 +39,7 @@ from benchmarks.trl.cases import Record, step_order, write_records
 from benchmarks.trl.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.config.options import EvalOptions, TrainOptions
 from dpo_cli.data.pairs import Pairs
-from dpo_cli.data.rows import Reading, Row, read_rows
+from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.evaluation.evaluate import evaluate
@@ -86,11 +86,11 @@ def draw_rows(file: str, design: Design, tokenizer: Any) -> tuple[list[Record], 
     Each is given as the text that the model reads of it, which both sides take as it is: of messages TRL would train
     the line's end after an answer, too.
     """
-    encoder, found = Encoder(tokenizer, Reading()), dict[str, tuple[int, Record]]()
-    for _, encoded in encoder.pairs(read_rows(find_sources([file]))):
-        if not isinstance(encoded, tuple) or encoded[1]:
+    encoder, found = Encoder(tokenizer), dict[str, tuple[int, Record]]()
+    for encoded in encoder.pairs(read_rows(find_sources([file]))):
+        if isinstance(encoded, BadRow) or encoded.notes:
             continue  # refused, or not as it was written
-        ids = {name: getattr(encoded[0], name) for name in ("prompt", "chosen", "rejected")}
+        ids = {name: getattr(encoded.pair, name) for name in ("prompt", "chosen", "rejected")}
         texts = {name: tokenizer.decode(part).removesuffix(tokenizer.eos_token) for name, part in ids.items()}
         found.setdefault(texts["prompt"], (sum(map(len, ids.values())), texts))
     training = design.steps * design.batch_size
@@ -104,7 +104,7 @@ def draw_rows(file: str, design: Design, tokenizer: Any) -> tuple[list[Record], 
 
 def as_pairs(tokenizer: Any, records: Sequence[Record]) -> Pairs:
     """What this package makes of such rows."""
-    encoder = Encoder(tokenizer, Reading())
+    encoder = Encoder(tokenizer)
     return Pairs(encoder.pair(Row("", format="strings", raw=True, **record))[0] for record in records)
 
 

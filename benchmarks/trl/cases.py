@@ -91,7 +91,7 @@ def synthetic_rows(case: Lengths, rows: int, tokenizer: Any, longest: int, seed:
 
 def usable_rows(options: TrainOptions, count: int) -> list[tuple[Row, Pair]]:
     """The first rows of strings that make a pair untruncated."""
-    encoder = Encoder(load_tokenizer(find_model(options.model)), reading_of(options))
+    encoder = Encoder(load_tokenizer(find_model(options.model)), **reading_of(options))
     found: list[tuple[Row, Pair]] = []
     for row in read_rows(find_sources(options.data), options.columns):
         if isinstance(row, BadRow) or not isinstance(row.prompt, str):

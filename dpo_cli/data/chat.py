@@ -1,22 +1,23 @@
 """Rows as text: the prompt as the chat template renders it, followed by each response.
 
 The prompt is exactly the text that the model gets at inference. What a template cannot show is adapted and noted (see
-``adapt``); every message of every row must occur in the text (see ``visible``).
+``template``); every message of every row must occur in the text.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from typing import Any, NamedTuple
 
-from dpo_cli.data.adapt import TemplateAdapter
 from dpo_cli.data.formats import FORMATS, common_prefix
-from dpo_cli.data.messages import REASONING, Message, answer_of, check_encodable
+from dpo_cli.data.messages import REASONING, Message, answer_of
+from dpo_cli.data.readers import shortened
 from dpo_cli.data.rows import Row, is_rendered
-from dpo_cli.data.template import PROBE, USER, ChatTemplate, answer
-from dpo_cli.data.visible import THOUGHT, check_visible
+from dpo_cli.data.template import PROBE, USER, ChatTemplate, answer, leaves
 from dpo_cli.utils.errors import RowError
 
 # Notes about a row.
@@ -24,12 +25,18 @@ NO_TEMPLATE = "pairs of messages written as 'User: … Assistant: …': the mode
 HISTORY_CHANGES = "pairs whose earlier turns the chat template rewrites once an answer follows: kept as at inference"
 TURNS_WITHOUT_LOSS = "pairs with turns after the prompt that carry no loss (--train-turns)"
 CONTROL_KEPT = "pairs with control tokens inside their messages, which act as such (--control-tokens)"
+TOOLS_UNSEEN = "pairs whose tools the chat template does not show"
+REASONING_UNSEEN = "pairs with an assistant's reasoning that the chat template leaves out"
+EARLIER_UNSEEN = "pairs with an earlier assistant's text or tool call that the chat template leaves out"
 # Appended to the name of a format of strings.
 WRAPPED = ", wrapped as a user turn and an answer; --format strings keeps them raw"
 RENDERED = ", kept raw: rendered by a chat template already"
 
 _OPENED = re.compile(r"<([\w:]*(?:think|reason)[\w:]*)>\s*\Z", re.IGNORECASE)  # at the end of a prompt
 _TAG = 40  # characters within which a prompt ends that opens reasoning
+_THOUGHT = re.compile(r"(?:(.*?)<think>)?(.*?)</think>(.*)", re.DOTALL)  # text before, in and after reasoning
+_FLAG = re.compile(r"(?<![<\w])/(?:no_?)?think\b(?!>)")  # read by the template, as in a system message of SmolLM3
+_SHORT = 12  # characters; a shorter text must occur as a word of its own
 
 
 class Side(NamedTuple):
@@ -40,11 +47,17 @@ class Side(NamedTuple):
     complete: bool  # whether the template wrote an ending
     cuts: tuple[int, ...] = ()  # places that no token may span: where a prompt opened the answer's reasoning
 
+    @property
+    def first(self) -> str:
+        """The text up to the first cut."""
+        return self.text[: self.cuts[0]] if self.cuts else self.text
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The texts of a row; ``templated`` ones have all special tokens."""
+    """The texts of a row, as turns if it is rendered; ``templated`` ones have all special tokens."""
 
+    row: Row
     prompt: str
     chosen: Side
     rejected: Side
@@ -62,14 +75,13 @@ class Chat:
     def __init__(self, tokenizer: Any, control_tokens: str, adds_bos: bool, train_turns: str) -> None:
         self.eos, self.control_tokens, self.train_turns = tokenizer.eos_token, control_tokens, train_turns
         self.template = ChatTemplate(tokenizer, adds_bos)
-        self.adapter = TemplateAdapter(self.template)
 
     def as_turns(self, row: Row) -> Row:
         """Convert strings to messages if the model has a chat template: a user turn, and an answer each.
 
         Strings that a chat template rendered already are kept.
         """
-        if not isinstance(row.prompt, str) or row.raw or self.template.plain or row.format == FORMATS["hh"][0]:
+        if not isinstance(row.prompt, str) or row.raw or self.template.plain or row.format == FORMATS["hh"].label:
             return row
         if is_rendered(row.prompt):
             return replace(row, format=row.format + RENDERED)
@@ -85,39 +97,38 @@ class Chat:
             RowError: the template refuses the messages or leaves one out, or it renders the prompt differently once an
                 answer follows; the messages have control tokens that are to be refused.
         """
+        as_turns = row = self.as_turns(row)
         if isinstance(row.prompt, str):
             texts = (row.prompt + str(side) for side in (row.chosen, row.rejected))
             sides = [Side(text, ((len(row.prompt), len(text)),), complete=False) for text in texts]
-            return Conversation(row.prompt, sides[0], sides[1], templated=False)
-        notes = self._control_notes(row) | ({NO_TEMPLATE} if self.template.plain else set())
-        row = self.adapter.adapt(row, notes)
+            return Conversation(row, row.prompt, sides[0], sides[1], templated=False)
+        notes = {NO_TEMPLATE} if self.template.plain else set()
+        self._check_control_tokens(row, notes)
+        row = self.template.adapt(row, notes)
+        turns: Any = row.prompt
         responses: tuple[Any, Any] = row.chosen, row.rejected
         trained = self._trained(*responses)
         if max(map(len, responses)) > 1:
             notes.add(TURNS_WITHOUT_LOSS)
-        prompt = self._render(row, row.prompt, generation=True)
+        prompt = self.template.render(turns, row.template_arguments, generation=True)
         sides = [self._side(row, prompt, *side, notes) for side in zip(responses, trained, strict=True)]
         if not all(side.text.startswith(prompt) for side in sides):
-            prompt = self._render(row, row.prompt)  # a first turn without loss is history, which no prompt opens
-        for side, turns, places in zip(sides, responses, trained, strict=True):
+            # A first turn without loss is history, which no prompt opens.
+            prompt = self.template.render(turns, row.template_arguments)
+        for side, response, places in zip(sides, responses, trained, strict=True):
             if not side.text.startswith(prompt):
                 raise _other_prompt(prompt, side.text)
-            check_visible(turns[: places[-1] + 1], side.text[len(prompt) :], self.template.token, notes, places)
-        tools = [tool["function"] for tool in row.template_arguments.get("tools", ())]
-        check_visible(row.prompt, prompt, self.template.token, notes, tools=tools)
-        return Conversation(prompt, sides[0], sides[1], notes=frozenset(notes))
+            self._check_visible(response[: places[-1] + 1], side.text[len(prompt) :], notes, places)
+        self._check_visible(turns, prompt, notes, tools=row.template_arguments.get("tools", ()))
+        return Conversation(as_turns, prompt, sides[0], sides[1], notes=frozenset(notes))
 
-    def _render(self, row: Row, messages: Any, generation: bool = False) -> str:
-        text = self.template.render(messages, generation, row.template_arguments)
-        check_encodable(text, "the messages")
-        return text
-
-    def _control_notes(self, row: Row) -> set[str]:
+    def _check_control_tokens(self, row: Row, notes: set[str]) -> None:
         fields = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} | row.template_arguments
         tokens = {name: token for name, value in fields.items() if (token := self.template.first_control_token(value))}
         if tokens and self.control_tokens == "refuse":
             raise RowError(", ".join(f"{name} contains the control token '{token}'" for name, token in tokens.items()))
-        return {CONTROL_KEPT} if tokens else set()
+        if tokens:
+            notes.add(CONTROL_KEPT)
 
     # ---- each trained turn after the prompt that it has at inference ------------------------------------------------
 
@@ -146,67 +157,83 @@ class Chat:
         text, spans, complete = "", [(0, 0)], False
         cuts = [len(asked)] if _opened(asked) else []
         for place in trained:
-            messages = [*row.prompt, *turns[:place]]
-            before = self._render(row, messages, generation=True) if place else asked
+            history = [*row.prompt, *turns[:place]]
+            before = self.template.render(history, row.template_arguments, generation=True) if place else asked
             if not before.startswith(text):
-                text = text.removesuffix(self._endings[0])  # an ending that only a last turn has
+                text = text.removesuffix(self.template.endings[0])  # an ending that only a last turn has
                 spans[-1] = spans[-1][0], len(text)
             if not before.startswith(text):
                 change = _difference(text, before)
                 raise RowError(f"the chat template renders a turn differently when others follow: {change}")
-            answer, complete = self._turn(row, before, messages, turns[place], notes)
+            said, complete = self._turn(row, before, history, turns[place], notes)
             cuts += [len(before)] if place and _opened(before) else []
-            text = before + answer
+            text = before + said
             spans.append((len(before), len(text)))
         return Side(text, tuple(spans[1:]), complete, tuple(cuts))
 
-    def _turn(self, row: Row, prompt: str, before: list[Message], turn: Message, notes: set[str]) -> tuple[str, bool]:
-        """Render a turn after its prompt, and say if it has an ending."""
-        whole, opened = self._render(row, [*before, turn]), _opened(prompt)
+    def _turn(self, row: Row, prompt: str, history: list[Message], turn: Message, notes: set[str]) -> tuple[str, bool]:
+        """Render a turn after its prompt, and return whether it has an ending."""
+        whole, opened = self.template.render([*history, turn], row.template_arguments), _opened(prompt)
         if whole.startswith(prompt):
-            answer = whole[len(prompt) :]
+            said = whole[len(prompt) :]
         elif opened and whole.startswith(prompt[: opened.start()]):
-            answer = _with_reasoning(opened, whole[opened.start() :], turn, notes)
+            said = _with_reasoning(opened, whole[opened.start() :], turn, notes)
         else:
-            answer = self._after_generation_prompt(row, prompt, whole, before)
+            said = self._after_generation_prompt(row, prompt, whole, history)
             notes.add(HISTORY_CHANGES)
-        ending, last_ending = self._endings
-        if last_ending and answer.endswith(last_ending):
-            answer = answer.removesuffix(last_ending) + ending
-        if answer.rstrip().endswith(self.template.special):
-            return answer.rstrip(), True
+        ending, last_ending = self.template.endings
+        if last_ending and said.endswith(last_ending):
+            said = said.removesuffix(last_ending) + ending
+        if said.rstrip().endswith(self.template.special):
+            return said.rstrip(), True
         notes.add(f"pairs whose answers end with '{self.eos}', the tokenizer's EOS: the chat template writes none")
-        return answer, False
+        return said, False
 
-    def _after_generation_prompt(self, row: Row, prompt: str, whole: str, before: list[Message]) -> str:
+    def _after_generation_prompt(self, row: Row, prompt: str, whole: str, history: list[Message]) -> str:
         """Return a turn whose presence changes how the template renders earlier turns, from its own opening on.
 
         The template of gpt-oss drops the reasoning of earlier turns once a final answer follows.
         """
-        history = self._render(row, before)
-        opening = prompt.removeprefix(history) if prompt.startswith(history) else ""
-        lead = (
-            self.template.probe(USER, answer(PROBE))
-            .removeprefix(self.template.probe(USER, generation=True))
-            .partition(PROBE)[0]
-        )
-        begin = self._render(row, [*before, answer(PROBE)]).rpartition(PROBE)[0].removesuffix(lead)
+        template, arguments = self.template, row.template_arguments
+        asked = template.render(history, arguments)
+        opening = prompt.removeprefix(asked) if prompt.startswith(asked) else ""
+        lead = template.probe(USER, answer(PROBE)).removeprefix(template.probe(USER, generation=True))
+        begin = template.render([*history, answer(PROBE)], arguments).rpartition(PROBE)[0]
+        begin = begin.removesuffix(lead.partition(PROBE)[0])
         if not (opening.strip() and begin.endswith(opening) and whole.startswith(begin)):
             raise _other_prompt(prompt, whole)
         return whole[len(begin) :]
 
-    @cached_property
-    def _endings(self) -> tuple[str, str]:
-        """What ends an answer's turn at any place, and what follows the last turn.
+    # ---- what the text shows of the messages ------------------------------------------------------------------------
 
-        The template of Phi-3 writes ``<|end|>`` and, after all turns, ``<|endoftext|>``, which is not the answer's.
+    def _check_visible(
+        self, messages: Any, text: str, notes: set[str], trained: Sequence[int] = (), tools: Sequence[Any] = ()
+    ) -> None:
+        """Find the content of messages and the names of tools in their text; note what it leaves out.
+
+        Raises:
+            RowError: it leaves out more than reasoning, tools, or an earlier turn of the assistant.
         """
-        last, between = (self.template.probe(USER, answer(PROBE), *more).rpartition(PROBE)[2] for more in ([], [USER]))
-        shared = last[: common_prefix(last, between)]
-        ends = [shared.rfind(token) + len(token) for token in self.template.special if token in shared]
-        if ends:
-            return shared[: max(ends)], last
-        return last.rstrip() if last.rstrip().endswith(self.template.special) else "", last
+        hide = partial(self.template.token.sub, "\0")  # control tokens, which match no message
+        parts = [(at, part, hide(words)) for at, message in enumerate(messages) for part, words in _parts(message)]
+        parts.sort(key=lambda each: -len(each[2]))  # so that "7" is not found in "37"
+        parts += [(-1, "tool", hide(str(tool["function"].get("name", "")))) for tool in tools]
+        text = hide(text)
+        for place, part, words in parts:
+            if seen := _find(words, text):
+                text = text.replace(seen, "\0", 1)
+            elif part == "tool":
+                notes.add(TOOLS_UNSEEN)
+            elif part == "reasoning":
+                notes.add(REASONING_UNSEEN)
+            elif messages[place]["role"] == "assistant" and place not in trained:
+                notes.add(EARLIER_UNSEEN)
+            else:
+                whose = "the answer's" if messages[place]["role"] == "assistant" else f"a {messages[place]['role']}'s"
+                raise RowError(
+                    f"the chat template leaves out {whose} {part} '{shortened(words)}'; "
+                    "name one that shows it: --chat-template FILE"
+                )
 
 
 def _opened(prompt: str) -> re.Match[str] | None:
@@ -214,27 +241,25 @@ def _opened(prompt: str) -> re.Match[str] | None:
     return _OPENED.search(prompt, max(0, len(prompt) - _TAG))
 
 
-def _with_reasoning(opened: re.Match[str], answer: str, turn: Message, notes: set[str]) -> str:
+def _with_reasoning(opened: re.Match[str], said: str, turn: Message, notes: set[str]) -> str:
     """Add the reasoning, or an empty one, to an answer whose prompt opened it, if the template did not write it.
 
     The template of R1 drops reasoning, OLMo's has none apart from the content, Qwen3.5's writes an empty one itself.
     """
     opening, end = opened[0], f"</{opened[1]}>"
-    if end in answer and REASONING not in turn:
-        return answer.lstrip().removeprefix(opening.rstrip()).removeprefix("\n" * opening.endswith("\n"))
-    inside = THOUGHT.match(turn["content"])
+    if end in said and REASONING not in turn:
+        return said.lstrip().removeprefix(opening.rstrip()).removeprefix("\n" * opening.endswith("\n"))
+    inside = _THOUGHT.match(turn["content"])
     reasoning = turn.get(REASONING) or (inside[2] if inside else "")
     if not reasoning:
         notes.add(f"pairs with an answer without reasoning, closed by {end!r}: the chat template's prompt opens it")
     begin = "" if opening.endswith("\n") else "\n"
-    return f"{begin}{reasoning.strip()}\n{end}\n\n{answer.lstrip()}"
+    return f"{begin}{reasoning.strip()}\n{end}\n\n{said.lstrip()}"
 
 
 def _other_prompt(prompt: str, whole: str) -> RowError:
     change = _difference(prompt, whole)
-    thinks = (
-        'chat_template_kwargs {"enable_thinking": true}, or ' if "</think>" in change.partition(" becomes ")[0] else ""
-    )
+    thinks = 'chat_template_kwargs {"enable_thinking": true}, or ' if "</think>" in change.split(" becomes ")[0] else ""
     return RowError(
         f"the chat template renders the prompt differently once its answer follows: {change}, and inference reads the "
         f"first; give {thinks}another --chat-template"
@@ -244,3 +269,29 @@ def _other_prompt(prompt: str, whole: str) -> RowError:
 def _difference(one: str, other: str) -> str:
     at = common_prefix(one, other)
     return " becomes ".join(repr(text[max(0, at - 10) : at + 30]) for text in (one, other))
+
+
+def _parts(message: Message) -> Iterator[tuple[str, str]]:
+    """Yield what a message contains: the names of its parts and their texts, none of them empty."""
+    parts = [("reasoning", message.get(REASONING, "")), ("text", message["content"])]
+    if message["role"] == "assistant" and REASONING not in message and (inside := _THOUGHT.match(message["content"])):
+        parts = [("text", inside[1] or ""), ("reasoning", inside[2]), ("text", inside[3])]
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        parts += [("tool call", leaf) for leaf in (function["name"], *leaves(function["arguments"]))]
+    if isinstance(text := message.get("function_calls"), str):
+        parts.append(("tool call", text))
+    texts = ((part, _FLAG.sub("", text).strip()) for part, text in parts)
+    yield from ((part, text) for part, text in texts if text)
+
+
+def _find(words: str, text: str) -> str | None:
+    """Find words in a text: verbatim, in JSON, as a Python constant, or with other white space."""
+    python = {"true": "True", "false": "False", "null": "None"}.get(words, words)
+    for form in dict.fromkeys((words, json.dumps(words, ensure_ascii=False)[1:-1], python)):
+        if len(form) > _SHORT:
+            if form in text:
+                return form
+        elif re.search(rf"(?<!\w){re.escape(form)}(?!\w)" if form.isalnum() else re.escape(form), text):
+            return form
+    return words if len(words) > _SHORT and "".join(words.split()) in "".join(text.split()) else None

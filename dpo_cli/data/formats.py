@@ -6,15 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dpo_cli.data.messages import (
-    Message,
-    Text,
-    answer_of,
-    check_encodable,
-    conversation,
-    unwrap,
-    user_turn,
-)
+from dpo_cli.data.messages import Message, Text, answer_of, check_encodable, conversation, unwrap, user_turn
 from dpo_cli.data.readers import json_value, shortened
 from dpo_cli.utils.errors import RowError
 
@@ -33,8 +25,8 @@ LARGEST = 3e38  # in float32
 # ---- values of a column -----------------------------------------------------------------------------------------
 
 
-def text(row: Record, column: str) -> Text:
-    """Return a string or normalized messages, neither of them empty."""
+def text(row: Record, column: str, kind: type[Any] | None = None) -> Any:
+    """Return a string or normalized messages, or the one that ``kind`` asks for; neither of them empty."""
     value = row.get(column)
     if value is None:
         names = "" if {"chosen", "rejected"} & row.keys() else ", ".join(shortened(name) for name in list(row)[:8])
@@ -49,27 +41,12 @@ def text(row: Record, column: str) -> Text:
     elif isinstance(value, str):
         check_encodable(value, column)
     else:
-        kind = "a number" if isinstance(value, (int, float)) else "no text"
-        raise RowError(f"{column} is {kind}; it must be a string or a list of messages")
+        number_or = "a number" if isinstance(value, (int, float)) else "no text"
+        raise RowError(f"{column} is {number_or}; it must be a string or a list of messages")
     if not (value.strip() if isinstance(value, str) else value):
         raise RowError(f"{column} is empty")
-    checked: Text = value
-    return checked
-
-
-def string(row: Record, column: str) -> str:
-    """Return a string that is not empty."""
-    value = text(row, column)
-    if not isinstance(value, str):
-        raise RowError(f"{column} must be a string in this format")
-    return value
-
-
-def messages(row: Record, column: str) -> list[Message]:
-    """Return a list of messages that is not empty."""
-    value = text(row, column)
-    if isinstance(value, str):
-        raise RowError(f"{column} must be a list of messages in this format")
+    if kind and not isinstance(value, kind):
+        raise RowError(f"{column} must be {'a string' if kind is str else 'a list of messages'} in this format")
     return value
 
 
@@ -101,7 +78,24 @@ def parsed(row: Record, column: str, kind: type[Any]) -> Any:
     return value
 
 
-# ---- formats ----------------------------------------------------------------------------------------------------
+# ---- readers ----------------------------------------------------------------------------------------------------
+
+
+class Format(NamedTuple):
+    """What a format is called, its reader, and its columns: of ``prompts``, of type ``kind`` if not any, the first."""
+
+    label: str
+    read: Callable[[Record, Format], PreferenceTexts]
+    prompts: tuple[str, ...] = ()
+    kind: type[Any] | None = None
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    more: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> set[str]:
+        """All columns that it reads beside ``OTHERS``."""
+        return {*self.prompts, self.chosen, self.rejected, *self.more}
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -110,39 +104,37 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)
 
 
-def _strings(row: Record) -> PreferenceTexts:
-    return string(row, "prompt"), string(row, "chosen"), string(row, "rejected")
+def _strings(row: Record, format_: Format) -> PreferenceTexts:
+    return text(row, "prompt", str), text(row, "chosen", str), text(row, "rejected", str)
 
 
-def _answers(row: Record, chosen: str = "chosen", rejected: str = "rejected") -> tuple[list[Message], list[Message]]:
-    return answer_of(text(row, chosen)), answer_of(text(row, rejected))
+def _turns(row: Record, format_: Format) -> PreferenceTexts:
+    """Read a prompt, a string as the user's turn, and its answers, which may repeat it."""
+    prompt = text(row, next((name for name in format_.prompts if name in row), format_.prompts[0]), format_.kind)
+    turns = user_turn(prompt) if isinstance(prompt, str) else prompt
+    chosen, rejected = answer_of(text(row, format_.chosen)), answer_of(text(row, format_.rejected))
+    n = len(turns)
+    if chosen[:n] == turns == rejected[:n]:
+        return turns, chosen[n:], rejected[n:]
+    # Or the prompt is one of the whole conversations.
+    return _split(chosen, rejected) if turns in (chosen, rejected) else (turns, chosen, rejected)
 
 
-def _messages(row: Record) -> PreferenceTexts:
-    return messages(row, "prompt"), *_answers(row)
+def _conversations(row: Record, format_: Format) -> tuple[list[Message], list[Message], list[Message]]:
+    return _split(text(row, "chosen", list), text(row, "rejected", list))
 
 
-def _question(row: Record) -> PreferenceTexts:
-    answers = ("response_j", "response_k") if "response_j" in row else ("chosen", "rejected")
-    return user_turn(string(row, "question" if "question" in row else "input")), *_answers(row, *answers)
-
-
-def _conversations(row: Record) -> tuple[list[Message], list[Message], list[Message]]:
-    return _split_at_difference(messages(row, "chosen"), messages(row, "rejected"))
-
-
-def _split_at_difference(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
+def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Split two conversations where they differ; answers before a user's turn that differs are no prompt."""
     cut = common_prefix(chosen, rejected)
-    while cut and chosen[cut - 1]["role"] == "assistant":  # they differ from a user's turn on: no prompt precedes it
+    while cut and chosen[cut - 1]["role"] == "assistant":
         cut -= 1
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _hh(row: Record) -> PreferenceTexts:
+def _hh(row: Record, format_: Format) -> PreferenceTexts:
     """Cut two dialogues after the last ``Assistant:`` that both share."""
-    chosen, rejected = string(row, "chosen"), string(row, "rejected")
+    chosen, rejected = text(row, "chosen", str), text(row, "rejected", str)
     before_chosen, before_rejected = (dialogue.split(HH_ASSISTANT)[:-1] for dialogue in (chosen, rejected))
     shared = before_chosen[: common_prefix(before_chosen, before_rejected)]
     if not shared:
@@ -153,56 +145,49 @@ def _hh(row: Record) -> PreferenceTexts:
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _sharegpt(row: Record) -> PreferenceTexts:
-    prompt = messages(row, "conversations" if "conversations" in row else "messages")
-    if prompt in (text(row, "chosen"), text(row, "rejected")):  # one of the whole conversations, repeated
-        return _conversations(row)
-    return prompt, *_answers(row)
-
-
-def _openai(row: Record) -> PreferenceTexts:
+def _openai(row: Record, format_: Format) -> PreferenceTexts:
     given = parsed(row, "input", dict)
     row.setdefault("tools", given.get("tools"))
-    return messages(given, "messages"), *_answers(row, "preferred_output", "non_preferred_output")
+    return _turns(row | {"messages": given.get("messages")}, format_)
 
 
-def _swift(row: Record) -> PreferenceTexts:
+def _swift(row: Record, format_: Format) -> PreferenceTexts:
     """Split a conversation that ends with the chosen answer, beside the rejected answer or conversation."""
-    whole = messages(row, "messages")
+    whole = text(row, "messages", list)
     if "rejected_messages" in row:
-        return _split_at_difference(whole, messages(row, "rejected_messages"))
+        return _split(whole, text(row, "rejected_messages", list))
     if whole[-1]["role"] != "assistant":
         raise RowError("messages must end with the chosen answer, since rejected_response is the other")
     return whole[:-1], whole[-1:], answer_of(text(row, "rejected_response"))
 
 
-def _alpaca(row: Record) -> PreferenceTexts:
-    turns: list[Message] = []
+def _alpaca(row: Record, format_: Format) -> PreferenceTexts:
+    history: list[Message] = []
     for exchange in parsed(row, "history", list):
-        if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(text, str) for text in exchange):
+        if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(each, str) for each in exchange):
             raise RowError("history must be a list of pairs of a question and an answer")
-        turns += [*user_turn(exchange[0]), *answer_of(exchange[1])]
-    parts = [string(row, "instruction"), *([string(row, "input")] if row.get("input") else [])]
-    return [*turns, *user_turn("\n".join(parts))], *_answers(row)
+        history += [*user_turn(exchange[0]), *answer_of(exchange[1])]
+    parts = [text(row, name, str) for name in ("instruction", "input") if name == "instruction" or row.get(name)]
+    prompt, chosen, rejected = _turns(row | {"instruction": "\n".join(parts)}, format_)
+    return [*history, *prompt], chosen, rejected
 
 
-def _ultrafeedback(row: Record) -> PreferenceTexts:
+def _ultrafeedback(row: Record, format_: Format) -> PreferenceTexts:
     """Split conversations with their prompt beside them; or answers alone, which the prompt precedes."""
-    question, (prompt, chosen, rejected) = string(row, "prompt"), _conversations(row)
+    question, (prompt, chosen, rejected) = text(row, "prompt", str), _conversations(row, format_)
     questions = [" ".join(message["content"].split()) for message in prompt if message["role"] == "user"]
     if not questions and "user" not in {message["role"] for message in chosen}:
-        return user_turn(question), *_answers(row)
+        return _turns(row, format_)
     if not any(" ".join(question.split()) in each for each in questions):
         raise RowError("prompt is not in the conversations beside it (--format conversations reads those alone)")
     return prompt, chosen, rejected
 
 
-def _ranked(row: Record) -> PreferenceTexts:
+def _ranked(row: Record, format_: Format) -> PreferenceTexts:
     """Take the best and the worst of several answers."""
     column = next((name for name in PROMPTS if name in row), "prompt")
-    prompt = text(row, column)
     answers = next((name for name in RANKED if name in row), "responses")
-    responses = parsed(row, answers, list)
+    prompt, responses = text(row, column), parsed(row, answers, list)
     scores = _scores(row, answers, responses)
     if len(scores) != len(responses):
         raise RowError(f"{len(responses)} {answers} have {len(scores)} scores or ranks")
@@ -214,8 +199,8 @@ def _ranked(row: Record) -> PreferenceTexts:
         raise RowError("all responses have the same score or rank, so none is better")
     two = {name: unwrap(responses[place], name) for name, place in (("chosen", best), ("rejected", worst))}
     if column == "prompt" and all(isinstance(each, str) for each in (prompt, *two.values())):
-        return prompt, string(two, "chosen"), string(two, "rejected")
-    return user_turn(prompt) if isinstance(prompt, str) else prompt, *_answers(two)
+        return _strings(row | two, format_)
+    return _turns(row | two, format_)
 
 
 def _scores(row: Record, answers: str, responses: list[Any]) -> list[float]:
@@ -232,27 +217,28 @@ def _scores(row: Record, answers: str, responses: list[Any]) -> list[float]:
     return [sign * number(each, column, math.nan) for each in values]
 
 
-class Format(NamedTuple):
-    """What a format is called, its reader, and the columns that it reads beside ``OTHERS``."""
+# ---- formats ----------------------------------------------------------------------------------------------------
 
-    label: str
-    read: Callable[[Record], PreferenceTexts]
-    columns: tuple[str, ...]
-
-
-_BOTH = ("chosen", "rejected")
 FORMATS = {
-    "strings": Format("prompt and responses as strings", _strings, ("prompt", *_BOTH)),
-    "messages": Format("prompt and responses as messages", _messages, ("prompt", *_BOTH)),
-    "conversations": Format("conversations with a common prefix", _conversations, _BOTH),
-    "hh": Format("dialogues as strings (HH)", _hh, _BOTH),
-    "sharegpt": Format("a conversation and its two ends (ShareGPT)", _sharegpt, ("conversations", "messages", *_BOTH)),
-    "alpaca": Format("instruction and input (Alpaca)", _alpaca, ("instruction", "input", "history", *_BOTH)),
-    "orca": Format("question and answers (Orca)", _question, ("question", "input", *_BOTH)),
-    "ultrafeedback": Format("conversations beside their prompt (UltraFeedback)", _ultrafeedback, ("prompt", *_BOTH)),
-    "stackexchange": Format("question, response_j and response_k (Stack Exchange)", _question, ("question",)),
-    "ranked": Format("ranked responses: the best against the worst", _ranked, (*PROMPTS, *RANKED, "scores", "ranks")),
-    "openai": Format("input, preferred and non-preferred output (OpenAI)", _openai, ("input",)),
+    "strings": Format("prompt and responses as strings", _strings, ("prompt",)),
+    "messages": Format("prompt and responses as messages", _turns, ("prompt",), list),
+    "conversations": Format("conversations with a common prefix", _conversations),
+    "hh": Format("dialogues as strings (HH)", _hh),
+    "sharegpt": Format("a conversation and its two ends (ShareGPT)", _turns, ("conversations", "messages"), list),
+    "alpaca": Format("instruction and input (Alpaca)", _alpaca, ("instruction",), more=("input", "history")),
+    "orca": Format("question and answers (Orca)", _turns, ("question", "input"), str),
+    "ultrafeedback": Format("conversations beside their prompt (UltraFeedback)", _ultrafeedback, ("prompt",)),
+    "stackexchange": Format(
+        "question, response_j and response_k (Stack Exchange)",
+        *(_turns, ("question", "input"), str, "response_j", "response_k"),
+    ),
+    "ranked": Format(
+        "ranked responses: the best against the worst", _ranked, PROMPTS, more=(*RANKED, "scores", "ranks")
+    ),
+    "openai": Format(
+        "input, preferred and non-preferred output (OpenAI)",
+        *(_openai, ("messages",), list, "preferred_output", "non_preferred_output", ("input",)),
+    ),
     "swift": Format("a conversation with the chosen answer, and the rejected one (ms-swift)", _swift, ("messages",)),
 }
 
@@ -260,23 +246,21 @@ FORMATS = {
 def detect_format(row: Record) -> str:
     """Detect the format from the columns."""
     if "chosen" not in row:
-        if {*RANKED} & row.keys():
-            return "ranked"
-        if "preferred_output" in row:
-            return "openai"
-        if "messages" in row and {"rejected_response", "rejected_messages"} & row.keys():
+        for name, columns in (
+            ("ranked", RANKED),
+            ("openai", ("preferred_output",)),
+            ("stackexchange", ("response_j",)),
+        ):
+            if row.keys() & {*columns}:
+                return name
+        if "messages" in row and row.keys() & {"rejected_response", "rejected_messages"}:
             return "swift"
-        if "response_j" in row:
-            return "stackexchange"
         if "label" in row and {"completion", "response"} & row.keys():
             raise RowError("chosen is missing: the row is one response with a label, and DPO compares two")
-    chosen, rejected = row.get("chosen"), row.get("rejected")
+    has_messages = isinstance(row.get("chosen"), (list, dict))
     column = next((name for name in PROMPTS if name in row), None)
     if column is None:
-        return "conversations" if isinstance(chosen, (list, dict)) else "hh"
-    if column != "prompt":
-        return {"instruction": "alpaca", "question": "orca", "input": "orca"}.get(column, "sharegpt")
-    if isinstance(row["prompt"], list):
-        return "messages"
-    both_strings = isinstance(chosen, str) and isinstance(rejected, str)
-    return "strings" if both_strings or not isinstance(chosen, (list, dict)) else "ultrafeedback"
+        return "conversations" if has_messages else "hh"
+    if column == "prompt" and not isinstance(row["prompt"], list):
+        return "ultrafeedback" if has_messages else "strings"
+    return {"prompt": "messages", "instruction": "alpaca", "question": "orca", "input": "orca"}.get(column, "sharegpt")

@@ -18,7 +18,8 @@ Hashes = npt.NDArray[np.int64]  # (P, 2): of each pair's prompt, and of the whol
 class Pair:
     """Token ids of one preference; ``prompt + chosen`` and ``prompt + rejected`` are what the model reads.
 
-    A response token without loss, such as one of a tool result, is stored as ``~id``; see ``model_input_ids``.
+    A response token without loss, such as one of a tool result, is stored as ``~id``, which is negative; see
+    ``model_input_ids``. Every response has at least one token with loss.
     """
 
     where: str
@@ -34,14 +35,9 @@ def model_input_ids(ids: Ids) -> Ids:
     return np.maximum(ids, ~ids)
 
 
-def carries_loss(ids: Ids) -> npt.NDArray[np.bool_]:
-    """Return the loss mask of response ids; every response has at least one token with loss."""
-    return ids >= 0
-
-
 def count_loss_tokens(response: Ids) -> int:
     """Count the loss-bearing tokens of a response: those whose log-probs are summed."""
-    return int(np.count_nonzero(carries_loss(response)))
+    return int(np.count_nonzero(response >= 0))
 
 
 class Pairs(list[Pair]):
@@ -73,10 +69,6 @@ class Pairs(list[Pair]):
     def select(self, places: Iterable[int]) -> Pairs:
         """Return the pairs at these places."""
         return Pairs(self[place] for place in places)
-
-    def largest_id(self) -> int:
-        """Return the largest token id of all pairs."""
-        return int(model_input_ids(self.ids).max(initial=0))
 
     def digest(self) -> str:
         """Hash all token ids and lengths in order, and weights and margins if there are any (hex)."""

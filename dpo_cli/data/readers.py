@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from gzip import GzipFile
 from io import BytesIO
+from itertools import count
 from typing import Any, BinaryIO
 
 from dpo_cli.utils.errors import RowError, printable
@@ -22,6 +23,7 @@ MAX_LINE = 64 * 2**20  # bytes; a longer line is a broken or hostile file
 MAX_JSON = 256 * 2**20  # bytes of a .json file, which is read as a whole
 MAX_UNPACKED = 2**30  # bytes of a parquet file that is decompressed in memory
 MAX_DEPTH = 64  # of nested lists and objects: later stages recurse
+BOM = b"\xef\xbb\xbf"
 TOO_DEEP = "nested too deeply"
 
 
@@ -32,7 +34,7 @@ class SourceError(Exception):
 def read_json_lines(stream: BinaryIO) -> Records:
     """Read one object per line."""
     for number, line in _lines(stream):
-        if line.strip() in (b"", b"\xef\xbb\xbf"):
+        if line.strip() in (b"", BOM):
             continue
         try:
             yield str(number), _decode(line.rstrip(b"\r\n"))
@@ -43,8 +45,9 @@ def read_json_lines(stream: BinaryIO) -> Records:
 def read_json(stream: BinaryIO) -> Records:
     """Read the elements of one array, or one object per line."""
     content = _whole(stream, MAX_JSON, "write it as .jsonl, a row per line")
-    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
-        if _is_spread(content):
+    first = content.removeprefix(BOM).lstrip().partition(b"\n")[0]
+    if first[:1] != b"[":
+        if first.rstrip().endswith((b"{", b"[", b",")):  # an object over several lines
             raise SourceError("must be an array of rows, or a row per line")
         yield from read_json_lines(BytesIO(content))
         return
@@ -97,27 +100,21 @@ def read_tables(tables: Iterable[Any], is_mapped: bool = False) -> Records:
     """Read the rows of Arrow tables; of binary values, such as images, only whether there is one.
 
     Values of the type JSON are decoded: ``datasets`` stores so what differs in kind from row to row.
-    Tables that are mapped into memory are refused if they are damaged: behind one fault there may be others, and a
-    wrong offset would end the process.
+    A damaged table is refused, since a wrong offset would end the process. Text that is not UTF-8 is left to its row,
+    unless the table is mapped into memory: behind one fault there may be others.
     """
-    number = 0
-    for table in tables:
-        _check_memory(table, is_mapped)
-        for record in _table_rows(table):
-            number += 1
-            yield f"row {number}", record
-
-
-def _check_memory(table: Any, is_mapped: bool) -> None:
-    """Refuse a damaged table; text that is not UTF-8 is left to its row unless the table is memory-mapped."""
     from pyarrow import ArrowInvalid
 
-    for place in range(table.num_columns):
-        try:
-            table.select([place]).validate(full=True)
-        except ArrowInvalid as error:
-            if is_mapped or "UTF8" not in str(error):
-                raise
+    numbers = count(1)
+    for table in tables:
+        for place in range(table.num_columns):
+            try:
+                table.select([place]).validate(full=True)
+            except ArrowInvalid as error:
+                if is_mapped or "UTF8" not in str(error):
+                    raise
+        for record in _table_rows(table):
+            yield f"row {next(numbers)}", record
 
 
 def _table_rows(table: Any) -> list[Any]:
@@ -145,6 +142,8 @@ def _cells(column: Any, field: Any) -> list[Any]:
     return [bool(cell) for cell in cells] if re.search(r"binary(?!\w*:)", kind) else cells
 
 
+READERS = {".jsonl": read_json_lines, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
+
 # ---- helpers ----------------------------------------------------------------------------------------------------
 
 
@@ -160,16 +159,6 @@ def _whole(stream: BinaryIO, limit: int, remedy: str) -> bytes:
     if len(content) > limit:
         raise SourceError(f"longer than {limit >> 20} MiB; {remedy}")
     return content
-
-
-def _is_spread(content: bytes) -> bool:
-    """Return whether the first JSON value covers several lines."""
-    text = content.decode("utf-8-sig", "replace").lstrip()
-    try:
-        _, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
-        return text.startswith(("{\n", "{\r\n"))
-    return "\n" in text[:end]
 
 
 def _decode(content: bytes) -> Any:
@@ -211,6 +200,10 @@ def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
+def _most_common(names: list[str]) -> str:
+    return shortened(Counter(names).most_common(1)[0][0])
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON value")
 
@@ -232,10 +225,6 @@ def is_too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
         return False
     inner = value.values() if isinstance(value, dict) else value
     return levels == 0 or any(is_too_deep(each, levels - 1) for each in inner)
-
-
-def _most_common(names: list[str]) -> str:
-    return shortened(Counter(names).most_common(1)[0][0])
 
 
 def shortened(text: str, length: int = 40) -> str:

@@ -7,18 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_cli.data.formats import (
-    ANSWERS,
-    COLUMNS,
-    FORMATS,
-    OTHERS,
-    PROMPTS,
-    PreferenceTexts,
-    Record,
-    detect_format,
-    number,
-    parsed,
-)
+from dpo_cli.data.formats import ANSWERS, COLUMNS, FORMATS, OTHERS, PROMPTS, Record, detect_format, number, parsed
 from dpo_cli.data.messages import CONVERSATIONS, Text, answer_of, check_encodable, unwrap, user_turn, without_nulls
 from dpo_cli.data.readers import TOO_DEEP, json_value, shortened
 from dpo_cli.data.sources import Source
@@ -41,17 +30,6 @@ RESERVED = {
     *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
 }
 UNREAD = ("image", "images", "video", "videos", "audio", "audios")  # parts of a question that are not text
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How records become pairs: all that defines a pair besides the record and the tokenizer."""
-
-    columns: str | None = None
-    format: str | None = None
-    max_length: int = 1024
-    control_tokens: str = "keep"
-    train_turns: str = "last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +58,7 @@ class BadRow:
     where: str
     reason: str
     record: Any = None
+    format: str = ""
 
 
 def read_rows(
@@ -122,6 +101,33 @@ def _parse_columns(columns: str | None) -> dict[str, str]:
 
 
 def _parse_row(record: Any, where: str, names: dict[str, str], format_: str | None) -> Row:
+    row = _our_columns(record, names)
+    raw = format_ == "strings"  # as TRL's standard format
+    format_ = format_ or detect_format(row)
+    accepted, label = FORMATS[format_], FORMATS[format_].label
+    if unread := sorted(names.keys() - {*accepted.columns, *OTHERS}):
+        why = f"a row of the format '{format_}' has no {unread[0]}; name its format by --format"
+        raise RowError(f"--columns {unread[0]}={names[unread[0]]}: {why}")
+    answers = [row[name] for name in ("chosen", "rejected") if isinstance(row.get(name), (str, list, dict))]
+    if "chosen" in accepted.columns and len({isinstance(answer, str) for answer in answers}) == 2:
+        raise RowError("chosen and rejected differ in kind: one is a string, the other a message list")
+    prompt, chosen, rejected = accepted.read(row, accepted)
+    arguments = _template_arguments(row)
+    if {names.get("system", "system"), "system_prompt"} & record.keys() or arguments:
+        label += ", made into turns" * isinstance(prompt, str)
+        prompt = _with_system(row.get("system", row.get("system_prompt")), prompt)
+        chosen, rejected = answer_of(chosen), answer_of(rejected)
+    _check_content(prompt, chosen, rejected)
+    weight, margin = number(row, "weight", 1.0), number(row, "margin", 0.0)
+    if weight < 0:
+        raise RowError("weight must not be negative")
+    if isinstance(name := row.get("id"), (str, int)) and name != "":
+        where = f"{where} (id {shortened(str(name))})"
+    return Row(where, label, prompt, chosen, rejected, arguments, weight, margin, raw)
+
+
+def _our_columns(record: Any, names: dict[str, str]) -> Record:
+    """Return a record's values under our names of its columns, without nulls; messages in JSON text are decoded."""
     if not isinstance(record, dict):
         hint = "; a file that is one array of rows is named .json" if isinstance(record, list) else ""
         raise RowError(f"not an object with the columns prompt, chosen, rejected{hint}")
@@ -133,28 +139,9 @@ def _parse_row(record: Any, where: str, names: dict[str, str], format_: str | No
     row |= {ours: record[theirs] for ours, theirs in names.items() if record.get(theirs) is not None}
     if mapped := names.keys() & {*PROMPTS}:  # then no other column is the prompt; ``input`` belongs to an instruction
         row = {name: value for name, value in row.items() if name not in {*PROMPTS} - mapped - {"input"}}
-    row |= {column: unwrap(row[column], column) for column in ("prompt", *CONVERSATIONS, *ANSWERS) if column in row}
-    raw = format_ == "strings"  # as TRL's standard format
-    format_ = format_ or detect_format(row)
-    label, read, columns = FORMATS[format_]
-    if unread := sorted(names.keys() - {*columns, *OTHERS}):
-        why = f"a row of the format '{format_}' has no {unread[0]}; name its format by --format"
-        raise RowError(f"--columns {unread[0]}={names[unread[0]]}: {why}")
-    answers = [row[name] for name in ("chosen", "rejected") if isinstance(row.get(name), (str, list, dict))]
-    if "chosen" in columns and len({isinstance(answer, str) for answer in answers}) == 2:
-        raise RowError("chosen and rejected differ in kind: one is a string, the other a message list")
-    prompt, chosen, rejected = _without_prompt(*read(row))
-    arguments = _template_arguments(row)
-    if {names.get("system", "system"), "system_prompt"} & record.keys() or arguments:
-        label += ", made into turns" * isinstance(prompt, str)
-        prompt, chosen, rejected = _with_system(row.get("system", row.get("system_prompt")), prompt, chosen, rejected)
-    _check_content(prompt, chosen, rejected)
-    weight, margin = number(row, "weight", 1.0), number(row, "margin", 0.0)
-    if weight < 0:
-        raise RowError("weight must not be negative")
-    if isinstance(name := row.get("id"), (str, int)) and name != "":
-        where = f"{where} (id {shortened(str(name))})"
-    return Row(where, label, prompt, chosen, rejected, arguments, weight, margin, raw)
+    return row | {
+        column: unwrap(row[column], column) for column in ("prompt", *CONVERSATIONS, *ANSWERS) if column in row
+    }
 
 
 def is_rendered(prompt: str) -> bool:
@@ -165,33 +152,23 @@ def is_rendered(prompt: str) -> bool:
 # ---- what is common to all formats ------------------------------------------------------------------------------
 
 
-def _without_prompt(prompt: Text, chosen: Text, rejected: Text) -> PreferenceTexts:
-    """Remove the messages of the prompt where both responses repeat them."""
-    n = len(prompt)
-    if isinstance(prompt, list) and prompt and chosen[:n] == prompt == rejected[:n]:
-        return prompt, chosen[n:], rejected[n:]
-    return prompt, chosen, rejected
-
-
 def _template_arguments(row: Record) -> dict[str, Any]:
     """Collect what the chat template gets beside the messages; tools are wrapped as functions."""
     arguments: dict[str, Any] = without_nulls(parsed(row, "chat_template_kwargs", dict))
     if taken := sorted(arguments.keys() & RESERVED):
         raise RowError(f"chat_template_kwargs has '{taken[0]}', which a row cannot set")
     tools = [json_value(tool) if isinstance(tool, str) else tool for tool in parsed(row, "tools", list)]
-    if not all(isinstance(tool, dict) for tool in tools):
+    if not all(isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools):
         raise RowError("tools must be a list of JSON objects")
     if not tools:
         return arguments
     tools = [without_nulls(tool) for tool in tools]
     wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    if not all(isinstance(tool["function"], dict) for tool in wrapped):
-        raise RowError("tools has a tool whose function is no object")
     return arguments | {"tools": wrapped}
 
 
-def _with_system(system: Any, prompt: Text, chosen: Text, rejected: Text) -> PreferenceTexts:
-    """Begin the conversation with a system message; strings become turns of it."""
+def _with_system(system: Any, prompt: Text) -> Text:
+    """Begin a conversation with a system message; a string becomes the user's turn."""
     if system is not None and not isinstance(system, str):
         raise RowError("system must be a string")
     check_encodable(system or "", "system")
@@ -201,16 +178,14 @@ def _with_system(system: Any, prompt: Text, chosen: Text, rejected: Text) -> Pre
     has_system = bool(turns) and turns[0]["role"] == "system"
     if system and has_system and turns[0]["content"] != system:
         raise RowError("the conversation has a system message, and the column 'system' another")
-    if system and not has_system:
-        turns = [{"role": "system", "content": system}, *turns]
-    return turns, answer_of(chosen), answer_of(rejected)
+    return turns if has_system or not system else [{"role": "system", "content": system}, *turns]
 
 
 def _check_content(prompt: Text, chosen: Text, rejected: Text) -> None:
     if not prompt:
         raise RowError("prompt is empty: the conversations share no first message")
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
-        _check_response(response, name)
+    _check_response(answer_of(chosen), "chosen")
+    _check_response(answer_of(rejected), "rejected")
     if chosen == rejected:
         raise RowError("chosen equals rejected")
     if isinstance(prompt, str):
@@ -221,15 +196,11 @@ def _check_content(prompt: Text, chosen: Text, rejected: Text) -> None:
         raise RowError(f"prompt ends with the role '{prompt[-1]['role']}'; it must end with user or tool")
 
 
-def _check_response(response: Text, name: str) -> None:
-    if isinstance(response, str):
-        if not response.strip():
-            raise RowError(f"{name} is empty")
-        return
-    for message in response:
+def _check_response(turns: list[dict[str, Any]], name: str) -> None:
+    for message in turns:
         if message["role"] not in ("assistant", "tool", "user"):
             raise RowError(f"{name} has a '{message['role']}' turn; it may stand before all answers only")
-    if not response or response[-1]["role"] != "assistant":
+    if not turns or turns[-1]["role"] != "assistant":
         raise RowError(f"{name} does not end with an assistant turn")
-    if not response[-1].get("tool_calls") and not response[-1]["content"].strip():
+    if not turns[-1].get("tool_calls") and not turns[-1]["content"].strip():
         raise RowError(f"{name} is empty")

@@ -1,4 +1,4 @@
-"""Sources of records: what ``--data`` names as files, folders, stdin and data sets."""
+"""Sources of records: what ``--data`` names as files, folders, stdin and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,22 +14,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data.hub import is_path, is_saved, load_split
-from dpo_cli.data.readers import (
-    TOO_DEEP,
-    Records,
-    SourceError,
-    is_too_deep,
-    read_csv,
-    read_json,
-    read_json_lines,
-    read_parquet,
-    read_tables,
-)
+from dpo_cli.data import readers
 from dpo_cli.utils.errors import RowError, UsageError, name_beside
 
-READERS = {".jsonl": read_json_lines, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
-KINDS = f"{', '.join(READERS)}, each optionally with .gz"
+KINDS = f"{', '.join(readers.READERS)}, each optionally with .gz"
+FILES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".yaml")  # never names on the hub
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,7 @@ class Source:
 
     name: str
     place: str
-    read: Callable[[], Records]
+    read: Callable[[], readers.Records]
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield the location of each record, as ``file:line``, and the record, or a RowError if it cannot be read.
@@ -53,42 +43,13 @@ class Source:
         try:
             for where, record in self.read():
                 empty = False
-                yield f"{self.place}:{where}", RowError(TOO_DEEP) if is_too_deep(record) else record
-        except SourceError as error:
+                yield f"{self.place}:{where}", RowError(readers.TOO_DEEP) if readers.is_too_deep(record) else record
+        except readers.SourceError as error:
             raise UsageError(f"{self.name}: {error}") from error
         except (OSError, EOFError, zlib.error) as error:
             raise UsageError(f"{self.name}: cannot be read ({error})") from error
         if empty:
             raise UsageError(f"{self.name}: has no rows")
-
-
-def _read_file(path: Path) -> Records:
-    name = path.name.removesuffix(".gz")
-    reader = next(reader for suffix, reader in READERS.items() if name.endswith(suffix))
-    with path.open("rb") if name == path.name else gzip.open(path) as stream:
-        yield from reader(stream)  # type: ignore[arg-type]  # gzip's files are binary streams too
-
-
-def _read_stdin() -> Records:
-    return read_json_lines(io.BytesIO(_stdin_content(sys.stdin)))
-
-
-@cache
-def _stdin_content(stdin: Any) -> bytes:
-    content: bytes = stdin.buffer.read()  # once: a later reading would find nothing
-    return content
-
-
-def _read_data_set(name: str, dataset: str, config: str | None, split: str | None, folder: Path | None) -> Records:
-    from pyarrow import ArrowException
-
-    split, rows = load_split(name, dataset, config, split, folder)
-    begin = "/".join(filter(None, (config, split)))
-    try:
-        for where, record in read_tables(rows.with_format("arrow").iter(batch_size=128), is_mapped=True):
-            yield f"{begin}:{where}" if begin else where, record
-    except (ArrowException, ValueError, OverflowError) as error:
-        raise SourceError(f"the data set cannot be read ({error})") from error
 
 
 # ---- names ------------------------------------------------------------------------------------------------------
@@ -110,19 +71,22 @@ _HUB = re.compile(r"([a-z0-9][\w.-]*/[\w.-]+)(?::(?:([\w.-]+)/)?(\w+(?:\.\w+)*))
 def _sources(typed: str, name: str) -> list[Source]:
     if typed == "-":
         return [_stdin(name)]
+    folder, _, split = typed.rpartition(":")
     if path := _existing(typed):
         if not path.is_dir():
             if not _is_known(path.name):
                 raise UsageError(f"{name}: unknown kind of file; use {KINDS}")
             return [Source(name, str(path), partial(_read_file, path))]
-        return [_data_set(name, typed, None, None, path)] if is_saved(path) else _folder(path, name)
-    folder, _, split = typed.rpartition(":")
-    if (path := _existing(folder)) and is_saved(path):
-        return [_data_set(name, folder, None, split, path)]
-    if not (match := _hub_match(typed)):
+        if not _is_saved(path):
+            return _files(path, name)
+        dataset, config, split = typed, "", ""
+    elif (path := _existing(folder)) and _is_saved(path):
+        dataset, config = folder, ""
+    elif match := _hub_match(typed):
+        dataset, config, split = (part or "" for part in match.groups())
+    else:
         raise UsageError(f"{name}: no such file{name_beside(Path(typed))}")
-    dataset, config, split = match.groups()
-    return [_data_set(name, dataset, config, split, None)]
+    return [Source(name, dataset, partial(_read_data_set, dataset, config, split, path))]
 
 
 def _stdin(name: str) -> Source:
@@ -132,23 +96,95 @@ def _stdin(name: str) -> Source:
         raise UsageError(f"{name}: stdin is a terminal; pipe JSON lines into the command")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError(f"{name}: several processes cannot share stdin; name a file")
-    return Source(name, "stdin", _read_stdin)
+    return Source(name, "stdin", lambda: readers.read_json_lines(io.BytesIO(_stdin_content(sys.stdin))))
 
 
-def _data_set(name: str, dataset: str, config: str | None, split: str | None, folder: Path | None) -> Source:
-    """Return a split of a data set of the hub, or of a ``folder`` that ``save_to_disk`` wrote."""
-    return Source(name, dataset, partial(_read_data_set, name, dataset, config, split, folder))
+@cache
+def _stdin_content(stdin: Any) -> bytes:
+    content: bytes = stdin.buffer.read()  # once: a later reading would find nothing
+    return content
 
 
-def _folder(path: Path, name: str) -> list[Source]:
+def _files(folder: Path, name: str) -> list[Source]:
     """Return the files of a known kind in a folder, by name."""
     try:
-        files = sorted(p for p in path.iterdir() if _is_known(p.name) and not p.name.startswith(".") and p.is_file())
+        files = sorted(p for p in folder.iterdir() if _is_known(p.name) and not p.name.startswith(".") and p.is_file())
     except OSError as error:
         raise UsageError(f"{name}: cannot be read ({error})") from error
     if not files:
         raise UsageError(f"{name}: the folder has no file to read; looked for {KINDS}")
     return [Source(f"{name.rstrip('/')}/{file.name}", str(file), partial(_read_file, file)) for file in files]
+
+
+def _existing(typed: str) -> Path | None:
+    try:
+        path = Path(typed).expanduser()
+        path.stat()
+    except (OSError, RuntimeError, ValueError):  # also an unknown user, or an impossible name
+        return None
+    return path if typed else None
+
+
+def _is_known(file: str) -> bool:
+    return file.removesuffix(".gz").endswith(tuple(readers.READERS))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Return whether ``save_to_disk`` of ``datasets`` wrote the folder."""
+    try:
+        files = {path.name for path in folder.iterdir()}
+    except OSError:
+        return False
+    return files >= {"state.json", "dataset_info.json"} or "dataset_dict.json" in files
+
+
+# ---- readers ----------------------------------------------------------------------------------------------------
+
+
+def _read_file(path: Path) -> readers.Records:
+    name = path.name.removesuffix(".gz")
+    reader = next(reader for suffix, reader in readers.READERS.items() if name.endswith(suffix))
+    with path.open("rb") if name == path.name else gzip.open(path) as stream:
+        yield from reader(stream)  # type: ignore[arg-type]  # gzip's files are binary streams too
+
+
+def _read_data_set(dataset: str, config: str, split: str, folder: Path | None) -> readers.Records:
+    """Read a split of a data set of the hub, or of a ``folder`` that ``save_to_disk`` wrote; none of its code is run.
+
+    The split is by default ``train`` or the only one.
+    """
+    from datasets import load_dataset, load_from_disk, logging
+    from pyarrow import ArrowException
+
+    logging.set_verbosity_error()  # else it warns when it falls back to its cache
+    try:
+        splits = load_from_disk(str(folder)) if folder else load_dataset(dataset, config or None)
+    except Exception as error:  # of many kinds: no network, no such name, no access, a damaged file
+        causes = [each for each in (error, error.__cause__) if each is not None]
+        reason = " ".join(": ".join(f"{type(each).__name__}: {each}" for each in causes).split())[:400]
+        hint = f"; name a configuration as {dataset}:CONFIG/SPLIT" if "config" in reason.lower() else ""
+        what = "the saved data set" if folder else "no such file, and the data set"
+        raise readers.SourceError(f"{what} cannot be loaded ({reason}){hint}") from error
+    if not isinstance(splits, dict):
+        if split:
+            raise readers.SourceError(f"the saved data set has no splits; name it without ':{split}'")
+        rows = splits
+    else:
+        prefix = f"{dataset}:{config}/" if config else f"{dataset}:"
+        if not split:
+            split = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else ""
+        if split not in splits:
+            raise readers.SourceError(f"name a split as {prefix}SPLIT; available: {', '.join(splits) or 'none'}")
+        rows = splits[split]
+    begin = "/".join(filter(None, (config, split)))
+    try:
+        for where, record in readers.read_tables(rows.with_format("arrow").iter(batch_size=128), is_mapped=True):
+            yield f"{begin}:{where}" if begin else where, record
+    except (ArrowException, ValueError, OverflowError) as error:
+        raise readers.SourceError(f"the data set cannot be read ({error})") from error
+
+
+# ---- the hub ----------------------------------------------------------------------------------------------------
 
 
 def hub_id(typed: str) -> str | None:
@@ -166,14 +202,41 @@ def _hub_match(typed: str) -> re.Match[str] | None:
     return None if is_local else match
 
 
-def _existing(typed: str) -> Path | None:
+def is_path(name: str) -> bool:
+    """Return whether a name can only be meant as a path, so that it is never looked up on the hub."""
+    return name.startswith((".", "/", "~", "runs/")) or name.endswith(FILES) or name.count("/") > 1
+
+
+def unreachable() -> str:
+    """Return why the hub cannot be reached, or an empty string if it can.
+
+    The hub's libraries would retry ten times, with pauses. They are turned offline instead, unless they are loaded
+    already; then they use their caches.
+    """
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
+    if off := [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]:
+        return f"{off[0]} is set"
+    request = Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")  # noqa: S310
     try:
-        path = Path(typed).expanduser()
-        path.stat()
-    except (OSError, RuntimeError, ValueError):  # also an unknown user, or an impossible name
-        return None
-    return path if typed else None
+        urlopen(request, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 10)).close()  # noqa: S310
+    except (OSError, ValueError, HTTPException) as error:
+        why = getattr(error, "reason", error)
+        if hasattr(error, "code") or "SSL" in type(why).__name__:  # it answers, or the libraries know its certificate
+            return ""
+        if "huggingface_hub" not in sys.modules:
+            os.environ[OFFLINE[0]] = "1"
+        return str(getattr(why, "strerror", None) or why)
+    return ""
 
 
-def _is_known(file: str) -> bool:
-    return file.removesuffix(".gz").endswith(tuple(READERS))
+def kept_of_hub(name: str, data: bool = False) -> bool:
+    """Return whether the caches of the hub's libraries may hold a model, or a data set, of that name."""
+    from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
+
+    if data:
+        sets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
+        if any(sets.glob(f"{name.partition('/')[0]}___*")):  # the rest of the name is written differently
+            return True
+    return Path(HF_HUB_CACHE, f"{'datasets' if data else 'models'}--{name.replace('/', '--')}").is_dir()

@@ -40,7 +40,7 @@ from dpo_cli.training.prepare import (
     refuse_unread_terms,
     weights_mode,
 )
-from dpo_cli.training.run_dir import read_manifest, reading_as_trained, trained_hashes, trained_with
+from dpo_cli.training.run_dir import read_manifest, reading_of, trained_hashes, trained_with
 from dpo_cli.utils.console import Progress, Reporter
 from dpo_cli.utils.errors import UsageError
 
@@ -129,12 +129,9 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
     """The options, filled in with what the run was trained with."""
     if options.samples and options.kl == "none":
         raise UsageError("--samples needs both models, as the exact KL does: leave out --kl none")
-    reading = reading_as_trained(options, source)
     return dataclasses.replace(
         options,
-        max_length=reading.max_length,
-        control_tokens=reading.control_tokens,
-        train_turns=reading.train_turns,
+        **reading_of(options, source.run),
         dtype=options.dtype or (began.dtype if began else None),
         beta=options.beta or (began.beta if began else 0.1),
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.data.pairs import Ids, Pairs, carries_loss, model_input_ids
+from dpo_cli.data.pairs import Ids, Pairs, model_input_ids
 from dpo_cli.evaluation import statistics
 from dpo_cli.evaluation.diagnostics import Evidence, diagnose
 from dpo_cli.evaluation.kl import FOLD, TokenScores, spans_of
@@ -148,7 +148,7 @@ def shown_pairs(scores: PairScores, pairs: Pairs, tokens: TokenScores, tokenizer
         pair, rows = pairs[place], iter(tokens.tokens[spans[place], :5].tolist())
         sides = []
         for ids in (pair.chosen, pair.rejected):
-            texts = zip(token_texts(ids, tokenizer), carries_loss(ids), strict=True)
+            texts = zip(token_texts(ids, tokenizer), ids >= 0, strict=True)
             sides.append([Token(text, *(next(rows) if loss else ())) for text, loss in texts])
         prompt = "".join(token_texts(pair.prompt, tokenizer))
         shown.append(ShownPair(kind, pair.where, float(scores.margins[place]), prompt, *sides))
@@ -180,7 +180,7 @@ def _in_context(row: int, tokens: TokenScores, pairs: Pairs, tokenizer: Any) -> 
     response = int(np.searchsorted(ends, row, "right"))
     pair, side = pairs[response // 2], SIDES[response % 2]
     ids: Ids = getattr(pair, side)
-    place = int(np.flatnonzero(carries_loss(ids))[row - ends[response]])  # counted from the response's end
+    place = int(np.flatnonzero(ids >= 0)[row - ends[response]])  # counted from the response's end
     logp, ref_logp = tokens.tokens[row, :2].tolist()
     fold = math.copysign(math.exp(min(abs(logp - ref_logp), 700)), logp - ref_logp)
     text, at = np.concatenate([model_input_ids(pair.prompt), model_input_ids(ids)]), len(pair.prompt) + place

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_cli.data.collate import MicroBatch, length_weights
+from dpo_cli.data.batching import MicroBatch, length_weights
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.models.logprobs import Head, ModelRunner, split_pairs

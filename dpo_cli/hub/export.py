@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo_cli.data.collate import padded
+from dpo_cli.data.batching import padded
 from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.hub.model_card import merged_card
 from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, read_config, save_adapter

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
-from dpo_cli.data.collate import Segments
+from dpo_cli.data.batching import Segments
 
 PREFIX_SHARED = "dpo_prefix_shared"
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.11

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.data.batching import Layout, probe_pairs, row_costs
-from dpo_cli.data.collate import MicroBatch, padded
+from dpo_cli.data.batching import Layout, MicroBatch, padded, probe_pairs, row_costs
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner, forward_errors

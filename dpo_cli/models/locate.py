@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.options import DataOptions
-from dpo_cli.data.hub import is_path, kept_of_hub, unreachable
 from dpo_cli.data.rows import read_rows
-from dpo_cli.data.sources import find_sources, hub_id
+from dpo_cli.data.sources import find_sources, hub_id, is_path, kept_of_hub, unreachable
 from dpo_cli.utils.errors import UsageError, name_beside
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_cli.data.batching import Layout, pack, row_costs
-from dpo_cli.data.collate import MicroBatch, collate
+from dpo_cli.data.batching import Layout, MicroBatch, collate, pack, row_costs
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.parallel import BODY, Parallel, parallel_of

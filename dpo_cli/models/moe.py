@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_cli.data.collate import MicroBatch, padded
+from dpo_cli.data.batching import MicroBatch, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.errors import UsageError

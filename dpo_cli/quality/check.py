@@ -5,26 +5,52 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dpo_cli.config.options import CheckOptions
-from dpo_cli.data.pairs import count_loss_tokens
+from dpo_cli.data.chat import CONTROL_KEPT
+from dpo_cli.data.messages import REASONING, Text
+from dpo_cli.data.pairs import Ids, count_loss_tokens
 from dpo_cli.data.readers import shortened
 from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import Source, find_sources
-from dpo_cli.data.tokenize import Encoder
-from dpo_cli.quality.checks import ISSUE_TYPES, NOTES, biased_pairs, length_bias, normalize, row_issues, texts_of
+from dpo_cli.data.tokenize import PROMPT_CUT, RESPONSE_CUT, Encoder
+from dpo_cli.evaluation.statistics import wilson
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
-from dpo_cli.training.run_dir import reading_as_trained
+from dpo_cli.training.run_dir import reading_of
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.errors import RowError, UsageError, printable
+from dpo_cli.utils.errors import UsageError, printable
 from dpo_cli.utils.files import atomic_write, finite
+
+# In the order in which they are reported. On a problem --strict fails and --fix drops the row.
+PROBLEMS = {
+    "refused": "refused rows; dpo train needs --on-bad-row skip, or these rows mended",
+    "encoding": "damaged encoding: text decoded wrongly, replacement or control characters",
+    "markers": "markers of chat templates in a response, outside code; the template writes its own",
+    "contradiction": "contradictions: for one prompt two responses are preferred to each other",
+    "leak_row": "rows that are in --eval-data too",
+    "leak_prompt": "prompts that are in --eval-data too, with other responses",
+    "duplicate": "copies of other rows, but for case and white space",
+}
+NOTES = {
+    "prompt_cut": "truncated prompts: the oldest turns are removed beyond --max-length",
+    "response_cut": "truncated responses: the end is removed beyond --max-length",
+    "control_tokens": "control tokens in messages, which act as such; --control-tokens refuse",
+    "thinking": "thinking on one side only, which teaches to think, or not to",
+    "empty_response": "responses without a letter or a digit",
+    "length_bias": "length predicts the preference",
+    "other": "noted when the row was tokenized",
+}
+TITLES = PROBLEMS | NOTES
+NOTED = {PROMPT_CUT: "prompt_cut", RESPONSE_CUT: "response_cut", CONTROL_KEPT: "control_tokens"}
+CONTEXT = 30  # characters shown on either side of a match
+BIASED, LEAST = 0.65, 0.6  # share of pairs that length must predict to be noted, and what its interval must exceed
 
 
 def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
@@ -35,26 +61,20 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     """
     sources = find_sources(options.data)
     held_out = find_sources(options.eval_data or [], "--eval-data")
-    if options.fix:
-        _check_new(options.fix)
+    if options.fix and options.fix.suffix != ".jsonl":
+        raise UsageError(f"--fix {options.fix}: the output is JSON lines; give it a name that ends with .jsonl")
+    if options.fix and (options.fix.exists() or options.fix.is_symlink()):
+        raise UsageError(f"--fix {options.fix}: already exists; name a new file")
     model = choose_model(options.model, options, reporter, base=options.base_model)
-    reading = reading_as_trained(options, model)
-    check = DataCheck(Encoder(choose_tokenizer(model, options), reading), options.examples)
-    check.read_held_out(read_rows(held_out, reading.columns, reading.format))
-    check.read(read_rows(sources, reading.columns, reading.format))
+    encoder = Encoder(choose_tokenizer(model, options), **reading_of(options, model.run))
+    check = DataCheck(encoder, options.examples)
+    check.read_held_out(read_rows(held_out, options.columns, options.format))
+    check.read(read_rows(sources, options.columns, options.format))
     result = check.result()
     if options.fix:
         result["fixed"] = _write_clean(options.fix, sources, check.problems)
         reporter.info("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are clean")
     return result
-
-
-@dataclass
-class Finding:
-    """The number of rows with an issue, and the first of them as examples."""
-
-    count: int = 0
-    examples: list[dict[str, str]] = field(default_factory=list)
 
 
 class DataCheck:
@@ -65,7 +85,9 @@ class DataCheck:
 
     def __init__(self, encoder: Encoder, max_examples: int) -> None:
         self.encoder, self.max_examples = encoder, max_examples
-        self.findings: dict[tuple[str, str], Finding] = {}  # by issue type, and the reason where a type has several
+        # By issue type, and the reason where a type has several.
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.examples: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
         self.formats: Counter[str] = Counter()
         self.where: list[str] = []
         self.problems: list[str] = []  # the first problem of each row, or an empty string
@@ -77,33 +99,33 @@ class DataCheck:
         """Remember held-out rows, which no row of ``read`` should equal."""
         for row in rows:
             if isinstance(row, Row):
-                prompt, whole, _ = _hashes(self.encoder.chat.as_turns(row))
+                prompt, whole, _ = hashes(self.encoder.chat.as_turns(row))
                 self.held_out.setdefault(prompt, row.where)
                 self.held_out.setdefault(whole, row.where)
 
     def read(self, rows: Iterable[Row | BadRow]) -> None:
         """Check rows."""
-        for row, result in self.encoder.pairs(rows):
+        for made in self.encoder.pairs(rows):
             self.problems.append("")
-            self.where.append(row.where)
-            if isinstance(row, BadRow) or isinstance(result, RowError):
-                reason = printable(str(result))
+            if isinstance(made, BadRow):
+                self.where.append(made.where)
+                reason = printable(made.reason)
                 self._add("refused", reason, reason=re.sub(r"'.*'|\b\d+\b", "…", reason))  # the same of several rows
                 continue
-            pair, notes = result
+            row, pair, notes = made
+            self.where.append(row.where)
             self.formats[row.format] += 1
             self.lengths.append((count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)))
-            texts = texts_of(row)
-            excerpt = shortened(texts.prompt, 70)
-            for kind, text in row_issues(row, texts).items():
+            excerpt = shortened(texts_of(row)["prompt"], 70)
+            for kind, text in row_issues(row).items():
                 self._add(kind, text)
             for note in notes:
-                self._add(NOTES.get(note, "other"), excerpt, reason="" if note in NOTES else note)
+                self._add(NOTED.get(note, "other"), excerpt, reason="" if note in NOTED else note)
             self._compare(row, excerpt)
 
     def _compare(self, row: Row, excerpt: str) -> None:
         """Compare the last row with the held-out rows and with earlier ones."""
-        prompt, whole, swapped = _hashes(row)
+        prompt, whole, swapped = hashes(row)
         place = len(self.where) - 1
         if other := self.held_out.get(whole):
             self._add("leak_row", excerpt, other=other)
@@ -119,30 +141,31 @@ class DataCheck:
             self.first[whole] = place
 
     def _add(self, kind: str, text: str, *, reason: str = "", place: int = -1, **more: str) -> None:
-        finding = self.findings.setdefault((kind, reason), Finding())
-        finding.count += 1
-        if len(finding.examples) < self.max_examples:
-            finding.examples.append({"where": self.where[place], "text": text} | more)
-        if ISSUE_TYPES[kind].problem:
+        self.counts[kind, reason] += 1
+        if len(examples := self.examples[kind, reason]) < self.max_examples:
+            examples.append({"where": self.where[place], "text": text} | more)
+        if kind in PROBLEMS:
             self.problems[place] = self.problems[place] or kind
 
     def result(self) -> dict[str, Any]:
         """Return counts, findings and the bias by length, as `dpo check --json` prints them."""
-        bias = length_bias(np.array(self.lengths, np.int32)) if self.lengths else None
-        if bias and (biased := biased_pairs(bias)):
-            self.findings["length_bias", biased[1]] = Finding(biased[0])
-        order = list(ISSUE_TYPES)
-        items = sorted(self.findings.items(), key=lambda item: (order.index(item[0][0]), -item[1].count))
+        bias = length_bias(np.array(self.lengths, np.int32).reshape(-1, 2))
+        for name, low in (("longer", bias["interval"][0]), ("shorter", 1 - bias["interval"][1])):
+            if low > LEAST and bias[f"accuracy_prefer_{name}"] >= BIASED:
+                self.counts["length_bias", f"the {name} response is chosen"] = bias[f"{name}_chosen"]
+        order = list(TITLES)
         findings = [
             {
                 "kind": kind,
-                "severity": "problem" if (issue := ISSUE_TYPES[kind]).problem else "note",
-                "title": f"{issue.title}: {reason}" if reason else issue.title,
-                "count": finding.count,
-                "share": finding.count / len(self.problems),
-                "examples": finding.examples,
+                "severity": "problem" if kind in PROBLEMS else "note",
+                "title": f"{TITLES[kind]}: {reason}" if reason else TITLES[kind],
+                "count": count,
+                "share": count / len(self.problems),
+                "examples": self.examples[kind, reason],
             }
-            for (kind, reason), finding in items
+            for (kind, reason), count in sorted(
+                self.counts.items(), key=lambda item: (order.index(item[0][0]), -item[1])
+            )
         ]
         result = {
             "rows": len(self.problems),
@@ -152,12 +175,58 @@ class DataCheck:
             "problem_rows": sum(map(bool, self.problems)),
             "findings": findings,
         }
-        return result | ({"length_bias": bias} if bias else {})
+        return result | ({"length_bias": bias} if self.lengths else {})
 
 
-def _hashes(row: Row) -> tuple[bytes, bytes, bytes]:
-    """Hash the normalized prompt, the row, and the row with its responses swapped."""
-    prompt, chosen, rejected = (_digest(text.encode("utf-8", "surrogatepass")) for text in normalize(row))
+def length_bias(lengths: Ids) -> dict[str, Any]:
+    """Compute how often the longer response is chosen, from (P, 2) tokens of chosen and rejected.
+
+    The accuracies are those of always preferring the longer or the shorter response, a tie counting half; a trained
+    model must beat both.
+    """
+    chosen, rejected = lengths.T  # (P,) each
+    longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
+    ties = len(lengths) - longer - shorter
+    prefer_longer = (longer + ties / 2) / max(len(lengths), 1)
+    return {
+        "longer_chosen": longer,
+        "shorter_chosen": shorter,
+        "ties": ties,
+        "share": longer / (longer + shorter) if longer + shorter else 0.5,
+        "interval": list(wilson(longer, longer + shorter)),
+        "accuracy_prefer_longer": prefer_longer,
+        "accuracy_prefer_shorter": 1 - prefer_longer,
+    }
+
+
+# ---- the text of a row ------------------------------------------------------------------------------------------
+
+
+def texts_of(row: Row) -> dict[str, str]:
+    """Return the text of each part of a row; for messages their reasoning, contents and tool calls."""
+    return {"prompt": _text(row.prompt), "chosen": _text(row.chosen), "rejected": _text(row.rejected)}
+
+
+def _text(value: Text) -> str:
+    if isinstance(value, str):
+        return value
+    parts = []
+    for message in value:
+        parts += [message[key] for key in (REASONING, "content") if message.get(key)]
+        if message.get("tool_calls"):
+            parts.append(json.dumps(message["tool_calls"], sort_keys=True, default=str))
+    return "\n".join(parts)
+
+
+def hashes(row: Row) -> tuple[bytes, bytes, bytes]:
+    """Hash the prompt, the row, and the row with its responses swapped; tools are part of the prompt.
+
+    Texts are compared by NFC, without case and with single spaces.
+    """
+    texts = [" ".join(unicodedata.normalize("NFC", text).casefold().split()) for text in texts_of(row).values()]
+    if row.template_arguments:
+        texts[0] += "\n" + json.dumps(row.template_arguments, sort_keys=True, default=str)
+    prompt, chosen, rejected = (_digest(text.encode("utf-8", "surrogatepass")) for text in texts)
     return prompt, _digest(prompt + chosen + rejected), _digest(prompt + rejected + chosen)
 
 
@@ -165,14 +234,54 @@ def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=12).digest()
 
 
-# ---- --fix ------------------------------------------------------------------------------------------------------
+# ---- checks of a row --------------------------------------------------------------------------------------------
+
+_WORD = re.compile(r"[^\W_]")
+_CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`", re.DOTALL)
+_MARKERS = re.compile(  # a rendered response may end with one
+    r"(?:<\|im_(?:start|end)\|>|<\|eot_id\|>|<\|start_header_id\|>|\[/?INST\]|<(?:start|end)_of_turn>"
+    r"|<\|(?:user|assistant)\|>)(?!\s*\Z)"
+)
+# UTF-8 bytes read as cp1252 or latin-1: a lead byte and a continuation byte, each as the character it would be.
+_TRAIL = "[\x80-\xbfŒœŠšŸŽžƒˆ˜–-›€™]"
+_DAMAGE = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd]"  # U+0085 ends a line in some files
+    f"|[ÂÃ]{_TRAIL}|[ÄÅ](?:\xa0(?=[a-z])|[\xa1-\xaa\xac-\xba\xbc-\xbf])|â€.|[ÐÑ]{_TRAIL}[ÐÑ]"
+)
 
 
-def _check_new(file: Path) -> None:
-    if file.suffix != ".jsonl":
-        raise UsageError(f"--fix {file}: the output is JSON lines; give it a name that ends with .jsonl")
-    if file.exists() or file.is_symlink():
-        raise UsageError(f"--fix {file}: already exists; name a new file")
+def row_issues(row: Row) -> dict[str, str]:
+    """Return the issues of a row by type, each with an excerpt."""
+    issues, texts = {}, texts_of(row)
+    for name, text in texts.items():
+        plain = text.isascii() and text.isprintable()
+        if not plain and (damage := _DAMAGE.search(text)):
+            issues["encoding"] = f"{name}: {_around(text, damage)}"
+        if name == "prompt":
+            continue
+        if marker := _MARKERS.search(_CODE.sub(lambda code: "`" * len(code[0]), text)):
+            issues["markers"] = f"{name}: {_around(text, marker)}"
+        if not _WORD.search(text):
+            issues["empty_response"] = f"{name}: {shortened(text)}"
+    if len(thinking := [name for name in ("chosen", "rejected") if _has_thinking(getattr(row, name))]) == 1:
+        issues["thinking"] = f"only the {thinking[0]}: {shortened(texts['prompt'])}"
+    return issues
+
+
+def _has_thinking(response: Text) -> bool:
+    """Return whether a response contains thinking, not just a pair of tags; the prompt may have opened it."""
+    if not isinstance(response, str):
+        return any(turn.get(REASONING) or _has_thinking(str(turn.get("content"))) for turn in response)
+    before, closed, _ = response.partition("</think>")
+    return ("<think>" in before or bool(closed)) and bool(before.rpartition("<think>")[2].strip())
+
+
+def _around(text: str, match: re.Match[str]) -> str:
+    start = max(match.start() - CONTEXT, 0)
+    return "…" * (start > 0) + shortened(text[start:], match.end() - start + CONTEXT)
+
+
+# ---- output -----------------------------------------------------------------------------------------------------
 
 
 def _write_clean(file: Path, sources: list[Source], problems: list[str]) -> dict[str, Any]:
@@ -188,10 +297,7 @@ def _write_clean(file: Path, sources: list[Source], problems: list[str]) -> dict
                         out.write(json.dumps(finite(record), ensure_ascii=False, default=str) + "\n")
             except ValueError as error:
                 raise UsageError("--data: the rows changed while they were read; nothing is written") from error
-    return {"file": str(file), "kept": kept, "dropped": {kind: dropped[kind] for kind in ISSUE_TYPES if dropped[kind]}}
-
-
-# ---- text -------------------------------------------------------------------------------------------------------
+    return {"file": str(file), "kept": kept, "dropped": {kind: dropped[kind] for kind in PROBLEMS if dropped[kind]}}
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -216,7 +322,7 @@ def as_text(result: dict[str, Any]) -> str:
     if fixed := result.get("fixed"):
         kept = f"{fixed['kept']:,} rows written to" if fixed["kept"] else "no row is clean; not written:"
         lines.append(f"fixed: {kept} {fixed['file']}")
-        lines += [f"  {count:>9,}  dropped: {ISSUE_TYPES[kind].title}" for kind, count in fixed["dropped"].items()]
+        lines += [f"  {count:>9,}  dropped: {PROBLEMS[kind]}" for kind, count in fixed["dropped"].items()]
         lines.append("")
     problems = f"problems: {result['problems']}, in {result['problem_rows']:,} of" if result["problems"] else ""
     return "\n".join([*lines, f"{problems or 'no problems found in'} {result['rows']:,} rows"])

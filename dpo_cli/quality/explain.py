@@ -13,9 +13,9 @@ from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
-from dpo_cli.training.run_dir import reading_as_trained
+from dpo_cli.training.run_dir import reading_of
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.errors import RowError, UsageError, printable
+from dpo_cli.utils.errors import UsageError, printable
 
 STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
 
@@ -27,15 +27,14 @@ def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
         UsageError: the model or the data cannot be read, or there is no such row.
     """
     source = choose_model(options.model, options, reporter, base=options.base_model)
-    tokenizer, reading = choose_tokenizer(source, options), reading_as_trained(options, source)
-    row, result = next(Encoder(tokenizer, reading).pairs([_find(options)]))
-    about: dict[str, Any] = {"row": row.where}
-    if isinstance(row, Row):
-        about["format"] = row.format
-    if isinstance(result, RowError):
-        return about | {"refused": str(result)}
-    pair, notes = result
-    about |= {"weight": pair.weight, "margin": pair.margin, "max_length": reading.max_length, "notes": sorted(notes)}
+    tokenizer = choose_tokenizer(source, options)
+    encoder = Encoder(tokenizer, **reading_of(options, source.run))
+    made = next(encoder.pairs([_find(options)]))
+    if isinstance(made, BadRow):
+        return {"row": made.where} | ({"format": made.format} if made.format else {}) | {"refused": made.reason}
+    row, pair, notes = made
+    about: dict[str, Any] = {"row": row.where, "format": row.format, "weight": pair.weight, "margin": pair.margin}
+    about |= {"max_length": encoder.max_length, "notes": sorted(notes)}
     special = {tokenizer.eos_token_id: "EOS", tokenizer.bos_token_id: "BOS"}
     for part in STYLES:
         ids = getattr(pair, part)

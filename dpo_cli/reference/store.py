@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dpo_cli.data.collate import MicroBatch, length_weights
+from dpo_cli.data.batching import MicroBatch, length_weights
 from dpo_cli.data.pairs import Ids, Pair, Pairs, count_loss_tokens
 from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.utils import distributed

@@ -18,8 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from dpo_cli.data.batching import Step, probe_pairs, row_costs
-from dpo_cli.data.collate import MicroBatch
+from dpo_cli.data.batching import MicroBatch, Step, probe_pairs, row_costs
 from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.logprobs import ModelRunner, forward_errors

@@ -19,7 +19,7 @@ from dpo_cli.config.options import CACHE_DIR, DataOptions, EvalOptions, Options,
 from dpo_cli.data.batching import row_costs
 from dpo_cli.data.chat import NO_TEMPLATE
 from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
-from dpo_cli.data.rows import Reading, read_rows
+from dpo_cli.data.rows import read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_rows
 from dpo_cli.losses.objective import Objective
@@ -98,8 +98,8 @@ def read_pairs(data: list[str], options: Options, tokenizer: Any, reporter: Repo
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
-    sources, reading = find_sources(data, "--eval-data" if name == "held out" else "--data"), reading_of(options)
-    rows = tokenize_rows(read_rows(sources, reading.columns, reading.format), tokenizer, reading)
+    sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
+    rows = tokenize_rows(read_rows(sources, options.columns, options.format), tokenizer, **reading_of(options))
     if rows.refused and (options.on_bad_row != "skip" or not rows.pairs):
         raise refusal(rows.refused, rows.rows)
     counts = f"{rows.rows:,} rows, {len(rows.pairs):,} pairs, {len(rows.refused):,} refused"
@@ -114,7 +114,7 @@ def read_pairs(data: list[str], options: Options, tokenizer: Any, reporter: Repo
             values = f"{name} from {column.min():g} to {column.max():g}"
             reporter.info("", f"{values}, other than {usual} in {count:,} pairs")
     if rows.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
-        tokenizer.chat_template = Encoder(tokenizer, Reading()).chat.template.plain
+        tokenizer.chat_template = Encoder(tokenizer).chat.template.plain
     return rows
 
 
@@ -251,9 +251,9 @@ def load_scored_model(
 def _check_pairs(model: PreTrainedModel, pairs: Pairs) -> int | None:
     """Refuse pairs that the model cannot read; returns the tokens of its longest sequence, if it names one."""
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
-    if pairs.largest_id() >= vocabulary:
+    if (largest := int(model_input_ids(pairs.ids).max())) >= vocabulary:
         raise UsageError(
-            f"the tokenizer gives the token {pairs.largest_id()} and the model knows {vocabulary}: they do not fit. "
+            f"the tokenizer gives the token {largest} and the model knows {vocabulary}: they do not fit. "
             "Take the model's own tokenizer; if tokens were added to it, give the model as many with transformers' "
             "resize_token_embeddings, train them, and start from that"
         )

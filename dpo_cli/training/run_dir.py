@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -23,8 +22,6 @@ from safetensors.numpy import load_file, save_file
 from dpo_cli.config.options import DataOptions, TrainOptions
 from dpo_cli.config.resolve import resolve, to_yaml
 from dpo_cli.data.pairs import Hashes
-from dpo_cli.data.rows import Reading
-from dpo_cli.models.locate import ModelSource
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from dpo_cli.utils.files import atomic_dir, file_lock, load_checksummed, sha256, to_json, with_checksum
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
 
 LOCK = "run.lock"
 TRAINED = "trained-pairs.safetensors"  # hashes of the pairs that are trained on
+READING = {"max_length": 1024, "control_tokens": "keep", "train_turns": "last"}  # options of ``Encoder``
 PACKAGES = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "peft")  # versions in the manifest
 
 
@@ -170,20 +168,10 @@ def trained_hashes(
         return None
 
 
-def reading_of(options: DataOptions) -> Reading:
-    """Return how rows are read, where options are not given by their defaults."""
-    given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Reading)}
-    return Reading(**{name: value for name, value in given.items() if value is not None})
-
-
-def reading_as_trained(options: DataOptions, source: ModelSource) -> Reading:
-    """Return how rows are read: of a run, as it read its own where the options leave that open."""
-    reading = reading_of(options)
-    if not source.run:
-        return reading
-    began = reading_of(trained_with(source.run))
-    same = ("max_length", "control_tokens", "train_turns")
-    return dataclasses.replace(reading, **{n: getattr(began, n) for n in same if getattr(options, n) is None})
+def reading_of(options: DataOptions, run: Path | None = None) -> dict[str, Any]:
+    """Return how rows become pairs: as the options say, else as ``run`` read its own, else by default."""
+    began = vars(trained_with(run)) if run else {}
+    return {name: getattr(options, name) or began.get(name) or usual for name, usual in READING.items()}
 
 
 def check_same_run(folder: Path, manifest: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:

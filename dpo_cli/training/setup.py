@@ -185,13 +185,10 @@ def _fit_memory(run: Run, process: int) -> None:
     if not options.lora_rank and policy.split_weights(fitted.memory, trains=True):  # auto; the halves keep less
         fitted = fit(policy.runner, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
     policy.runner.max_tokens = fitted.max_tokens
-    reading = reading_of(options)
     run.fitted = fitted
     run.options = dataclasses.replace(
         options,
-        max_length=reading.max_length,
-        control_tokens=reading.control_tokens,
-        train_turns=reading.train_turns,
+        **reading_of(options),
         max_tokens=fitted.max_tokens,
         dtype=dtype_name(policy.runner.dtype),
         memory=fitted.memory,

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.hub import is_path, unreachable
-from dpo_cli.data.sources import hub_id
+from dpo_cli.data.sources import hub_id, is_path, unreachable
 from dpo_cli.models.locate import check_hub, check_names, find_model
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import SAMPLE, Cli, cli_environment

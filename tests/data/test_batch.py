@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_cli.data.batching import Layout, build_schedule, pack, row_costs
-from dpo_cli.data.collate import MicroBatch, collate, padded
+from dpo_cli.data.batching import Layout, MicroBatch, build_schedule, collate, pack, padded, row_costs
 from dpo_cli.data.pairs import Pair, model_input_ids
 from tests.helpers import random_pairs
 

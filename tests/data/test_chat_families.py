@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.data.rows import BadRow, Reading, read_rows
+from dpo_cli.data.rows import BadRow, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.utils.errors import RowError
@@ -360,7 +360,7 @@ def train(name: str, record: Record, folder: Path, turns: str = "last") -> Train
     if isinstance(row, BadRow):
         return row.reason
     try:
-        made, notes = Encoder(tokenizer, Reading(max_length=8192, train_turns=turns)).pair(row)
+        made, notes = Encoder(tokenizer, max_length=8192, train_turns=turns).pair(row)
     except RowError as error:
         return str(error)
     sides = (made.chosen.tolist(), made.rejected.tolist())

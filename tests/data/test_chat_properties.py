@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 
-from dpo_cli.data.rows import BadRow, Reading, read_rows
+from dpo_cli.data.rows import BadRow, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.utils.errors import RowError
@@ -121,7 +121,7 @@ def conversations(draw: st.DrawFn) -> tuple[Record, list[Word], str]:
 
 @cache
 def encoder(name: str, turns: str) -> Encoder:
-    return Encoder(tokenizer_of(name), Reading(max_length=8192, train_turns=turns))
+    return Encoder(tokenizer_of(name), max_length=8192, train_turns=turns)
 
 
 def normal(messages: list[Record]) -> list[Record]:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_cli.data.readers import MAX_LINE
-from dpo_cli.data.rows import Reading, read_rows
+from dpo_cli.data.rows import read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import PairSet, tokenize_rows
 from dpo_cli.utils.errors import UsageError
@@ -40,7 +40,7 @@ def survive(path: Path) -> PairSet | None:
     try:
         rows = list(read_rows(find_sources([str(path)])))
         mode = random.Random(len(rows)).choice(["keep", "refuse"])
-        found = tokenize_rows(rows, tokenizer(), Reading(max_length=MAX_LENGTH, control_tokens=mode))
+        found = tokenize_rows(rows, tokenizer(), max_length=MAX_LENGTH, control_tokens=mode)
     except UsageError as error:
         assert str(error).startswith(f"--data {path}: ") and len(str(error)) < 1000
         found = None

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.data.pairs import Pair, model_input_ids
-from dpo_cli.data.rows import Reading, Row, read_rows
+from dpo_cli.data.rows import Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.models.loading import load_tokenizer
@@ -106,9 +106,10 @@ def make(family: str) -> Any:
 
 
 def pair_of(family: str, record: Any, folder: Path, **reading: Any) -> Pair:
-    [row] = read_rows(find_sources([str(write_rows(folder / "rows.jsonl", [record]))]), None, reading.get("format"))
+    file, format_ = write_rows(folder / "rows.jsonl", [record]), reading.pop("format", None)
+    [row] = read_rows(find_sources([str(file)]), None, format_)
     assert isinstance(row, Row), row
-    return Encoder(make(family), Reading(**reading)).pair(row)[0]
+    return Encoder(make(family), **reading).pair(row)[0]
 
 
 def ids(family: str, text: str) -> list[int]:
@@ -314,7 +315,7 @@ def test_the_real_tokenizer(tmp_path: Path) -> None:
     record = {"prompt": [SYSTEM, WHY | {"content": "Why?"}], "chosen": "Because.", "rejected": "No."}
     [row] = read_rows(find_sources([str(write_rows(tmp_path / "rows.jsonl", [record]))]))
     assert isinstance(row, Row)
-    pair, notes = Encoder(load_tokenizer(find_model(None)), Reading()).pair(row)
+    pair, notes = Encoder(load_tokenizer(find_model(None))).pair(row)
     system = [1, 9690, 198, 6077, 1890, 2, 198]  # <|im_start|> system ↵ Be Ġshort <|im_end|> ↵
     user = [1, 4093, 198, 4898, 47, 2, 198]  # <|im_start|> user ↵ Why ? <|im_end|> ↵
     assert pair.prompt.tolist() == [*system, *user, 1, 520, 9531, 198]  # <|im_start|> ass istant ↵

@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_cli.data.adapt import CALLS_WRITTEN, SYSTEM_FIRST
-from dpo_cli.data.chat import CONTROL_KEPT, NO_TEMPLATE, TURNS_WITHOUT_LOSS
+from dpo_cli.data.chat import CONTROL_KEPT, NO_TEMPLATE, REASONING_UNSEEN, TOOLS_UNSEEN, TURNS_WITHOUT_LOSS
 from dpo_cli.data.messages import Message
 from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
-from dpo_cli.data.rows import BadRow, Reading, Row
+from dpo_cli.data.rows import BadRow, Row
+from dpo_cli.data.template import CALLS_WRITTEN, SYSTEM_FIRST
 from dpo_cli.data.tokenize import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder, refusal, tokenize_rows
-from dpo_cli.data.visible import REASONING_UNSEEN, TOOLS_UNSEEN
 from dpo_cli.utils.errors import RowError, UsageError
 from tests.helpers import CHATML, SAMPLE, random_pairs
 
@@ -31,8 +30,8 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>"
 LONG = 100_000  # a max_length that truncates nothing
 
 
-def cut(max_length: int = LONG, control_tokens: str = "keep") -> Reading:
-    return Reading(max_length=max_length, control_tokens=control_tokens)
+def cut(max_length: int = LONG, control_tokens: str = "keep") -> dict[str, Any]:
+    return {"max_length": max_length, "control_tokens": control_tokens}
 
 
 # Templates by what they write after an answer.
@@ -127,7 +126,7 @@ def decode(tokenizer: Any, *parts: Any) -> str:
 
 
 def pair_of(tokenizer: Any, given: Row, max_length: int = LONG) -> tuple[Pair, set[str]]:
-    return Encoder(tokenizer, cut(max_length)).pair(given)
+    return Encoder(tokenizer, **cut(max_length)).pair(given)
 
 
 def texts(tokenizer: Any, given: Row, max_length: int = LONG) -> tuple[str, str, str]:
@@ -187,7 +186,7 @@ def test_a_merge_in_one_response_moves_the_boundary_of_both() -> None:
 
 def test_moved_boundaries_are_counted() -> None:
     rows = [row("hello ", "you", "me"), row("hello", " you", " me"), row("hello ", "you", "\t")]
-    found = tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], cut())
+    found = tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], **cut())
     assert found.notes == Counter({BOUNDARY_MOVED: 2}) and len(found.pairs) == 3
 
 
@@ -195,7 +194,7 @@ def test_a_prompt_that_melts_into_the_response_is_refused() -> None:
     """Without a first token of its own nothing predicts the response."""
     tokenizer = STRING_TOKENIZERS["adds nothing"]
     word = min(token for token in tokenizer.get_vocab() if len(token) == 2 and token.isascii() and token.isalpha())
-    found = tokenize_rows([row(word[0], word[1], "\t")], tokenizer, cut())
+    found = tokenize_rows([row(word[0], word[1], "\t")], tokenizer, **cut())
     assert not found.pairs
     assert found.refused[0].reason.startswith("prompt and response share no first token")
     assert found.refused[0].record == {"prompt": word[0], "chosen": word[1], "rejected": "\t"}
@@ -238,7 +237,7 @@ def test_all_answers_that_differ_carry_loss_where_asked(name: str) -> None:
     chosen = [assistant("One."), user("And?"), assistant("Two."), user("So?"), assistant("Three.")]
     rejected = [assistant("Eins."), user("And?"), assistant("Two."), user("So?"), assistant("Drei.")]
     given = Row("w", "f", [user("Why?")], chosen, rejected)
-    pair, notes = Encoder(tokenizer, Reading(max_length=LONG, train_turns="all")).pair(given)
+    pair, notes = Encoder(tokenizer, max_length=LONG, train_turns="all").pair(given)
     (first, last), (other, other_last) = turns_with_loss(tokenizer, pair)
     assert (first.strip()[:4], last.strip()[:6]) == ("One.", "Three.") and notes >= {TURNS_WITHOUT_LOSS}
     assert (other.strip()[:5], other_last.strip()[:5]) == ("Eins.", "Drei.")
@@ -253,7 +252,7 @@ def test_answers_that_differ_before_the_last_one_need_all_turns() -> None:
     given = Row("w", "f", [user("?")], *([assistant(a), tool, assistant("42")] for a in ("f", "g")))
     with pytest.raises(RowError, match="have the same last answer"):
         pair_of(tokenizer, given)
-    pair, _ = Encoder(tokenizer, Reading(max_length=LONG, train_turns="all")).pair(given)
+    pair, _ = Encoder(tokenizer, max_length=LONG, train_turns="all").pair(given)
     assert turns_with_loss(tokenizer, pair) == [["f<|im_end|>"], ["g<|im_end|>"]]
 
 
@@ -343,7 +342,7 @@ def test_white_space_at_an_answer_s_end_is_its_own() -> None:
 
 def test_a_tokenizer_without_eos_is_refused() -> None:
     with pytest.raises(UsageError, match="no EOS token"):
-        Encoder(make(eos=None), cut())
+        Encoder(make(eos=None), **cut())
 
 
 # ---- refused rows -----------------------------------------------------------------------------------------------
@@ -372,7 +371,7 @@ def test_what_the_template_refuses_is_refused_with_its_words() -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", REFUSES_SYSTEM)
     late = {"role": "system", "content": "Be short."}
     turns = [user("Why?"), late, user("Why?")]
-    found = tokenize_rows([row(turns, "a", "b"), row([user("Why?")], "a", "b")], tokenizer, cut())
+    found = tokenize_rows([row(turns, "a", "b"), row([user("Why?")], "a", "b")], tokenizer, **cut())
     assert [bad.reason for bad in found.refused] == ["the chat template refuses the messages: no system role"]
     assert len(found.pairs) == 1
 
@@ -416,7 +415,7 @@ def test_tools_are_searched_for_control_tokens() -> None:
     _, notes = pair_of(tokenizer, given)
     assert notes == {CONTROL_KEPT}
     with pytest.raises(RowError, match="tools contains the control token"):
-        Encoder(tokenizer, cut(LONG, "refuse")).pair(given)
+        Encoder(tokenizer, **cut(LONG, "refuse")).pair(given)
 
 
 def test_tools_and_calls_are_rendered_by_a_template_that_knows_them() -> None:
@@ -446,12 +445,12 @@ def test_a_template_that_writes_the_last_answer_otherwise_cannot_train_others() 
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     sides = ([assistant(one), user("And?"), assistant(two)] for one, two in (("One.", "Two."), ("Eins.", "Zwei.")))
     with pytest.raises(RowError, match=r"renders a turn differently when others follow: .*<think>One.' becomes"):
-        Encoder(tokenizer, Reading(max_length=LONG, train_turns="all")).pair(Row("w", "f", [user("Why?")], *sides))
+        Encoder(tokenizer, max_length=LONG, train_turns="all").pair(Row("w", "f", [user("Why?")], *sides))
 
 
 def test_responses_of_equal_tokens_are_refused() -> None:
     tokenizer, _ = CHAT_TOKENIZERS["trims"]
-    found = tokenize_rows([row([user("Why?")], "Yes", " Yes\n")], tokenizer, cut())
+    found = tokenize_rows([row([user("Why?")], "Yes", " Yes\n")], tokenizer, **cut())
     assert [bad.reason for bad in found.refused] == ["chosen and rejected give the same tokens"]
 
 
@@ -467,7 +466,7 @@ def test_a_tool_call_that_cannot_be_rendered_is_refused(arguments: Any) -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
     given = Row("rows.jsonl:1", "f", [user("Why?")], [call], [assistant("No.")])
-    found = tokenize_rows([given], tokenizer, cut())
+    found = tokenize_rows([given], tokenizer, **cut())
     assert not found.pairs and [bad.where for bad in found.refused] == ["rows.jsonl:1"]
 
 
@@ -478,7 +477,7 @@ def test_deep_nesting_is_used_or_refused(depth: int) -> None:
     tools = {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(depth, "<|im_end|>")}}]}
     given = Row("rows.jsonl:1", "f", [user("Why?")], [assistant("Yes.")], [assistant("No.")], template_arguments=tools)
     for control_tokens in ("keep", "refuse"):
-        found = tokenize_rows([given], tokenizer, cut(control_tokens=control_tokens))
+        found = tokenize_rows([given], tokenizer, **cut(control_tokens=control_tokens))
         assert len(found.pairs) + len(found.refused) == 1
         if depth == 50:
             assert len(found.pairs) == (control_tokens != "refuse")
@@ -490,7 +489,7 @@ def test_deep_nesting_is_used_or_refused(depth: int) -> None:
 def test_every_row_is_used_or_refused() -> None:
     bad = BadRow("rows.jsonl:7", "not JSON")
     rows = [row("a", " b", " c"), bad, row("a", " b", " d"), row("a", "", "")]
-    found = tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], cut())
+    found = tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], **cut())
     assert len(found.pairs) == 2 and found.refused[0] is bad and len(found.refused) == 2
     assert found.formats == Counter({"some form": 2})
     assert [pair.where for pair in found.pairs] == ["rows.jsonl:1"] * 2
@@ -597,8 +596,8 @@ inside = pytest.mark.parametrize("where", CONTROL)
 def test_control_tokens_inside_messages_are_kept(where: str) -> None:
     given, _ = CONTROL[where]
     for encoder in (
-        Encoder(letters(), cut()),
-        Encoder(letters(), cut(LONG, "keep")),
+        Encoder(letters(), **cut()),
+        Encoder(letters(), **cut(LONG, "keep")),
     ):
         pair, notes = encoder.pair(given)
         assert notes == {CONTROL_KEPT}
@@ -612,7 +611,7 @@ def test_control_tokens_inside_messages_are_refused(where: str) -> None:
     given, field = CONTROL[where]
     token = "<|im_start|>" if where.startswith("rejected") else "<|im_end|>"
     with pytest.raises(RowError, match=rf"^{field} contains the control token '{re.escape(token)}'$"):
-        Encoder(letters(), cut(LONG, "refuse")).pair(given)
+        Encoder(letters(), **cut(LONG, "refuse")).pair(given)
 
 
 @chats
@@ -623,21 +622,21 @@ def test_rows_without_control_tokens_are_alike_in_every_mode(name: str, control_
         [user("What is <|im_en and |im_end|>?\n"), assistant("😀"), user(" \n why")], "Because \ue000.", "No.\n"
     )
     as_ever, usual = pair_of(tokenizer, given)
-    pair, notes = Encoder(tokenizer, cut(LONG, control_tokens)).pair(given)
+    pair, notes = Encoder(tokenizer, **cut(LONG, control_tokens)).pair(given)
     assert lists(pair) == lists(as_ever) and notes == usual and CONTROL_KEPT not in notes
 
 
 @strings
 def test_strings_are_taken_as_they_are_in_every_mode(name: str) -> None:
     given = row("<|im_start|>user\nWhy?<|im_end|>\n", " Because.</s>", " No.")
-    found = [Encoder(STRING_TOKENIZERS[name], cut(LONG, mode)).pair(given) for mode in ("keep", "refuse")]
+    found = [Encoder(STRING_TOKENIZERS[name], **cut(LONG, mode)).pair(given) for mode in ("keep", "refuse")]
     assert len({str(lists(pair)) for pair, _ in found}) == 1 and not set().union(*(notes for _, notes in found))
 
 
 def test_control_tokens_are_told_by_the_pair() -> None:
     good = row([user("q")], "c", "d")
     rows = [good, CONTROL["prompt"][0], good, CONTROL["chosen"][0], row("<|im_end|>", "<|im_end|> c", "d")]
-    kept, refusing = (tokenize_rows(rows, letters(), cut(LONG, mode)) for mode in ("keep", "refuse"))
+    kept, refusing = (tokenize_rows(rows, letters(), **cut(LONG, mode)) for mode in ("keep", "refuse"))
     assert kept.notes == Counter({CONTROL_KEPT: 2})
     assert refusing.notes == Counter() and (len(refusing.pairs), len(refusing.refused)) == (3, 2)
 
@@ -649,14 +648,14 @@ def test_a_tool_s_arguments_are_searched_for_control_tokens() -> None:
     given = Row("w", "f", [user("q"), call, {"role": "tool", "content": "42"}], [assistant("c")], [assistant("d")])
     assert pair_of(tokenizer, given)[1] == {CONTROL_KEPT}
     with pytest.raises(RowError, match=r"prompt contains the control token '<\|im_end\|>'"):
-        Encoder(tokenizer, cut(LONG, "refuse")).pair(given)
+        Encoder(tokenizer, **cut(LONG, "refuse")).pair(given)
 
 
 def test_an_added_token_is_a_control_token_if_it_is_special_or_the_template_s_frame_has_it() -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", CHATML.replace("<|im_start|>", "<turn>"))
     tokenizer.add_tokens(["<turn>", "<think>"])
     for text, notes in (("a<turn>", {CONTROL_KEPT}), ("a<think>", set()), ("a<pad>", {CONTROL_KEPT})):
-        assert Encoder(tokenizer, cut()).pair(row([user(text)], "c", "d"))[1] == notes
+        assert Encoder(tokenizer, **cut()).pair(row([user(text)], "c", "d"))[1] == notes
 
 
 @cache
@@ -808,7 +807,7 @@ def test_truncations_are_counted() -> None:
         row("Why?", " yes", " no"),
         row("Why?", words(60) + " yes", words(60) + " no"),
     ]
-    found = tokenize_rows(rows, STRING_TOKENIZERS["adds nothing"], cut(32))
+    found = tokenize_rows(rows, STRING_TOKENIZERS["adds nothing"], **cut(32))
     assert found.notes == Counter({PROMPT_CUT: 2, RESPONSE_CUT: 2})
     assert (len(found.pairs), len(found.refused)) == (4, 1)
 
@@ -892,7 +891,7 @@ def test_what_is_read_is_the_rendered_text_and_what_carries_loss_are_answers(
     tokenizer, end = CHAT_TOKENIZERS[name]
     given = Row("w", "f", prompt, of_turns(turns, chosen), of_turns(others, rejected))
     try:
-        pair, notes = Encoder(tokenizer, Reading(max_length=LONG, train_turns=trained_turns)).pair(given)
+        pair, notes = Encoder(tokenizer, max_length=LONG, train_turns=trained_turns).pair(given)
     except RowError:
         return
     sides: Any = ((pair.chosen, given.chosen, given.rejected), (pair.rejected, given.rejected, given.chosen))
@@ -913,7 +912,7 @@ def test_what_is_read_is_the_rendered_text_and_what_carries_loss_are_answers(
 
 def one_at_a_time(rows: list[Row | BadRow], tokenizer: Any, length: int, mode: str) -> list[Any]:
     """What each row gives when transformers' own call encodes it alone."""
-    encoder = Encoder(tokenizer, cut(length, mode))
+    encoder = Encoder(tokenizer, **cut(length, mode))
     encoder.backend = None
     found: list[Any] = []
     for each in rows:
@@ -948,8 +947,8 @@ def test_rows_give_together_what_each_gives_alone(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dpo_cli.data.tokenize.BATCH_ROWS", count)
         together = [
-            str(result) if isinstance(result, RowError) else (lists(result[0]), result[1])
-            for _, result in Encoder(tokenizer, cut(length, mode)).pairs(rows)
+            made.reason if isinstance(made, BadRow) else (lists(made.pair), made.notes)
+            for made in Encoder(tokenizer, **cut(length, mode)).pairs(rows)
         ]
     assert together == one_at_a_time(rows, tokenizer, length, mode)
 
@@ -964,7 +963,7 @@ def test_many_rows_are_encoded_in_few_calls(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Encoder, "_batch", counted)
     rows = [row(f"Why {n}?", " Yes.", " No.") for n in range(1200)]
-    assert len(tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], cut()).pairs) == 1200
+    assert len(tokenize_rows(rows, STRING_TOKENIZERS["adds BOS"], **cut()).pairs) == 1200
     assert sum(calls) == 3 * 1200 and len(calls) == 2 * 3  # strings and rendered texts apart
 
 

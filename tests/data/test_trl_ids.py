@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.trl.theirs import make_trainer, pairs_of, trl_config
 from dpo_cli.data.pairs import Pair
-from dpo_cli.data.rows import BadRow, Reading, read_rows
+from dpo_cli.data.rows import BadRow, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.utils.errors import RowError
@@ -52,7 +52,7 @@ def ours(tokenizer: Any, tmp_path: Path) -> Make:
     """Ours; the reason where a row is refused. Strings are kept raw, as TRL's standard format has them."""
 
     def make(records: Records, max_length: int) -> list[Any]:
-        encoder, found = Encoder(tokenizer, Reading(max_length=max_length)), []
+        encoder, found = Encoder(tokenizer, max_length=max_length), []
         kind = "strings" if isinstance(records[0].get("prompt"), str) else None
         for row in read_rows(find_sources([str(write_rows(tmp_path / "rows.jsonl", records))]), None, kind):
             try:

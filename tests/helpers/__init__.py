@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.data.collate import MicroBatch
+from dpo_cli.data.batching import MicroBatch
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import Preferences

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
-from dpo_cli.data.collate import padded
+from dpo_cli.data.batching import padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.training.prepare import read_pairs
 from dpo_cli.utils.console import Reporter

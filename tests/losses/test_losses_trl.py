@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from dpo_cli.data.collate import length_weights
+from dpo_cli.data.batching import length_weights
 from dpo_cli.losses.objective import Objective, parse_objective
 from dpo_cli.losses.preference import LOSSES, Preferences
 from dpo_cli.models.logprobs import response_logps

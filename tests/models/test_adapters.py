@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.collate import padded
+from dpo_cli.data.batching import padded
 from dpo_cli.evaluation.metrics import best_step, evaluations, read_metrics
 from dpo_cli.models import locate
 from dpo_cli.models.adapter_files import adapter_weights, attach_saved, described, merged, save_adapter

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 import dpo_cli.models.attention
 import dpo_cli.models.layout
 import dpo_cli.models.logprobs
-from dpo_cli.data.batching import Layout
-from dpo_cli.data.collate import MicroBatch, collate, padded
+from dpo_cli.data.batching import Layout, MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention

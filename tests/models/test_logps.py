@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 import dpo_cli.models.logprobs
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import Layout, build_schedule, row_costs
-from dpo_cli.data.collate import collate, length_weights, padded
+from dpo_cli.data.batching import Layout, build_schedule, collate, length_weights, padded, row_costs
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner, likelihoods, response_logps

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.data.batching import Layout
-from dpo_cli.data.collate import MicroBatch, collate
+from dpo_cli.data.batching import Layout, MicroBatch, collate
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner

@@ -41,13 +41,12 @@ def test_accelerate_is_named_by_the_loop_alone() -> None:
 
 
 def test_pure_layers_know_torch_only() -> None:
-    for module in ("losses.preference", "models.logprobs", "data.batching", "data.collate"):
+    for module in ("losses.preference", "models.logprobs", "data.batching"):
         assert not packages(tree(f"dpo_cli.{module}")) & {"transformers", "accelerate", "typer", "rich"}
     light = (
         "utils.errors",
         "config.options",
         "data.readers",
-        "data.hub",
         "data.sources",
         "data.formats",
         "data.rows",

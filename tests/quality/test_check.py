@@ -19,11 +19,19 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import CheckOptions
-from dpo_cli.data.rows import Reading, Row, read_rows
+from dpo_cli.data.rows import Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
-from dpo_cli.quality.check import DataCheck, as_text, run_check
-from dpo_cli.quality.checks import ISSUE_TYPES, find_damage, length_bias, normalize, row_issues, texts_of
+from dpo_cli.quality.check import (
+    PROBLEMS,
+    TITLES,
+    DataCheck,
+    as_text,
+    hashes,
+    length_bias,
+    row_issues,
+    run_check,
+)
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
 from tests.helpers import SAMPLE, write_rows
@@ -78,7 +86,7 @@ def test_the_sample_data_has_no_problem(tiny: Path, name: str) -> None:
 def test_what_looks_like_a_defect_is_none(tiny: Path, tmp_path: Path, messages: bool) -> None:
     rows = clean_rows(messages)
     found = places(check(tiny, write_rows(tmp_path / "rows.jsonl", rows)))
-    wrong = {kind: [CLEAN[place] for place in at] for kind, at in found.items() if ISSUE_TYPES[kind].problem}
+    wrong = {kind: [CLEAN[place] for place in at] for kind, at in found.items() if kind in PROBLEMS}
     assert len(rows) > 50 and not wrong
     assert set(found) <= {"control_tokens", "other", "length_bias"}
 
@@ -175,7 +183,7 @@ def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path)
 def test_markers_are_those_of_chat_templates_outside_code() -> None:
     def found(text: str) -> bool:
         row = Row("", "", "Why?", text, "No.")
-        return "markers" in row_issues(row, texts_of(row))
+        return "markers" in row_issues(row)
 
     assert all(map(found, ["a <|im_end|> b", "a <|user|> c", "Here:\n```\na\n```\n[INST] b", "`a` <|im_start|>user"]))
     assert not any(map(found, ["<think>a</think> b", "-- <filename>", "`<|user|>`", "```\n[INST]\n```"]))
@@ -192,7 +200,7 @@ def test_markers_are_those_of_chat_templates_outside_code() -> None:
     ],
 )
 def test_what_is_no_damage(text: str) -> None:
-    assert find_damage(text) is None
+    assert not row_issues(Row("", "", "Why?", text, "No."))
 
 
 HOSTILE = [
@@ -226,10 +234,9 @@ HOSTILE = [
 def test_hostile_text_takes_no_time(piece: str) -> None:
     text = piece * (2_000_000 // len(piece))
     row = Row("", "", "Why?", f"x{text}", f"x{text}y")
-    texts = texts_of(row)
     began = time.process_time()
-    row_issues(row, texts)
-    normalize(row)
+    row_issues(row)
+    hashes(row)
     assert time.process_time() - began < 5
 
 
@@ -308,7 +315,7 @@ def test_what_is_fixed_is_clean_and_else_as_it_was(tiny: Path, tmp_path: Path) -
         before = data.read_bytes()
         result = check(tiny, data, fix=fixed)
         assert data.read_bytes() == before
-        bad = set().union(*(found for kind, found in places(result).items() if ISSUE_TYPES[kind].problem))
+        bad = set().union(*(found for kind, found in places(result).items() if kind in PROBLEMS))
         left = [row for number, row in enumerate(planted.rows) if number not in bad]
         kept = [json.loads(line) for line in fixed.read_text().splitlines()]
         assert kept == left and [list(row) for row in kept] == [list(row) for row in left]
@@ -386,8 +393,8 @@ def test_lengths_count_what_carries_loss(tiny: Path, tmp_path: Path) -> None:
 
 def test_the_documentation_has_every_kind() -> None:
     table = (SAMPLE.parent / "docs" / "data.md").read_text()
-    for kind in ISSUE_TYPES.values():
-        assert f"| {'problem' if kind.problem else 'note'} | {kind.title} |\n" in table
+    for kind, title in TITLES.items():
+        assert f"| {'problem' if kind in PROBLEMS else 'note'} | {title} |\n" in table
 
 
 @pytest.mark.parametrize("name", ["fixed.json", "rows.jsonl", "link.jsonl"])
@@ -471,7 +478,7 @@ def test_a_row_takes_few_bytes(tokenizer: Any, tmp_path: Path) -> None:
             for n in range(rows):
                 row = prompt(f"{n}: {words[n % 328]}", f"{n} {words[n % 41]}", f"{words[n % 37]} {n}")
                 stream.write(json.dumps(row) + "\n")
-        data_check = DataCheck(Encoder(tokenizer, Reading()), 3)
+        data_check = DataCheck(Encoder(tokenizer), 3)
         rows_read = read_rows(find_sources([str(tmp_path / "rows.jsonl")]))
         tracemalloc.start()
         data_check.read(rows_read)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.data.pairs import model_input_ids
-from dpo_cli.data.rows import Reading, Row, read_rows
+from dpo_cli.data.rows import Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from tests.helpers import write_rows
@@ -53,7 +53,7 @@ def test_tokens_and_loss_are_those_of_the_pair(tiny: Path, tokenizer: Any) -> No
     found = explained(tiny, "3")
     [_, _, row] = read_rows(find_sources(["rows.jsonl"]))
     assert isinstance(row, Row)
-    pair, notes = Encoder(tokenizer, Reading()).pair(row)
+    pair, notes = Encoder(tokenizer).pair(row)
     assert found["notes"] == sorted(notes) and found["format"] == row.format
     for part in ("prompt", "chosen", "rejected"):
         ids = getattr(pair, part)

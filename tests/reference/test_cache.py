@@ -29,8 +29,7 @@ import dpo_cli.models.fingerprint
 import dpo_cli.reference.store
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
-from dpo_cli.data.batching import Layout
-from dpo_cli.data.collate import padded
+from dpo_cli.data.batching import Layout, padded
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.models.fingerprint import hash_weights
 from dpo_cli.models.loading import load_model
@@ -132,7 +131,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def telling(self: ModelRunner, pairs: Any, compute: Any, *share: Any) -> Iterator[Any]:
         for result in original(self, pairs, compute, *share):
-            if compute.__qualname__.startswith("fill_reference"):
+            if compute.__qualname__.startswith("_score"):
                 found.extend(pairs[i].where for i in result[0])
             yield result
 

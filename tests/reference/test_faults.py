@@ -17,7 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.data.collate import MicroBatch
+from dpo_cli.data.batching import MicroBatch
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.metrics import append_metrics
 from dpo_cli.losses.preference import Preferences

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dpo_cli.models.attention
 from dpo_cli.config.options import EvalOptions, TrainOptions
-from dpo_cli.data.collate import Segments, collate
+from dpo_cli.data.batching import Segments, collate
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.evaluation.generation import generate

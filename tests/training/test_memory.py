@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.collate import MicroBatch
+from dpo_cli.data.batching import MicroBatch
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner
 from dpo_cli.models.parallel import Parallel
 from dpo_cli.utils.errors import DpoError

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.data.collate import collate
+from dpo_cli.data.batching import collate
 from dpo_cli.hub.export import export_model
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import response_logps

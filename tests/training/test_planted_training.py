@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.data.collate import MicroBatch, collate
+from dpo_cli.data.batching import MicroBatch, collate
 from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.evaluation.diagnostics import Evidence, diagnose
 from dpo_cli.evaluation.metrics import PairScores, Table
