@@ -77,10 +77,7 @@ class Chat:
         self.template = ChatTemplate(tokenizer, adds_bos)
 
     def as_turns(self, row: Row) -> Row:
-        """Convert strings to messages if the model has a chat template: a user turn, and an answer each.
-
-        Strings that a chat template rendered already are kept.
-        """
+        """Convert strings that no chat template rendered to messages, if the model has one."""
         if not isinstance(row.prompt, str) or row.raw or self.template.plain or row.format == FORMATS["hh"].label:
             return row
         if is_rendered(row.prompt):
@@ -132,26 +129,23 @@ class Chat:
 
     # ---- each trained turn after the prompt that it has at inference ------------------------------------------------
 
-    def _trained(self, chosen: list[Message], rejected: list[Message]) -> tuple[list[int], list[int]]:
-        """Return the places of the turns that carry loss."""
-        sides = {"chosen": (chosen, rejected), "rejected": (rejected, chosen)}
-        if self.train_turns == "last":
-            for name, (turns, _) in sides.items():
-                if any(turn["role"] == "user" for turn in turns):
-                    raise RowError(
-                        f"{name} has a 'user' turn; the two may differ in their last answer only "
-                        "(--train-turns all trains all answers that differ)"
-                    )
-            if chosen[-1] == rejected[-1]:
-                raise RowError("chosen and rejected have the same last answer; they differ before (--train-turns all)")
-            return [len(chosen) - 1], [len(rejected) - 1]
+    def _trained(self, chosen: list[Message], rejected: list[Message]) -> list[list[int]]:
+        """Return the places of the turns that carry loss, for each side."""
         places = []
-        for name, (turns, others) in sides.items():
+        for name, turns, others in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
             answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
-            places.append([place for place in answers if [turns[place]] != others[place : place + 1]])
-            if not places[-1]:
+            differ = [place for place in answers if [turns[place]] != others[place : place + 1]]
+            if self.train_turns == "last" and any(turn["role"] == "user" for turn in turns):
+                raise RowError(
+                    f"{name} has a 'user' turn; the two may differ in their last answer only "
+                    "(--train-turns all trains all answers that differ)"
+                )
+            if self.train_turns == "all" and not differ:
                 raise RowError(f"{name} has no answer that differs from the other's")
-        return places[0], places[1]
+            places.append(differ if self.train_turns == "all" else answers[-1:])
+        if self.train_turns == "last" and chosen[-1] == rejected[-1]:
+            raise RowError("chosen and rejected have the same last answer; they differ before (--train-turns all)")
+        return places
 
     def _side(self, row: Row, asked: str, turns: list[Message], trained: list[int], notes: set[str]) -> Side:
         text, spans, complete = "", [(0, 0)], False
@@ -242,10 +236,7 @@ def _opened(prompt: str) -> re.Match[str] | None:
 
 
 def _with_reasoning(opened: re.Match[str], said: str, turn: Message, notes: set[str]) -> str:
-    """Add the reasoning, or an empty one, to an answer whose prompt opened it, if the template did not write it.
-
-    The template of R1 drops reasoning, OLMo's has none apart from the content, Qwen3.5's writes an empty one itself.
-    """
+    """Add the reasoning, or an empty one, to an answer whose prompt opened it, if the template did not write it."""
     opening, end = opened[0], f"</{opened[1]}>"
     if end in said and REASONING not in turn:
         return said.lstrip().removeprefix(opening.rstrip()).removeprefix("\n" * opening.endswith("\n"))

@@ -101,10 +101,7 @@ class ChatTemplate:
 
     @cached_property
     def endings(self) -> tuple[str, str]:
-        """What ends an answer's turn at any place, and what follows the last turn.
-
-        The template of Phi-3 writes ``<|end|>`` and, after all turns, ``<|endoftext|>``, which is not the answer's.
-        """
+        """What ends an answer at any place, and what follows the last turn: only with Phi-3 another token."""
         last, between = (self.probe(USER, answer(PROBE), *more).rpartition(PROBE)[2] for more in ([], [USER]))
         shared = last[: common_prefix(last, between)]
         ends = [shared.rfind(token) + len(token) for token in self.special if token in shared]
