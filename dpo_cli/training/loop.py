@@ -74,7 +74,7 @@ def train(
             missing = report_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
         manifest = make_manifest(run, command)
-        _score_reference(run, manifest, bool(resume))
+        _complete_manifest(run, manifest, bool(resume))
         trainer = make_trainer(run)
         _check_step_0(trainer, run)
         parallel = trainer.runner.parallel
@@ -101,8 +101,8 @@ def _how_to_resume(folder: Path) -> str:
     return f"Go on with: dpo train --resume {shlex.quote(str(folder))}"
 
 
-def _score_reference(run: Run, manifest: dict[str, Any], resumed: bool) -> None:
-    """Score the reference, unless a run that is resumed began with other data or weights; add it to the manifest."""
+def _complete_manifest(run: Run, manifest: dict[str, Any], resumed: bool) -> None:
+    """Let the reference score, unless the run began with other data or weights; add the hash of its values."""
     began = manifest
     if resumed:
         began = distributed.on_rank_0(lambda: check_same_run(run.folder, manifest, run.reporter.warning))

@@ -127,7 +127,7 @@ class _Watched:
 
         def told(runner: Any, pairs: Any, compute: Any, *share: Any) -> Iterator[Any]:
             for scored in forwards(runner, pairs, compute, *share):
-                if compute.__qualname__.startswith("fill_reference"):
+                if compute.__qualname__.startswith("_score"):
                     self._tell(0, "scored", count=len(scored[0]))
                 yield scored
 

@@ -48,8 +48,8 @@ def memory_runs_out() -> Iterator[None]:
 def a_loss_is_nan() -> Iterator[None]:
     real = Trainer.batch
 
-    def batch(self: Trainer, places: Any, **step: float) -> Any:
-        made = real(self, places, **step)
+    def batch(self: Trainer, places: Any, step: Any) -> Any:
+        made = real(self, places, step)
         bad = torch.tensor([torch.nan if place == POISONED else 1.0 for place in places])
         return dataclasses.replace(made, weights=made.weights * bad)
 

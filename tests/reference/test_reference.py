@@ -23,6 +23,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import dpo_cli.reference.store
+import dpo_cli.training.loop
+import dpo_cli.training.memory
+import dpo_cli.training.prepare
 from dpo_cli.cli.app import app
 from dpo_cli.data.batching import MicroBatch
 from dpo_cli.data.pairs import Pair, Pairs
@@ -60,18 +63,30 @@ def sample(count: int) -> list[Any]:
 
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Pairs of every forward, of reference and policy."""
+    """Pairs of every forward, of reference and policy; not those that try a layout, count bytes or read back."""
     pairs: list[int] = []
+    within: list[str] = []
 
-    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(self: ModelRunner, batch: MicroBatch, *rest: Any, **more: Any) -> Any:
-            pairs.append(len(batch.lengths) // 2)
-            return forward(self, batch, *rest, **more)
+    def counting(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **more: Any) -> Any:
+            if isinstance(arguments[0], ModelRunner) and name in ("token_logps", "body") and not within:
+                pairs.append(len(arguments[1].lengths) // 2)
+            within.append(name)
+            try:
+                return forward(*arguments, **more)
+            finally:
+                within.pop()
 
         return run
 
-    for name in ("token_logps", "body"):
-        monkeypatch.setattr(ModelRunner, name, counting(getattr(ModelRunner, name)))
+    for owner, name in (
+        (ModelRunner, "token_logps"),
+        (ModelRunner, "body"),
+        (dpo_cli.training.prepare, "choose_layout"),
+        (dpo_cli.training.memory, "count_bytes"),
+        (dpo_cli.training.loop, "export"),
+    ):
+        monkeypatch.setattr(owner, name, counting(name, getattr(owner, name)))
     return pairs
 
 
