@@ -129,7 +129,7 @@ def merge(
 
     find_model(model, base=base_model)
     reporter = out.reporter()
-    from dpo_cli.hub.merge import merge as run
+    from dpo_cli.hub.export import merge as run
 
     out.show(run(model, base_model, output, export_dtype, trust_remote_code, reporter))
 

@@ -19,13 +19,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_cli.data.batching import padded
 from dpo_cli.data.pairs import Pair, count_loss_tokens
-from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, save_adapter
+from dpo_cli.hub.model_card import merged_card
+from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, read_config, save_adapter
 from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied
-from dpo_cli.models.loading import dtype_name, load_exported, load_model, release
-from dpo_cli.models.locate import ModelSource
+from dpo_cli.models.loading import dtype_name, export_dtype, load_exported, load_model, load_tokenizer, release
+from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.models.logprobs import ModelRunner, logp_tolerance, response_logps
 from dpo_cli.models.parallel import parallel_of, reshard
+from dpo_cli.models.quantized import admit
+from dpo_cli.training.checkpoint import verified_step
 from dpo_cli.training.memory import process_bytes, usable_bytes
+from dpo_cli.training.run_dir import trained_with
+from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
 from dpo_cli.utils.files import atomic_dir
 
@@ -169,6 +174,35 @@ def _read_back(written: Path, model: PreTrainedModel, source: ModelSource, pair:
         return pair_logps(ModelRunner(again, "padded", torch.float32, 0, CPU, chunked_lm_head=False), pair)
     finally:
         release(again)
+
+
+def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, reporter: Reporter) -> dict[str, Any]:
+    """Write a model folder with an adapter's weights added to its base's, which is ``base`` or what the adapter names.
+
+    Raises:
+        UsageError: there is no adapter, it cannot be merged, or the folder exists.
+    """
+    source = find_model(name, trust, base)
+    if source.adapter is None or source.checkpoint not in (None, source.adapter):
+        raise UsageError(f"--model {name}: there is no adapter to merge")
+    if source.checkpoint and verified_step(source.checkpoint) is None:
+        raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
+    if output.exists():
+        raise UsageError(f"--output {output}: exists already; name another folder")
+    read_config(source.adapter, reporter.warning)
+    source = admit(source, name)
+    reporter.info("model", source.description)
+    trained = trained_with(source.run) if source.run else None
+    if trained and trained.quantize:
+        reporter.warning(
+            f"the adapter was trained on its base in {trained.quantize} and is merged into the float32 base: the "
+            "merged model is not quite the trained one"
+        )
+    model = load_model(source)
+    card = merged_card(source, output.name, trained.objective if trained else None)
+    precision = export_dtype(dtype, source)
+    export_model(output, model, load_tokenizer(source), card, source=source, dtype=precision, warn=reporter.warning)
+    return {"model": str(output), "parameters": model.num_parameters()}
 
 
 # ---- what transformers 4, and with it vLLM, reads of an export --------------------------------------------------

@@ -155,8 +155,11 @@ def _local_model(name: str, path: Path, base: str | None) -> ModelSource:
         return replace(_adapter(name, folder, base), base=run.name if run else folder.name, run=run)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
-    if not any(folder.glob("*.safetensors")):
+    if not (weights := {file.name for file in folder.glob("*.safetensors")}):
         raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not set(_read_json(name, index).get("weight_map", {}).values()) <= weights:
+        raise UsageError(f"--model {name}: {index.name} names other files than the folder's *.safetensors")
     return ModelSource(str(folder), run.name if run else path.name, str(folder), run=run)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from dpo_cli.reporting.html import ReportInput, shown, write_report
 from tests.helpers.payloads import PAYLOADS, report_of
+from tests.helpers.pictures import pictures
 from tests.helpers.synthetic import make_evaluation, make_history
 
 pytestmark = [pytest.mark.browser, pytest.mark.pictures]
@@ -61,7 +62,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(file, ReportInput("run", make_evaluation(), make_history(), {"device": "cpu"}, {"lr": 5e-7}))
+    with pictures(drawn=True):  # the marker comes into force after this is made
+        write_report(file, ReportInput("run", make_evaluation(), make_history(), {"device": "cpu"}, {"lr": 5e-7}))
     return file
 
 
@@ -190,7 +192,7 @@ def test_payloads_stay_text(look: Any, tmp_path: Path, payloads: tuple[str, ...]
 def test_no_part_of_a_table_is_out_of_sight(look: Any, report: Path, viewport: dict[str, int]) -> None:
     page = look(report, viewport)
     inner = page.locator(".table").evaluate_all("all => all.map(e => e.scrollWidth - e.clientWidth)")
-    assert len(inner) == 3 and max(inner) <= 1
+    assert inner and max(inner) <= 1
 
 
 @pytest.mark.parametrize("theme", THEMES)

@@ -26,7 +26,7 @@ from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.evaluation.generation import generate
 from dpo_cli.evaluation.kl import compare, record
-from dpo_cli.hub.merge import merge
+from dpo_cli.hub.export import merge
 from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.models.layout import choose_layout
 from dpo_cli.models.loading import compute_dtype, default_device
