@@ -897,14 +897,13 @@ def test_what_is_read_is_the_rendered_text_and_what_carries_loss_are_answers(
         return
     sides: Any = ((pair.chosen, given.chosen, given.rejected), (pair.rejected, given.rejected, given.chosen))
     for (response, own, other), runs in zip(sides, turns_with_loss(tokenizer, pair), strict=True):
-        text = tokenizer.apply_chat_template(prompt + own, tokenize=False)
+        answers = [place for place, turn in enumerate(own) if turn["role"] == "assistant"]
+        differ = [place for place in answers if [own[place]] != other[place : place + 1]]
+        places = answers[-1:] if trained_turns == "last" else differ
+        text = tokenizer.apply_chat_template(prompt + own[: places[-1] + 1], tokenize=False)  # nothing reads the rest
         assert decode(tokenizer, pair.prompt, model_input_ids(response)) == text.removesuffix("\n")
-        differ = [turn for place, turn in enumerate(own) if [turn] != other[place : place + 1]]
-        trained_answers = (
-            own[-1:] if trained_turns == "last" else [turn for turn in differ if turn["role"] == "assistant"]
-        )
-        assert len(runs) == len(trained_answers) or BOUNDARY_MOVED in notes
-        for run, answer in zip(runs, trained_answers, strict=False):
+        assert len(runs) == len(places) or BOUNDARY_MOVED in notes
+        for run, answer in zip(runs, [own[place] for place in places], strict=False):
             assert run.endswith(answer["content"] + end) and run.removesuffix(answer["content"] + end).strip("\n") == ""
 
 
