@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+import dpo_cli.reference.store
 from dpo_cli.cli.app import app
-from dpo_cli.data.batching import MicroBatch
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.metrics import append_metrics
 from dpo_cli.losses.preference import Preferences
-from dpo_cli.models.logprobs import HiddenStates, ModelRunner, split_pairs
+from dpo_cli.models.logprobs import HiddenStates, split_pairs
 from dpo_cli.training.step import Trainer
 from tests.helpers import SAMPLE, write_rows
 from tests.helpers.caches import plant
@@ -251,19 +251,18 @@ def test_a_reference_that_is_not_finite_is_not_kept(
     train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model cannot score one response: its row is named, and no number of it is served later."""
-    original = ModelRunner.token_logps
+    original = dpo_cli.reference.store.response_logps
 
-    def spoilt(self: ModelRunner, batch: MicroBatch) -> Tensor:
-        logps = original(self, batch)
-        return torch.where(torch.arange(len(logps)) == 3, math.nan, logps)  # the first response of each forward
+    def spoilt(logps: Tensor, lengths: Tensor) -> Tensor:
+        return original(torch.where(torch.arange(len(logps)) == 3, math.nan, logps), lengths)  # the first response
 
-    monkeypatch.setattr(ModelRunner, "token_logps", spoilt)
+    monkeypatch.setattr(dpo_cli.reference.store, "response_logps", spoilt)
     result = train("--batch-size", ROWS)
     assert result.exit_code == 1
     assert 1 <= len(named(result)) < ROWS
     assert not (tmp_path / "run").exists()
     assert_finite_on_disk(tmp_path / "cache")
-    monkeypatch.setattr(ModelRunner, "token_logps", original)
+    monkeypatch.setattr(dpo_cli.reference.store, "response_logps", original)
     assert train("--batch-size", ROWS).exit_code == 0
 
 

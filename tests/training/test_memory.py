@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+import dpo_cli.training.prepare
+import dpo_cli.training.setup
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import MicroBatch
@@ -61,10 +64,13 @@ def whole(start: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Limits:
-    """Simulated memory: forwards over more tokens than ``tokens`` fail; so do the calls whose numbers are planted."""
+    """Simulated memory: forwards over more tokens than ``tokens`` fail; so do the calls whose numbers are planted.
+
+    Not those that try a layout and count what a forward keeps.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.tokens = 10**9
+        self.tokens, self.tried = 10**9, False
         self.forwards: set[int] = set()
         self.backwards: set[int] = set()
         self.seen = 0
@@ -72,6 +78,8 @@ class Limits:
         body, backward = ModelRunner.body, HiddenStates.backward
 
         def check(runner: ModelRunner, batch: MicroBatch) -> None:
+            if self.tried:
+                return
             tokens = batch.input_ids.numel()
             several = runner.model.training and len(batch.lengths) > 2
             self.seen += several
@@ -82,18 +90,20 @@ class Limits:
             check(runner, batch)
             return body(runner, batch, *rest, **more)
 
-        def limited_token_logps(runner: ModelRunner, batch: MicroBatch) -> Tensor:
-            check(runner, batch)
-            return token_logps(runner, batch)
-
         def limited_backward(hidden: HiddenStates, *losses: Tensor) -> None:
             if len(hidden.batch.lengths) > 2 and self.seen in self.backwards:
                 self.backwards.discard(self.seen)
                 hidden.values.register_hook(lambda grad: self._fail(hidden.batch.input_ids.numel()))
             backward(hidden, *losses)
 
-        token_logps = ModelRunner.token_logps
-        patch.setattr(ModelRunner, "token_logps", limited_token_logps)
+        def unlimited(function: Callable[..., Any], *given: Any) -> Any:
+            self.tried = True
+            result = function(*given)
+            self.tried = False
+            return result
+
+        for module, name in ((dpo_cli.training.prepare, "choose_layout"), (dpo_cli.training.setup, "fit")):
+            patch.setattr(module, name, partial(unlimited, getattr(module, name)))
         patch.setattr(ModelRunner, "body", limited_body)
         patch.setattr(HiddenStates, "backward", limited_backward)
 
