@@ -11,24 +11,26 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from dpo_cli.config.options import DataOptions
+from dpo_cli.config.options import DataOptions, option
 from dpo_cli.config.resolve import resolve, resolve_training, suggest_option
 from dpo_cli.utils.errors import DpoError, UsageError, printable
 
-CONFIG = "YAML file with any of these options; a flag wins."
 
-
+@dataclass
 class Output:
     """Where the result, the log and the error of the running command go, by its flags."""
 
-    json = quiet = log_json = debug = False
+    json: bool = option(False, "Print exactly one JSON object on stdout.")
+    quiet: bool = option(False, "Print only warnings, errors and the result.")
+    log_json: bool = option(False, "Write JSON lines to stderr; event is their kind.")
+    debug: bool = option(False, "Show the traceback of an error.")
 
     def show(self, result: dict[str, Any], table: Callable[[dict[str, Any]], str] | None = None) -> None:
         """Print the result on stdout: as JSON, as a table for a person, or as a line per value."""
@@ -88,6 +90,7 @@ class Output:
 
 
 out = Output()
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options; a flag wins.")]
 COMMANDS: dict[str, TyperCommand | TyperGroup] = {}
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
@@ -124,17 +127,15 @@ class Command(TyperCommand):
     def get_params(self, ctx: Any) -> Any:
         """Make the flags when they are asked for: to make those of all commands takes as long as to import typer."""
         if not self.params:
-            flags = []
-            if self.kind:
-                types = get_type_hints(self.kind)
-                flags = [_flag(f.name, types[f.name] | None, _option(f)) for f in fields(self.kind)]
-                flags.append(_flag("config", Path | None, typer.Option("--config", help=CONFIG)))
             own = inspect.signature(self.function, eval_str=True).parameters.values()
-            flags += [each.replace(kind=_KEYWORD) for each in own if each.name != "options"]
+            flags = [each.replace(kind=each.KEYWORD_ONLY) for each in own if each.name != "options"]
+            if self.kind:
+                config = inspect.Parameter("config", _KEYWORD, default=None, annotation=ConfigFile)
+                flags = [*_flags(self.kind), *flags, config]
 
             def typed() -> None: ...
 
-            typed.__signature__ = inspect.Signature([*flags, *OUTPUT_FLAGS])  # type: ignore[attr-defined]
+            typed.__signature__ = inspect.Signature([*flags, *_flags(Output)])  # type: ignore[attr-defined]
             single = typer.Typer(add_completion=False)
             single.command()(typed)
             self.params = typer.main.get_command(single).params
@@ -145,7 +146,7 @@ class Command(TyperCommand):
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:  # as for a shell that completes
             given = {name: None if value == () else value for name, value in ctx.params.items()}
-            vars(out).update({flag.name: given.pop(flag.name) for flag in OUTPUT_FLAGS})
+            vars(out).update({f.name: given.pop(f.name) for f in fields(Output)})
             if self.kind:
                 flags, file = {f.name: given.pop(f.name) for f in fields(self.kind)}, given.pop("config")
                 resume = given.get("resume")
@@ -153,21 +154,6 @@ class Command(TyperCommand):
                 given["options"] = options
             ctx.params = given
         return rest
-
-
-def _flag(name: str, type_: Any, option: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, _KEYWORD, default=None, annotation=Annotated[type_, option])
-
-
-OUTPUT_FLAGS = [
-    _flag(name, bool, typer.Option(f"--{name.replace('_', '-')}", help=text))
-    for name, text in {
-        "json": "Print exactly one JSON object on stdout.",
-        "quiet": "Print only warnings, errors and the result.",
-        "log_json": "Write JSON lines to stderr; event is their kind.",
-        "debug": "Show the traceback of an error.",
-    }.items()
-]
 
 
 class Commands(TyperGroup):
@@ -179,7 +165,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was typed."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        vars(out).clear()  # of what an earlier command in this process set
+        vars(out).update(vars(Output()))  # not what an earlier command in this process set
         try:
             super().invoke(ctx)
             code = 0
@@ -194,18 +180,24 @@ class Commands(TyperGroup):
         raise typer.Exit(code)
 
 
-def _option(option: Field[Any]) -> Any:
+def _flags(kind: type[Any]) -> list[inspect.Parameter]:
+    """Make a flag of each option of a class, as typer reads them from a signature."""
+    types = get_type_hints(kind)
+    annotations = {each.name: Annotated[types[each.name] | None, _flag(each)] for each in fields(kind)}
+    return [inspect.Parameter(name, _KEYWORD, default=None, annotation=each) for name, each in annotations.items()]
+
+
+def _flag(option: Field[Any]) -> Any:
     text, shown, check = (option.metadata[name] for name in ("help", "shown", "check"))
-    choices = check.choices if check else ()
     default = shown or (None if option.default in (MISSING, False) else option.default)
     text += "" if default is None else f" [default: {default}]"
 
     def offered(incomplete: str) -> list[str]:
-        return [choice for choice in choices if choice.startswith(incomplete)]
+        return [choice for choice in check.choices if choice.startswith(incomplete)]
 
     # without completions of its own a shell offers files
-    name = f"--{option.name.replace('_', '-')}"
-    return typer.Option(name, help=text, show_default=False, autocompletion=offered if choices else None)
+    name, completion = f"--{option.name.replace('_', '-')}", offered if check and check.choices else None
+    return typer.Option(name, help=text, show_default=False, autocompletion=completion)
 
 
 def is_main_process() -> bool:

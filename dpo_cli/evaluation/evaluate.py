@@ -41,7 +41,7 @@ from dpo_cli.training.prepare import (
     weights_mode,
 )
 from dpo_cli.training.run_dir import read_manifest, reading_of, trained_hashes, trained_with
-from dpo_cli.utils.console import Progress, Reporter
+from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
 ITSELF = "the model itself"
@@ -174,7 +174,7 @@ class _Models:
             self.reporter.info("reference", "the model itself: it is not a run, and there is no --ref-model")
         if options.kl == "exact":
             return self._compare(policy, itself)
-        tokens = kl.score(policy.runner, pairs, self._progress("evaluate", pairs))
+        tokens = kl.score(policy.runner, pairs, self.reporter.progress("evaluate", len(pairs)))
         if itself:
             return _Scored(tokens, ITSELF, (tokens.logps(), tokens.logps(0, objective.ld_alpha)))
         if not objective.reference and options.ref_model is None:
@@ -187,20 +187,22 @@ class _Models:
     def _compare(self, policy: ScoredModel, itself: bool) -> _Scored:
         """Run both models over the pairs, and over responses that the policy samples."""
         options, pairs, answers = self.options, self.evaluator.pairs, {}
-        recorded = kl.record(policy.runner, pairs, options.cache_dir, self._progress("policy", pairs))
+        recorded = kl.record(policy.runner, pairs, options.cache_dir, self.reporter.progress("policy", len(pairs)))
         if options.samples:
             prompts = [*{pair.prompt.tobytes(): pair.prompt for pair in pairs}.values()][: options.sample_prompts]
             self.reporter.info("samples", f"{options.samples} answers to each of {len(prompts)} prompts")
             answers["policy"] = self._answers(policy, prompts)
             drawn = as_pairs(prompts, answers["policy"][1])
-            recorded_samples = kl.record(policy.runner, drawn, options.cache_dir, self._progress("samples", drawn))
+            recorded_samples = kl.record(
+                policy.runner, drawn, options.cache_dir, self.reporter.progress("samples", len(drawn))
+            )
         reference = policy if itself else self._reference(policy)
         name = ITSELF if itself else reference.source.description
         compare = partial(kl.compare, reference.runner, policy_runs=False, same=itself)
-        tokens = compare(recorded, pairs, self._progress("reference", pairs))
+        tokens = compare(recorded, pairs, self.reporter.progress("reference", len(pairs)))
         if not options.samples:
             return _Scored(tokens, name)
-        token_kl = compare(recorded_samples, drawn, self._progress("samples", drawn)).distributions["kl"]
+        token_kl = compare(recorded_samples, drawn, self.reporter.progress("samples", len(drawn))).distributions["kl"]
         ends = eos_ids(policy.model, self.evaluator.tokenizer)
         ended = [np.isin(response[-1:], ends).any() for responses in answers["policy"][1] for response in responses]
         estimate = sequence_kl(by_prompt(token_kl, options.samples))
@@ -218,9 +220,6 @@ class _Models:
         options, tokenizer = self.options, self.evaluator.tokenizer
         answer = partial(generate, model.runner, tokenizer, prompts, model.own_attention, options.sample_tokens)
         return answer(seed=options.seed), answer(options.samples, options.seed)
-
-    def _progress(self, name: str, pairs: Pairs) -> Progress:
-        return self.reporter.progress(name, len(pairs))
 
     @property
     def recorded(self) -> Mapping[str, Any] | None:

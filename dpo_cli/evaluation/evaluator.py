@@ -17,7 +17,7 @@ import numpy as np
 from dpo_cli.data.pairs import Ids, Pairs, model_input_ids
 from dpo_cli.evaluation import statistics
 from dpo_cli.evaluation.diagnostics import Evidence, diagnose
-from dpo_cli.evaluation.kl import FOLD, TokenScores, spans_of
+from dpo_cli.evaluation.kl import COLUMNS, FOLD, TokenScores, spans_of
 from dpo_cli.evaluation.metrics import SIDES, History, PairScores, Table, step_rewards
 from dpo_cli.losses.objective import Objective
 from dpo_cli.utils.files import atomic_write, to_json
@@ -29,44 +29,12 @@ TOP = 12  # shifted tokens shown of those that became likelier, and of those tha
 
 
 @dataclass(frozen=True)
-class Token:
-    """A response token as it is shown; without numbers where it carries no loss.
-
-    Units: nats; ``kl`` is KL(policy||reference) at its position.
-    """
-
-    text: str
-    logp: float | None = None
-    ref_logp: float | None = None
-    entropy: float | None = None
-    ref_entropy: float | None = None
-    kl: float | None = None
-
-    @property
-    def logratio(self) -> float:
-        """NaN where the token carries no loss."""
-        return math.nan if self.logp is None or self.ref_logp is None else self.logp - self.ref_logp
-
-
-@dataclass(frozen=True)
-class ShownPair:
-    """A pair to read token by token; ``kind``: best, median or worst, by its margin."""
-
-    kind: str
-    where: str
-    margin: float
-    prompt: str
-    chosen: list[Token]
-    rejected: list[Token]
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: ``result``, which ``dpo eval --json`` prints; pair by pair; and pairs to read."""
+    """What an evaluation found: ``result``, which ``dpo eval --json`` prints; pair by pair; and ``shown_pairs``."""
 
     result: dict[str, Any]
     scores: PairScores
-    shown: list[ShownPair] = field(default_factory=list)
+    shown: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,8 +103,11 @@ class Evaluator:
         return Evaluation(result | {name: value for name, value in more.items() if value}, scores, shown)
 
 
-def shown_pairs(scores: PairScores, pairs: Pairs, tokens: TokenScores, tokenizer: Any) -> list[ShownPair]:
-    """Choose the pairs with the largest, the median and the smallest margin; none twice."""
+def shown_pairs(scores: PairScores, pairs: Pairs, tokens: TokenScores, tokenizer: Any) -> list[dict[str, Any]]:
+    """Choose the pairs with the largest, the median and the smallest margin, none twice, to read token by token.
+
+    A token has its text, and where it carries loss ``COLUMNS`` and ``logratio``, in nats.
+    """
     order, spans = np.argsort(-scores.margins, kind="stable").tolist(), spans_of(pairs)
     n, middle = PAIRS_OF_EACH_KIND, max(0, (len(order) - PAIRS_OF_EACH_KIND) // 2)
     kinds = {"best": order[:n], "median": order[middle : middle + n], "worst": order[::-1][:n]}
@@ -145,13 +116,15 @@ def shown_pairs(scores: PairScores, pairs: Pairs, tokens: TokenScores, tokenizer
         kind_of |= {place: kind for place in places if place not in kind_of}
     shown = []
     for place, kind in kind_of.items():
-        pair, rows = pairs[place], iter(tokens.tokens[spans[place], :5].tolist())
-        sides = []
-        for ids in (pair.chosen, pair.rejected):
-            texts = zip(token_texts(ids, tokenizer), ids >= 0, strict=True)
-            sides.append([Token(text, *(next(rows) if loss else ())) for text, loss in texts])
-        prompt = "".join(token_texts(pair.prompt, tokenizer))
-        shown.append(ShownPair(kind, pair.where, float(scores.margins[place]), prompt, *sides))
+        pair, rows = pairs[place], iter(tokens.tokens[spans[place]].tolist())
+        about = {"kind": kind, "where": pair.where, "margin": float(scores.margins[place])}
+        sides: dict[str, list[dict[str, Any]]] = {}
+        for side, ids in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
+            sides[side] = [{"text": text} for text in token_texts(ids, tokenizer)]
+            for at in np.flatnonzero(ids >= 0):
+                numbers = dict(zip(COLUMNS, next(rows), strict=True))
+                sides[side][at] |= {**numbers, "logratio": numbers["logp"] - numbers["ref_logp"]}
+        shown.append({**about, "prompt": "".join(token_texts(pair.prompt, tokenizer)), **sides})
     return shown
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from scipy.stats import spearmanr, t
 
 from dpo_cli.evaluation.metrics import Groups, PairScores, Table, reward_unit, wins
-from dpo_cli.losses.objective import Objective
 from dpo_cli.utils.errors import UsageError
 
 Interval = list[float] | None  # [low, high]; None where there is none
@@ -130,10 +129,16 @@ def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
     """
     if a.where != b.where:
         raise UsageError("the two models read different rows, because of truncation: set --max-length")
-    left_out = _not_compared(a.objective, b.objective)
+    left_out, units = {}, [reward_unit(each.objective) for each in (a, b)]
+    if a.objective != dataclasses.replace(b.objective, beta=a.objective.beta):
+        left_out["loss"] = (
+            f"a's is of --loss {a.objective.name}, b's of --loss {b.objective.name}, or their options differ"
+        )
+    if units[0] != units[1]:
+        left_out["rewards"] = f"a's are of {units[0]}, b's of {units[1]}: they have no unit in common"
     margins = [each.logratios[:, 0] - each.logratios[:, 1] for each in (a, b)]
     of_a, of_b = (
-        each.ratios | {"logratios/margins": (margin, np.ones_like(margin))}
+        {**each.ratios, "logratios/margins": (margin, np.ones_like(margin))}
         for each, margin in zip((a, b), margins, strict=True)
     )
     differences = {}
@@ -145,13 +150,3 @@ def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
     better = wins(margins[1] - margins[0])
     share = {"share": float(better.mean()), "interval": share_interval(better, a.groups)}
     return {"differences": differences, "not_compared": left_out, "pairs_b_better": share}
-
-
-def _not_compared(a: Objective, b: Objective) -> dict[str, str]:
-    """``loss`` or ``rewards`` where two objectives measure them in other units, and why."""
-    why = {}
-    if a != dataclasses.replace(b, beta=a.beta):
-        why["loss"] = f"a's is of --loss {a.name}, b's of --loss {b.name}, or their options differ"
-    if reward_unit(a) != reward_unit(b):
-        why["rewards"] = f"a's are of {reward_unit(a)}, b's of {reward_unit(b)}: they have no unit in common"
-    return why

@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from dpo_cli.evaluation.metrics import SIDES, PairScores
+from dpo_cli.evaluation.metrics import SIDES, History, PairScores, Table
 from dpo_cli.reporting.text import is_number, number
 from dpo_cli.utils.files import atomic_write
 
 if TYPE_CHECKING:  # matplotlib takes a second to load
     from matplotlib.axes import Axes
-
-Column = npt.NDArray[np.float64]
-History = Sequence[Mapping[str, Any]]
 
 WIDTH, HEIGHT = 350, 216  # points of one plot
 COLORS = {"ink": "#23221f", "muted": "#6a665e", "chosen": "#1c6bb0", "rejected": "#b4560a"}
@@ -34,11 +30,8 @@ THEME: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dpo",  # the same input gives the same bytes
 }
-RANKED = {
-    0.0: ("wrong", COLORS["rejected"]),
-    0.5: ("tie", COLORS["muted"]),
-    1.0: ("right", COLORS["chosen"]),
-}  # by wins
+WORDS = {0.0: "wrong", 0.5: "tie", 1.0: "right"}  # of ``PairScores.wins``
+WIN_COLORS = {0.0: COLORS["rejected"], 0.5: COLORS["muted"], 1.0: COLORS["chosen"]}
 LARGEST = 1e30  # a larger value cannot be drawn
 
 
@@ -105,7 +98,7 @@ def curves(history: History) -> list[Plot]:
     return plots
 
 
-def points(history: History, name: str) -> tuple[Column, Column]:
+def points(history: History, name: str) -> tuple[Table, Table]:
     """Steps and finite values of a metric, in the order of steps; the last of a step counts."""
     values = {line["step"]: line[name] for line in history if is_number(line.get(name)) and is_number(line.get("step"))}
     steps = sorted(step for step, value in values.items() if abs(value) < LARGEST)
@@ -146,21 +139,21 @@ def pair_plots(scores: PairScores) -> list[Plot]:
     ]
 
 
-def _draw_margins(axes: Axes, margins: Column, wins: Column) -> None:
+def _draw_margins(axes: Axes, margins: Table, wins: Table) -> None:
     shown = np.clip(margins, *np.quantile(margins, [0.005, 0.995]))
     axes.hist(
-        [shown[wins == worth] for worth in RANKED],
+        [shown[wins == win] for win in WORDS],
         bins=32,
         stacked=True,
-        color=[color for _, color in RANKED.values()],
-        label=[f"{(wins == worth).mean():.0%} {word}" for worth, (word, _) in RANKED.items()],
+        color=[*WIN_COLORS.values()],
+        label=[f"{(wins == win).mean():.0%} {word}" for win, word in WORDS.items()],
     )
     axes.axvline(float(np.median(margins)), color=COLORS["ink"], lw=1, ls="--")
     axes.set_xlabel("margin")
 
 
-def _draw_lengths(axes: Axes, gaps: Column, margins: Column, wins: Column) -> None:
-    axes.scatter(gaps, margins, 11, color=[RANKED[worth][1] for worth in wins.tolist()], alpha=0.6, lw=0)
+def _draw_lengths(axes: Axes, gaps: Table, margins: Table, wins: Table) -> None:
+    axes.scatter(gaps, margins, 11, color=[WIN_COLORS[win] for win in wins.tolist()], alpha=0.6, lw=0)
     axes.axhline(0, color=COLORS["muted"], lw=0.8, ls="--")
     axes.set(xlabel="tokens of chosen - rejected", ylabel="margin")
 

@@ -231,10 +231,6 @@ class _Loop:
         """Take all steps after ``done``, and every evaluation that is due and not in the metrics yet.
 
         A checkpoint that is due is written before the evaluation of its step, so that a failed one costs no training.
-
-        Raises:
-            Interrupted: a signal came; a checkpoint was written.
-            DpoError: the run failed, and can be resumed from its last checkpoint once the cause is gone.
         """
         run, options, total = self.run, self.run.options, len(self.run.plan)
         evaluated = distributed.on_rank_0(lambda: set(evaluations(read_metrics(self.log.file))))

@@ -30,6 +30,7 @@ BLOCK = 256  # values that share scales
 SLICE = 2**22  # values that are float32 at a time; a multiple of BLOCK
 SMALLEST = 4096  # values of a tensor whose moments are worth coding
 FLOOR = -38.0  # octaves: a root below 2^-38 counts as that, 1 % of eps at the first step
+ADAMW = {"lr": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -126,7 +127,7 @@ class SmallAdamW(Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], low: dict[Tensor, Tensor]) -> None:
-        super().__init__(groups, {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8})
+        super().__init__(groups, ADAMW)
         for _, p in self._parameters():
             p.data = p.detach().contiguous()  # it is viewed in blocks
             if p in low:
@@ -204,27 +205,13 @@ class SmallAdamW(Optimizer):
 def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
     """Take one step of AdamW on some blocks (B, W) and their moments, in place; none if ``found_inf`` is 1."""
     weight = join(part["weight"], part["low"]) if "low" in part else part["weight"]
-    moments = decode(part) if "scale" in part else (part["exp_avg"], part["exp_avg_sq"])
-    adamw(
-        [weight],
-        [part["grad"].float()],
-        [moments[0]],
-        [moments[1]],
-        [],
-        [step.clone()],  # AdamW increments it
-        fused=True,
-        found_inf=found_inf,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
-    new = {"exp_avg": moments[0], "exp_avg_sq": moments[1]}
+    exp_avg, exp_avg_sq = decode(part) if "scale" in part else (part["exp_avg"], part["exp_avg_sq"])
+    gradient, counted = part["grad"].float(), step.clone()  # AdamW increments it
+    settings = {name: value for name, value in group.items() if name != "params"} | {"found_inf": found_inf}
+    adamw([weight], [gradient], [exp_avg], [exp_avg_sq], [], [counted], fused=True, **settings)
+    new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if "scale" in part:
-        new = encode(*moments, dither=(step + 1).double() * GOLDEN % 1)
+        new = encode(exp_avg, exp_avg_sq, dither=(step + 1).double() * GOLDEN % 1)
     if "low" in part:
         new["weight"], new["low"] = split(weight)
     for name, tensor in new.items():

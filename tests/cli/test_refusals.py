@@ -19,7 +19,7 @@ from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import to_yaml
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.training.prepare import hold_out
-from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.errors import UsageError, did_you_mean, name_beside
 from tests.helpers import Cli, cli_environment, make_model, random_pairs, write_rows
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
@@ -351,3 +351,61 @@ def test_a_run_keeps_the_rows_that_it_refused(dpo: Cli, tiny: Path, mixed: Path,
     assert out.stderr.count("mixed.jsonl: 10 rows, 4 pairs, 6 refused") == 2
     assert data["pairs"] + result["held_out"] + data["refused"] == 20  # rows in = used + refused
     assert refused[1]["row"] == json.loads(BAD_LINES["no rejected"][0])
+
+
+# ---- the nearest name -------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_word() -> None:
+    assert did_you_mean("sigmod", ["hinge", "sigmoid", "sigmoid_norm"]) == "; did you mean 'sigmoid'?"
+    assert did_you_mean("xyz", ["hinge", "sigmoid"]) == "" == did_you_mean("xyz", [])
+
+
+def test_the_nearest_file(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").touch()
+    assert name_beside(tmp_path / "piars.jsonl") == "; did you mean 'pairs.jsonl'?"
+    assert name_beside(tmp_path / "pairs.jsonl") == ""  # it is there
+    assert name_beside(tmp_path / "none" / "pairs.jsonl") == "" == name_beside(Path("a\0b"))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with pairs, a run's folder and a file of options."""
+    row = {"question": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text("data: pairs.jsonl\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("trian", "'train'"),
+        ("train --bta 1", "--beta"),
+        ("train --data piars.jsonl --model {tiny}", "'pairs.jsonl'"),
+        ("train --data pairs.jsonl --loss sigmod", "'sigmoid'"),
+        ("train --data pairs.jsonl --format alpacca", "'alpaca'"),
+        ("train --data pairs.jsonl --memory splitt", "'split'"),
+        ("train --data pairs.jsonl --lr-scheduler cosinus", "'cosine'"),
+        ("train --data pairs.jsonl --f-divergence js_divergense", "'js_divergence'"),
+        ("train --data pairs.jsonl --columns promt=question --model {tiny}", "'prompt'"),
+        ("train --data pairs.jsonl --columns prompt=qestion --model {tiny}", "'question'"),
+        ("train --data pairs.jsonl --model ./runs/frist", "'first'"),
+        ("train --resume runs/frist", "'first'"),
+        ("train --config rnu.yaml", "'run.yaml'"),
+    ],
+)
+def test_a_command_tells_it(typed: str, meant: str, place: Path, dpo: Cli, tiny: Path) -> None:
+    told = dpo(*typed.format(tiny=tiny).split())
+    assert told.returncode == 2 and meant in told.stderr, told.stderr
+    assert "did you mean" in told.stderr.lower() or "Possible options" in told.stderr
+
+
+def test_what_lies_below_runs_is_never_looked_up_on_the_hub(
+    place: Path, dpo: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the hub was asked"))
+    told = dpo("train", "--data", "pairs.jsonl", "--model", "runs/frist")
+    assert told.returncode == 2
+    assert told.stderr == "error: --model runs/frist: no such folder; did you mean 'first'?\n"

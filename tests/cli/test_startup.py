@@ -106,6 +106,7 @@ def test_a_hub_that_does_not_answer_is_one_line(arguments: tuple[Any, ...], opti
 
 
 def test_what_the_cache_has_is_used_where_the_hub_does_not_answer(tiny: Path, tmp_path: Path) -> None:
+    """And nothing heavy is loaded before the first line."""
     snapshot = tmp_path / "home" / ".cache" / "huggingface" / "hub" / "models--org--model" / "snapshots" / ("a" * 40)
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(tiny)
@@ -115,6 +116,8 @@ def test_what_the_cache_has_is_used_where_the_hub_does_not_answer(tiny: Path, tm
     out = asked(tmp_path, CLOSED, "explain", "--data", DATA, "--model", "org/model")
     assert out.returncode == 0 and "[rejected]" in out.stdout, said(out)
     assert said(out) == ["loading…", "model       org/model from the Hugging Face hub"]
+    before = out.stderr.partition("loading…")[0]
+    assert not any(name in before for name in ("transformers", "torch", "numpy"))
 
 
 def test_the_default_model_names_its_package(tmp_path: Path) -> None:
@@ -175,10 +178,3 @@ def test_loading_is_said_first_and_not_on_stdout(dpo: Cli, tiny: Path) -> None:
     assert dpo(*given, "--quiet").stderr == ""
     first = json.loads(dpo(*given, "--log-json").stderr.splitlines()[0])
     assert first == {"event": "loading", "text": "loading…"}
-
-
-def test_loading_is_said_before_anything_heavy_is_loaded(tiny: Path, tmp_path: Path) -> None:
-    out = asked(tmp_path, CLOSED, "explain", "--data", DATA, "--model", tiny)
-    before = out.stderr.partition("loading…")[0]
-    assert out.returncode == 0 and "| dpo_cli" in before.replace("  ", "").replace("|dpo", "| dpo")
-    assert not any(name in before for name in ("transformers", "torch", "numpy"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dpo_cli.evaluation.evaluator import Evaluation, ShownPair, Token
+from dpo_cli.evaluation.evaluator import Evaluation
 from dpo_cli.reporting.html import ReportInput
-from tests.helpers.synthetic import make_evaluation
+from tests.helpers.synthetic import make_evaluation, make_pair, make_token
 
 RUN = "window.canary=1"  # what each tries to run
 PAYLOADS = (
@@ -92,8 +92,8 @@ def report_of(text: str, plots: bool = False) -> ReportInput:
     }
     sample = dict.fromkeys(("prompt", "reference", "policy"), text)
     samples = [sample | {"reference_sampled": [text], "policy_sampled": [text]}]
-    tokens = [Token(text, -1.0, -2.0, 0.5, 0.6, 0.1), Token(text)]
-    shown = [ShownPair("best", text, 1.0, text, tokens, tokens)]
+    tokens = [make_token(text, -1.0, -2.0, 0.5, 0.6, 0.1), make_token(text)]
+    shown = [make_pair("best", text, 1.0, text, tokens, tokens)]
     history: list[dict[str, Any]] = [{"step": 1, "loss": 0.5, text: 1.0}, {"step": text, "loss": text}] if plots else []
     manifest = {text: text, "more": {text: [text, text]}}
     about: dict[str, Any] = {"model": text, "reference": text, "refused": {text: 2}, text: 1.5, "text": {text: 1.5}}

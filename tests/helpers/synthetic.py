@@ -11,7 +11,8 @@ import numpy as np
 
 from dpo_cli.evaluation import statistics
 from dpo_cli.evaluation.diagnostics import judge
-from dpo_cli.evaluation.evaluator import QUANTILES, Evaluation, ShownPair, Token
+from dpo_cli.evaluation.evaluator import QUANTILES, Evaluation
+from dpo_cli.evaluation.kl import COLUMNS
 from dpo_cli.evaluation.metrics import PairScores
 from dpo_cli.losses.objective import Objective
 from tests.helpers import SAMPLE
@@ -131,18 +132,31 @@ def make_samples() -> list[dict[str, Any]]:
     ]
 
 
-def make_tokens(text: str, drift: float, seed: int) -> list[Token]:
+def make_token(text: str, *numbers: float) -> dict[str, Any]:
+    """A token as ``shown_pairs`` has it."""
+    return (
+        {"text": text}
+        | dict(zip(COLUMNS, numbers, strict=False))
+        | ({"logratio": numbers[0] - numbers[1]} if numbers else {})
+    )
+
+
+def make_pair(*values: Any) -> dict[str, Any]:
+    return dict(zip(("kind", "where", "margin", "prompt", "chosen", "rejected"), values, strict=True))
+
+
+def make_tokens(text: str, drift: float, seed: int) -> list[dict[str, Any]]:
     """The text's words as tokens; a few of them much likelier, or much rarer, than before."""
     rng, found = np.random.default_rng(seed), []
     for word in [*WORDS.findall(text), "<|im_end|>"]:
         ref = -float(rng.exponential(1.6))
         change = drift * float(rng.gamma(0.35, 2.0)) + float(rng.normal(0, 0.15))
         entropy = float(rng.gamma(2, 0.7))
-        found.append(Token(word, min(ref + change, -1e-4), ref, entropy, entropy * 1.1, abs(change) * 0.1))
+        found.append(make_token(word, min(ref + change, -1e-4), ref, entropy, entropy * 1.1, abs(change) * 0.1))
     return found
 
 
-def make_shown(count: int = 3) -> list[ShownPair]:
+def make_shown(count: int = 3) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (SAMPLE / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     found = []
     for at, why in enumerate(("best", "median", "worst")):
@@ -152,7 +166,7 @@ def make_shown(count: int = 3) -> list[ShownPair]:
             prompt = f"<|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
             chosen = make_tokens(row["chosen"][0]["content"], drift, place)
             rejected = make_tokens(row["rejected"][0]["content"], -drift, place + 100)
-            found.append(ShownPair(why, f"heldout.jsonl:{place + 1}", 4.1 - 3.1 * at, prompt, chosen, rejected))
+            found.append(make_pair(why, f"heldout.jsonl:{place + 1}", 4.1 - 3.1 * at, prompt, chosen, rejected))
     return found
 
 
@@ -168,7 +182,11 @@ def scores_of(logratios: Any, tokens: Any = None, ref_logps: Any = None, beta: f
 
 
 def make_evaluation(
-    pairs: int = 300, seed: int = 0, shown: list[ShownPair] | int = 3, scores: PairScores | None = None, **changed: Any
+    pairs: int = 300,
+    seed: int = 0,
+    shown: list[dict[str, Any]] | int = 3,
+    scores: PairScores | None = None,
+    **changed: Any,
 ) -> Evaluation:
     """What ``dpo eval`` would say of the scores, with findings, shifted tokens and samples from here."""
     scores = scores or make_scores(pairs, seed)

@@ -253,8 +253,9 @@ def test_a_reference_that_is_not_finite_is_not_kept(
     """The model cannot score one response: its row is named, and no number of it is served later."""
     original = dpo_cli.reference.store.response_logps
 
-    def spoilt(logps: Tensor, lengths: Tensor) -> Tensor:
-        return original(torch.where(torch.arange(len(logps)) == 3, math.nan, logps), lengths)  # the first response
+    def spoilt(token_logps: Tensor, lengths: Tensor) -> Tensor:
+        logps = original(token_logps, lengths)
+        return torch.where(torch.arange(len(logps)) == 0, math.nan, logps)  # the first response of each forward
 
     monkeypatch.setattr(dpo_cli.reference.store, "response_logps", spoilt)
     result = train("--batch-size", ROWS)

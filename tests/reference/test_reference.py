@@ -23,9 +23,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import dpo_cli.reference.store
-import dpo_cli.training.loop
-import dpo_cli.training.memory
-import dpo_cli.training.prepare
 from dpo_cli.cli.app import app
 from dpo_cli.data.batching import MicroBatch
 from dpo_cli.data.pairs import Pair, Pairs
@@ -49,6 +46,7 @@ from tests.helpers.caches import (
     shards,
     write_shard,
 )
+from tests.helpers.forwards import others
 
 
 @pytest.fixture
@@ -63,30 +61,24 @@ def sample(count: int) -> list[Any]:
 
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Pairs of every forward, of reference and policy; not those that try a layout, count bytes or read back."""
+    """Pairs of every forward of a run's own, of reference and policy."""
     pairs: list[int] = []
-    within: list[str] = []
+    within = others(monkeypatch)
 
     def counting(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **more: Any) -> Any:
-            if isinstance(arguments[0], ModelRunner) and name in ("token_logps", "body") and not within:
-                pairs.append(len(arguments[1].lengths) // 2)
-            within.append(name)
+        def run(self: ModelRunner, batch: MicroBatch, *rest: Any, **more: Any) -> Any:
+            if not within:
+                pairs.append(len(batch.lengths) // 2)
+            within.append(name)  # one goes through the other
             try:
-                return forward(*arguments, **more)
+                return forward(self, batch, *rest, **more)
             finally:
                 within.pop()
 
         return run
 
-    for owner, name in (
-        (ModelRunner, "token_logps"),
-        (ModelRunner, "body"),
-        (dpo_cli.training.prepare, "choose_layout"),
-        (dpo_cli.training.memory, "count_bytes"),
-        (dpo_cli.training.loop, "export"),
-    ):
-        monkeypatch.setattr(owner, name, counting(name, getattr(owner, name)))
+    for name in ("token_logps", "body"):
+        monkeypatch.setattr(ModelRunner, name, counting(name, getattr(ModelRunner, name)))
     return pairs
 
 

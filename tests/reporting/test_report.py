@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dpo_cli.evaluation.diagnostics import judge
-from dpo_cli.evaluation.evaluator import Evaluation, ShownPair, Token
+from dpo_cli.evaluation.evaluator import Evaluation
 from dpo_cli.losses.objective import parse_objective
 from dpo_cli.reporting import plots
 from dpo_cli.reporting.html import MAX_TOKENS, ReportInput, fold, page, shade, shown, write_report
@@ -29,7 +29,7 @@ from dpo_cli.reporting.text import between, number, percent
 from dpo_cli.utils.errors import NotWrittenError
 from tests.helpers import ROOT
 from tests.helpers.payloads import PAYLOADS, report_of
-from tests.helpers.synthetic import make_evaluation, make_history, make_scores, make_tokens
+from tests.helpers.synthetic import make_evaluation, make_history, make_pair, make_scores, make_token, make_tokens
 
 pytestmark = pytest.mark.pictures
 TOKEN = "data-t"  # the one attribute that holds text of the data
@@ -204,11 +204,11 @@ def test_numbers_that_are_none(worth: Any) -> None:
     """NaN, null and what is far out of range are shown as what they are; nothing warns, nothing fails."""
     scores = make_scores(5)
     broken = dataclasses.replace(scores, logps=scores.logps * (worth if isinstance(worth, float) else math.nan))
-    token = Token("x", math.nan, -1.0, None, None, math.nan)
+    token = make_token("x", math.nan, -1.0, math.nan, math.nan, math.nan)
     like = make_evaluation(5)
     result: dict[str, Any] = dict.fromkeys(like.scores.means(), worth)
     result["intervals"] = {key: [worth, worth] for key in like.result["intervals"]}
-    evaluation = Evaluation(like.result | result, broken, [ShownPair("best", "a:1", math.nan, "", [token], [])])
+    evaluation = Evaluation(like.result | result, broken, [make_pair("best", "a:1", math.nan, "", [token], [])])
     history = [{"step": step, "loss": worth, "grad_norm": worth, "eval_loss": worth} for step in range(5)]
     assert not Parsed(page(ReportInput("run", evaluation, history))).open
     assert bool(plots.pair_plots(broken)) == (worth == 0.0)
@@ -270,7 +270,7 @@ def test_points_are_in_the_order_of_steps_and_the_last_of_a_step_counts() -> Non
 
 def test_a_long_response_is_cut_and_says_so() -> None:
     tokens = make_tokens("word " * 3000, 0.3, 0)
-    pair = ShownPair("best", "a:1", 1.0, "", tokens, [])
+    pair = make_pair("best", "a:1", 1.0, "", tokens, [])
     text = page(ReportInput("run", make_evaluation(5, shown=[pair])))
     assert text.count('class="t ') == MAX_TOKENS
     assert f"… {len(tokens) - MAX_TOKENS:,} more tokens" in text

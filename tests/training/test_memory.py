@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-import dpo_cli.training.prepare
-import dpo_cli.training.setup
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import MicroBatch
@@ -30,6 +27,7 @@ from dpo_cli.models.logprobs import HiddenStates, ModelRunner
 from dpo_cli.models.parallel import Parallel
 from dpo_cli.utils.errors import DpoError
 from tests.helpers import SAMPLE, make_model, random_pairs, size, write_rows
+from tests.helpers.forwards import others
 from tests.helpers.steps import make_trainer
 
 ROWS = 12
@@ -64,21 +62,18 @@ def whole(start: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Limits:
-    """Simulated memory: forwards over more tokens than ``tokens`` fail; so do the calls whose numbers are planted.
-
-    Not those that try a layout and count what a forward keeps.
-    """
+    """Simulated memory: forwards over more tokens than ``tokens`` fail; so do the calls whose numbers are planted."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.tokens, self.tried = 10**9, False
+        self.tokens = 10**9
         self.forwards: set[int] = set()
         self.backwards: set[int] = set()
         self.seen = 0
         self.failed: list[int] = []  # tokens of each forward that failed, or whose backward did
-        body, backward = ModelRunner.body, HiddenStates.backward
+        body, backward, within = ModelRunner.body, HiddenStates.backward, others(patch)
 
         def check(runner: ModelRunner, batch: MicroBatch) -> None:
-            if self.tried:
+            if within:
                 return
             tokens = batch.input_ids.numel()
             several = runner.model.training and len(batch.lengths) > 2
@@ -90,20 +85,18 @@ class Limits:
             check(runner, batch)
             return body(runner, batch, *rest, **more)
 
+        def limited_token_logps(runner: ModelRunner, batch: MicroBatch) -> Tensor:
+            check(runner, batch)
+            return token_logps(runner, batch)
+
         def limited_backward(hidden: HiddenStates, *losses: Tensor) -> None:
             if len(hidden.batch.lengths) > 2 and self.seen in self.backwards:
                 self.backwards.discard(self.seen)
                 hidden.values.register_hook(lambda grad: self._fail(hidden.batch.input_ids.numel()))
             backward(hidden, *losses)
 
-        def unlimited(function: Callable[..., Any], *given: Any) -> Any:
-            self.tried = True
-            result = function(*given)
-            self.tried = False
-            return result
-
-        for module, name in ((dpo_cli.training.prepare, "choose_layout"), (dpo_cli.training.setup, "fit")):
-            patch.setattr(module, name, partial(unlimited, getattr(module, name)))
+        token_logps = ModelRunner.token_logps
+        patch.setattr(ModelRunner, "token_logps", limited_token_logps)
         patch.setattr(ModelRunner, "body", limited_body)
         patch.setattr(HiddenStates, "backward", limited_backward)
 
