@@ -105,7 +105,8 @@ def draw_rows(file: str, design: Design, tokenizer: Any) -> tuple[list[Record], 
 def as_pairs(tokenizer: Any, records: Sequence[Record]) -> Pairs:
     """What this package makes of such rows."""
     encoder = Encoder(tokenizer)
-    return Pairs(encoder.pair(Row("", format="strings", raw=True, **record))[0] for record in records)
+    rows = (Row("", format="strings", raw=True, **record) for record in records)
+    return Pairs(made.pair for made in encoder.pairs(rows) if not isinstance(made, BadRow))
 
 
 # ---- trainings --------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from dpo_cli.data.tokenize import Encoder
 from dpo_cli.models.loading import load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.training.run_dir import reading_of
-from dpo_cli.utils.errors import RowError
 
 ROOT = Path(__file__).parents[2]
 Record = dict[str, Any]
@@ -97,12 +96,9 @@ def usable_rows(options: TrainOptions, count: int) -> list[tuple[Row, Pair]]:
         if isinstance(row, BadRow) or not isinstance(row.prompt, str):
             continue
         row = replace(row, raw=True)
-        try:
-            pair, notes = encoder.pair(row)
-        except RowError:
-            continue
-        if not any("shortened" in note or "cut" in note for note in notes):
-            found.append((row, pair))
+        made = next(encoder.pairs([row]))
+        if not isinstance(made, BadRow) and not any("truncated" in note for note in made.notes):
+            found.append((row, made.pair))
         if len(found) == count:
             return found
     raise SystemExit(f"only {len(found)} rows of strings can be used; --rows {count} asks for more")

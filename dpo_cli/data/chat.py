@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dpo_cli.data.formats import FORMATS, common_prefix
-from dpo_cli.data.messages import REASONING, Message, answer_of
+from dpo_cli.data.messages import REASONING, Message, answer_of, user_turn
 from dpo_cli.data.readers import shortened
 from dpo_cli.data.rows import Row, is_rendered
-from dpo_cli.data.template import PROBE, USER, ChatTemplate, answer, leaves
+from dpo_cli.data.template import PROBE, USER, ChatTemplate, leaves
 from dpo_cli.utils.errors import RowError
 
 # Notes about a row.
@@ -77,18 +77,15 @@ class Chat:
         self.template = ChatTemplate(tokenizer, adds_bos)
 
     def as_turns(self, row: Row) -> Row:
-        """Convert strings to messages if the model has a chat template: a user turn, and an answer each.
-
-        Strings that a chat template rendered already are kept.
-        """
+        """Convert strings that no chat template rendered to messages, if the model has one."""
         if not isinstance(row.prompt, str) or row.raw or self.template.plain or row.format == FORMATS["hh"].label:
             return row
         if is_rendered(row.prompt):
             return replace(row, format=row.format + RENDERED)
         # The template writes its own ending.
         chosen, rejected = (answer_of(str(side).rstrip().removesuffix(self.eos)) for side in (row.chosen, row.rejected))
-        turns = [USER | {"content": row.prompt}]
-        return replace(row, format=row.format + WRAPPED, prompt=turns, chosen=chosen, rejected=rejected)
+        prompt = user_turn(row.prompt)
+        return replace(row, format=row.format + WRAPPED, prompt=prompt, chosen=chosen, rejected=rejected)
 
     def conversation(self, row: Row) -> Conversation:
         """Render the texts of a row.
@@ -132,26 +129,23 @@ class Chat:
 
     # ---- each trained turn after the prompt that it has at inference ------------------------------------------------
 
-    def _trained(self, chosen: list[Message], rejected: list[Message]) -> tuple[list[int], list[int]]:
-        """Return the places of the turns that carry loss."""
-        sides = {"chosen": (chosen, rejected), "rejected": (rejected, chosen)}
-        if self.train_turns == "last":
-            for name, (turns, _) in sides.items():
-                if any(turn["role"] == "user" for turn in turns):
-                    raise RowError(
-                        f"{name} has a 'user' turn; the two may differ in their last answer only "
-                        "(--train-turns all trains all answers that differ)"
-                    )
-            if chosen[-1] == rejected[-1]:
-                raise RowError("chosen and rejected have the same last answer; they differ before (--train-turns all)")
-            return [len(chosen) - 1], [len(rejected) - 1]
+    def _trained(self, chosen: list[Message], rejected: list[Message]) -> list[list[int]]:
+        """Return the places of the turns that carry loss, for each side."""
         places = []
-        for name, (turns, others) in sides.items():
+        for name, turns, others in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
             answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
-            places.append([place for place in answers if [turns[place]] != others[place : place + 1]])
-            if not places[-1]:
+            differ = [place for place in answers if [turns[place]] != others[place : place + 1]]
+            if self.train_turns == "last" and any(turn["role"] == "user" for turn in turns):
+                raise RowError(
+                    f"{name} has a 'user' turn; the two may differ in their last answer only "
+                    "(--train-turns all trains all answers that differ)"
+                )
+            if self.train_turns == "all" and not differ:
                 raise RowError(f"{name} has no answer that differs from the other's")
-        return places[0], places[1]
+            places.append(differ if self.train_turns == "all" else answers[-1:])
+        if self.train_turns == "last" and chosen[-1] == rejected[-1]:
+            raise RowError("chosen and rejected have the same last answer; they differ before (--train-turns all)")
+        return places
 
     def _side(self, row: Row, asked: str, turns: list[Message], trained: list[int], notes: set[str]) -> Side:
         text, spans, complete = "", [(0, 0)], False
@@ -165,9 +159,9 @@ class Chat:
             if not before.startswith(text):
                 change = _difference(text, before)
                 raise RowError(f"the chat template renders a turn differently when others follow: {change}")
-            said, complete = self._turn(row, before, history, turns[place], notes)
+            reply, complete = self._turn(row, before, history, turns[place], notes)
             cuts += [len(before)] if place and _opened(before) else []
-            text = before + said
+            text = before + reply
             spans.append((len(before), len(text)))
         return Side(text, tuple(spans[1:]), complete, tuple(cuts))
 
@@ -175,19 +169,19 @@ class Chat:
         """Render a turn after its prompt, and return whether it has an ending."""
         whole, opened = self.template.render([*history, turn], row.template_arguments), _opened(prompt)
         if whole.startswith(prompt):
-            said = whole[len(prompt) :]
+            reply = whole[len(prompt) :]
         elif opened and whole.startswith(prompt[: opened.start()]):
-            said = _with_reasoning(opened, whole[opened.start() :], turn, notes)
+            reply = _with_reasoning(opened, whole[opened.start() :], turn, notes)
         else:
-            said = self._after_generation_prompt(row, prompt, whole, history)
+            reply = self._after_generation_prompt(row, prompt, whole, history)
             notes.add(HISTORY_CHANGES)
         ending, last_ending = self.template.endings
-        if last_ending and said.endswith(last_ending):
-            said = said.removesuffix(last_ending) + ending
-        if said.rstrip().endswith(self.template.special):
-            return said.rstrip(), True
+        if last_ending and reply.endswith(last_ending):
+            reply = reply.removesuffix(last_ending) + ending
+        if reply.rstrip().endswith(self.template.special):
+            return reply.rstrip(), True
         notes.add(f"pairs whose answers end with '{self.eos}', the tokenizer's EOS: the chat template writes none")
-        return said, False
+        return reply, False
 
     def _after_generation_prompt(self, row: Row, prompt: str, whole: str, history: list[Message]) -> str:
         """Return a turn whose presence changes how the template renders earlier turns, from its own opening on.
@@ -197,8 +191,8 @@ class Chat:
         template, arguments = self.template, row.template_arguments
         asked = template.render(history, arguments)
         opening = prompt.removeprefix(asked) if prompt.startswith(asked) else ""
-        lead = template.probe(USER, answer(PROBE)).removeprefix(template.probe(USER, generation=True))
-        begin = template.render([*history, answer(PROBE)], arguments).rpartition(PROBE)[0]
+        lead = template.probe(USER, *answer_of(PROBE)).removeprefix(template.probe(USER, generation=True))
+        begin = template.render([*history, *answer_of(PROBE)], arguments).rpartition(PROBE)[0]
         begin = begin.removesuffix(lead.partition(PROBE)[0])
         if not (opening.strip() and begin.endswith(opening) and whole.startswith(begin)):
             raise _other_prompt(prompt, whole)
@@ -241,20 +235,17 @@ def _opened(prompt: str) -> re.Match[str] | None:
     return _OPENED.search(prompt, max(0, len(prompt) - _TAG))
 
 
-def _with_reasoning(opened: re.Match[str], said: str, turn: Message, notes: set[str]) -> str:
-    """Add the reasoning, or an empty one, to an answer whose prompt opened it, if the template did not write it.
-
-    The template of R1 drops reasoning, OLMo's has none apart from the content, Qwen3.5's writes an empty one itself.
-    """
+def _with_reasoning(opened: re.Match[str], reply: str, turn: Message, notes: set[str]) -> str:
+    """Add the reasoning, or an empty one, to an answer whose prompt opened it, if the template did not write it."""
     opening, end = opened[0], f"</{opened[1]}>"
-    if end in said and REASONING not in turn:
-        return said.lstrip().removeprefix(opening.rstrip()).removeprefix("\n" * opening.endswith("\n"))
+    if end in reply and REASONING not in turn:
+        return reply.lstrip().removeprefix(opening.rstrip()).removeprefix("\n" * opening.endswith("\n"))
     inside = _THOUGHT.match(turn["content"])
     reasoning = turn.get(REASONING) or (inside[2] if inside else "")
     if not reasoning:
         notes.add(f"pairs with an answer without reasoning, closed by {end!r}: the chat template's prompt opens it")
     begin = "" if opening.endswith("\n") else "\n"
-    return f"{begin}{reasoning.strip()}\n{end}\n\n{said.lstrip()}"
+    return f"{begin}{reasoning.strip()}\n{end}\n\n{reply.lstrip()}"
 
 
 def _other_prompt(prompt: str, whole: str) -> RowError:

@@ -15,11 +15,14 @@ PreferenceTexts = tuple[Text, Text, Text]  # prompt, chosen, rejected
 
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input", "context")
+QUESTIONS = ("question", "input")
 RANKED = ("responses", "completions", "generations")  # columns with several answers to a prompt
+RANKS = ("scores", "ratings", "ranks")
+PREFERRED = ("preferred_output", "non_preferred_output")
+BETTER_FIRST = ("response_j", "response_k")
 OWN_RANKS = ("rank", "score", "overall_score", "rating")  # of an answer, where no column ranks them
 OTHERS = ("system", "tools", "chat_template_kwargs", "id", "weight", "margin")
 COLUMNS = (*PROMPTS, "chosen", "rejected", "responses", "scores", "ranks", "history", *OTHERS)
-ANSWERS = ("chosen", "rejected", "preferred_output", "non_preferred_output", "response_j", "response_k")
 LARGEST = 3e38  # in float32
 
 # ---- values of a column -----------------------------------------------------------------------------------------
@@ -82,20 +85,19 @@ def parsed(row: Record, column: str, kind: type[Any]) -> Any:
 
 
 class Format(NamedTuple):
-    """What a format is called, its reader, and its columns: of ``prompts``, of type ``kind`` if not any, the first."""
+    """What a format is called, its reader, and its columns; of ``prompts`` a row's first is read, as a ``kind``."""
 
     label: str
     read: Callable[[Record, Format], PreferenceTexts]
     prompts: tuple[str, ...] = ()
     kind: type[Any] | None = None
-    chosen: str = "chosen"
-    rejected: str = "rejected"
+    answers: tuple[str, str] = ("chosen", "rejected")
     more: tuple[str, ...] = ()
 
     @property
     def columns(self) -> set[str]:
         """All columns that it reads beside ``OTHERS``."""
-        return {*self.prompts, self.chosen, self.rejected, *self.more}
+        return {*self.prompts, *self.answers, *self.more}
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -112,7 +114,7 @@ def _turns(row: Record, format_: Format) -> PreferenceTexts:
     """Read a prompt, a string as the user's turn, and its answers, which may repeat it."""
     prompt = text(row, next((name for name in format_.prompts if name in row), format_.prompts[0]), format_.kind)
     turns = user_turn(prompt) if isinstance(prompt, str) else prompt
-    chosen, rejected = answer_of(text(row, format_.chosen)), answer_of(text(row, format_.rejected))
+    chosen, rejected = (answer_of(text(row, name)) for name in format_.answers)
     n = len(turns)
     if chosen[:n] == turns == rejected[:n]:
         return turns, chosen[n:], rejected[n:]
@@ -205,7 +207,7 @@ def _ranked(row: Record, format_: Format) -> PreferenceTexts:
 
 def _scores(row: Record, answers: str, responses: list[Any]) -> list[float]:
     """Return how good each response is: its score, or minus its rank; NaN if it has none."""
-    column = next((name for name in row if name in ("scores", "ratings", "ranks")), "")
+    column = next((name for name in row if name in RANKS), "")
     if column:
         values = [{column: value} for value in parsed(row, column, list)]
     else:
@@ -226,19 +228,13 @@ FORMATS = {
     "hh": Format("dialogues as strings (HH)", _hh),
     "sharegpt": Format("a conversation and its two ends (ShareGPT)", _turns, ("conversations", "messages"), list),
     "alpaca": Format("instruction and input (Alpaca)", _alpaca, ("instruction",), more=("input", "history")),
-    "orca": Format("question and answers (Orca)", _turns, ("question", "input"), str),
+    "orca": Format("question and answers (Orca)", _turns, QUESTIONS, str),
     "ultrafeedback": Format("conversations beside their prompt (UltraFeedback)", _ultrafeedback, ("prompt",)),
     "stackexchange": Format(
-        "question, response_j and response_k (Stack Exchange)",
-        *(_turns, ("question", "input"), str, "response_j", "response_k"),
+        "question, response_j and response_k (Stack Exchange)", _turns, QUESTIONS, str, BETTER_FIRST
     ),
-    "ranked": Format(
-        "ranked responses: the best against the worst", _ranked, PROMPTS, more=(*RANKED, "scores", "ranks")
-    ),
-    "openai": Format(
-        "input, preferred and non-preferred output (OpenAI)",
-        *(_openai, ("messages",), list, "preferred_output", "non_preferred_output", ("input",)),
-    ),
+    "ranked": Format("ranked responses: the best against the worst", _ranked, PROMPTS, more=(*RANKED, *RANKS)),
+    "openai": Format("input, preferred and non-preferred output (OpenAI)", _openai, ("input",), list, PREFERRED),
     "swift": Format("a conversation with the chosen answer, and the rejected one (ms-swift)", _swift, ("messages",)),
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_cli.data.formats import ANSWERS, COLUMNS, FORMATS, OTHERS, PROMPTS, Record, detect_format, number, parsed
+from dpo_cli.data.formats import COLUMNS, FORMATS, OTHERS, PROMPTS, Record, detect_format, number, parsed
 from dpo_cli.data.messages import CONVERSATIONS, Text, answer_of, check_encodable, unwrap, user_turn, without_nulls
 from dpo_cli.data.readers import TOO_DEEP, json_value, shortened
 from dpo_cli.data.sources import Source
@@ -34,21 +34,17 @@ UNREAD = ("image", "images", "video", "videos", "audio", "audios")  # parts of a
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One preference: all three texts are strings, or all three are message lists.
-
-    ``template_arguments`` are passed to the chat template with the messages. ``weight`` multiplies the pair's loss;
-    ``margin`` is the difference that its rewards should have at least. A chat template never wraps ``raw`` strings.
-    """
+    """One preference: all three texts are strings, or all three are message lists."""
 
     where: str
     format: str
     prompt: Text
     chosen: Text
     rejected: Text
-    template_arguments: dict[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-    margin: float = 0.0
-    raw: bool = False
+    template_arguments: dict[str, Any] = field(default_factory=dict)  # beside the messages
+    weight: float = 1.0  # multiplies the pair's loss
+    margin: float = 0.0  # the difference that its rewards should have at least
+    raw: bool = False  # strings that no chat template wraps
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +135,8 @@ def _our_columns(record: Any, names: dict[str, str]) -> Record:
     row |= {ours: record[theirs] for ours, theirs in names.items() if record.get(theirs) is not None}
     if mapped := names.keys() & {*PROMPTS}:  # then no other column is the prompt; ``input`` belongs to an instruction
         row = {name: value for name, value in row.items() if name not in {*PROMPTS} - mapped - {"input"}}
-    return row | {
-        column: unwrap(row[column], column) for column in ("prompt", *CONVERSATIONS, *ANSWERS) if column in row
-    }
+    texts = {"prompt", *CONVERSATIONS, *(name for each in FORMATS.values() for name in each.answers)}
+    return {column: unwrap(value, column) if column in texts else value for column, value in row.items()}
 
 
 def is_rendered(prompt: str) -> bool:

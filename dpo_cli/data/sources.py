@@ -24,13 +24,10 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 @dataclass(frozen=True)
 class Source:
-    """A source of records that can be read repeatedly.
+    """A source of records that can be read repeatedly."""
 
-    ``name`` is the option and its value, for messages; ``place`` begins the location of each record.
-    """
-
-    name: str
-    place: str
+    name: str  # the option and its value, for messages
+    place: str  # how the location of each record begins
     read: Callable[[], readers.Records]
 
     def records(self) -> Iterator[tuple[str, Any]]:
@@ -149,10 +146,7 @@ def _read_file(path: Path) -> readers.Records:
 
 
 def _read_data_set(dataset: str, config: str, split: str, folder: Path | None) -> readers.Records:
-    """Read a split of a data set of the hub, or of a ``folder`` that ``save_to_disk`` wrote; none of its code is run.
-
-    The split is by default ``train`` or the only one.
-    """
+    """Read a split, ``train`` or the only one by default, of a ``folder`` or from the hub; no code of it is run."""
     from datasets import load_dataset, load_from_disk, logging
     from pyarrow import ArrowException
 

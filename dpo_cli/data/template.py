@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from dpo_cli.data.formats import common_prefix
-from dpo_cli.data.messages import REASONING, REASONING_KEYS, Message, check_encodable
+from dpo_cli.data.messages import REASONING, REASONING_KEYS, Message, answer_of, check_encodable
 from dpo_cli.data.readers import shortened
 from dpo_cli.data.rows import Row
 from dpo_cli.utils.errors import RowError
@@ -33,11 +33,6 @@ PLAIN = (
 PROBE = "PROBE"
 USER: Message = {"role": "user", "content": "u"}
 TOOL_ROLES = ("tool", "environment", "ipython", "observation", "function")
-
-
-def answer(content: str) -> Message:
-    """Return an assistant's message."""
-    return {"role": "assistant", "content": content}
 
 
 def leaves(value: Any) -> Iterator[str]:
@@ -101,11 +96,8 @@ class ChatTemplate:
 
     @cached_property
     def endings(self) -> tuple[str, str]:
-        """What ends an answer's turn at any place, and what follows the last turn.
-
-        The template of Phi-3 writes ``<|end|>`` and, after all turns, ``<|endoftext|>``, which is not the answer's.
-        """
-        last, between = (self.probe(USER, answer(PROBE), *more).rpartition(PROBE)[2] for more in ([], [USER]))
+        """What ends an answer at any place, and what follows the last turn: only with Phi-3 another token."""
+        last, between = (self.probe(USER, *answer_of(PROBE), *more).rpartition(PROBE)[2] for more in ([], [USER]))
         shared = last[: common_prefix(last, between)]
         ends = [shared.rfind(token) + len(token) for token in self.special if token in shared]
         if ends:
@@ -118,11 +110,11 @@ class ChatTemplate:
 
         Mistral's template puts it into the last user turn of a prompt, and drops it once an answer follows.
         """
-        turns = [USER, answer("a"), {"role": "user", "content": "v"}]
+        turns = [USER, *answer_of("a"), {"role": "user", "content": "v"}]
         asked = self.probe({"role": "system", "content": PROBE}, *turns, generation=True)
         if PROBE not in asked:
             return SYSTEM_FIRST
-        whole = self.probe({"role": "system", "content": PROBE}, *turns, answer("b"))
+        whole = self.probe({"role": "system", "content": PROBE}, *turns, *answer_of("b"))
         if whole.startswith(asked[: asked.index(PROBE) + len(PROBE)]):
             return None
         moved = {"role": "user", "content": f"{PROBE}\n\nv"}
@@ -142,14 +134,14 @@ class ChatTemplate:
     @cached_property
     def _tool_role(self) -> str:
         """The role under which the template shows the result of a tool."""
-        call = answer("a") if self._text_arguments is None else _call("callcall1", self._text_arguments)
+        (call,) = answer_of("a") if self._text_arguments is None else [_call("callcall1", self._text_arguments)]
         result = {"content": PROBE, "tool_call_id": "callcall1", "name": "f"}
         shown = (role for role in TOOL_ROLES if PROBE in self.probe(USER, call, {"role": role} | result))
         return next(shown, "tool")
 
     @cached_property
     def _shows_function_calls(self) -> bool:
-        return PROBE in self.probe(USER, answer("") | {"function_calls": PROBE})
+        return PROBE in self.probe(USER, {"role": "assistant", "content": "", "function_calls": PROBE})
 
     # ---- messages in these forms ------------------------------------------------------------------------------------
 
@@ -204,4 +196,5 @@ class ChatTemplate:
 
 def _call(call_id: str, as_text: bool | None) -> Message:
     function = {"name": PROBE, "arguments": '{"a": 1}' if as_text else {"a": 1}}
-    return answer("") | {"tool_calls": [{"id": call_id, "type": "function", "function": function}]}
+    call = {"id": call_id, "type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}

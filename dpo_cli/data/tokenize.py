@@ -113,17 +113,6 @@ class Encoder:
             for each in texts:
                 yield each if isinstance(each, BadRow) else _attempt(each.row, self._pair, each, ids)
 
-    def pair(self, row: Row) -> tuple[Pair, set[str]]:
-        """Return the row's token ids, truncated, and its notes.
-
-        Raises:
-            RowError: as ``Chat.conversation``; or truncation leaves no difference between the responses.
-        """
-        made = next(self.pairs([row]))
-        if isinstance(made, BadRow):
-            raise RowError(made.reason)
-        return made.pair, made.notes
-
     def _pair(self, texts: Conversation, encoded: Texts) -> Encoded:
         row, (prompt, chosen, rejected, moved) = texts.row, self._split(texts, encoded)
         notes = {*texts.notes, BOUNDARY_MOVED} if moved else {*texts.notes}

@@ -78,10 +78,7 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
 
 
 class DataCheck:
-    """Checks rows in order. Of a row its location, its first problem, a hash and its lengths are kept.
-
-    Rows are compared by their normalized texts; one that has another problem is not compared with later ones.
-    """
+    """Checks rows in order; one with another problem is not compared with later ones."""
 
     def __init__(self, encoder: Encoder, max_examples: int) -> None:
         self.encoder, self.max_examples = encoder, max_examples

@@ -38,6 +38,7 @@ from tests.helpers.chat import (
     tokenizer_of,
     written_call,
 )
+from tests.helpers.records import encode_row
 
 # ---- how each family writes a turn ------------------------------------------------------------------------------
 
@@ -360,7 +361,7 @@ def train(name: str, record: Record, folder: Path, turns: str = "last") -> Train
     if isinstance(row, BadRow):
         return row.reason
     try:
-        made, notes = Encoder(tokenizer, max_length=8192, train_turns=turns).pair(row)
+        made, notes = encode_row(Encoder(tokenizer, max_length=8192, train_turns=turns), row)
     except RowError as error:
         return str(error)
     sides = (made.chosen.tolist(), made.rejected.tolist())

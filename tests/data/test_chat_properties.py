@@ -20,6 +20,7 @@ from dpo_cli.data.tokenize import Encoder
 from dpo_cli.utils.errors import RowError
 from tests.helpers import LONG, size, write_rows
 from tests.helpers.chat import FAMILIES, FIND, Record, at_inference, decoded, tokenizer_of
+from tests.helpers.records import encode_row
 
 CHANGED = ("tool calls are written", "system message begins")  # the prompt is not the messages' own
 LEFT_OUT = {
@@ -183,7 +184,7 @@ def check(name: str, row: Record, words: list[Word], turns: str, folder: Path) -
     try:
         if isinstance(read, BadRow):
             raise RowError(read.reason)
-        made, notes = encoder(name, turns).pair(read)
+        made, notes = encode_row(encoder(name, turns), read)
     except RowError as error:
         assert REFUSED.match(str(error)), (name, str(error))
         return False

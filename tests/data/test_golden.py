@@ -21,6 +21,7 @@ from dpo_cli.data.tokenize import Encoder
 from dpo_cli.models.loading import load_tokenizer
 from dpo_cli.models.locate import find_model
 from tests.helpers import write_rows
+from tests.helpers.records import encode_row
 
 WORDS = [
     *("Why", "How", "Hi", "Hello", "Because", "No", "Maybe", "One", "Two", "Be", "short", "You", "are", "a", "bot"),
@@ -109,7 +110,7 @@ def pair_of(family: str, record: Any, folder: Path, **reading: Any) -> Pair:
     file, format_ = write_rows(folder / "rows.jsonl", [record]), reading.pop("format", None)
     [row] = read_rows(find_sources([str(file)]), None, format_)
     assert isinstance(row, Row), row
-    return Encoder(make(family), **reading).pair(row)[0]
+    return encode_row(Encoder(make(family), **reading), row)[0]
 
 
 def ids(family: str, text: str) -> list[int]:
@@ -315,7 +316,7 @@ def test_the_real_tokenizer(tmp_path: Path) -> None:
     record = {"prompt": [SYSTEM, WHY | {"content": "Why?"}], "chosen": "Because.", "rejected": "No."}
     [row] = read_rows(find_sources([str(write_rows(tmp_path / "rows.jsonl", [record]))]))
     assert isinstance(row, Row)
-    pair, notes = Encoder(load_tokenizer(find_model(None))).pair(row)
+    pair, notes = encode_row(Encoder(load_tokenizer(find_model(None))), row)
     system = [1, 9690, 198, 6077, 1890, 2, 198]  # <|im_start|> system ↵ Be Ġshort <|im_end|> ↵
     user = [1, 4093, 198, 4898, 47, 2, 198]  # <|im_start|> user ↵ Why ? <|im_end|> ↵
     assert pair.prompt.tolist() == [*system, *user, 1, 520, 9531, 198]  # <|im_start|> ass istant ↵

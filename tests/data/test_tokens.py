@@ -25,6 +25,7 @@ from dpo_cli.data.template import CALLS_WRITTEN, SYSTEM_FIRST
 from dpo_cli.data.tokenize import BOUNDARY_MOVED, PROMPT_CUT, RESPONSE_CUT, Encoder, refusal, tokenize_rows
 from dpo_cli.utils.errors import RowError, UsageError
 from tests.helpers import CHATML, SAMPLE, random_pairs
+from tests.helpers.records import encode_row
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>"]
 LONG = 100_000  # a max_length that truncates nothing
@@ -126,7 +127,7 @@ def decode(tokenizer: Any, *parts: Any) -> str:
 
 
 def pair_of(tokenizer: Any, given: Row, max_length: int = LONG) -> tuple[Pair, set[str]]:
-    return Encoder(tokenizer, **cut(max_length)).pair(given)
+    return encode_row(Encoder(tokenizer, **cut(max_length)), given)
 
 
 def texts(tokenizer: Any, given: Row, max_length: int = LONG) -> tuple[str, str, str]:
@@ -237,7 +238,7 @@ def test_all_answers_that_differ_carry_loss_where_asked(name: str) -> None:
     chosen = [assistant("One."), user("And?"), assistant("Two."), user("So?"), assistant("Three.")]
     rejected = [assistant("Eins."), user("And?"), assistant("Two."), user("So?"), assistant("Drei.")]
     given = Row("w", "f", [user("Why?")], chosen, rejected)
-    pair, notes = Encoder(tokenizer, max_length=LONG, train_turns="all").pair(given)
+    pair, notes = encode_row(Encoder(tokenizer, max_length=LONG, train_turns="all"), given)
     (first, last), (other, other_last) = turns_with_loss(tokenizer, pair)
     assert (first.strip()[:4], last.strip()[:6]) == ("One.", "Three.") and notes >= {TURNS_WITHOUT_LOSS}
     assert (other.strip()[:5], other_last.strip()[:5]) == ("Eins.", "Drei.")
@@ -252,7 +253,7 @@ def test_answers_that_differ_before_the_last_one_need_all_turns() -> None:
     given = Row("w", "f", [user("?")], *([assistant(a), tool, assistant("42")] for a in ("f", "g")))
     with pytest.raises(RowError, match="have the same last answer"):
         pair_of(tokenizer, given)
-    pair, _ = Encoder(tokenizer, max_length=LONG, train_turns="all").pair(given)
+    pair, _ = encode_row(Encoder(tokenizer, max_length=LONG, train_turns="all"), given)
     assert turns_with_loss(tokenizer, pair) == [["f<|im_end|>"], ["g<|im_end|>"]]
 
 
@@ -415,7 +416,7 @@ def test_tools_are_searched_for_control_tokens() -> None:
     _, notes = pair_of(tokenizer, given)
     assert notes == {CONTROL_KEPT}
     with pytest.raises(RowError, match="tools contains the control token"):
-        Encoder(tokenizer, **cut(LONG, "refuse")).pair(given)
+        encode_row(Encoder(tokenizer, **cut(LONG, "refuse")), given)
 
 
 def test_tools_and_calls_are_rendered_by_a_template_that_knows_them() -> None:
@@ -445,7 +446,7 @@ def test_a_template_that_writes_the_last_answer_otherwise_cannot_train_others() 
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     sides = ([assistant(one), user("And?"), assistant(two)] for one, two in (("One.", "Two."), ("Eins.", "Zwei.")))
     with pytest.raises(RowError, match=r"renders a turn differently when others follow: .*<think>One.' becomes"):
-        Encoder(tokenizer, max_length=LONG, train_turns="all").pair(Row("w", "f", [user("Why?")], *sides))
+        encode_row(Encoder(tokenizer, max_length=LONG, train_turns="all"), Row("w", "f", [user("Why?")], *sides))
 
 
 def test_responses_of_equal_tokens_are_refused() -> None:
@@ -599,7 +600,7 @@ def test_control_tokens_inside_messages_are_kept(where: str) -> None:
         Encoder(letters(), **cut()),
         Encoder(letters(), **cut(LONG, "keep")),
     ):
-        pair, notes = encoder.pair(given)
+        pair, notes = encode_row(encoder, given)
         assert notes == {CONTROL_KEPT}
         for answer, response in ((given.chosen, pair.chosen), (given.rejected, pair.rejected)):
             text = letters().apply_chat_template([*given.prompt, *answer], tokenize=False).removesuffix("\n")
@@ -611,7 +612,7 @@ def test_control_tokens_inside_messages_are_refused(where: str) -> None:
     given, field = CONTROL[where]
     token = "<|im_start|>" if where.startswith("rejected") else "<|im_end|>"
     with pytest.raises(RowError, match=rf"^{field} contains the control token '{re.escape(token)}'$"):
-        Encoder(letters(), **cut(LONG, "refuse")).pair(given)
+        encode_row(Encoder(letters(), **cut(LONG, "refuse")), given)
 
 
 @chats
@@ -622,14 +623,14 @@ def test_rows_without_control_tokens_are_alike_in_every_mode(name: str, control_
         [user("What is <|im_en and |im_end|>?\n"), assistant("😀"), user(" \n why")], "Because \ue000.", "No.\n"
     )
     as_ever, usual = pair_of(tokenizer, given)
-    pair, notes = Encoder(tokenizer, **cut(LONG, control_tokens)).pair(given)
+    pair, notes = encode_row(Encoder(tokenizer, **cut(LONG, control_tokens)), given)
     assert lists(pair) == lists(as_ever) and notes == usual and CONTROL_KEPT not in notes
 
 
 @strings
 def test_strings_are_taken_as_they_are_in_every_mode(name: str) -> None:
     given = row("<|im_start|>user\nWhy?<|im_end|>\n", " Because.</s>", " No.")
-    found = [Encoder(STRING_TOKENIZERS[name], **cut(LONG, mode)).pair(given) for mode in ("keep", "refuse")]
+    found = [encode_row(Encoder(STRING_TOKENIZERS[name], **cut(LONG, mode)), given) for mode in ("keep", "refuse")]
     assert len({str(lists(pair)) for pair, _ in found}) == 1 and not set().union(*(notes for _, notes in found))
 
 
@@ -648,14 +649,14 @@ def test_a_tool_s_arguments_are_searched_for_control_tokens() -> None:
     given = Row("w", "f", [user("q"), call, {"role": "tool", "content": "42"}], [assistant("c")], [assistant("d")])
     assert pair_of(tokenizer, given)[1] == {CONTROL_KEPT}
     with pytest.raises(RowError, match=r"prompt contains the control token '<\|im_end\|>'"):
-        Encoder(tokenizer, **cut(LONG, "refuse")).pair(given)
+        encode_row(Encoder(tokenizer, **cut(LONG, "refuse")), given)
 
 
 def test_an_added_token_is_a_control_token_if_it_is_special_or_the_template_s_frame_has_it() -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", CHATML.replace("<|im_start|>", "<turn>"))
     tokenizer.add_tokens(["<turn>", "<think>"])
     for text, notes in (("a<turn>", {CONTROL_KEPT}), ("a<think>", set()), ("a<pad>", {CONTROL_KEPT})):
-        assert Encoder(tokenizer, **cut()).pair(row([user(text)], "c", "d"))[1] == notes
+        assert encode_row(Encoder(tokenizer, **cut()), row([user(text)], "c", "d"))[1] == notes
 
 
 @cache
@@ -891,19 +892,18 @@ def test_what_is_read_is_the_rendered_text_and_what_carries_loss_are_answers(
     tokenizer, end = CHAT_TOKENIZERS[name]
     given = Row("w", "f", prompt, of_turns(turns, chosen), of_turns(others, rejected))
     try:
-        pair, notes = Encoder(tokenizer, max_length=LONG, train_turns=trained_turns).pair(given)
+        pair, notes = encode_row(Encoder(tokenizer, max_length=LONG, train_turns=trained_turns), given)
     except RowError:
         return
     sides: Any = ((pair.chosen, given.chosen, given.rejected), (pair.rejected, given.rejected, given.chosen))
     for (response, own, other), runs in zip(sides, turns_with_loss(tokenizer, pair), strict=True):
-        text = tokenizer.apply_chat_template(prompt + own, tokenize=False)
+        answers = [place for place, turn in enumerate(own) if turn["role"] == "assistant"]
+        differ = [place for place in answers if [own[place]] != other[place : place + 1]]
+        places = answers[-1:] if trained_turns == "last" else differ
+        text = tokenizer.apply_chat_template(prompt + own[: places[-1] + 1], tokenize=False)  # nothing reads the rest
         assert decode(tokenizer, pair.prompt, model_input_ids(response)) == text.removesuffix("\n")
-        differ = [turn for place, turn in enumerate(own) if [turn] != other[place : place + 1]]
-        trained_answers = (
-            own[-1:] if trained_turns == "last" else [turn for turn in differ if turn["role"] == "assistant"]
-        )
-        assert len(runs) == len(trained_answers) or BOUNDARY_MOVED in notes
-        for run, answer in zip(runs, trained_answers, strict=False):
+        assert len(runs) == len(places) or BOUNDARY_MOVED in notes
+        for run, answer in zip(runs, [own[place] for place in places], strict=False):
             assert run.endswith(answer["content"] + end) and run.removesuffix(answer["content"] + end).strip("\n") == ""
 
 
@@ -920,7 +920,7 @@ def one_at_a_time(rows: list[Row | BadRow], tokenizer: Any, length: int, mode: s
             found.append(each.reason)
             continue
         try:
-            pair, notes = encoder.pair(each)
+            pair, notes = encode_row(encoder, each)
             found.append((lists(pair), notes))
         except RowError as error:
             found.append(str(error))

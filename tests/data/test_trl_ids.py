@@ -18,6 +18,7 @@ from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.utils.errors import RowError
 from tests.helpers import SAMPLE, write_rows
+from tests.helpers.records import encode_row
 
 pytestmark = [
     # transformers renames the method that TRL 1.16 still calls by its old name.
@@ -56,7 +57,7 @@ def ours(tokenizer: Any, tmp_path: Path) -> Make:
         kind = "strings" if isinstance(records[0].get("prompt"), str) else None
         for row in read_rows(find_sources([str(write_rows(tmp_path / "rows.jsonl", records))]), None, kind):
             try:
-                found.append(row.reason if isinstance(row, BadRow) else encoder.pair(row)[0])
+                found.append(row.reason if isinstance(row, BadRow) else encode_row(encoder, row)[0])
             except RowError as error:
                 found.append(str(error))
         return found

@@ -13,6 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
+from dpo_cli.data.pairs import Pair
+from dpo_cli.data.rows import BadRow, Row
+from dpo_cli.data.tokenize import Encoder
+from dpo_cli.utils.errors import RowError
+
 STRINGS = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
 BOM = b"\xef\xbb\xbf"
 
@@ -76,6 +81,14 @@ FORMS: dict[str, tuple[dict[str, Any], str, Any, Any, Any]] = {
     ),
 }
 SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet", "parquet.gz")
+
+
+def encode_row(encoder: Encoder, row: Row) -> tuple[Pair, set[str]]:
+    """The pair of a row, and its notes."""
+    made = next(encoder.pairs([row]))
+    if isinstance(made, BadRow):
+        raise RowError(made.reason)
+    return made.pair, made.notes
 
 
 def packed(content: bytes, name: str) -> bytes:

@@ -270,8 +270,8 @@ ROWS, HELD_OUT = 14, 6
 def given_terms(seed: int) -> Callable[..., PairSet]:
     """``tokenize_rows`` whose pairs have terms."""
 
-    def tokenize(*arguments: Any, **reading: Any) -> PairSet:
-        found = tokenize_rows(*arguments, **reading)
+    def tokenize(*arguments: Any, **more: Any) -> PairSet:
+        found = tokenize_rows(*arguments, **more)
         return replace(found, pairs=Pairs(with_terms(found.pairs, seed)))
 
     return tokenize
@@ -332,8 +332,8 @@ def test_per_pair_counts_tokens_with_loss(
 
     kept: list[Pairs] = []
 
-    def keeping(*arguments: Any, **reading: Any) -> PairSet:
-        found = tokenize_rows(*arguments, **reading)
+    def keeping(*arguments: Any, **more: Any) -> PairSet:
+        found = tokenize_rows(*arguments, **more)
         kept.append(found.pairs)
         return found
 
@@ -359,8 +359,8 @@ def test_a_resumed_run_is_equal_to_the_bit(trained: tuple[Path, dict[str, Any], 
 def test_a_run_is_not_resumed_with_other_terms(
     trained: tuple[Path, dict[str, Any], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reweighted(*arguments: Any, **reading: Any) -> PairSet:
-        found = given_terms(0)(*arguments, **reading)
+    def reweighted(*arguments: Any, **more: Any) -> PairSet:
+        found = given_terms(0)(*arguments, **more)
         return replace(found, pairs=Pairs(replace(pair, weight=2 * pair.weight) for pair in found.pairs))
 
     monkeypatch.setattr("dpo_cli.training.prepare.tokenize_rows", reweighted)

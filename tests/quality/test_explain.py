@@ -16,6 +16,7 @@ from dpo_cli.data.rows import Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from tests.helpers import write_rows
+from tests.helpers.records import encode_row
 
 ROWS: list[Any] = [
     {"prompt": "Why?", "chosen": " Because.", "rejected": " No idea.", "weight": 2, "margin": 0.5, "id": "a-1"},
@@ -53,7 +54,7 @@ def test_tokens_and_loss_are_those_of_the_pair(tiny: Path, tokenizer: Any) -> No
     found = explained(tiny, "3")
     [_, _, row] = read_rows(find_sources(["rows.jsonl"]))
     assert isinstance(row, Row)
-    pair, notes = Encoder(tokenizer).pair(row)
+    pair, notes = encode_row(Encoder(tokenizer), row)
     assert found["notes"] == sorted(notes) and found["format"] == row.format
     for part in ("prompt", "chosen", "rejected"):
         ids = getattr(pair, part)

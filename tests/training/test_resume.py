@@ -267,7 +267,7 @@ def test_a_second_signal_ends_at_once(place: Place, number: signal.Signals) -> N
 def test_interrupted_while_the_reference_is_scored(place: Place, number: signal.Signals) -> None:
     """What was scored is kept, and the same command goes on from there."""
     arguments = ("--cache-dir", f"cache-{number.name}")
-    strike = Strike("dpo_cli.models.logprobs:ModelRunner.token_logps", 6, (number,))
+    strike = Strike("dpo_cli.reference.store:response_logps", 6, (number,))
     code, told = place.train(f"scored-{number.name}", *arguments, strike=strike)
     assert code == 130 and "rerun the command to continue" in told, told
     assert "Traceback" not in told
