@@ -74,7 +74,7 @@ class Head:
 
 @dataclass
 class HiddenStates:
-    """What the head reads to predict the loss-bearing tokens of a forward, and the gradients of the head's pieces.
+    """What the head reads to predict the tokens that carry loss, and the gradients of the head's pieces.
 
     Shapes: ``values`` (N, H), with their graph; logits (N, V) where the head cannot run apart. ``router_logits``
     (B * T, experts) per layer, where they were asked for.
@@ -140,7 +140,7 @@ class ModelRunner:
     """A model and the one way its forwards run, so that policy and reference take the same path.
 
     ``max_tokens`` shrinks when the device runs out of memory. ``chunked_lm_head``: the head runs after the body, a few
-    pairs at a time, on the hidden states that predict loss-bearing tokens; else within the model's own forward.
+    pairs at a time, on the hidden states that predict tokens that carry loss; else within the model's own forward.
 
     Units: ``max_tokens`` in tokens per forward.
     """
@@ -245,7 +245,7 @@ class ModelRunner:
         return [indices for window in windows for indices in pack(window, costs, self.layout, self.max_tokens)]
 
     def _attempt(self, pairs: Sequence[Pair], places: Sequence[int], compute: Compute[Result]) -> tuple[Result] | None:
-        """Compute one forward; None if memory ran out. Its tensors are freed only when this frame is gone."""
+        """Compute one forward; None if memory ran out. Its tensors are freed only when this frame ends."""
         try:
             return (compute(places, self.batch([pairs[i] for i in places])),)
         except RuntimeError as error:
@@ -280,7 +280,7 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 @contextmanager
 def forward_errors(message: str, remedy: str = "") -> Iterator[None]:
-    """Report whatever a model's own code raises in a forward in one line after ``message``; not out-of-memory errors.
+    """Report any error of a model's own code in a forward in one line after ``message``; not out-of-memory errors.
 
     Raises:
         UsageError: with the library's reason.
@@ -289,7 +289,7 @@ def forward_errors(message: str, remedy: str = "") -> Iterator[None]:
         yield
     except DpoError:
         raise
-    except Exception as error:  # of whatever type
+    except Exception as error:  # of any type
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         reason = next(iter(str(error).splitlines()), "")

@@ -76,7 +76,7 @@ def encode(exp_avg: Tensor, exp_avg_sq: Tensor, dither: Tensor) -> dict[str, Ten
     corrections, so that an error is at most 1/254 of the block's largest update.
 
     A second moment changes by less than half a step of its code and would stay where it is if that were rounded to
-    the nearest. So ``dither`` in [0, 1), another one each step, is added and the code rounded down: over the steps it
+    the nearest. So ``dither`` in [0, 1), a new value each step, is added and the code rounded down: over the steps it
     errs on neither side.
 
     Shapes: (B, W), float32. Source: docs/performance.md, "Moments in 8 bits".

@@ -183,7 +183,7 @@ def accumulate_gradients(
             if not out_of_memory(error):
                 raise
             totals.out_of_memory = batch
-            break  # what the passes hold is freed only when this frame is gone
+            break  # the tensors of the passes are freed only when this frame ends
         if not batch.dummy:
             totals.losses[batch.places] = torch.cat(losses).detach()
             totals.sums += trainer.sum_metrics(hidden, totals.losses[batch.places])
