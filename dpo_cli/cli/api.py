@@ -117,9 +117,11 @@ def _sources(data: Data | None) -> Any:
     """
     if data is None or isinstance(data, (str, os.PathLike)):
         return data
-    items: list[Any] = [] if isinstance(data, Mapping) or not isinstance(data, Iterable) else list(data)
-    if not items:
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise UsageError("data: must be what --data names, or a list of rows as dicts")
+    items: list[Any] = list(data)
+    if not items:
+        raise UsageError("data: there are no rows")
     if not isinstance(items[0], Mapping):
         return items
     import hashlib

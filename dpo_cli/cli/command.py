@@ -171,7 +171,7 @@ class Commands(TyperGroup):
             code = 0
         except typer.Exit as end:
             code = end.exit_code
-        except BrokenPipeError:  # the reader of the output is gone, as head is
+        except BrokenPipeError:  # the reader of the output is gone, as head is; click ends with 1
             raise
         except (Exception, KeyboardInterrupt) as error:
             code = out.fail(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -268,6 +269,7 @@ def out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[str
         with suppress(ValueError):
             accepted = accepted or check.holds(value)
         if not accepted:
-            near = did_you_mean(str(value), check.choices)
+            wrong = [word for word in re.split("[,=]", str(value)) if word.strip() not in check.choices]
+            near = did_you_mean(wrong[0].strip(), check.choices) if wrong else ""
             problems.append(f"--{f.name.replace('_', '-')} {value}: {check.must}{near}")
     return problems

@@ -97,8 +97,10 @@ def _yaml_items(file: Path) -> Iterator[tuple[str, Any, str]]:
     try:
         loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
         node = loader.get_single_node()
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"--config {file}: cannot be read as YAML: {error}{suggest_path(file)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {file}: cannot be read ({error}){suggest_path(file)}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"--config {file}: not valid YAML\n{error}") from error
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise UsageError(f"--config {file}: must be a mapping of option names to values")
     for key, value in node.value if node else ():

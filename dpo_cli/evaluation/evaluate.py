@@ -222,7 +222,7 @@ class _Models:
         return answer(seed=options.seed), answer(options.samples, options.seed)
 
     @property
-    def recorded(self) -> Mapping[str, Any] | None:
+    def reference_of_run(self) -> Mapping[str, Any] | None:
         """The manifest's entry of the reference, unless ``--ref-model`` names another."""
         return self.manifest["reference"] if self.manifest and self.options.ref_model is None else None
 
@@ -231,7 +231,7 @@ class _Models:
 
         The run's cache needs no other model if its reference computed as the policy does and it has all of these pairs.
         """
-        recorded, runner = self.recorded, policy.runner
+        recorded, runner = self.reference_of_run, policy.runner
         same = (runner.layout, dtype_name(runner.dtype), runner.device.type)
         if recorded and self.manifest and same == (recorded["layout"], recorded["dtype"], self.manifest["device"]):
             cache = ReferenceCache(self.options.cache_dir, recorded["fingerprint"], self.reporter.warning)
@@ -262,7 +262,7 @@ class _Models:
         """
         release(policy.model)
         gc.collect()
-        recorded, options = self.recorded, self.options
+        recorded, options = self.reference_of_run, self.options
         try:
             name, base = start_model(recorded, options.base_model) if recorded else (options.ref_model, None)
             source = choose_model(name, options, self.reporter, "reference", base)

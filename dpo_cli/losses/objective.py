@@ -136,9 +136,13 @@ def parse_objective(loss: str = "sigmoid", loss_options: str | None = None, **gi
 
 def _parse_numbers(flag: str, text: str) -> dict[str, float]:
     """Parse ``name=number,name=number`` by name."""
-    parts = text.split(",") if text else []
-    with suppress(ValueError):
-        numbers = {name.strip(): float(number) for name, number in (part.split("=") for part in parts)}
-        if len(numbers) == len(parts) and all(map(math.isfinite, numbers.values())):
-            return numbers
-    raise UsageError(f"{flag} {text}: write NAME=NUMBER, each name once, with commas between")
+    numbers: dict[str, float] = {}
+    for part in text.split(",") if text else []:
+        name, _, number = (word.strip() for word in part.partition("="))
+        value = math.nan
+        with suppress(ValueError):
+            value = float(number)
+        if name in numbers or not math.isfinite(value):
+            raise UsageError(f"{flag} {text}: '{part.strip()}': write NAME=NUMBER, each name once, with commas between")
+        numbers[name] = value
+    return numbers

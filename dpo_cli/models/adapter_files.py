@@ -30,6 +30,10 @@ VARIANTS = (
     *("layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
     *("velora_config", "use_bdlora", "use_qalora"),
 )
+REPEATED = (
+    "save the base with its layers repeated as layers of their own, name it with --base-model, and set "
+    "layer_replication to null"
+)
 
 
 def read_config(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Any:
@@ -52,7 +56,8 @@ def read_config(folder: Path, warn: Callable[[str], None] = lambda _: None) -> A
             "and name the result, or start from its base"
         )
     if used := [name for name in VARIANTS if values.get(name)]:
-        raise UsageError(f"{file}: {used[0]} is on, which is neither trained nor merged here; start from its base")
+        remedy = REPEATED if used[0] == "layer_replication" else "start from its base"
+        raise UsageError(f"{file}: {used[0]} is on, which is neither trained nor merged here; {remedy}")
     began = values.pop("init_lora_weights", True)  # some ask for packages that saved weights do not need
     if began not in HARMLESS:
         raise UsageError(
@@ -121,8 +126,11 @@ def put_adapter(model: PreTrainedModel, folder: Path) -> None:
         known = [tensor for name, tensor in saved.items() if name not in unexpected]
         odd = [n for n in unexpected if n not in saved or not any(torch.equal(saved[n], t) for t in known)]
         reason = f"it has no {lacking[0]}" if lacking else f"its base has no {odd[0]}" if odd else ""
-    except (KeyError, RuntimeError) as error:
-        reason = _line(error)
+    except KeyError as error:  # of a module that is saved whole
+        reason = f"it has no {error.args[0]}"
+    except RuntimeError as error:
+        shapes = re.search(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)", str(error))
+        reason = f"{shapes[1]} is {shapes[2]}, and of its base {shapes[3]}" if shapes else _line(error)
     if reason:
         reason = reason.replace(".default", "")
         raise DpoError(f"{folder / WEIGHTS}: is of another model or of other modules: {reason}")

@@ -87,4 +87,6 @@ def experts_a_token(runner: ModelRunner, pair: Pair) -> int:
         why = f"balances its experts by another loss ({own:.6g}, not {ours:.6g})"
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         why = "is no mixture of experts whose routers can be read"
+        if not runner.chunked_lm_head:
+            why = "has a head that cannot run apart from its body"
     raise UsageError(f"--router-aux-loss-coef: {type(model).__name__} {why}; leave it out")

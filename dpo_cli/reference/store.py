@@ -91,16 +91,17 @@ class ReferenceCache:
         Raises:
             DpoError: shards have been removed since they were looked up.
         """
-        cached: dict[bytes, Tensor] = {}  # (N,) of each response
-        for keys, _, token_logps, lengths in read_folder(self.folder):
-            cached.update(zip(keys, token_logps.split(lengths.tolist()), strict=True))
-        logps = torch.full((len(pairs), 2), torch.nan)
+        places: dict[bytes, list[tuple[int, int]]] = {}  # of each response among the pairs
         for place, pair in enumerate(pairs):
-            counts = [count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)]
-            weights = length_weights(torch.tensor(counts), alpha).split(counts)
             for side, key in enumerate(pair_keys(pair)):
-                if key in cached:  # else another rank has it
-                    logps[place, side] = (cached[key] * weights[side]).double().sum()
+                places.setdefault(key, []).append((place, side))
+        logps = torch.full((len(pairs), 2), torch.nan)  # NaN: another rank has it
+        for keys, _, token_logps, lengths in read_folder(self.folder):
+            for key, of_response in zip(keys, token_logps.split(lengths.tolist()), strict=True):
+                for place, side in places.get(key, ()):
+                    counts = [count_loss_tokens(each) for each in (pairs[place].chosen, pairs[place].rejected)]
+                    weights = length_weights(torch.tensor(counts), alpha).split(counts)[side]
+                    logps[place, side] = (of_response * weights).double().sum()
         logps = distributed.all_reduce_known(logps)
         if logps.isnan().any():
             raise DpoError(f"{self.folder}: log-probs were removed while they were read; start again")

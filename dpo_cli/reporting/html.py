@@ -143,8 +143,10 @@ def _all_numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 def fold(logratio: float) -> str:
     """Format how many times likelier or rarer something is, from the log of the ratio (nats)."""
-    times = number(math.exp(min(abs(logratio), 700)))
-    return f"{times}× {'likelier' if logratio > 0 else 'rarer'}"
+    times = math.exp(min(abs(logratio), 700))
+    if times < 1.05:
+        return "as likely"
+    return f"{number(times)}× {'likelier' if logratio > 0 else 'rarer'}"
 
 
 def picture(plot: Plot) -> str:

@@ -34,10 +34,12 @@ def is_number(value: Any) -> bool:
 
 
 def number(value: Any) -> str:
-    """Format four digits, all of an integer, with commas; a dash if it is not finite."""
+    """Format four digits, more of an integer or below a million, with commas; a dash if it is not finite."""
     if not is_number(value):
         return NONE
-    return f"{value:,}" if isinstance(value, Integral) else f"{value:#,.4g}".rstrip(".")
+    if isinstance(value, Integral):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value + 0.0:#.4g}"  # -0.0 + 0.0 is 0.0
 
 
 def percent(value: Any, decimals: int = 1) -> str:

@@ -34,7 +34,7 @@ from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, s
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
 from dpo_cli.training.results import answer, export, summary
 from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, read_manifest, trained_with
-from dpo_cli.training.setup import Run, prepare_run, score_reference
+from dpo_cli.training.setup import Run, prepare_run, record_reference, score_reference
 from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.training.trackers import MetricsLog, check_installed
 from dpo_cli.utils import distributed
@@ -79,6 +79,8 @@ def train(
         _check_step_0(trainer, run)
         parallel = trainer.runner.parallel
         first_answers = parallel.run(partial(answer, run))
+        if run.reference is run.policy:  # else it was recorded when it scored
+            record_reference(run)
         stop = holding.enter_context(StopSignal())
         if not resume:
             distributed.on_rank_0(lambda: holding.enter_context(begin(run, manifest)))
@@ -234,8 +236,8 @@ class _Loop:
         """
         run, options, total = self.run, self.run.options, len(self.run.plan)
         evaluated = distributed.on_rank_0(lambda: set(evaluations(read_metrics(self.log.file))))
-        evaluated -= {total}  # it is in the report
         saves, evaluates = _due(options.save_steps, total), _due(options.eval_steps, total) | {0}
+        evaluates -= evaluated - {total}  # the last one is in the report
         with run.reporter.progress(
             "train", total, done, options.logging_steps, stopping=lambda: self.stop.requested
         ) as progress:
@@ -248,13 +250,13 @@ class _Loop:
                     metrics = self.trainer.step(planned, micro_batches, lr, self.stop)
                     if metrics is None:
                         raise self._interrupted(step - 1)
+                    seconds = time.monotonic() - started
                     self.log.write(step, metrics)
                     tokens = sum(run.costs[i] for places in planned for i in places)
-                    speed = {"tokens_per_second": tokens / (time.monotonic() - started)}
-                    progress.advance(1, metrics | speed)
+                    progress.advance(1, metrics | {"tokens_per_second": tokens / seconds})
                     if step in saves:
                         self._save(step)
-                if run.held_out and step in evaluates - evaluated and not self._evaluate(step):
+                if run.held_out and step in evaluates and not self._evaluate(step):
                     raise self._interrupted(step)
 
     def _evaluate(self, step: int) -> bool:

@@ -120,6 +120,7 @@ def prepare_run(
         _load_reference(run)
         if not dry_run:
             score_reference(run)
+            record_reference(run)
         release(run.reference.model)
     _load_policy(run, source)
     _choose_memory(run, process)
@@ -235,18 +236,27 @@ def _load_reference(run: Run) -> None:
 
 
 def score_reference(run: Run) -> None:
-    """Score the pairs under the reference, using its cache; run it on the held-out ones for the exact KL.
+    """Score the pairs under the reference, using its cache.
 
     Raises:
-        NotWrittenError: the disk has no room for its log-probs, or its side of the exact KL.
+        NotWrittenError: the disk has no room for its log-probs.
     """
-    options, runner, reporter = run.options, run.reference.runner, run.reporter
     if run.cache:
-        run.scores = fill_reference(run.cache, run.scored(), runner, reporter, options.objective.ld_alpha)
+        alpha = run.options.objective.ld_alpha
+        run.scores = fill_reference(run.cache, run.scored(), run.reference.runner, run.reporter, alpha)
     else:  # training reads no value (0); an evaluation shows none (NaN)
         logps = torch.full((len(run.scored()), 2), torch.nan)
         logps[: len(run.used)] = 0.0
         run.scores = ReferenceLogps(logps, logps)
+
+
+def record_reference(run: Run) -> None:
+    """Run the reference on the held-out pairs, for the exact KL of every evaluation.
+
+    Raises:
+        NotWrittenError: the disk has no room for its hidden states.
+    """
+    options, runner, reporter = run.options, run.reference.runner, run.reporter
     if run.held_out and options.kl == "exact":
         reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL")
         progress = reporter.progress("reference", len(run.held_out))
