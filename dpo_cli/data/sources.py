@@ -56,7 +56,7 @@ def find_sources(data: list[str], option: str = "--data") -> list[Source]:
     """Return the sources that an option names, in order; data sets are not loaded yet.
 
     Raises:
-        UsageError: a name stands for nothing that can be read.
+        UsageError: a name is no readable source.
     """
     return [source for typed in data for source in _sources(typed, f"{option} {typed}")]
 

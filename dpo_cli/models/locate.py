@@ -67,7 +67,7 @@ class ModelSource:
         Raises:
             OSError, ValueError: a hub model is not on this disk.
         """
-        from huggingface_hub import snapshot_download  # reads on import whether the hub is to be asked
+        from huggingface_hub import snapshot_download  # on import it reads whether the hub may be asked
 
         local = Path(self.path)
         return local if local.is_dir() else Path(snapshot_download(self.path, local_files_only=True))

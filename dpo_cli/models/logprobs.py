@@ -83,7 +83,7 @@ class HiddenStates:
     values: Tensor
     batch: MicroBatch
     head: Head
-    max_rows: int  # that meet the head at a time, unless a single pair has more
+    max_rows: int  # at the head at once, unless a single pair has more
     router_logits: Sequence[Tensor] = ()
     full_logps: list[Tensor] = field(default_factory=list)  # (2, p) of each piece, detached
     gradients: list[Tensor] = field(default_factory=list)  # (n, H) of each piece
@@ -112,7 +112,7 @@ class HiddenStates:
 
     def backward(self, *losses: Tensor) -> None:
         """Run the backward pass of the body, from the gradients of all pieces and from ``losses`` of its outputs."""
-        if self.values.requires_grad:  # else nothing of the body is trained
+        if self.values.requires_grad:  # else the body has no trained weight
             gradients = [torch.cat(self.gradients), *(None for _ in losses)]
             torch.autograd.backward([self.values, *losses], gradients)
 
@@ -167,7 +167,7 @@ class ModelRunner:
 
     @property
     def max_logit_rows(self) -> int:
-        """How many response tokens may meet the head together."""
+        """The most response tokens at the head at once, unless a single pair has more."""
         model: Any = self.model
         return LOGITS_BUDGET_BYTES[self.device.type] // (4 * int(model.config.get_text_config().vocab_size))
 
@@ -217,9 +217,9 @@ class ModelRunner:
     def forwards(
         self, pairs: Sequence[Pair], compute: Compute[Result], share: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[tuple[int, ...], Result]]:
-        """Run over all pairs in packed forwards, longest first; out of memory, repeat with fewer tokens per forward.
+        """Run over all pairs in packed forwards, longest first, and again with fewer tokens if memory runs out.
 
-        ``compute`` gets indices into ``pairs`` and their batch; others after it ran out of memory. With a ``share`` of
+        ``compute`` gets indices into ``pairs`` and their batch, smaller ones after memory ran out. With a ``share`` of
         (rank, world size) the forwards are dealt out in turn: the same forwards for any world size.
 
         Raises:

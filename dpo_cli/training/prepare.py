@@ -119,7 +119,7 @@ def read_pairs(data: list[str], options: Options, tokenizer: Any, reporter: Repo
 
 
 def _excerpt(pair: Pair, tokenizer: Any) -> str:
-    """The prompt's end, the boundary, the beginning of the chosen response."""
+    """Format the prompt's end, the boundary and the beginning of the chosen response."""
     prompt, chosen = (tokenizer.decode(model_input_ids(ids)) for ids in (pair.prompt[-20:], pair.chosen[:12]))
     dots = ("…" * (len(pair.prompt) > 20), "…" * (len(pair.chosen) > 12))
     return f"{dots[0]}{prompt!r} | {chosen!r}{dots[1]}"
@@ -128,7 +128,7 @@ def _excerpt(pair: Pair, tokenizer: Any) -> str:
 def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
     """Split off a share of the pairs, at least one, by a seeded choice: (training, held out).
 
-    Pairs of one prompt stay together, or what is learned of a prompt would be asked again.
+    Pairs of one prompt stay together, so that no held-out prompt is trained on.
 
     Raises:
         UsageError: nothing would be left to train on.
@@ -271,7 +271,7 @@ def _check_pairs(model: PreTrainedModel, pairs: Pairs) -> int | None:
 
 
 def _sampled(pairs: Pairs, options: Options, limit: int | None) -> Pairs:
-    """Pairs as long as the answers to the shortest and the longest prompt that ``dpo eval --samples`` may score."""
+    """Return pairs as long as answers to the shortest and the longest prompt that ``dpo eval --samples`` may score."""
     made = Pairs()
     if isinstance(options, EvalOptions) and options.samples:
         for place in pairs.lengths[:, 0].argsort()[[0, -1]].tolist():
