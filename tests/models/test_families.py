@@ -166,15 +166,29 @@ def no_window(*arguments: Any) -> Tensor:
     return _causal(*arguments[:-1], None)
 
 
+def prompt_unseen(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    q = query.shape[2]
+    return _causal(query, key[:, :, -q:], value[:, :, -q:], *rest)
+
+
+class ChosenSeen:
+    """The rejected response, whose keys are more than its queries, sees all that came before it."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        q = query.shape[2]
+        if key.shape[2] == q:
+            self.before = key, value
+        else:
+            own = key[:, :, -q:], value[:, :, -q:]
+            key, value = (torch.cat(parts, dim=2) for parts in zip(self.before, own, strict=True))
+        return _causal(query, key, value, *rest)
+
+
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     # Stock attention takes the restarting positions for a new document that cannot see the prompt.
     "stock attention": lambda patch: patch.setattr(dpo_cli.models.layout, "PREFIX_SHARED", None),
-    "chosen seen": lambda patch: patch.setattr(
-        dpo_cli.models.attention, "_after_prompt", lambda first, prompt, rejected: torch.cat([first, rejected], dim=2)
-    ),
-    "prompt unseen": lambda patch: patch.setattr(
-        dpo_cli.models.attention, "_after_prompt", lambda first, prompt, rejected: rejected
-    ),
+    "chosen seen": lambda patch: patch.setattr(dpo_cli.models.attention, "_causal", ChosenSeen()),
+    "prompt unseen": lambda patch: patch.setattr(dpo_cli.models.attention, "_causal", prompt_unseen),
     "top left": lambda patch: patch.setattr(dpo_cli.models.attention, "_causal", top_left),
     "no window": lambda patch: patch.setattr(dpo_cli.models.attention, "_causal", no_window),
 }

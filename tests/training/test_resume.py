@@ -127,7 +127,7 @@ def test_killed_three_times_from_outside(
     [
         Strike("dpo_cli.models.logprobs:HiddenStates.backward", 13),  # between the micro-batches of a step
         Strike("dpo_cli.training.trackers:append_metrics", 9),  # after a step, before its line
-        Strike("dpo_cli.evaluation.kl:_compare_heads", 5),  # in an evaluation
+        Strike("dpo_cli.evaluation.kl:divergences", 5),  # in an evaluation
         Strike("dpo_cli.training.trackers:append_metrics", 11),  # evaluated, before its line
         Strike("dpo_cli.training.loop:write_report", 2),  # its line is written, its report is not
         Strike("dpo_cli.training.loop:write_report", 4),  # trained and exported, the last report is not written
@@ -214,12 +214,12 @@ def test_a_model_that_asks_for_dropout_goes_on_the_same(
 @pytest.mark.parametrize(
     ("phase", "call", "number"),
     [
-        ("evaluation.kl:_compare_heads", 1, signal.SIGTERM),  # in the evaluation before the first step
+        ("evaluation.kl:divergences", 1, signal.SIGTERM),  # in the evaluation before the first step
         ("training.loop:Trainer.step", 1, signal.SIGINT),
         ("models.logprobs:HiddenStates.backward", 13, signal.SIGTERM),  # between the micro-batches of a step
         ("models.logprobs:HiddenStates.backward", 13, signal.SIGINT),
         ("training.trackers:append_metrics", 8, signal.SIGTERM),
-        ("evaluation.kl:_compare_heads", 5, signal.SIGINT),  # in an evaluation on the way
+        ("evaluation.kl:divergences", 5, signal.SIGINT),  # in an evaluation on the way
         ("training.trackers:append_metrics", 11, signal.SIGTERM),
         ("training.loop:write_report", 2, signal.SIGINT),
         ("training.loop:save_checkpoint", 3, signal.SIGTERM),
