@@ -23,7 +23,7 @@ from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.models.loading import load_tokenizer
 from dpo_cli.models.locate import find_model
-from dpo_cli.training.run_dir import reading_of
+from dpo_cli.training.run_dir import encoder_options
 
 ROOT = Path(__file__).parents[2]
 Record = dict[str, Any]
@@ -90,7 +90,7 @@ def synthetic_rows(case: Lengths, rows: int, tokenizer: Any, longest: int, seed:
 
 def usable_rows(options: TrainOptions, count: int) -> list[tuple[Row, Pair]]:
     """The first rows of strings that make a pair untruncated."""
-    encoder = Encoder(load_tokenizer(find_model(options.model)), **reading_of(options))
+    encoder = Encoder(load_tokenizer(find_model(options.model)), **encoder_options(options))
     found: list[tuple[Row, Pair]] = []
     for row in read_rows(find_sources(options.data), options.columns):
         if isinstance(row, BadRow) or not isinstance(row.prompt, str):

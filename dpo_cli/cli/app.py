@@ -216,9 +216,9 @@ COMMANDS.update(
 
 
 def _train_summary(result: dict[str, Any]) -> str:
-    from dpo_cli.reporting.text import overlap, verdict
+    from dpo_cli.reporting.text import overlap_lines, verdict_lines
 
-    lines = [*overlap(result)]
+    lines = [*overlap_lines(result)]
     for answer in result.get("answers", []):
         lines.append(answer["prompt"].strip())
         lines += [f"  reference: {answer['reference']}", f"  policy:    {answer['policy']}", ""]
@@ -228,4 +228,4 @@ def _train_summary(result: dict[str, Any]) -> str:
             lines.append(f"  {name:<22}{result['before'].get(name, float('nan')):>12.4f}{after[name]:>12.4f}")
     shown = ("pairs", "steps", "run", "model", "report", "reference_misses")
     lines += [f"{name:<11} {result[name]}" for name in shown if name in result]
-    return "\n".join([*lines, *verdict(result)])
+    return "\n".join([*lines, *verdict_lines(result)])

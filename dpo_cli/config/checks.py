@@ -68,7 +68,7 @@ module_names = Check(
 
 
 def refused(options: Any) -> list[str]:
-    """Say which of the options contradict each other, and what to do.
+    """Return a message per contradiction between the options, with its remedy.
 
     Raises:
         UsageError: the loss cannot have the options that are given for it.

@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from dpo_cli.config.options import DataOptions, TrainOptions, out_of_range
-from dpo_cli.utils.errors import UsageError, did_you_mean, name_beside
+from dpo_cli.utils.errors import UsageError, did_you_mean, suggest_path
 
 # Options that do not change what is trained: a resumed run may change them.
 RESUME_MUTABLE = frozenset(
@@ -52,7 +52,7 @@ T = TypeVar("T", bound=DataOptions)
 
 
 def suggest_option(name: str, known: Iterable[str]) -> str:
-    """End a message about an unknown option with the nearest one; other trainers' names are known too."""
+    """Return the end of a message on an unknown option: the nearest one, also for other trainers' names."""
     names = set(known)
     return did_you_mean(name, names, {theirs: ours for theirs, ours in OTHER_NAMES.items() if ours in names})
 
@@ -98,16 +98,16 @@ def _yaml_items(file: Path) -> Iterator[tuple[str, Any, str]]:
         loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
         node = loader.get_single_node()
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"--config {file}: cannot be read as YAML: {error}{name_beside(file)}") from error
+        raise UsageError(f"--config {file}: cannot be read as YAML: {error}{suggest_path(file)}") from error
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise UsageError(f"--config {file}: must be a mapping of option names to values")
     for key, value in node.value if node else ():
         place = f"{file}:{key.start_mark.line + 1}: "
         try:
             yield str(key.value), loader.construct_object(value, deep=True), place
-        except Exception as error:  # of whatever type: an empty !!int is an IndexError
+        except Exception as error:  # of any type: an empty !!int is an IndexError
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise UsageError(f"{place}option '{key.value}' is no value of YAML: {reason}") from error
+            raise UsageError(f"{place}option '{key.value}' is not a YAML value: {reason}") from error
 
 
 def _convert(value: Any, type_: Any) -> Any:
@@ -190,7 +190,7 @@ def resolve_training(given: Mapping[str, Any], resume: Path | None, file: Name |
         raise UsageError(f"--resume {resume}: a resumed run keeps its own options; leave out --config")
     for name in ("config.yaml", "manifest.json"):
         if not (resume / name).is_file():
-            raise UsageError(f"--resume {resume}: no run there ({name} is missing){name_beside(resume)}")
+            raise UsageError(f"--resume {resume}: no run there ({name} is missing){suggest_path(resume)}")
     if given.get("output") and Path(given["output"]) == resume:
         given = {**given, "output": None}
     file = resume / "config.yaml"

@@ -1,6 +1,6 @@
-"""The schedule of a run, cut into micro-batches, and the tensors of one: shared prefixes, packed or padded rows.
+"""The schedule of a run, in micro-batches, and a micro-batch's tensors: prefix-shared, packed or padded rows.
 
-Legend: P pairs, B rows, T tokens of a row, N response tokens that carry loss, S attention segments.
+Legend: P pairs, B rows, T tokens of a row, N response tokens that carry loss, S attention segments, K keys.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def split_into_micro_batches(
 ) -> Step:
     """Pack the pairs of one step into micro-batches, the same number for each of ``world_size`` ranks.
 
-    The largest are split until their number is a multiple of ``world_size``; where that is not enough, some are empty.
+    Those with the most pairs are split, else empty ones added, until their number is a multiple of ``world_size``.
     """
     bins = pack(indices, costs, layout, max_tokens)
     while len(bins) % world_size:
@@ -78,7 +78,7 @@ def split_into_micro_batches(
 
 
 def pack(indices: Sequence[int], costs: Sequence[int], layout: Layout, max_tokens: int) -> list[tuple[int, ...]]:
-    """Pack pairs into first-fit-decreasing bins of at most ``max_tokens``; a longer pair gets a bin of its own.
+    """Pack pairs first-fit-decreasing in bins of at most ``max_tokens``; a longer pair gets its own bin.
 
     In a padded forward every pair costs as much as the longest, which is the first of its bin. In the layout ``alone``
     each pair gets its own bin, so that every bin takes the same number of forwards.
@@ -144,7 +144,7 @@ class MicroBatch:
 
     Shapes: ``input_ids``, ``position_ids``, ``attention_mask`` (B, T), the latter two None where the model makes its
     own; ``logit_positions`` (N,) indices into the flattened rows, whose hidden states predict ``targets`` (N,);
-    ``lengths`` (2P,) loss-bearing tokens of each response; ``pair_tokens`` their sum per pair, on the host.
+    ``lengths`` (2P,) tokens of each response that carry loss; ``pair_tokens`` their sum per pair, on the host.
     ``alone`` holds one batch per sequence if each runs in a forward of its own; the results are concatenated.
 
     The rest is what the loss reads beside the policy's log-probs: ``token_weights`` (N,) of LD-DPO; ``weights`` and
@@ -285,7 +285,7 @@ def _micro_batch(
     responses: Sequence[Ids],
     segments: Segments | None,
 ) -> MicroBatch:
-    """Build the batch; ``logit_positions`` covers all response tokens, of which the loss-bearing ones are kept."""
+    """Build the batch; ``logit_positions`` covers all response tokens, of which those that carry loss are kept."""
     tokens, lengths = np.concatenate(responses), [count_loss_tokens(response) for response in responses]
     has_loss, pairs = tokens >= 0, len(responses) // 2
     return MicroBatch(

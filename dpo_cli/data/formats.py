@@ -97,7 +97,7 @@ class Format(NamedTuple):
 
     @property
     def columns(self) -> set[str]:
-        """All columns that it reads beside ``OTHERS``."""
+        """All columns that it reads, but for ``OTHERS``."""
         return {*self.prompts, *self.answers, *self.more}
 
 

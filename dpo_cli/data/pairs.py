@@ -36,7 +36,7 @@ def model_input_ids(ids: Ids) -> Ids:
 
 
 def count_loss_tokens(response: Ids) -> int:
-    """Count the loss-bearing tokens of a response: those whose log-probs are summed."""
+    """Count the tokens of a response that carry loss: those whose log-probs are summed."""
     return int(np.count_nonzero(response >= 0))
 
 
@@ -57,7 +57,7 @@ class Pairs(list[Pair]):
 
     @property
     def loss_lengths(self) -> npt.NDArray[np.int64]:
-        """Loss-bearing tokens of each pair's chosen and rejected: (P, 2)."""
+        """Tokens that carry loss of each pair's chosen and rejected: (P, 2)."""
         counts = [(count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)) for pair in self]
         return np.array(counts, np.int64).reshape(-1, 2)
 

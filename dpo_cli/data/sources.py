@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data import readers
-from dpo_cli.utils.errors import RowError, UsageError, name_beside
+from dpo_cli.utils.errors import RowError, UsageError, suggest_path
 
 KINDS = f"{', '.join(readers.READERS)}, each optionally with .gz"
 FILES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".yaml")  # never names on the hub
@@ -56,7 +56,7 @@ def find_sources(data: list[str], option: str = "--data") -> list[Source]:
     """Return the sources that an option names, in order; data sets are not loaded yet.
 
     Raises:
-        UsageError: a name stands for nothing that can be read.
+        UsageError: a name is no readable source.
     """
     return [source for typed in data for source in _sources(typed, f"{option} {typed}")]
 
@@ -82,7 +82,7 @@ def _sources(typed: str, name: str) -> list[Source]:
     elif match := _hub_match(typed):
         dataset, config, split = (part or "" for part in match.groups())
     else:
-        raise UsageError(f"{name}: no such file{name_beside(Path(typed))}")
+        raise UsageError(f"{name}: no such file{suggest_path(Path(typed))}")
     return [Source(name, dataset, partial(_read_data_set, dataset, config, split, path))]
 
 

@@ -96,7 +96,7 @@ class ChatTemplate:
 
     @cached_property
     def endings(self) -> tuple[str, str]:
-        """What ends an answer at any place, and what follows the last turn: only with Phi-3 another token."""
+        """The text that ends every answer, and the text after the last turn, which differs with Phi-3 only."""
         last, between = (self.probe(USER, *answer_of(PROBE), *more).rpartition(PROBE)[2] for more in ([], [USER]))
         shared = last[: common_prefix(last, between)]
         ends = [shared.rfind(token) + len(token) for token in self.special if token in shared]

@@ -117,7 +117,7 @@ class Encoder:
         row, (prompt, chosen, rejected, moved) = texts.row, self._split(texts, encoded)
         notes = {*texts.notes, BOUNDARY_MOVED} if moved else {*texts.notes}
         longest = max(len(chosen), len(rejected))
-        room = max(self.max_length - longest, self.max_length // 4)  # a prompt gives way, down to a quarter
+        room = max(self.max_length - longest, self.max_length // 4)  # the prompt is shortened first, down to a quarter
         if len(prompt) > room:
             shorter = self._shorten_prompt(row, prompt, room)
             if len(shorter) < len(prompt):

@@ -40,7 +40,7 @@ from dpo_cli.training.prepare import (
     refuse_unread_terms,
     weights_mode,
 )
-from dpo_cli.training.run_dir import read_manifest, reading_of, trained_hashes, trained_with
+from dpo_cli.training.run_dir import encoder_options, read_manifest, trained_hashes, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
@@ -131,7 +131,7 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
         raise UsageError("--samples needs both models, as the exact KL does: leave out --kl none")
     return dataclasses.replace(
         options,
-        **reading_of(options, source.run),
+        **encoder_options(options, source.run),
         dtype=options.dtype or (began.dtype if began else None),
         beta=options.beta or (began.beta if began else 0.1),
     )
@@ -216,14 +216,14 @@ class _Models:
         return _Scored(tokens, name, samples={"sequence_kl": estimate, "samples": samples})
 
     def _answers(self, model: ScoredModel, prompts: list[Ids]) -> tuple[list[list[Ids]], list[list[Ids]]]:
-        """Answer each prompt greedily, and as often as was asked for by samples."""
+        """Answer each prompt greedily, and with as many samples as ``--samples`` asks for."""
         options, tokenizer = self.options, self.evaluator.tokenizer
         answer = partial(generate, model.runner, tokenizer, prompts, model.own_attention, options.sample_tokens)
         return answer(seed=options.seed), answer(options.samples, options.seed)
 
     @property
     def recorded(self) -> Mapping[str, Any] | None:
-        """The reference as the run's manifest has it, if it is that."""
+        """The manifest's entry of the reference, unless ``--ref-model`` names another."""
         return self.manifest["reference"] if self.manifest and self.options.ref_model is None else None
 
     def _reference_cache(self, policy: ScoredModel) -> tuple[ReferenceCache, ModelRunner, str]:

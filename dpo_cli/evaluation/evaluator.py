@@ -87,7 +87,7 @@ class Evaluator:
     ) -> Evaluation:
         """Compute means, intervals, findings and examples.
 
-        ``history`` and ``held_out`` are as in ``Evidence``; ``about`` and what there is of ``more`` go into the result.
+        ``history`` and ``held_out`` are as in ``Evidence``; ``about`` and all non-empty ``more`` go into the result.
         """
         intervals, length = statistics.intervals(scores), statistics.length_bias(scores)
         evidence = Evidence(scores, intervals, length, history, held_out, trained_on["pairs"] if trained_on else 0)

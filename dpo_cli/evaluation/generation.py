@@ -106,10 +106,10 @@ def text(tokenizer: Any, ids: Ids) -> str:
 
 
 def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pair]) -> GenerationConfig:
-    """The model's own, with the token that ends the chosen responses among its EOS ids, and with a padding id.
+    """Return the model's own, with the token that ends the chosen responses among its EOS ids, and with a padding id.
 
-    A model whose config names only the end of a text would go on after the end of its turn. That token is the commonest
-    last one of the first pairs' chosen responses, if it is a special token.
+    A model whose config names only the end of a text would generate past the end of its turn. That token is the most
+    frequent last one of the first pairs' chosen responses, if it is a special token.
     """
     config = _valid(deepcopy(model.generation_config) if model.generation_config else GenerationConfig())
     lasts = Counter(int(model_input_ids(pair.chosen[-1:])[0]) for pair in pairs[:ENDS_OF])
@@ -124,7 +124,7 @@ def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pa
 
 
 def _valid(config: GenerationConfig) -> GenerationConfig:
-    """The config as transformers agrees to save it: some models of the hub predate its checks.
+    """Return the config in a form that transformers saves: some models of the hub predate its checks.
 
     Most have a temperature and do not say that they sample. Of others, such as those whose temperature is 0, only the
     token ids are kept.

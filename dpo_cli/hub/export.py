@@ -61,7 +61,7 @@ def export_model(
     first one's host has room for its weights.
 
     Raises:
-        NotReadBackError: the model loaded again is another one; no folder is left.
+        NotReadBackError: the model loaded again differs; no folder is left.
     """
     if pair is None:
         ids = np.arange(min(64, model.config.get_text_config().vocab_size), dtype=np.int32)
@@ -87,7 +87,7 @@ def export_model(
                 found = _read_back(temporary, model, source, pair)
             except NotReadBackError as error:
                 raise NotReadBackError(f"{folder}: {error}".replace(str(temporary), str(folder))) from error
-            except Exception as error:  # of whatever type, such as of code that runs on CUDA only
+            except Exception as error:  # of any type, such as of code that runs on CUDA only
                 reason = str(error).replace(str(temporary), str(folder)).splitlines()[0]
                 warn(f"{folder} was not read back: {reason}")
                 return
@@ -147,10 +147,10 @@ def _save_weights(
 def _read_back(written: Path, model: PreTrainedModel, source: ModelSource, pair: Pair) -> Tensor | None:
     """``response_logps`` (2,) of what was written, loaded again on the CPU; None over a packed base.
 
-    There, so that no second base is loaded, the adapter's tensors are compared with those in memory.
+    Over a packed base, which is not loaded twice, the adapter's tensors are compared with those in memory.
 
     Raises:
-        NotReadBackError: it cannot be loaded, or an adapter's tensors are others.
+        NotReadBackError: it cannot be loaded, or an adapter's tensors differ.
         MemoryError: the host has no room for it.
     """
     if is_quantized(model):
@@ -220,9 +220,9 @@ def _ropes(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _with_older_names(written: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
-    """A configuration with the names of transformers 4 beside those of 5, which reads its own.
+    """Return a configuration with the names of transformers 4 in addition to those of 5.
 
-    Version 4 knows no ``rope_parameters``: it would take its default base without a word. Checked against 4.57.6 on
+    Version 4 knows no ``rope_parameters``: it would use its default base without a warning. Checked against 4.57.6 on
     the families of tests/hub/test_exports.py, whose log-probs are the same there.
     """
     for key, inner in [*written.items()]:

@@ -1,4 +1,4 @@
-"""The model card: what was trained, on what, how, what came of it, and how to serve it."""
+"""The model card: what was trained, on what and how, the results, and how to serve it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpo_cli.utils.errors import printable
 if TYPE_CHECKING:
     from dpo_cli.training.setup import Run
 
-SELF = "path/to/this/folder"  # the model in its card; replaced by the repository when it is pushed
+MODEL_PLACEHOLDER = "path/to/this/folder"  # of the model in its card; a push replaces it by the repository
 # Options shown in the card; none of them is a path.
 _OPTIONS = (
     *("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo", "router_aux_loss_coef"),
@@ -32,8 +32,8 @@ _RESULTS = {
     "loss": "loss",
     "rewards/accuracies": "implicit reward accuracy",
     "rewards/margins": "implicit reward margin",
-    "kl/chosen": "KL to the base model on chosen responses, nats per token",
-    "kl/rejected": "KL to the base model on rejected responses, nats per token",
+    "kl/chosen": "KL to the reference on chosen responses, nats per token",
+    "kl/rejected": "KL to the reference on rejected responses, nats per token",
 }
 
 
@@ -42,10 +42,10 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
 
     ``before`` and ``after`` are metrics of the held-out pairs, empty if there are none.
     """
-    options, known = run.options, _metadata(run.policy.source)
+    options, base_metadata = run.options, _metadata(run.policy.source)
     shown: dict[str, Any] = {"loss": options.objective.name} | {key: getattr(options, key) for key in _OPTIONS}
     shown |= {"steps": len(run.plan), "pairs": len(run.pairs)}
-    trained = "All its weights were trained."
+    trained = "Its own weights were trained."
     if options.lora_rank:
         whole = f", and {_line(options.modules_to_save)} whole" if options.modules_to_save else ""
         bits = f", over a base in {options.quantize}" if options.quantize else ""
@@ -55,7 +55,7 @@ def model_card(run: Run, before: Mapping[str, float], after: Mapping[str, float]
         f"{_line(run.policy.source.title)}, fine-tuned on {len(run.pairs):,} preference pairs with "
         f"{_method(options.objective)} by dpo-cli {version('dpo-cli')}. {trained}",
         options.objective,
-        known | {"base_model": hub_name(run.policy.source) or known.get("base_model")},
+        base_metadata | {"base_model": hub_name(run.policy.source) or base_metadata.get("base_model")},
         datasets=sorted({i for d in options.data if (i := hub_id(d))}) or None,
         adapter=bool(options.lora_rank) and options.export != "merged",
         options=[(key.replace("_", " "), value) for key, value in shown.items() if value not in (None, "")],
@@ -74,27 +74,27 @@ def merged_card(source: ModelSource, name: str, objective: Objective | None) -> 
 
     ``objective``: the adapter's, if it is known.
     """
-    known = _metadata(source, source.adapter)
+    base_metadata = _metadata(source, source.adapter)
     base = Path(source.name).name if Path(source.name).is_absolute() else source.name
     trained = f", trained with {_method(objective)}" if objective else ""
     stored = f", {source.stored}" if source.stored else ""
-    summary = f"The adapter {_line(source.base)}{trained}, merged into its base {_line(base)}{stored}"
-    known["base_model"] = known.get("base_model") or hub_name(find_model(source.name))
-    return _render(name, f"{summary} by dpo-cli {version('dpo-cli')}.", objective, known)
+    by = f"merged by dpo-cli {version('dpo-cli')} into its base {_line(base)}{stored}"
+    base_metadata["base_model"] = base_metadata.get("base_model") or hub_name(find_model(source.name))
+    return _render(name, f"The adapter {_line(source.base)}{trained}, {by}.", objective, base_metadata)
 
 
 def _render(
     name: str,
     summary: str,
     objective: Objective | None,
-    known: Mapping[str, Any],
+    base: Mapping[str, Any],
     *,
     datasets: list[str] | None = None,
     adapter: bool = False,
     **values: Any,
 ) -> str:
-    """Fill in model_card.md; ``known`` is the base model with its license, as far as they are known."""
-    about: dict[str, Any] = {key: known.get(key) for key in ("base_model", "license", "license_name", "license_link")}
+    """Fill in model_card.md; ``base`` is the base model with its license, as far as they are known."""
+    about: dict[str, Any] = {key: base.get(key) for key in ("base_model", "license", "license_name", "license_link")}
     data = ModelCardData(
         datasets=datasets,
         library_name="peft" if adapter else "transformers",
@@ -102,7 +102,8 @@ def _render(
         tags=[*(["dpo"] if objective is None or objective.reference else []), "preference-optimization", "dpo-cli"],
         **about,
     )
-    template, values = str(Path(__file__).with_name("model_card.md")), values | {"adapter": adapter, "place": SELF}
+    template = str(Path(__file__).with_name("model_card.md"))
+    values |= {"adapter": adapter, "place": MODEL_PLACEHOLDER}
     return f"{ModelCard.from_template(data, template, name=_line(name), summary=summary, **values)}\n"
 
 
@@ -115,15 +116,15 @@ def _method(objective: Objective) -> str:
 
 
 def hub_name(source: ModelSource) -> str | None:
-    """Return the base model's name on the hub; None if it came from elsewhere."""
+    """Return the base model's name on the hub; None if it has none there."""
     return source.base if source.base == DEFAULT_MODEL or source.path == source.base else None
 
 
 def _metadata(source: ModelSource, folder: Path | None = None) -> dict[str, Any]:
-    """Return the plain names in the metadata of a model's card, or of a folder's; empty if it cannot be read."""
-    with suppress(Exception):  # of the hub, or of whatever stands in the file
+    """Return the metadata of a model's card, or a folder's, with plain-name values; empty if unreadable."""
+    with suppress(Exception):  # a hub error, or a malformed file
         card: str | Path = Path(folder or source.path, "README.md")
-        if folder is None and source.path == source.base:  # from the hub; no other is asked for there
+        if folder is None and source.path == source.base:  # else the hub is not asked for a card
             card = hf_hub_download(source.base, "README.md", etag_timeout=5)
         metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
         plain = re.compile(r"[\w][\w.:/+-]*", re.ASCII)

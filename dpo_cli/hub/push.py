@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from dpo_cli.hub.model_card import SELF, hub_name
+from dpo_cli.hub.model_card import MODEL_PLACEHOLDER, hub_name
 from dpo_cli.models.locate import find_model
-from dpo_cli.utils.errors import DpoError, UsageError, name_beside
+from dpo_cli.utils.errors import DpoError, UsageError, suggest_path
 
 FILES = ["README.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]  # of an export
 
@@ -33,7 +33,7 @@ def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
     model = folder / "model" if (folder / "manifest.json").is_file() else folder
     card, adapter = model / "README.md", model / "adapter_config.json"
     if not (card.is_file() and (model / "tokenizer_config.json").is_file()):
-        beside = name_beside(folder)
+        beside = suggest_path(folder)
         raise UsageError(f"{folder}: no trained model there; name a complete run, or its model/ or best/{beside}")
     if adapter.is_file():
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -46,7 +46,7 @@ def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
     api, message = HfApi(), f"Model trained by dpo-cli {version('dpo-cli')}"
     files = {file.relative_to(model).as_posix(): file for pattern in FILES for file in sorted(model.rglob(pattern))}
     content: dict[str, Path | bytes] = {path: file for path, file in files.items() if not path.startswith(".")}
-    content["README.md"] = card.read_text(encoding="utf-8").replace(SELF, name).encode()
+    content["README.md"] = card.read_text(encoding="utf-8").replace(MODEL_PLACEHOLDER, name).encode()
     try:
         api.create_repo(name, private=not public, exist_ok=True)
         added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=source) for path, source in content.items()]
@@ -62,7 +62,7 @@ def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
 
 
 def _is_on_hub(base: str) -> bool:
-    """Whether an adapter's base is there under that name; the default model's packaged copy has other weights."""
+    """Whether the hub has an adapter's base under that name; the default model's packaged copy has other weights."""
     try:
         return hub_name(find_model(base)) == base
     except UsageError:  # it was removed

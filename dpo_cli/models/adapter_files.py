@@ -155,7 +155,7 @@ def check_loadable(model: PreTrainedModel) -> None:
     try:
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in adapter_weights(model).items()}
         lacking = {kind_of(name.partition(".lora_")[0]) for name in _put(model, weights)[1]}
-    except Exception as error:  # of whatever type peft raises
+    except Exception as error:  # of any type that peft raises
         reason = f"cannot save and load this adapter: {_line(error)}"
         raise UsageError(f"--lora-targets: peft {__version__} {reason}") from error
     if lacking:
@@ -179,7 +179,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(_plain(model) | {"inference_mode": True}, indent=2) + "\n")
     weights, seen = adapter_weights(model), set[int]()
     for name, tensor in weights.items():
-        weights[name] = tensor.clone() if tensor.data_ptr() in seen else tensor  # tied ones are there twice, as of peft
+        weights[name] = tensor.clone() if tensor.data_ptr() in seen else tensor  # tied ones are saved twice, as by peft
         seen.add(tensor.data_ptr())
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 

@@ -127,7 +127,7 @@ def _modules_to_save(model: PreTrainedModel, names: str, targets: Targets) -> li
 def attach(model: PreTrainedModel, config: Any, seed: int = 0, where: str = "--lora-targets") -> Any:
     """Attach a new adapter to a model, in place; the model computes what it did before.
 
-    A base in bfloat16 stays that. ``seed`` draws the random part, whatever was drawn before. ``where``: of the
+    A base in bfloat16 stays in bfloat16. ``seed`` alone decides the random part. ``where``: of the
     configuration, for errors.
 
     Returns:
@@ -141,12 +141,12 @@ def attach(model: PreTrainedModel, config: Any, seed: int = 0, where: str = "--l
 
     halved, full_names = model.dtype == torch.bfloat16, config.target_modules
     if halved and not is_quantized(model):
-        model.float()  # what is computed of the base's weights, as DoRA's magnitudes are, in float32
+        model.float()  # values computed from the base's weights, such as DoRA's magnitudes, are float32
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             tuner = LoraModel(model, config, "default")
-        except Exception as error:  # of whatever type peft raises
+        except Exception as error:  # of any type that peft raises
             raise UsageError(f"{where}: peft cannot adapt this: {str(error).splitlines()[0]}") from error
     config.target_modules = full_names  # which peft shortens to ends
     for p in model.parameters():
@@ -156,7 +156,7 @@ def attach(model: PreTrainedModel, config: Any, seed: int = 0, where: str = "--l
         if not is_quantized(model):
             cast_frozen_to_bf16(model)
         for module in model.modules():
-            if isinstance(module, ModulesToSaveWrapper):  # as its frozen original, whatever the weights' precision
+            if isinstance(module, ModulesToSaveWrapper):  # like its frozen original, in any precision of the weights
                 module.register_forward_hook(lambda _, given, result: result.to(torch.bfloat16))
     return tuner
 
@@ -310,7 +310,7 @@ def _read_directly(model: nn.Module) -> set[str]:
     for kind in {*around.values()}:
         for each in kind.__mro__:
             if issubclass(each, nn.Module) and not each.__module__.startswith("torch.") and each is not PreTrainedModel:
-                with suppress(OSError, TypeError):  # its source is not there
+                with suppress(OSError, TypeError):  # its source is not available
                     reads[kind] += READ.findall(inspect.getsource(each))
     return {f"{name}.{child}" for name, kind in around.items() for child in reads[kind]}
 

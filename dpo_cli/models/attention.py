@@ -40,7 +40,7 @@ def prefix_shared_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each pair, the prompt shared by both responses.
 
-    ``s_aux`` are attention sinks: a logit a head that joins every softmax and has no value. Dropout is off everywhere.
+    ``s_aux`` are attention sinks: a logit per head that joins every softmax without a value. Dropout is off everywhere.
 
     Shapes: ``query`` (1, A, T, D), ``key`` and ``value`` (1, G, T, D), ``s_aux`` (A,) -> (1, T, A, D).
     Source: the signature is transformers' attention interface; packing with shared prefixes after arXiv 2410.20305;
@@ -93,9 +93,9 @@ def _causal(
 
 
 def _mask(query: Tensor, key: Tensor, window: int | None, segments: Segments, causal: bool) -> Tensor | None:
-    """What to add to the scores (q, k) of a sequence's last queries, so that each sees no key behind itself.
+    """Return the mask to add to the scores (q, k) of a sequence's last queries, so that each sees no later key.
 
-    None where plain causality is the same and ``causal`` may stand for it. Made once per batch, for every layer.
+    None where plain causality is the same and ``causal`` allows it. Made once per batch, for every layer.
     """
     q, k = query.shape[2], key.shape[2]
     if causal and q == k and (window is None or window >= k):

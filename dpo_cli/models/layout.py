@@ -93,12 +93,12 @@ def choose_layout(
 
 
 def _tried(model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int) -> tuple[list[list[Pair]], float]:
-    """The pairs of each forward to try a layout on; and the length beyond which sequences change those of up to it.
+    """Return the pairs of each trial forward, and the length beyond which a sequence changes shorter ones.
 
-    Always two pairs, the longest that fits ``max_tokens`` among them, and the shorter with one token of its prompt
-    left, unless that is on the other side of a threshold: behind a long prompt, what a state-space model keeps of the
-    sequence before fades. The longest of all by itself, where it does not fit. For each threshold the longest pair
-    beside one with a sequence up to it, or a longer row where no sequence is longer. Infinity: no threshold matters.
+    The first forward has the longest pair that fits ``max_tokens``, the shortest, and that one with one token of its
+    prompt, unless that is on the other side of a threshold: behind a long prompt the state that a state-space model
+    keeps of the sequence before fades. The longest pair of all runs alone, if it does not fit. For each threshold the
+    longest pair runs with one up to it, or a longer row if no sequence is longer. Infinity: no threshold matters.
     """
     first = probe_pairs(pairs, "padded", max_tokens)
     cut = replace(first[-1], prompt=first[-1].prompt[-1:])
@@ -127,7 +127,7 @@ def _alone(runner: ModelRunner, tried: Sequence[Pair]) -> Tensor:
 
 
 def _largest(off: Tensor) -> float:
-    """The largest of some differences; infinity where one is not a number."""
+    """Return the largest difference; infinity if one is not a number."""
     return float(off.abs().nan_to_num(math.inf).max())
 
 

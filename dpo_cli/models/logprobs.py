@@ -74,7 +74,7 @@ class Head:
 
 @dataclass
 class HiddenStates:
-    """What the head reads to predict the loss-bearing tokens of a forward, and the gradients of the head's pieces.
+    """What the head reads to predict the tokens that carry loss, and the gradients of the head's pieces.
 
     Shapes: ``values`` (N, H), with their graph; logits (N, V) where the head cannot run apart. ``router_logits``
     (B * T, experts) per layer, where they were asked for.
@@ -83,7 +83,7 @@ class HiddenStates:
     values: Tensor
     batch: MicroBatch
     head: Head
-    max_rows: int  # that meet the head at a time, unless a single pair has more
+    max_rows: int  # at the head at once, unless a single pair has more
     router_logits: Sequence[Tensor] = ()
     full_logps: list[Tensor] = field(default_factory=list)  # (2, p) of each piece, detached
     gradients: list[Tensor] = field(default_factory=list)  # (n, H) of each piece
@@ -112,7 +112,7 @@ class HiddenStates:
 
     def backward(self, *losses: Tensor) -> None:
         """Run the backward pass of the body, from the gradients of all pieces and from ``losses`` of its outputs."""
-        if self.values.requires_grad:  # else nothing of the body is trained
+        if self.values.requires_grad:  # else the body has no trained weight
             gradients = [torch.cat(self.gradients), *(None for _ in losses)]
             torch.autograd.backward([self.values, *losses], gradients)
 
@@ -140,7 +140,7 @@ class ModelRunner:
     """A model and the one way its forwards run, so that policy and reference take the same path.
 
     ``max_tokens`` shrinks when the device runs out of memory. ``chunked_lm_head``: the head runs after the body, a few
-    pairs at a time, on the hidden states that predict loss-bearing tokens; else within the model's own forward.
+    pairs at a time, on the hidden states that predict tokens that carry loss; else within the model's own forward.
 
     Units: ``max_tokens`` in tokens per forward.
     """
@@ -167,7 +167,7 @@ class ModelRunner:
 
     @property
     def max_logit_rows(self) -> int:
-        """How many response tokens may meet the head together."""
+        """The most response tokens at the head at once, unless a single pair has more."""
         model: Any = self.model
         return LOGITS_BUDGET_BYTES[self.device.type] // (4 * int(model.config.get_text_config().vocab_size))
 
@@ -217,9 +217,9 @@ class ModelRunner:
     def forwards(
         self, pairs: Sequence[Pair], compute: Compute[Result], share: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[tuple[int, ...], Result]]:
-        """Run over all pairs in packed forwards, longest first; out of memory, repeat with fewer tokens per forward.
+        """Run over all pairs in packed forwards, longest first, and again with fewer tokens if memory runs out.
 
-        ``compute`` gets indices into ``pairs`` and their batch; others after it ran out of memory. With a ``share`` of
+        ``compute`` gets indices into ``pairs`` and their batch, smaller ones after memory ran out. With a ``share`` of
         (rank, world size) the forwards are dealt out in turn: the same forwards for any world size.
 
         Raises:
@@ -245,7 +245,7 @@ class ModelRunner:
         return [indices for window in windows for indices in pack(window, costs, self.layout, self.max_tokens)]
 
     def _attempt(self, pairs: Sequence[Pair], places: Sequence[int], compute: Compute[Result]) -> tuple[Result] | None:
-        """Compute one forward; None if memory ran out. Its tensors are freed only when this frame is gone."""
+        """Compute one forward; None if memory ran out. Its tensors are freed only when this frame ends."""
         try:
             return (compute(places, self.batch([pairs[i] for i in places])),)
         except RuntimeError as error:
@@ -280,7 +280,7 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 @contextmanager
 def forward_errors(message: str, remedy: str = "") -> Iterator[None]:
-    """Report whatever a model's own code raises in a forward in one line after ``message``; not out-of-memory errors.
+    """Report any error of a model's own code in a forward in one line after ``message``; not out-of-memory errors.
 
     Raises:
         UsageError: with the library's reason.
@@ -289,7 +289,7 @@ def forward_errors(message: str, remedy: str = "") -> Iterator[None]:
         yield
     except DpoError:
         raise
-    except Exception as error:  # of whatever type
+    except Exception as error:  # of any type
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         reason = next(iter(str(error).splitlines()), "")

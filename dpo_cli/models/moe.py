@@ -69,10 +69,10 @@ def token_counts(batch: MicroBatch) -> Tensor:
 
 @torch.no_grad()
 def experts_a_token(runner: ModelRunner, pair: Pair) -> int:
-    """How many experts each token goes to in a mixture whose load-balancing loss is known.
+    """Return the experts per token of a mixture whose load-balancing loss is known.
 
     Raises:
-        UsageError: the model is no mixture of experts, or its own loss of a pair is another than ours.
+        UsageError: the model is no mixture of experts, or its own loss of a pair differs from ours.
     """
     model: Any = runner.model
     batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]).to(runner.device)

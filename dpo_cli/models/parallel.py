@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parallel:
-    """How the processes of a run, one or several, share its model; what differs between the ways is asked here.
+    """How the processes of a run, one or several, share its model; all differences between the two ways are here.
 
     ``sharded``: each holds a shard of each parameter, of its gradient and of its moments, and all must run equally many
     forwards and backward passes. Else each holds the whole model, and a step ends with the sum of the gradients.
@@ -42,7 +42,7 @@ class Parallel:
         return action() if self.sharded else distributed.on_rank_0(action)
 
     def on_rank_0(self, action: Callable[[], T]) -> T:
-        """Do within ``run`` what is for one rank only."""
+        """Run ``action`` on one rank only, within ``run``."""
         return distributed.on_rank_0(action) if self.sharded else action()
 
     def any(self, flag: bool) -> bool:

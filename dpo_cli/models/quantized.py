@@ -22,7 +22,7 @@ from dpo_cli.utils.errors import UsageError
 KEY = "quantization_config"
 BITS = "bitsandbytes"
 METHODS = {"mxfp4": "MXFP4", "fp8": "FP8", "mxfp8": "MXFP8", BITS: BITS}  # dequantized on every device
-SCALES = ("_scale_inv", ".weight_scale", ".SCB")  # without which weights of 8 bits are others
+SCALES = ("_scale_inv", ".weight_scale", ".SCB")  # without them 8-bit weights have other values
 
 
 def packing_of(source: ModelSource) -> Mapping[str, Any] | None:
@@ -32,7 +32,7 @@ def packing_of(source: ModelSource) -> Mapping[str, Any] | None:
     try:
         config = PretrainedConfig.get_config_dict(**source.arguments())[0]
         parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # text_config among them
-    except Exception:  # whatever a folder from elsewhere raises; loading reports it
+    except Exception:  # any error of a malformed folder; loading reports it
         return None
     found = [part[KEY] for part in parts if part.get(KEY) is not None]
     packing = (found[0] if isinstance(found[0], dict) else {}) if found else None
@@ -66,7 +66,7 @@ def admit(source: ModelSource, name: str | None, frozen: bool = False) -> ModelS
     try:
         AutoQuantizationConfig.from_dict(dict(packing))
         _check_blocks(source, packing.get("weight_block_size"))
-    except Exception as error:  # whatever stands in it
+    except Exception as error:  # any malformed content
         raise UsageError(f"{whose} and cannot be read ({' '.join(str(error).split())}); {other}") from error
     stored = f"{stored}, dequantized to float32"
     return replace(source, description=f"{source.description}, stored as {stored}", stored=stored)
@@ -75,7 +75,7 @@ def admit(source: ModelSource, name: str | None, frozen: bool = False) -> ModelS
 def _made_from(source: ModelSource) -> str:
     """Describe the model with plain weights, by the model card, else by the configuration."""
     names: list[tuple[Any, str]] = []
-    with suppress(Exception):  # there is none, or whatever stands in it
+    with suppress(Exception):  # no card, or a malformed one
         card = Path(source.path, "README.md") if Path(source.path).is_dir() else source.path
         base = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
         names.append((base[0] if isinstance(base, list) and base else base, "model card"))

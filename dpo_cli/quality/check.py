@@ -23,7 +23,7 @@ from dpo_cli.data.sources import Source, find_sources
 from dpo_cli.data.tokenize import PROMPT_CUT, RESPONSE_CUT, Encoder
 from dpo_cli.evaluation.statistics import wilson
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
-from dpo_cli.training.run_dir import reading_of
+from dpo_cli.training.run_dir import encoder_options
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
 from dpo_cli.utils.files import atomic_write, finite
@@ -66,7 +66,7 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     if options.fix and (options.fix.exists() or options.fix.is_symlink()):
         raise UsageError(f"--fix {options.fix}: already exists; name a new file")
     model = choose_model(options.model, options, reporter, base=options.base_model)
-    encoder = Encoder(choose_tokenizer(model, options), **reading_of(options, model.run))
+    encoder = Encoder(choose_tokenizer(model, options), **encoder_options(options, model.run))
     check = DataCheck(encoder, options.examples)
     check.read_held_out(read_rows(held_out, options.columns, options.format))
     check.read(read_rows(sources, options.columns, options.format))

@@ -13,7 +13,7 @@ from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
-from dpo_cli.training.run_dir import reading_of
+from dpo_cli.training.run_dir import encoder_options
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
 
@@ -28,7 +28,7 @@ def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
     """
     source = choose_model(options.model, options, reporter, base=options.base_model)
     tokenizer = choose_tokenizer(source, options)
-    encoder = Encoder(tokenizer, **reading_of(options, source.run))
+    encoder = Encoder(tokenizer, **encoder_options(options, source.run))
     made = next(encoder.pairs([_find(options)]))
     if isinstance(made, BadRow):
         return {"row": made.where} | ({"format": made.format} if made.format else {}) | {"refused": made.reason}

@@ -14,7 +14,7 @@ from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.models.logprobs import ModelRunner, logp_tolerance, response_logps
 from dpo_cli.reference.store import fill_reference
-from dpo_cli.training.memory import fit, process_bytes
+from dpo_cli.training.memory import choose_memory, process_bytes
 from dpo_cli.training.prepare import check_quantize, choose_model, choose_tokenizer, load_scored_model, read_pairs
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
@@ -22,12 +22,12 @@ from dpo_cli.utils.errors import DpoError
 
 
 def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]:
-    """Score all pairs that the cache lacks, in the memory mode that a training would take; returns what it cost.
+    """Score all pairs that the cache lacks, in the memory mode that a training would use; return what it cost.
 
     Raises:
         DpoError: with ``--verify``, a cached log-prob is off by more than arithmetic explains.
     """
-    with distributed.started(lambda: "what was scored is kept, and the same command goes on from there") as device:
+    with distributed.started(lambda: "what was scored is kept, and the same command continues from there") as device:
         distributed.check_same_command(options)
         source = choose_model(options.model, options, reporter, base=options.base_model)
         check_quantize(options, source, device)
@@ -37,7 +37,7 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
         reference = load_scored_model(source, pairs, options, options.memory, device, reporter)
         trained = f"--load-in-{options.quantize}"
         if not options.quantize:
-            memory = fit(reference.runner, pairs, process, options.memory, False, options.max_tokens).memory
+            memory = choose_memory(reference.runner, pairs, process, options.memory, False, options.max_tokens).memory
             reference.split_weights(memory)
             trained = f"--memory {memory}"
         reporter.info("memory", f"scored for dpo train {trained}")

@@ -33,10 +33,10 @@ from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, NotWrittenError, UsageError
 from dpo_cli.utils.files import DAY, atomic_write, remove_leftovers, write_json
 
-SHARD_SECONDS = 30.0  # a crash costs at most this much work
+SHARD_SECONDS = 30.0  # a crash costs about this much work
 ABOUT = "about.json"
 KEY_BYTES = 16
-NAMES = "[0-9a-f]" * 64 + ".safetensors"  # of shards
+SHARD_GLOB = "[0-9a-f]" * 64 + ".safetensors"
 
 Shard = tuple[
     list[bytes], Tensor, Tensor, Tensor
@@ -58,7 +58,7 @@ def pair_keys(pair: Pair) -> tuple[bytes, bytes]:
     return response_key(pair.prompt, pair.chosen), response_key(pair.prompt, pair.rejected)
 
 
-def tokens_of(pair: Pair) -> int:
+def count_tokens(pair: Pair) -> int:
     """Count the tokens of a pair, its prompt once."""
     return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
@@ -71,7 +71,7 @@ class ReferenceCache:
 
     def __init__(self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None], model: str = "unknown") -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", fingerprint):  # it names a folder, and may come from an edited manifest
-            raise UsageError(f"'{fingerprint[:80]}' is no fingerprint of a reference")
+            raise UsageError(f"manifest.json: '{fingerprint[:80]}' is not a reference fingerprint")
         self.folder = cache_dir.expanduser() / "reference" / fingerprint[:32]
         self.model = model
         self.values: dict[bytes, float] = {}
@@ -107,22 +107,22 @@ class ReferenceCache:
         return logps
 
     def open_for_writing(self) -> None:
-        """Create the folder with the model's name, and remove temporary files that killed processes left there.
+        """Create the folder and its ``about.json``, and remove what killed processes left there.
 
         Raises:
-            UsageError: nothing can be written there.
+            UsageError: the folder cannot be written to.
         """
         try:
             write_json(self.folder / ABOUT, {"model": self.model})
         except NotWrittenError as error:
-            raise UsageError(f"--cache-dir: no reference log-probs can be kept in {self.folder} ({error})") from error
+            raise UsageError(f"--cache-dir: cannot write reference log-probs to {self.folder} ({error})") from error
         remove_leftovers(self.folder, older_than=DAY)  # other processes may be writing
 
     def add(self, entries: Mapping[bytes, tuple[float, Tensor]]) -> None:
         """Write a shard of R responses, by key: the log-prob, and those of its tokens (N,), in nats.
 
         Raises:
-            NotWrittenError: earlier shards are kept.
+            NotWrittenError: the disk is full.
         """
         logps, token_logps = zip(*entries.values(), strict=True)
         content = save(
@@ -151,13 +151,13 @@ def _bytes(content: bytes) -> Tensor:
 
 def read_folder(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator[Shard]:
     """Read every usable shard of a folder; damaged ones are removed with a warning."""
-    for shard in sorted(folder.glob(NAMES)):
+    for shard in sorted(folder.glob(SHARD_GLOB)):
         try:
             yield read_shard(shard)
         except DamagedError as error:
-            with suppress(OSError):  # a reader ignores it anyway
+            with suppress(OSError):  # readers ignore it anyway
                 shard.unlink()
-            warn(f"reference cache: {shard} was removed: {error}; its pairs are recomputed")
+            warn(f"reference cache: {shard} is damaged: {error}; its pairs are recomputed")
         except FileNotFoundError:  # pruned meanwhile
             continue
         except OSError as error:
@@ -183,12 +183,12 @@ def read_shard(shard: Path) -> Shard:
     except (SafetensorError, KeyError) as error:
         raise DamagedError(f"it holds something else: {error}") from error
     if not torch.equal(reference, _bytes(shard.parent.name.encode())):
-        raise DamagedError("it is of another reference")
+        raise DamagedError("it is for another reference")
     count = len(keys)
     flat = all(tensor.shape == (count,) for tensor in (logps, lengths)) and token_logps.ndim == 1
     whole = flat and keys.dtype == torch.uint8 and keys.shape == (count, KEY_BYTES)
     if not whole or int(lengths.sum()) != len(token_logps) or not logps.isfinite().all():
-        raise DamagedError("its tensors do not fit each other")
+        raise DamagedError("its tensors are not valid")
     joined = keys.numpy().tobytes()
     return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)], logps, token_logps, lengths
 
@@ -211,14 +211,14 @@ class ReferenceLogps:
     seconds: float = 0.0
 
 
-def report_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> tuple[Tensor, list[int]]:
-    """Report what the cache has of P pairs; returns that (P, 2), and the places of those to score, equal ones once."""
+def lookup_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Reporter) -> tuple[Tensor, list[int]]:
+    """Report how many of P pairs are cached; return their log-probs (P, 2) and the distinct places to score."""
     logps = distributed.all_reduce_known(cache.lookup(pairs))
     uncached = logps.isnan().any(dim=1).nonzero().flatten().tolist()
     missing: dict[tuple[bytes, bytes], int] = {}
     for place in uncached:
         missing.setdefault(pair_keys(pairs[place]), place)
-    todo = f"{len(missing):,} to score" if missing else "no reference forward"
+    todo = f"{len(missing):,} to score" if missing else "nothing to score"
     reporter.info("reference", f"{len(pairs) - len(uncached):,} of {len(pairs):,} pairs cached: {todo}")
     return logps, list(missing.values())
 
@@ -226,22 +226,22 @@ def report_cached(cache: ReferenceCache, pairs: Sequence[Pair], reporter: Report
 def fill_reference(
     cache: ReferenceCache, pairs: Sequence[Pair], runner: ModelRunner, reporter: Reporter, ld_alpha: float = 1.0
 ) -> ReferenceLogps:
-    """Score the pairs that are not cached and write them, a shard at least every 30 s, also when interrupted.
+    """Score the pairs that are not cached and write them, a shard about every 30 s, also when interrupted.
 
-    Ranks share the work. Each writes its own shards, to one folder or, on hosts without a common disk, to its host's;
-    log-probs of other ranks come over the network.
+    Ranks share the work. Each writes its own shards to the cache on its host, which may be a shared disk, and gets the
+    other ranks' log-probs over the network.
 
     Raises:
         UsageError: the cache cannot be written to.
         DpoError: a log-prob is not finite, or the disk is full; earlier log-probs are kept.
     """
-    logps, missing = report_cached(cache, pairs, reporter)
+    logps, missing = lookup_cached(cache, pairs, reporter)
     misses, tokens, seconds = int(logps.isnan().any(dim=1).sum()), 0, 0.0
     if missing:
         todo, began = Pairs(pairs[place] for place in missing), time.monotonic()
         _score(cache, todo, runner, reporter)
         logps, seconds = distributed.all_reduce_known(cache.lookup(pairs)), time.monotonic() - began
-        tokens = sum(map(tokens_of, todo))
+        tokens = sum(map(count_tokens, todo))
         rate = f"{seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
         reporter.info("", f"{tokens:,} tokens in {rate}; kept in {cache.folder}")
     weighted = logps if ld_alpha == 1 else cache.weighted(pairs, ld_alpha)
@@ -251,12 +251,12 @@ def fill_reference(
 def _score(cache: ReferenceCache, pairs: Pairs, runner: ModelRunner, reporter: Reporter) -> None:
     """Score this rank's share of the pairs into the cache."""
     cache.open_for_writing()
-    share, written = (distributed.rank(), distributed.world_size()), time.monotonic()
+    share, last_flush = (distributed.rank(), distributed.world_size()), time.monotonic()
     waiting: dict[bytes, tuple[float, Tensor]] = {}
 
     def flush() -> None:
         entries = dict(waiting)
-        waiting.clear()  # also if it fails: it is not tried again on the way out
+        waiting.clear()  # also if it fails: no second try on the way out
         if entries:
             cache.add(entries)
 
@@ -265,7 +265,7 @@ def _score(cache: ReferenceCache, pairs: Pairs, runner: ModelRunner, reporter: R
         return response_logps(token_logps, batch.lengths), token_logps
 
     try:
-        with reporter.progress("reference", sum(map(tokens_of, pairs)), unit="tok") as progress:
+        with reporter.progress("reference", sum(map(count_tokens, pairs)), unit="tok") as progress:
             for indices, (sums, token_logps) in runner.forwards(pairs, score, share):
                 scored = [pairs[i] for i in indices]
                 logps = sums.view(2, -1).T.cpu()  # (P, 2)
@@ -277,9 +277,9 @@ def _score(cache: ReferenceCache, pairs: Pairs, runner: ModelRunner, reporter: R
                 lengths = [count_loss_tokens(response) for pair in scored for response in (pair.chosen, pair.rejected)]
                 entries = zip(logps.flatten().tolist(), token_logps.cpu().split(lengths), strict=True)
                 waiting.update(zip(keys, entries, strict=True))
-                progress.advance(sum(map(tokens_of, scored)) * share[1])  # the other ranks are about as fast
-                if time.monotonic() - written > SHARD_SECONDS:
+                progress.advance(sum(map(count_tokens, scored)) * share[1])  # the other ranks are about as fast
+                if time.monotonic() - last_flush > SHARD_SECONDS:
                     flush()
-                    written = time.monotonic()
+                    last_flush = time.monotonic()
     finally:
         flush()

@@ -1,7 +1,7 @@
 """``report.html``: what a training did and what an evaluation found, on one page.
 
-One file without scripts or outside addresses; its only style sheet is named by its hash, so that styles in the data do
-not count. Whatever comes from data passes ``shown`` and jinja's escaping.
+One file without scripts or outside addresses; its only style sheet is named by its hash, so styles in the data have no
+effect. Whatever comes from data passes ``shown`` and jinja's escaping.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dpo_cli.evaluation.evaluator import Evaluation
 from dpo_cli.evaluation.metrics import SIDES, reward_unit
 from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.reporting.plots import Plot, curves, pair_plots, png
-from dpo_cli.reporting.text import between, is_number, number, percent
+from dpo_cli.reporting.text import format_interval, is_number, number, percent
 from dpo_cli.utils.files import atomic_write
 
 MAX_TOKENS = 600  # of a response that are shown
@@ -100,14 +100,14 @@ def _style() -> tuple[Markup, Template]:
 
 
 def shown(value: Any) -> Any:
-    """Text as it may stand on the page: without characters that cannot be written or that turn the text around them."""
+    """Return text that is safe on the page: without unprintable characters or those that change its direction."""
     if value is None or isinstance(value, Markup):
         return "" if value is None else value
     return _UNSEEN.sub("�", str(value).replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[dict[str, Any]]:
-    """What everybody asks for: a name, (side, value, interval) each, and what it means."""
+    """Yield the headline numbers: a name, (side, value, interval) each, and the meaning."""
     sampled: Mapping[str, Any] = result.get("sequence_kl") or {}
     values = {**result, "sequence_kl": sampled.get("token_kl")}
     intervals = {**(result.get("intervals") or {}), "sequence_kl": sampled.get("token_kl_interval")}
@@ -126,33 +126,33 @@ def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[dict[
         show = percent if name == "Accuracy" else number
         sides = SIDES if key.endswith("/") else ("",)
         if values.get(key + sides[0]) is not None:
-            figures = [(s, show(values[key + s]), between(intervals.get(key + s), show)) for s in sides]
+            figures = [(s, show(values[key + s]), format_interval(intervals.get(key + s), show)) for s in sides]
             yield {"name": name, "figures": figures, "meaning": meaning}
 
 
 def _all_numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Name, value and interval of every number, named as in ``dpo eval --json``."""
+    """Yield name, value and interval of every number, named as in ``dpo eval --json``."""
     flat = {name: (value, (result.get("intervals") or {}).get(name)) for name, value in result.items()}
     for section, content in result.items():
         if isinstance(content, Mapping) and section != "intervals":
             flat |= {f"{section}.{name}": (value, content.get(f"{name}_interval")) for name, value in content.items()}
     for name, (value, interval) in flat.items():
         if is_number(value) or isinstance(value, float):
-            yield name, number(value), between(interval)
+            yield name, number(value), format_interval(interval)
 
 
 def fold(logratio: float) -> str:
-    """How many times likelier or rarer something is, from the log of the ratio (nats)."""
+    """Format how many times likelier or rarer something is, from the log of the ratio (nats)."""
     times = number(math.exp(min(abs(logratio), 700)))
     return f"{times}× {'likelier' if logratio > 0 else 'rarer'}"
 
 
 def picture(plot: Plot) -> str:
-    """Draw a plot as an address that holds the picture itself."""
+    """Draw a plot as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(png(plot)).decode()}"
 
 
 def shade(logratio: float) -> int:
-    """The colour of a token: 0 where the models agree, up to 4 where it is 20 times likelier, down to -4."""
+    """Return the colour of a token: 0 where the models agree, up to 4 where it is 20 times likelier, down to -4."""
     strength = sum(abs(logratio) >= begin for begin in SHADES)
     return strength if logratio > 0 else -strength

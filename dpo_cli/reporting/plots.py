@@ -30,7 +30,7 @@ THEME: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dpo",  # the same input gives the same bytes
 }
-WORDS = {0.0: "wrong", 0.5: "tie", 1.0: "right"}  # of ``PairScores.wins``
+OUTCOMES = {0.0: "wrong", 0.5: "tie", 1.0: "right"}  # of ``PairScores.wins``
 WIN_COLORS = {0.0: COLORS["rejected"], 0.5: COLORS["muted"], 1.0: COLORS["chosen"]}
 LARGEST = 1e30  # a larger value cannot be drawn
 
@@ -142,11 +142,11 @@ def pair_plots(scores: PairScores) -> list[Plot]:
 def _draw_margins(axes: Axes, margins: Table, wins: Table) -> None:
     shown = np.clip(margins, *np.quantile(margins, [0.005, 0.995]))
     axes.hist(
-        [shown[wins == win] for win in WORDS],
+        [shown[wins == win] for win in OUTCOMES],
         bins=32,
         stacked=True,
         color=[*WIN_COLORS.values()],
-        label=[f"{(wins == win).mean():.0%} {word}" for win, word in WORDS.items()],
+        label=[f"{(wins == win).mean():.0%} {word}" for win, word in OUTCOMES.items()],
     )
     axes.axvline(float(np.median(margins)), color=COLORS["ink"], lw=1, ls="--")
     axes.set_xlabel("margin")

@@ -1,4 +1,4 @@
-"""Numbers as people read them; an evaluation, and a comparison of two, as text for a terminal."""
+"""Formatted numbers; an evaluation, and a comparison of two, as text for a terminal."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ PER_TOKEN = {
     "ref_entropy": "H(reference)",
     "kl": "KL(policy || reference)",
     "reverse_kl": "KL(reference || policy)",
-    "shifted_tokens": "share of tokens whose probability changed 20-fold",
+    "shifted_tokens": "share of tokens that changed more than 20-fold",
 }
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no truth value."""
+    """Whether it is a finite number and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(value: Any) -> str:
-    """Four figures, all of an integer, thousands apart; a dash for what is no finite number."""
+    """Format four digits, all of an integer, with commas; a dash if it is not finite."""
     if not is_number(value):
         return NONE
     return f"{value:,}" if isinstance(value, Integral) else f"{value:#,.4g}".rstrip(".")
 
 
 def percent(value: Any, decimals: int = 1) -> str:
-    """A share in per cent."""
+    """Format a share in per cent; a dash if it is not finite."""
     return f"{value:.{decimals}%}" if is_number(value) else NONE
 
 
-def between(interval: Sequence[float] | None, show: Callable[[Any], str] = number) -> str:
-    """Both ends of an interval; a dash where there is none."""
+def format_interval(interval: Sequence[float] | None, show: Callable[[Any], str] = number) -> str:
+    """Format both ends of an interval; a dash if there is none."""
     return " to ".join(map(show, interval)) if interval else NONE
 
 
 def as_text(result: Result) -> str:
-    """The result of `dpo eval`: numbers with their 95 % intervals, findings, shifted tokens."""
+    """Format the result of `dpo eval`: numbers with 95 % intervals, findings, shifted tokens."""
     lines = _comparison(result) if "differences" in result else _evaluation(result)
     return "\n".join(lines)
 
 
-def overlap(result: Result) -> Iterator[str]:
-    """How many of the pairs were trained on, if any: it comes before every number."""
+def overlap_lines(result: Result) -> Iterator[str]:
+    """Yield a warning with the count of the pairs that were trained on, if any; it comes before the numbers."""
     if text := result.get("trained_on", {}).get("text"):
         yield f"warning: {text}"
 
 
-def verdict(result: Result) -> Iterator[str]:
-    """The findings, and which checks passed on how many pairs."""
+def verdict_lines(result: Result) -> Iterator[str]:
+    """Yield the findings, and which checks passed on how many pairs."""
     for finding in result.get("findings", ()):
         yield f"finding: {finding['title']}"
         numbers = ", ".join(f"{name} {number(value)}" for name, value in finding["numbers"].items())
@@ -74,7 +74,7 @@ def verdict(result: Result) -> Iterator[str]:
 
 
 def _evaluation(result: Result) -> Iterator[str]:
-    yield from overlap(result)
+    yield from overlap_lines(result)
     refused = "; ".join(f"{count:,} refused: {reason}" for reason, count in result["refused"].items())
     yield f"{'policy':<24}{result['model']}"
     yield f"{'reference':<24}{result['reference']}"
@@ -88,25 +88,25 @@ def _evaluation(result: Result) -> Iterator[str]:
         if (count := length[f"accuracy_chosen_{which}_pairs"])
     )
     rule = percent(length["accuracy_prefer_longer"])
-    yield f"\n{'accuracy by length':<24}{accuracies or NONE}; 'the longer one' gets {rule}"
-    rho, ends = number(length["margin_length_correlation"]), between(length["margin_length_correlation_interval"])
-    yield f"{'':<24}rank correlation of margin and length gap: {rho} ({ends})"
+    yield f"\n{'accuracy by length':<24}{accuracies or NONE}; always the longer: {rule}"
+    rho, ends = length["margin_length_correlation"], length["margin_length_correlation_interval"]
+    yield f"{'':<24}rank correlation of margin and length gap: {number(rho)} ({format_interval(ends)})"
     if kl := result.get("sequence_kl"):
         yield (
-            f"{'KL per response':<24}{number(kl['token_kl'])} ({between(kl['token_kl_interval'])}) nats, from "
-            f"{kl['samples']} samples of each of {kl['prompts']} prompts, cut at {kl['max_new_tokens']} tokens; "
+            f"{'KL per response':<24}{number(kl['token_kl'])} ({format_interval(kl['token_kl_interval'])}) nats, from "
+            f"{kl['samples']} samples per prompt over {kl['prompts']} prompts, cut at {kl['max_new_tokens']} tokens; "
             f"{percent(kl['ended'], 0)} ended with EOS"
         )
     if drift := result.get("drift"):
         yield (
-            f"{'shifted tokens':<24}{drift['shifted']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) became "
-            f"{drift['fold']:g} times likelier or rarer{'; the largest changes:' if drift['top'] else ''}"
+            f"{'shifted tokens':<24}{drift['shifted']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) changed "
+            f"over {drift['fold']:g}-fold{'; the largest changes:' if drift['top'] else ''}"
         )
         for token in drift["top"]:
             text = f"{token['before']}[{token['token']}]{token['after']}".replace("\n", "\\n")
             yield f"{number(token['fold']):>20}  {text[:WIDTH]}  {token['row']} {token['response']}"
     yield ""
-    yield from verdict(result)
+    yield from verdict_lines(result)
 
 
 def _means(result: Result) -> Iterator[str]:
@@ -114,7 +114,7 @@ def _means(result: Result) -> Iterator[str]:
     yield f"\n{'mean over pairs':<24}{'':>10}  95 % interval"
     for name in PER_PAIR:
         ties = f"   {percent(result['rewards/ties'])} ties" if name == "rewards/accuracies" else ""
-        yield f"{name:<24}{number(result[name]):>10}  {between(intervals[name])}{ties}"
+        yield f"{name:<24}{number(result[name]):>10}  {format_interval(intervals[name])}{ties}"
     quantiles = result["rewards/margins_quantiles"].items()
     yield f"{'margin quantiles':<24}" + "   ".join(f"{percent(float(q), 0)}: {number(at)}" for q, at in quantiles)
     policy, reference = (percent(result[f"logp_accuracy/{name}"]) for name in ("policy", "reference"))
@@ -124,23 +124,23 @@ def _means(result: Result) -> Iterator[str]:
     for name, meaning in PER_TOKEN.items():
         if f"{name}/chosen" in result:
             keys = [f"{name}/{side}" for side in SIDES]
-            cells = "".join(f"{number(result[key]):>10}  {between(intervals[key]):<20}" for key in keys)
+            cells = "".join(f"{number(result[key]):>10}  {format_interval(intervals[key]):<20}" for key in keys)
             yield f"{name:<24}{cells}{meaning}"
 
 
 def _comparison(result: Result) -> Iterator[str]:
     for name in "ab":
         about = result[name]
-        yield from overlap(about)
+        yield from overlap_lines(about)
         yield f"{name:<34}{about['model']}, beta {about['beta']:g}, reference {about['reference']}"
     other = "tokenized differently: per-token means not comparable"
     yield f"{'pairs':<34}{result['pairs']:,}, {'the same tokens in both' if result['same_tokens'] else other}"
     better = result["pairs_b_better"]
-    share = f"{percent(better['share'])} of the pairs ({between(better['interval'], percent)})"
-    yield f"{'larger log-ratio margin':<34}in b in {share}"
+    share = f"{percent(better['share'])} of the pairs ({format_interval(better['interval'], percent)})"
+    yield f"{'larger log-ratio margin':<34}in b for {share}"
     for name, why in result["not_compared"].items():
         yield f"{f'{name} not compared':<34}{why}"
     yield f"\n{'':<34}{'a':>10} {'b':>10} {'b - a':>11}  95 % interval of the paired difference"
     for name, values in result["differences"].items():
         cells = f"{number(values['a']):>10} {number(values['b']):>10} {number(values['difference']):>11}"
-        yield f"{name:<34}{cells}  {between(values['interval'])}"
+        yield f"{name:<34}{cells}  {format_interval(values['interval'])}"

@@ -1,4 +1,4 @@
-"""The adapter of a training: its settings, where it goes, and whether all of it is trained."""
+"""The adapter of a run: its settings, its targets, and a check that all of it is trained."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
-TRIED = 512  # tokens of the pair whose gradient is tried, before it is known what fits the memory
+PROBE_TOKENS = 512  # tokens of the trial backward pass, which runs before the memory is measured
 
 
-def adapter_settings(
+def resolve_adapter(
     source: ModelSource, options: TrainOptions, device: torch.device, reporter: Reporter
 ) -> tuple[ModelSource, TrainOptions]:
-    """Return the source and options of an adapter's training, if there is one: those of the adapter to start from.
+    """Fill in the source and options that an adapter needs, from the adapter to start from if there is one.
 
     Raises:
         UsageError: the options contradict that adapter, or it cannot be trained.
@@ -35,22 +35,22 @@ def adapter_settings(
     check_quantize(options, source, device)
     if source.checkpoint and source.checkpoint != source.adapter:
         raise UsageError(
-            f"--model {options.model}: an adapter needs a base that others can load; name the run, or its best/"
+            f"--model {options.model}: a full checkpoint cannot be an adapter's base; name its run, or best/"
         )
     source = dataclasses.replace(source, quantize=options.quantize, attached=source.adapter is not None)
     if source.adapter is None:
         kind, targets = options.lora_type or "lora", options.lora_targets or "all-linear"
         alpha = options.lora_alpha or (16 if kind == "rslora" else 2 * options.lora_rank)
         return source, dataclasses.replace(options, lora_type=kind, lora_targets=targets, lora_alpha=alpha)
-    own, began = settings(read_config(source.adapter)), trained_with(source.run) if source.run else None
-    same = {name: (None, value, getattr(began, name, None)) for name, value in own.items()}  # also as the run says it
+    own, earlier = settings(read_config(source.adapter)), trained_with(source.run) if source.run else None
+    same = {name: (None, value, getattr(earlier, name, None)) for name, value in own.items()}  # or as the run spells it
     if other := [name for name, values in same.items() if getattr(options, name) not in values]:
         differ = ", ".join(f"--{n.replace('_', '-')} {getattr(options, n)} (it has {own[n]})" for n in other)
         raise UsageError(
-            f"--model {options.model}: an adapter keeps its own settings: {differ}; leave that out, or train all "
-            "weights of the merged model without --lora-rank"
+            f"--model {options.model}: an adapter keeps its own settings: {differ}; use its values, or "
+            "train the merged model in full without --lora-rank"
         )
-    if began and (bits := began.quantize) != options.quantize:
+    if earlier and (bits := earlier.quantize) != options.quantize:
         before, now = (f"in {each}" if each else "unquantized" for each in (bits, options.quantize))
         reporter.warning(
             f"the adapter was trained on its base {before} and continues on it {now}: the policy is not the same"
@@ -59,19 +59,19 @@ def adapter_settings(
 
 
 def attach_adapter(policy: ScoredModel, options: TrainOptions, pairs: Pairs, reporter: Reporter) -> None:
-    """Put a new adapter into the model unless one is there, report what it is on, and try a backward pass.
+    """Attach a new adapter unless the model has one, report its targets, and try a backward pass.
 
     Raises:
-        UsageError: the options name nothing that can be adapted, or a part would not be trained.
+        UsageError: no target can be adapted, or a part would not be trained.
     """
-    policy.low = None  # what is split is never trained
+    policy.low = None  # the base is frozen
     model, runner, new = policy.model, policy.runner, not is_adapted(policy.model)
-    costs = runner.costs(pairs)  # a longer pair also reaches what compresses many tokens into one
-    most = max(min(costs), min(TRIED, runner.max_tokens))
+    costs = runner.costs(pairs)  # long pairs also reach modules that merge many tokens into one
+    most = max(min(costs), min(PROBE_TOKENS, runner.max_tokens))
     batch = runner.batch([pairs[max((i for i in range(len(pairs)) if costs[i] <= most), key=costs.__getitem__)]])
     left = dict[str, Counter[str]]()
     if new:
-        with forward_errors("the model's own forward fails where gradients are wanted"):
+        with forward_errors("the model's own forward fails with gradients enabled"):
             left = new_adapter(model, options, policy.source.name, lambda: runner.token_logps(batch))
         check_loadable(model)
     adapted, experts = describe_adapter(model)
@@ -93,7 +93,7 @@ def attach_adapter(policy: ScoredModel, options: TrainOptions, pairs: Pairs, rep
         kinds = sorted({kind_of(re.split(r"\.(?:base_layer|lora_|modules_to_save)", name)[0]) for name in names})
         if new:
             raise UsageError(
-                f"--lora-targets, --modules-to-save: no log-prob of text depends on {', '.join(kinds)}, so that it "
-                "would not be trained; leave it out"
+                f"--lora-targets, --modules-to-save: no log-prob of text depends on {', '.join(kinds)}, so it would "
+                "not be trained; leave it out"
             )
-        reporter.info("", f"no log-prob of text depends on these, and they stay as they are: {', '.join(kinds)}")
+        reporter.info("", f"not trained, as no log-prob of text depends on them: {', '.join(kinds)}")

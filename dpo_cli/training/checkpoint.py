@@ -38,7 +38,7 @@ def save_checkpoint(
 
     Of a model with an adapter only the adapter is written: its base does not change. ``max_tokens`` is the current
     token budget, which decides the last bits of later steps. All ranks must call this; rank 0 writes the same files
-    whatever their number.
+    for any number of ranks.
 
     Raises:
         NotWrittenError: earlier checkpoints are kept.

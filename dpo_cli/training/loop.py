@@ -27,7 +27,7 @@ from dpo_cli.evaluation.metrics import PairScores, best_step, evaluations, read_
 from dpo_cli.hub.export import NotReadBackError
 from dpo_cli.models.logprobs import logp_tolerance
 from dpo_cli.models.parallel import reshard
-from dpo_cli.reference.store import report_cached
+from dpo_cli.reference.store import lookup_cached
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.reporting.plots import curves, write_plots
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
@@ -38,7 +38,7 @@ from dpo_cli.training.setup import Run, prepare_run, score_reference
 from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.training.trackers import MetricsLog, check_installed
 from dpo_cli.utils import distributed
-from dpo_cli.utils.console import Reporter, brief
+from dpo_cli.utils.console import Reporter, format_metrics
 from dpo_cli.utils.errors import DpoError, Interrupted, NotWrittenError
 from dpo_cli.utils.files import file_lock, remove_leftovers, sync
 
@@ -53,7 +53,7 @@ def train(
         DpoError: the run failed; its last checkpoint is untouched.
         Interrupted: a signal came; a checkpoint was written.
     """
-    folders: list[Path] = [resume] if resume else []  # the run's, once it is there
+    folders: list[Path] = [resume] if resume else []  # the run's, once it exists
 
     def saved() -> str:
         return f"what was saved is whole. {_how_to_resume(folders[0])}" if folders else "nothing was trained yet"
@@ -71,7 +71,7 @@ def train(
         set_seed(options.seed)
         run = prepare_run(options, resume, device, reporter, dry_run)
         if dry_run:
-            missing = report_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
+            missing = lookup_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
         manifest = make_manifest(run, command)
         _complete_manifest(run, manifest, bool(resume))
@@ -98,7 +98,7 @@ def train(
 
 
 def _how_to_resume(folder: Path) -> str:
-    return f"Go on with: dpo train --resume {shlex.quote(str(folder))}"
+    return f"Continue with: dpo train --resume {shlex.quote(str(folder))}"
 
 
 def _complete_manifest(run: Run, manifest: dict[str, Any], resumed: bool) -> None:
@@ -124,8 +124,8 @@ def make_trainer(run: Run) -> Trainer:
     low, run.policy.low = run.policy.low, None  # the optimizer's from now on
     reshard(model)
     return Trainer(
-        runner=dataclasses.replace(run.policy.runner, max_tokens=run.fitted.max_tokens),  # whatever scoring came to
-        optimizer=make_optimizer(model, run.options.weight_decay, run.fitted.memory, low),
+        runner=dataclasses.replace(run.policy.runner, max_tokens=run.memory_choice.max_tokens),  # scoring may lower it
+        optimizer=make_optimizer(model, run.options.weight_decay, run.memory_choice.memory, low),
         pairs=run.pairs,
         costs=run.costs,
         ref_logps=tables[0],
@@ -207,7 +207,7 @@ class StopSignal:
 
 
 def _due(every: int, last: int) -> set[int]:
-    """The steps at which something is due: the last one, and every so many if not 0."""
+    """Return the steps at which something is due: multiples of ``every``, if it is not 0, and the last."""
     return {*range(every, last, every), last} if every else {last}
 
 
@@ -270,7 +270,7 @@ class _Loop:
             raise
         if metrics is None:
             return False
-        run.reporter.info("held out", f"step {step}: {brief(metrics)}", {"step": step} | metrics)
+        run.reporter.info("held out", f"step {step}: {format_metrics(metrics)}", {"step": step} | metrics)
         if step < len(run.plan) and distributed.rank() == 0:  # the last one's is written when the run is complete
             self.write_report()
         return True
@@ -290,7 +290,7 @@ class _Loop:
 
         try:
             if run.recorded:
-                same = step == 0 and run.reference is run.policy  # the policy is the reference, whose states are there
+                same = step == 0 and run.reference is run.policy  # the policy is the recorded reference
                 compare = partial(kl.compare, policy_runs=True, same=same, stopped=stopped)
                 tokens = compare(runner, run.recorded, run.held_out, progress)
             else:

@@ -1,9 +1,9 @@
 """What a run takes of the device's memory, and the memory mode and token budget that fit.
 
-What a forward keeps for its backward pass is counted, on real pairs; only what gradient checkpointing saves of it is
-reckoned from the model's shape.
+What a forward keeps for its backward pass is measured on real pairs. What is left with gradient checkpointing is
+estimated from the model's shape.
 
-Legend: P pairs, T packed tokens, N response tokens that carry loss, V vocabulary.
+Legend: T packed tokens, N response tokens that carry loss.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from dpo_cli.models.parallel import local_shard
 from dpo_cli.training.optimizer import BYTES, SPLIT
 from dpo_cli.utils import distributed
 
-USABLE = 0.9  # of the memory that is there: the rest is for what others take meanwhile
-FRAGMENTED = 1.15  # what the C library's heap takes for activations, by their bytes; docs/performance.md
-LOGIT_BYTES = 12  # of one logit: log-softmax, and the gradients before and behind it, all float32
-# From the fastest on; a mode and whether activations are computed again in the backward pass. docs/performance.md
+USABLE = 0.9  # of the available memory; the rest is a margin for other processes
+FRAGMENTED = 1.15  # C library heap bytes per byte of activations; docs/performance.md
+LOGIT_BYTES = 12  # per logit, in float32: log-softmax, gradients of its output and input
+# Fastest first: memory mode, and whether the backward pass recomputes activations. docs/performance.md
 LADDER = {
     "cpu": [("full", False), ("full", True)],
     "cuda": [("full", False), ("split", False), ("full", True), ("split", True)],
 }
 MOST_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a forward: more bring no speed
 FEWEST_TOKENS = 512
-COUNTED = 400  # tokens of each part of a pair on which is counted what a forward keeps
+PROBED = 400  # tokens of each part of a pair in the measured forwards
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """What the parts of a training step take."""
+    """The memory that the parts of a training step take, in bytes unless they count parameters."""
 
     parameters: int  # that are trained
     largest: int  # parameters of the largest tensor that is trained
     fixed: float  # kept by any forward
-    per_token: float  # kept by a forward, a packed token
-    per_token_recomputed: float  # the same where activations are computed again
+    per_token: float  # kept by a forward, per packed token
+    per_token_recomputed: float  # the same where the backward pass recomputes activations
     per_logits: int  # of the logits of one response token
-    process: int  # beside the run: on a CPU the program itself
-    shards: int = 1  # that the parameters, their gradients and moments lie in
-    gathered: int = 0  # parameters and gradients that are whole at a time nevertheless
+    process: int  # of the program itself, on a CPU; else 0
+    shards: int = 1  # over which parameters, gradients and moments are split
+    gathered: int = 0  # of them and their gradients, held unsharded at a time
     frozen: int = 0  # of the weights that are not trained
 
     def peak(self, memory: str, recompute: bool, first: tuple[int, int], later: tuple[int, int] | None) -> int:
-        """The most that is held at a time; of the largest micro-batches: (T, N that meet the head at once).
+        """Estimate the peak in bytes. ``first``, ``later``: largest micro-batches, (T, N at the head).
 
-        The body's gradients are there when a step's first backward pass is over: beside what the forward of a ``later``
-        micro-batch keeps. The head's are there before, and one more of its size, which is added to them.
+        While the ``first`` forward's activations are held, only the head has a gradient: the sum and a new addend. From
+        its backward pass on, all parameters have one, also during a ``later`` forward.
         """
         weights, gradient, moments = (each * self.parameters / self.shards for each in BYTES[memory])
         head = 2 * self.largest * (2 if memory in SPLIT else 4)
@@ -72,31 +72,31 @@ class StepBytes:
         return self.fixed + per_token * tokens + self.per_logits * at_head
 
     def max_tokens(self, memory: str, recompute: bool, room: float, at_head: int) -> int:
-        """The most tokens that a forward may have to stay in ``room`` bytes, by 64."""
+        """Return the largest multiple of 64 tokens whose peak fits ``room`` bytes."""
         left = room - self.peak(memory, recompute, (0, at_head), (0, at_head))
         return max(int(left / (self.per_token_recomputed if recompute else self.per_token)) // 64 * 64, 0)
 
 
 def count_bytes(runner: ModelRunner, pairs: Sequence[Pair], process: int) -> StepBytes:
-    """Count what a forward keeps: over the start of a long pair, and over that and a short one."""
+    """Measure what a forward keeps of a long pair, and of that and a short one, both cut."""
     model: Any = runner.model
     config = model.config.get_text_config()
-    cut = []  # what is counted grows with the tokens, so that a few hundred of each part are enough
+    cut = []  # what is kept grows with the tokens, so a few hundred of each part are enough
     for pair in probe_pairs(pairs, runner.layout, runner.max_tokens):
-        prompt, chosen, rejected = (model_input_ids(ids[:COUNTED]) for ids in (pair.prompt, pair.chosen, pair.rejected))
-        cut.append(Pair(pair.where, prompt, chosen, rejected))  # all of a response carries loss: its beginning may not
+        prompt, chosen, rejected = (model_input_ids(ids[:PROBED]) for ids in (pair.prompt, pair.chosen, pair.rejected))
+        cut.append(Pair(pair.where, prompt, chosen, rejected))  # all tokens carry loss: a cut response may have none
     long, short = cut[0], cut[-1]
     tokens, more = row_costs([long, short], runner.layout)
     one, two = _kept(runner, [long]), _kept(runner, [long, short])
     slack = FRAGMENTED if runner.device.type == "cpu" else 1.0
-    per_token = max(slack * (two - one) / more, 1.0)  # nothing is kept of the body where the head alone is trained
+    per_token = max(slack * (two - one) / more, 1.0)  # the body keeps nothing where only the head is trained
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     layers: int = config.num_hidden_layers
-    kept_of_layers = layers * config.hidden_size * next(model.parameters()).element_size()  # what each begins with
+    kept_of_layers = layers * config.hidden_size * next(model.parameters()).element_size()  # the input of each
     return StepBytes(
         parameters=sum(sizes),
         largest=max(sizes),
-        fixed=0.0 if runner.parallel.sharded else max(slack * one - per_token * tokens, 0.0),  # with gathered weights
+        fixed=0.0 if runner.parallel.sharded else max(slack * one - per_token * tokens, 0.0),  # see ``gathered``
         per_token=per_token,
         per_token_recomputed=2 * per_token / layers + kept_of_layers,  # one layer at a time, and its gradients
         per_logits=LOGIT_BYTES * config.vocab_size,
@@ -115,36 +115,36 @@ def _kept(runner: ModelRunner, pairs: Sequence[Pair]) -> int:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = tensor.detach()  # alive, so that no other gets its place
-        return tensor.detach()  # the tensor itself would never be freed
+            kept[storage.data_ptr()] = tensor.detach()  # alive: no reuse of its address
+        return tensor.detach()  # the tensor itself would leak
 
     forward: Callable[[MicroBatch], Any] = runner.body if runner.chunked_lm_head else runner.token_logps
     graph = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with forward_errors("the model's own forward fails where gradients are wanted"), torch.enable_grad(), graph:
+    with forward_errors("the model's own forward fails with gradients enabled"), torch.enable_grad(), graph:
         forward(runner.batch(pairs))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())  # of a gathered weight nothing is left
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())  # gathered weights are freed: 0 B
 
 
 def usable_bytes(device: torch.device) -> float:
-    """What a run may take of the device's memory, what this process has taken already included."""
+    """Return the bytes that a run may use, including those this process already holds."""
     if device.type == "cuda":
         return USABLE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError, KeyError):  # of a container
+    with suppress(OSError, ValueError, KeyError):  # the limit of a container
         limit, taken = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        free = min(free, limit - taken + int(counts["active_file"]) + int(counts["inactive_file"]))  # files are let go
+        free = min(free, limit - taken + int(counts["active_file"]) + int(counts["inactive_file"]))  # file cache
     return USABLE * float(free / distributed.local_world_size() + process_bytes(device))
 
 
 def process_bytes(device: torch.device) -> int:
-    """What this program takes of the device's memory beside tensors: on a CPU all that it takes now."""
+    """Return this process's resident bytes if the device is a CPU, else 0."""
     return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How a run keeps its state, whether it computes activations again, its token budget, and what that costs."""
+class MemoryChoice:
+    """The memory mode, whether the backward pass recomputes activations, the token budget, and their cost."""
 
     memory: str
     recompute: bool
@@ -152,48 +152,48 @@ class Fit:
     step_bytes: StepBytes
 
     def estimate(self, steps: Sequence[Step], costs: Sequence[int], pairs: Sequence[Pair], runner: ModelRunner) -> int:
-        """The most that these steps hold at a time: bytes; ``costs`` are the pairs' tokens in a forward."""
+        """Estimate the peak of these steps in bytes; ``costs`` are the pairs' tokens in a forward."""
 
         def size(indices: tuple[int, ...]) -> int:
             cost = [costs[i] for i in indices]
             return sum(cost) if runner.layout != "padded" else len(cost) * max(cost, default=0)
 
-        world = distributed.world_size()  # each takes one of so many micro-batches, and then another one
+        world = distributed.world_size()  # each rank's first micro-batch is one of the first ``world``
         first = max((indices for step in steps for indices in step[:world]), key=size)
         later = max((indices for step in steps for indices in step[world:]), key=size, default=None)
-        found = [(size(each), at_head(runner, [pairs[i] for i in each])) for each in (first, later) if each]
-        return self.step_bytes.peak(self.memory, self.recompute, found[0], found[1] if later else None)
+        sizes = [(size(each), count_head_tokens(runner, [pairs[i] for i in each])) for each in (first, later) if each]
+        return self.step_bytes.peak(self.memory, self.recompute, sizes[0], sizes[1] if later else None)
 
 
-def fit(
+def choose_memory(
     runner: ModelRunner, pairs: Sequence[Pair], process: int, memory: str, recompute: bool, max_tokens: int | None
-) -> Fit:
-    """The fastest way to train that fits the device's memory, by the estimate; the last of its ladder where none does.
+) -> MemoryChoice:
+    """Choose the fastest way to train whose estimated peak fits the device, or the ladder's last if none does.
 
-    What is wanted is kept to: a ``memory`` mode that is not ``auto``, recomputation, ``max_tokens``.
+    A ``memory`` other than ``auto``, ``recompute`` and ``max_tokens`` are kept if set.
 
     Units: ``process`` in bytes, see ``StepBytes``.
     """
-    room = -distributed.all_reduce_max([-int(usable_bytes(runner.device))])[0]  # of several ranks the least counts
+    room = -distributed.all_reduce_max([-int(usable_bytes(runner.device))])[0]  # the least of all ranks
     counted = count_bytes(runner, pairs, distributed.all_reduce_max([process])[0])
     costs = runner.costs(pairs)
-    enough = max(max(costs), max_tokens or FEWEST_TOKENS)  # a longer pair has a forward of its own
-    longest = pairs[costs.index(max(costs))]
-    head = max(at_head(runner, [longest]), min(runner.max_logit_rows, enough)) if runner.chunked_lm_head else 0
+    enough = max(max(costs), max_tokens or FEWEST_TOKENS)  # a longer pair gets its own forward
+    head = count_head_tokens(runner, [pairs[costs.index(max(costs))]])
+    head = max(head, min(runner.max_logit_rows, enough)) if runner.chunked_lm_head else 0
     ways = [(memory, recompute)]
     if memory == "auto":
-        coarse = runner.dtype == torch.bfloat16 and not is_adapted(runner.model)
+        can_split = runner.dtype == torch.bfloat16 and not is_adapted(runner.model)
         ladder = LADDER[runner.device.type]
-        ways = [way for way in ladder if (way[1] or not recompute) and (coarse or way[0] not in SPLIT)]
+        ways = [way for way in ladder if (way[1] or not recompute) and (can_split or way[0] not in SPLIT)]
         ways = [way for way in ways if way[0] == "full" or not runner.parallel.sharded]
     for way in ways:
         if counted.peak(*way, (enough, head), (enough, head)) <= room:
             break
     most = min(max(counted.max_tokens(*way, room, head), FEWEST_TOKENS), MOST_TOKENS[runner.device.type])
-    return Fit(*way, max_tokens or most, counted)
+    return MemoryChoice(*way, max_tokens or most, counted)
 
 
-def at_head(runner: ModelRunner, pairs: Sequence[Pair]) -> int:
-    """Response tokens of a micro-batch that meet the head at once; 0 where they count among what the forward keeps."""
+def count_head_tokens(runner: ModelRunner, pairs: Sequence[Pair]) -> int:
+    """Count the response tokens at the head at once; 0 where the head runs within the measured forward."""
     tokens = [count_loss_tokens(pair.chosen) + count_loss_tokens(pair.rejected) for pair in pairs]
     return min(sum(tokens), max(runner.max_logit_rows, *tokens)) if runner.chunked_lm_head and tokens else 0

@@ -37,7 +37,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 def make_optimizer(
     model: nn.Module, weight_decay: float, memory: str = "full", low: dict[str, Tensor] | None = None
 ) -> Optimizer:
-    """AdamW with decay on matrices only; the learning rate is set before each step. The model is on its device already.
+    """Make AdamW with decay on matrices only; the learning rate is set before each step. The model is on its device.
 
     ``low`` is what ``split_master_weights(model)`` returned, in the modes of ``SPLIT``; it is used up.
     """
@@ -70,13 +70,13 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
 def encode(exp_avg: Tensor, exp_avg_sq: Tensor, dither: Tensor) -> dict[str, Tensor]:
     """Code both moments in a byte each.
 
-    Of the second moment it is the root's logarithm, in 255 steps from the block's least to its largest: no value is
-    coded as 0, as it is where the codes are linear or torchao's and bitsandbytes' dynamic map, so that no first moment
-    is ever divided by next to nothing. Of the first it is the ratio to that root, which is the update but for the bias
-    corrections, so that an error is at most 1/254 of the block's largest update.
+    The second moment's code is its root's logarithm, in 255 steps from the block's least to its largest: no value is
+    coded as 0, as with linear codes or the dynamic map of torchao and bitsandbytes, so no first moment is ever divided
+    by nearly 0. The first moment's code is its ratio to that root, which is the update but for the bias corrections, so
+    an error is at most 1/254 of the block's largest update.
 
     A second moment changes by less than half a step of its code and would stay where it is if that were rounded to
-    the nearest. So ``dither`` in [0, 1), another one each step, is added and the code rounded down: over the steps it
+    the nearest. So ``dither`` in [0, 1), a new value each step, is added and the code rounded down: over the steps it
     errs on neither side.
 
     Shapes: (B, W), float32. Source: docs/performance.md, "Moments in 8 bits".
@@ -92,7 +92,7 @@ def encode(exp_avg: Tensor, exp_avg_sq: Tensor, dither: Tensor) -> dict[str, Ten
 
 
 def decode(coded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Both moments, (B, W) in float32, from what ``encode`` made of them."""
+    """Return both moments, (B, W) in float32, from the codes of ``encode``."""
     root = _root(coded["exp_avg_sq"], coded["least"], coded["gap"])
     return root * coded["exp_avg"] * coded["scale"], root.square()
 
@@ -102,7 +102,7 @@ def _root(codes: Tensor, least: Tensor, gap: Tensor) -> Tensor:
 
 
 def _zero_moments(p: Tensor) -> dict[str, Tensor]:
-    """The moments of a parameter before its first step: coded, or float32 where that is hardly worth it."""
+    """Return the moments of a parameter before its first step: coded, or float32 if it is small."""
     zeros = torch.zeros(p.numel(), dtype=torch.uint8, device=p.device).view(_blocks(p))
     step = torch.zeros((), device=p.device)
     if len(zeros) == 1:
@@ -155,11 +155,11 @@ class SmallAdamW(Optimizer):
 
     @contextmanager
     def fused_backward(self) -> Iterator[None]:
-        """Around the last backward pass of a step: update each parameter when its gradient is whole, and free that.
+        """Update each parameter when its gradient is whole, and free that; wraps the last backward pass of a step.
 
-        What has a gradient of earlier passes alone (an untied head) is updated at the end. From the first gradient on
-        that is not finite no parameter is changed; which were before cannot be undone, nor can a pass that broke off
-        when memory ran out. ``grad_norm``, to be read once the block is left, then is not finite.
+        Parameters with a gradient of earlier passes alone (an untied head) are updated at the end. From the first
+        gradient that is not finite, no parameter is changed, and ``grad_norm``, read after the block, is not finite.
+        Earlier updates cannot be undone, nor those of a pass that ran out of memory.
         """
         self._squares.zero_()
         handles = [
@@ -181,14 +181,14 @@ class SmallAdamW(Optimizer):
 
     @torch.no_grad()
     def _step_param(self, group: dict[str, Any], p: Tensor) -> None:
-        """Update a parameter, unless its gradient or one before was not finite: a sum that is not, stays so."""
+        """Update a parameter, unless its gradient or an earlier one was not finite; their sum keeps that."""
         assert p.grad is not None
         self._squares += torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square()
         self._update(group, p, found_inf=self._squares.isfinite().logical_not().float())
         p.grad = None
 
     def _update(self, group: dict[str, Any], p: Tensor, found_inf: Tensor | None) -> None:
-        """One step of a parameter, slice by slice; none at all where ``found_inf`` turns out to be 1 on the device."""
+        """Take one step of a parameter, slice by slice; none at all where ``found_inf`` is 1, read on the device."""
         assert p.grad is not None
         state = self.state[p]
         if "step" not in state:

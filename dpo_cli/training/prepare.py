@@ -40,7 +40,7 @@ from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.checkpoint import verified_step
 from dpo_cli.training.memory import MOST_TOKENS
 from dpo_cli.training.optimizer import SPLIT
-from dpo_cli.training.run_dir import reading_of
+from dpo_cli.training.run_dir import encoder_options
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
@@ -99,7 +99,7 @@ def read_pairs(data: list[str], options: Options, tokenizer: Any, reporter: Repo
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
-    rows = tokenize_rows(read_rows(sources, options.columns, options.format), tokenizer, **reading_of(options))
+    rows = tokenize_rows(read_rows(sources, options.columns, options.format), tokenizer, **encoder_options(options))
     if rows.refused and (options.on_bad_row != "skip" or not rows.pairs):
         raise refusal(rows.refused, rows.rows)
     counts = f"{rows.rows:,} rows, {len(rows.pairs):,} pairs, {len(rows.refused):,} refused"
@@ -119,7 +119,7 @@ def read_pairs(data: list[str], options: Options, tokenizer: Any, reporter: Repo
 
 
 def _excerpt(pair: Pair, tokenizer: Any) -> str:
-    """The prompt's end, the boundary, the beginning of the chosen response."""
+    """Format the prompt's end, the boundary and the beginning of the chosen response."""
     prompt, chosen = (tokenizer.decode(model_input_ids(ids)) for ids in (pair.prompt[-20:], pair.chosen[:12]))
     dots = ("…" * (len(pair.prompt) > 20), "…" * (len(pair.chosen) > 12))
     return f"{dots[0]}{prompt!r} | {chosen!r}{dots[1]}"
@@ -128,7 +128,7 @@ def _excerpt(pair: Pair, tokenizer: Any) -> str:
 def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
     """Split off a share of the pairs, at least one, by a seeded choice: (training, held out).
 
-    Pairs of one prompt stay together, or what is learned of a prompt would be asked again.
+    Pairs of one prompt stay together, so that no held-out prompt is trained on.
 
     Raises:
         UsageError: nothing would be left to train on.
@@ -178,11 +178,11 @@ class ScoredModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The name of its log-probs in the cache; asked for when nothing changes the forward any more."""
+        """The name of its log-probs in the cache; read it only when nothing changes the forward any more."""
         return fingerprint(self.model, self.weights, self.runner.layout, self.runner.dtype)
 
     def split_weights(self, memory: str, trains: bool = False) -> bool:
-        """Split the weights if ``memory`` does and they are whole; what ``trains`` keeps the low halves.
+        """Split the weights if ``memory`` does and they are whole; a model that ``trains`` keeps the low halves.
 
         Of a model with an adapter the base is rounded for good.
         """
@@ -236,7 +236,7 @@ def load_scored_model(
         raise UsageError(f"--dtype {options.dtype}: weights that --memory {memory} splits compute in bfloat16")
     limit = _check_pairs(model, pairs)
     _report_unread(model, reporter)
-    if not is_quantized(model):  # which is there already
+    if not is_quantized(model):  # else it is on the device already
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or MOST_TOKENS[device.type]
     tried = pairs + _sampled(pairs, options, limit)
@@ -271,7 +271,7 @@ def _check_pairs(model: PreTrainedModel, pairs: Pairs) -> int | None:
 
 
 def _sampled(pairs: Pairs, options: Options, limit: int | None) -> Pairs:
-    """Pairs as long as the answers to the shortest and the longest prompt that ``dpo eval --samples`` may score."""
+    """Return pairs as long as answers to the shortest and the longest prompt that ``dpo eval --samples`` may score."""
     made = Pairs()
     if isinstance(options, EvalOptions) and options.samples:
         for place in pairs.lengths[:, 0].argsort()[[0, -1]].tolist():
@@ -282,7 +282,7 @@ def _sampled(pairs: Pairs, options: Options, limit: int | None) -> Pairs:
 
 
 def _report_unread(model: PreTrainedModel, reporter: Reporter) -> None:
-    """Report what of a checkpoint text does not read, and so is not trained."""
+    """Report the parts of a checkpoint that text does not run through, which are not trained."""
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if frozen and not is_adapted(model) and not is_quantized(model):
         parts = sorted({".".join(name.split(".")[:2]) for name in frozen})

@@ -1,4 +1,4 @@
-"""What a run leaves: its exported models, answers, and the result that is printed."""
+"""The results of a run: its exported models, its answers, and the printed summary."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from dpo_cli.models.split_weights import fp32_weights
 from dpo_cli.training.setup import Run
 from dpo_cli.utils.errors import UsageError
 
-ANSWER_TOKENS = 80  # most of an answer that is shown
+ANSWER_TOKENS = 80  # shown of an answer, at most
 
 
 def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[str, float] | None = None) -> None:
     """Write the policy as it is after ``step`` to a folder of the run; ``after`` are its metrics if not yet written.
 
-    Of an adapter that is the adapter alone, unless it is to be merged: into a base that is loaded again, because taking
-    it out of its own again would round that.
+    An adapter is written alone, or for ``--export merged`` added to a base that is loaded again: to take it out of its
+    own base would round the weights.
 
     Raises:
-        NotReadBackError: what was written is not what was trained.
+        NotReadBackError: the files differ from what was trained.
     """
     runner, source = run.policy.runner, run.policy.source
     metrics = evaluations(read_metrics(run.folder / "metrics.jsonl"))
@@ -57,7 +57,7 @@ def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[
 
 
 def _merged(run: Run) -> PreTrainedModel:
-    """The base, loaded again, with the trained adapter merged into it."""
+    """Return the base, loaded again, with the trained adapter merged into it."""
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(run.policy.model, Path(folder))
         source = dataclasses.replace(run.policy.source, adapter=Path(folder), attached=False, checkpoint=None)

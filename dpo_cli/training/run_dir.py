@@ -31,33 +31,33 @@ if TYPE_CHECKING:
 
 LOCK = "run.lock"
 TRAINED = "trained-pairs.safetensors"  # hashes of the pairs that are trained on
-READING = {"max_length": 1024, "control_tokens": "keep", "train_turns": "last"}  # options of ``Encoder``
+ENCODER_DEFAULTS = {"max_length": 1024, "control_tokens": "keep", "train_turns": "last"}
 PACKAGES = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "peft")  # versions in the manifest
 
 
 def choose_folder(output: Path | None, resume: Path | None) -> Path:
-    """Return the folder of a run to begin or to resume; refuse one that is there already or cannot be made."""
+    """Return the folder to resume, or a new one; refuse a new one that exists or cannot be created."""
     if resume:
         return resume
     folder = output or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
     if folder.exists():
         if (folder / LOCK).is_file():
-            with file_lock(folder / LOCK):  # else another process is at work there
+            with file_lock(folder / LOCK):  # fails if another process is using it
                 pass
-        raise UsageError(f"--output {folder}: exists already; go on with it by --resume {folder}, or name another")
+        raise UsageError(f"--output {folder}: exists; choose another, or for a run use --resume {folder}")
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"--output {folder}: its path is not UTF-8") from error
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UsageError(f"--output {folder}: cannot be made, for {above} is no folder that can be written to")
+        raise UsageError(f"--output {folder}: cannot be created: {above} is not a writable folder")
     return folder
 
 
 @contextmanager
 def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
-    """Make the run's folder with its options, manifest and refused rows, whole at once; hold it while the block runs.
+    """Create the run's folder atomically, with all that describes the run, and hold its lock in the block.
 
     Raises:
         UsageError: another run made the folder meanwhile.
@@ -74,14 +74,14 @@ def begin(run: Run, manifest: dict[str, Any]) -> Iterator[None]:
                 (folder / "refused.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
     except NotWrittenError as error:
         if (run.folder / "manifest.json").exists():
-            raise UsageError(f"{run.folder} is in use by another process, which began a run in it") from error
+            raise UsageError(f"{run.folder}: another process began a run in it; choose another") from error
         raise
     with file_lock(run.folder / LOCK):
         yield
 
 
 def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
-    """Describe where a run's numbers come from: versions, git commit, data, start policy and reference."""
+    """Describe the origin of a run's numbers: versions, git commit, data, start policy and reference."""
     options, policy, reference = run.options, run.policy, run.reference
     start = _named(options.model, options.base_model)
     return {
@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a run.
 
     Raises:
-        UsageError: it is damaged, or somebody changed it.
+        UsageError: it is missing, damaged or edited.
     """
     try:
         manifest = load_checksummed((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -137,7 +137,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         texts += [start["fingerprint"], *(reference[name] for name in ("fingerprint", "values", "layout", "dtype"))]
         texts += [each.get(name) or "" for each in (start, reference) for name in ("model", "base_model")]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("it is of another kind")
+            raise ValueError("a value is not text")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder / 'manifest.json'} cannot be trusted: {error}") from error
@@ -161,30 +161,30 @@ def trained_hashes(
     try:
         hashes: Hashes = load_file(folder / TRAINED)["pairs"]
         if hashlib.sha256(hashes.tobytes()).hexdigest() != manifest["data"]["trained"]:
-            raise ValueError("it is not as it was written")
+            raise ValueError("its content was changed")
         return hashes.reshape(-1, 2)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         warn(f"{folder / TRAINED}: {error}; whether the run trained on these pairs is unknown")
         return None
 
 
-def reading_of(options: DataOptions, run: Path | None = None) -> dict[str, Any]:
-    """Return how rows become pairs: as the options say, else as ``run`` read its own, else by default."""
-    began = vars(trained_with(run)) if run else {}
-    return {name: getattr(options, name) or began.get(name) or usual for name, usual in READING.items()}
+def encoder_options(options: DataOptions, run: Path | None = None) -> dict[str, Any]:
+    """Return the arguments of ``Encoder``: from the options, else from ``run``, else the defaults."""
+    run_options = vars(trained_with(run)) if run else {}
+    return {name: getattr(options, name) or run_options.get(name) or usual for name, usual in ENCODER_DEFAULTS.items()}
 
 
 def check_same_run(folder: Path, manifest: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
-    """Refuse to resume with other data or weights than the run began with; returns its manifest."""
-    began = read_manifest(folder)
+    """Refuse to resume if data or weights changed since the run began; return its manifest."""
+    saved = read_manifest(folder)
     checks = [("data", "sha256", "the data"), ("held_out", "sha256", "the held-out data")]
     checks.append(("start", "fingerprint", "the start model"))
-    if any(each["reference"]["fingerprint"] != each["start"]["fingerprint"] for each in (began, manifest)):
+    if any(each["reference"]["fingerprint"] != each["start"]["fingerprint"] for each in (saved, manifest)):
         checks.append(("reference", "fingerprint", "the reference"))
-    if changed := [what for name, key, what in checks if began[name][key] != manifest[name][key]]:
+    if changed := [what for name, key, what in checks if saved[name][key] != manifest[name][key]]:
         raise UsageError(
             f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"
         )
-    if any(began[name] != manifest[name] for name in ("versions", "device")):
-        warn("the libraries or the device are others than when the run began: the last bits may differ")
-    return began
+    if any(saved[name] != manifest[name] for name in ("versions", "device")):
+        warn("the libraries or the device have changed since the run began: the last bits may differ")
+    return saved

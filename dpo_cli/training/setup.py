@@ -24,8 +24,8 @@ from dpo_cli.models.loading import dtype_name, export_dtype, load_tokenizer, rel
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.moe import experts_a_token
 from dpo_cli.reference.store import ReferenceCache, ReferenceLogps, fill_reference
-from dpo_cli.training.adapter import adapter_settings, attach_adapter
-from dpo_cli.training.memory import Fit, fit, process_bytes, usable_bytes
+from dpo_cli.training.adapter import attach_adapter, resolve_adapter
+from dpo_cli.training.memory import MemoryChoice, choose_memory, process_bytes, usable_bytes
 from dpo_cli.training.optimizer import BYTES, learning_rate
 from dpo_cli.training.prepare import (
     ScoredModel,
@@ -38,15 +38,15 @@ from dpo_cli.training.prepare import (
     refuse_unread_terms,
     weights_mode,
 )
-from dpo_cli.training.run_dir import choose_folder, read_manifest, reading_of, trained_hashes
+from dpo_cli.training.run_dir import choose_folder, encoder_options, read_manifest, trained_hashes
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
 # The sum of the steps' learning rates is about the most that AdamW moves a weight. Each 1e-6 of it moved the margin of
 # an easy preference by 0.17 nats on the packaged model, and by 0.009 with an adapter: below these it stays under a nat.
-MOVES, MOVES_ADAPTER = 5e-6, 1e-4
-KEPT = {
+MIN_LR_SUM, MIN_LR_SUM_ADAPTER = 5e-6, 1e-4
+STATE_DESCRIPTIONS = {
     "full": "weights and moments float32",
     "split": "weights bfloat16 with their lower halves, moments 8 bits",
     "in-backward": "weights bfloat16 with their lower halves, moments 8 bits, updated in the backward pass",
@@ -55,10 +55,10 @@ KEPT = {
 
 @dataclasses.dataclass
 class Run:
-    """A run that has not begun; ``prepare_run`` fills it in, top down."""
+    """A run that has not begun; ``prepare_run`` fills in what it chooses, top down."""
 
     folder: Path
-    options: TrainOptions  # in the end with all that is chosen at run time
+    options: TrainOptions  # in the end with all choices made at run time
     device: torch.device
     reporter: Reporter
     tokenizer: Any
@@ -71,8 +71,8 @@ class Run:
     scores: ReferenceLogps = dataclasses.field(init=False)  # of ``scored()``, see ``score_reference``
     recorded: kl.HeadInputs | None = None  # the reference's side of the exact KL, on the ranks that evaluate
     policy: ScoredModel = dataclasses.field(init=False)
-    experts: int = 0  # that a token goes to, where the balance of a mixture is part of the loss
-    fitted: Fit = dataclasses.field(init=False)
+    experts: int = 0  # per token, where the loss balances the routers of a mixture
+    memory_choice: MemoryChoice = dataclasses.field(init=False)
     costs: list[int] = dataclasses.field(init=False)  # tokens that each pair takes up in a forward
     plan: list[Step] = dataclasses.field(init=False)
 
@@ -89,23 +89,23 @@ class Run:
 
     @cached_property
     def trained_on(self) -> dict[str, Any]:
-        """How many of the held-out pairs are trained on too."""
+        """Count the held-out pairs that are trained on too."""
         return trained_on(self.held_out, self.trained)
 
 
 def prepare_run(
     options: TrainOptions, resume: Path | None, device: torch.device, reporter: Reporter, dry_run: bool = False
 ) -> Run:
-    """Do all up to the first step of a training: data, models, layout and schedule. Writes nothing to the run.
+    """Prepare a run up to its first step: data, models, layout and schedule. Write nothing to its folder.
 
-    A reference that is another model is loaded, scores and is gone before the policy is loaded.
+    A separate reference model is loaded and released before the policy is loaded.
 
     Raises:
         UsageError: an option, the data or the model cannot be used.
     """
     folder = distributed.on_rank_0(lambda: choose_folder(options.output, resume))
     source = choose_model(options.model, options, reporter, base=options.base_model)
-    source, options = adapter_settings(source, options, device, reporter)
+    source, options = resolve_adapter(source, options, device, reporter)
     check_reference(options)
     tokenizer = choose_tokenizer(source, options)
     pairs, held_out, refused = _read_data(options, tokenizer, reporter)
@@ -113,7 +113,7 @@ def prepare_run(
     used = sorted({i for step in step_pairs(len(pairs), **order) for i in step})
     process = process_bytes(device)
     if resume and options.fsdp and not distributed.is_launched():
-        reporter.info("shard", "one process resumes what began in shards")
+        reporter.info("shard", "off, resumed in one process")
         options = dataclasses.replace(options, fsdp=False)
     run = Run(folder, options, device, reporter, tokenizer, pairs, held_out, refused, used)
     if options.ref_model:
@@ -122,21 +122,21 @@ def prepare_run(
             score_reference(run)
         release(run.reference.model)
     _load_policy(run, source)
-    _fit_memory(run, process)
+    _choose_memory(run, process)
     run.costs = run.policy.runner.costs(run.pairs)
-    room = {"max_tokens": run.fitted.max_tokens, "world_size": distributed.world_size()}
+    room = {"max_tokens": run.memory_choice.max_tokens, "world_size": distributed.world_size()}
     run.plan = build_schedule(run.costs, run.policy.runner.layout, **room, **order)
     _check_plan(run)
     if not options.ref_model:
         run.reference = run.policy
         run.cache = run.policy.open_cache(options, reporter) if options.objective.reference else None
-    run.policy.model.generation_config = generation_config(run.policy.model, tokenizer, run.pairs)  # which is exported
+    run.policy.model.generation_config = generation_config(run.policy.model, tokenizer, run.pairs)  # exported with it
     _report_plan(run)
     return run
 
 
 def _read_data(options: TrainOptions, tokenizer: Any, reporter: Reporter) -> tuple[Pairs, Pairs, list[BadRow]]:
-    """The pairs to train on, the held-out pairs, and the refused rows of both."""
+    """Return the pairs to train on, the held-out pairs, and the refused rows of both."""
     rows = read_pairs(options.data, options, tokenizer, reporter)
     pairs, held_out, refused = rows.pairs, Pairs(), rows.refused
     if options.eval_data:
@@ -165,34 +165,33 @@ def _load_policy(run: Run, source: ModelSource) -> None:
         batch = policy.runner.batch([pairs[costs.index(min(costs))]])
         if not any(logits.requires_grad for logits in policy.runner.body(batch, True).router_logits):
             raise UsageError(
-                "--router-aux-loss-coef: nothing that is trained reaches a router, so there is nothing to balance; "
-                "leave it out, or take other --lora-targets"
+                "--router-aux-loss-coef: the routers depend on no trained weight; leave it out or change --lora-targets"
             )
     if options.ref_model and run.held_out and options.kl == "exact":
         theirs, ours = (each.model.config.get_text_config().vocab_size for each in (run.reference, policy))
         if theirs != ours:
             raise UsageError(
-                f"--ref-model {options.ref_model}: its head knows {theirs:,} tokens and the policy's {ours:,}, so "
+                f"--ref-model {options.ref_model}: its head has {theirs:,} tokens and the policy's {ours:,}, so "
                 "there is no exact KL: add --kl none"
             )
     run.policy = policy
 
 
-def _fit_memory(run: Run, process: int) -> None:
-    """Choose what lets the policy's state and activations fit the memory; all that is chosen goes into the options."""
-    policy, pairs, options = run.policy, run.pairs, run.options
-    fitted = fit(policy.runner, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
-    if not options.lora_rank and policy.split_weights(fitted.memory, trains=True):  # auto; the halves keep less
-        fitted = fit(policy.runner, pairs, process, fitted.memory, fitted.recompute, options.max_tokens)
-    policy.runner.max_tokens = fitted.max_tokens
-    run.fitted = fitted
+def _choose_memory(run: Run, process: int) -> None:
+    """Choose how the policy's state and activations fit the memory, and record all choices in the options."""
+    policy, runner, pairs, options = run.policy, run.policy.runner, run.pairs, run.options
+    choice = choose_memory(runner, pairs, process, options.memory, options.gradient_checkpointing, options.max_tokens)
+    if not options.lora_rank and policy.split_weights(choice.memory, trains=True):  # ``auto`` chose to split
+        choice = choose_memory(runner, pairs, process, choice.memory, choice.recompute, options.max_tokens)
+    runner.max_tokens = choice.max_tokens
+    run.memory_choice = choice
     run.options = dataclasses.replace(
         options,
-        **reading_of(options),
-        max_tokens=fitted.max_tokens,
-        dtype=dtype_name(policy.runner.dtype),
-        memory=fitted.memory,
-        gradient_checkpointing=fitted.recompute,
+        **encoder_options(options),
+        max_tokens=choice.max_tokens,
+        dtype=dtype_name(runner.dtype),
+        memory=choice.memory,
+        gradient_checkpointing=choice.recompute,
     )
 
 
@@ -200,11 +199,11 @@ def _check_plan(run: Run) -> None:
     """Refuse steps that the memory mode cannot take, and ranks that would not train the same."""
     if run.options.memory == "in-backward":
         if distributed.world_size() > 1:
-            raise UsageError("--memory in-backward: a gradient is used up before the ranks could add theirs; use split")
+            raise UsageError("--memory in-backward: updates each weight before ranks can sum gradients; use split")
         if any(len(step) > 1 for step in run.plan):
             raise UsageError(
-                "--memory in-backward: a weight is updated as soon as its gradient is there, so each step must be one "
-                "forward: a lower --batch-size, or a higher --max-tokens"
+                "--memory in-backward: a weight is updated as soon as its gradient is computed, so a step must be one "
+                "forward: lower --batch-size or raise --max-tokens"
             )
     fixed = {name: value for name, value in vars(run.options).items() if name not in RESUME_MUTABLE}
     data = {"the_data": run.pairs.digest(), "the_held_out_data": run.held_out.digest()}
@@ -223,10 +222,10 @@ def _load_reference(run: Run) -> None:
         mine, theirs = run.tokenizer.get_vocab(), load_tokenizer(source).get_vocab()
         if differing := [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]:
             token = min(differing)
-            there, here = (f"token {ids[token]}" if token in ids else "no token" for ids in (theirs, mine))
+            ref_id, policy_id = (f"token {ids[token]}" if token in ids else "no token" for ids in (theirs, mine))
             raise UsageError(
-                f"--ref-model {options.ref_model}: its tokenizer is another one than the policy's: {token!r} is "
-                f"{there} there and {here} here, and {len(differing) - 1:,} more differ"
+                f"--ref-model {options.ref_model}: its tokenizer differs from the policy's: {token!r} is "
+                f"{ref_id} there and {policy_id} here; tokens that differ: {len(differing):,}"
             )
         run.reference = load_scored_model(source, run.pairs + run.held_out, options, mode, run.device, reporter)
     except UsageError as error:
@@ -236,7 +235,7 @@ def _load_reference(run: Run) -> None:
 
 
 def score_reference(run: Run) -> None:
-    """Score the pairs under the reference, by its cache, and run it over the held-out ones for the exact KL.
+    """Score the pairs under the reference, using its cache; run it on the held-out ones for the exact KL.
 
     Raises:
         NotWrittenError: the disk has no room for its log-probs, or its side of the exact KL.
@@ -244,7 +243,7 @@ def score_reference(run: Run) -> None:
     options, runner, reporter = run.options, run.reference.runner, run.reporter
     if run.cache:
         run.scores = fill_reference(run.cache, run.scored(), runner, reporter, options.objective.ld_alpha)
-    else:  # a loss that reads none gets 0, and an evaluation shows none
+    else:  # training reads no value (0); an evaluation shows none (NaN)
         logps = torch.full((len(run.scored()), 2), torch.nan)
         logps[: len(run.used)] = 0.0
         run.scores = ReferenceLogps(logps, logps)
@@ -262,36 +261,37 @@ def score_reference(run: Run) -> None:
 
 
 def _report_plan(run: Run) -> None:
-    """Report what the run will do and take; warn of too little memory or disk, and of held-out pairs trained on."""
+    """Report what the run will do and use; warn of too little memory or disk, and of held-out pairs trained on."""
     options, runner, reporter = run.options, run.policy.runner, run.reporter
-    trained = run.fitted.step_bytes.parameters
+    trained = run.memory_choice.step_bytes.parameters
     if not options.objective.reference:
         reporter.info("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
     threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
     if (several := distributed.world_size()) > 1:
         share = "a share of the model" if options.fsdp else "the whole model"
-        here = distributed.local_world_size()
-        reporter.info("ranks", f"{several} processes, {here} of them here; each keeps {share}")
-    kept = KEPT[options.memory]
+        local = distributed.local_world_size()
+        reporter.info("ranks", f"{several} processes, {local} of them here; each keeps {share}")
+    kept = STATE_DESCRIPTIONS[options.memory]
     if options.lora_rank:
         base = options.quantize or ("bfloat16" if run.policy.model.dtype == torch.bfloat16 else "float32")
         kept = f"frozen base {base}, adapter and its moments float32"
     reporter.info("device", f"{runner.device.type}{threads}; compute {options.dtype}; {kept}")
     parameters = run.policy.model.num_parameters()
-    share = f"{trained:,} of them trained ({trained / parameters:.2%})" if options.lora_rank else "all trained"
+    share = f"{trained:,} of them trained ({trained / parameters:.2%})" if trained < parameters else "all trained"
     reporter.info("parameters", f"{parameters:,}, {share}")
     steps, padded_costs = [[i for each in step for i in each] for step in run.plan], row_costs(run.pairs, "padded")
-    forwards = f"{sum(map(len, run.plan)):,} forwards of at most {runner.max_tokens:,} tokens"
+    forwards = f"{sum(map(len, run.plan)):,} micro-batches, max_tokens {runner.max_tokens:,}"
     reporter.info("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {forwards}")
     tokens = sum(run.costs[i] for step in steps for i in step)
     plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
     padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
     reporter.info("tokens", f"{tokens:,} to train on; {padded}")
     _report_room(run)
-    least, tried = (MOVES_ADAPTER, 2e-4) if options.lora_rank else (MOVES, 2e-5)
+    least, suggested_lr = (MIN_LR_SUM_ADAPTER, 2e-4) if options.lora_rank else (MIN_LR_SUM, 2e-5)
     if sum(learning_rate(step, len(steps), options) for step in range(1, len(steps) + 1)) < least:
         count = f"{len(steps):,} step{'s' * (len(steps) > 1)} at lr {options.lr:g}"
-        more = f"for a few hundred pairs try --lr {tried:g} --batch-size 8" if options.lr < tried else "take more steps"
+        low = options.lr < suggested_lr
+        more = f"for a few hundred pairs try --lr {suggested_lr:g} --batch-size 8" if low else "take more steps"
         reporter.info("hint", f"{count} will hardly move the model: {more}")
     if not run.held_out:
         reporter.info("held out", f"no pairs: nothing will show whether the model learns the preference; {HOLD_OUT}")
@@ -300,15 +300,15 @@ def _report_plan(run: Run) -> None:
 
 
 def _report_room(run: Run) -> None:
-    """Report what the run takes of memory and disk at most, by estimates, and what there is of either."""
-    options, fitted, state, unit = run.options, run.fitted, run.fitted.step_bytes, 2**30
+    """Report the estimated peaks of memory and disk; warn of one that exceeds what is free."""
+    options, choice, state, unit = run.options, run.memory_choice, run.memory_choice.step_bytes, 2**30
     runner, model, reporter = run.policy.runner, run.policy.model, run.reporter
-    need, room = fitted.estimate(run.plan, run.costs, run.pairs, runner), usable_bytes(runner.device)
-    kept = (state.frozen + state.parameters * sum(BYTES[fitted.memory]) / state.shards) / unit
-    again = ", activations computed again in the backward pass" if fitted.recompute else ""
+    need, room = choice.estimate(run.plan, run.costs, run.pairs, runner), usable_bytes(runner.device)
+    kept = (state.frozen + state.parameters * sum(BYTES[choice.memory]) / state.shards) / unit
+    again = "; the backward pass recomputes activations" if choice.recompute else ""
     parts = f"{kept:.1f} of them weights, gradients and moments{again}"
     reporter.info("memory", f"about {need / unit:.1f} GiB at most (estimate), {parts}")
-    weight, _, moments = BYTES[fitted.memory]
+    weight, _, moments = BYTES[choice.memory]
     checkpoint, exported = state.parameters * (weight + moments), state.parameters * 4
     if not options.lora_rank or options.export == "merged":
         exported = model.num_parameters() * export_dtype(options.export_dtype, run.policy.source).itemsize
@@ -319,9 +319,9 @@ def _report_room(run: Run) -> None:
     disk = min(options.save_total_limit + 1, saves) * checkpoint + exported * (3 if options.save_best else 1)
     free = shutil.disk_usage(next(p for p in run.folder.absolute().parents if p.exists())).free
     reporter.info("disk", f"about {disk / unit:.1f} GiB at most, for checkpoints and exports")
-    for what, size, there, remedy in (
+    for what, size, available, remedy in (
         ("memory", need, room, "a lower --max-length or --max-tokens"),
         ("disk", disk, free, "a lower --save-total-limit or --export-dtype bfloat16"),
     ):
-        if size > there:
-            reporter.warning(f"{what}: that is more than the {there / unit:.1f} GiB that are free: try {remedy}")
+        if size > available:
+            reporter.warning(f"{what}: that is more than the {available / unit:.1f} GiB free: try {remedy}")

@@ -98,7 +98,7 @@ class Trainer:
     def _shrink(self, too_large: MicroBatch | None) -> bool:
         """Lower ``max_tokens`` where memory ran out on any rank; whether the step is to be repeated."""
         runner, before = self.runner, self.runner.max_tokens
-        if too_large and runner.parallel.sharded:  # which raises: the other ranks wait inside a forward, and not below
+        if too_large and runner.parallel.sharded:  # raises: the other ranks wait inside a forward, not below
             runner.shrink([])
         if not distributed.all_reduce_max([too_large is not None])[0]:
             return False
@@ -183,7 +183,7 @@ def accumulate_gradients(
             if not out_of_memory(error):
                 raise
             totals.out_of_memory = batch
-            break  # what the passes hold is freed only when this frame is gone
+            break  # the tensors of the passes are freed only when this frame ends
         if not batch.dummy:
             totals.losses[batch.places] = torch.cat(losses).detach()
             totals.sums += trainer.sum_metrics(hidden, totals.losses[batch.places])

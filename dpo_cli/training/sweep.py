@@ -12,7 +12,7 @@ from dpo_cli.config.resolve import differences, inherit_auto_options
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.models.loading import free_memory
 from dpo_cli.reporting.plots import frontier, write_plots
-from dpo_cli.reporting.text import between, number, overlap, percent, verdict
+from dpo_cli.reporting.text import format_interval, number, overlap_lines, percent, verdict_lines
 from dpo_cli.training.loop import train
 from dpo_cli.training.run_dir import read_manifest, trained_with
 from dpo_cli.utils.console import Reporter
@@ -71,20 +71,20 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
 def as_text(result: Mapping[str, Any]) -> str:
     """A line per run, for a terminal."""
     head = f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}" + "".join(f"{name:>20}" for name in METRICS)
-    lines = [*overlap(result), f"{head}  run"]
+    lines = [*overlap_lines(result), f"{head}  run"]
     for point in result["points"]:
         cells = [percent(point[m]) if m == "rewards/accuracies" else number(point[m]) for m in METRICS]
-        line = f"{point['beta']:>7g}{number(point['kl']):>10}  {between(point['intervals']['kl']):<22}"
+        line = f"{point['beta']:>7g}{number(point['kl']):>10}  {format_interval(point['intervals']['kl']):<22}"
         lines.append(line + "".join(f"{cell:>20}" for cell in cells) + f"  {point['run']}")
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
     lines.append(f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}")
     for point in result["points"]:
-        lines += ["", f"beta {point['beta']:g}", *verdict(point)]
+        lines += ["", f"beta {point['beta']:g}", *verdict_lines(point)]
     return "\n".join(lines)
 
 
 def _starting_point(run: Path) -> dict[str, str]:
-    """What the runs of a sweep must share, by name."""
+    """Return the hashes that all runs of a sweep must share, by name."""
     manifest = read_manifest(run)
     start, reference = manifest["start"]["fingerprint"], manifest["reference"]["fingerprint"]
     return {"the data": manifest["data"]["sha256"], "the start model": start, "the reference": reference}
@@ -104,7 +104,7 @@ def _train(run: Path, options: TrainOptions, command: Sequence[str], reporter: R
 
 
 def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str, Any]:
-    """Evaluate a run on the held-out rows, as ``dpo eval`` does; refuse others than it began with."""
+    """Evaluate a run on the held-out rows, as ``dpo eval`` does; refuse rows other than it began with."""
     common = {f.name: getattr(options, f.name) for f in dataclasses.fields(EvalOptions) if hasattr(options, f.name)}
     own = {"model": [str(run)], "data": options.eval_data, "beta": None, "ref_model": None, "kl": "exact"}
     evaluation, pairs = evaluate(str(run), EvalOptions(**common | own), reporter)
@@ -115,7 +115,7 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str,
 
 
 def _point(run: Path, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's KL and what it buys, named as in ``dpo eval --json``."""
+    """Return a run's KL, margin, accuracy and findings, named as in ``dpo eval --json``."""
     kl, kl_interval = found["kl/chosen"], found["intervals"]["kl/chosen"]
     if "sequence_kl" in found:
         kl, kl_interval = (found["sequence_kl"][name] for name in ("token_kl", "token_kl_interval"))

@@ -23,7 +23,7 @@ class _Console(Console):
 
 
 class Reporter:
-    """Report what happens on stderr: with a bar on a terminal, in lines elsewhere.
+    """Report a job's progress on stderr: a bar on a terminal, lines elsewhere.
 
     ``quiet``: only warnings. ``log_json``: each line is a JSON object with its kind under ``event``.
     ``mute``: nothing at all, for ranks other than 0.
@@ -72,7 +72,7 @@ class Reporter:
         return Progress(self, *args, **more)
 
 
-WORDS = {
+METRIC_FORMATS = {
     "loss": "loss {:.4f}",
     "rewards/margins": "margin {:.4f}",
     "rewards/accuracies": "accuracy {:.3f}",
@@ -80,15 +80,15 @@ WORDS = {
 }
 
 
-def brief(values: Mapping[str, float]) -> str:
+def format_metrics(values: Mapping[str, float]) -> str:
     """Format the metrics that are shown during training."""
-    return "  ".join(text.format(values[name]) for name, text in WORDS.items() if name in values)
+    return "  ".join(text.format(values[name]) for name, text in METRIC_FORMATS.items() if name in values)
 
 
 class Progress:
-    """The progress of a job: a bar on a terminal; elsewhere a line per ``every`` units and per 30 s, else per 10 s.
+    """The progress of a job: a bar on a terminal, else a line per ``every`` units or 30 s (no ``every``: 10 s).
 
-    Remaining time and rate are those after the first, slow, units; the rate is shown with the unit ``tok``.
+    Remaining time and rate leave out the first, slow, units; the rate is shown if the unit is ``tok``.
     ``stopping``: whether a signal asked the job to stop.
     """
 
@@ -104,9 +104,9 @@ class Progress:
     ) -> None:
         self.reporter, self.every, self.unit, self.stopping = reporter, every, unit, stopping
         self.printed, self.patience = time.monotonic(), 30 if every else 10  # seconds without a line
-        self.count, self.status = f"{what} {{task.completed:,}}/{{task.total:,}} {unit}".rstrip(), ""
+        self.count_format, self.status = f"{what} {{task.completed:,}}/{{task.total:,}} {unit}".rstrip(), ""
         self.bar = rich_progress.Progress(
-            rich_progress.TextColumn(self.count),
+            rich_progress.TextColumn(self.count_format),
             rich_progress.BarColumn(30),
             rich_progress.RenderableColumn(self),
             console=reporter.console,
@@ -126,8 +126,8 @@ class Progress:
         self.bar.stop()
 
     def __rich__(self) -> Text:
-        """What stands beside the bar: the metrics, or that the job stops."""
-        stopping = "stopping after this forward; once more to end at once"
+        """Return the text beside the bar: the metrics, or that the job stops."""
+        stopping = "stopping after this forward; repeat to end at once"
         return Text(stopping if self.stopping() else self.status, no_wrap=True, overflow="crop")
 
     def advance(self, units: int, values: Mapping[str, float] | None = None) -> None:
@@ -138,10 +138,10 @@ class Progress:
         if self.unit == "tok" and task.speed:
             values["tokens_per_second"] = task.speed
         left = "" if eta is None else f"eta {timedelta(seconds=eta)}"
-        self.status = f"{brief(values)}  {left}".strip()
+        self.status = f"{format_metrics(values)}  {left}".strip()
         due = task.finished or (self.every and task.completed % self.every == 0)
         if not self.reporter.live and (due or now - self.printed >= self.patience):
             self.printed = now
             event = {"event": "progress", "what": task.description, "done": task.completed, "total": task.total}
             more = {"unit": self.unit or None, "eta_seconds": eta}
-            self.reporter.emit(event | more | values, f"{self.count.format(task=task)}  {self.status}".rstrip())
+            self.reporter.emit(event | more | values, f"{self.count_format.format(task=task)}  {self.status}".rstrip())

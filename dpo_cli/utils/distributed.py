@@ -81,7 +81,7 @@ def started(resume_hint: Callable[[], str] = lambda: "") -> Iterator[torch.devic
 
 
 def _lost_peer(error: BaseException | None) -> BaseException | None:
-    """Return the error of a collective whose peer is gone that led to this error; gloo's have no class."""
+    """Return the error of a collective whose peer ended, if it caused this error; gloo's errors have no class."""
     while error is not None:
         lost = isinstance(error, RuntimeError) and ("gloo" in str(error) or "Connection closed by peer" in str(error))
         if lost or isinstance(error, dist.DistError):
@@ -200,7 +200,7 @@ def check_same(**values: str) -> None:
 
 
 def check_same_command(options: Any, *more: str) -> None:
-    """Do the same with the options, which decide what ranks do together."""
+    """Refuse to continue if ranks have other options, which decide what ranks do together."""
     given = {name: value for name, value in vars(options).items() if name not in ("cache_dir", "logging_steps")}
     check_same(the_options=str((given, *more)))
 

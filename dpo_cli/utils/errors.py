@@ -8,20 +8,20 @@ from pathlib import Path
 from types import MappingProxyType
 
 
-def did_you_mean(word: str, known: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})) -> str:
-    """End a message about an unknown word with the nearest known one, if any is near.
+def did_you_mean(word: str, choices: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the end of a message on an unknown word: the nearest choice, if any.
 
-    ``elsewhere`` maps other tools' words to the known ones that mean the same.
+    ``elsewhere`` maps other tools' words to the choices that mean the same.
     """
-    near = difflib.get_close_matches(word, [*known, *elsewhere], n=1)
+    near = difflib.get_close_matches(word, [*choices, *elsewhere], n=1)
     return f"; did you mean '{elsewhere.get(near[0], near[0])}'?" if near else ""
 
 
-def name_beside(path: Path) -> str:
-    """Do the same for a missing file or folder, with the names beside it."""
+def suggest_path(path: Path) -> str:
+    """Suggest, for a path that is missing, a similar name beside it."""
     try:
         return "" if path.exists() else did_you_mean(path.name, (other.name for other in path.parent.iterdir()))
-    except (OSError, ValueError):  # no such folder either, or a name that cannot be
+    except (OSError, ValueError):  # no such folder either, or an invalid name
         return ""
 
 
@@ -37,7 +37,7 @@ class DpoError(Exception):
 
 
 class UsageError(DpoError):
-    """An option or the input is wrong; nothing was started and nothing was written."""
+    """An option or the input is wrong; no run was started."""
 
     exit_code = 2
 

@@ -37,7 +37,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(path: Path, new: bool = False) -> Iterator[Path]:
-    """Do the same for a folder, which replaces an existing one, or with ``new`` fails if there is one.
+    """Yield a temporary folder to fill, as ``atomic_write``; it replaces an existing one, or with ``new`` fails.
 
     If several processes make one ``new`` folder only the first succeeds.
     """
@@ -59,7 +59,7 @@ def atomic_dir(path: Path, new: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """Yield a name in a new folder beside ``path``, which goes with all that is left in it."""
+    """Yield a name in a new folder beside ``path``, which is removed at the end with all that is left in it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

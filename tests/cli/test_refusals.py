@@ -19,7 +19,7 @@ from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import to_yaml
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.training.prepare import hold_out
-from dpo_cli.utils.errors import UsageError, did_you_mean, name_beside
+from dpo_cli.utils.errors import UsageError, did_you_mean, suggest_path
 from tests.helpers import Cli, cli_environment, make_model, random_pairs, write_rows
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
@@ -220,9 +220,9 @@ def test_an_output_that_exists_is_refused(kind: str, dpo: Cli, tiny: Path, rows:
             (output / "metrics.jsonl").write_text("mine")
     given = ("--model", tiny, "--data", rows, "--output", "run")
     [message] = error_lines(refusal(dpo, tmp_path, "train", *given))
-    assert message.startswith("--output run: exists already") and "--resume run" in message
+    assert message.startswith("--output run: exists") and "--resume run" in message
     [message] = error_lines(refusal(dpo, tmp_path, "train", *given, "--dry-run"))
-    assert message.startswith("--output run: exists already")
+    assert message.startswith("--output run: exists")
 
 
 def test_an_output_that_cannot_be_made_is_refused_before_anything_is_scored(
@@ -363,9 +363,9 @@ def test_the_nearest_word() -> None:
 
 def test_the_nearest_file(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").touch()
-    assert name_beside(tmp_path / "piars.jsonl") == "; did you mean 'pairs.jsonl'?"
-    assert name_beside(tmp_path / "pairs.jsonl") == ""  # it is there
-    assert name_beside(tmp_path / "none" / "pairs.jsonl") == "" == name_beside(Path("a\0b"))
+    assert suggest_path(tmp_path / "piars.jsonl") == "; did you mean 'pairs.jsonl'?"
+    assert suggest_path(tmp_path / "pairs.jsonl") == ""  # it is there
+    assert suggest_path(tmp_path / "none" / "pairs.jsonl") == "" == suggest_path(Path("a\0b"))
 
 
 @pytest.fixture

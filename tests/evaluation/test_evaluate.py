@@ -340,7 +340,7 @@ def test_a_resumed_run_has_the_same_best_model(
     stopped = place.train(run, "--save-best", "loss")
     assert stopped.exit_code == (1 if what == "model" else 130), stopped.output
     if what == "model":
-        assert "cannot be written" in stopped.stderr and "Go on with: dpo train --resume" in stopped.stderr
+        assert "cannot be written" in stopped.stderr and "Continue with: dpo train --resume" in stopped.stderr
     monkeypatch.undo()
     result = place("train", "--resume", run)
     assert result.exit_code == 0, result.output

@@ -155,8 +155,8 @@ def assert_equal(run: Path, whole: Path) -> None:
 
 
 def told_command(told: str) -> list[str]:
-    """The command that an interrupted run says to go on with, without its ``dpo``."""
-    found = re.search(r"Go on with: (.*)", told)
+    """The command that an interrupted run says to continue with, without its ``dpo``."""
+    found = re.search(r"Continue with: (.*)", told)
     assert found, told
     program, *arguments = shlex.split(found[1])
     assert program == "dpo"

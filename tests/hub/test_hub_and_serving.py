@@ -20,7 +20,7 @@ import dpo_cli.training.loop
 from dpo_cli.cli.app import app
 from dpo_cli.data.sources import hub_id
 from dpo_cli.evaluation.generation import generation_config
-from dpo_cli.hub.model_card import SELF, hub_name
+from dpo_cli.hub.model_card import MODEL_PLACEHOLDER, hub_name
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import DEFAULT_MODEL, PACKAGED, ModelSource, find_model
 from tests.helpers import SAMPLE, make_model, random_pairs
@@ -52,7 +52,7 @@ def test_the_card_tells_what_came_of_it(train: Train, tmp_path: Path) -> None:
         assert f"| loss | 0.6931 | {last['eval_loss']:.4f} |" in card.text
         assert f"| implicit reward accuracy | 0.5000 | {last['eval_rewards/accuracies']:.4f} |" in card.text
         kl = f"{last['eval_kl/chosen']:.4f}"
-        assert f"| KL to the base model on chosen responses, nats per token | 0.0000 | {kl} |" in card.text
+        assert f"| KL to the reference on chosen responses, nats per token | 0.0000 | {kl} |" in card.text
     data = card.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert "dpo" in data["tags"] and "trl" not in data["tags"]
@@ -224,7 +224,7 @@ def test_a_pushed_run_is_its_model_and_nothing_else(hub: FakeHub, train: Train, 
         for secret in (str(tmp_path), str(tiny), str(Path.home()), "train-strings"):
             assert secret.encode() not in content, name
     card = hub.files["README.md"].decode()
-    assert "vllm serve org/model" in card and SELF not in card and card.endswith("too.\n")
+    assert "vllm serve org/model" in card and MODEL_PLACEHOLDER not in card and card.endswith("too.\n")
     assert content_of(tmp_path / "first") == local
 
 

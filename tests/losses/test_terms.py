@@ -34,7 +34,7 @@ from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.precompute import verify
 from dpo_cli.reference.store import pair_keys
-from dpo_cli.training.memory import at_head, count_bytes
+from dpo_cli.training.memory import count_bytes, count_head_tokens
 from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.utils.errors import DpoError
 from tests.helpers import SAMPLE, make_model, random_pairs, token_logps, write_rows
@@ -119,12 +119,12 @@ def test_what_meets_the_head_is_what_carries_loss(model: PreTrainedModel, layout
         token_logps(model, collate(PAIRS, layout), torch.float32, chunked_lm_head=True)
     hook.remove()
     assert sum(met) == sum(counted(PAIRS)) < sum(len(response) for _, response in responses(PAIRS))
-    assert at_head(ModelRunner(model, layout, torch.float32, 4096, CPU), PAIRS) == sum(counted(PAIRS))
+    assert count_head_tokens(ModelRunner(model, layout, torch.float32, 4096, CPU), PAIRS) == sum(counted(PAIRS))
 
 
 def test_the_memory_count_needs_no_loss_in_a_beginning(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies behind the tokens that it is taken from may be all that carries loss."""
-    monkeypatch.setattr(dpo_cli.training.memory, "COUNTED", 3)
+    monkeypatch.setattr(dpo_cli.training.memory, "PROBED", 3)
     hidden = Pair("late", *(np.array(ids, np.int32) for ids in ([5, 6], [~7, ~8, ~9, 10], [~7, ~8, ~9, 11])))
     whole = replace(hidden, chosen=model_input_ids(hidden.chosen), rejected=model_input_ids(hidden.rejected))
     scorer = ModelRunner(model, "packed", torch.float32, 4096, CPU, chunked_lm_head=False)

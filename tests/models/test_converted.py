@@ -225,9 +225,7 @@ def test_runs_and_references_are_found_again(
         command("train", "--output", run, *steps)
     assert not (tmp_path / "cache" / "models").exists()
     again = command("train", "--output", tmp_path / "again", *steps)
-    assert (
-        "8 of 8 pairs cached: no reference forward" in again.stderr and "converting its GGUF file once" in again.stderr
-    )
+    assert "8 of 8 pairs cached: nothing to score" in again.stderr and "converting its GGUF file once" in again.stderr
     one, other = (json.loads((each / "manifest.json").read_text()) for each in (run, tmp_path / "again"))
     assert one["reference"] == other["reference"]
     resumed = CliRunner().invoke(app, ["train", "--resume", str(run)])

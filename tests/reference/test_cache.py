@@ -481,14 +481,14 @@ def test_an_adapters_numbers_are_those_of_the_adapter(place: Place) -> None:
 )
 def test_how_one_trains_changes_no_reference(place: Place, scored: list[str], option: tuple[Any, ...]) -> None:
     result, told = dpo("train", *place.common(*option), "--dry-run", "--output", place.folder / option[0])
-    assert "pairs cached: no reference forward" in told
+    assert "pairs cached: nothing to score" in told
     assert result["reference_misses"] == 0 and scored == []
 
 
 def test_training_reads_what_was_precomputed(place: Place) -> None:
     """Another beta, rate, seed, batch size, order and output, in a run that is not a dry one."""
     options = ("--beta", 0.4, "--lr", 1e-3, "--seed", 5, "--batch-size", 4, "--output", place.folder / "run")
-    assert "6 of 6 pairs cached: no reference forward" in place.told("train", *options)
+    assert "6 of 6 pairs cached: nothing to score" in place.told("train", *options)
 
 
 def renamed(place: Place) -> tuple[list[Any], set[int]]:
@@ -708,7 +708,7 @@ def test_a_cache_that_can_only_be_read_is_enough_when_it_has_all(place: Place, m
         make_read_only(place.cache, patch)
         for command, more in (("precompute-ref", ()), ("train", ("--output", place.folder / "run"))):
             told = place.told(command, *more)
-            assert "6 of 6 pairs cached: no reference forward" in told and "warning" not in told
+            assert "6 of 6 pairs cached: nothing to score" in told and "warning" not in told
 
 
 # ---- dpo cache --------------------------------------------------------------------------------------------------
@@ -810,7 +810,7 @@ def test_a_shard_of_another_reference_is_damaged(place: Place) -> None:
     (shard,) = shards(place.cache)
     second = Path(place.precompute("--dtype", "bfloat16")["cache_dir"])
     shutil.copy(shard, second)
-    assert "it is of another reference" in place.told("precompute-ref", "--dtype", "bfloat16")
+    assert "it is for another reference" in place.told("precompute-ref", "--dtype", "bfloat16")
     assert len(list(second.glob("*.safetensors"))) == 1
 
 
@@ -879,7 +879,7 @@ def test_a_cache_that_is_a_file_is_refused_before_anything_is_scored(place: Plac
     shutil.rmtree(place.cache)
     place.cache.write_text("no folder")
     code, told = place.fails()
-    assert code == 2 and f"--cache-dir: no reference log-probs can be kept in {place.cache}" in told
+    assert code == 2 and f"--cache-dir: cannot write reference log-probs to {place.cache}" in told
     assert scored == [] and place.cache.read_text() == "no folder"
 
 
@@ -893,7 +893,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_scored(
     with monkeypatch.context() as patch:
         make_read_only(place.cache, patch)
         code, told = place.fails(*more)
-    assert code == 2 and "--cache-dir: no reference log-probs can be kept in" in told and str(place.cache) in told
+    assert code == 2 and "--cache-dir: cannot write reference log-probs to" in told and str(place.cache) in told
     assert scored == []
     assert place.precompute(*more)["misses"] == (7 if more else 1)  # and it was no more than that
 

@@ -331,7 +331,7 @@ def test_a_shard_with_a_number_that_is_not_finite_is_not_believed(
     plant(tmp_path / "cache", shifted({4: value}))
     result = train("--batch-size", ROWS)
     assert result.exit_code == 0, result.output
-    assert "was removed" in result.stderr and f"0 of {ROWS} pairs cached" in result.stderr
+    assert "is damaged" in result.stderr and f"0 of {ROWS} pairs cached" in result.stderr
 
 
 def test_step_0_lets_noise_pass(train: Callable[..., Any], tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_cache_that_was_filled_ahead_needs_no_forward(lora: tuple[Any, ...], p
     for file in ("rows", "held-out"):
         place.done("precompute-ref", "--model", place.folder / "other", "--data", place.folder / f"{file}.jsonl")
     _, told = place.train(f"again{len(lora)}", "--ref-model", place.folder / "other", *lora)
-    assert "reference   18 of 18 pairs cached: no reference forward" in told and told.count("pairs cached") == 1
+    assert "reference   18 of 18 pairs cached: nothing to score" in told and told.count("pairs cached") == 1
 
 
 def test_it_is_gone_before_the_policy_is_loaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_other_tokens_are_refused_by_name(place: Place, tokenizer: PreTrainedTok
     changed.add_tokens(["<|odd|>"])
     changed.save_pretrained(other)
     message = place.refused("--ref-model", other)
-    assert "its tokenizer is another one than the policy's: '<|odd|>' is token 384 there and no token here" in message
+    assert "its tokenizer differs from the policy's: '<|odd|>' is token 384 there and no token here" in message
 
 
 def test_other_heads_have_no_exact_kl(place: Place, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -134,7 +134,7 @@ def test_other_heads_have_no_exact_kl(place: Place, tokenizer: PreTrainedTokeniz
     make_model(vocab_size=400).save_pretrained(place.folder / "padded")
     tokenizer.save_pretrained(place.folder / "padded")
     message = place.refused("--ref-model", place.folder / "padded")
-    assert "its head knows 400 tokens and the policy's 384, so there is no exact KL: add --kl none" in message
+    assert "its head has 400 tokens and the policy's 384, so there is no exact KL: add --kl none" in message
     place.train("padded-run", "--ref-model", place.folder / "padded", "--kl", "none")
 
 

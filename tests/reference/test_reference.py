@@ -30,7 +30,7 @@ from dpo_cli.models.fingerprint import fingerprint, hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.reference.store import KEY_BYTES, ReferenceCache, pair_keys, report_cached, response_key
+from dpo_cli.reference.store import KEY_BYTES, ReferenceCache, lookup_cached, pair_keys, response_key
 from dpo_cli.utils.console import Reporter
 from tests.helpers import SAMPLE, random_pairs, write_rows
 from tests.helpers.caches import (
@@ -90,7 +90,7 @@ def scorer() -> ModelRunner:
 
 def missing(cache: ReferenceCache, pairs: Sequence[Pair]) -> list[int]:
     """Places of the pairs that are not cached."""
-    return report_cached(cache, pairs, Reporter(quiet=True))[1]
+    return lookup_cached(cache, pairs, Reporter(quiet=True))[1]
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_second_training_scores_nothing(tmp_path: Path, tiny: Path, rows: Path
     forwards.clear()
     other = ("--lr", 1e-4, "--beta", 0.5, "--seed", 3, "--batch-size", 4, "--label-smoothing", 0.1, "--epochs", 2)
     result, told = dpo(*common, "--output", tmp_path / "second", *other)
-    assert "12 of 12 pairs cached: no reference forward" in told
+    assert "12 of 12 pairs cached: nothing to score" in told
     assert result["steps"] == 6
     assert forwards == [4] * (1 + 6)  # the check at step 0 and one a step
 
@@ -134,7 +134,7 @@ def test_a_second_training_scores_no_held_out_pair_but_at_its_evaluations(
     for kl in ("exact", "none"):
         forwards.clear()
         _, told = dpo(*common, "--kl", kl, "--batch-size", 4, "--eval-steps", 1, "--output", tmp_path / kl)
-        assert "7 of 7 pairs cached" not in told and "15 of 15 pairs cached: no reference forward" in told
+        assert "7 of 7 pairs cached" not in told and "15 of 15 pairs cached: nothing to score" in told
         assert ("one pass over the 3 held-out pairs for the exact KL" in told) == (kl == "exact")
         found[kl] = [*forwards]
     assert found["none"] == [4, 3, 4, 3, 4, 3, 4, 3]  # the check of step 0; step 0; three steps
@@ -152,7 +152,7 @@ def test_precompute_fills_what_train_and_eval_need(
     again = precompute(rows)
     assert (again["pairs"], again["hits"], again["misses"], again["tokens"], forwards) == (12, 12, 0, 0, [])
     common = ("--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache")
-    assert "12 of 12 pairs cached: no reference forward" in dpo("train", *common, "--output", tmp_path / "run")[1]
+    assert "12 of 12 pairs cached: nothing to score" in dpo("train", *common, "--output", tmp_path / "run")[1]
     for kl in ("none", "exact"):
         forwards.clear()
         dpo("eval", *common, "--kl", kl)
@@ -160,7 +160,7 @@ def test_precompute_fills_what_train_and_eval_need(
     forwards.clear()
     common = ("--data", rows, "--model", tmp_path / "run", "--cache-dir", tmp_path / "cache", "--kl", "none")
     for more in ((), ("--ref-model", tiny)):
-        assert "12 of 12 pairs cached: no reference forward" in dpo("eval", *common, *more)[1]
+        assert "12 of 12 pairs cached: nothing to score" in dpo("eval", *common, *more)[1]
     assert sum(forwards) == 2 * 12  # the policy's
 
 
@@ -394,7 +394,7 @@ def test_damage_is_told_by_the_command(rows: Path, tmp_path: Path, tiny: Path, p
     shard.write_bytes(flipped(bytearray(shard.read_bytes()), random.Random(3)))
     result, told = dpo("precompute-ref", "--data", rows, "--model", tiny, "--cache-dir", tmp_path / "cache")
     assert (result["hits"], result["misses"]) == (0, 12)
-    assert f"warning: reference cache: {shard} was removed" in told
+    assert f"warning: reference cache: {shard} is damaged" in told
     assert precompute(rows)["misses"] == 0
 
 

@@ -25,7 +25,7 @@ from dpo_cli.losses.objective import parse_objective
 from dpo_cli.reporting import plots
 from dpo_cli.reporting.html import MAX_TOKENS, ReportInput, fold, page, shade, shown, write_report
 from dpo_cli.reporting.plots import png, write_plots
-from dpo_cli.reporting.text import between, number, percent
+from dpo_cli.reporting.text import format_interval, number, percent
 from dpo_cli.utils.errors import NotWrittenError
 from tests.helpers import ROOT
 from tests.helpers.payloads import PAYLOADS, report_of
@@ -303,8 +303,8 @@ def test_numbers_have_four_figures(value: Any, text: str) -> None:
 
 def test_shares_intervals_and_folds() -> None:
     assert [percent(x) for x in (0.7366, 1, None)] == ["73.7%", "100.0%", "–"]
-    assert between([0.5, 1.25], percent) == "50.0% to 125.0%"
-    assert between(None) == "–" and between([1.0, math.nan]) == "1.000 to –"
+    assert format_interval([0.5, 1.25], percent) == "50.0% to 125.0%"
+    assert format_interval(None) == "–" and format_interval([1.0, math.nan]) == "1.000 to –"
     assert [fold(x) for x in (math.log(2), -math.log(41))] == ["2.000× likelier", "41.00× rarer"]
 
 

@@ -19,7 +19,7 @@ import dpo_cli.training.memory
 from dpo_cli.data.batching import row_costs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.training.memory import Fit, StepBytes, at_head, count_bytes, fit
+from dpo_cli.training.memory import MemoryChoice, StepBytes, choose_memory, count_bytes, count_head_tokens
 from tests.helpers import SAMPLE, cli_environment, make_model, make_tokenizer, random_pairs
 
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def test_the_fastest_that_fits(
 ) -> None:
     monkeypatch.setattr(dpo_cli.training.memory, "usable_bytes", lambda device: room)
     with attention(model, PREFIX_SHARED):
-        found = fit(scorer_of(model), PAIRS, 0, *wanted)
+        found = choose_memory(scorer_of(model), PAIRS, 0, *wanted)
     assert (found.memory, found.recompute, found.max_tokens) == expected
 
 
@@ -121,7 +121,7 @@ def test_recomputation_before_8_bits(model: PreTrainedModel, monkeypatch: pytest
         most = counted.peak("full", False, (4096, 200), (4096, 200))
         for room in range(most, 0, -most // 200):
             monkeypatch.setattr(dpo_cli.training.memory, "usable_bytes", lambda device, room=room: room)
-            found = fit(scorer_of(model), PAIRS, 0, "auto", False, None)
+            found = choose_memory(scorer_of(model), PAIRS, 0, "auto", False, None)
             ways.append((found.memory, found.recompute))
     assert list(dict.fromkeys(ways)) == dpo_cli.training.memory.LADDER["cpu"]
 
@@ -134,29 +134,29 @@ def test_a_long_pair_decides(model: PreTrainedModel, monkeypatch: pytest.MonkeyP
         counted = count_bytes(scorer_of(model), PAIRS, 0)
         room = counted.peak("full", False, (1000, 100), (1000, 100))
         monkeypatch.setattr(dpo_cli.training.memory, "usable_bytes", lambda device: room)
-        assert not fit(scorer_of(model), PAIRS, 0, "auto", False, None).recompute
-        assert fit(scorer_of(model), [*PAIRS, long], 0, "auto", False, 512).recompute
+        assert not choose_memory(scorer_of(model), PAIRS, 0, "auto", False, None).recompute
+        assert choose_memory(scorer_of(model), [*PAIRS, long], 0, "auto", False, 512).recompute
 
 
 def test_at_head_is_what_meets_it_at_once(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = [len(pair.chosen) + len(pair.rejected) for pair in PAIRS]
-    assert at_head(scorer_of(model), PAIRS) == sum(tokens)
+    assert count_head_tokens(scorer_of(model), PAIRS) == sum(tokens)
     monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4 * 384 * (max(tokens) + 5)})
-    assert at_head(scorer_of(model), PAIRS) == max(tokens) + 5
+    assert count_head_tokens(scorer_of(model), PAIRS) == max(tokens) + 5
     monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4})
-    assert at_head(scorer_of(model), PAIRS) == max(tokens)
-    assert at_head(scorer_of(model, chunked_lm_head=False), PAIRS) == 0
+    assert count_head_tokens(scorer_of(model), PAIRS) == max(tokens)
+    assert count_head_tokens(scorer_of(model, chunked_lm_head=False), PAIRS) == 0
 
 
 def test_estimate_of_a_plan(model: PreTrainedModel) -> None:
     """By the largest first and the largest later micro-batch, whichever steps they are in."""
     scorer, tokens = scorer_of(model), row_costs(PAIRS, "shared")
     largest, *rest = sorted(range(len(PAIRS)), key=lambda i: -tokens[i])
-    fitted = Fit("full", False, 512, COUNTED)
-    one = fitted.estimate([[(largest,)], [(rest[0],)]], tokens, PAIRS, scorer)
-    assert one == COUNTED.peak("full", False, (tokens[largest], at_head(scorer, [PAIRS[largest]])), None)
-    several = fitted.estimate([[(rest[0],), (largest,)], [(rest[1],)]], tokens, PAIRS, scorer)
-    first, later = ((tokens[i], at_head(scorer, [PAIRS[i]])) for i in (rest[0], largest))
+    choice = MemoryChoice("full", False, 512, COUNTED)
+    one = choice.estimate([[(largest,)], [(rest[0],)]], tokens, PAIRS, scorer)
+    assert one == COUNTED.peak("full", False, (tokens[largest], count_head_tokens(scorer, [PAIRS[largest]])), None)
+    several = choice.estimate([[(rest[0],), (largest,)], [(rest[1],)]], tokens, PAIRS, scorer)
+    first, later = ((tokens[i], count_head_tokens(scorer, [PAIRS[i]])) for i in (rest[0], largest))
     assert several == COUNTED.peak("full", False, first, later)
 
 

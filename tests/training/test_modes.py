@@ -151,7 +151,7 @@ def test_options_that_do_not_go_together(dpo: Dpo, tmp_path: Path) -> None:
     for options, told in (
         (("--memory", "split", "--dtype", "float32"), "weights that --memory split splits compute in bfloat16"),
         (("--memory", "in-backward"), "set --max-grad-norm 0"),
-        (("--memory", "in-backward", "--max-grad-norm", 0, "--max-tokens", 128), "each step must be one forward"),
+        (("--memory", "in-backward", "--max-grad-norm", 0, "--max-tokens", 128), "a step must be one forward"),
         (("--memory", "half"), "must be one of"),
     ):
         result = dpo("train", *options, "--output", tmp_path / "run")

@@ -206,7 +206,7 @@ def test_what_cannot_be_used_is_said_once(done: tuple[Path, Any]) -> None:
     folder, ends = done
     first, second = ends["usage"]
     assert (first["exit_code"], second["exit_code"], second["stderr"]) == (2, 2, "")
-    assert first["stderr"].count("error: --memory in-backward: a gradient is used up before the ranks") == 1
+    assert first["stderr"].count("error: --memory in-backward: updates each weight before ranks") == 1
     assert not (folder / "usage").exists()
 
 
@@ -249,7 +249,7 @@ def test_a_rank_that_is_killed_ends_all(tiny: Path, tmp_path: Path) -> None:
             break
     assert (launcher.returncode, ended) == (1, {"0": "1", "1": "-9"}), told
     assert re.findall("error: .*", told) == [
-        f"error: another rank exited unexpectedly; what was saved is whole. Go on with: dpo train --resume {run}"
+        f"error: another rank exited unexpectedly; what was saved is whole. Continue with: dpo train --resume {run}"
     ], told
     assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
     told = alone("train", "--resume", str(run), "--logging-steps", "1000000", "--dry-run")
@@ -287,7 +287,7 @@ def test_a_signal_to_the_launcher_stops_all_at_a_checkpoint(
     (line,) = re.findall("error: .*", told)
     step = int(re.findall("interrupted after step (\\d+) of", line)[0])
     assert (run / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
-    assert line.endswith(f"a checkpoint was written. Go on with: dpo train --resume {run}")
+    assert line.endswith(f"a checkpoint was written. Continue with: dpo train --resume {run}")
 
 
 # ---- several hosts ----------------------------------------------------------------------------------------------

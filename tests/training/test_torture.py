@@ -501,7 +501,7 @@ def test_full_disk_in_training_leaves_the_last_checkpoint(place: Place, trained:
                 found = newest_checkpoint(output / "checkpoints", pytest.fail)
                 assert (found[1] if found else 0) == max([0, *saved_steps(read_trace(watch.trace))]), about
                 room.free()
-                again = told_command(command.told) if "Go on with" in command.told else None
+                again = told_command(command.told) if "Continue with" in command.told else None
                 told = start(
                     place, replace(watch, largest_file=None), *(again or ["train", *go_on(place, str(output))])
                 )
@@ -589,7 +589,7 @@ def test_a_disk_that_is_full_from_some_write_on(place: Place, scoring: list[Boun
         assert len(cached(cache)) == 2 * kept, about
         found = newest_checkpoint(run / "checkpoints", pytest.fail)
         assert (found[1] if found else 0) == max([0, *saved_steps(trace)]), about
-        again = told_command(command.told) if "Go on with" in command.told else None
+        again = told_command(command.told) if "Continue with" in command.told else None
         resumed = ["train", "--resume", name] if run.exists() else ["train", *options]
         then = start(place, watching(place, f"{name}-end"), *(again or resumed))
         assert then.end() == 0, f"{about}\nthen:\n{then.told}"
