@@ -16,6 +16,7 @@ PreferenceTexts = tuple[Text, Text, Text]  # prompt, chosen, rejected
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input", "context")
 QUESTIONS = ("question", "input")
+ANSWERS = ("chosen", "rejected")
 RANKED = ("responses", "completions", "generations")  # columns with several answers to a prompt
 RANKS = ("scores", "ratings", "ranks")
 PREFERRED = ("preferred_output", "non_preferred_output")
@@ -91,7 +92,7 @@ class Format(NamedTuple):
     read: Callable[[Record, Format], PreferenceTexts]
     prompts: tuple[str, ...] = ()
     kind: type[Any] | None = None
-    answers: tuple[str, str] = ("chosen", "rejected")
+    answers: tuple[str, ...] = ANSWERS
     more: tuple[str, ...] = ()
 
     @property
@@ -106,23 +107,27 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)
 
 
-def _strings(row: Record, format_: Format) -> PreferenceTexts:
+def _strings(row: Record, _: Format) -> PreferenceTexts:
     return text(row, "prompt", str), text(row, "chosen", str), text(row, "rejected", str)
 
 
 def _turns(row: Record, format_: Format) -> PreferenceTexts:
-    """Read a prompt, a string as the user's turn, and its answers, which may repeat it."""
-    prompt = text(row, next((name for name in format_.prompts if name in row), format_.prompts[0]), format_.kind)
+    """Read a prompt and its answers."""
+    column = next((name for name in format_.prompts if name in row), format_.prompts[0])
+    return _answered(text(row, column, format_.kind), row, format_.answers)
+
+
+def _answered(prompt: Text, row: Record, answers: Sequence[str] = ANSWERS) -> PreferenceTexts:
+    """Read the answers to a prompt, which is the user's turn if it is a string; they may repeat it."""
     turns = user_turn(prompt) if isinstance(prompt, str) else prompt
-    chosen, rejected = (answer_of(text(row, name)) for name in format_.answers)
-    n = len(turns)
-    if chosen[:n] == turns == rejected[:n]:
-        return turns, chosen[n:], rejected[n:]
-    # Or the prompt is one of the whole conversations.
-    return _split(chosen, rejected) if turns in (chosen, rejected) else (turns, chosen, rejected)
+    chosen, rejected = (answer_of(text(row, name)) for name in answers)
+    if turns in (chosen, rejected):  # the prompt is one of the whole conversations
+        return _split(chosen, rejected)
+    n = len(turns) if chosen[: len(turns)] == turns == rejected[: len(turns)] else 0
+    return turns, chosen[n:], rejected[n:]
 
 
-def _conversations(row: Record, format_: Format) -> tuple[list[Message], list[Message], list[Message]]:
+def _conversations(row: Record, _: Format) -> tuple[list[Message], list[Message], list[Message]]:
     return _split(text(row, "chosen", list), text(row, "rejected", list))
 
 
@@ -134,7 +139,7 @@ def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _hh(row: Record, format_: Format) -> PreferenceTexts:
+def _hh(row: Record, _: Format) -> PreferenceTexts:
     """Cut two dialogues after the last ``Assistant:`` that both share."""
     chosen, rejected = text(row, "chosen", str), text(row, "rejected", str)
     before_chosen, before_rejected = (dialogue.split(HH_ASSISTANT)[:-1] for dialogue in (chosen, rejected))
@@ -150,10 +155,10 @@ def _hh(row: Record, format_: Format) -> PreferenceTexts:
 def _openai(row: Record, format_: Format) -> PreferenceTexts:
     given = parsed(row, "input", dict)
     row.setdefault("tools", given.get("tools"))
-    return _turns(row | {"messages": given.get("messages")}, format_)
+    return _answered(text(given, "messages", list), row, format_.answers)
 
 
-def _swift(row: Record, format_: Format) -> PreferenceTexts:
+def _swift(row: Record, _: Format) -> PreferenceTexts:
     """Split a conversation that ends with the chosen answer, beside the rejected answer or conversation."""
     whole = text(row, "messages", list)
     if "rejected_messages" in row:
@@ -163,15 +168,14 @@ def _swift(row: Record, format_: Format) -> PreferenceTexts:
     return whole[:-1], whole[-1:], answer_of(text(row, "rejected_response"))
 
 
-def _alpaca(row: Record, format_: Format) -> PreferenceTexts:
-    history: list[Message] = []
+def _alpaca(row: Record, _: Format) -> PreferenceTexts:
+    turns: list[Message] = []
     for exchange in parsed(row, "history", list):
         if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(each, str) for each in exchange):
             raise RowError("history must be a list of pairs of a question and an answer")
-        history += [*user_turn(exchange[0]), *answer_of(exchange[1])]
+        turns += [*user_turn(exchange[0]), *answer_of(exchange[1])]
     parts = [text(row, name, str) for name in ("instruction", "input") if name == "instruction" or row.get(name)]
-    prompt, chosen, rejected = _turns(row | {"instruction": "\n".join(parts)}, format_)
-    return [*history, *prompt], chosen, rejected
+    return _answered([*turns, *user_turn("\n".join(parts))], row)
 
 
 def _ultrafeedback(row: Record, format_: Format) -> PreferenceTexts:
@@ -199,10 +203,10 @@ def _ranked(row: Record, format_: Format) -> PreferenceTexts:
     worst, best = (pick(rated, key=scores.__getitem__) for pick in (min, max))
     if scores[worst] == scores[best]:
         raise RowError("all responses have the same score or rank, so none is better")
-    two = {name: unwrap(responses[place], name) for name, place in (("chosen", best), ("rejected", worst))}
-    if column == "prompt" and all(isinstance(each, str) for each in (prompt, *two.values())):
-        return _strings(row | two, format_)
-    return _turns(row | two, format_)
+    row |= {name: unwrap(responses[place], name) for name, place in zip(ANSWERS, (best, worst), strict=True)}
+    if all(isinstance(row.get(name), str) for name in ("prompt", *ANSWERS)):
+        return _strings(row, format_)
+    return _answered(prompt, row)
 
 
 def _scores(row: Record, answers: str, responses: list[Any]) -> list[float]:
@@ -233,9 +237,13 @@ FORMATS = {
     "stackexchange": Format(
         "question, response_j and response_k (Stack Exchange)", _turns, QUESTIONS, str, BETTER_FIRST
     ),
-    "ranked": Format("ranked responses: the best against the worst", _ranked, PROMPTS, more=(*RANKED, *RANKS)),
+    "ranked": Format(
+        "ranked responses: the best against the worst", _ranked, PROMPTS, answers=(), more=(*RANKED, *RANKS)
+    ),
     "openai": Format("input, preferred and non-preferred output (OpenAI)", _openai, ("input",), list, PREFERRED),
-    "swift": Format("a conversation with the chosen answer, and the rejected one (ms-swift)", _swift, ("messages",)),
+    "swift": Format(
+        "a conversation with the chosen answer, and the rejected one (ms-swift)", _swift, ("messages",), answers=()
+    ),
 }
 
 

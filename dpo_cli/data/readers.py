@@ -45,9 +45,8 @@ def read_json_lines(stream: BinaryIO) -> Records:
 def read_json(stream: BinaryIO) -> Records:
     """Read the elements of one array, or one object per line."""
     content = _whole(stream, MAX_JSON, "write it as .jsonl, a row per line")
-    first = content.removeprefix(BOM).lstrip().partition(b"\n")[0]
-    if first[:1] != b"[":
-        if first.rstrip().endswith((b"{", b"[", b",")):  # an object over several lines
+    if content.removeprefix(BOM).lstrip()[:1] != b"[":
+        if _is_spread(content.decode("utf-8-sig", "replace").lstrip()):
             raise SourceError("must be an array of rows, or a row per line")
         yield from read_json_lines(BytesIO(content))
         return
@@ -159,6 +158,14 @@ def _whole(stream: BinaryIO, limit: int, remedy: str) -> bytes:
     if len(content) > limit:
         raise SourceError(f"longer than {limit >> 20} MiB; {remedy}")
     return content
+
+
+def _is_spread(text: str) -> bool:
+    """Return whether an object, complete or not, covers several lines; a line that was cut off does not."""
+    try:
+        return "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]
+    except (ValueError, RecursionError):
+        return text.startswith(("{\n", "{\r\n"))
 
 
 def _decode(content: bytes) -> Any:

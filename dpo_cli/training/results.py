@@ -29,8 +29,7 @@ ANSWER_TOKENS = 80  # shown of an answer, at most
 def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[str, float] | None = None) -> None:
     """Write the policy as it is after ``step`` to a folder of the run; ``after`` are its metrics if not yet written.
 
-    An adapter is written alone, or for ``--export merged`` added to a base that is loaded again: to take it out of its
-    own base would round the weights.
+    An adapter is written alone, or merged into a base that is loaded again: unmerging its own base would round it.
 
     Raises:
         NotReadBackError: the files differ from what was trained.

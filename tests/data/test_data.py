@@ -168,6 +168,15 @@ WHY, GOOD, BAD = [user("Why?")], [assistant("Because.")], [assistant("No.")]
             GOOD,
         ),
         (
+            {"instruction": "Why?", "history": [["Hi", "Hello!"]]}
+            | {
+                name: [user("Hi"), assistant("Hello!"), *WHY, *end]
+                for name, end in (("chosen", GOOD), ("rejected", BAD))
+            },
+            [user("Hi"), assistant("Hello!"), *WHY],
+            GOOD,
+        ),
+        (
             {
                 "input": {"messages": [SYSTEM, *WHY], "tools": [], "parallel_tool_calls": True},
                 "preferred_output": GOOD,
@@ -179,6 +188,7 @@ WHY, GOOD, BAD = [user("Why?")], [assistant("Because.")], [assistant("No.")]
         ({"messages": [SYSTEM, *WHY, *GOOD], "rejected_response": "No."}, [SYSTEM, *WHY], GOOD),
         ({"messages": [*WHY, *GOOD], "rejected_messages": [*WHY, *BAD]}, WHY, GOOD),
         ({"messages": [*WHY, *GOOD], "chosen": [*WHY, *GOOD], "rejected": [*WHY, *BAD]}, WHY, GOOD),
+        ({"messages": [*WHY, *GOOD], "chosen": [*WHY, *GOOD], "rejected": [*WHY, *GOOD, *WHY, *BAD]}, WHY, GOOD),
         (
             {"context": WHY, "completions": [{"rank": 1, "completion": BAD}, {"rank": 0, "completion": GOOD}]},
             WHY,
@@ -229,6 +239,17 @@ def test_what_a_row_means(record: Any, prompt: Any, chosen: Any, tmp_path: Path)
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
     assert isinstance(row, Row), row
     assert (row.prompt, row.chosen) == (prompt, chosen)
+
+
+def test_csv_holds_the_columns_of_openai_as_json(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    record = {"input": {"messages": [SYSTEM, *WHY], "tools": [tool]}}
+    record |= {"preferred_output": GOOD, "non_preferred_output": BAD}
+    write_records(tmp_path / "rows.csv", [{name: json.dumps(value) for name, value in record.items()}])
+    [row] = read(tmp_path / "rows.csv")
+    assert isinstance(row, Row), row
+    assert (row.prompt, row.chosen, row.rejected) == ([SYSTEM, *WHY], GOOD, BAD)
+    assert row.template_arguments == {"tools": [tool]}
 
 
 def test_a_system_column_makes_all_rows_of_strings_conversations(tmp_path: Path) -> None:
@@ -320,6 +341,22 @@ def test_a_mapping_is_never_ignored(tmp_path: Path) -> None:
     assert isinstance(row, BadRow) and row.reason.startswith(
         "--columns history=past: a row of the format 'strings' has no history"
     )
+
+
+def test_ranked_rows_ignore_the_columns_chosen_and_rejected(tmp_path: Path) -> None:
+    """So these need not be of one kind, and a mapping of them is refused."""
+    record = {"prompt": "Why?", "responses": ["No.", "Because."], "scores": [1, 2], "chosen": "a", "rejected": BAD}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(record))
+    for columns, kind in ((None, Row), ("chosen=chosen,rejected=rejected", BadRow)):
+        [row] = read_rows(find_sources([str(tmp_path / "rows.jsonl")]), columns, "ranked")
+        assert type(row) is kind and (row.chosen if isinstance(row, Row) else "Because.") == "Because."
+
+
+def test_tools_of_ranked_conversations_are_kept(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    responses = [{"messages": [*WHY, *end], "tools": [tool]} for end in (GOOD, BAD)]
+    [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps({"prompt": WHY, "responses": responses, "ranks": [1, 2]}))
+    assert isinstance(row, Row) and (row.prompt, row.chosen, row.template_arguments) == (WHY, GOOD, {"tools": [tool]})
 
 
 def test_a_refusal_ends_with_the_columns_of_the_row(tmp_path: Path) -> None:
@@ -430,6 +467,7 @@ def test_a_tool_of_parquet_has_no_nulls(tmp_path: Path) -> None:
             "chosen, message 1: tool_calls must be",
         ),
         ({"instruction": "a", "history": [["b"]], "chosen": "c", "rejected": "d"}, "history must be a list of pairs"),
+        ({"input": {}, "preferred_output": GOOD, "non_preferred_output": BAD}, "messages is missing"),
         ({"responses": ["a", "b"], "scores": [1, 2]}, "prompt is missing"),
         ({"prompt": "p", "responses": ["a"], "scores": [1]}, "of 1 responses 1 have a score or rank; two are needed"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, None]}, "of 2 responses 1 have a score or rank"),
@@ -735,9 +773,11 @@ def test_an_object_over_several_lines_is_one_error(text: str, tmp_path: Path) ->
         read_bytes(tmp_path, "rows.json", text)
 
 
-def test_a_json_file_whose_first_line_is_cut_off_holds_lines_still(tmp_path: Path) -> None:
-    rows = read_bytes(tmp_path, "rows.json", LINE[:30] + b"\n" + LINE)
-    assert where_and_kind(rows) == [("1", BadRow), ("2", Row)]
+@pytest.mark.parametrize("cut", [LINE[:30], b'{"prompt": "a",', b'{"prompt": "a", "chosen": ['])
+def test_a_json_file_whose_first_line_is_cut_off_holds_lines_still(cut: bytes, tmp_path: Path) -> None:
+    bad, row = read_bytes(tmp_path, "rows.json", cut + b"\n" + LINE)
+    assert where_and_kind([bad, row]) == [("1", BadRow), ("2", Row)]
+    assert isinstance(bad, BadRow) and bad.reason.startswith("not JSON: ")
 
 
 def test_an_element_of_an_array_is_reported_by_its_number(tmp_path: Path) -> None:
