@@ -102,7 +102,7 @@ def test_rows_in_memory_are_data(rows: list[Any], options: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        ([], "a list of rows as dicts"),
+        ([], "no rows"),
         ([{"prompt": "p", "chosen": "a", "rejected": b"b"}], "cannot be written as JSON"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a"}], ".jsonl:2"),
         (None, "--data is missing"),

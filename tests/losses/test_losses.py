@@ -273,10 +273,10 @@ def test_a_combination_is_the_weighted_sum() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"loss": "sigmoid,sft=x"}, "sft=x: write NAME=NUMBER"),
+        ({"loss": "sigmoid,sft=x"}, "'sft=x': write NAME=NUMBER"),
         ({"loss": "sigmoid,sft=0"}, "a weight must be greater than 0"),
-        ({"loss": "sigmoid,sft=inf"}, "sft=inf: write NAME=NUMBER"),
-        ({"loss": "sft=1,sft=2"}, "sft=2: write NAME=NUMBER, each name once"),
+        ({"loss": "sigmoid,sft=inf"}, "'sft=inf': write NAME=NUMBER"),
+        ({"loss": "sft=1,sft=2"}, "'sft=2': write NAME=NUMBER, each name once"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "--label-smoothing 0.1: --loss hinge does not read it; "),
         ({"loss": "sigmoid,hinge,sft", "label_smoothing": 0.1}, "--label-smoothing 0.1: --loss hinge does not read"),
         ({"loss": "sft", "label_smoothing": 0.1}, "--label-smoothing 0.1: --loss sft does not read it; "),
@@ -289,7 +289,7 @@ def test_a_combination_is_the_weighted_sum() -> None:
         ({"loss_options": "simpo_gamma=1"}, "--loss-options simpo_gamma: --loss sigmoid does not read it; it has none"),
         ({"loss": "simpo", "loss_options": "gamma=1"}, "does not read it; it has simpo_gamma"),
         ({"loss": "simpo", "loss_options": "beta=1"}, "--loss-options beta: --loss simpo does not read it"),
-        ({"loss": "simpo", "loss_options": "simpo_gamma"}, "simpo_gamma: write NAME=NUMBER"),
+        ({"loss": "simpo", "loss_options": "simpo_gamma"}, "'simpo_gamma': write NAME=NUMBER"),
         ({"loss": "simpo", "loss_options": "simpo_gamma=1,simpo_gamma=2"}, "each name once"),
         ({"loss": "discopop", "loss_options": "discopop_tau=-1"}, "discopop_tau greater than 0"),
     ],

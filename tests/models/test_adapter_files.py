@@ -330,7 +330,7 @@ BROKEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     "corda": (lora(), {"init_lora_weights": "corda"}, "it began as corda"),
     "pissa": (lora(), {"init_lora_weights": "pissa"}, "it began as pissa, which changes its base; save it as a plain"),
     "prompt": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), {}, "PROMPT_TUNING"),
-    "of another size": (lora(), {"rank_pattern": {"q_proj": 5}}, "the shape in current model is torch.Size([5, 32])"),
+    "of another size": (lora(), {"rank_pattern": {"q_proj": 5}}, "lora_A.weight is [4, 32], and of its base [5, 32]"),
     "of other modules": (lora(), {"target_modules": ["k_proj"]}, "of other modules: it has no model.layers.0"),
     "of less modules": (lora(), {"target_modules": ["q_proj"]}, "its base has no model.layers.0.self_attn.v_proj"),
     "of no modules": (lora(), {"target_modules": ["none"]}, "not found in the base model"),
