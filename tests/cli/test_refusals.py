@@ -385,6 +385,7 @@ def place(tmp_path: Path) -> Path:
         ("train --bta 1", "--beta"),
         ("train --data piars.jsonl --model {tiny}", "'pairs.jsonl'"),
         ("train --data pairs.jsonl --loss sigmod", "'sigmoid'"),
+        ("train --data pairs.jsonl --loss sigmod=1,sft=0.2", "'sigmoid'"),
         ("train --data pairs.jsonl --format alpacca", "'alpaca'"),
         ("train --data pairs.jsonl --memory splitt", "'split'"),
         ("train --data pairs.jsonl --lr-scheduler cosinus", "'cosine'"),
