@@ -57,7 +57,7 @@ def whole(start: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     result = start(folder)
     assert result.exit_code == 0, result.output
-    assert int(re.search(r"6 steps of 4 pairs in (\d+) forwards", result.stderr)[1]) >= 9  # type: ignore[index]
+    assert int(re.search(r"6 steps of 4 pairs in (\d+) micro-batches", result.stderr)[1]) >= 9  # type: ignore[index]
     return folder
 
 

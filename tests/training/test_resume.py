@@ -86,7 +86,7 @@ def test_the_uninterrupted_run_is_what_the_others_are_measured_by(place: Place) 
     """It crosses an epoch's edge, cuts steps into several forwards, evaluates on the way, and moves the weights."""
     code, told = place.dpo("train", *place.options("dry"), "--dry-run")
     assert code == 0
-    steps, forwards = map(int, re.search(r"(\d+) steps of 3 pairs in (\d+) forwards", told).groups())  # type: ignore[union-attr]
+    steps, forwards = map(int, re.search(r"(\d+) steps of 3 pairs in (\d+) micro-batches", told).groups())  # type: ignore[union-attr]
     assert steps == 10 and forwards > 1.5 * steps
     records = [json.loads(line) for line in lines(place.folder / "whole")]
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 11))
