@@ -113,10 +113,10 @@ def parse_objective(loss: str = "sigmoid", loss_options: str | None = None, **gi
         raise UsageError(f"--loss {loss}: a weight must be greater than 0")
     own, given = _parse_numbers("--loss-options", loss_options or ""), {n: v for n, v in given.items() if v is not None}
     objective = Objective(terms, options=own, **given)
-    known = sorted({name for each in objective.losses for name in each.options})
+    allowed = sorted({name for each in objective.losses for name in each.options})
     for name, value in own.items():
-        if name not in known:
-            others = ", ".join(known) or "none of its own"
+        if name not in allowed:
+            others = ", ".join(allowed) or "none of its own"
             raise UsageError(f"--loss-options {name}: --loss {objective.name} does not read it; it has {others}")
         if value < 0 or (value == 0 and name == "discopop_tau"):  # which divides
             raise UsageError(f"--loss-options {loss_options}: must be 0 or greater, discopop_tau greater than 0")

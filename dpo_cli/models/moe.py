@@ -68,7 +68,7 @@ def token_counts(batch: MicroBatch) -> Tensor:
 
 
 @torch.no_grad()
-def experts_a_token(runner: ModelRunner, pair: Pair) -> int:
+def experts_per_token(runner: ModelRunner, pair: Pair) -> int:
     """Return the experts per token of a mixture whose load-balancing loss is known.
 
     Raises:

@@ -38,9 +38,8 @@ ABOUT = "about.json"
 KEY_BYTES = 16
 SHARD_GLOB = "[0-9a-f]" * 64 + ".safetensors"
 
-Shard = tuple[
-    list[bytes], Tensor, Tensor, Tensor
-]  # keys, log-probs (R,), token log-probs (N,), tokens by response (R,)
+# Keys, log-probs (R,), token log-probs (N,), tokens by response (R,).
+Shard = tuple[list[bytes], Tensor, Tensor, Tensor]
 
 
 class DamagedError(Exception):

@@ -22,7 +22,7 @@ from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.models.attention import attention
 from dpo_cli.models.loading import dtype_name, export_dtype, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
-from dpo_cli.models.moe import experts_a_token
+from dpo_cli.models.moe import experts_per_token
 from dpo_cli.reference.store import ReferenceCache, ReferenceLogps, fill_reference
 from dpo_cli.training.adapter import attach_adapter, resolve_adapter
 from dpo_cli.training.memory import MemoryChoice, choose_memory, process_bytes, usable_bytes
@@ -157,7 +157,7 @@ def _load_policy(run: Run, source: ModelSource) -> None:
     policy = load_scored_model(source, pairs + run.held_out, options, mode, run.device, run.reporter)
     if options.router_aux_loss_coef:
         with attention(policy.model, policy.own_attention):
-            run.experts = experts_a_token(policy.runner, pairs[0])
+            run.experts = experts_per_token(policy.runner, pairs[0])
     policy.split_weights(mode, trains=True)
     if options.lora_rank:
         attach_adapter(policy, options, pairs, run.reporter)
