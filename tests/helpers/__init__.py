@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ from dpo_cli.models.logprobs import ModelRunner
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 torch.set_num_threads(1)  # the models are so small that more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for every process that a test starts
 
 
 ROOT = Path(__file__).parents[2]
@@ -100,8 +102,9 @@ def size(quick: int, long: int) -> int:
     return long if LONG else quick
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the sample data, with ChatML and its end-of-turn as EOS."""
+@functools.cache
+def trained_bpe() -> str:
+    """A byte-level BPE trained on the sample data, as JSON."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -113,8 +116,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train([str(SAMPLE / "train-strings.jsonl")], trainer)
+    return tokenizer.to_str()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """That BPE with ChatML and its end-of-turn as EOS."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(trained_bpe()),
         pad_token="<|endoftext|>",
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
