@@ -25,11 +25,7 @@ from tests.helpers import make_model
 
 # Processes of their own that need not load the libraries again.
 PROCESSES = multiprocessing.get_context("forkserver")
-
-
-PROCESSES.set_forkserver_preload(
-    ["dpo_cli.cli.app", "dpo_cli.training.loop", "tests.helpers", "transformers.models.llama.modeling_llama"]
-)
+PROCESSES.set_forkserver_preload(["tests.helpers.preloaded"])
 
 
 CPU = torch.device("cpu")

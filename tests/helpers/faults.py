@@ -35,13 +35,7 @@ import safetensors.torch
 import dpo_cli.models.logprobs
 import dpo_cli.reference.store
 import dpo_cli.training.loop
-from tests.helpers.caches import PROCESSES
 from tests.helpers.runs import Command, Place
-
-# What the children need, loaded once: a command begins in a few milliseconds.
-PROCESSES.set_forkserver_preload(
-    ["dpo_cli.cli.app", "dpo_cli.training.loop", "tests.helpers.faults", "transformers.models.llama.modeling_llama"]
-)
 
 # ---- watched, and killed ----------------------------------------------------------------------------------------
 
