@@ -1,13 +1,13 @@
 """What tests/training/test_ranks.py lets each rank run: commands one after the other in one set of processes.
 
-``python -m torch.distributed.run … -m tests.helpers.ranks_worker FOLDER CASE…``; a case has the arguments of its
-command in FOLDER/CASE.json. What it printed and how it ended goes to FOLDER/CASE.RANK.json.
+``run_ranks`` forks them from a process that has the libraries loaded, with the variables and the store that torchrun
+gives to those that it starts. A case has the arguments of its command in FOLDER/CASE.json. What it printed and how it
+ended goes to FOLDER/CASE.RANK.json.
 """
 
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -23,9 +24,9 @@ from dpo_cli.models.logprobs import HiddenStates
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
+from tests.helpers.caches import PROCESSES
 from tests.helpers.pictures import pictures
 
-RANK = os.environ.get("RANK", "0")
 POISONED = 7  # the pair whose loss is not a number
 
 
@@ -35,7 +36,7 @@ def memory_runs_out() -> Iterator[None]:
     real, seen = HiddenStates.backward, []
 
     def backward(self: HiddenStates, *losses: Tensor) -> None:
-        if RANK == "1" and not seen and len(self.batch.pair_tokens) > 1:
+        if os.environ["RANK"] == "1" and not seen and len(self.batch.pair_tokens) > 1:
             seen.append(self.batch)
             raise torch.OutOfMemoryError("as if")
         real(self, *losses)
@@ -64,7 +65,7 @@ def one_fails() -> Iterator[None]:
 
     def step(self: Trainer, *arguments: Any) -> Any:
         seen.append(1)
-        if RANK == "1" and len(seen) == 2:
+        if os.environ["RANK"] == "1" and len(seen) == 2:
             raise DpoError("the disk of this host is gone")
         return real(self, *arguments)
 
@@ -75,10 +76,14 @@ def one_fails() -> Iterator[None]:
 PREPARED: dict[str, Callable[[], Any]] = {"oom": memory_runs_out, "nan": a_loss_is_nan, "alone": one_fails}
 
 
-def main() -> None:
+def _rank(folder: Path, cases: list[str], environment: dict[str, str]) -> None:
+    """What one rank does, in its process."""
+    descriptor = os.open(folder / f"told-{environment['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ |= environment
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for case in sys.argv[2:]:
+    for case in cases:
         with PREPARED.get(case, nullcontext)(), pictures(drawn=False):
             out = CliRunner().invoke(app, json.loads((folder / f"{case}.json").read_text()))
         if out.exception and not isinstance(out.exception, SystemExit):
@@ -86,9 +91,22 @@ def main() -> None:
         recorded = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
         about = {"exit_code": out.exit_code, "stdout": out.stdout, "stderr": out.stderr}
         about["recorded"] = recorded.read_text() if recorded.exists() else ""
-        (folder / f"{case}.{RANK}.json").write_text(json.dumps(about))
-
-
-if __name__ == "__main__":
-    main()
+        (folder / f"{case}.{environment['RANK']}.json").write_text(json.dumps(about))
     distributed.hard_exit(0)
+
+
+def run_ranks(folder: Path, ranks: int, cases: list[str], environment: dict[str, str]) -> None:
+    """Run cases on so many ranks, to their end."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RESTART_COUNT": "0"}
+    processes = []
+    for rank in map(str, range(ranks)):
+        errors = folder / f"error-{ranks}-{rank}.json"
+        own = {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_ERROR_FILE": str(errors)}
+        process = PROCESSES.Process(target=_rank, args=(folder, cases, environment | common | own))
+        process.start()
+        processes.append(process)
+    for rank, process in enumerate(processes):
+        process.join(600)
+        assert process.exitcode == 0, (folder / f"told-{rank}.txt").read_text()

@@ -1,4 +1,7 @@
-"""Several processes, started by torchrun, are one run: the same trajectory, one cache, one voice, one end."""
+"""Several processes are one run: the same trajectory, one cache, one voice, one end.
+
+The long trainings are of processes forked with what torchrun gives to its own; how they end, torchrun itself is asked.
+"""
 
 import json
 import os
@@ -23,7 +26,7 @@ from dpo_cli.training.loop import StopSignal
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import DpoError
 from tests.helpers import LONG, ROOT, SAMPLE, cached_logps, cli_environment, make_model
-from tests.helpers.ranks_worker import POISONED
+from tests.helpers.ranks_worker import POISONED, run_ranks
 
 pytestmark = pytest.mark.timeout(1500)  # `done` takes five minutes where two of it are made at once
 
@@ -47,9 +50,7 @@ def on_ranks(folder: Path, ranks: int, cases: dict[str, Sequence[str]]) -> dict[
     """Run commands on some ranks; of each case how it ended on each rank."""
     for case, words in cases.items():
         (folder / f"{case}.json").write_text(json.dumps(words))
-    command = launch(folder, ranks, "tests.helpers.ranks_worker", str(folder), *cases)
-    out = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=600)
-    assert out.returncode == 0, out.stderr
+    run_ranks(folder, ranks, [*cases], environment(folder))
     ends = {case: [folder / f"{case}.{rank}.json" for rank in range(ranks)] for case in cases}
     found = {case: [json.loads(file.read_text()) for file in files] for case, files in ends.items()}
     failed = {case for case, ends in found.items() if any(end["exit_code"] for end in ends)}
