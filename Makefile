@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install -q --disable-pip-version-check --retries 10 --timeout 60
 
-.PHONY: setup check test test-bench test-browser torture demo bench docs
+.PHONY: setup check test pytest test-bench test-browser torture demo bench docs
 
 setup: .venv/done
 
@@ -17,8 +17,11 @@ check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	$(BIN)/codespell -L wronly -D - -D .ci/words.txt --regex "[A-Za-z]+" dpo_cli docs README.md CONTRIBUTING.md
 
-test: check
-	$(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
+test: setup
+	$(MAKE) --no-print-directory -j 2 check pytest
+
+pytest: setup
+	$(BIN)/pytest -n auto --dist worksteal
 
 test-browser: setup
 	@command -v chromium >/dev/null || { echo "chromium is missing; on Debian: apt install chromium"; exit 1; }
