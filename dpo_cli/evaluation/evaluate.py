@@ -42,6 +42,7 @@ from dpo_cli.training.prepare import (
 )
 from dpo_cli.training.run_dir import encoder_options, read_manifest, trained_hashes, trained_with
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.devices import device_kind
 from dpo_cli.utils.errors import UsageError
 
 ITSELF = "the model itself"
@@ -248,7 +249,7 @@ class _Models:
         """Load a model onto the device; it is hashed only where its fingerprint is asked for."""
         began, device = self.began, default_device()
         frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
-        memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
+        memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device_kind(device))
         pairs = self.evaluator.pairs
         model = load_scored_model(source, pairs, self.options, memory, device, self.reporter, hashed=hashed)
         model.split_weights(memory)
