@@ -1,4 +1,4 @@
-"""Load policy and tokenizer, adapters merged or attached, choose device and precision."""
+"""Load policy and tokenizer, adapters merged or attached, choose the precision."""
 
 from __future__ import annotations
 
@@ -260,12 +260,7 @@ def _disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-# ---- device and memory ------------------------------------------------------------------------------------------
-
-
-def default_device() -> torch.device:
-    """Return CUDA if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# ---- precision --------------------------------------------------------------------------------------------------
 
 
 def compute_dtype(name: str | None, kind: DeviceKind, halved: bool = False) -> torch.dtype:
@@ -278,8 +273,8 @@ def compute_dtype(name: str | None, kind: DeviceKind, halved: bool = False) -> t
     if name not in (None, "auto"):
         dtype = cast(torch.dtype, getattr(torch, name))
     if dtype not in kind.dtypes:
-        option = "--memory split, in-backward" if name in (None, "auto") else f"--dtype {name}"
-        raise UsageError(f"{option}: {kind.name} devices do not compute in {dtype_name(dtype)}; leave it out")
+        option = "--memory split" if name in (None, "auto") else f"--dtype {name}"
+        raise UsageError(f"{option}: {kind.name} does not compute in {dtype_name(dtype)}; change it, or the --device")
     return dtype
 
 

@@ -29,10 +29,11 @@ from dpo_cli.evaluation.kl import compare, record
 from dpo_cli.hub.export import merge
 from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.models.layout import choose_layout
-from dpo_cli.models.loading import compute_dtype, default_device
+from dpo_cli.models.loading import compute_dtype
 from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.training.loop import train
 from dpo_cli.training.step import Trainer
+from dpo_cli.utils import devices
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.devices import device_kind
 from tests.helpers import SAMPLE, cli_environment, make_model, make_tokenizer, token_logps
@@ -182,7 +183,7 @@ def test_choose_layout(family: str, config: dict[str, Any], expected: str) -> No
 
 
 def test_defaults_on_cuda() -> None:
-    assert default_device().type == "cuda"
+    assert devices.start().type == "cuda"
     assert compute_dtype("auto", device_kind(DEVICE)) == torch.bfloat16
 
 
