@@ -5,6 +5,7 @@ No GPU is needed: torch's queries are replaced, or the entry stands in for the C
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +21,10 @@ from typer.testing import CliRunner
 
 import dpo_cli.models.attention
 from dpo_cli.cli.app import app
+from dpo_cli.models import loading
 from dpo_cli.models.loading import compute_dtype
+from dpo_cli.models.locate import find_model
+from dpo_cli.training.memory import usable_bytes
 from dpo_cli.training.prepare import check_quantize, weights_mode
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils import devices
@@ -293,6 +298,39 @@ def test_what_the_table_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.started(device_name="mps"),
     ):
         pass
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((8, 0), torch.bfloat16), ((7, 5), torch.float32)])
+def test_what_a_quantized_base_computes_in(
+    capability: tuple[int, int], dtype: torch.dtype, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    asked: dict[str, Any] = {}
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(**arguments: Any) -> Any:
+            asked.update(arguments)
+            raise ValueError("no bitsandbytes here")
+
+    monkeypatch.setattr(loading, "declared_class", lambda config: Auto)
+    with pytest.raises(UsageError, match="no bitsandbytes here"):
+        loading.load_model(dataclasses.replace(find_model(str(tiny)), quantize="4bit"))
+    assert asked["dtype"] == asked["quantization_config"].bnb_4bit_compute_dtype == dtype
+    assert asked["device_map"] == {"": torch.device("cuda", 0)}
+
+
+def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a card what its driver reports, with what torch keeps; of Apple's no more than the host has."""
+    for gpu in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(gpu, "mem_get_info", lambda device: (900, 2000))
+        monkeypatch.setattr(gpu, "memory_reserved", lambda device: 100)
+    assert [usable_bytes(torch.device(gpu, 0)) for gpu in ("cuda", "xpu")] == [900, 900]
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 100)
+    for most, expected in ((2000, 2000), (2**60, psutil.virtual_memory().available)):
+        monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda most=most: most)
+        assert usable_bytes(torch.device("mps", 0)) == pytest.approx(0.9 * expected, rel=0.1)
 
 
 # ---- before torch is imported -----------------------------------------------------------------------------------
