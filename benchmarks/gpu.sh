@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in under 9 minutes: tests marked gpu, then the benchmark. $OUT gets report.md, errors.log
-# and the numbers of each benchmark as JSON.
+# Everything that wants a GPU, in under 9 minutes, what matters most first: tests marked gpu, step 0 of a real model, the
+# benchmark against TRL, an 8B full fine-tune, ms-swift. $OUT gets report.md, errors.log and each benchmark's numbers.
 #   benchmarks/gpu.sh                          on a machine with CUDA, torch and transformers
+#   MODEL=/path/to/model benchmarks/gpu.sh     with real weights, about 1B, in place of random ones
 #   DEVICE=cpu SIZES=tiny benchmarks/gpu.sh    the same lines where there is none
-# TRL and what else is missing may lie as wheels in benchmarks/wheels/. A part that takes too long is ended, and told.
+# TRL 1.16, ms-swift 4.6 and what else is missing may lie as wheels in benchmarks/wheels/. A part that takes too long is
+# ended, one for which no time is left is left out; both are in the report.
 set -u
 OUT=$(realpath -m "${OUT:-gpu-results}") DEVICE=${DEVICE:-cuda} SIZES=${SIZES:-full} PYTHON=${PYTHON:-python3}
+MODEL=${MODEL:+$(realpath "$MODEL")} LIMIT=${LIMIT:-530}
 cd "$(dirname "$0")/.." || exit 1
 mkdir -p "$OUT"
 temporary=$(mktemp -d)
@@ -18,42 +21,55 @@ if compgen -G 'benchmarks/wheels/*.whl' >/dev/null; then
 fi
 
 if [ "$SIZES" = tiny ]; then
-  small=tiny large=tiny limit=20 size=(--pairs 4 --batch-size 4) rounds=1 grid=(2)
+  small=tiny large=tiny answer=60 size=(--pairs 4 --batch-size 4) rounds=1 grid=(2)
 else
-  small=llama-1b large=llama-8b limit=60 size=(--pairs 32 --batch-size 16) rounds=3 grid=(4)
+  small=llama-1b large=llama-8b answer=60 size=(--pairs 32 --batch-size 16) rounds=3 grid=(4)
 fi
 # How the largest model is trained, a run each: flags of `dpo train` between semicolons.
 MODES=${MODES-"--memory split --gradient-checkpointing"}
 
 part() {  # name, seconds, command…
-  local name=$1 seconds=$2 began=$SECONDS
+  local name=$1 seconds=$2 left=$((LIMIT - SECONDS)) began=$SECONDS
   shift 2
+  [ "$seconds" -le "$left" ] || seconds=$left
   echo "== $name" | tee -a "$OUT/errors.log"
-  timeout -k 10 "$seconds" "$@" 2>>"$OUT/errors.log"
+  if [ "$seconds" -lt 5 ]; then
+    echo "== $name: left out, no time is left"
+    return
+  fi
+  timeout -k 5 "$seconds" "$@" 2>>"$OUT/errors.log"
   echo "== $name: exit code $? after $((SECONDS - began)) s of at most $seconds"
 }
 
 bench() {  # name, seconds, options…
   local name=$1 seconds=$2
   shift 2
-  part "$name" "$seconds" "$PYTHON" -m benchmarks.trl.bench --device "$DEVICE" --limit "$limit" --json "$OUT/$name.json" "$@"
+  part "$name" "$seconds" "$PYTHON" -m benchmarks.trl.bench --device "$DEVICE" --limit "$answer" --json "$OUT/$name.json" "$@"
 }
 
 all() {
   part tests 75 "$PYTHON" -m pytest -m gpu --continue-on-collection-errors -p no:cacheprovider -W ignore::pytest.PytestConfigWarning
-  part model 30 "$PYTHON" -m benchmarks.trl.shapes "$small" "$temporary/small"
-  for case in hh ultrafeedback; do
-    bench "$case" 95 --model "$temporary/small" --case "$case" --phases precompute train eval "${size[@]}" --rounds "$rounds"
-  done
-  bench grid 80 --model "$temporary/small" --case ultrafeedback --phases train "${size[@]}" --rounds 1 --grid "${grid[@]}"
-  part large 45 "$PYTHON" -m benchmarks.trl.shapes "$large" "$temporary/large"
+  local model=$MODEL
+  if [ -z "$model" ]; then
+    model=$temporary/small
+    part weights 30 "$PYTHON" -m benchmarks.trl.shapes "$small" "$model"
+  fi
+  part step-0 40 "$PYTHON" -m benchmarks.gpu.step_0 "$model"
+  bench hh 75 --model "$model" --case hh --phases precompute train "${size[@]}" --rounds "$rounds"
+  part large-weights 45 "$PYTHON" -m benchmarks.trl.shapes "$large" "$temporary/large"
   local number=0
   while IFS= read -r mode; do
     [ -n "$mode" ] || continue
     number=$((number + 1))
-    bench "memory-$number" 115 --dtype bfloat16 --model "$temporary/large" --case hh --phases command --sides ours \
-      "${size[@]}" --rounds 2 --limit 105 --ours-options="$mode"
+    bench "large-$number" 180 --dtype bfloat16 --model "$temporary/large" --case hh --phases command --sides ours \
+      "${size[@]}" --rounds 2 --limit 170 --ours-options="$mode"
   done < <(tr ';' '\n' <<<"$MODES")
+  rm -rf "$temporary/large"
+  bench ultrafeedback 70 --model "$model" --case ultrafeedback --phases train "${size[@]}" --rounds "$rounds"
+  part swift 70 "$PYTHON" -m benchmarks.gpu.swift --device "$DEVICE" --limit 60 --model "$model" --case hh "${size[@]}" --rounds 4
+  bench agent 60 --model "$model" --case agent --phases train "${size[@]}" --rounds 1
+  part flash 20 "$PYTHON" -m benchmarks.gpu.flash
+  bench grid 60 --model "$model" --case ultrafeedback --phases train "${size[@]}" --rounds 1 --grid "${grid[@]}"
   echo "== results are in $OUT, after $SECONDS s"
 }
 

@@ -36,10 +36,11 @@ from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED
-from dpo_cli.models.loading import compute_dtype, default_device, load_model, load_tokenizer
+from dpo_cli.models.loading import compute_dtype, load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.devices import device_kind, start
 
 ROOT = Path(__file__).parents[2]
 PROGRESS = Reporter(quiet=True).progress("benchmark", 1)
@@ -47,9 +48,9 @@ MAX_TOKENS = 2048
 
 
 def scorer_of(model: Any) -> ModelRunner:
-    device = default_device()
+    device = start()
     model.to(device).set_attn_implementation(PREFIX_SHARED)
-    return ModelRunner(model, "shared", compute_dtype(None, device), MAX_TOKENS, device)
+    return ModelRunner(model, "shared", compute_dtype(None, device_kind(device)), MAX_TOKENS, device)
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.adapters import new_adapter
-from dpo_cli.models.logprobs import LOGITS_BUDGET_BYTES, ModelRunner
+from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.parallel import Parallel
-from dpo_cli.training.memory import FRAGMENTED, LOGIT_BYTES, USABLE, StepBytes, count_bytes
+from dpo_cli.training.memory import LOGIT_BYTES, USABLE, StepBytes, count_bytes
+from dpo_cli.utils.devices import CPU, CUDA
 
 GPU = 80e9  # bytes
 TOKENS = 4096  # of a forward
@@ -75,7 +76,7 @@ def bytes_by_width(adapter: bool = False) -> np.ndarray:
         ids = np.arange(3, 203, dtype=np.int32)
         pairs = [Pair("long", ids, ids, ids[:100]), Pair("short", ids[:50], ids[:60], ids[:40])]
         rows.append(widths(model.config))
-        counted.append(count_bytes(scorer, pairs, 0).per_token / FRAGMENTED)
+        counted.append(count_bytes(scorer, pairs, 0).per_token / CPU.heap)
     solved, *_ = np.linalg.lstsq(np.array(rows), np.array(counted), rcond=None)
     assert np.allclose(np.array(rows) @ solved, counted, rtol=0.02), "the bytes of a token are no sum of the widths"
     return solved
@@ -103,7 +104,7 @@ def step_bytes(model: PreTrainedModel, shards: int = 1) -> StepBytes:
 
 def peak(model: PreTrainedModel, mode: str, shards: int = 1) -> int:
     """Bytes of each GPU, with activations recomputed."""
-    at_head = min(TOKENS // 2, LOGITS_BUDGET_BYTES["cuda"] // (4 * model.config.vocab_size))
+    at_head = min(TOKENS // 2, CUDA.logits_bytes // (4 * model.config.vocab_size))
     return step_bytes(model, shards).peak(mode, True, (TOKENS, at_head), (TOKENS, at_head))
 
 

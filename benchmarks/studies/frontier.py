@@ -46,13 +46,14 @@ from dpo_cli.evaluation.statistics import student
 from dpo_cli.losses.preference import Preferences, preference_loss
 from dpo_cli.models.adapters import new_adapter
 from dpo_cli.models.attention import PREFIX_SHARED
-from dpo_cli.models.loading import default_device, load_model, load_tokenizer
+from dpo_cli.models.loading import load_model, load_tokenizer
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.training.loop import StopSignal
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.devices import start
 from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.files import write_json
 
@@ -211,10 +212,10 @@ class Lab:
 
     def __init__(self, model: str | None, sizes: Sizes, folder: Path) -> None:
         source, self.sizes, self.folder = find_model(model), sizes, folder
-        self.tokenizer, loaded = load_tokenizer(source), load_model(source).to(default_device())
+        self.tokenizer, loaded = load_tokenizer(source), load_model(source).to(start())
         self.own_attention = loaded.config._attn_implementation
         loaded.set_attn_implementation(PREFIX_SHARED)
-        self.reference = ModelRunner(loaded, "shared", getattr(torch, sizes.dtype), MAX_TOKENS, default_device())
+        self.reference = ModelRunner(loaded, "shared", getattr(torch, sizes.dtype), MAX_TOKENS, start())
         rows = {name: read_rows(ROOT / "sample_data" / f"{name}.jsonl") for name in ("train", "heldout")}
         self.reward = Plainness(*([row[side][-1]["content"] for row in rows["train"]] for side in SIDES))
         self.openings = self._openings(rows["train"], sizes.prompts)

@@ -37,6 +37,7 @@ class Lengths:
     median: int
     sigma: float = 0.5
     batch_size: int | None = None  # where a case asks for one
+    system: int = 0  # tokens of the system prompt, one for all rows, before the lengths above
 
 
 CASES = {
@@ -45,6 +46,8 @@ CASES = {
     "tldr": Lengths(11.1, 416),
     "helpsteer": Lengths(6.3, 775),
     "capybara": Lengths(1.6, 1160),
+    # Steps of an agent: its instructions and tools are the same in every row.
+    "agent": Lengths(1.0, 600, system=1500),
     # Where sharing a prompt and packing bring least: one pair a step, nothing to pad, nearly nothing to share.
     "weak": Lengths(0.125, 144, sigma=0.0, batch_size=1),
 }
@@ -82,9 +85,12 @@ def synthetic_rows(case: Lengths, rows: int, tokenizer: Any, longest: int, seed:
             length -= tokens[word]
         return "".join(chosen)
 
+    shared = min(case.system, longest // 2)
+    system, lengths = text(shared), draw_lengths(case, rows, longest - shared, seed)
     return [
-        {"prompt": text(prompt).strip(), "chosen": text(chosen - 1), "rejected": text(rejected - 1)}  # 1 ends the turn
-        for prompt, chosen, rejected in draw_lengths(case, rows, longest, seed)
+        # a token ends the turn of each response
+        {"prompt": (system + text(p)).strip(), "chosen": text(c - 1), "rejected": text(r - 1)}
+        for p, c, r in lengths
     ]
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from benchmarks.trl.meter import Message
 
+# TFLOP/s of dense bfloat16 that the makers publish, by a part of the card's name; the first that fits.
+PUBLISHED = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}
+
 
 def machine(card: str) -> str:
     """Card, cores and processor, versions."""
@@ -29,6 +32,8 @@ def report(results: Sequence[Message], args: argparse.Namespace, command: str, f
     """The command and the machine, then a table of rates, one of starts, one of sweeps, and what went wrong."""
     model = args.shape or (Path(args.model).name if args.model else "the default model")
     rate = f"a matrix product runs at {found['matmul_rate'] / 1e12:.3g} TFLOP/s"
+    if published := next((value for name, value in PUBLISHED.items() if name in found["card"]), 0):
+        rate += f", so that MFU is {found['matmul_rate'] / 1e12 / published:.2f} of the share of it"
     parts = [f"`{command}`\n\n{machine(found['card'])}; {model}, {args.dtype}; {rate}."]
     if rates := [line for result in results for line in _rates(result)]:
         parts.append(RATES + "\n" + "\n".join(rates))

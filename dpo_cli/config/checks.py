@@ -42,6 +42,11 @@ at_least_16 = Check(lambda v: v >= 16, "must be at least 16 tokens")
 precision = one_of("auto", "float32", "bfloat16")._replace(
     must="must be one of: auto, float32, bfloat16 (float16 overflows in training; a model stored in it can be used)"
 )
+device = Check(
+    lambda v: bool(re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", v, re.ASCII)),
+    "must be one of: auto, cuda, cuda:NUMBER, xpu, mps, cpu",
+    ("auto", "cuda", "xpu", "mps", "cpu"),
+)
 losses = Check(
     lambda v: all(part.partition("=")[0].strip() in LOSSES for part in v.split(",")),
     f"must be one or more of {', '.join(LOSSES)}",

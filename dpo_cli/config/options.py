@@ -89,6 +89,9 @@ class Options(DataOptions):
         None, "Tokens per packed forward: the memory knob.", checks.at_least_16, shown="from free memory"
     )
     dtype: str | None = option(None, "Compute precision.", checks.precision, shown="auto")
+    device: str = option(
+        "auto", "cuda, cuda:NUMBER, xpu, mps or cpu; auto: the first of them that torch can use.", checks.device
+    )
     cache_dir: Path = option(CACHE_DIR, "Cached reference log-probs, converted GGUF models, temporary files.")
 
 

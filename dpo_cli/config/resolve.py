@@ -20,7 +20,7 @@ from dpo_cli.utils.errors import UsageError, did_you_mean, suggest_path
 RESUME_MUTABLE = frozenset(
     (
         *("logging_steps", "save_steps", "save_total_limit", "cache_dir", "show_answers", "trust_remote_code", "kl"),
-        *("export", "export_dtype", "base_model", "fsdp", "report_to"),
+        *("export", "export_dtype", "base_model", "fsdp", "device", "report_to"),
     )
 )
 # Options that a run chooses itself when they are left open: from its model, its data, the free memory.

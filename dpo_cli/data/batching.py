@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.pairs import Ids, Pair, count_loss_tokens, model_input_ids
+from dpo_cli.utils.devices import device_kind
 
 Layout = Literal["shared", "packed", "padded", "alone"]
 Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world_size]
@@ -180,11 +181,11 @@ class MicroBatch:
 def to_device(value: Value, device: torch.device) -> Value:
     """Copy a tensor, or all tensors of a batch, to a device.
 
-    On CUDA they go through pinned memory, so that the host does not wait for the copy.
+    Where that helps they go through pinned memory, so that the host does not wait for the copy.
     """
     copy: Any = value
     if isinstance(value, Tensor):
-        copy = value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+        copy = value.pin_memory().to(device, non_blocking=True) if device_kind(device).pinned else value.to(device)
     elif isinstance(value, tuple):
         copy = tuple(to_device(each, device) for each in value)
     elif isinstance(value, (Segments, MicroBatch)):

@@ -25,7 +25,7 @@ from dpo_cli.evaluation.generation import as_pairs, by_prompt, eos_ids, generate
 from dpo_cli.evaluation.metrics import Table, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import same_weights
-from dpo_cli.models.loading import default_device, dtype_name, release
+from dpo_cli.models.loading import dtype_name, release
 from dpo_cli.models.locate import ModelSource, find_model, start_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.reference.store import ReferenceCache, fill_reference
@@ -42,6 +42,7 @@ from dpo_cli.training.prepare import (
 )
 from dpo_cli.training.run_dir import encoder_options, read_manifest, trained_hashes, trained_with
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.devices import device_kind, start
 from dpo_cli.utils.errors import UsageError
 
 ITSELF = "the model itself"
@@ -246,9 +247,9 @@ class _Models:
 
     def _load(self, source: ModelSource, hashed: bool = False) -> ScoredModel:
         """Load a model onto the device; it is hashed only where its fingerprint is asked for."""
-        began, device = self.began, default_device()
+        began, device = self.began, start(self.options.device)
         frozen = began is not None and bool(began.lora_rank or (began.ref_model and source is not self.source))
-        memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device)
+        memory = weights_mode(began.memory if began else "full", frozen, self.options.dtype, device_kind(device))
         pairs = self.evaluator.pairs
         model = load_scored_model(source, pairs, self.options, memory, device, self.reporter, hashed=hashed)
         model.split_weights(memory)

@@ -54,9 +54,10 @@ def generate(
     responses: list[list[Ids]] = [[] for _ in prompts]
     config = GenerationConfig(do_sample=copies > 0, eos_token_id=eos_ids(model, tokenizer) or None, pad_token_id=0)
     config.update(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if copies else {}))
-    devices = [model.device] if model.device.type == "cuda" else []
+    on_device = [] if model.device.type == "cpu" else [model.device]
+    unchanged = torch.random.fork_rng(on_device, device_type=model.device.type)
     model.eval()
-    with torch.random.fork_rng(devices), _no_defaults(model), attention(model, own_attention), torch.no_grad():
+    with unchanged, _no_defaults(model), attention(model, own_attention), torch.no_grad():
         torch.manual_seed(seed)
         while places:
             config.max_new_tokens = room[places[0]]

@@ -34,8 +34,6 @@ from dpo_cli.utils.files import writing
 
 FOLD = 20.0  # a token whose probability changed by more than this factor is shifted
 FLOOR = -1e4  # nats: log-probs of tokens that a model rules out, so that 0 times their log is 0
-# Logits that are compared at a time; on a CPU they stay in its cache.
-PIECE_BYTES = {"cpu": 2**24, "cuda": 2**28}
 COLUMNS = ("logp", "ref_logp", "entropy", "ref_entropy", "kl", "reverse_kl")  # of each token; p policy, q reference
 
 
@@ -142,7 +140,7 @@ def compare(
                 sizes = f"{logits.shape[1]:,} and {other_logits.shape[1]:,}"
                 raise UsageError(f"the models have vocabularies of {sizes} tokens, so there is no KL: add --kl none")
             p, q = (logits, other_logits) if policy_runs else (other_logits, logits)
-            rows = max(1, PIECE_BYTES[runner.device.type] // (4 * p.shape[1]))
+            rows = max(1, runner.kind.compared_bytes // (4 * p.shape[1]))
             parts += map(divergences, p.split(rows), q.split(rows), batch.targets[tokens].split(rows))
         return torch.cat(parts)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from dpo_cli.config.options import BEST
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import Preferences
+from dpo_cli.utils.devices import device_kind
 from dpo_cli.utils.files import atomic_write, to_json, writing
 
 Table = npt.NDArray[np.float64]
@@ -43,25 +44,26 @@ def pair_metrics(
 
     ``lengths`` makes rewards per-token; ``ref_logps`` are 0 where the loss reads no reference.
 
-    Shapes: ``losses`` (P,); ``logps``, ``ref_logps``, ``lengths`` (2P,), chosen first -> (8, P), float64.
+    Shapes: ``losses`` (P,); ``logps``, ``ref_logps``, ``lengths`` (2P,), chosen first -> (8, P).
     Units: nats.
     """
-    logratios = (logps - ref_logps).double()
+    wide = device_kind(losses.device).sums
+    logratios = (logps - ref_logps).to(wide)
     tie: Tensor | float = TIE
     if lengths is not None:
         logratios, tie = logratios / lengths, TIE / lengths.view(2, -1).min(0).values
     chosen, rejected = logratios.chunk(2)
     gap = chosen - rejected  # (P,)
-    ties = (gap.abs() <= tie).double() + 0 * gap  # NaN where the gap is
-    wins = (gap > tie).double() + ties / 2
+    ties = (gap.abs() <= tie) + 0 * gap  # NaN where the gap is
+    wins = (gap > tie) + ties / 2
     rewards = beta * logratios
-    return torch.stack([losses.double(), *rewards.chunk(2), beta * gap, wins, ties, *logps.double().chunk(2)])
+    return torch.stack([losses.to(wide), *rewards.chunk(2), beta * gap, wins, ties, *logps.to(wide).chunk(2)])
 
 
 def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float, lengths: Tensor | None = None) -> Tensor:
     """Sum ``pair_metrics`` over the pairs, so that a step needs one reduce and one read-back.
 
-    Shapes: as in ``pair_metrics`` -> (9,), float64, in the order of ``SUMS``.
+    Shapes: as in ``pair_metrics`` -> (9,), in the order of ``SUMS``.
     """
     sums = pair_metrics(losses, logps, ref_logps, beta, lengths).sum(1)
     return torch.cat([sums, sums.new_tensor([len(losses)])]).detach()

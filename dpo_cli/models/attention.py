@@ -36,11 +36,13 @@ def prefix_shared_attention(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     segments: Segments | None = None,
+    flash: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each pair, the prompt shared by both responses.
 
-    ``s_aux`` are attention sinks: a logit per head that joins every softmax without a value. Dropout is off everywhere.
+    ``s_aux`` are attention sinks: a logit per head that joins every softmax without a value. ``flash``: whether the
+    device has it, see ``utils/devices.py``. Dropout is off everywhere.
 
     Shapes: ``query`` (1, A, T, D), ``key`` and ``value`` (1, G, T, D), ``s_aux`` (A,) -> (1, T, A, D).
     Source: the signature is transformers' attention interface; packing with shared prefixes after arXiv 2410.20305;
@@ -56,7 +58,7 @@ def prefix_shared_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and s_aux is None:
+    if flash and query.dtype in (torch.bfloat16, torch.float16) and s_aux is None:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     # Split, not sliced: the backward pass of a slice fills a whole row with zeros, one for every segment.
     lengths = [n for prompt, chosen, rejected in segments.spans for n in (prompt + chosen, rejected)]

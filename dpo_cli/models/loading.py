@@ -1,4 +1,4 @@
-"""Load policy and tokenizer, adapters merged or attached, choose device and precision."""
+"""Load policy and tokenizer, adapters merged or attached, choose the precision."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from dpo_cli.models.adapters import is_tied
 from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource
 from dpo_cli.models.parallel import shard_like
 from dpo_cli.models.quantized import BITS, SCALES, dequantize, packing_of
+from dpo_cli.utils.devices import DeviceKind, device_kind, empty_cache
 from dpo_cli.utils.errors import DpoError, UsageError
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images, sound
@@ -152,8 +153,10 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
             # NormalFloat with its scales quantized too (arXiv 2305.14314), or LLM.int8() (2208.07339)
             bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
             bits = {"load_in_8bit": True} if source.quantize == "8bit" else bits
-            arguments["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=torch.bfloat16)
-            arguments |= {"device_map": {"": torch.cuda.current_device()}, "dtype": torch.bfloat16}
+            device = torch.device("cuda", torch.cuda.current_device())
+            dtype = device_kind(device).dtypes[0]
+            arguments["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
+            arguments |= {"device_map": {"": device}, "dtype": dtype}
         if packing is not None:  # read so that it can be dequantized
             config.quantization_config = {**packing, "dequantize": True}
             on_cpu = {"device_map": {"": "cpu"}} if packing.get("quant_method") == BITS else {}
@@ -241,8 +244,7 @@ def release(model: nn.Module) -> None:
 def free_memory() -> None:
     """Free the memory of unreferenced models and optimizers, which are parts of cycles."""
     gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    empty_cache()
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -258,19 +260,22 @@ def _disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-# ---- device and memory ------------------------------------------------------------------------------------------
+# ---- precision --------------------------------------------------------------------------------------------------
 
 
-def default_device() -> torch.device:
-    """Return CUDA if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def compute_dtype(name: str | None, kind: DeviceKind, halved: bool = False) -> torch.dtype:
+    """Return the compute precision; ``auto``: bfloat16 for ``halved`` weights, else the first that the device has.
 
-
-def compute_dtype(name: str | None, device: torch.device, halved: bool = False) -> torch.dtype:
-    """``auto``: bfloat16 on CUDA and for ``halved`` weights, else float32."""
-    if name in (None, "auto"):
-        name = "bfloat16" if device.type == "cuda" or halved else "float32"
-    return cast(torch.dtype, getattr(torch, name))
+    Raises:
+        UsageError: the device does not compute in it.
+    """
+    dtype = torch.bfloat16 if halved else kind.dtypes[0]
+    if name not in (None, "auto"):
+        dtype = cast(torch.dtype, getattr(torch, name))
+    if dtype not in kind.dtypes:
+        option = "--memory split" if name in (None, "auto") else f"--dtype {name}"
+        raise UsageError(f"{option}: {kind.name} does not compute in {dtype_name(dtype)}; change it, or the --device")
+    return dtype
 
 
 def export_dtype(name: str, source: ModelSource) -> torch.dtype:

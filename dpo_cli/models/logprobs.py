@@ -25,11 +25,10 @@ from dpo_cli.data.batching import Layout, MicroBatch, collate, pack, row_costs
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.parallel import BODY, Parallel, parallel_of
+from dpo_cli.utils.devices import DeviceKind, device_kind, empty_cache
 from dpo_cli.utils.errors import DpoError, UsageError
 
 WINDOW = 512  # pairs of similar length that are packed together where order does not matter
-# Bytes of float32 logits computed at a time, unless a single pair needs more. A GPU wants large matrix products.
-LOGITS_BUDGET_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 Result = TypeVar("Result")
 Compute = Callable[[Sequence[int], MicroBatch], Result]  # of indices of pairs and their batch
@@ -141,6 +140,7 @@ class ModelRunner:
 
     ``max_tokens`` shrinks when the device runs out of memory. ``chunked_lm_head``: the head runs after the body, a few
     pairs at a time, on the hidden states that predict tokens that carry loss; else within the model's own forward.
+    ``kind``: what the forwards run as; that of the ``device``, unless another is given to be traced or tested.
 
     Units: ``max_tokens`` in tokens per forward.
     """
@@ -152,6 +152,10 @@ class ModelRunner:
     device: torch.device
     chunked_lm_head: bool = True
     warn: Callable[[str], None] = lambda text: None
+    kind: DeviceKind = None  # type: ignore[assignment]  # see __post_init__
+
+    def __post_init__(self) -> None:
+        self.kind = self.kind or device_kind(self.device)
 
     @property
     def parallel(self) -> Parallel:
@@ -169,7 +173,7 @@ class ModelRunner:
     def max_logit_rows(self) -> int:
         """The most response tokens at the head at once, unless a single pair has more."""
         model: Any = self.model
-        return LOGITS_BUDGET_BYTES[self.device.type] // (4 * int(model.config.get_text_config().vocab_size))
+        return self.kind.logits_bytes // (4 * int(model.config.get_text_config().vocab_size))
 
     def batch(self, pairs: Sequence[Pair], ld_alpha: float = 1.0) -> MicroBatch:
         """Build the tensors of one forward, on the device."""
@@ -185,6 +189,8 @@ class ModelRunner:
         model: Any = self.model
         names = ("input_ids", "position_ids", "attention_mask", "segments")
         inputs: dict[str, Any] = {name: value for name in names if (value := getattr(batch, name)) is not None}
+        if batch.segments:
+            inputs["flash"] = self.kind.flash
         with precision(self.device, self.dtype):
             if not self.chunked_lm_head:
                 width = batch.input_ids.shape[1]
@@ -267,8 +273,7 @@ class ModelRunner:
                 f"{pairs[0].where}: this pair alone ({tokens:,} tokens) does not fit the device's memory; "
                 "a lower --max-length helps, in training --gradient-checkpointing too"
             )
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache()
         self.max_tokens = min(self.max_tokens, tokens) // 2
         self.warn(f"out of memory at {tokens:,} tokens per forward; continuing with --max-tokens {self.max_tokens}")
 
@@ -336,7 +341,9 @@ def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
     Shapes: (N,), ``lengths`` (2P,) in the order of the batch -> (2P,), float32, all chosen first and then all rejected.
     Units: nats.
     """
-    sums = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True)  # (2P,) pair by pair
+    index = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(token_logps))
+    values = token_logps.to(device_kind(token_logps.device).sums)  # segment_reduce is for CPU and CUDA alone
+    sums = values.new_zeros(len(lengths)).index_add(0, index, values)  # (2P,) pair by pair
     return sums.float().view(-1, 2).T.reshape(-1)
 
 

@@ -35,8 +35,8 @@ def routed(router_logits: Sequence[Tensor], batch: MicroBatch, num_experts_per_t
         each = logits.float().view(len(times), -1).softmax(-1)
         best = torch.zeros_like(each).scatter_(1, each.topk(num_experts_per_tok).indices, 1.0)
         probabilities.append(times @ each)
-        chosen.append((times.double() @ best.double()).detach())
-    tokens = times.double().sum()[None] * len(router_logits)
+        chosen.append((times @ best).long())  # exact: below 2^24 in a forward
+    tokens = times.sum().long()[None] * len(router_logits)
     return torch.stack(probabilities).sum(0), torch.cat([torch.stack(chosen).sum(0), tokens])
 
 

@@ -50,14 +50,14 @@ class Parallel:
         return bool(distributed.all_reduce_max([flag])[0]) if self.sharded else flag
 
     def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Sum the gradients over the ranks and clip them; returns their norm before: (), float64."""
+        """Sum the gradients over the ranks and clip them; returns their norm before: ()."""
         if not self.sharded:  # else the backward pass has reduced them
             distributed.all_reduce_gradients([p for p in model.parameters() if p.requires_grad])
         parameters = [p for p in model.parameters() if p.grad is not None]
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
-        return full_tensor(norm.detach()).double()
+        return full_tensor(norm.detach())
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather tensors one after the other on rank 0's host, tied ones once; all ranks must call this.

@@ -27,7 +27,8 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
     Raises:
         DpoError: with ``--verify``, a cached log-prob is off by more than arithmetic explains.
     """
-    with distributed.started(lambda: "what was scored is kept, and the same command continues from there") as device:
+    kept = "what was scored is kept, and the same command continues from there"
+    with distributed.started(lambda: kept, options.device) as device:
         distributed.check_same_command(options)
         source = choose_model(options.model, options, reporter, base=options.base_model)
         check_quantize(options, source, device)

@@ -58,14 +58,15 @@ def train(
     def saved() -> str:
         return f"what was saved is whole. {_how_to_resume(folders[0])}" if folders else "nothing was trained yet"
 
-    with distributed.started(saved) as device, ExitStack() as holding:
+    with distributed.started(saved, options.device) as device, ExitStack() as holding:
         distributed.check_same_command(options, str(resume), str(dry_run))
         if resume and not dry_run:
             distributed.on_rank_0(lambda: holding.enter_context(file_lock(resume / LOCK)))
         if resume:
             trained_with(resume)  # which refuses options that were changed
         distributed.on_rank_0(lambda: check_installed(options))
-        if distributed.world_size() == 1 and (count := torch.cuda.device_count()) > 1:
+        several = device.type != "cpu" and options.device == "auto" and distributed.world_size() == 1
+        if several and (count := torch.accelerator.device_count()) > 1:
             launch = shlex.join(["torchrun", "--nproc-per-node", str(count), "-m", "dpo_cli", *command[1:]])
             reporter.info("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
         set_seed(options.seed)

@@ -27,14 +27,7 @@ from dpo_cli.training.optimizer import BYTES, SPLIT
 from dpo_cli.utils import distributed
 
 USABLE = 0.9  # of the available memory; the rest is a margin for other processes
-FRAGMENTED = 1.15  # C library heap bytes per byte of activations; docs/performance.md
 LOGIT_BYTES = 12  # per logit, in float32: log-softmax, gradients of its output and input
-# Fastest first: memory mode, and whether the backward pass recomputes activations. docs/performance.md
-LADDER = {
-    "cpu": [("full", False), ("full", True)],
-    "cuda": [("full", False), ("split", False), ("full", True), ("split", True)],
-}
-MOST_TOKENS = {"cpu": 2048, "cuda": 32768}  # in a forward: more bring no speed
 FEWEST_TOKENS = 512
 PROBED = 400  # tokens of each part of a pair in the measured forwards
 
@@ -88,7 +81,7 @@ def count_bytes(runner: ModelRunner, pairs: Sequence[Pair], process: int) -> Ste
     long, short = cut[0], cut[-1]
     tokens, more = row_costs([long, short], runner.layout)
     one, two = _kept(runner, [long]), _kept(runner, [long, short])
-    slack = FRAGMENTED if runner.device.type == "cpu" else 1.0
+    slack = runner.kind.heap
     per_token = max(slack * (two - one) / more, 1.0)  # the body keeps nothing where only the head is trained
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     layers: int = config.num_hidden_layers
@@ -127,9 +120,12 @@ def _kept(runner: ModelRunner, pairs: Sequence[Pair]) -> int:
 
 def usable_bytes(device: torch.device) -> float:
     """Return the bytes that a run may use, including those this process already holds."""
-    if device.type == "cuda":
-        return USABLE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    if device.type in ("cuda", "xpu"):
+        allocator = torch.get_device_module(device)
+        return USABLE * float(allocator.mem_get_info(device)[0] + allocator.memory_reserved(device))
     free = psutil.virtual_memory().available
+    if device.type == "mps":  # the host's memory too
+        return USABLE * float(min(torch.mps.recommended_max_memory(), free + torch.mps.driver_allocated_memory()))
     with suppress(OSError, ValueError, KeyError):  # the limit of a container
         limit, taken = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
@@ -183,13 +179,12 @@ def choose_memory(
     ways = [(memory, recompute)]
     if memory == "auto":
         can_split = runner.dtype == torch.bfloat16 and not is_adapted(runner.model)
-        ladder = LADDER[runner.device.type]
-        ways = [way for way in ladder if (way[1] or not recompute) and (can_split or way[0] not in SPLIT)]
+        ways = [way for way in runner.kind.ladder if (way[1] or not recompute) and (can_split or way[0] not in SPLIT)]
         ways = [way for way in ways if way[0] == "full" or not runner.parallel.sharded]
     for way in ways:
         if counted.peak(*way, (enough, head), (enough, head)) <= room:
             break
-    most = min(max(counted.max_tokens(*way, room, head), FEWEST_TOKENS), MOST_TOKENS[runner.device.type])
+    most = min(max(counted.max_tokens(*way, room, head), FEWEST_TOKENS), runner.kind.most_tokens)
     return MemoryChoice(*way, max_tokens or most, counted)
 
 

@@ -22,6 +22,7 @@ from torch.optim.optimizer import StateDict
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.models.split_weights import join, split
+from dpo_cli.utils.devices import device_kind
 
 # Per parameter: its weight, its gradient, its moments. "in-backward": no gradient outlives its update.
 BYTES = {"full": (4, 4, 8), "split": (4, 2, 2), "in-backward": (4, 0, 2)}
@@ -132,7 +133,7 @@ class SmallAdamW(Optimizer):
             p.data = p.detach().contiguous()  # it is viewed in blocks
             if p in low:
                 self.state[p]["low"] = low.pop(p).view(_blocks(p))
-        self._squares = torch.zeros((), dtype=torch.float64, device=p.device)
+        self._squares = torch.zeros((), dtype=device_kind(p.device).sums, device=p.device)
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
         return ((group, p) for group in self.param_groups for p in group["params"])
@@ -183,7 +184,7 @@ class SmallAdamW(Optimizer):
     def _step_param(self, group: dict[str, Any], p: Tensor) -> None:
         """Update a parameter, unless its gradient or an earlier one was not finite; their sum keeps that."""
         assert p.grad is not None
-        self._squares += torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square()
+        self._squares += torch.linalg.vector_norm(p.grad, dtype=torch.float32).to(self._squares).square()
         self._update(group, p, found_inf=self._squares.isfinite().logical_not().float())
         p.grad = None
 
@@ -211,7 +212,7 @@ def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any],
     adamw([weight], [gradient], [exp_avg], [exp_avg_sq], [], [counted], fused=True, **settings)
     new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if "scale" in part:
-        new = encode(exp_avg, exp_avg_sq, dither=(step + 1).double() * GOLDEN % 1)
+        new = encode(exp_avg, exp_avg_sq, dither=(step + 1).to(device_kind(step.device).sums) * GOLDEN % 1)
     if "low" in part:
         new["weight"], new["low"] = split(weight)
     for name, tensor in new.items():

@@ -38,11 +38,11 @@ from dpo_cli.models.quantized import admit
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.checkpoint import verified_step
-from dpo_cli.training.memory import MOST_TOKENS
 from dpo_cli.training.optimizer import SPLIT
 from dpo_cli.training.run_dir import encoder_options
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.devices import DeviceKind, device_kind
 from dpo_cli.utils.errors import UsageError
 
 
@@ -231,14 +231,15 @@ def load_scored_model(
 
     model, weights = distributed.one_rank_at_a_time(load) if fsdp else load()
     own_attention = model.config._attn_implementation
-    dtype = compute_dtype(options.dtype, device, memory in SPLIT)
+    kind = device_kind(device)
+    dtype = compute_dtype(options.dtype, kind, memory in SPLIT)
     if memory in SPLIT and dtype != torch.bfloat16:
         raise UsageError(f"--dtype {options.dtype}: weights that --memory {memory} splits compute in bfloat16")
     limit = _check_pairs(model, pairs)
     _report_unread(model, reporter)
     if not is_quantized(model):  # else it is on the device already
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
-    max_tokens = options.max_tokens or MOST_TOKENS[device.type]
+    max_tokens = options.max_tokens or kind.most_tokens
     tried = pairs + _sampled(pairs, options, limit)
     runner, description = choose_layout(model, tried, max_tokens, device, dtype)
     reporter.info("layout", description)
@@ -296,20 +297,20 @@ def _report_unread(model: PreTrainedModel, reporter: Reporter) -> None:
         reporter.info("", f"{what}; {kept}")
 
 
-def weights_mode(memory: str, frozen: bool, dtype: str | None, device: torch.device) -> str:
-    """Return the ``--memory`` whose weights a model scores with; a ``frozen`` one is bfloat16 where that computes.
+def weights_mode(memory: str, frozen: bool, dtype: str | None, kind: DeviceKind) -> str:
+    """Return the ``--memory`` whose weights a model scores with; a ``frozen`` one is bfloat16 where it computes so.
 
     So the reference of an adapter is that of full trainings in the modes that split.
     """
     if not frozen or memory in SPLIT:
         return memory
-    return "split" if device.type == "cuda" and dtype != "float32" else "full"
+    return "split" if kind.dtypes[0] == torch.bfloat16 and dtype != "float32" else "full"
 
 
 def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSource, device: torch.device) -> None:
     """Refuse to quantize but on CUDA with bitsandbytes, and a model that is packed already."""
     problem = None
-    if device.type != "cuda":
+    if not device_kind(device).bitsandbytes:
         problem = "bitsandbytes packs weights on CUDA devices, and there is none; leave it out"
     elif importlib.util.find_spec("bitsandbytes") is None:
         problem = "needs the package bitsandbytes; pip install bitsandbytes"

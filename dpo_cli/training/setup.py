@@ -41,6 +41,7 @@ from dpo_cli.training.prepare import (
 from dpo_cli.training.run_dir import choose_folder, encoder_options, read_manifest, trained_hashes
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.devices import describe, device_kind
 from dpo_cli.utils.errors import UsageError
 
 # The sum of the steps' learning rates is about the most that AdamW moves a weight. Each 1e-6 of it moved the margin of
@@ -153,7 +154,7 @@ def _read_data(options: TrainOptions, tokenizer: Any, reporter: Reporter) -> tup
 def _load_policy(run: Run, source: ModelSource) -> None:
     """Load the start policy, with its adapter and the weights of its memory mode."""
     options, pairs = run.options, run.pairs
-    mode = weights_mode(options.memory, bool(options.lora_rank), options.dtype, run.device)
+    mode = weights_mode(options.memory, bool(options.lora_rank), options.dtype, device_kind(run.device))
     policy = load_scored_model(source, pairs + run.held_out, options, mode, run.device, run.reporter)
     if options.router_aux_loss_coef:
         with attention(policy.model, policy.own_attention):
@@ -217,7 +218,7 @@ def _check_plan(run: Run) -> None:
 def _load_reference(run: Run) -> None:
     """Load the model that ``--ref-model`` names, and open its cache."""
     options, reporter = run.options, run.reporter
-    mode = weights_mode(options.memory, True, options.dtype, run.device)
+    mode = weights_mode(options.memory, True, options.dtype, device_kind(run.device))
     try:
         source = choose_model(options.ref_model, options, reporter, "reference")
         mine, theirs = run.tokenizer.get_vocab(), load_tokenizer(source).get_vocab()
@@ -276,7 +277,6 @@ def _report_plan(run: Run) -> None:
     trained = run.memory_choice.step_bytes.parameters
     if not options.objective.reference:
         reporter.info("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
-    threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
     if (several := distributed.world_size()) > 1:
         share = "a share of the model" if options.fsdp else "the whole model"
         local = distributed.local_world_size()
@@ -285,7 +285,7 @@ def _report_plan(run: Run) -> None:
     if options.lora_rank:
         base = options.quantize or ("bfloat16" if run.policy.model.dtype == torch.bfloat16 else "float32")
         kept = f"frozen base {base}, adapter and its moments float32"
-    reporter.info("device", f"{runner.device.type}{threads}; compute {options.dtype}; {kept}")
+    reporter.info("device", f"{describe(runner.device, options.device)}; compute {options.dtype}; {kept}")
     parameters = run.policy.model.num_parameters()
     share = f"{trained:,} of them trained ({trained / parameters:.2%})" if trained < parameters else "all trained"
     reporter.info("parameters", f"{parameters:,}, {share}")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dpo_cli.utils import devices
 from dpo_cli.utils.errors import DpoError, UsageError
 
 TIMEOUT = datetime.timedelta(days=30)  # a rank may wait as long as another one scores; one that ends is noticed at once
@@ -49,23 +50,22 @@ def local_world_size() -> int:
 
 
 @contextmanager
-def started(resume_hint: Callable[[], str] = lambda: "") -> Iterator[torch.device]:
+def started(resume_hint: Callable[[], str] = lambda: "", device_name: str = "auto") -> Iterator[torch.device]:
     """Join the processes that a launcher started, or run alone, while the block runs; yields this process's device.
 
     Raises:
-        UsageError: the launcher asks for another engine.
+        UsageError: the launcher asks for another engine, or the device is not there.
         DpoError: another rank ended.
     """
     for engine in ("USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_FSDP", "USE_PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_{engine}", "").lower() == "true":
             raise UsageError(f"the launcher sets ACCELERATE_{engine}, which is not used here; start with torchrun")
-    device = HOST
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    device = devices.start(device_name)
     launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
     if launched and not dist.is_initialized():
-        dist.init_process_group("gloo" if device == HOST else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+        if not (backend := devices.device_kind(device).backend):
+            raise UsageError(f"--device {device_name}: a run on {device.type} has one process")
+        dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield device
         barrier()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -18,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.utils.errors import NotWrittenError, UsageError
+
+try:
+    import fcntl
+except ModuleNotFoundError as error:
+    raise UsageError("Windows cannot lock files as runs need it; use WSL, the Windows Subsystem for Linux") from error
 
 DAY = 86_400  # seconds: no process writes one file or folder for as long
 

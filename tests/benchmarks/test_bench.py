@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.gpu import swift
 from benchmarks.trl import bench
 from benchmarks.trl.bench import main, take_turns
 from benchmarks.trl.cases import CASES, Lengths, draw_lengths, synthetic_rows
 from benchmarks.trl.meter import KILLED, Worker, WorkerDiedError
 from benchmarks.trl.shapes import Arithmetic
+from dpo_cli.data.rows import read_rows
+from dpo_cli.data.sources import find_sources
 from dpo_cli.utils.errors import UsageError
-from tests.helpers import random_pairs, write_rows
+from tests.helpers import ROOT, random_pairs, write_rows
 
 SMALL = ("--shape", "tiny", "--device", "cpu", "--case", "hh", "--rounds", "1", "--pairs", "2", "--batch-size", "2")
 # A worker that reads its job, says that it is ready, and dies of its first phase.
@@ -58,6 +63,16 @@ def test_text_has_the_drawn_lengths(tokenizer: Any) -> None:
     for row, drawn in zip(rows, draw_lengths(Lengths(2.0, 240), 40, 4096), strict=True):
         counted = [len(tokenizer(row[name]).input_ids) for name in ("prompt", "chosen", "rejected")]
         assert counted == pytest.approx([drawn[0], drawn[1] - 1, drawn[2] - 1], abs=3)
+
+
+def test_rows_of_an_agent_begin_with_one_system_prompt(tokenizer: Any) -> None:
+    case = Lengths(1.0, 100, system=80)
+    rows = [tokenizer(row["prompt"]).input_ids for row in synthetic_rows(case, 12, tokenizer, longest=4096)]
+    assert all(ids[:75] == rows[0][:75] for ids in rows) and len({tuple(ids) for ids in rows}) == 12
+    plain = synthetic_rows(Lengths(1.0, 100), 12, tokenizer, longest=4096)
+    assert np.mean([len(ids) for ids in rows]) == pytest.approx(
+        80 + np.mean([len(tokenizer(row["prompt"]).input_ids) for row in plain]), rel=0.1
+    )
 
 
 def test_arithmetic_by_hand(tiny: Path) -> None:
@@ -171,6 +186,33 @@ def test_commands_with_passed_options_on_rows_of_a_file(tmp_path: Path) -> None:
     assert len(results(out)["command"]["ours"]["blocks"]) == 3
     assert main([*data, "--ours-options=--no-such-option", "--json", str(out)]) == 1
     assert "unknown option --no-such-option" in results(out)["result"]["dead"][0]
+
+
+def test_the_pairs_of_the_rival_are_those_of_the_case(tmp_path: Path) -> None:
+    """Its file, read as its format, has the same prompts and responses in the order of the steps."""
+    records = [{"prompt": f"say {n}", "chosen": f" {n} it is", "rejected": " no"} for n in range(6)]
+    job = {"train": str(write_rows(tmp_path / "rows.jsonl", records)), "order": [[4, 1], [0, 5]]}
+    rows = [*read_rows(find_sources([str(swift.write_rows(job, tmp_path))]), None, "swift")]
+    found = [[part[0]["content"].strip() for part in (row.prompt, row.chosen, row.rejected)] for row in rows]
+    assert found == [[text.strip() for text in records[place].values()] for place in (4, 1, 0, 5)]
+
+
+def test_a_rival_that_is_not_there_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(swift.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["swift", "--model", "none", "--case", "hh"])
+    assert swift.main() == 0
+    assert "ms-swift is not installed: its padding-free DPO is left out" in capsys.readouterr().out
+
+
+@pytest.mark.bench
+def test_the_hour_with_a_gpu_runs_without_one(tmp_path: Path) -> None:
+    """Every part ends well, or is left out in a line, within nine minutes."""
+    own = {"DEVICE": "cpu", "SIZES": "tiny", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=os.environ | own, check=True, timeout=560)
+    ended = re.findall(r"^== (\S+): exit code (\d+)", (tmp_path / "report.md").read_text(), re.MULTILINE)
+    assert len(ended) == 11 and {code for _, code in ended} == {"0"}
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:

@@ -271,6 +271,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "modules_to_save": (["norm", "model.norm,lm_head"], ["", ",norm"]),
     "export": (["adapter", "merged"], ["both", ""]),
     "export_dtype": (["float32", "bfloat16", "auto"], ["float16", "bf16", ""]),
+    "device": (["auto", "cuda", "cuda:1", "xpu:0", "mps", "cpu"], ["gpu", "cuda:", "cuda:-1", "mps:0", "CPU", ""]),
     "report_to": (["none", "wandb", "tensorboard,mlflow"], ["tensorbord", "mlflow,W&B", "none,mlflow", ""]),
     "kl": (["exact", "none"], ["Exact", "", "sampled"]),
     "save_best": (["loss", "rewards/margins", "rewards/accuracies"], ["accuracy", "", "rewards/chosen"]),
@@ -440,6 +441,7 @@ OTHER: dict[str, Any] = {
     "load_in_8bit": True,
     "export": "merged",
     "export_dtype": "bfloat16",
+    "device": "cpu",
     "report_to": "tensorboard",
 }
 
@@ -498,7 +500,7 @@ def test_the_options_that_may_change_are_those_that_train_nothing_else() -> None
         "kl",
         "export",
     }
-    names |= {"export_dtype", "base_model", "fsdp", "report_to"}
+    names |= {"export_dtype", "base_model", "fsdp", "device", "report_to"}
     assert names == RESUME_MUTABLE
 
 

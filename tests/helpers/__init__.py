@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.logprobs import ModelRunner
+from dpo_cli.utils.devices import CPU, KINDS, DeviceKind
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 torch.set_num_threads(1)  # the models are so small that more threads only wait for each other
@@ -49,6 +51,11 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, kind: DeviceKind = CPU, **changes: Any) -> None:
+    """Put the table's entry of another kind of device, or a changed one, in the place of the CPU's."""
+    monkeypatch.setitem(KINDS, "cpu", replace(kind, **changes))
 
 
 def token_logps(

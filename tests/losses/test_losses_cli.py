@@ -22,7 +22,7 @@ from dpo_cli.config.resolve import resolve
 from dpo_cli.data.batching import build_schedule
 from dpo_cli.losses.preference import LOSSES, Preferences
 from dpo_cli.models.logprobs import ModelRunner, likelihoods, response_logps, target_logps
-from tests.helpers import SAMPLE, make_model, random_pairs, write_rows
+from tests.helpers import SAMPLE, make_model, random_pairs, stand_in, write_rows
 from tests.helpers.layouts import CPU
 from tests.helpers.steps import make_trainer, relative, take_step
 
@@ -255,7 +255,7 @@ def step(model: PreTrainedModel, max_tokens: int, apart: bool, **options: Any) -
 def test_a_steps_gradient_is_that_of_the_whole_however_it_is_cut(
     model: PreTrainedModel, options: dict[str, Any], apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4 * 384 * 60})  # a few pairs at a time
+    stand_in(monkeypatch, logits_bytes=4 * 384 * 60)  # a few pairs at a time
     cut, cut_values = step(model, 200, apart, **options)
     whole, values = step(model, 4096, apart, **options)
     assert cut_values == pytest.approx(values, rel=1e-5)

@@ -37,7 +37,7 @@ from dpo_cli.reference.store import pair_keys
 from dpo_cli.training.memory import count_bytes, count_head_tokens
 from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.utils.errors import DpoError
-from tests.helpers import SAMPLE, make_model, random_pairs, token_logps, write_rows
+from tests.helpers import SAMPLE, make_model, random_pairs, stand_in, token_logps, write_rows
 from tests.helpers.caches import dpo, fill, open_cache, plant, shards
 from tests.helpers.layouts import LAYOUTS, own
 from tests.helpers.steps import KeepGradients, make_trainer, relative, take_step
@@ -216,7 +216,7 @@ def trainer_of(runner: ModelRunner, reference: Tensor) -> tuple[Trainer, KeepGra
 def test_the_gradient_is_the_formulas_however_a_step_is_cut(
     model: PreTrainedModel, exact: Exact, layout: Layout, max_tokens: int, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4 * 384 * 40})  # a few pairs at a time
+    stand_in(monkeypatch, logits_bytes=4 * 384 * 40)  # a few pairs at a time
     scorer = ModelRunner(model, layout, torch.float32, max_tokens, CPU, apart)
     trainer, optimizer = trainer_of(scorer, exact.reference)
     cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world_size": 1, "seed": 0}

@@ -23,7 +23,7 @@ from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_att
 from dpo_cli.models.layout import choose_layout
 from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.utils.errors import DpoError, UsageError
-from tests.helpers import sigmoid_loss, token_logps
+from tests.helpers import sigmoid_loss, stand_in, token_logps
 from tests.helpers.families import FAMILIES, SPECIAL, WINDOW, dense_attention, make, small
 
 ONE_DOCUMENT = {"opt", "gpt_oss"}  # their own attention takes a packed row for one
@@ -93,9 +93,7 @@ def difference(model: PreTrainedModel, pairs: list[Pair], name: str | None, want
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_single_sequences(family: str, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients, the head run over one or two pairs at a time."""
-    monkeypatch.setattr(
-        dpo_cli.models.logprobs, "LOGITS_BUDGET_BYTES", {"cpu": 4 * 64 * sum(LENGTHS[0][1:] + LENGTHS[1][1:])}
-    )
+    stand_in(monkeypatch, logits_bytes=4 * 64 * sum(LENGTHS[0][1:] + LENGTHS[1][1:]))
     model = make(family)
     wanted = score(model, pairs, None)
     assert difference(model, pairs, None, wanted[0]) > 0.1  # nats: stock attention is wrong here, and it shows

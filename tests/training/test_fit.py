@@ -20,7 +20,8 @@ from dpo_cli.data.batching import row_costs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.training.memory import MemoryChoice, StepBytes, choose_memory, count_bytes, count_head_tokens
-from tests.helpers import SAMPLE, cli_environment, make_model, make_tokenizer, random_pairs
+from dpo_cli.utils.devices import KINDS
+from tests.helpers import SAMPLE, cli_environment, make_model, make_tokenizer, random_pairs, stand_in
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -76,7 +77,7 @@ def test_what_a_forward_keeps_is_counted(model: PreTrainedModel) -> None:
             scorer.body(batch)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
-    expected = sum(n for place, n in storages.items() if place not in own) * dpo_cli.training.memory.FRAGMENTED
+    expected = sum(n for place, n in storages.items() if place not in own) * KINDS["cpu"].heap
     assert counted.fixed + counted.per_token * sum(row_costs(PAIRS, "shared")) == pytest.approx(expected, rel=0.15)
     assert counted.parameters == model.num_parameters()
     assert counted.per_token_recomputed < counted.per_token
@@ -123,7 +124,7 @@ def test_recomputation_before_8_bits(model: PreTrainedModel, monkeypatch: pytest
             monkeypatch.setattr(dpo_cli.training.memory, "usable_bytes", lambda device, room=room: room)
             found = choose_memory(scorer_of(model), PAIRS, 0, "auto", False, None)
             ways.append((found.memory, found.recompute))
-    assert list(dict.fromkeys(ways)) == dpo_cli.training.memory.LADDER["cpu"]
+    assert list(dict.fromkeys(ways)) == [*KINDS["cpu"].ladder]
 
 
 def test_a_long_pair_decides(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +142,9 @@ def test_a_long_pair_decides(model: PreTrainedModel, monkeypatch: pytest.MonkeyP
 def test_at_head_is_what_meets_it_at_once(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = [len(pair.chosen) + len(pair.rejected) for pair in PAIRS]
     assert count_head_tokens(scorer_of(model), PAIRS) == sum(tokens)
-    monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4 * 384 * (max(tokens) + 5)})
+    stand_in(monkeypatch, logits_bytes=4 * 384 * (max(tokens) + 5))
     assert count_head_tokens(scorer_of(model), PAIRS) == max(tokens) + 5
-    monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4})
+    stand_in(monkeypatch, logits_bytes=4)
     assert count_head_tokens(scorer_of(model), PAIRS) == max(tokens)
     assert count_head_tokens(scorer_of(model, chunked_lm_head=False), PAIRS) == 0
 

@@ -29,11 +29,13 @@ from dpo_cli.evaluation.kl import compare, record
 from dpo_cli.hub.export import merge
 from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.models.layout import choose_layout
-from dpo_cli.models.loading import compute_dtype, default_device
+from dpo_cli.models.loading import compute_dtype
 from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.training.loop import train
 from dpo_cli.training.step import Trainer
+from dpo_cli.utils import devices
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.devices import device_kind
 from tests.helpers import SAMPLE, cli_environment, make_model, make_tokenizer, token_logps
 from tests.helpers.families import dense_attention
 
@@ -73,7 +75,9 @@ def run(inputs: tuple[Tensor, Tensor, Tensor, Segments], window: int | None, dty
     *made, segments = inputs
     query, key, value = (x.detach().to(dtype).requires_grad_() for x in made)
     module = torch.nn.Module()
-    out, _ = prefix_shared_attention(module, query, key, value, None, sliding_window=window, segments=segments)
+    out, _ = prefix_shared_attention(
+        module, query, key, value, None, sliding_window=window, segments=segments, flash=True
+    )
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     (out.float() * weights).sum().backward()
     return [x.float() for x in (out.detach(), query.grad, key.grad, value.grad) if x is not None]
@@ -179,8 +183,8 @@ def test_choose_layout(family: str, config: dict[str, Any], expected: str) -> No
 
 
 def test_defaults_on_cuda() -> None:
-    assert default_device().type == "cuda"
-    assert compute_dtype("auto", DEVICE) == torch.bfloat16
+    assert devices.start().type == "cuda"
+    assert compute_dtype("auto", device_kind(DEVICE)) == torch.bfloat16
 
 
 def test_one_train_step(tiny: Path, tmp_path: Path, flash_calls: list[torch.dtype]) -> None:

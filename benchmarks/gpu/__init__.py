@@ -1,0 +1,1 @@
+"""What benchmarks/gpu.sh measures beside the benchmark against TRL."""
