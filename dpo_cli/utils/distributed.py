@@ -63,6 +63,8 @@ def started(resume_hint: Callable[[], str] = lambda: "") -> Iterator[torch.devic
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        # Partial sums stay float32, and are not split: else a row's numbers depend more on how many rows there are.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
     launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
     if launched and not dist.is_initialized():
         dist.init_process_group("gloo" if device == HOST else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
