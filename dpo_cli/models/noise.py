@@ -54,8 +54,8 @@ def rms(differences: Tensor) -> float:
 @torch.no_grad()
 def draw_probes(runner: ModelRunner, pairs: Sequence[Pair]) -> tuple[MicroBatch, Tensor]:
     """Score pairs drawn at random in float32: their batch and token log-probs (N,); float32 weights are needed."""
-    drawn, room, fitting = random.Random(0).sample([*pairs], min(len(pairs), SAMPLE)), SAMPLE, list[Pair]()
-    costs = runner.costs(drawn)
+    drawn = random.Random(0).sample(pairs, min(len(pairs), SAMPLE))
+    costs, room, fitting = runner.costs(drawn), min(SAMPLE, runner.max_tokens), list[Pair]()
     for pair, cost in zip(drawn, costs, strict=True):
         if cost <= room:
             fitting.append(pair)

@@ -24,9 +24,10 @@ from dpo_cli.data.pairs import Pairs
 from dpo_cli.models.attention import PREFIX_SHARED, prefix_shared_attention
 from dpo_cli.models.fingerprint import fingerprint
 from dpo_cli.models.layout import choose_layout
+from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import Float32Product, Head, ModelRunner, response_logps
 from dpo_cli.models.noise import draw_probes, excess, measure_noise
-from dpo_cli.models.split_weights import split_master_weights
+from dpo_cli.training.prepare import ScoredModel
 from dpo_cli.utils import distributed
 from tests.helpers import SAMPLE, make_model, random_pairs
 from tests.helpers.caches import plant
@@ -73,8 +74,7 @@ def test_other_kernels_pass_and_another_head_does_not(mode: str) -> None:
     measure_noise(runner)
     if mode == "split":
         before = runner.noise
-        split_master_weights(model)
-        measure_noise(runner)
+        ScoredModel(ModelSource("", "", ""), runner, "sdpa", "").split_weights("split", trains=True)
         assert runner.noise > before  # whose residual stream was float32
     tokens = torch.from_numpy(pairs.loss_lengths).T.reshape(-1)
     scores = [score(runner, pairs, parts) for parts in (1, 2, 3, 4)]
