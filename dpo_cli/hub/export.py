@@ -17,16 +17,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo_cli.data.batching import padded
+from dpo_cli.data.batching import MicroBatch, padded
 from dpo_cli.data.pairs import Pair, count_loss_tokens
 from dpo_cli.hub.model_card import merged_card
 from dpo_cli.models.adapter_files import WEIGHTS, adapter_weights, read_config, save_adapter
 from dpo_cli.models.adapters import is_adapted, is_quantized, is_tied
 from dpo_cli.models.loading import dtype_name, export_dtype, load_exported, load_model, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource, find_model
-from dpo_cli.models.logprobs import ModelRunner, logp_tolerance, response_logps
+from dpo_cli.models.logprobs import ModelRunner, response_logps
+from dpo_cli.models.noise import excess, rms
 from dpo_cli.models.parallel import parallel_of, reshard
 from dpo_cli.models.quantized import admit
+from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.training.checkpoint import verified_step
 from dpo_cli.training.memory import process_bytes, usable_bytes
 from dpo_cli.training.run_dir import trained_with
@@ -84,21 +86,20 @@ def export_model(
             _rewrite(temporary / "tokenizer_config.json", _older_tokenizer)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             try:
-                found = _read_back(temporary, model, source, pair)
+                logps, precision = expected
+                exact = dtype == precision == torch.float32 and logps.device == CPU
+                found = _read_back(temporary, model, source, pair, exact)
             except NotReadBackError as error:
                 raise NotReadBackError(f"{folder}: {error}".replace(str(temporary), str(folder))) from error
             except Exception as error:  # of any type, such as of code that runs on CUDA only
                 reason = str(error).replace(str(temporary), str(folder)).splitlines()[0]
                 warn(f"{folder} was not read back: {reason}")
                 return
-            logps, precision = expected
-            exact = dtype == precision == torch.float32 and logps.device == CPU
-            allowed = logp_tolerance(torch.float32 if exact else torch.bfloat16)
-            allowed *= max(count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)) ** 0.5
-            if found is not None and not (off := float((found - logps.to(CPU)).abs().max())) <= allowed:
+            tokens = torch.tensor([count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)])
+            if found is not None and excess(off := found[0] - logps.to(CPU), tokens, found[1]) > 1:
                 raise NotReadBackError(
-                    f"{folder}: loaded again, the model gives other log-probs than in memory, by {off:.3g} nats on "
-                    f"{pair.where}"
+                    f"{folder}: loaded again, the model gives other log-probs than in memory, by "
+                    f"{float(off.abs().max()):.3g} nats on {pair.where}"
                 )
 
     parallel.on_rank_0(write)
@@ -107,8 +108,12 @@ def export_model(
 @torch.no_grad()
 def pair_logps(runner: ModelRunner, pair: Pair) -> Tensor:
     """Log-probs of the two responses of a pair in a padded batch: (2,) nats."""
-    batch = padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]).to(runner.device)
+    batch = _padded_pair(pair).to(runner.device)
     return response_logps(runner.token_logps(batch), batch.lengths)
+
+
+def _padded_pair(pair: Pair) -> MicroBatch:
+    return padded([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
 
 
 def _save_weights(
@@ -144,8 +149,13 @@ def _save_weights(
         warn("transformers 4 has no names for the rotary embeddings of this model: load the export with version 5")
 
 
-def _read_back(written: Path, model: PreTrainedModel, source: ModelSource, pair: Pair) -> Tensor | None:
-    """``response_logps`` (2,) of what was written, loaded again on the CPU; None over a packed base.
+@torch.no_grad()
+def _read_back(
+    written: Path, model: PreTrainedModel, source: ModelSource, pair: Pair, exact: bool
+) -> tuple[Tensor, float] | None:
+    """``response_logps`` (2,) of what was written, loaded again on the CPU, and their noise; None over a packed base.
+
+    The noise is that of bfloat16, in weights and computation, unless what is compared is ``exact``.
 
     Over a packed base, which is not loaded twice, the adapter's tensors are compared with those in memory.
 
@@ -171,7 +181,12 @@ def _read_back(written: Path, model: PreTrainedModel, source: ModelSource, pair:
     except (UsageError, ValueError) as error:
         raise NotReadBackError(f"what was written cannot be loaded again: {error}") from error
     try:
-        return pair_logps(ModelRunner(again, "padded", torch.float32, 0, CPU, chunked_lm_head=False), pair)
+        runner, batch = ModelRunner(again, "padded", torch.float32, 0, CPU, chunked_lm_head=False), _padded_pair(pair)
+        token_logps, noise = runner.token_logps(batch), 0.0
+        if not exact:
+            split_master_weights(again)
+            noise = rms(replace(runner, dtype=torch.bfloat16).token_logps(batch) - token_logps)
+        return response_logps(token_logps, batch.lengths), noise
     finally:
         release(again)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from dpo_cli.data.batching import Layout, MicroBatch, padded, probe_pairs, row_costs
 from dpo_cli.data.pairs import Pair, Pairs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
-from dpo_cli.models.logprobs import ModelRunner, forward_errors
+from dpo_cli.models.logprobs import ModelRunner, forward_errors, out_of_memory
+from dpo_cli.models.noise import draw_probes, measure_noise
 from dpo_cli.utils.errors import DpoError, UsageError
 
 # Names in configurations of a length at which a forward changes: with its longest sequence (longrope) or with the
@@ -54,6 +55,7 @@ def choose_layout(
         expected = {p: _alone(replace(exact, dtype=p), tried) for p in precisions}
     if not all(logps.isfinite().all() for logps in expected.values()):
         raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
+    own_error = (expected[dtype] - expected[torch.float32]).abs().mean()
     with forward_errors("the model's own forward fails in training mode"):
         _check_alone(exact, padded([longest]).to(device))
     apart, reasons = False, list[str]()
@@ -70,12 +72,13 @@ def choose_layout(
         try:
             with forward_errors(f"{layout}: not supported by the code of this model"), attention(model, own):
                 scored = {p: torch.cat([r.token_logps(r.batch(g)) for g in groups]) for p, r in runners.items()}
+                _run_backward(runners[dtype], groups[0][-1])
         except UsageError as error:
             reasons.append(str(error))
             continue
-        off = {p: logps - expected[p] for p, logps in scored.items()}
+        off = {p: logps - expected[torch.float32] for p, logps in scored.items()}
         largest = _largest(off[torch.float32])
-        if largest >= 1e-3 or not off[dtype].abs().mean() < 0.1:
+        if largest >= 1e-3 or not off[dtype].abs().mean() < 3 * own_error + 1e-3:
             reasons.append(f"{layout}: off by {max(map(_largest, off.values())):.2g} nats")
             continue
         if not apart:
@@ -83,6 +86,10 @@ def choose_layout(
         if layout == "alone" and limit < math.inf:
             reasons.append(f"--max-length {limit} lets sequences share one")
         description = f"{DESCRIPTIONS[layout]}; equal to single sequences within {largest:.0e} nats per token"
+        if dtype != torch.float32:
+            with attention(model, own):
+                runners[dtype].probes = draw_probes(runners[dtype], pairs)
+                measure_noise(runners[dtype])
         return runners[dtype], description + (f" ({'; '.join(reasons)})" if reasons else "")
     if limit < math.inf:
         raise UsageError(
@@ -124,6 +131,21 @@ def _alone(runner: ModelRunner, tried: Sequence[Pair]) -> Tensor:
         if (ids := (prompt.tobytes(), response.tobytes())) not in logps:
             logps[ids] = runner.token_logps(padded([(prompt, response)]).to(runner.device))
     return torch.cat([logps[prompt.tobytes(), response.tobytes()] for prompt, response in sequences])
+
+
+def _run_backward(runner: ModelRunner, pair: Pair) -> None:
+    """Run forward and backward pass over a pair, down to the embeddings: a kernel may have the forward pass only."""
+    embedded: list[Tensor] = []
+    layer = cast(PreTrainedModel, runner.model).get_input_embeddings()
+    handle = layer.register_forward_hook(lambda *found: embedded.append(found[-1].requires_grad_()))
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(runner.token_logps(runner.batch([pair])).sum(), embedded)
+    except RuntimeError as error:
+        if not out_of_memory(error):  # of weights in float32, which training may split
+            raise
+    finally:
+        handle.remove()
 
 
 def _largest(off: Tensor) -> float:

@@ -30,8 +30,32 @@ from dpo_cli.utils.errors import DpoError, UsageError
 
 WINDOW = 512  # pairs of similar length that are packed together where order does not matter
 
+# Devices whose products of 16-bit matrices can be float32: in torch 2.13 not those of ROCm, which are "cuda" there.
+FLOAT32_PRODUCTS = set[str]() if torch.version.hip else {"cuda"}
+
 Result = TypeVar("Result")
 Compute = Callable[[Sequence[int], MicroBatch], Result]  # of indices of pairs and their batch
+
+
+class Float32Product(torch.autograd.Function):
+    """``hidden @ weight.T`` in float32: rounded to bfloat16, logits would make half of a log-prob's noise.
+
+    Source: torch.mm's ``out_dtype``, for which torch 2.13 has no derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Multiply 16-bit matrices: (N, H), (V, H) -> (N, V), float32."""
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Multiply the gradient of the logits, rounded as autocast rounds it, with what was saved."""
+        hidden, weight = ctx.saved_tensors
+        gradient = gradients[0].to(weight.dtype)  # (N, V)
+        wanted = ctx.needs_input_grad
+        return gradient @ weight if wanted[0] else None, gradient.T @ hidden if wanted[1] else None
 
 
 @dataclass(frozen=True)
@@ -49,8 +73,7 @@ class Head:
         """
         if self.module is None:
             return hidden.float()
-        with precision(hidden.device, self.dtype):
-            logits: Tensor = self.module(hidden)
+        logits = self._product(self.module, hidden)
         if scale := getattr(self.config, "logit_scale", None):  # cohere
             logits = logits * scale
         if scale := getattr(self.config, "logits_scaling", None):  # granite
@@ -58,6 +81,16 @@ class Head:
         if cap := getattr(self.config, "final_logit_softcapping", None):  # gemma
             logits = (logits / cap).tanh() * cap
         return logits.float()
+
+    def _product(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        logits: Tensor
+        # A head that an adapter wraps, or that is sharded, is of another class.
+        if type(module) is nn.Linear and self.dtype != torch.float32 and hidden.device.type in FLOAT32_PRODUCTS:
+            logits = Float32Product.apply(hidden.to(self.dtype), module.weight.to(self.dtype))
+            return logits if module.bias is None else logits + module.bias
+        with precision(hidden.device, self.dtype):
+            logits = module(hidden)
+            return logits
 
     def copied(self) -> Head:
         """Copy to the CPU in the precision of the computation; the copy outlives the model."""
@@ -141,8 +174,10 @@ class ModelRunner:
     ``max_tokens`` shrinks when the device runs out of memory. ``chunked_lm_head``: the head runs after the body, a few
     pairs at a time, on the hidden states that predict tokens that carry loss; else within the model's own forward.
     ``kind``: what the forwards run as; that of the ``device``, unless another is given to be traced or tested.
+    ``noise``: the root mean square error of a token's log-prob against float32, 0 there, by ``probes``: a batch and its
+    token log-probs in float32.
 
-    Units: ``max_tokens`` in tokens per forward.
+    Units: ``max_tokens`` in tokens per forward; ``noise`` in nats.
     """
 
     model: nn.Module
@@ -151,6 +186,8 @@ class ModelRunner:
     max_tokens: int
     device: torch.device
     chunked_lm_head: bool = True
+    noise: float = 0.0
+    probes: tuple[MicroBatch, Tensor] | None = None
     warn: Callable[[str], None] = lambda text: None
     kind: DeviceKind = None  # type: ignore[assignment]  # see __post_init__
 
@@ -345,12 +382,3 @@ def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
     values = token_logps.to(device_kind(token_logps.device).sums)  # segment_reduce is for CPU and CUDA alone
     sums = values.new_zeros(len(lengths)).index_add(0, index, values)  # (2P,) pair by pair
     return sums.float().view(-1, 2).T.reshape(-1)
-
-
-def logp_tolerance(dtype: torch.dtype) -> float:
-    """Return how far two computations of a response's log-prob may differ by arithmetic alone.
-
-    Units: nats per square root of the response's tokens that carry loss.
-    Source: docs/performance.md, "Arithmetic noise".
-    """
-    return 1e-3 if dtype == torch.float32 else 0.1

@@ -12,7 +12,8 @@ from torch import Tensor
 from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.tokenize import reasons
-from dpo_cli.models.logprobs import ModelRunner, logp_tolerance, response_logps
+from dpo_cli.models.logprobs import ModelRunner, response_logps
+from dpo_cli.models.noise import excess, float32_hint
 from dpo_cli.reference.store import fill_reference
 from dpo_cli.training.memory import choose_memory, process_bytes
 from dpo_cli.training.prepare import check_quantize, choose_model, choose_tokenizer, load_scored_model, read_pairs
@@ -71,11 +72,14 @@ def verify(cached_logps: Tensor, pairs: Pairs, runner: ModelRunner, folder: str)
     logps = torch.empty_like(cached_logps)
     for places, token_logps in runner.forwards(pairs, lambda _, batch: (runner.token_logps(batch), batch.lengths)):
         logps[list(places)] = response_logps(*token_logps).view(2, -1).T.cpu()
-    off = (logps - cached_logps).abs()  # (P, 2)
-    allowed = logp_tolerance(runner.dtype) * torch.from_numpy(pairs.loss_lengths).sqrt()
-    if bad := [pairs[place].where for place in (~(off <= allowed)).any(1).nonzero().flatten().tolist()]:
+    off, tokens = logps - cached_logps, torch.from_numpy(pairs.loss_lengths)  # (P, 2)
+    largest = float(off.abs().max())
+    if excess(off.flatten(), tokens.flatten(), runner.noise) > 1:
+        alone = [excess(*each, runner.noise) > 1 for each in zip(off, tokens, strict=True)]
+        bad = [pair.where for pair, wrong in zip(pairs, alone, strict=True) if wrong or not any(alone)]
         raise DpoError(
-            f"--verify: {len(bad)} of {len(pairs)} cached pairs are off by up to {off.max():.3g} nats, among them "
+            f"--verify: {len(bad)} of {len(pairs)} cached pairs are off by up to {largest:.3g} nats, among them "
             f"{', '.join(bad[:5])}. Something changed them: remove {folder}, and they are recomputed"
+            f"{float32_hint(runner.dtype)}"
         )
-    return float(off.max())
+    return largest

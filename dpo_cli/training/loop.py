@@ -25,7 +25,7 @@ from dpo_cli.evaluation.diagnostics import judge
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.metrics import PairScores, best_step, evaluations, read_metrics, step_rewards, truncate_metrics
 from dpo_cli.hub.export import NotReadBackError
-from dpo_cli.models.logprobs import logp_tolerance
+from dpo_cli.models.noise import excess, float32_hint
 from dpo_cli.models.parallel import reshard
 from dpo_cli.reference.store import lookup_cached
 from dpo_cli.reporting.html import ReportInput, write_report
@@ -161,13 +161,14 @@ def _check_step_0(trainer: Trainer, run: Run) -> None:
     With another model as the reference the starting point is only reported.
     """
     indices = [i for micro_batch in run.plan[0] for i in micro_batch]
-    values, largest = compare_with_reference(trainer, indices)
+    values, differences, tokens = compare_with_reference(trainer, indices)
+    largest, runner = float((differences.abs() / tokens.sqrt()).max()), trainer.runner
     metrics = f"loss {values['loss']:.6f}  margin {values['rewards/margins']:.6f}"
     if run.cache is None:
         about = f"{trainer.objective.name} reads no reference"
     elif run.reference.fingerprint != run.policy.fingerprint:
         about = f"policy and reference are two models, up to {largest:.3g} nats apart per root of a response's tokens"
-    elif largest > logp_tolerance(trainer.runner.dtype):
+    elif excess(differences, tokens, runner.noise) > 1:
         cause = f"The cached reference does not fit this model: remove {run.cache.folder}"
         if run.options.lora_rank and not run.policy.source.adapter:
             cause = (
@@ -176,7 +177,7 @@ def _check_step_0(trainer: Trainer, run: Run) -> None:
             )
         raise DpoError(
             f"step 0: {metrics}, but policy and reference are the same model: the margin must be 0, and a response is "
-            f"off by {largest:.2g} nats per root of its tokens. {cause}"
+            f"off by {largest:.2g} nats per root of its tokens. {cause}{float32_hint(runner.dtype)}"
         )
     else:
         about = f"policy and cached reference are equal on its {len(indices)} pairs, as they must"

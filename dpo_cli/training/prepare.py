@@ -33,6 +33,7 @@ from dpo_cli.models.layout import choose_layout
 from dpo_cli.models.loading import compute_dtype, load_model, load_tokenizer
 from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.models.logprobs import ModelRunner
+from dpo_cli.models.noise import measure_noise
 from dpo_cli.models.parallel import shard
 from dpo_cli.models.quantized import admit
 from dpo_cli.models.split_weights import split_master_weights
@@ -194,6 +195,7 @@ class ScoredModel:
         else:
             low = split_master_weights(self.model)
             self.low = low if trains else None
+        measure_noise(self.runner)
         return True
 
     def open_cache(self, options: Options, reporter: Reporter) -> ReferenceCache:

@@ -231,22 +231,22 @@ def _balance_loss(trainer: Trainer, hidden: HiddenStates, totals: Totals) -> lis
 # ---- checks -----------------------------------------------------------------------------------------------------
 
 
-def compare_with_reference(trainer: Trainer, places: Sequence[int]) -> tuple[dict[str, float], float]:
-    """Compute the metrics of pairs as of one step, and how far policy and reference differ.
+def compare_with_reference(trainer: Trainer, places: Sequence[int]) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Compute the metrics of P pairs as of one step, and how far policy and reference differ on each response.
 
-    Units: the difference is the largest of any response, in nats per square root of its tokens that carry loss.
+    Shapes: -> metrics, differences in nats and tokens that carry loss: (2P,) each, in an order of their own.
     """
     runner = dataclasses.replace(trainer.runner)  # training keeps its ``max_tokens``
 
-    def compute(indices: Sequence[int], _: MicroBatch) -> tuple[Tensor, float]:
+    def compute(indices: Sequence[int], _: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         hidden = runner.body(trainer.batch([places[i] for i in indices], places))
         losses = torch.cat([trainer.objective(pairs) for pairs in hidden.head_pieces(trainer.objective.wpo)])
         logps, lengths = hidden.responses()
-        off = (logps - hidden.batch.ref_logps).abs() / lengths.sqrt()
-        return trainer.sum_metrics(hidden, losses), float(off.nan_to_num(math.inf, math.inf).max())
+        return trainer.sum_metrics(hidden, losses), logps - hidden.batch.ref_logps, lengths
 
-    sums, off = zip(*(found for _, found in runner.forwards([trainer.pairs[i] for i in places], compute)), strict=True)
-    return summarize(torch.stack(sums).sum(0).tolist()), max(off)
+    forwards = runner.forwards([trainer.pairs[i] for i in places], compute)
+    sums, differences, tokens = zip(*(found for _, found in forwards), strict=True)
+    return summarize(torch.stack(sums).sum(0).tolist()), torch.cat(differences), torch.cat(tokens)
 
 
 def _not_finite(trainer: Trainer, totals: Totals) -> DpoError:

@@ -97,7 +97,7 @@ def start(name: str = "auto") -> torch.device:
         raise UsageError(f"--device {name}: {why}; what can be used: {there}")
     if device_type != "mps":
         torch.get_device_module(device_type).set_device(index)
-    if device_type == "cuda":  # sums of bfloat16 products stay float32, however a matrix product is split
+    if device_type == "cuda":  # partial sums stay float32 and are not split: a row depends less on how many there are
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
     return torch.device(device_type, index)
 

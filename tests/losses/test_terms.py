@@ -239,8 +239,8 @@ def test_the_comparison_of_step_0_is_by_tokens_with_loss(model: PreTrainedModel,
         trainer.ref_logps = torch.stack([plain(model, *each).sum() for each in responses(PAIRS)]).view(-1, 2)
     trainer.ref_logps[-1, 1] += 1  # MIDDLE's rejected, where 2 of 4 carry loss
     trainer.weighted_ref_logps = trainer.ref_logps
-    values, largest = compare_with_reference(trainer, range(len(PAIRS)))
-    assert largest == pytest.approx(1 / math.sqrt(2), rel=1e-4)
+    values, differences, tokens = compare_with_reference(trainer, range(len(PAIRS)))
+    assert (differences.abs() / tokens.sqrt()).max() == pytest.approx(1 / math.sqrt(2), rel=1e-4)
     weights, margins = torch.tensor([[pair.weight, pair.margin] for pair in PAIRS[:-1]]).double().T
     off = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[MIDDLE.weight, MIDDLE.margin]])
     loss = (weights * torch.log1p(torch.exp(margins))).sum() + formula(*off)[0].sum()

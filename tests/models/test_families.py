@@ -295,6 +295,7 @@ def test_probes_a_pair_that_fits(pairs: list[Pair], monkeypatch: pytest.MonkeyPa
         return collate(probes, runner.layout)
 
     monkeypatch.setattr(ModelRunner, "batch", spy)
+    monkeypatch.setattr(dpo_cli.models.layout, "_run_backward", lambda *_: None)
     for max_tokens, groups in ((256, [[2, 1, 1]]), (47, [[0, 1, 1], [2]]), (16, [[1, 1], [2]])):
         tried.clear()
         choose_layout(make("llama"), pairs, max_tokens, CPU, torch.float32)
