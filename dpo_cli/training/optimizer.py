@@ -229,7 +229,7 @@ def _update(
 
 @lru_cache(maxsize=8)
 def _on_device(device: torch.device, *values: float) -> list[Tensor]:
-    return [torch.full((), value, device=device) for value in values]  # as numbers they would be part of the kernel
+    return [torch.full((), value, device=device) for value in values]  # numbers could become part of the kernel
 
 
 def _update_blocks(part: dict[str, Tensor], step: Tensor, lr: Any, weight_decay: Any, found_inf: Tensor | None) -> None:
