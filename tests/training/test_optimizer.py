@@ -601,8 +601,12 @@ def test_outside_of_the_block_a_backward_pass_updates_nothing() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("memory", SMALL)
-def test_on_cuda_it_is_the_same_and_needs_no_room(memory: str) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_on_cuda_it_is_the_same_and_needs_no_room(memory: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor of 64 slices; what a step takes beside its state are a few slices in float32, and it never waits."""
+    monkeypatch.setattr("dpo_cli.training.optimizer.KERNELS", {})
+    if compiled:
+        compile_updates(torch.device("cuda"), memory, pytest.fail)
     weights = {}
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
