@@ -1,9 +1,11 @@
 """What the optimizer's memory modes cost and how true their moments are.
 
-speed    seconds of a step on the shapes of SmolLM2-135M, random gradients, a process a mode
-moments  updates of AdamW, of this optimizer and of torchao's 8-bit AdamW where it is installed, on real gradients
+speed      seconds of a step on the shapes of SmolLM2-135M, random gradients, a process a mode
+operators  operators of a step on the shapes of Llama-3.1-8B, counted on fake tensors
+moments    updates of AdamW, of this optimizer and of torchao's 8-bit AdamW where it is installed, on real gradients
 
     python benchmarks/memory/optimizer.py speed
+    python benchmarks/memory/optimizer.py operators
     python benchmarks/memory/optimizer.py moments --model FOLDER
 """
 
@@ -20,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.models.split_weights import split_master_weights
@@ -34,19 +38,27 @@ SMOLLM2 = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 TENSORS = ["model.embed_tokens", *(f"model.layers.{n}.mlp.{name}" for n, name in ((15, "down_proj"), (29, "up_proj")))]
 TENSORS += ["model.layers.0.self_attn.q_proj", "model.layers.20.self_attn.o_proj"]
 VALUES, STEPS = 32768, (20, 100, 500)  # of each tensor; when the updates are compared
 
 
 def take_step(optimizer: Any, memory: str, lr: float) -> None:
-    if memory == "in-backward":
-        with optimizer.fused_backward(lr):
-            pass
-        return
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if memory == "in-backward":
+        with optimizer.fused_backward():
+            pass
+    else:
+        optimizer.step()
 
 
 def speed(memory: str, steps: int = 4) -> None:
@@ -69,6 +81,32 @@ def speed(memory: str, steps: int = 4) -> None:
         f"{memory:12s} {wall:5.2f} s  {cpu:5.2f} CPU s  {peak:,.0f} MiB peak  "
         f"{held / model.num_parameters():.2f} bytes a parameter in weights and state"
     )
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that reach a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace != "prim"
+        return func(*args, **kwargs or {})
+
+
+def operators(memory: str) -> tuple[int, int]:
+    """Operators of the optimizer's second step, and the tensors that it updates."""
+    with FakeTensorMode():
+        config = AutoConfig.for_model("llama", **LLAMA_8B)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        optimizer = make_optimizer(model, 0.1, memory, split_master_weights(model) if memory in SPLIT else None)
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            with Operators() as counted:
+                take_step(optimizer, memory, 1e-6)
+    return counted.count, len(list(model.parameters()))
 
 
 def gradients(folder: str, rows: int = 20) -> dict[str, Tensor]:
@@ -149,12 +187,16 @@ def moments(folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "moments"])
+    parser.add_argument("what", choices=["speed", "operators", "moments"])
     parser.add_argument("--memory", choices=BYTES)
     parser.add_argument("--model", help="folder of the model whose gradients are taken")
     arguments = parser.parse_args()
     if arguments.what == "moments":
         moments(arguments.model)
+    elif arguments.what == "operators":
+        for memory in [arguments.memory] if arguments.memory else sorted(SPLIT):
+            count, tensors = operators(memory)
+            print(f"{memory:12s} {count:,} operators for {tensors} tensors")
     elif arguments.memory:
         speed(arguments.memory)
     else:

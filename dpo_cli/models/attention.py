@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_cli.data.batching import Segments
 
 PREFIX_SHARED = "dpo_prefix_shared"
+varlen_backward = torch.ops.torch_attn._varlen_attn_backward
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.11
 
 
@@ -58,8 +59,8 @@ def prefix_shared_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    if flash and query.dtype in (torch.bfloat16, torch.float16) and s_aux is None:
-        return _varlen(query, key, value, segments, scaling, sliding_window), None
+    if takes_flash(flash, query):
+        return _varlen(query, key, value, segments, scaling, s_aux, sliding_window), None
     # Split, not sliced: the backward pass of a slice fills a whole row with zeros, one for every segment.
     lengths = [n for prompt, chosen, rejected in segments.spans for n in (prompt + chosen, rejected)]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
@@ -71,6 +72,11 @@ def prefix_shared_attention(
         parts.append(_causal(queries[first], keys[first], values[first], segments, scaling, s_aux, sliding_window))
         parts.append(_causal(queries[second], k, v, segments, scaling, s_aux, sliding_window))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def takes_flash(flash: bool, query: Tensor) -> bool:
+    """Whether flash attention runs: the device has it, and for queries of this type."""
+    return flash and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _causal(
@@ -111,28 +117,71 @@ def _mask(query: Tensor, key: Tensor, window: int | None, segments: Segments, ca
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    sinks: Tensor | None,
+    window: int | None,
 ) -> Tensor:
     """One flash call for all segments; its causality is aligned at the last query and key. -> (1, T, A, D)."""
-    keys, values = (x[0].transpose(0, 1)[segments.key_index] for x in (key, value))  # (K, G, D)
+    query = query[0].transpose(0, 1)  # (T, A, D)
+    key, value = (x[0].transpose(0, 1)[segments.key_index] for x in (key, value))  # (K, G, D)
     groups = query.shape[1] // key.shape[1]
     grouped: dict[str, Any] = {"enable_gqa": True} if GROUPED and groups > 1 else {}
     if groups > 1 and not GROUPED:
-        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
-    out = varlen_attn(
-        query[0].transpose(0, 1),
-        keys,
-        values,
-        segments.query_bounds,
-        segments.key_bounds,
-        segments.longest_query,
-        segments.longest_key,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        **grouped,
-    )
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    bounds = segments.query_bounds, segments.key_bounds, segments.longest_query, segments.longest_key
+    options = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0), **grouped}
+    if sinks is not None:
+        attended: Tensor = _FlashWithSinks.apply(query, key, value, sinks, bounds, options)
+        return attended[None]
+    out = varlen_attn(query, key, value, *bounds, **options)
     assert isinstance(out, Tensor)
     return out[None]
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    """Flash attention with a sink per head, of which the kernel knows nothing.
+
+    A sink adds its exponential to each softmax's denominator, so it scales the output. With the sinks in the output
+    and in the log-sum-exp, the kernel's backward pass is exact: of the softmax it reads these two alone,
+    ``score.grad = exp(score - lse) * (out.grad @ value - out.grad @ out)``. torch has no gradient through the
+    log-sum-exp of ``varlen_attn``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Any, options: dict[str, Any]
+    ) -> Tensor:
+        out, lse = varlen_attn(query, key, value, *bounds, return_aux=AuxRequest(lse=True), **options)
+        with_sinks = torch.logaddexp(lse, sinks.float()[:, None])  # (A, T)
+        out = (out * (lse - with_sinks).exp().T[..., None]).to(out.dtype)
+        ctx.save_for_backward(query, key, value, sinks, out, with_sinks)
+        ctx.bounds, ctx.scale, ctx.window = bounds, options["scale"], options["window_size"]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        unused = torch.zeros(2, dtype=torch.uint64, device=grad.device)  # state of dropout
+        grads = varlen_backward(
+            grad.contiguous(),
+            query,
+            key,
+            value,
+            out,
+            lse,
+            *ctx.bounds,
+            ctx.window == (-1, 0),
+            unused,
+            ctx.scale,
+            list(ctx.window),
+        )
+        shares = (sinks.float()[:, None] - lse).exp()  # of the sinks in each softmax, (A, T)
+        grad_sinks = -(shares * (grad.float() * out.float()).sum(-1).T).sum(1)
+        return (*grads, grad_sinks.to(sinks.dtype), None, None)
 
 
 AttentionInterface.register(PREFIX_SHARED, prefix_shared_attention)

@@ -372,6 +372,21 @@ def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManage
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
+def _grouped_mm(rows: Tensor, weights: Tensor, *options: Any) -> Tensor:
+    """Multiply rows by the weights of their experts in the precision of autocast, which torch 2.13 leaves out.
+
+    A GPU has a fast kernel for bfloat16 alone, and waits for the host with float32. Source: pytorch issue 174763.
+    """
+    dtype = torch.get_autocast_dtype(rows.device.type)
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch._grouped_mm(rows.to(dtype), weights.to(dtype), *options)
+
+
+ATEN = torch.library.Library("aten", "IMPL")  # for the life of the process
+if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_grouped_mm", "AutocastCUDA"):
+    ATEN.impl("_grouped_mm", _grouped_mm, "AutocastCUDA")
+
+
 def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
     """Sum token log-probs per response.
 

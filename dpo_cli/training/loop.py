@@ -31,7 +31,7 @@ from dpo_cli.reference.store import lookup_cached
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.reporting.plots import curves, write_plots
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
-from dpo_cli.training.optimizer import learning_rate, make_optimizer
+from dpo_cli.training.optimizer import SPLIT, compile_updates, learning_rate, make_optimizer
 from dpo_cli.training.results import answer, export, summary
 from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, read_manifest, trained_with
 from dpo_cli.training.setup import Run, prepare_run, record_reference, score_reference
@@ -126,9 +126,12 @@ def make_trainer(run: Run) -> Trainer:
         (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     low, run.policy.low = run.policy.low, None  # the optimizer's from now on
     reshard(model)
+    memory = run.memory_choice.memory
+    if memory in SPLIT and run.device.type == "cuda":
+        compile_updates(run.device, memory, run.reporter.warning)
     return Trainer(
         runner=dataclasses.replace(run.policy.runner, max_tokens=run.memory_choice.max_tokens),  # scoring may lower it
-        optimizer=make_optimizer(model, run.options.weight_decay, run.memory_choice.memory, low),
+        optimizer=make_optimizer(model, run.options.weight_decay, memory, low),
         pairs=run.pairs,
         costs=run.costs,
         ref_logps=tables[0],

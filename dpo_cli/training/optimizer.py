@@ -1,7 +1,7 @@
 """AdamW for each ``--memory``: torch's own, or one with moments in 8 bits and weights in two halves of 16 bits.
 
-The latter keeps no float32 tensor of the size of a parameter: torch's fused AdamW works on float32 copies of a slice,
-which are coded again at once.
+The latter keeps no float32 tensor of the size of a parameter: on CUDA the update of a tensor is one compiled kernel,
+elsewhere torch's fused AdamW works on float32 copies of a slice, which are coded again at once.
 
 Legend: B blocks of a tensor, W values of a block.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ BLOCK = 256  # values that share scales
 SLICE = 2**22  # values that are float32 at a time; a multiple of BLOCK
 SMALLEST = 4096  # values of a tensor whose moments are worth coding
 FLOOR = -38.0  # octaves: a root below 2^-38 counts as that, 1 % of eps at the first step
-ADAMW = {"lr": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 GOLDEN = (math.sqrt(5) - 1) / 2
+KERNELS: dict[str, Callable[..., None]] = {}  # the compiled ``_update_blocks`` of a type of device
 
 
 def make_optimizer(
@@ -128,7 +129,7 @@ class SmallAdamW(Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], low: dict[Tensor, Tensor]) -> None:
-        super().__init__(groups, ADAMW)
+        super().__init__(groups, {"lr": 0.0})
         for _, p in self._parameters():
             p.data = p.detach().contiguous()  # it is viewed in blocks
             if p in low:
@@ -189,32 +190,95 @@ class SmallAdamW(Optimizer):
         p.grad = None
 
     def _update(self, group: dict[str, Any], p: Tensor, found_inf: Tensor | None) -> None:
-        """Take one step of a parameter, slice by slice; none at all where ``found_inf`` is 1, read on the device."""
+        """Take one step of a parameter; none at all where ``found_inf`` is 1, read on the device."""
         assert p.grad is not None
         state = self.state[p]
         if "step" not in state:
             state.update(_zero_moments(p))
         shape = state["exp_avg"].shape  # (B, W)
-        rows = {name: tensor for name, tensor in state.items() if name != "step"}
-        rows |= {"weight": p.detach().view(shape), "grad": p.grad.reshape(shape)}
-        for start in range(0, len(rows["weight"]), SLICE // BLOCK):
+        settings = {"lr": group["lr"], "weight_decay": group["weight_decay"], "found_inf": found_inf}
+        torch.ops.dpo_cli.adamw_(p.detach().view(shape), p.grad.reshape(shape), **state, **settings)
+
+
+# ---- the update of a tensor -------------------------------------------------------------------------------------
+
+torch.library.define(
+    "dpo_cli::adamw_",
+    "(Tensor(a!) weight, Tensor grad, *, Tensor(b!) step, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
+    "Tensor(e!)? low=None, Tensor(f!)? scale=None, Tensor(g!)? least=None, Tensor(h!)? gap=None, "
+    "float lr, float weight_decay, Tensor? found_inf) -> ()",
+)
+torch.library.register_fake("dpo_cli::adamw_", lambda *_, **__: None)
+
+
+@torch.library.impl("dpo_cli::adamw_", "default")
+def _update(
+    weight: Tensor, grad: Tensor, *, step: Tensor, lr: float, weight_decay: float, found_inf: Any, **state: Tensor
+) -> None:
+    rows = {"weight": weight, "grad": grad} | {name: each for name, each in state.items() if each is not None}
+    rows = {
+        name: each.data for name, each in rows.items()
+    }  # no views: a compiler would ask for the shape of their base
+    if "scale" in rows and (kernel := KERNELS.get(weight.device.type)):
+        kernel(rows, step, *_on_device(weight.device, lr, weight_decay), found_inf)
+    else:
+        for start in range(0, len(weight), SLICE // BLOCK):
             part = {name: tensor[start : start + SLICE // BLOCK] for name, tensor in rows.items()}
-            _update_blocks(part, state["step"], group, found_inf)
-        state["step"] += 1 if found_inf is None else 1 - found_inf
+            _update_blocks(part, step, lr, weight_decay, found_inf)
+    step += 1 if found_inf is None else 1 - found_inf
 
 
-def _update_blocks(part: dict[str, Tensor], step: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
+@lru_cache(maxsize=8)
+def _on_device(device: torch.device, *values: float) -> list[Tensor]:
+    return [torch.full((), value, device=device) for value in values]  # numbers could become part of the kernel
+
+
+def _update_blocks(part: dict[str, Tensor], step: Tensor, lr: Any, weight_decay: Any, found_inf: Tensor | None) -> None:
     """Take one step of AdamW on some blocks (B, W) and their moments, in place; none if ``found_inf`` is 1."""
     weight = join(part["weight"], part["low"]) if "low" in part else part["weight"]
     exp_avg, exp_avg_sq = decode(part) if "scale" in part else (part["exp_avg"], part["exp_avg_sq"])
-    gradient, counted = part["grad"].float(), step.clone()  # AdamW increments it
-    settings = {name: value for name, value in group.items() if name != "params"} | {"found_inf": found_inf}
-    adamw([weight], [gradient], [exp_avg], [exp_avg_sq], [], [counted], fused=True, **settings)
-    new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    grad = part["grad"].float()
+    if torch.compiler.is_compiling():
+        assert weight.shape[1] == BLOCK  # a constant of the kernel: a block is one reduction
+        exp_avg = exp_avg + (1 - BETA1) * (grad - exp_avg)
+        exp_avg_sq = BETA2 * exp_avg_sq + (1 - BETA2) * grad.square()
+        # 1 - beta^step, without the cancellation
+        correction, correction_sq = (-torch.expm1((step + 1) * math.log(beta)) for beta in (BETA1, BETA2))
+        weight = weight - lr * weight_decay * weight
+        weight = weight - lr / correction * exp_avg / ((exp_avg_sq / correction_sq).sqrt() + EPS)
+    else:
+        settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "beta1": BETA1, "beta2": BETA2, "eps": EPS}
+        settings |= {"amsgrad": False, "maximize": False, "found_inf": found_inf}
+        adamw([weight], [grad], [exp_avg], [exp_avg_sq], [], [step.clone()], fused=True, **settings)  # it counts
+    new = {"weight": weight, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if "scale" in part:
-        new = encode(exp_avg, exp_avg_sq, dither=(step + 1).to(device_kind(step.device).sums) * GOLDEN % 1)
+        multiple = (step + 1).to(device_kind(step.device).sums) * GOLDEN
+        new |= encode(exp_avg, exp_avg_sq, dither=multiple - multiple.floor())
     if "low" in part:
         new["weight"], new["low"] = split(weight)
     for name, tensor in new.items():
         if tensor is not part[name]:
             part[name].copy_(tensor if found_inf is None else torch.where(found_inf > 0, part[name], tensor))
+
+
+def compile_updates(device: torch.device, memory: str, warn: Callable[[str], None]) -> None:
+    """Compile ``_update_blocks`` to one kernel for coded tensors of any size; where that fails, warn of it.
+
+    It takes seconds, on a small tensor, before the first step and not within it.
+    """
+    p: Tensor = nn.Parameter(torch.zeros(SMALLEST, dtype=torch.bfloat16, device=device))
+    p.grad = torch.zeros_like(p)
+    trial = SmallAdamW([{"params": [p], "weight_decay": 0.0}], {p: torch.zeros_like(p, dtype=torch.int16)})
+    KERNELS[device.type] = torch.compile(_update_blocks, fullgraph=True, dynamic=True)
+    try:
+        with trial.fused_backward() if memory == "in-backward" else nullcontext():
+            pass
+        trial.step()
+    except Exception as error:  # of any type: there is no Triton, no C compiler, …
+        del KERNELS[device.type]
+        cause = getattr(error, "inner_exception", error)
+        reason = next(iter(str(cause).splitlines()), "")
+        warn(
+            "the optimizer runs as many small kernels, slower with few pairs per step: torch.compile, which needs "
+            f"Triton and a C compiler, fails: {type(cause).__name__}: {reason}"
+        )

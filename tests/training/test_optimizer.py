@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import dpo_cli.training.optimizer
+from benchmarks.memory.optimizer import operators
 from dpo_cli.data.batching import collate
 from dpo_cli.hub.export import export_model
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import response_logps
 from dpo_cli.models.split_weights import fp32_weights, join, split, split_master_weights
 from dpo_cli.training.checkpoint import restore_checkpoint, save_checkpoint
-from dpo_cli.training.optimizer import BYTES, SPLIT, SmallAdamW, decode, encode, make_optimizer
+from dpo_cli.training.optimizer import BYTES, SPLIT, SmallAdamW, compile_updates, decode, encode, make_optimizer
 from tests.helpers import make_model, random_pairs, sigmoid_loss, token_logps
 
 SMALL = ["split", "in-backward"]
@@ -315,6 +320,119 @@ def test_at_a_small_rate_plain_bfloat16_stands_still_and_split_moves() -> None:
     assert off.abs().max() < 5e-7
 
 
+# ---- one compiled kernel ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let a CPU take the path of CUDA, with a compiler that runs the graphs that it gets, which are in the list."""
+    seen: list[Any] = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        seen.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("dpo_cli.training.optimizer.KERNELS", {})
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    return seen
+
+
+def take_gradients(optimizer: Any, gradients: list[Tensor], memory: str, lr: float) -> None:
+    set_lr(optimizer, lr)
+    for p, gradient in zip((p for group in optimizer.param_groups for p in group["params"]), gradients, strict=True):
+        p.grad = gradient.to(p.dtype)
+    with optimizer.fused_backward() if memory == "in-backward" else nullcontext():
+        pass
+    optimizer.step()
+
+
+def check_state(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Codes may be those of a neighbour where rounding decides."""
+    for name, tensor in got.items():
+        if name.endswith((".exp_avg", ".exp_avg_sq")):
+            codes = (tensor.int() - wanted[name].int()).abs()
+            assert codes.max() <= 1 and codes.float().mean() < 1e-3, name
+        elif name.endswith((".scale", ".least", ".gap", ".step")):
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def check_kernel(memory: str, steps: int = 7) -> None:
+    """Each step begins at the same state as that of torch's AdamW; gradients of a block lie decades apart.
+
+    In the last step of "in-backward" the second tensor's gradient is not finite.
+    """
+    kernels = dpo_cli.training.optimizer.KERNELS
+    compiled = dict(kernels)
+    exact, ours = (quadratic([(16, 256), (17, 256), (300, 256)]) for _ in range(2))
+    for p in (*exact, *ours):
+        p.data.mul_(1e-3)  # below an update
+    expected, optimizer = start(exact, memory), start(ours, memory)
+    for step in range(1, steps + 1):
+        gradients = [torch.randn(p.shape) * 10 ** (torch.rand(p.shape) * -4) for p in exact]
+        if broken := memory == "in-backward" and step == steps:
+            gradients[1][3, 5] = torch.inf
+        before = everything(ours, optimizer)
+        kernels.clear()
+        take_gradients(expected, gradients, memory, 1e-2 / step)
+        kernels.update(compiled)
+        take_gradients(optimizer, gradients, memory, 1e-2 / step)
+        after = everything(ours, optimizer)
+        check_state(after, everything(exact, expected))
+        for weight, wanted in zip(masters(ours, optimizer).values(), masters(exact, expected).values(), strict=True):
+            assert bool(((weight - wanted).abs() <= 2**-22 * wanted.abs() + 1e-8 / step).all()), step
+        changed = {name[0] for name in before if not torch.equal(after[name], before[name])}
+        assert changed == ({"0"} if broken else {"0", "1", "2"})
+        for p, q in zip(ours, exact, strict=True):
+            p.data.copy_(q)
+        optimizer.load_state_dict(copy.deepcopy(expected.state_dict()))
+
+
+@pytest.mark.parametrize("memory", SMALL)
+def test_the_compiled_update_is_torchs_adamw_and_one_graph_for_all_sizes(memory: str, graphs: list[Any]) -> None:
+    warnings: list[str] = []
+    compile_updates(torch.device("cpu"), memory, warnings.append)
+    assert len(graphs) == 1 and warnings == []
+    check_kernel(memory)
+    assert len(graphs) == 1
+
+
+@pytest.mark.bench
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own imports
+@pytest.mark.parametrize("memory", SMALL)
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_compiled_for_a_cpu_it_is_torchs_adamw(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a C++ kernel of what is a Triton kernel on CUDA."""
+    monkeypatch.setattr("dpo_cli.training.optimizer.KERNELS", {})
+    torch._dynamo.reset()
+    compile_updates(torch.device("cpu"), memory, pytest.fail)
+    check_kernel(memory)
+
+
+def test_without_a_compiler_it_runs_by_operators_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiler(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    warnings: list[str] = []
+    monkeypatch.setattr("dpo_cli.training.optimizer.KERNELS", {})
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    torch._dynamo.reset()
+    compile_updates(torch.device("cpu"), "split", warnings.append)
+    assert len(warnings) == 1 and "Failed to find C compiler." in warnings[0] and "specify" not in warnings[0]
+    model = quadratic([(16, 256)])
+    optimizer = start(model, "split")
+    before = model[0].detach().clone()
+    take_gradients(optimizer, [torch.ones(16, 256)], "split", 1e-2)
+    assert not torch.equal(model[0], before)
+
+
+@pytest.mark.parametrize("memory", SMALL)
+def test_a_step_of_an_8b_model_is_few_operators(memory: str) -> None:
+    """On fake tensors, as one operator a tensor; 143,798 and 176,713 before that."""
+    count, tensors = operators(memory)
+    assert tensors == 291 and count < 5000
+
+
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -483,8 +601,12 @@ def test_outside_of_the_block_a_backward_pass_updates_nothing() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("memory", SMALL)
-def test_on_cuda_it_is_the_same_and_needs_no_room(memory: str) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_on_cuda_it_is_the_same_and_needs_no_room(memory: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor of 64 slices; what a step takes beside its state are a few slices in float32, and it never waits."""
+    monkeypatch.setattr("dpo_cli.training.optimizer.KERNELS", {})
+    if compiled:
+        compile_updates(torch.device("cuda"), memory, pytest.fail)
     weights = {}
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
