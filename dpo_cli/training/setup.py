@@ -126,7 +126,7 @@ def prepare_run(
     _choose_memory(run, process)
     run.costs = run.policy.runner.costs(run.pairs)
     room = {"max_tokens": run.memory_choice.max_tokens, "world_size": distributed.world_size()}
-    run.plan = build_schedule(run.costs, run.policy.runner.layout, **room, **order)
+    run.plan = build_schedule(run.pairs, run.policy.runner.layout, **room, **order)
     _check_plan(run)
     if not options.ref_model:
         run.reference = run.policy
