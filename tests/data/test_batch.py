@@ -304,11 +304,11 @@ def test_every_token_with_loss_is_predicted_from_the_one_before(pairs: list[Pair
 @settings(deadline=None)
 @given(pairs=PAIRS, layout=st.sampled_from(LAYOUTS))
 def test_cost_is_the_size_of_the_forward(pairs: list[Pair], layout: Layout) -> None:
-    """Exactly for a pair; in a padded batch of several, short pairs are padded to the longest."""
+    """Exactly for a pair; several may share more than is counted, where a short sequence begins another one."""
     for pair in pairs:
         assert collate([pair], layout).input_ids.numel() == row_costs([pair], layout)[0]
     together = collate(pairs, layout).input_ids.numel()
-    assert together == count_tokens(range(len(pairs)), pairs, row_costs(pairs, layout), layout)
+    assert together <= count_tokens(range(len(pairs)), pairs, row_costs(pairs, layout), layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
