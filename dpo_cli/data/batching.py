@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.pairs import Ids, Pair, count_loss_tokens, model_input_ids
-from dpo_cli.data.trees import branches, own_tokens, sequences_of, subtrees
+from dpo_cli.data.trees import branches, pair_tokens, sequences_of, subtrees
 
 Layout = Literal["shared", "packed", "padded", "alone"]
 Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world_size]
@@ -91,10 +91,8 @@ def parts(
     indices: Sequence[int], pairs: Sequence[Pair], costs: Sequence[int], layout: Layout, max_tokens: int
 ) -> list[Part]:
     """Return what stays together in a forward, the part with most tokens first: trees where they are shared."""
-    if layout == "shared":
-        found = list(subtrees(indices, pairs, costs, max_tokens))
-    else:
-        found = [([i], costs[i]) for i in indices]
+    trees = layout == "shared"
+    found = subtrees(indices, pairs, costs, max_tokens) if trees else (([i], costs[i]) for i in indices)
     return sorted(found, key=lambda part: (-part[1], part[0]))
 
 
@@ -128,7 +126,7 @@ def row_costs(pairs: Sequence[Pair], layout: Layout) -> list[int]:
     if layout == "padded":
         return [2 * (prompt + max(chosen, rejected)) for prompt, chosen, rejected in lengths]
     if layout == "shared":
-        return [sum(own_tokens([pair])) for pair in pairs]
+        return [pair_tokens(pair) for pair in pairs]
     return [2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths]
 
 

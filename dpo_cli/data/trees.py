@@ -9,6 +9,7 @@ Legend: P pairs; sequences in the order chosen, rejected, chosen, rejected, …
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from dpo_cli.data.pairs import Ids, Pair, common_prefix, model_input_ids
 
 MIN_SHARED = 64  # tokens: fewer are not worth a branch; docs/performance.md, "Prompt trees"
+PATHS, SAMPLE = 8, 256
 
 
 def sequences_of(pairs: Sequence[Pair]) -> list[Ids]:
@@ -42,10 +44,9 @@ def branches(pairs: Sequence[Pair], sequences: Sequence[Ids]) -> list[tuple[int,
 def _longest_shared(sequences: Sequence[Ids]) -> list[tuple[int, int]]:
     """Find for each sequence the earlier one that shares most tokens with its beginning, and their number.
 
-    Sequences that share most are neighbors in alphabetical order, so the last one is looked up and removed first.
+    Sequences that share most are neighbors when sorted; each is looked up and removed, the last one first.
     """
-    content = [ids.astype(">i4").tobytes() for ids in sequences]
-    order, last = sorted(range(len(sequences)), key=content.__getitem__), len(sequences)
+    order, last = sorted(range(len(sequences)), key=lambda i: sequences[i].tobytes()), len(sequences)
     before = dict(zip([*order, last], [last, *order], strict=True))  # the sentinel ``last`` closes the ring
     after = {left: right for right, left in before.items()}
     shared = {i: common_prefix(sequences[before[i]], sequences[i]) for i in order[1:]}  # with the one before
@@ -59,27 +60,34 @@ def _longest_shared(sequences: Sequence[Ids]) -> list[tuple[int, int]]:
     return found[::-1]
 
 
-def own_tokens(pairs: Sequence[Pair]) -> list[int]:
-    """Count the tokens that each pair adds to a forward of the pairs before it."""
+def tree_tokens(pairs: Sequence[Pair]) -> int:
+    """Count the tokens of one forward over these pairs."""
     sequences = sequences_of(pairs)
-    own = [len(ids) - depth for ids, (_, depth) in zip(sequences, branches(pairs, sequences), strict=True)]
-    return [sum(own[i : i + 2]) for i in range(0, len(own), 2)]
+    return sum(map(len, sequences)) - sum(depth for _, depth in branches(pairs, sequences))
+
+
+def pair_tokens(pair: Pair) -> int:
+    """Count the tokens of a forward over one pair, as ``tree_tokens``."""
+    shared = common_prefix(model_input_ids(pair.chosen), model_input_ids(pair.rejected))
+    shared *= shared >= min(MIN_SHARED, len(pair.rejected))
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - shared
 
 
 def related(indices: Sequence[int], pairs: Sequence[Pair]) -> list[list[int]]:
-    """Group the pairs that have sequences with a common beginning, each group in alphabetical order of the prompts."""
+    """Group the pairs that have sequences with a common beginning, each group sorted by its prompts."""
     beginnings = [_beginning(pairs[i].prompt, r) for i in indices for r in (pairs[i].chosen, pairs[i].rejected)]
-    names = {content: number for number, content in enumerate(dict.fromkeys(beginnings))}
-    columns = [names[content] for content in beginnings]
-    if all(columns[i] == columns[i + 1] for i in range(0, len(columns), 2)) and 2 * len(names) == len(columns):
+    if len(set(beginnings)) == sum(len({*beginnings[i : i + 2]}) for i in range(0, len(beginnings), 2)):
         return [[index] for index in indices]
-    edges = coo_array((np.ones(len(columns)), (np.arange(len(columns)) // 2, columns)))
+    nodes = {content: place for place, content in enumerate(dict.fromkeys(beginnings), len(indices))}
+    own = np.repeat(np.arange(len(indices)), 2)  # a graph of pairs and beginnings
+    edges = coo_array(
+        (np.ones(len(own)), (own, [nodes[each] for each in beginnings])), (len(indices) + len(nodes),) * 2
+    )
+    labels = connected_components(edges, directed=False)[1].tolist()
     groups = defaultdict[int, list[int]](list)
-    for index, label in zip(indices, connected_components(edges @ edges.T)[1].tolist(), strict=True):
+    for index, label in zip(indices, labels, strict=False):
         groups[label].append(index)
-    for group in groups.values():
-        group.sort(key=lambda i: (pairs[i].prompt.astype(">i4").tobytes(), i))
-    return list(groups.values())
+    return [sorted(group, key=lambda i: (pairs[i].prompt.tobytes(), i)) for group in groups.values()]
 
 
 def _beginning(prompt: Ids, response: Ids) -> bytes:
@@ -92,12 +100,34 @@ def subtrees(
 ) -> Iterator[tuple[list[int], int]]:
     """Cut the trees of these pairs into parts of at most ``max_tokens``, unless a single pair has more: pairs, tokens.
 
-    Each part has the tokens of its own path again. ``costs`` are the tokens of each pair alone.
+    Each part computes the tokens of its path again. ``costs`` are the ``pair_tokens`` of all pairs.
     """
     for group in related(indices, pairs):
-        while len(group) > 1:
-            total = np.cumsum(own_tokens([pairs[i] for i in group]))
-            count = max(int(np.searchsorted(total, max_tokens, side="right")), 1)
-            yield group[:count], int(total[count - 1])
-            group = group[count:]
-        yield from ((group, costs[i]) for i in group)
+        if len(group) == 1:
+            yield group, costs[group[0]]
+            continue
+        part, most, seen = list[int](), 0, set[bytes]()  # most: a bound on its tokens, one pair after the other
+        for index in group:
+            pair = pairs[index]
+            new = {pair.prompt.tobytes() + r.tobytes(): len(r) for r in (pair.chosen, pair.rejected)}
+            own = sum(length for content, length in new.items() if content not in seen) + len(pair.prompt)
+            shared = common_prefix(pair.prompt, pairs[part[-1]].prompt) if part else 0
+            own -= shared if shared >= min(MIN_SHARED, len(pair.prompt)) else 0
+            if part and most + own > max_tokens:
+                yield part, tree_tokens([pairs[i] for i in part])
+                part, most, seen, own = [], 0, set(), costs[index]
+            part.append(index)
+            most += own
+            seen |= new.keys()
+        yield part, tree_tokens([pairs[i] for i in part])
+
+
+def most_tokens(pairs: Sequence[Pair], unrelated: int) -> int:
+    """Return the most tokens worth a forward: ``unrelated`` ones, or more where repeating what pairs share would cost.
+
+    A forward has room for ``PATHS`` times the beginning that pairs share on average, as a sample of them shows.
+    """
+    sample = random.Random(0).sample(range(len(pairs)), min(SAMPLE, len(pairs)))
+    chosen = sequences_of([pairs[i] for i in sample])[::2]
+    shared = sum(depth for _, depth in _longest_shared(chosen) if depth >= MIN_SHARED) // len(sample)
+    return min(max(unrelated, PATHS * shared), PATHS * unrelated)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dpo_cli.data.batching import MicroBatch, Step, count_tokens, probe_pairs, row_costs
 from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
+from dpo_cli.data.trees import most_tokens
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.logprobs import ModelRunner, forward_errors
 from dpo_cli.models.parallel import local_shard
@@ -189,7 +190,8 @@ def choose_memory(
     for way in ways:
         if counted.peak(*way, (enough, head), (enough, head)) <= room:
             break
-    most = min(max(counted.max_tokens(*way, room, head), FEWEST_TOKENS), MOST_TOKENS[runner.device.type])
+    most = most_tokens(pairs, MOST_TOKENS[runner.device.type])
+    most = min(max(counted.max_tokens(*way, room, head), FEWEST_TOKENS), most)
     return MemoryChoice(*way, max_tokens or most, counted)
 
 

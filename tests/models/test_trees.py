@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dpo_cli.data.trees
 from dpo_cli.data.batching import build_schedule, collate, count_tokens, row_costs
 from dpo_cli.data.pairs import Pair, model_input_ids
-from dpo_cli.data.trees import branches, own_tokens, sequences_of
+from dpo_cli.data.trees import branches, most_tokens, sequences_of, tree_tokens
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.moe import token_counts
 from tests.helpers.families import FAMILIES, make
@@ -84,7 +84,7 @@ def test_branches_by_hand() -> None:
     found = branches(pairs, sequences)
     assert [depth for _, depth in found] == [0, 10, 15, 10, 15, 15, 0, 2]
     assert all(np.array_equal(sequences[i][:n], sequences[j][:n]) for j, (i, n) in enumerate(found) if n)
-    assert own_tokens(pairs) == [21, 7, 13, 2 + 5 + 6]
+    assert tree_tokens(pairs) == 21 + 7 + 13 + 2 + 5 + 6
 
 
 def test_too_few_common_tokens_make_no_branch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +92,8 @@ def test_too_few_common_tokens_make_no_branch(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dpo_cli.data.trees, "MIN_SHARED", 64)
     rng = np.random.default_rng(0)
     s, a, b = tokens(rng, 10), tokens(rng, 5), tokens(rng, 6)
-    assert own_tokens([Pair("1", s, joined(a, b), joined(a, a)), Pair("2", s, b, a)]) == [10 + 11 + 10, 10 + 6]
-    assert own_tokens([Pair("1", s, a, b), Pair("2", s, b, a)]) == [21, 0]
+    assert tree_tokens([Pair("1", s, joined(a, b), joined(a, a)), Pair("2", s, b, a)]) == 10 + 11 + 10 + 10 + 6
+    assert tree_tokens([Pair("1", s, a, b), Pair("2", s, b, a)]) == 21
 
 
 @settings(deadline=None, max_examples=60)
@@ -113,10 +113,13 @@ def test_every_response_has_its_own_sequence_and_nothing_else(pairs: list[Pair])
         assert own and places.tolist()[-len(own) :] == own
         assert batch.position_ids[0, places].tolist() == list(range(len(places)))
         assert places.tolist() == [starts[n] + i for n, begin, end in part for i in range(begin, end)]
-    assert queries[-1] == len(ids) == sum(own_tokens(pairs))
+    assert queries[-1] == len(ids) == tree_tokens(pairs)
     assert segments.longest_query == max(np.diff(queries)) and segments.longest_key == max(np.diff(keys))
     assert segments.uses.sum() == sum(map(len, sequences_of(pairs)))
     assert len(ids) >= distinct_prefixes(pairs)
+    assert (
+        row_costs(pairs, "shared") == [pair_tokens(pair) for pair in pairs] == [tree_tokens([pair]) for pair in pairs]
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -165,7 +168,7 @@ def test_an_expert_counts_a_token_once_per_sequence(kind: str) -> None:
 
 def rows_with(system: int, count: int) -> list[Pair]:
     """Two families of rows, each with a system prompt of its own, shuffled."""
-    ids = iter(np.random.default_rng(0).permutation(10_000).astype(np.int32))
+    ids = iter(np.random.default_rng(0).permutation(100_000).astype(np.int32))
 
     def own(number: int) -> Any:
         return joined([next(ids) for _ in range(number)])
@@ -196,3 +199,11 @@ def test_scoring_sorts_the_data_by_beginnings() -> None:
     for indices, _ in runner.forwards(pairs, lambda places, batch: sizes.append(batch.input_ids.numel())):
         assert len({i * 7 % 2 for i in indices}) == 1
     assert sum(sizes) == 40 * 24 + 2 * 100  # each system prompt once
+
+
+def test_forwards_are_larger_where_repeating_a_beginning_would_cost() -> None:
+    """Room for eight times what pairs share on average; not for ever more, nor where few pairs share."""
+    assert most_tokens(rows_with(400, 40), 2048) == pytest.approx(8 * 400, rel=0.06)  # two rows share with none
+    assert most_tokens(rows_with(9000, 40), 2048) == 8 * 2048
+    assert most_tokens(rows_with(5, 40), 2048) == 2048
+    assert most_tokens(rows_with(400, 1), 2048) == 2048
