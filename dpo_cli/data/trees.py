@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from dpo_cli.data.pairs import Ids, Pair, common_prefix, model_input_ids
 
-MIN_SHARED = 64  # tokens: fewer are not worth a branch; docs/performance.md, "Prompt trees"
+MIN_SHARED = 16  # tokens: fewer are not worth a branch; docs/performance.md, "Prompt trees"
 PATHS, SAMPLE = 8, 256
 
 
