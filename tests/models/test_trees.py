@@ -9,12 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dpo_cli.data.batching
 import dpo_cli.data.trees
+from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import build_schedule, collate, count_tokens, row_costs
-from dpo_cli.data.pairs import Pair, model_input_ids
+from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
 from dpo_cli.data.trees import branches, most_tokens, sequences_of, tree_tokens
+from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.moe import token_counts
+from dpo_cli.training.loop import StopSignal
+from dpo_cli.training.step import Trainer
 from tests.helpers.families import FAMILIES, make
 from tests.helpers.forests import forest, joined, kinds, tokens
 from tests.models.test_families import check_equal, score
@@ -205,3 +210,48 @@ def test_forwards_are_larger_where_repeating_a_beginning_would_cost() -> None:
     assert most_tokens(rows_with(9000, 40), 2048) == 8 * 2048
     assert most_tokens(rows_with(5, 40), 2048) == 2048
     assert most_tokens(rows_with(400, 1), 2048) == 2048
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+def losses_of(pairs: list[Pair], max_tokens: int, steps: int = 10) -> tuple[list[float], int]:
+    """The loss of each step of a training, and the tokens of its forwards."""
+    model, options = (
+        make("llama"),
+        TrainOptions(data=["-"], beta=0.2, batch_size=12, ld_alpha=0.7, max_tokens=max_tokens),
+    )
+    model.set_attn_implementation(PREFIX_SHARED)
+    runner = ModelRunner(model, "shared", torch.float32, max_tokens, CPU)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    costs, reference = runner.costs(pairs), torch.linspace(-30, -20, 2 * len(pairs)).view(-1, 2)
+    trainer = Trainer(runner, optimizer, Pairs(pairs), costs, reference, reference, options)
+    order: dict[str, Any] = {"batch_size": 12, "epochs": 9, "max_steps": steps, "world_size": 1, "seed": 0}
+    losses, tokens = [], 0
+    for step in build_schedule(pairs, "shared", max_tokens=max_tokens, **order):
+        micro_batches = trainer.micro_batches(step)
+        tokens += sum(batch.input_ids.numel() for batch in micro_batches)
+        metrics = trainer.step(step, micro_batches, 1e-3, StopSignal())
+        assert metrics is not None
+        losses.append(metrics["loss"])
+    return losses, tokens
+
+
+def test_a_training_is_that_of_pairs_that_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps, in one forward each or in many, where trees are cut."""
+    rng = np.random.default_rng(5)
+    pairs = [dataclasses.replace(pair, where=kind) for kind, made in kinds(rng).items() for pair in made]
+    whole, few = losses_of(pairs, 4096)
+    cut, more = losses_of(pairs, 90)
+    monkeypatch.setattr(dpo_cli.data.trees, "related", lambda indices, pairs: [[i] for i in indices])
+    for module in (dpo_cli.data.trees, dpo_cli.data.batching):
+        monkeypatch.setattr(module, "branches", pairs_alone)
+    apart, most = losses_of(pairs, 4096)
+    assert few < more < most and few < 0.7 * most
+    assert whole == pytest.approx(apart, abs=1e-5) and cut == pytest.approx(apart, abs=1e-5)
+    assert abs(whole[-1] - whole[0]) > 0.01
+
+
+def pairs_alone(pairs: list[Pair], sequences: list[Any]) -> list[tuple[int, int]]:
+    """Each rejected sequence continues the chosen one, which begins a tree."""
+    return [(place - 1, len(pairs[place // 2].prompt) if place % 2 else 0) for place in range(len(sequences))]
