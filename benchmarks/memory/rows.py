@@ -105,7 +105,7 @@ def measure(rows: int, model: str | None) -> Measured:
         times.append(time.perf_counter())
         costs = row_costs(pairs, "shared")
         plan = build_schedule(
-            costs, "shared", batch_size=16, epochs=1, max_steps=None, max_tokens=2048, world_size=1, seed=0
+            pairs, "shared", batch_size=16, epochs=1, max_steps=None, max_tokens=2048, world_size=1, seed=0
         )
         times.append(time.perf_counter())
         fill(folder, pairs)

@@ -274,7 +274,7 @@ class Lab:
         scorer = replace(self.reference, model=policy)
         costs = scorer.costs(pairs)
         how = {"batch_size": sizes.batch_size, "epochs": -(-steps * sizes.batch_size // len(pairs)), "seed": seed}
-        plan = build_schedule(costs, "shared", max_steps=steps, max_tokens=MAX_TOKENS, world_size=1, **how)
+        plan = build_schedule(pairs, "shared", max_steps=steps, max_tokens=MAX_TOKENS, world_size=1, **how)
         optimizer = make_optimizer(policy, 0.0)
         trainer = Trainer(scorer, optimizer, pairs, costs, given.logps, given.logps, options)
         for step, planned in enumerate(plan, 1):

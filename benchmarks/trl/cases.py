@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import build_schedule
+from dpo_cli.data.batching import step_pairs
 from dpo_cli.data.pairs import Pair
 from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
@@ -122,14 +122,5 @@ def write_records(file: Path, records: Sequence[Record]) -> Path:
 
 def step_order(rows: int, options: TrainOptions) -> list[list[int]]:
     """Places of the rows in the order of `dpo train`, a list a step; it does not depend on their lengths."""
-    plan = build_schedule(
-        [1] * rows,
-        "shared",
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        max_tokens=rows,
-        world_size=1,
-        seed=options.seed,
-    )
-    return [[index for micro_batch in step for index in micro_batch] for step in plan]
+    order = {name: getattr(options, name) for name in ("batch_size", "epochs", "max_steps", "seed")}
+    return [sorted(step) for step in step_pairs(rows, **order)]

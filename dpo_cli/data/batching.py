@@ -1,13 +1,16 @@
 """The schedule of a run, in micro-batches, and a micro-batch's tensors: prefix-shared, packed or padded rows.
 
-Legend: P pairs, B rows, T tokens of a row, N response tokens that carry loss, S attention segments, K keys.
+Legend: P pairs, B rows, T tokens of a row, N response tokens that carry loss, E distinct ones among them, S attention
+segments, K keys.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -16,18 +19,20 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.pairs import Ids, Pair, count_loss_tokens, model_input_ids
+from dpo_cli.data.trees import branches, pair_tokens, sequences_of, subtrees
 from dpo_cli.utils.devices import device_kind
 
 Layout = Literal["shared", "packed", "padded", "alone"]
 Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world_size]
 Integers = npt.NDArray[np.integer]
+Part = tuple[list[int], int]  # pairs that stay together in a forward, and their tokens
 Value = TypeVar("Value")
 
 # ---- which pairs ------------------------------------------------------------------------------------------------
 
 
 def build_schedule(
-    costs: Sequence[int],
+    pairs: Sequence[Pair],
     layout: Layout,
     *,
     batch_size: int,
@@ -39,13 +44,13 @@ def build_schedule(
 ) -> list[Step]:
     """Return the micro-batches of every optimizer step of a run; a pure function of its arguments.
 
-    Units: ``costs`` and ``max_tokens`` in tokens, see ``row_costs``.
+    Units: ``max_tokens`` in tokens per forward, see ``row_costs``.
     """
-    steps = step_pairs(len(costs), batch_size=batch_size, epochs=epochs, max_steps=max_steps, seed=seed)
-    return [split_into_micro_batches(indices, costs, layout, max_tokens, world_size) for indices in steps]
+    steps, costs = step_pairs(len(pairs), batch_size, epochs, max_steps, seed), row_costs(pairs, layout)
+    return [split_into_micro_batches(indices, pairs, costs, layout, max_tokens, world_size) for indices in steps]
 
 
-def step_pairs(count: int, *, batch_size: int, epochs: int, max_steps: int | None, seed: int) -> list[list[int]]:
+def step_pairs(count: int, batch_size: int, epochs: int, max_steps: int | None, seed: int) -> list[list[int]]:
     """Return the pair indices of every step, which depend on neither the model nor the device.
 
     Each epoch visits every pair exactly once, in an order of its own; its last step may be smaller than ``batch_size``.
@@ -61,42 +66,58 @@ def step_pairs(count: int, *, batch_size: int, epochs: int, max_steps: int | Non
 
 
 def split_into_micro_batches(
-    indices: Sequence[int], costs: Sequence[int], layout: Layout, max_tokens: int, world_size: int
+    indices: Sequence[int],
+    pairs: Sequence[Pair],
+    costs: Sequence[int],
+    layout: Layout,
+    max_tokens: int,
+    world_size: int,
 ) -> Step:
     """Pack the pairs of one step into micro-batches, the same number for each of ``world_size`` ranks.
 
     Those with the most pairs are split, else empty ones added, until their number is a multiple of ``world_size``.
     """
-    bins = pack(indices, costs, layout, max_tokens)
+    bins = pack(parts(indices, pairs, costs, layout, max_tokens), layout, max_tokens)
     while len(bins) % world_size:
         largest = max(range(len(bins)), key=lambda b: len(bins[b]))
-        pairs = bins[largest]
-        if len(pairs) < 2:
+        split = bins[largest]
+        if len(split) < 2:
             bins.append(())
         else:
-            bins[largest : largest + 1] = [pairs[::2], pairs[1::2]]
+            bins[largest : largest + 1] = [split[::2], split[1::2]]
     return bins
 
 
-def pack(indices: Sequence[int], costs: Sequence[int], layout: Layout, max_tokens: int) -> list[tuple[int, ...]]:
-    """Pack pairs first-fit-decreasing in bins of at most ``max_tokens``; a longer pair gets its own bin.
+def parts(
+    indices: Sequence[int], pairs: Sequence[Pair], costs: Sequence[int], layout: Layout, max_tokens: int
+) -> list[Part]:
+    """Return what stays together in a forward, the part with most tokens first: trees where they are shared."""
+    trees = layout == "shared"
+    found = subtrees(indices, pairs, costs, max_tokens) if trees else (([i], costs[i]) for i in indices)
+    return sorted(found, key=lambda part: (-part[1], part[0]))
+
+
+def pack(found: Sequence[Part], layout: Layout, max_tokens: int) -> list[tuple[int, ...]]:
+    """Pack parts, in the order of ``parts``, first-fit in bins of at most ``max_tokens``; a longer one gets its own.
 
     In a padded forward every pair costs as much as the longest, which is the first of its bin. In the layout ``alone``
     each pair gets its own bin, so that every bin takes the same number of forwards.
     """
     bins: list[list[int]] = []
     room: list[int] = []
+    first: list[int] = []  # tokens of the first part
     if layout == "alone":
         max_tokens = 0
-    for index in sorted(indices, key=lambda i: (-costs[i], i)):
-        charges = (costs[b[0] if layout == "padded" else index] for b in bins)
+    for indices, tokens in found:
+        charges = first if layout == "padded" else [tokens] * len(bins)
         fit = next((b for b, (left, charge) in enumerate(zip(room, charges, strict=True)) if charge <= left), None)
         if fit is None:
-            bins.append([index])
-            room.append(max_tokens - costs[index])
+            bins.append([*indices])
+            room.append(max_tokens - tokens)
+            first.append(tokens)
         else:
-            room[fit] -= costs[bins[fit][0] if layout == "padded" else index]
-            bins[fit].append(index)
+            room[fit] -= charges[fit]
+            bins[fit] += indices
     return [tuple(b) for b in bins]
 
 
@@ -105,7 +126,16 @@ def row_costs(pairs: Sequence[Pair], layout: Layout) -> list[int]:
     lengths = ((len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs)
     if layout == "padded":
         return [2 * (prompt + max(chosen, rejected)) for prompt, chosen, rejected in lengths]
-    return [prompt * (1 if layout == "shared" else 2) + chosen + rejected for prompt, chosen, rejected in lengths]
+    if layout == "shared":
+        return [pair_tokens(pair) for pair in pairs]
+    return [2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths]
+
+
+def count_tokens(indices: Sequence[int], pairs: Sequence[Pair], costs: Sequence[int], layout: Layout) -> int:
+    """Count the tokens of one forward over these pairs."""
+    if layout == "padded":
+        return len(indices) * max((costs[i] for i in indices), default=0)
+    return sum(tokens for _, tokens in parts(indices, pairs, costs, layout, sys.maxsize))
 
 
 def probe_pairs(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> list[Pair]:
@@ -121,19 +151,21 @@ def probe_pairs(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> list[
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """The attention segments of a prefix-shared row: two per pair, ``prompt + chosen`` and ``rejected``.
+    """The attention segments of a row of prompt trees: the tokens of each sequence that no earlier one has.
 
-    The queries of all segments follow each other in the row. The keys of segment s are
-    ``key_index[key_bounds[s]:key_bounds[s+1]]``: its own tokens for ``prompt + chosen``; the prompt and its own tokens
-    for ``rejected``. The causal mask is aligned to the last query and the last key of a segment.
+    The queries of all segments follow each other in the row. The keys of segment s are its whole sequence, from the
+    root of its tree: ``key_index[key_bounds[s]:key_bounds[s+1]]``. The causal mask is aligned to the last query and the
+    last key of a segment. ``parts`` are the same keys as (segment, first token, end), on the host.
 
-    Shapes: ``key_index`` (K,), ``query_bounds`` and ``key_bounds`` (S + 1,), all in tokens.
+    Shapes: ``key_index`` (K,), ``query_bounds`` and ``key_bounds`` (S + 1,), in tokens; ``uses`` (T,), float32: how
+    many responses have the token in their sequence.
     """
 
     key_index: Tensor
     query_bounds: Tensor
     key_bounds: Tensor
-    spans: tuple[tuple[int, int, int], ...]  # prompt, chosen and rejected tokens of each pair, on the host
+    uses: Tensor
+    parts: tuple[tuple[tuple[int, int, int], ...], ...]
     longest_query: int
     longest_key: int
     masks: dict[Any, Tensor] = field(default_factory=dict, init=False)  # cache of models/attention.py
@@ -144,8 +176,9 @@ class MicroBatch:
     """The tensors of one forward over P pairs. Responses are ordered chosen, rejected, chosen, rejected, …
 
     Shapes: ``input_ids``, ``position_ids``, ``attention_mask`` (B, T), the latter two None where the model makes its
-    own; ``logit_positions`` (N,) indices into the flattened rows, whose hidden states predict ``targets`` (N,);
-    ``lengths`` (2P,) tokens of each response that carry loss; ``pair_tokens`` their sum per pair, on the host.
+    own; ``logit_positions`` (E,) indices into the flattened rows, whose hidden states predict ``targets`` (E,), each
+    distinct token once; ``edges`` (N,) the place of each response token among them; ``lengths`` (2P,) tokens of each
+    response that carry loss. ``pieces`` are slices of pairs, of N and of E that the head runs over at a time.
     ``alone`` holds one batch per sequence if each runs in a forward of its own; the results are concatenated.
 
     The rest is what the loss reads beside the policy's log-probs: ``token_weights`` (N,) of LD-DPO; ``weights`` and
@@ -159,8 +192,9 @@ class MicroBatch:
     attention_mask: Tensor | None
     logit_positions: Tensor
     targets: Tensor
+    edges: Tensor
     lengths: Tensor
-    pair_tokens: tuple[int, ...]
+    pieces: tuple[tuple[slice, slice, slice], ...]
     segments: Segments | None
     token_weights: Tensor
     weights: Tensor
@@ -194,16 +228,21 @@ def to_device(value: Value, device: torch.device) -> Value:
     return cast(Value, copy)
 
 
-def collate(pairs: Sequence[Pair], layout: Layout, ld_alpha: float = 1.0) -> MicroBatch:
-    """Build the tensors of one forward over these pairs; their reference log-probs are zero until they are set."""
+def collate(
+    pairs: Sequence[Pair], layout: Layout, ld_alpha: float = 1.0, max_logit_rows: int = sys.maxsize
+) -> MicroBatch:
+    """Build the tensors of one forward over these pairs; their reference log-probs are zero until they are set.
+
+    ``max_logit_rows``: the most tokens that the head predicts at a time, unless a single pair has more.
+    """
     sequences = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
     if layout == "shared":
-        batch = _shared(pairs)
+        batch = _shared(pairs, max_logit_rows)
     elif layout == "padded":
-        batch = padded(sequences)
+        batch = padded(sequences, max_logit_rows)
     else:
         alone = tuple(padded([sequence]) for sequence in sequences) if layout == "alone" else ()
-        batch = replace(_packed(sequences), alone=alone)
+        batch = replace(_packed(sequences, max_logit_rows), alone=alone)
     return replace(
         batch,
         token_weights=length_weights(batch.lengths, ld_alpha),
@@ -223,36 +262,62 @@ def length_weights(lengths: Tensor, alpha: float) -> Tensor:
     return torch.tensor([1.0, alpha]).repeat(len(lengths)).repeat_interleave(counts)
 
 
-def _shared(pairs: Sequence[Pair]) -> MicroBatch:
-    """Build one row of ``prompt | chosen | rejected``; positions of the rejected response continue the prompt's."""
-    ids, positions, keys, spans = [], [], [], []
-    logit_positions: list[npt.ArrayLike] = []
-    query_bounds, key_bounds, start = [0], [0], 0
-    for pair in pairs:
-        p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-        ids += [pair.prompt, pair.chosen, pair.rejected]
-        positions += [np.arange(p + c), np.arange(p, p + r)]
-        prompt_end, rejected = start + p - 1, start + p + c
-        logit_positions += [np.arange(prompt_end, prompt_end + c), [prompt_end], np.arange(rejected, rejected + r - 1)]
-        keys += [np.arange(start, rejected), np.arange(start, start + p), np.arange(rejected, rejected + r)]
-        query_bounds += [rejected, rejected + r]
-        key_bounds += [key_bounds[-1] + p + c, key_bounds[-1] + p + c + p + r]
-        spans.append((p, c, r))
-        start = rejected + r
+def _shared(pairs: Sequence[Pair], max_logit_rows: int) -> MicroBatch:
+    """Build one row of prompt trees; the positions of a sequence's own tokens continue those that it shares."""
+    sequences = sequences_of(pairs)
+    ids, positions, key_index, queries = [], [], [], []
+    parts = list[tuple[tuple[int, int, int], ...]]()
+    paths: list[Integers] = []  # the row's index of each token of a sequence
+    routes: list[list[tuple[int, int, int]]] = []  # the same as parts of segments
+    start = 0
+    for sequence, (earlier, depth) in zip(sequences, branches(pairs, sequences), strict=True):
+        own = len(sequence) - depth
+        path, route = (paths[earlier][:depth], _cut(routes[earlier], depth)) if depth else (np.arange(0), [])
+        if own:
+            ids.append(sequence[depth:])
+            positions.append(np.arange(depth, len(sequence)))
+            path, route = np.append(path, np.arange(start, start + own)), [*route, (len(parts), 0, own)]
+            key_index.append(path)
+            queries.append(own)
+            parts.append(tuple(route))
+            start += own
+        paths.append(path)
+        routes.append(route)
+    keys = [len(path) for path in key_index]
     segments = Segments(
-        key_index=torch.as_tensor(np.concatenate(keys), dtype=torch.int64),
-        query_bounds=torch.tensor(query_bounds, dtype=torch.int32),
-        key_bounds=torch.tensor(key_bounds, dtype=torch.int32),
-        spans=tuple(spans),
-        longest_query=max(max(p + c, r) for p, c, r in spans),
-        longest_key=max(p + max(c, r) for p, c, r in spans),
+        key_index=torch.as_tensor(np.concatenate(key_index), dtype=torch.int64),
+        query_bounds=torch.tensor([0, *np.cumsum(queries)], dtype=torch.int32),
+        key_bounds=torch.tensor([0, *np.cumsum(keys)], dtype=torch.int32),
+        uses=torch.as_tensor(np.bincount(np.concatenate(paths), minlength=start), dtype=torch.float32),
+        parts=tuple(parts),
+        longest_query=max(queries),
+        longest_key=max(keys),
     )
-    row = model_input_ids(np.concatenate(ids))[None]
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    return _micro_batch(row, np.concatenate(positions)[None], None, logit_positions, responses, segments)
+    tails = [path[-len(response) - 1 :] for path, response in zip(paths, responses, strict=True)]
+    return _micro_batch(
+        np.concatenate(ids)[None],
+        np.concatenate(positions)[None],
+        None,
+        [tail[:-1] for tail in tails],
+        responses,
+        max_logit_rows,
+        segments,
+        np.concatenate([tail[1:] for tail in tails]),
+    )
 
 
-def _packed(sequences: Sequence[tuple[Ids, Ids]]) -> MicroBatch:
+def _cut(route: Sequence[tuple[int, int, int]], depth: int) -> list[tuple[int, int, int]]:
+    """Return the parts of a sequence up to this many tokens."""
+    found = []
+    for segment, begin, end in route:
+        if depth > 0:
+            found.append((segment, begin, min(end, begin + depth)))
+        depth -= end - begin
+    return found
+
+
+def _packed(sequences: Sequence[tuple[Ids, Ids]], max_logit_rows: int) -> MicroBatch:
     """Build one row of whole sequences; positions restart at each, which is how transformers separates them."""
     row = model_input_ids(np.concatenate([part for sequence in sequences for part in sequence]))[None]
     responses = [response for _, response in sequences]
@@ -260,10 +325,10 @@ def _packed(sequences: Sequence[tuple[Ids, Ids]]) -> MicroBatch:
     ends = np.cumsum(lengths)
     logit_positions = [np.arange(end - len(r) - 1, end - 1) for end, r in zip(ends, responses, strict=True)]
     positions = np.concatenate([np.arange(length) for length in lengths])[None]
-    return _micro_batch(row, positions, None, logit_positions, responses, None)
+    return _micro_batch(row, positions, None, logit_positions, responses, max_logit_rows)
 
 
-def padded(sequences: Sequence[tuple[Ids, Ids]]) -> MicroBatch:
+def padded(sequences: Sequence[tuple[Ids, Ids]], max_logit_rows: int = sys.maxsize) -> MicroBatch:
     """Build one row per sequence, padded on the right; without a mask where nothing is padded."""
     longest = max(len(prompt) + len(response) for prompt, response in sequences)
     ids = np.zeros((len(sequences), longest), dtype=np.int64)
@@ -275,28 +340,36 @@ def padded(sequences: Sequence[tuple[Ids, Ids]]) -> MicroBatch:
         mask[row, :length] = 1
         logit_positions.append(np.arange(len(prompt) - 1, length - 1) + row * longest)
     responses = [response for _, response in sequences]
-    return _micro_batch(ids, None, None if mask.all() else mask, logit_positions, responses, None)
+    return _micro_batch(ids, None, None if mask.all() else mask, logit_positions, responses, max_logit_rows)
 
 
 def _micro_batch(
     ids: Integers,
     positions: Integers | None,
     mask: Integers | None,
-    logit_positions: Sequence[npt.ArrayLike],
+    logit_positions: Sequence[Integers],
     responses: Sequence[Ids],
-    segments: Segments | None,
+    max_logit_rows: int,
+    segments: Segments | None = None,
+    places: Integers | None = None,
 ) -> MicroBatch:
-    """Build the batch; ``logit_positions`` covers all response tokens, of which those that carry loss are kept."""
+    """Build the batch; ``logit_positions`` covers all response tokens, of which those that carry loss are kept.
+
+    ``places`` are the indices of the response tokens in the row, where several responses may share one.
+    """
     tokens, lengths = np.concatenate(responses), [count_loss_tokens(response) for response in responses]
     has_loss, pairs = tokens >= 0, len(responses) // 2
+    predicted = np.arange(int(has_loss.sum())) if places is None else places[has_loss]
+    pieces, first, edges = _pieces(predicted, lengths, max_logit_rows)
     return MicroBatch(
         input_ids=torch.as_tensor(ids, dtype=torch.int64),
         position_ids=None if positions is None else torch.as_tensor(positions, dtype=torch.int64),
         attention_mask=None if mask is None else torch.as_tensor(mask, dtype=torch.int64),
-        logit_positions=torch.as_tensor(np.concatenate(logit_positions)[has_loss], dtype=torch.int64),
-        targets=torch.as_tensor(tokens[has_loss], dtype=torch.int64),
+        logit_positions=torch.as_tensor(np.concatenate(logit_positions)[has_loss][first], dtype=torch.int64),
+        targets=torch.as_tensor(tokens[has_loss][first], dtype=torch.int64),
+        edges=torch.as_tensor(edges, dtype=torch.int64),
         lengths=torch.tensor(lengths),
-        pair_tokens=tuple(sum(lengths[i : i + 2]) for i in range(0, len(lengths), 2)),
+        pieces=pieces,
         segments=segments,
         token_weights=torch.ones(sum(lengths)),
         weights=torch.ones(pairs),
@@ -304,3 +377,36 @@ def _micro_batch(
         ref_logps=torch.zeros(2 * pairs),
         weighted_ref_logps=torch.zeros(2 * pairs),
     )
+
+
+def _pieces(
+    predicted: Integers, lengths: Sequence[int], max_rows: int
+) -> tuple[tuple[tuple[slice, slice, slice], ...], Integers, Integers]:
+    """Cut a batch into pieces of whole pairs of at most ``max_rows`` distinct tokens, unless a single pair has more.
+
+    Shapes: ``predicted`` (N,) names of the tokens -> slices of pairs, of N and of E; the first place of each of the E
+    distinct tokens of the pieces, (E,); the place of each token among them, (N,).
+    """
+    order, ends = np.argsort(predicted, kind="stable"), np.cumsum(lengths)[1::2].tolist()
+    again = predicted[order[1:]] == predicted[order[:-1]]
+    earlier = np.full(len(predicted), -1)  # the last place with the same token
+    earlier[order[1:][again]] = order[:-1][again]
+    starts, rows = [0], 0  # the first pair of each piece
+    for pair, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        piece = ends[starts[-1] - 1] if starts[-1] else 0  # its first token
+        rows += int((earlier[begin:end] < piece).sum())
+        if rows > max_rows and pair > starts[-1]:
+            starts.append(pair)
+            rows = int((earlier[begin:end] < begin).sum())
+    cuts = [ends[pair - 1] for pair in starts[1:]]
+    piece_of = np.searchsorted(cuts, np.arange(len(predicted)), side="right")
+    _, first, names = np.unique(piece_of * (predicted.max() + 1) + predicted, return_index=True, return_inverse=True)
+    ranks = np.argsort(np.argsort(first))  # tokens in the order of their first place
+    first = np.sort(first)
+    bounds = [
+        [*starts, len(ends)],
+        [0, *cuts, len(predicted)],
+        [0, *np.searchsorted(first, cuts).tolist(), len(first)],
+    ]
+    slices = zip(*([slice(a, b) for a, b in pairwise(each)] for each in bounds), strict=True)
+    return tuple(slices), first, ranks[names]

@@ -35,6 +35,13 @@ def model_input_ids(ids: Ids) -> Ids:
     return np.maximum(ids, ~ids)
 
 
+def common_prefix(a: Ids, b: Ids) -> int:
+    """Count the ids with which both begin."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
 def count_loss_tokens(response: Ids) -> int:
     """Count the tokens of a response that carry loss: those whose log-probs are summed."""
     return int(np.count_nonzero(response >= 0))

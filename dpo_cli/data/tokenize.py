@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dpo_cli.data.chat import REASONING_UNSEEN, Chat, Conversation, Side
-from dpo_cli.data.pairs import Ids, Pair, Pairs
+from dpo_cli.data.pairs import Ids, Pair, Pairs, common_prefix
 from dpo_cli.data.rows import BadRow, Row
 from dpo_cli.utils.errors import RowError, UsageError
 
@@ -153,7 +153,7 @@ class Encoder:
             if side.cuts:
                 ids = np.append(ids, self._pieces(side, len(side.text))[len(ids) :])
             sides.append(ids if side.complete or self.eos in ids[-1:] else np.append(ids, np.int32(self.eos)))
-        cut = min(_common_prefix(prompt, ids) for ids in sides)
+        cut = min(common_prefix(prompt, ids) for ids in sides)
         if cut == 0:
             raise RowError("prompt and response share no first token, so the response would be read without a prompt")
         responses = []
@@ -161,8 +161,8 @@ class Encoder:
             if side.spans != ((len(texts.prompt), len(side.text)),):  # not all of the response
                 carries = np.zeros(len(ids), dtype=bool)
                 for begin, end in side.spans:
-                    stop = None if end == len(side.text) else _common_prefix(self._pieces(side, end), ids)
-                    carries[_common_prefix(self._pieces(side, begin), ids) : stop] = True
+                    stop = None if end == len(side.text) else common_prefix(self._pieces(side, end), ids)
+                    carries[common_prefix(self._pieces(side, begin), ids) : stop] = True
                 ids = np.where(carries, ids, ~ids)
             responses.append(ids[cut:])
         return prompt[:cut], responses[0], responses[1], cut < len(prompt)
@@ -232,12 +232,6 @@ def _attempt(row: Row, make: Callable[..., Made], *arguments: Any) -> Made | Bad
     except RowError as error:
         record = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
         return BadRow(row.where, str(error), record, row.format)
-
-
-def _common_prefix(a: Ids, b: Ids) -> int:
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
 
 
 def _only_asks_its_backend(tokenizer: Any) -> bool:

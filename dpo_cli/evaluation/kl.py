@@ -27,7 +27,7 @@ from torch import Tensor
 from dpo_cli.data.batching import MicroBatch, length_weights
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.evaluation.metrics import Table
-from dpo_cli.models.logprobs import Head, ModelRunner, split_pairs
+from dpo_cli.models.logprobs import Head, ModelRunner
 from dpo_cli.utils.console import Progress
 from dpo_cli.utils.errors import NotWrittenError, UsageError
 from dpo_cli.utils.files import writing
@@ -122,7 +122,7 @@ def compare(
 
     The model that runs is the policy if ``policy_runs``, else the reference; the other one was recorded. If it is the
     ``same`` model, the recorded states are its own and only its head runs. Each head gets as many tokens at a time as
-    when it scores, so that the log-probs are equal to the bit.
+    when it scores, so that the log-probs are equal to the bit, unless responses share tokens.
 
     Raises:
         UsageError: the two have different vocabularies.
@@ -133,15 +133,15 @@ def compare(
     def both(places: Sequence[int], batch: MicroBatch) -> Tensor:
         other = torch.cat([recorded.states[spans[place]] for place in places]).to(runner.device)
         states = other if same else runner.body(batch).head_inputs()
-        parts: list[Tensor] = []
-        for _, tokens in split_pairs(batch.pair_tokens, runner.max_logit_rows):
+        parts, targets = list[Tensor](), batch.targets[batch.edges]
+        for _, tokens, _ in batch.pieces:
             logits, other_logits = runner.head.logits(states[tokens]), other_head.logits(other[tokens])  # (n, V)
             if logits.shape != other_logits.shape:
                 sizes = f"{logits.shape[1]:,} and {other_logits.shape[1]:,}"
                 raise UsageError(f"the models have vocabularies of {sizes} tokens, so there is no KL: add --kl none")
             p, q = (logits, other_logits) if policy_runs else (other_logits, logits)
             rows = max(1, runner.kind.compared_bytes // (4 * p.shape[1]))
-            parts += map(divergences, p.split(rows), q.split(rows), batch.targets[tokens].split(rows))
+            parts += map(divergences, p.split(rows), q.split(rows), targets[tokens].split(rows))
         return torch.cat(parts)
 
     return TokenScores(_run(runner, pairs, both, progress, stopped=stopped), pairs.loss_lengths)

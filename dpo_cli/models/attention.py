@@ -1,10 +1,10 @@
-"""Attention over a packed row in which both responses see the one prompt.
+"""Attention over a packed row of prompt trees, in which all sequences that share a beginning see the one copy of it.
 
 Legend: T packed tokens, K gathered keys, A query heads, G key-value heads, D head size.
 
-A row holds ``prompt | chosen | rejected`` a pair. ``prompt+chosen`` attends causally to itself; ``rejected`` attends to
-the prompt and to itself. transformers is given this function by name and passes ``segments`` through the model to it;
-no model is patched.
+The tokens of a segment attend causally to its whole sequence, from the root of its tree: of a pair, ``prompt + chosen``
+to itself, and ``rejected`` to the prompt and to itself. transformers is given this function by name and passes
+``segments`` through the model to it; no model is patched.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def prefix_shared_attention(
     flash: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each pair, the prompt shared by both responses.
+    """Attend from each segment to its own sequence.
 
     ``s_aux`` are attention sinks: a logit per head that joins every softmax without a value. ``flash``: whether the
     device has it, see ``utils/devices.py``. Dropout is off everywhere.
@@ -62,16 +62,15 @@ def prefix_shared_attention(
     if takes_flash(flash, query):
         return _varlen(query, key, value, segments, scaling, s_aux, sliding_window), None
     # Split, not sliced: the backward pass of a slice fills a whole row with zeros, one for every segment.
-    lengths = [n for prompt, chosen, rejected in segments.spans for n in (prompt + chosen, rejected)]
+    lengths = [part[-1][2] for part in segments.parts]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
-    parts = []
-    for place, (prompt, _, _) in enumerate(segments.spans):
-        first, second = 2 * place, 2 * place + 1
-        # the rejected response sees the prompt, out of ``prompt+chosen``, and itself
-        k, v = (torch.cat([x[first][:, :, :prompt], x[second]], dim=2) for x in (keys, values))
-        parts.append(_causal(queries[first], keys[first], values[first], segments, scaling, s_aux, sliding_window))
-        parts.append(_causal(queries[second], k, v, segments, scaling, s_aux, sliding_window))
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    outputs = []
+    for place, part in enumerate(segments.parts):
+        k, v = keys[place], values[place]
+        if prefix := part[:-1]:
+            k, v = (torch.cat([*(x[s][:, :, a:b] for s, a, b in prefix), x[place]], dim=2) for x in (keys, values))
+        outputs.append(_causal(queries[place], k, v, segments, scaling, s_aux, sliding_window))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def takes_flash(flash: bool, query: Tensor) -> bool:

@@ -119,7 +119,10 @@ def _tried(model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int) -> tu
     between = [length for length in thresholds if shorter.min() <= length < longest]
     groups += [[long, pairs[int(np.where(shorter <= length, shorter, 0).argmax())]] for length in between]
     beyond = [length for length in thresholds if longest <= length < max_tokens]
-    groups += [[first[0]] * (length // row_costs(first, "shared")[0] + 1) + [first[-1]] for length in beyond]
+    for length in beyond:  # copies that share nothing
+        copies = range(length // row_costs(first, "shared")[0] + 1)
+        groups.append([replace(first[0], prompt=np.append(np.int32(i), first[0].prompt[1:])) for i in copies])
+        groups[-1].append(first[-1])
     return groups, min(between, default=math.inf)
 
 

@@ -4,12 +4,13 @@ The body of the model runs over a whole packed row, its head over the response t
 of a pair needs no other pair, so the backward pass of each piece of the head follows at once: three matrix products per
 token, and logits of a few pairs at a time, are all that the head costs.
 
-Legend: P pairs, B rows, T tokens of a row, N response tokens that carry loss, H hidden, V vocabulary; p, n those of a
-piece of the head.
+Legend: P pairs, B rows, T tokens of a row, N response tokens that carry loss, E distinct ones among them, H hidden, V
+vocabulary; p, n, e those of a piece of the head.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_cli.data.batching import Layout, MicroBatch, collate, pack, row_costs
+from dpo_cli.data.batching import Layout, MicroBatch, collate, count_tokens, pack, parts, row_costs
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.parallel import BODY, Parallel, parallel_of
 from dpo_cli.utils.devices import DeviceKind, device_kind, empty_cache
 from dpo_cli.utils.errors import DpoError, UsageError
 
-WINDOW = 512  # pairs of similar length that are packed together where order does not matter
+WINDOW = 512  # pairs or trees of similar length that are packed together where order does not matter
 
 # Devices whose products of 16-bit matrices can be float32: in torch 2.13 not those of ROCm, which are "cuda" there.
 FLOAT32_PRODUCTS = set[str]() if torch.version.hip else {"cuda"}
@@ -108,30 +109,30 @@ class Head:
 class HiddenStates:
     """What the head reads to predict the tokens that carry loss, and the gradients of the head's pieces.
 
-    Shapes: ``values`` (N, H), with their graph; logits (N, V) where the head cannot run apart. ``router_logits``
+    Shapes: ``values`` (E, H), with their graph; logits (E, V) where the head cannot run apart. ``router_logits``
     (B * T, experts) per layer, where they were asked for.
     """
 
     values: Tensor
     batch: MicroBatch
     head: Head
-    max_rows: int  # at the head at once, unless a single pair has more
     router_logits: Sequence[Tensor] = ()
     full_logps: list[Tensor] = field(default_factory=list)  # (2, p) of each piece, detached
-    gradients: list[Tensor] = field(default_factory=list)  # (n, H) of each piece
+    gradients: list[Tensor] = field(default_factory=list)  # (e, H) of each piece
 
     def head_inputs(self) -> Tensor:
-        """Return ``values`` in the precision that the head computes in."""
-        return self.values if self.head.module is None else self.values.to(self.head.dtype)
+        """Return what the head reads for each response token, in the precision that it computes in: (N, H)."""
+        values = self.values[self.batch.edges]
+        return values if self.head.module is None else values.to(self.head.dtype)
 
     def head_pieces(self, wpo: bool = False) -> Iterator[Preferences]:
         """Run the head over a few whole pairs at a time; call ``backward`` on the loss of each before the next one.
 
         ``wpo``: multiply the weights of the pairs by WPO's.
         """
-        for pairs, tokens in split_pairs(self.batch.pair_tokens, self.max_rows):
-            leaf = self.values.detach()[tokens].requires_grad_()
-            preferences = self._preferences(leaf, pairs, tokens, wpo)
+        for pairs, tokens, edges in self.batch.pieces:
+            leaf = self.values.detach()[edges].requires_grad_()
+            preferences = self._preferences(leaf, pairs, tokens, edges, wpo)
             self.full_logps.append(preferences.full_logps.detach().view(2, -1))
             yield preferences
             if leaf.grad is not None:
@@ -148,13 +149,13 @@ class HiddenStates:
             gradients = [torch.cat(self.gradients), *(None for _ in losses)]
             torch.autograd.backward([self.values, *losses], gradients)
 
-    def _preferences(self, leaf: Tensor, pairs: slice, tokens: slice, wpo: bool) -> Preferences:
-        batch, logits = self.batch, self.head.logits(leaf)
-        token_logps = target_logps(logits, batch.targets[tokens])  # (n,)
+    def _preferences(self, leaf: Tensor, pairs: slice, tokens: slice, edges: slice, wpo: bool) -> Preferences:
+        batch, logits, places = self.batch, self.head.logits(leaf), self.batch.edges[tokens] - edges.start
+        token_logps = target_logps(logits, batch.targets[edges])[places]  # (n,)
         lengths = batch.lengths[2 * pairs.start : 2 * pairs.stop]
         weights = batch.weights[pairs]
         if wpo:
-            weights = weights * likelihoods(token_logps.detach(), logits.detach(), lengths)
+            weights = weights * likelihoods(token_logps.detach(), logits.detach(), places, lengths)
         return Preferences(
             logps=response_logps(token_logps * batch.token_weights[tokens], lengths),
             ref_logps=batch.weighted_ref_logps.view(2, -1)[:, pairs].reshape(-1),
@@ -214,15 +215,15 @@ class ModelRunner:
 
     def batch(self, pairs: Sequence[Pair], ld_alpha: float = 1.0) -> MicroBatch:
         """Build the tensors of one forward, on the device."""
-        return collate(pairs, self.layout, ld_alpha).to(self.device)
+        rows = self.max_logit_rows if self.chunked_lm_head else sys.maxsize
+        return collate(pairs, self.layout, ld_alpha, rows).to(self.device)
 
     def body(self, batch: MicroBatch, output_router_logits: bool = False) -> HiddenStates:
         """Run the body over a batch, or the whole model where the head cannot run apart."""
-        rows = self.max_logit_rows if self.chunked_lm_head else len(batch.targets)
         if batch.alone:
             parts = [self.body(sequence, output_router_logits) for sequence in batch.alone]
             routers = [torch.cat(layer) for layer in zip(*(part.router_logits for part in parts), strict=True)]
-            return HiddenStates(torch.cat([part.values for part in parts]), batch, self.head, rows, routers)
+            return HiddenStates(torch.cat([part.values for part in parts]), batch, self.head, routers)
         model: Any = self.model
         names = ("input_ids", "position_ids", "attention_mask", "segments")
         inputs: dict[str, Any] = {name: value for name in names if (value := getattr(batch, name)) is not None}
@@ -233,14 +234,12 @@ class ModelRunner:
                 width = batch.input_ids.shape[1]
                 keep, column = torch.unique(batch.logit_positions % width, return_inverse=True)
                 logits = model(logits_to_keep=keep, use_cache=False, **inputs).logits  # (B, kept, V)
-                return HiddenStates(logits[batch.logit_positions // width, column].float(), batch, self.head, rows)
+                return HiddenStates(logits[batch.logit_positions // width, column].float(), batch, self.head)
             if output_router_logits:
                 inputs["output_router_logits"] = True
             states = (getattr(model, BODY, None) or model.base_model)(use_cache=False, **inputs)
         routers = [logits.flatten(0, -2) for logits in states.router_logits] if output_router_logits else []
-        return HiddenStates(
-            states.last_hidden_state.flatten(0, 1)[batch.logit_positions], batch, self.head, rows, routers
-        )
+        return HiddenStates(states.last_hidden_state.flatten(0, 1)[batch.logit_positions], batch, self.head, routers)
 
     def token_logps(self, batch: MicroBatch) -> Tensor:
         """Compute the log-probability of every response token that carries loss, given all tokens before it.
@@ -249,8 +248,9 @@ class ModelRunner:
         Units: nats.
         """
         hidden = self.body(batch)
-        pieces = [tokens for _, tokens in split_pairs(batch.pair_tokens, hidden.max_rows)]
-        return torch.cat([target_logps(hidden.head.logits(hidden.values[i]), batch.targets[i]) for i in pieces])
+        pieces = [edges for _, _, edges in batch.pieces]
+        logps = torch.cat([target_logps(hidden.head.logits(hidden.values[i]), batch.targets[i]) for i in pieces])
+        return logps[batch.edges]
 
     def costs(self, pairs: Sequence[Pair]) -> list[int]:
         """Return the number of tokens that each pair takes up in a forward."""
@@ -270,7 +270,7 @@ class ModelRunner:
         """
         self.model.eval()
         costs, (rank, world_size) = self.costs(pairs), share
-        packed = self._pack(sorted(range(len(pairs)), key=lambda i: (-costs[i], i)), costs)
+        packed = self._pack(range(len(pairs)), pairs, costs)
         waiting = deque(packed[rank::world_size])
         while waiting:
             result = self._attempt(pairs, waiting[0], compute)
@@ -278,14 +278,15 @@ class ModelRunner:
                 yield waiting.popleft(), result[0]
             else:
                 self.shrink([pairs[i] for i in waiting[0]])
-                waiting = deque(self._pack([i for indices in waiting for i in indices], costs))
+                waiting = deque(self._pack([i for indices in waiting for i in indices], pairs, costs))
         if self.parallel.sharded and rank >= (len(packed) % world_size or world_size):  # other ranks have one more
             compute(packed[-1][-1:], self.batch([pairs[packed[-1][-1]]]))
 
-    def _pack(self, indices: Sequence[int], costs: Sequence[int]) -> list[tuple[int, ...]]:
-        """Pack pairs of similar length together, a window after the other."""
-        windows = (indices[start : start + WINDOW] for start in range(0, len(indices), WINDOW))
-        return [indices for window in windows for indices in pack(window, costs, self.layout, self.max_tokens)]
+    def _pack(self, indices: Sequence[int], pairs: Sequence[Pair], costs: Sequence[int]) -> list[tuple[int, ...]]:
+        """Pack what shares a beginning together, and pairs of similar length, a window after the other."""
+        found = parts(indices, pairs, costs, self.layout, self.max_tokens)
+        windows = (found[start : start + WINDOW] for start in range(0, len(found), WINDOW))
+        return [packed for window in windows for packed in pack(window, self.layout, self.max_tokens)]
 
     def _attempt(self, pairs: Sequence[Pair], places: Sequence[int], compute: Compute[Result]) -> tuple[Result] | None:
         """Compute one forward; None if memory ran out. Its tensors are freed only when this frame ends."""
@@ -304,7 +305,7 @@ class ModelRunner:
         """
         if self.parallel.sharded:
             raise DpoError("out of memory; with --fsdp all ranks run in lockstep: set a lower --max-tokens")
-        tokens = sum(self.costs(pairs)) if self.layout != "padded" else len(pairs) * max(self.costs(pairs))
+        tokens = count_tokens(range(len(pairs)), pairs, self.costs(pairs), self.layout)
         if len(pairs) == 1:
             raise DpoError(
                 f"{pairs[0].where}: this pair alone ({tokens:,} tokens) does not fit the device's memory; "
@@ -343,27 +344,18 @@ def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def likelihoods(token_logps: Tensor, logits: Tensor, lengths: Tensor) -> Tensor:
-    """Weigh each pair by how likely the policy itself finds its responses: (n,), (n, V), (2p,) -> (p,).
+def likelihoods(token_logps: Tensor, logits: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
+    """Weigh each pair by how likely the policy itself finds its responses.
+
+    Shapes: (n,), (e, V), ``places`` (n,) of the tokens among the logits, (2p,) -> (p,).
 
     Source: WPO, equation 2 of arXiv 2406.11827, with its alignment by the sampled distribution.
     """
-    # log sum p^2 over the vocabulary, a few tokens at a time: (n,)
+    # log sum p^2 over the vocabulary, a few tokens at a time: (e,)
     squares = torch.cat([(2 * rows).logsumexp(-1) - 2 * rows.logsumexp(-1) for rows in logits.split(64)])
-    aligned = response_logps(token_logps - squares, lengths) / lengths.view(-1, 2).T.reshape(-1)
+    aligned = response_logps(token_logps - squares[places], lengths) / lengths.view(-1, 2).T.reshape(-1)
     chosen, rejected = aligned.exp().chunk(2)
     return chosen * rejected
-
-
-def split_pairs(pair_tokens: Sequence[int], max_rows: int) -> Iterator[tuple[slice, slice]]:
-    """Split a batch into whole pairs with at most ``max_rows`` response tokens: slices of pairs and of tokens."""
-    pair = token = end = 0
-    for place, more in enumerate(pair_tokens):
-        if place > pair and end + more - token > max_rows:
-            yield slice(pair, place), slice(token, end)
-            pair, token = place, end
-        end += more
-    yield slice(pair, len(pair_tokens)), slice(token, end)
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

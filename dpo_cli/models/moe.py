@@ -2,7 +2,8 @@
 
 The loss is a product of two means over all tokens of a step. So that its gradient does not depend on how the step is
 cut into micro-batches, the share of the tokens that each expert gets, which has no gradient, is counted over the whole
-step before the first backward pass. A prompt counts twice in every layout, as both sequences of a pair contain it.
+step before the first backward pass. A token counts once per sequence that contains it, in every layout: a prompt twice.
+A tree routes it once, which gives the same choice for all of its sequences.
 
 Legend: B rows, T tokens of a row, E experts, L layers that have a router.
 """
@@ -61,8 +62,7 @@ def token_counts(batch: MicroBatch) -> Tensor:
     if batch.dummy:
         return torch.zeros(ids.numel(), device=ids.device)
     if batch.segments:
-        parts = torch.tensor([n for p, c, r in batch.segments.spans for n in (p, c + r)])
-        return torch.tensor([2.0, 1.0]).repeat(len(parts) // 2).repeat_interleave(parts).to(ids.device)
+        return batch.segments.uses
     mask = batch.attention_mask
     return (torch.ones_like(ids) if mask is None else mask).flatten().float()
 

@@ -18,8 +18,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from dpo_cli.data.batching import MicroBatch, Step, probe_pairs, row_costs
+from dpo_cli.data.batching import MicroBatch, Step, count_tokens, probe_pairs, row_costs
 from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
+from dpo_cli.data.trees import most_tokens
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.logprobs import ModelRunner, forward_errors
 from dpo_cli.models.parallel import local_shard
@@ -75,8 +76,9 @@ def count_bytes(runner: ModelRunner, pairs: Sequence[Pair], process: int) -> Ste
     model: Any = runner.model
     config = model.config.get_text_config()
     cut = []  # what is kept grows with the tokens, so a few hundred of each part are enough
-    for pair in probe_pairs(pairs, runner.layout, runner.max_tokens):
+    for place, pair in enumerate(2 * probe_pairs(pairs, runner.layout, runner.max_tokens)):
         prompt, chosen, rejected = (model_input_ids(ids[:PROBED]) for ids in (pair.prompt, pair.chosen, pair.rejected))
+        prompt[0] = place  # the two share nothing
         cut.append(Pair(pair.where, prompt, chosen, rejected))  # all tokens carry loss: a cut response may have none
     long, short = cut[0], cut[-1]
     tokens, more = row_costs([long, short], runner.layout)
@@ -151,8 +153,7 @@ class MemoryChoice:
         """Estimate the peak of these steps in bytes; ``costs`` are the pairs' tokens in a forward."""
 
         def size(indices: tuple[int, ...]) -> int:
-            cost = [costs[i] for i in indices]
-            return sum(cost) if runner.layout != "padded" else len(cost) * max(cost, default=0)
+            return count_tokens(indices, pairs, costs, runner.layout)
 
         world = distributed.world_size()  # each rank's first micro-batch is one of the first ``world``
         first = max((indices for step in steps for indices in step[:world]), key=size)
@@ -184,7 +185,8 @@ def choose_memory(
     for way in ways:
         if counted.peak(*way, (enough, head), (enough, head)) <= room:
             break
-    most = min(max(counted.max_tokens(*way, room, head), FEWEST_TOKENS), runner.kind.most_tokens)
+    most = most_tokens(pairs, runner.kind.most_tokens)
+    most = min(max(counted.max_tokens(*way, room, head), FEWEST_TOKENS), most)
     return MemoryChoice(*way, max_tokens or most, counted)
 
 

@@ -22,6 +22,7 @@ from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
 from dpo_cli.data.rows import read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_rows
+from dpo_cli.data.trees import most_tokens
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import LOSSES
 from dpo_cli.models.adapter_files import read_config
@@ -241,7 +242,7 @@ def load_scored_model(
     _report_unread(model, reporter)
     if not is_quantized(model):  # else it is on the device already
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
-    max_tokens = options.max_tokens or kind.most_tokens
+    max_tokens = options.max_tokens or most_tokens(pairs, kind.most_tokens)
     tried = pairs + _sampled(pairs, options, limit)
     runner, description = choose_layout(model, tried, max_tokens, device, dtype)
     reporter.info("layout", description)

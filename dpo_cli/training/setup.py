@@ -13,7 +13,7 @@ import torch
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import RESUME_MUTABLE
-from dpo_cli.data.batching import Step, build_schedule, row_costs, step_pairs
+from dpo_cli.data.batching import Step, build_schedule, count_tokens, row_costs, step_pairs
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
 from dpo_cli.data.rows import BadRow
 from dpo_cli.evaluation import kl
@@ -127,7 +127,7 @@ def prepare_run(
     _choose_memory(run, process)
     run.costs = run.policy.runner.costs(run.pairs)
     room = {"max_tokens": run.memory_choice.max_tokens, "world_size": distributed.world_size()}
-    run.plan = build_schedule(run.costs, run.policy.runner.layout, **room, **order)
+    run.plan = build_schedule(run.pairs, run.policy.runner.layout, **room, **order)
     _check_plan(run)
     if not options.ref_model:
         run.reference = run.policy
@@ -292,10 +292,15 @@ def _report_plan(run: Run) -> None:
     steps, padded_costs = [[i for each in step for i in each] for step in run.plan], row_costs(run.pairs, "padded")
     forwards = f"{sum(map(len, run.plan)):,} micro-batches, max_tokens {runner.max_tokens:,}"
     reporter.info("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {forwards}")
-    tokens = sum(run.costs[i] for step in steps for i in step)
+    micro_batches = [micro_batch for step in run.plan for micro_batch in step]
+    tokens = sum(count_tokens(each, run.pairs, run.costs, runner.layout) for each in micro_batches)
     plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
-    padded = f"padded batches of {options.batch_size} would take {plain:,} ({plain / tokens:.1f} times)"
-    reporter.info("tokens", f"{tokens:,} to train on; {padded}")
+    apart = sum(run.costs[i] for step in steps for i in step)
+    others = {f"padded batches of {options.batch_size}": plain}
+    if runner.layout == "shared" and tokens < apart:
+        others |= {"pairs that share only their own prompt": apart}
+    more = "".join(f"; {what} would take {count:,} ({count / tokens:.1f} times)" for what, count in others.items())
+    reporter.info("tokens", f"{tokens:,} to train on{more}")
     _report_room(run)
     least, suggested_lr = (MIN_LR_SUM_ADAPTER, 2e-4) if options.lora_rank else (MIN_LR_SUM, 2e-5)
     if sum(learning_rate(step, len(steps), options) for step in range(1, len(steps) + 1)) < least:

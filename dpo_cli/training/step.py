@@ -120,9 +120,8 @@ class Trainer:
         """
         indices, world_size = [i for places in planned for i in places], distributed.world_size()
         if self.runner.max_tokens != self.options.max_tokens:
-            planned = split_into_micro_batches(
-                indices, self.costs, self.runner.layout, self.runner.max_tokens, world_size
-            )
+            room = self.runner.max_tokens, world_size
+            planned = split_into_micro_batches(indices, self.pairs, self.costs, self.runner.layout, *room)
         lockstep = self.runner.parallel.sharded or self.num_experts_per_tok > 0
         batches = []
         for places in planned[distributed.rank() :: world_size]:

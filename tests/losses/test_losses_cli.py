@@ -232,7 +232,7 @@ def step(model: PreTrainedModel, max_tokens: int, apart: bool, **options: Any) -
     made = TrainOptions(data=["-"], max_grad_norm=0.0, max_tokens=max_tokens, **options)
     runner = ModelRunner(model, "packed", torch.float32, max_tokens, CPU, apart)
     (plan,) = build_schedule(
-        runner.costs(PAIRS), "packed", batch_size=40, epochs=1, max_steps=1, max_tokens=max_tokens, world_size=1, seed=0
+        PAIRS, "packed", batch_size=40, epochs=1, max_steps=1, max_tokens=max_tokens, world_size=1, seed=0
     )
     reference = torch.linspace(-90, -50, 80).view(-1, 2)
     trainer, optimizer = make_trainer(runner, PAIRS, made, reference, reference + 1)
@@ -280,7 +280,7 @@ def by_formula(model: PreTrainedModel, **options: Any) -> tuple[Gradients, float
         lengths=lengths,
         full_logps=response_logps(token_logps, batch.lengths),
         mean_chosen_length=float(lengths[:40].double().mean()),
-        weights=likelihoods(token_logps.detach(), logits.detach(), batch.lengths) if made.wpo else 1.0,
+        weights=likelihoods(token_logps.detach(), logits.detach(), batch.edges, batch.lengths) if made.wpo else 1.0,
     )
     model.zero_grad()
     loss = made.objective(pairs).mean()

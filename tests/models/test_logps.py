@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import dpo_cli.models.logprobs
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import Layout, build_schedule, collate, length_weights, padded, row_costs
+from dpo_cli.data.batching import Layout, build_schedule, collate, length_weights, padded
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner, likelihoods, response_logps
@@ -77,7 +77,9 @@ def test_weights_by_likelihood() -> None:
     token_logps = log_p.gather(1, targets[:, None])[:, 0]
     aligned = (token_logps - log_p.exp().square().sum(-1).log()).split([100, 30])
     wanted = (aligned[0].mean() + aligned[1].mean()).exp()
-    assert likelihoods(token_logps, logits, lengths).tolist() == pytest.approx([float(wanted)], rel=1e-5)
+    assert likelihoods(token_logps, logits, torch.arange(130), lengths).tolist() == pytest.approx(
+        [float(wanted)], rel=1e-5
+    )
 
 
 def test_response_logps_are_sums_chosen_first() -> None:
@@ -162,9 +164,8 @@ def step_gradients(
 ) -> tuple[list[Tensor], dict[str, float], list[tuple[int, ...]]]:
     """Gradients of one step over all pairs as the optimizer sees them, the step's metrics and its micro-batches."""
     options = TrainOptions(data=["-"], beta=0.1, label_smoothing=0.05, max_grad_norm=0.0, max_tokens=max_tokens)
-    costs = row_costs(PAIRS, layout)
     cut: dict[str, Any] = {"batch_size": len(PAIRS), "epochs": 1, "max_steps": 1, "world_size": 1, "seed": 0}
-    (step,) = build_schedule(costs, layout, max_tokens=max_tokens, **cut)
+    (step,) = build_schedule(PAIRS, layout, max_tokens=max_tokens, **cut)
     runner = ModelRunner(model, layout, torch.float32, max_tokens, CPU)
     trainer, optimizer = make_trainer(runner, PAIRS, options, reference)
     with attention(model, own(layout)):

@@ -21,7 +21,7 @@ from dpo_cli.cli.app import app
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.metrics import append_metrics
 from dpo_cli.losses.preference import Preferences
-from dpo_cli.models.logprobs import HiddenStates, split_pairs
+from dpo_cli.models.logprobs import HiddenStates
 from dpo_cli.training.step import Trainer
 from tests.helpers import SAMPLE, write_rows
 from tests.helpers.caches import plant
@@ -102,8 +102,7 @@ def gradient_of_one(trainer: Trainer, places: list[int]) -> list[int]:
     culprit, head_pieces = places[1], HiddenStates.head_pieces
 
     def spoilt(hidden: HiddenStates, *rest: Any) -> Iterator[Preferences]:
-        pieces = split_pairs(hidden.batch.pair_tokens, hidden.max_rows)
-        for (pairs, _), piece in zip(pieces, head_pieces(hidden, *rest), strict=True):
+        for (pairs, _, _), piece in zip(hidden.batch.pieces, head_pieces(hidden, *rest), strict=True):
             guilty = torch.tensor([place == culprit for place in hidden.batch.places[pairs]] * 2)
             if piece.logps.requires_grad:
                 piece.logps.register_hook(lambda grad, guilty=guilty: torch.where(guilty, math.nan, grad))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dpo_cli.data.batching import build_schedule, step_pairs
 from dpo_cli.training import prepare
-from tests.helpers import make_model
+from tests.helpers import make_model, random_pairs
 from tests.helpers.adapters import CLOSE, Place, make_place, plain_logps
 
 
@@ -143,8 +143,9 @@ def test_a_reference_that_is_not_there_is_told_as_such(place: Place) -> None:
 
 
 def test_the_pairs_that_are_scored_are_those_of_the_plan() -> None:
+    pairs = random_pairs(10)
     shape: dict[str, Any] = {"batch_size": 3, "epochs": 2, "seed": 5}
     for most in (None, 1, 4, 5, 99):
-        plan = build_schedule([5] * 10, "shared", **shape, max_steps=most, max_tokens=9, world_size=1)
+        plan = build_schedule(pairs, "shared", **shape, max_steps=most, max_tokens=9, world_size=1)
         steps = step_pairs(10, **shape, max_steps=most)
         assert [sorted(i for each in step for i in each) for step in plan] == [sorted(step) for step in steps]
