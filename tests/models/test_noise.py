@@ -28,7 +28,7 @@ from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import Float32Product, Head, ModelRunner, response_logps
 from dpo_cli.models.noise import draw_probes, excess, measure_noise
 from dpo_cli.training.prepare import ScoredModel
-from dpo_cli.utils import distributed
+from dpo_cli.utils import devices, distributed
 from tests.helpers import SAMPLE, make_model, random_pairs
 from tests.helpers.caches import plant
 
@@ -271,10 +271,11 @@ def test_sums_of_bfloat16_products_are_float32_on_cuda(monkeypatch: pytest.Monke
     matmul = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction_split_k")
     before = [getattr(matmul, name) for name in names]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "why_unusable", lambda kind: "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     try:
-        with distributed.started():
+        with distributed.started(device_name="cuda"):
             assert [getattr(matmul, name) for name in names] == [False, False]
     finally:
         matmul.allow_bf16_reduced_precision_reduction = tuple(before)
