@@ -26,7 +26,7 @@ from dpo_cli.data.batching import Layout, MicroBatch, collate, count_tokens, pac
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.parallel import BODY, Parallel, parallel_of
-from dpo_cli.utils.devices import DeviceKind, device_kind, empty_cache
+from dpo_cli.utils.devices import KINDS, DeviceKind, device_kind, empty_cache
 from dpo_cli.utils.errors import DpoError, UsageError
 
 WINDOW = 512  # pairs or trees of similar length that are packed together where order does not matter
@@ -386,6 +386,6 @@ def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
     Units: nats.
     """
     index = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(token_logps))
-    values = token_logps.to(device_kind(token_logps.device).sums)  # segment_reduce is for CPU and CUDA alone
+    values = token_logps.to(KINDS[token_logps.device.type].sums)  # segment_reduce is for CPU and CUDA alone
     sums = values.new_zeros(len(lengths)).index_add(0, index, values)  # (2P,) pair by pair
     return sums.float().view(-1, 2).T.reshape(-1)

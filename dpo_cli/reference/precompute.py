@@ -19,6 +19,7 @@ from dpo_cli.training.memory import choose_memory, process_bytes
 from dpo_cli.training.prepare import check_quantize, choose_model, choose_tokenizer, load_scored_model, read_pairs
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.devices import device_kind
 from dpo_cli.utils.errors import DpoError
 
 
@@ -32,7 +33,7 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
     with distributed.started(lambda: kept, options.device) as device:
         distributed.check_same_command(options)
         source = choose_model(options.model, options, reporter, base=options.base_model)
-        check_quantize(options, source, device)
+        check_quantize(options, source, device_kind(device))
         source = dataclasses.replace(source, quantize=options.quantize)
         rows = read_pairs(options.data, options, choose_tokenizer(source, options), reporter)
         pairs, process = rows.pairs, process_bytes(device)

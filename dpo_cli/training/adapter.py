@@ -17,6 +17,7 @@ from dpo_cli.models.logprobs import forward_errors
 from dpo_cli.training.prepare import ScoredModel, check_quantize
 from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.devices import device_kind
 from dpo_cli.utils.errors import UsageError
 
 PROBE_TOKENS = 512  # tokens of the trial backward pass, which runs before the memory is measured
@@ -32,7 +33,7 @@ def resolve_adapter(
     """
     if options.lora_rank is None:
         return source, options
-    check_quantize(options, source, device)
+    check_quantize(options, source, device_kind(device))
     if source.checkpoint and source.checkpoint != source.adapter:
         raise UsageError(
             f"--model {options.model}: a full checkpoint cannot be an adapter's base; name its run, or best/"

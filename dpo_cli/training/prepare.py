@@ -310,10 +310,10 @@ def weights_mode(memory: str, frozen: bool, dtype: str | None, kind: DeviceKind)
     return "split" if kind.dtypes[0] == torch.bfloat16 and dtype != "float32" else "full"
 
 
-def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSource, device: torch.device) -> None:
+def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSource, kind: DeviceKind) -> None:
     """Refuse to quantize but on CUDA with bitsandbytes, and a model that is packed already."""
     problem = None
-    if not device_kind(device).bitsandbytes:
+    if not kind.bitsandbytes:
         problem = "bitsandbytes packs weights on CUDA devices, and there is none; leave it out"
     elif importlib.util.find_spec("bitsandbytes") is None:
         problem = "needs the package bitsandbytes; pip install bitsandbytes"

@@ -25,7 +25,6 @@ from dpo_cli.models.moe import auxiliary_loss, routed
 from dpo_cli.models.parallel import local_shard
 from dpo_cli.training.optimizer import SmallAdamW
 from dpo_cli.utils import distributed
-from dpo_cli.utils.devices import device_kind
 from dpo_cli.utils.errors import DpoError
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def accumulate_gradients(
     It does not depend on how the pairs were cut into micro-batches; pairs are not divided by the sum of their weights.
     """
     runner, objective = trainer.runner, trainer.objective
-    zeros = torch.zeros(len(SUMS) + 1, dtype=device_kind(runner.device).sums, device=runner.device)
+    zeros = torch.zeros(len(SUMS) + 1, dtype=runner.kind.sums, device=runner.device)
     totals = Totals(sums=zeros[:-1], aux_loss=zeros[-1:])
     runner.model.train()
     if trainer.num_experts_per_tok and not _count_experts(trainer, micro_batches, totals):

@@ -28,6 +28,7 @@ from dpo_cli.training import adapter as runs
 from dpo_cli.training.memory import StepBytes
 from dpo_cli.training.prepare import check_quantize
 from dpo_cli.training.run_dir import trained_with
+from dpo_cli.utils.devices import CUDA
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import make_model, random_pairs, token_logps
 from tests.helpers.adapters import CLOSE, Place, make_place, plain_logps
@@ -396,9 +397,9 @@ def test_the_reference_of_a_quantized_base_needs_cuda_too(place: Place) -> None:
 def test_what_is_packed_already_is_not_quantized(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
     options, source = TrainOptions(data=["x"], lora_rank=4, load_in_4bit=True), find_model(str(place.model))
-    check_quantize(options, source, torch.device("cuda"))
+    check_quantize(options, source, CUDA)
     with pytest.raises(UsageError, match=r"it is packed already; name a model with plain weights"):
-        check_quantize(options, dataclasses.replace(source, stored="FP8"), torch.device("cuda"))
+        check_quantize(options, dataclasses.replace(source, stored="FP8"), CUDA)
 
 
 def test_an_adapter_needs_a_base_that_others_can_load(place: Place) -> None:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import dpo_cli.models.attention
 from dpo_cli.cli.app import app
+from dpo_cli.config.options import PrecomputeOptions
 from dpo_cli.models import loading
 from dpo_cli.models.loading import compute_dtype
 from dpo_cli.models.locate import find_model
@@ -281,12 +282,9 @@ def test_what_the_table_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"^--memory split: cuda before sm_80 does not compute in bfloat16"):
         compute_dtype(None, OLD_CUDA, halved=True)
     assert [weights_mode("auto", True, None, kind) for kind in (CUDA, OLD_CUDA, MPS)] == ["split", "full", "full"]
-    pretend(monkeypatch, hip="6.4")
-    from dpo_cli.config.options import PrecomputeOptions
-
     source: Any = None
     with pytest.raises(UsageError, match="--load-in-4bit: bitsandbytes packs weights on CUDA devices"):
-        check_quantize(PrecomputeOptions(data=["x"], load_in_4bit=True), source, torch.device("cuda"))
+        check_quantize(PrecomputeOptions(data=["x"], load_in_4bit=True), source, ROCM)
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
     monkeypatch.setattr(torch.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "device_count", lambda: 1)
