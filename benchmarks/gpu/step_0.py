@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.trl.cases import ROOT
 from benchmarks.trl.ours import make_options
+from dpo_cli.models.noise import excess
 from dpo_cli.training.loop import make_trainer
 from dpo_cli.training.setup import prepare_run, score_reference
 from dpo_cli.training.step import compare_with_reference
@@ -25,10 +26,13 @@ def main(model: str, rows: str) -> None:
             run = prepare_run(make_options(flags, folder, batch_size=64, **given), None, device, Reporter(quiet=True))
             score_reference(run)
             pairs = [place for indices in run.plan[0] for place in indices]
-            values, largest = compare_with_reference(make_trainer(run), pairs)
+            trainer = make_trainer(run)
+            values, differences, tokens = compare_with_reference(trainer, pairs)
+            largest, noise = float((differences.abs() / tokens.sqrt()).max()), trainer.runner.noise
         print(
             f"{flags}, {run.options.dtype} on {device}: {len(pairs)} pairs, loss {values['loss']:.6f}, a response is "
-            f"off by at most {largest:.3g} nats per root of its tokens",
+            f"off by at most {largest:.3g} nats per root of its tokens, {excess(differences, tokens, noise):.2f} of what is "
+            f"allowed (noise {noise:.3g})",
             flush=True,
         )
 
