@@ -29,12 +29,10 @@ def main(model: str, rows: str) -> None:
             trainer = make_trainer(run)
             values, differences, tokens = compare_with_reference(trainer, pairs)
             largest, noise = float((differences.abs() / tokens.sqrt()).max()), trainer.runner.noise
-        print(
-            f"{flags}, {run.options.dtype} on {device}: {len(pairs)} pairs, loss {values['loss']:.6f}, a response is "
-            f"off by at most {largest:.3g} nats per root of its tokens, {excess(differences, tokens, noise):.2f} of what is "
-            f"allowed (noise {noise:.3g})",
-            flush=True,
-        )
+        off = f"off by at most {largest:.3g} nats per root of its tokens (noise {noise:.3g})"
+        share = f"{excess(differences, tokens, noise):.2f} of the limit"
+        about = f"{flags}, {run.options.dtype} on {device}: {len(pairs)} pairs, loss {values['loss']:.6f}"
+        print(f"{about}, a response is {off}, {share}", flush=True)
 
 
 if __name__ == "__main__":
