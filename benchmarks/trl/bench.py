@@ -167,19 +167,21 @@ def make_environment(args: argparse.Namespace, folder: Path) -> dict[str, str]:
 
 
 def take_turns(
-    workers: dict[str, Worker], phase: str, blocks: Sequence[int], dead: list[str]
+    workers: dict[str, Worker], phase: str, blocks: Mapping[str, Sequence[int]], dead: list[str]
 ) -> tuple[dict[str, list[Message]], dict[str, Message]]:
     """Run a phase block by block, one side after the other. A worker that dies leaves ``workers``; ``dead`` tells why.
+
+    ``blocks`` are the pairs of each block, by side, equally many.
 
     Returns: what each block took, and what each side said at the end, by side.
     """
     took: dict[str, list[Message]] = {side: [] for side in workers}
     said: dict[str, Message] = {}
-    for number in range(-1, len(blocks)):
+    for number in range(-1, min(map(len, blocks.values()))):
         for side in list(workers):
             try:
                 if number < 0:
-                    workers[side].ask({"phase": phase, "blocks": list(blocks)})
+                    workers[side].ask({"phase": phase, "blocks": list(blocks[side])})
                 else:
                     block, last = workers[side].block()
                     took[side].append(block)
@@ -208,7 +210,7 @@ def measure_blocks(
         found["about"] = {side: worker.about for side, worker in workers.items()}
         found["same_ids"] = len({tuple(worker.about["ids"]) for worker in workers.values()}) <= 1
         for phase in phases:
-            took, said = take_turns(workers, phase, case.blocks, dead)
+            took, said = take_turns(workers, phase, dict.fromkeys(workers, case.blocks), dead)
             found["lines"].append(summarize(case, phase, took, rate))
             losses = [said[side]["losses"] for side in took if "losses" in said.get(side, {})]
             if len(losses) == 2:

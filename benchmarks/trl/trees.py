@@ -115,17 +115,19 @@ def measure(name: str, args: argparse.Namespace, model: Path, folder: Path, envi
         "ours_options": "",
         "limit": 3600.0,
     }
+    some = args.trl_pairs or len(rows)
+    fewer = {"options": job["options"] | {"batch_size": some}, "order": [list(range(some))] * steps}
+    blocks = {side: [some if side == "trl" else len(rows)] * steps for side in args.sides}
     dead: list[str] = []
     workers: dict[str, Worker] = {}
     lines, losses = [], {}
     try:
         for side in args.sides:
             (own := folder / side).mkdir()
-            workers[side] = Worker(
-                SIDES[side], job | {"folder": str(own)}, own / "log", environment | SEEN.get(side, {}), 3600.0
-            )
+            mine = job | {"folder": str(own)} | (fewer if side == "trl" else {})
+            workers[side] = Worker(SIDES[side], mine, own / "log", environment | SEEN.get(side, {}), 3600.0)
         for phase in args.phases:
-            took, said = take_turns(workers, phase, [len(rows)] * steps, dead)
+            took, said = take_turns(workers, phase, blocks, dead)
             losses |= {side: each["losses"] for side, each in said.items() if "losses" in each}
             after = {side: blocks[1:] for side, blocks in took.items()}  # the first is a warm-up
             seconds, cpu = (
@@ -133,16 +135,18 @@ def measure(name: str, args: argparse.Namespace, model: Path, folder: Path, envi
                 for unit in ("seconds", "cpu_seconds")
             )
             peak = {side: max(block["peak"] for block in blocks) for side, blocks in took.items()}
-            cells = [f"{len(rows) / seconds[side]:.2f}" if side in seconds else "–" for side in SIDES]
+            cells = [f"{blocks[side][0] / seconds[side]:.2f}" if side in seconds else "–" for side in SIDES]
             for side in ("trl", "pairs"):
-                ratios = [each[side] / each["ours"] for each in (seconds, cpu) if side in each]
+                more = len(rows) / blocks[side][0] if side in seconds else 1
+                ratios = [more * each[side] / each["ours"] for each in (seconds, cpu) if side in each]
                 cells.append("{:.2f} ({:.2f})".format(*ratios) if ratios else "–")
             cells.append(", ".join(f"{peak[side]:,.0f}" for side in peak))
             lines.append(f"| {name} | {phase} | {' | '.join(cells)} |")
     finally:
         for worker in workers.values():
             worker.close()
-    off = max((abs(a - b) for each in losses.values() for a, b in zip(each, losses["ours"], strict=True)), default=0.0)
+    same = [each for side, each in losses.items() if blocks[side] == blocks["ours"]]
+    off = max((abs(a - b) for each in same for a, b in zip(each, losses["ours"], strict=True)), default=0.0)
     lines.append(f"<!-- {name}: losses differ by at most {off:.1e}{''.join('; ' + text for text in dead)} -->")
     return "\n".join(lines)
 
@@ -159,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--phases", nargs="+", choices=("precompute", "train"), default=["precompute", "train"])
     add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     add("--trl-batch", type=int, default=2, help="pairs per forward of TRL, accumulated to a step")
+    add("--trl-pairs", type=int, help="pairs of a step of TRL, whose rate does not depend on it; default: all")
     add("--dtype", default="float32")
     add("--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidia0").exists() else "cpu")
     args = parser.parse_args(arguments)
