@@ -38,7 +38,7 @@ from dpo_cli.training.prepare import (
     refuse_unread_terms,
     weights_mode,
 )
-from dpo_cli.training.run_dir import choose_folder, encoder_options, read_manifest, trained_hashes
+from dpo_cli.training.run_dir import choose_folder, encoder_options, read_manifest, row_options, trained_hashes
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.devices import describe, device_kind
@@ -111,7 +111,7 @@ def prepare_run(
     tokenizer = choose_tokenizer(source, options)
     pairs, held_out, refused = _read_data(options, tokenizer, reporter)
     order = {name: getattr(options, name) for name in ("batch_size", "epochs", "max_steps", "seed")}
-    used = sorted({i for step in step_pairs(len(pairs), **order) for i in step})
+    used = sorted({i for step in step_pairs(pairs, **order) for i in step})
     process = process_bytes(device)
     if resume and options.fsdp and not distributed.is_launched():
         reporter.info("shard", "off, resumed in one process")
@@ -190,6 +190,7 @@ def _choose_memory(run: Run, process: int) -> None:
     run.options = dataclasses.replace(
         options,
         **encoder_options(options),
+        **row_options(options),
         max_tokens=choice.max_tokens,
         dtype=dtype_name(runner.dtype),
         memory=choice.memory,
@@ -291,7 +292,8 @@ def _report_plan(run: Run) -> None:
     reporter.info("parameters", f"{parameters:,}, {share}")
     steps, padded_costs = [[i for each in step for i in each] for step in run.plan], row_costs(run.pairs, "padded")
     forwards = f"{sum(map(len, run.plan)):,} micro-batches, max_tokens {runner.max_tokens:,}"
-    reporter.info("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {forwards}")
+    up_to = "up to " * any(pair.ranking for pair in run.pairs)
+    reporter.info("plan", f"{len(steps):,} steps of {up_to}{options.batch_size} pairs in {forwards}")
     micro_batches = [micro_batch for step in run.plan for micro_batch in step]
     tokens = sum(count_tokens(each, run.pairs, run.costs, runner.layout) for each in micro_batches)
     plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
