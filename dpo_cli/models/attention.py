@@ -21,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_cli.data.batching import Segments
+from dpo_cli.utils.cards import device_kind
 
 PREFIX_SHARED = "dpo_prefix_shared"
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.11
@@ -56,7 +57,7 @@ def prefix_shared_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and s_aux is None:
+    if device_kind(query.device) == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and s_aux is None:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     # Split, not sliced: the backward pass of a slice fills a whole row with zeros, one for every segment.
     lengths = [n for prompt, chosen, rejected in segments.spans for n in (prompt + chosen, rejected)]

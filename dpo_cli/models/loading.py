@@ -33,6 +33,7 @@ from dpo_cli.models.adapters import is_tied
 from dpo_cli.models.locate import DEFAULT_MODEL, WEIGHTS, WITHOUT_HUB, ModelSource
 from dpo_cli.models.parallel import shard_like
 from dpo_cli.models.quantized import BITS, SCALES, dequantize, packing_of
+from dpo_cli.utils.cards import device_kind
 from dpo_cli.utils.errors import DpoError, UsageError
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images, sound
@@ -83,15 +84,17 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
 def load_model(source: ModelSource) -> PreTrainedModel:
     """Load the model with float32 weights, on the CPU, in evaluation mode, or quantized and on its device.
 
+    Of a source without weights its shapes alone, which a trace fills with fake tensors; adapters are left out.
+
     Raises:
         UsageError: no such model, or its weights cannot be read.
     """
     name: str | Path | None = source.path
     remedy = f"\nIt is the base of {source.adapter}; --base-model names another" if source.adapter else ""
     try:
-        model = _from_pretrained(source)
+        model = _from_pretrained(source) if source.weights else _from_config(source)
         name, remedy = source.checkpoint or source.adapter, ""
-        model = _completed(model, source)
+        model = _completed(model, source) if source.weights else model
     except UsageError:
         raise
     except Exception as error:  # a malformed folder can make the libraries raise any error
@@ -176,6 +179,14 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
         files = (cached_file(source.path, f, _raise_exceptions_for_missing_entries=False) for f in PROCESSORS)
         model.processors = [Path(file) for file in files if file]
     return cast(PreTrainedModel, model)
+
+
+def _from_config(source: ModelSource) -> PreTrainedModel:
+    """Make the model of a configuration, whose weights have no values under a trace's fake tensors."""
+    config = AutoConfig.from_pretrained(**source.arguments())
+    auto = declared_class(config)
+    vars(config).pop("quantization_config", None)  # packed weights are dequantized before they are trained
+    return cast(PreTrainedModel, auto.from_config(config, dtype=torch.float32, trust_remote_code=source.trust))
 
 
 def _not_loaded(model: PreTrainedModel, source: ModelSource, unexpected: set[str]) -> dict[str, Path | None]:
@@ -269,7 +280,7 @@ def default_device() -> torch.device:
 def compute_dtype(name: str | None, device: torch.device, halved: bool = False) -> torch.dtype:
     """``auto``: bfloat16 on CUDA and for ``halved`` weights, else float32."""
     if name in (None, "auto"):
-        name = "bfloat16" if device.type == "cuda" or halved else "float32"
+        name = "bfloat16" if device_kind(device) == "cuda" or halved else "float32"
     return cast(torch.dtype, getattr(torch, name))
 
 

@@ -25,11 +25,12 @@ from dpo_cli.data.batching import Layout, MicroBatch, collate, pack, row_costs
 from dpo_cli.data.pairs import Pair
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.parallel import BODY, Parallel, parallel_of
+from dpo_cli.utils.cards import device_kind
 from dpo_cli.utils.errors import DpoError, UsageError
 
 WINDOW = 512  # pairs of similar length that are packed together where order does not matter
 # Bytes of float32 logits computed at a time, unless a single pair needs more. A GPU wants large matrix products.
-LOGITS_BUDGET_BYTES = {"cpu": 2**28, "cuda": 2**30}
+LOGITS_BUDGET_BYTES = {"cpu": 2**28, "cuda": 2**30, "old cuda": 2**30}
 
 Result = TypeVar("Result")
 Compute = Callable[[Sequence[int], MicroBatch], Result]  # of indices of pairs and their batch
@@ -169,7 +170,7 @@ class ModelRunner:
     def max_logit_rows(self) -> int:
         """The most response tokens at the head at once, unless a single pair has more."""
         model: Any = self.model
-        return LOGITS_BUDGET_BYTES[self.device.type] // (4 * int(model.config.get_text_config().vocab_size))
+        return LOGITS_BUDGET_BYTES[device_kind(self.device)] // (4 * int(model.config.get_text_config().vocab_size))
 
     def batch(self, pairs: Sequence[Pair], ld_alpha: float = 1.0) -> MicroBatch:
         """Build the tensors of one forward, on the device."""

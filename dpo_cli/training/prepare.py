@@ -35,6 +35,7 @@ from dpo_cli.models.locate import ModelSource, find_model
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.parallel import shard
 from dpo_cli.models.quantized import admit
+from dpo_cli.models.shapes import assume_layout
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.checkpoint import verified_step
@@ -42,22 +43,31 @@ from dpo_cli.training.memory import MOST_TOKENS
 from dpo_cli.training.optimizer import SPLIT
 from dpo_cli.training.run_dir import encoder_options
 from dpo_cli.utils import distributed
+from dpo_cli.utils.cards import device_kind
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
 
 def choose_model(
-    name: str | None, options: DataOptions, reporter: Reporter, what: str = "model", base: str | None = None
+    name: str | None,
+    options: DataOptions,
+    reporter: Reporter,
+    what: str = "model",
+    base: str | None = None,
+    weights: bool = True,
 ) -> ModelSource:
-    """Report where a model is loaded from; ``base`` is an adapter's, where that is not what the adapter names."""
-    source = find_model(name, options.trust_remote_code, base)
+    """Report where a model is loaded from; ``base`` is an adapter's, where that is not what the adapter names.
+
+    ``weights``: whether they will be read.
+    """
+    source = find_model(name, options.trust_remote_code, base, weights)
     if source.checkpoint and verified_step(source.checkpoint) is None:
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
-    computes = isinstance(options, Options)
+    computes = isinstance(options, Options) and weights
     if computes:
         source = admit(source, name, frozen=what == "reference")
     reporter.info(what, source.description)
-    if source.gguf:
+    if source.gguf and weights:
         cache_dir = getattr(options, "cache_dir", CACHE_DIR)
         source = distributed.rank_0_first(lambda: use_converted(source, cache_dir, computes, reporter))
     if source.adapter:
@@ -224,7 +234,7 @@ def load_scored_model(
 
     def load() -> tuple[PreTrainedModel, str]:
         model = load_model(source)
-        weights = hash_weights(model) if hashed else ""
+        weights = hash_weights(model) if hashed and source.weights else ""
         if fsdp:
             shard(model, device)
         return model, weights
@@ -238,9 +248,10 @@ def load_scored_model(
     _report_unread(model, reporter)
     if not is_quantized(model):  # else it is on the device already
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
-    max_tokens = options.max_tokens or MOST_TOKENS[device.type]
+    max_tokens = options.max_tokens or MOST_TOKENS[device_kind(device)]
     tried = pairs + _sampled(pairs, options, limit)
-    runner, description = choose_layout(model, tried, max_tokens, device, dtype)
+    choose = choose_layout if source.weights else assume_layout
+    runner, description = choose(model, tried, max_tokens, device, dtype)
     reporter.info("layout", description)
     runner.warn = reporter.warning
     if runner.layout == "shared":
@@ -303,7 +314,7 @@ def weights_mode(memory: str, frozen: bool, dtype: str | None, device: torch.dev
     """
     if not frozen or memory in SPLIT:
         return memory
-    return "split" if device.type == "cuda" and dtype != "float32" else "full"
+    return "split" if device_kind(device) == "cuda" and dtype != "float32" else "full"
 
 
 def check_quantize(options: TrainOptions | PrecomputeOptions, source: ModelSource, device: torch.device) -> None:

@@ -40,6 +40,7 @@ from dpo_cli.training.prepare import (
 )
 from dpo_cli.training.run_dir import choose_folder, encoder_options, read_manifest, trained_hashes
 from dpo_cli.utils import distributed
+from dpo_cli.utils.cards import traced_card
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
@@ -94,17 +95,23 @@ class Run:
 
 
 def prepare_run(
-    options: TrainOptions, resume: Path | None, device: torch.device, reporter: Reporter, dry_run: bool = False
+    options: TrainOptions,
+    resume: Path | None,
+    device: torch.device,
+    reporter: Reporter,
+    dry_run: bool = False,
+    weights: bool = True,
 ) -> Run:
     """Prepare a run up to its first step: data, models, layout and schedule. Write nothing to its folder.
 
-    A separate reference model is loaded and released before the policy is loaded.
+    A separate reference model is loaded and released before the policy is loaded. Without ``weights``, for a trace,
+    the policy has shapes alone.
 
     Raises:
         UsageError: an option, the data or the model cannot be used.
     """
     folder = distributed.on_rank_0(lambda: choose_folder(options.output, resume))
-    source = choose_model(options.model, options, reporter, base=options.base_model)
+    source = choose_model(options.model, options, reporter, base=options.base_model, weights=weights)
     source, options = resolve_adapter(source, options, device, reporter)
     check_reference(options)
     tokenizer = choose_tokenizer(source, options)
@@ -130,7 +137,7 @@ def prepare_run(
     _check_plan(run)
     if not options.ref_model:
         run.reference = run.policy
-        run.cache = run.policy.open_cache(options, reporter) if options.objective.reference else None
+        run.cache = run.policy.open_cache(options, reporter) if options.objective.reference and weights else None
     run.policy.model.generation_config = generation_config(run.policy.model, tokenizer, run.pairs)  # exported with it
     _report_plan(run)
     return run
@@ -276,7 +283,8 @@ def _report_plan(run: Run) -> None:
     trained = run.memory_choice.step_bytes.parameters
     if not options.objective.reference:
         reporter.info("reference", f"none: --loss {options.objective.name} reads none, so nothing is scored or cached")
-    threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
+    card, device = traced_card(), runner.device.type
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" and not card else ""
     if (several := distributed.world_size()) > 1:
         share = "a share of the model" if options.fsdp else "the whole model"
         local = distributed.local_world_size()
@@ -285,7 +293,7 @@ def _report_plan(run: Run) -> None:
     if options.lora_rank:
         base = options.quantize or ("bfloat16" if run.policy.model.dtype == torch.bfloat16 else "float32")
         kept = f"frozen base {base}, adapter and its moments float32"
-    reporter.info("device", f"{runner.device.type}{threads}; compute {options.dtype}; {kept}")
+    reporter.info("device", f"{card.name if card else device}{threads}; compute {options.dtype}; {kept}")
     parameters = run.policy.model.num_parameters()
     share = f"{trained:,} of them trained ({trained / parameters:.2%})" if trained < parameters else "all trained"
     reporter.info("parameters", f"{parameters:,}, {share}")
