@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedModel
 
-from dpo_cli.data.batching import MicroBatch, probe_pairs
+from dpo_cli.data.batching import MicroBatch, collate, probe_pairs
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.layout import DESCRIPTIONS
@@ -40,9 +40,10 @@ class ShapesRunner(ModelRunner):
     """A runner whose model has no values, and whose batches have: their shapes follow from them."""
 
     def batch(self, pairs: Sequence[Pair], ld_alpha: float = 1.0) -> MicroBatch:
-        """Build the tensors of one forward, real ones."""
+        """Build the tensors of one forward, real ones on the CPU."""
         with unset_fake_temporarily():
-            return super().batch(pairs, ld_alpha)
+            batch = collate(pairs, self.layout, ld_alpha)
+        return batch.to(self.device)
 
 
 @torch.no_grad()

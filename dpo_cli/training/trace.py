@@ -132,8 +132,8 @@ class Watch(TorchDispatchMode):
         self.total -= size
 
     def _attention(self, name: str, func: Any, args: Any, kwargs: Any) -> float:
-        """FLOPs of a flash call over the segments, which its fake bounds do not tell."""
-        if self.segments is None:
+        """Count the FLOPs of a flash call by the segments of the row; 0 where their bounds have no values."""
+        if self.segments is None or isinstance(self.segments.query_bounds, FakeTensor):
             return 0.0
         given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
         with unset_fake_temporarily():
@@ -150,9 +150,9 @@ class Watch(TorchDispatchMode):
 
 
 def watch_step(trainer: Trainer, watch: Watch, planned: Step) -> None:
-    """Take a step of a trainer on fake tensors under the watch, after one that makes the optimizer's state."""
+    """Take a step of a trainer on fake tensors under the watch, once the optimizer has its state."""
     model: Any = trainer.runner.model
-    body, lr = model.base_model, 1e-6
+    body = model.base_model
     watch.holds([*model.parameters(), *model.buffers()], "weights")
 
     def enter(part: str, segments: Segments | None = None) -> None:
@@ -170,15 +170,17 @@ def watch_step(trainer: Trainer, watch: Watch, planned: Step) -> None:
         body.register_forward_hook(leave),
         trainer.optimizer.register_step_pre_hook(lambda *_: enter("other")),
     ]
-    shortest: Step = [(min(range(len(trainer.costs)), key=trainer.costs.__getitem__),)]
     try:
-        trainer.step(shortest, trainer.micro_batches(shortest), lr, StopSignal())
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
         for state in trainer.optimizer.state.values():
             for name, tensor in state.items():
                 watch.holds([tensor], "weights" if name == "low" else "optimizer")
         batches = trainer.micro_batches(planned)
         watch.restart()
-        trainer.step(planned, batches, lr, StopSignal())
+        trainer.step(planned, batches, trainer.options.lr, StopSignal())
     finally:
         for hook in hooks:
             hook.remove()

@@ -103,6 +103,25 @@ def test_what_a_forward_keeps_is_counted(model: PreTrainedModel) -> None:
     assert counted.outside.at(tokens) + counted.layer.at(tokens) < 0.6 * counted.kept.at(tokens)
 
 
+def test_a_mask_over_the_row_bounds_the_budget(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's own attention may keep T x T scores of a packed row: a line would promise several times too much."""
+    pairs = random_pairs(40, longest=60)
+    with attention(model, "eager"):
+        runner = scorer_of(model, layout="packed", dtype=torch.bfloat16)
+        counted = count_bytes(runner, pairs, 0)
+        batch = runner.batch(pairs)
+        tokens = batch.input_ids.numel()
+        kept = dpo_cli.training.memory.FRAGMENTED * dpo_cli.training.memory._kept(runner, pairs)[0]
+        assert counted.kept.at(tokens) == pytest.approx(kept, rel=0.05)
+        assert replace(counted.kept, per_square=0.0).at(tokens) < kept / 2
+        room = counted.peak("full", False, (tokens, 100), (tokens, 100))
+        monkeypatch.setattr(dpo_cli.training.memory, "usable_bytes", lambda device: room)
+        monkeypatch.setattr(dpo_cli.training.memory, "MOST_TOKENS", {"cpu": 10**5})
+        assert 0.8 * tokens < choose_memory(runner, pairs, 0, "full", False, None).max_tokens <= tokens
+    with attention(model, PREFIX_SHARED):
+        assert count_bytes(scorer_of(model), PAIRS, 0).kept.per_square == 0
+
+
 def test_counting_leaves_nothing_behind(model: PreTrainedModel) -> None:
     """A graph whose outputs are kept by itself would never be freed."""
     import gc
