@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config.options import DataOptions, EvalOptions, PrecomputeOptions
 from dpo_cli.config.resolve import Name, as_words, resolve, resolve_training
+from dpo_cli.utils.cards import check_trace
 from dpo_cli.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def train(
     resume: Name | None = None,
     config: Name | None = None,
     dry_run: bool = False,
+    trace: bool = False,
+    card: str | None = None,
     progress: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -38,7 +41,8 @@ def train(
     ``options`` are those of the command, as in ``lr=1e-5``. ``data``, and the option ``eval_data``, are what ``--data``
     takes, or rows as dicts, which are first written to a file below ``runs``: a run is resumed from its folder, which
     names its data. ``resume`` continues the run in that folder, ``config`` is a YAML file of options, ``dry_run`` stops
-    before the first step. With ``progress`` all is reported on stderr; without, warnings only, as Python's.
+    before the first step; with ``trace`` too it returns what a step takes of the GPU that ``card`` names. With
+    ``progress`` all is reported on stderr; without, warnings only, as Python's.
 
     In the result, ``model`` is the folder of the trained model; ``before`` and ``after`` are means over the held-out
     pairs, by the names of ``metrics.jsonl``. The random generators of Python, NumPy and torch are seeded.
@@ -51,7 +55,12 @@ def train(
     given, folder = _given(data, options), Path(resume) if resume else None
     resolved = resolve_training(given, folder, config)
     values = {name: getattr(resolved, name) for name in given} | {"resume": folder, "config": config}
-    with _reporter(progress, resolved) as reporter:
+    traced = check_trace(dry_run, trace, card)
+    with _reporter(progress, resolved, weights=not traced) as reporter:
+        if traced:
+            from dpo_cli.training.trace import trace as run_trace
+
+            return run_trace(resolved, folder, card, reporter)
         from dpo_cli.training.loop import train as run
 
         return run(resolved, folder, ["dpo", "train", *as_words(values)], reporter, dry_run)
@@ -140,13 +149,13 @@ def _sources(data: Data | None) -> Any:
 
 
 @contextmanager
-def _reporter(progress: bool, options: DataOptions) -> Iterator[Reporter]:
+def _reporter(progress: bool, options: DataOptions, weights: bool = True) -> Iterator[Reporter]:
     """Yield a reporter, as the command has one; models' memory is released afterwards."""
     from dpo_cli.cli.command import Output
 
     out = Output()
     out.quiet = not progress
-    reporter = out.reporter(options)
+    reporter = out.reporter(options, weights=weights)
     if not progress:  # without a registry, which would show a text once per session only
         reporter.warning = lambda text: warnings.warn_explicit(text, UserWarning, "dpo_cli", 1)
     from dpo_cli.models.loading import free_memory

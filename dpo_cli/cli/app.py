@@ -21,6 +21,7 @@ from dpo_cli.config.options import (
     TrainOptions,
 )
 from dpo_cli.config.resolve import write_config
+from dpo_cli.utils.cards import check_trace
 from dpo_cli.utils.errors import UsageError, printable
 
 if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's width, and a shell offers each line
@@ -70,12 +71,23 @@ def train(
     options: TrainOptions,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before the first step.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="With --dry-run: what a step takes of a GPU, without one or weights.")
+    ] = False,
+    card: Annotated[str | None, typer.Option(help="GPU of --trace, as h100. [default: the one that is here]")] = None,
 ) -> None:
     """Train a model on chosen/rejected pairs."""
-    reporter = out.reporter(options, several=True)
-    from dpo_cli.training.loop import train as run
+    if check_trace(dry_run, trace, card):
+        reporter = out.reporter(options, weights=False)
+        from dpo_cli.training.trace import as_text
+        from dpo_cli.training.trace import trace as run_trace
 
-    out.show(run(options, resume, sys.argv, reporter, dry_run), _train_summary)
+        out.show(run_trace(options, resume, card, reporter), as_text)
+    else:
+        reporter = out.reporter(options, several=True)
+        from dpo_cli.training.loop import train as run
+
+        out.show(run(options, resume, sys.argv, reporter, dry_run), _train_summary)
 
 
 def push(

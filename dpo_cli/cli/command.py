@@ -39,8 +39,10 @@ class Output:
         if is_main_process():
             print(to_json(result) if self.json else printable((table or _lines)(result)), flush=True)
 
-    def reporter(self, options: DataOptions | None = None, several: bool = False) -> Any:
+    def reporter(self, options: DataOptions | None = None, several: bool = False, weights: bool = True) -> Any:
         """Make a reporter, after silencing the libraries; ``several`` processes may run the command together.
+
+        ``weights``: whether those of a model must be there.
 
         The names in the options are checked first, before libraries that take seconds to import.
 
@@ -53,7 +55,7 @@ class Output:
             )
         from dpo_cli.models.locate import check_hub, check_names
 
-        on_hub = check_names(options) if options else ({}, {})
+        on_hub = check_names(options, weights) if options else ({}, {})
         if is_main_process() and not self.quiet:
             self._log("loading…", {"event": "loading"})
         check_hub(*on_hub)

@@ -236,7 +236,8 @@ def to_device(value: Value, device: torch.device) -> Value:
     """
     copy: Any = value
     if isinstance(value, Tensor):
-        copy = value.pin_memory().to(device, non_blocking=True) if device_kind(device).pinned else value.to(device)
+        pinned = device.type != "cpu" and device_kind(device).pinned
+        copy = value.pin_memory().to(device, non_blocking=True) if pinned else value.to(device)
     elif isinstance(value, tuple):
         copy = tuple(to_device(each, device) for each in value)
     elif isinstance(value, (Segments, MicroBatch)):

@@ -66,7 +66,7 @@ def pair_sums(losses: Tensor, logps: Tensor, ref_logps: Tensor, beta: float, len
     Shapes: as in ``pair_metrics`` -> (9,), in the order of ``SUMS``.
     """
     sums = pair_metrics(losses, logps, ref_logps, beta, lengths).sum(1)
-    return torch.cat([sums, sums.new_tensor([len(losses)])]).detach()
+    return torch.cat([sums, sums.new_full((1,), len(losses))]).detach()
 
 
 def summarize(sums: Sequence[float]) -> dict[str, float]:

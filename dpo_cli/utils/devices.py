@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_cli.utils.cards import traced_card
 from dpo_cli.utils.errors import UsageError
 
 Ways = tuple[tuple[str, bool], ...]  # memory modes, and whether the backward pass recomputes activations
@@ -61,7 +62,9 @@ def cuda_kind(capability: tuple[int, int]) -> DeviceKind:
 
 
 def device_kind(device: torch.device) -> DeviceKind:
-    """Return the kind of a device; the CPU's for one that is none of the table."""
+    """Return the kind of a device, or of the card that stands in for it; the CPU's for one that is not in the table."""
+    if card := traced_card():
+        return cuda_kind(card.capability)
     if device.type == "cuda":
         return ROCM if torch.version.hip else cuda_kind(torch.cuda.get_device_capability(device))
     return KINDS.get(device.type, KINDS["cpu"])
@@ -133,6 +136,8 @@ def _runs_on(arch: str, major: int, minor: int) -> bool:
 def describe(device: torch.device, option: str) -> str:
     """Describe a device for the plan; where ``--device`` leaves it open, why a GPU is not used."""
     kind = device_kind(device)
+    if card := traced_card():
+        return card.name
     if device.type != "cpu":
         module, attention = torch.get_device_module(device), "flash" if kind.flash else "scaled-dot-product"
         name = module.get_device_name(device) if hasattr(module, "get_device_name") else platform.machine()

@@ -25,7 +25,7 @@ from dpo_cli.models.adapters import new_adapter
 from dpo_cli.models.locate import find_model
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.training import adapter as runs
-from dpo_cli.training.memory import StepBytes
+from dpo_cli.training.memory import Growth, StepBytes
 from dpo_cli.training.prepare import check_quantize
 from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.devices import CUDA
@@ -430,8 +430,9 @@ def test_the_default_learning_rate_of_an_adapter() -> None:
 
 
 def test_memory_is_counted_by_what_is_trained() -> None:
+    one = Growth(0.0, 1.0)
     counted = StepBytes(
-        parameters=10, frozen=1000, largest=4, fixed=0, per_token=1, per_token_recomputed=1, per_logits=0, process=0
+        parameters=10, frozen=1000, largest=4, kept=one, outside=one, layer=one, per_logits=0, process=0
     )
     assert counted.peak("full", False, (0, 0), None) == 1000 + 10 * 12 + max(4 * 4 * 2, 10 * 4 + 4 * 4)
 

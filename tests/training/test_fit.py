@@ -19,15 +19,30 @@ import dpo_cli.training.memory
 from dpo_cli.data.batching import row_costs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner
-from dpo_cli.training.memory import MemoryChoice, StepBytes, choose_memory, count_bytes, count_head_tokens
+from dpo_cli.training.memory import (
+    WITH_GRADIENTS,
+    Growth,
+    MemoryChoice,
+    StepBytes,
+    choose_memory,
+    count_bytes,
+    count_head_tokens,
+)
 from dpo_cli.utils.devices import KINDS
 from tests.helpers import SAMPLE, cli_environment, make_model, make_tokenizer, random_pairs, stand_in
 
 CPU = torch.device("cpu")
 MIB = 2**20
 COUNTED = StepBytes(
-    parameters=100, largest=10, fixed=7.0, per_token=5.0, per_token_recomputed=1.0, per_logits=3, process=1000
+    parameters=100,
+    largest=10,
+    kept=Growth(7.0, 5.0),
+    outside=Growth(1.0, 1.0),
+    layer=Growth(0.0, 2.0),
+    per_logits=3,
+    process=1000,
 )
+LAYER = round(WITH_GRADIENTS * 2 * 200)  # with 200 tokens, recomputed
 PAIRS = random_pairs(12, longest=60)
 
 
@@ -48,7 +63,10 @@ def scorer_of(model: PreTrainedModel, **changes: Any) -> ModelRunner:
         # Several: what the later ones keep lies beside all gradients and one more of the largest tensor.
         ("full", False, (100, 10), 1000 + 1200 + max(7 + 1000 + 60 + 2 * 40, 7 + 500 + 30 + 400 + 40)),
         ("full", False, (200, 20), 1000 + 1200 + 7 + 1000 + 60 + 400 + 40),
-        ("full", True, None, 1000 + 1200 + (400 + 40)),  # the gradients are more than a forward
+        # A layer is recomputed beside all gradients in the end, or beside the layers' inputs and one gradient before.
+        ("full", True, None, 1000 + 1200 + (400 + 40 + LAYER)),
+        ("full", True, (200, 20), 1000 + 1200 + (1 + 200 + LAYER) + 400 + 40),
+        ("full", True, (200, 300), 1000 + 1200 + (1 + 200 + 3 * 300) + 400 + 40),  # the logits are more
         ("split", False, (200, 20), 1000 + 600 + 7 + 1000 + 60 + 200 + 20),
         ("in-backward", False, None, 1000 + 600 + 7 + 1000 + 60 + 2 * 20),
     ],
@@ -59,11 +77,12 @@ def test_peak_by_hand(memory: str, recompute: bool, later: tuple[int, int] | Non
 
 def test_the_budget_fills_the_room() -> None:
     """And not more: one block of 64 tokens more would be too many."""
-    budget = COUNTED.max_tokens("full", False, 50_000, 20)
+    budget = COUNTED.max_tokens("full", False, 50_000, 20, 32768)
     assert budget % 64 == 0 and budget > 0
     peak, more = (COUNTED.peak("full", False, (n, 20), (n, 20)) for n in (budget, budget + 64))
     assert peak <= 50_000 < more
-    assert COUNTED.max_tokens("full", False, 100, 20) == 0
+    assert COUNTED.max_tokens("full", False, 100, 20, 32768) == 0
+    assert COUNTED.max_tokens("full", False, 50_000, 20, 2048) == 2048
 
 
 def test_what_a_forward_keeps_is_counted(model: PreTrainedModel) -> None:
@@ -78,9 +97,31 @@ def test_what_a_forward_keeps_is_counted(model: PreTrainedModel) -> None:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
     expected = sum(n for place, n in storages.items() if place not in own) * KINDS["cpu"].heap
-    assert counted.fixed + counted.per_token * sum(row_costs(PAIRS, "shared")) == pytest.approx(expected, rel=0.15)
+    tokens = sum(row_costs(PAIRS, "shared"))
+    assert counted.kept.at(tokens) == pytest.approx(expected, rel=0.15)
     assert counted.parameters == model.num_parameters()
-    assert counted.per_token_recomputed < counted.per_token
+    assert counted.outside.at(tokens) + 6 * counted.layer.at(tokens) >= counted.kept.at(tokens)
+    assert counted.outside.at(tokens) + counted.layer.at(tokens) < 0.6 * counted.kept.at(tokens)
+
+
+def test_a_mask_over_the_row_bounds_the_budget(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's own attention may keep T x T scores of a packed row: a line would promise several times too much."""
+    pairs = random_pairs(40, longest=60)
+    with attention(model, "eager"):
+        runner = scorer_of(model, layout="packed", dtype=torch.bfloat16)
+        counted = count_bytes(runner, pairs, 0)
+        batch = runner.batch(pairs)
+        tokens = batch.input_ids.numel()
+        kept = KINDS["cpu"].heap * dpo_cli.training.memory._kept(runner, pairs)[0]
+        assert counted.kept.at(tokens) == pytest.approx(kept, rel=0.05)
+        assert replace(counted.kept, per_square=0.0).at(tokens) < kept / 2
+        room = counted.peak("full", False, (tokens, 100), (tokens, 100))
+        monkeypatch.setattr(dpo_cli.training.memory, "usable_bytes", lambda device: room)
+        stand_in(monkeypatch, most_tokens=10**5)
+        runner = replace(runner, kind=KINDS["cpu"])
+        assert 0.8 * tokens < choose_memory(runner, pairs, 0, "full", False, None).max_tokens <= tokens
+    with attention(model, PREFIX_SHARED):
+        assert count_bytes(scorer_of(model), PAIRS, 0).kept.per_square == 0
 
 
 def test_counting_leaves_nothing_behind(model: PreTrainedModel) -> None:

@@ -311,7 +311,8 @@ def test_three_hosts_are_one_run(done: tuple[Path, Any], tmp_path: Path) -> None
 
 
 def test_the_table_of_what_fits_is_that_of_the_estimator() -> None:
-    assert "\n".join(scale.table()) in (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    lines = (ROOT / "docs/scale.md").read_text(encoding="utf-8").splitlines()
+    assert all(line in lines for line in scale.table(["1B", "8B"]))
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
