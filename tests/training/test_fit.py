@@ -104,14 +104,23 @@ def test_what_a_forward_keeps_is_counted(model: PreTrainedModel) -> None:
     assert counted.outside.at(tokens) + counted.layer.at(tokens) < 0.6 * counted.kept.at(tokens)
 
 
+def test_recomputation_keeps_the_casts_of_one_layer(model: PreTrainedModel) -> None:
+    """Autocast's copies of the weights are of all layers only where their activations are kept."""
+    with attention(model, PREFIX_SHARED):
+        counted = count_bytes(scorer_of(model, dtype=torch.bfloat16), PAIRS, 0)
+    layer = [p for name, p in model.named_parameters() if ".layers.0." in name and p.ndim > 1]
+    casts = dpo_cli.training.memory.FRAGMENTED * sum(2 * p.numel() for p in layer)
+    assert casts < counted.layer.fixed < 1.5 * casts and counted.outside.fixed < casts
+    assert 6 * casts < counted.kept.fixed < 9 * casts
+
+
 def test_a_mask_over_the_row_bounds_the_budget(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's own attention may keep T x T scores of a packed row: a line would promise several times too much."""
-    pairs = random_pairs(40, longest=60)
+    pairs = random_pairs(14, longest=60)
     with attention(model, "eager"):
         runner = scorer_of(model, layout="packed", dtype=torch.bfloat16)
         counted = count_bytes(runner, pairs, 0)
-        batch = runner.batch(pairs)
-        tokens = batch.input_ids.numel()
+        tokens = runner.batch(pairs).input_ids.numel()
         kept = KINDS["cpu"].heap * dpo_cli.training.memory._kept(runner, pairs)[0]
         assert counted.kept.at(tokens) == pytest.approx(kept, rel=0.05)
         assert replace(counted.kept, per_square=0.0).at(tokens) < kept / 2

@@ -32,7 +32,7 @@ from tests.helpers import ROOT, Cli, make_tokenizer, write_rows
 from tests.helpers.traced import traced_step
 
 CPU = torch.device("cpu")
-LENGTHS = draw_lengths(CASES["hh"], 16, 1000)
+LENGTHS = draw_lengths(CASES["hh"], 64, 1000)
 
 
 def config_only(folder: Path, family: str = "llama", **sizes: Any) -> Path:
@@ -81,7 +81,8 @@ def traced(folder: Path, model: str, card: str, **options: Any) -> tuple[dict[st
             watches.append(self)
 
     norm = 0.0 if options.get("memory") == "in-backward" else 1.0
-    given = {"model": str(folder / model), "data": [str(folder / "rows.jsonl")], "batch_size": 16}
+    given = {"model": str(folder / model), "data": [str(folder / "rows.jsonl")], "max_steps": 1}
+    given["batch_size"] = 64 if model == "1B" else 16
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "Watch", Kept)
         # Fewer operators, which take most of the time.
@@ -124,7 +125,7 @@ def test_flops_and_floor(folder: Path) -> None:
     tokens, responses = sum(map(sum, lengths)), sum(c + r for _, c, r in lengths)
     scores = sum((p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2 for p, c, r in lengths)
     expected = 6 * weights * tokens + 6 * hidden * vocabulary * responses + 3.5 * layers * 4 * hidden * scores
-    assert result["step"] == {"pairs": 16, "tokens": tokens, "micro_batches": 1}
+    assert result["step"] == {"pairs": 64, "tokens": tokens, "micro_batches": 1}
     assert result["flops"] == result["run_flops"] == pytest.approx(expected, rel=1e-4)
     moved = (2 * 4 + 4 + 2 * 8) * 1_235_814_400
     assert result["floor_seconds"] == pytest.approx(expected / 312e12 + moved / 2.039e12, rel=1e-3)
