@@ -1,8 +1,12 @@
 """Golden trajectories: what trainings of every kind compute, recorded to the last digit in trajectories.json.
 
-A change that is not meant to change numbers leaves them as they are: bit for bit on the machine that recorded them,
-within ``TOLERANCE`` on another one. A change that is meant to records them again:
-``python -m tests.training.test_trajectories``.
+A change that is not meant to change numbers leaves them as they are: bit for bit on the machine that recorded them, and
+on another one log-probs within ``LOGPS_TOLERANCE`` (relative), all else within ``TOLERANCE``. That cannot be 1e-6 with
+rows of hundreds of nats: in float32, kernels for AVX2 in place of AVX-512 give log-probs that differ by 1e-7, losses
+and gradient norms by 6e-6, and sums of weights by 9e-6, all relative. In bfloat16 they differ by more than that, and
+two machines must have the same kernels.
+
+A change that is meant to records them again: ``python -m tests.training.test_trajectories``.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from tests.helpers import SAMPLE, cli_environment, make_model, make_tokenizer, w
 
 RECORDED = Path(__file__).with_name("trajectories.json")
 TOLERANCE = 1e-5  # log-probs of some hundred nats have steps of 3e-5 in float32, and beta makes 3e-6 of these
+LOGPS_TOLERANCE = 1e-6
 STEPS = 4
 COMMON = ("--batch-size", 4, "--lr", 1e-3, "--max-steps", STEPS, "--max-length", 400, "--max-tokens", 2048)
 COMMON += ("--memory", "full", "--dtype", "float32", "--warmup-ratio", 0, "--kl", "none")
@@ -170,6 +175,8 @@ def assert_close(found: Any, recorded: Any, where: str) -> None:
         assert found.keys() == recorded.keys(), where
         for key, value in recorded.items():
             assert_close(found[key], value, f"{where}, {key}")
+    elif "logps/" in where:
+        assert found == pytest.approx(recorded, rel=LOGPS_TOLERANCE, abs=0), where
     else:
         assert found == pytest.approx(recorded, rel=TOLERANCE, abs=TOLERANCE), where
 
