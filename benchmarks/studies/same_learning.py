@@ -105,8 +105,8 @@ def draw_rows(file: str, design: Design, tokenizer: Any) -> tuple[list[Record], 
 def as_pairs(tokenizer: Any, records: Sequence[Record]) -> Pairs:
     """What this package makes of such rows."""
     encoder = Encoder(tokenizer)
-    rows = (Row("", format="strings", raw=True, **record) for record in records)
-    return Pairs(made.pair for made in encoder.pairs(rows) if not isinstance(made, BadRow))
+    rows = (Row("", "strings", each["prompt"], (each["chosen"], each["rejected"]), raw=True) for each in records)
+    return Pairs(pair for made in encoder.pairs(rows) if not isinstance(made, BadRow) for pair in made.pairs)
 
 
 # ---- trainings --------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def usable_rows(options: TrainOptions, count: int) -> list[tuple[Row, Pair]]:
         row = replace(row, raw=True)
         made = next(encoder.pairs([row]))
         if not isinstance(made, BadRow) and not any("truncated" in note for note in made.notes):
-            found.append((row, made.pair))
+            found.append((row, made.pairs[0]))
         if len(found) == count:
             return found
     raise SystemExit(f"only {len(found)} rows of strings can be used; --rows {count} asks for more")

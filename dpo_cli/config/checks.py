@@ -77,6 +77,7 @@ def refused(options: Any) -> list[str]:
     trains, fsdp, lora = "lora_rank" in o, o["fsdp"], o["lora_rank"]
     sweeps = trains and "samples" in o
     objective = options.objective if trains else Objective()
+    whole = objective.uses("rankings")
     ref, held_out = trains and o["ref_model"], o["eval_data"] or o["eval_fraction"]
     quantized = o["load_in_4bit"] or o["load_in_8bit"]
     of_adapters = ["lora_type", "lora_alpha", "lora_targets", "modules_to_save"]
@@ -89,6 +90,14 @@ def refused(options: Any) -> list[str]:
     table = [
         (o["load_in_4bit"] and o["load_in_8bit"], "--load-in-4bit, --load-in-8bit: a base is quantized once"),
         (ref and not objective.reference, "--ref-model {ref_model}: --loss {loss} reads no reference; leave it out"),
+        (
+            whole and o["pairs"] not in (None, "ranking"),
+            "--pairs {pairs}: --loss {loss} reads whole rankings; leave it out",
+        ),
+        (
+            whole and (o["wpo"] or o["ld_alpha"] is not None),
+            "--wpo, --ld-alpha: weigh pairs, not rankings; leave them out",
+        ),
         (fsdp and (lora or ref), "--fsdp: shards a model that is trained in full; not with --lora-rank, --ref-model"),
         (fsdp and o["show_answers"], "--show-answers: a model in shards does not answer; use dpo eval --samples"),
         (unused, f"{unused}: no adapter is trained; add --lora-rank, for example 16, or leave it out"),

@@ -57,6 +57,16 @@ class DataOptions:
     train_turns: str | None = option(
         None, "Answers to train: the last, or all that differ.", one_of("last", "all"), shown=f"last; {OF_A_RUN}"
     )
+    pairs: str | None = option(
+        None,
+        "Pairs of a row with ranked answers: best-worst; adjacent: each answer against the next lower; all: against "
+        "every lower one; ranking: adjacent without ties, which stay together, for --loss plackett_luce.",
+        one_of("best-worst", "adjacent", "all", "ranking"),
+        shown=f"best-worst, ranking for that loss; {OF_A_RUN}",
+    )
+    margin_per_score: float | None = option(
+        None, "Margin of a pair per unit of the difference of its scores.", not_negative, shown=f"0: none; {OF_A_RUN}"
+    )
     chat_template: Path | None = option(None, "Jinja file to use as the chat template.", shown="the model's")
     trust_remote_code: bool = option(False, "Run Python code from the model's repository.")
 
@@ -151,7 +161,9 @@ class TrainOptions(WeightsOptions):
     wpo: bool = option(False, "WPO: weight pairs by how likely their responses are under the policy.")
     epochs: int = option(1, "Passes over the pairs.", positive)
     max_steps: int | None = option(None, "Stop after this many optimizer steps.", positive, shown="all of the epochs")
-    batch_size: int = option(16, "Pairs per optimizer step, over all devices.", positive)
+    batch_size: int = option(
+        16, "Pairs per optimizer step, over all devices; a ranking of K answers counts as its K - 1 pairs.", positive
+    )
     lr: float = option(None, "Peak learning rate.", positive, shown="1e-6; 1e-5 for an adapter")
     lr_scheduler: str = option("linear", "Learning rate schedule.", one_of("linear", "cosine", "constant"))
     warmup_ratio: float = option(0.1, "Fraction of the steps in which the learning rate rises.", checks.fraction)

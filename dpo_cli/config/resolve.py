@@ -25,7 +25,8 @@ RESUME_MUTABLE = frozenset(
 )
 # Options that a run chooses itself when they are left open: from its model, its data, the free memory.
 AUTO_OPTIONS = (
-    *("max_length", "control_tokens", "train_turns", "max_tokens", "dtype", "memory", "gradient_checkpointing"),
+    *("max_length", "control_tokens", "train_turns", "pairs", "margin_per_score"),
+    *("max_tokens", "dtype", "memory", "gradient_checkpointing"),
     *("lora_type", "lora_alpha", "lora_targets", "modules_to_save"),
 )
 # Other trainers' names of options.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -18,13 +19,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_cli.data.pairs import Ids, Pair, count_loss_tokens, model_input_ids
+from dpo_cli.data.pairs import Ids, Pair, count_loss_tokens, model_input_ids, rankings
 from dpo_cli.data.trees import branches, pair_tokens, sequences_of, subtrees
 
 Layout = Literal["shared", "packed", "padded", "alone"]
 Step = list[tuple[int, ...]]  # the pairs of each micro-batch; rank r runs step[r::world_size]
 Integers = npt.NDArray[np.integer]
 Part = tuple[list[int], int]  # pairs that stay together in a forward, and their tokens
+Make = Callable[..., "MicroBatch"]
+Piece = tuple[slice, slice, slice, tuple[int, ...]]
 Value = TypeVar("Value")
 
 # ---- which pairs ------------------------------------------------------------------------------------------------
@@ -45,20 +48,27 @@ def build_schedule(
 
     Units: ``max_tokens`` in tokens per forward, see ``row_costs``.
     """
-    steps, costs = step_pairs(len(pairs), batch_size, epochs, max_steps, seed), row_costs(pairs, layout)
+    steps, costs = step_pairs(pairs, batch_size, epochs, max_steps, seed), row_costs(pairs, layout)
     return [split_into_micro_batches(indices, pairs, costs, layout, max_tokens, world_size) for indices in steps]
 
 
-def step_pairs(count: int, batch_size: int, epochs: int, max_steps: int | None, seed: int) -> list[list[int]]:
+def step_pairs(
+    pairs: Sequence[Pair], batch_size: int, epochs: int, max_steps: int | None, seed: int
+) -> list[list[int]]:
     """Return the pair indices of every step, which depend on neither the model nor the device.
 
-    Each epoch visits every pair exactly once, in an order of its own; its last step may be smaller than ``batch_size``.
+    Each epoch visits every pair exactly once, in an order of its own. A step has at most ``batch_size`` pairs, unless
+    one ranking has more; the last of an epoch, and one whose next ranking does not fit, may be smaller.
     """
     steps: list[list[int]] = []
     for epoch in range(epochs):
-        order = list(range(count))
+        order = rankings(range(len(pairs)), pairs)
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        steps += [order[start : start + batch_size] for start in range(0, count, batch_size)]
+        first = len(steps)
+        for ranking in order:
+            if len(steps) == first or len(steps[-1]) + len(ranking) > batch_size:
+                steps.append([])
+            steps[-1] += ranking
         if max_steps is not None and len(steps) >= max_steps:
             return steps[:max_steps]
     return steps
@@ -74,49 +84,54 @@ def split_into_micro_batches(
 ) -> Step:
     """Pack the pairs of one step into micro-batches, the same number for each of ``world_size`` ranks.
 
-    Those with the most pairs are split, else empty ones added, until their number is a multiple of ``world_size``.
+    Those with the most rankings are split, else empty ones added, until their number is a multiple of ``world_size``;
+    a pair alone is one, too.
     """
-    bins = pack(parts(indices, pairs, costs, layout, max_tokens), layout, max_tokens)
+    packed = pack(parts(indices, pairs, costs, layout, max_tokens), layout, max_tokens)
+    bins = [rankings(indices, pairs) for indices in packed]
     while len(bins) % world_size:
         largest = max(range(len(bins)), key=lambda b: len(bins[b]))
         split = bins[largest]
         if len(split) < 2:
-            bins.append(())
+            bins.append([])
         else:
             bins[largest : largest + 1] = [split[::2], split[1::2]]
-    return bins
+    return [tuple(chain(*each)) for each in bins]
 
 
 def parts(
     indices: Sequence[int], pairs: Sequence[Pair], costs: Sequence[int], layout: Layout, max_tokens: int
 ) -> list[Part]:
     """Return what stays together in a forward, the part with most tokens first: trees where they are shared."""
-    trees = layout == "shared"
-    found = subtrees(indices, pairs, costs, max_tokens) if trees else (([i], costs[i]) for i in indices)
+    if layout == "shared":
+        found = list(subtrees(indices, pairs, costs, max_tokens))
+    else:
+        found = [(each, count_tokens(each, pairs, costs, layout)) for each in rankings(indices, pairs)]
     return sorted(found, key=lambda part: (-part[1], part[0]))
 
 
 def pack(found: Sequence[Part], layout: Layout, max_tokens: int) -> list[tuple[int, ...]]:
     """Pack parts, in the order of ``parts``, first-fit in bins of at most ``max_tokens``; a longer one gets its own.
 
-    In a padded forward every pair costs as much as the longest, which is the first of its bin. In the layout ``alone``
-    each pair gets its own bin, so that every bin takes the same number of forwards.
+    In a padded forward every pair costs as much as the longest. In the layout ``alone`` each part gets its own bin, so
+    that every bin takes the same number of forwards.
     """
     bins: list[list[int]] = []
-    room: list[int] = []
-    first: list[int] = []  # tokens of the first part
+    sizes: list[tuple[int, int]] = []  # tokens of each bin, and of its longest pair if it is padded
     if layout == "alone":
         max_tokens = 0
     for indices, tokens in found:
-        charges = first if layout == "padded" else [tokens] * len(bins)
-        fit = next((b for b, (left, charge) in enumerate(zip(room, charges, strict=True)) if charge <= left), None)
-        if fit is None:
-            bins.append([*indices])
-            room.append(max_tokens - tokens)
-            first.append(tokens)
+        longest = tokens // len(indices) if layout == "padded" else 0
+        for place, (before, width) in enumerate(sizes):
+            width = max(width, longest)
+            size = (len(bins[place]) + len(indices)) * width if width else before + tokens
+            if size <= max_tokens:
+                bins[place] += indices
+                sizes[place] = size, width
+                break
         else:
-            room[fit] -= charges[fit]
-            bins[fit] += indices
+            bins.append([*indices])
+            sizes.append((tokens, longest))
     return [tuple(b) for b in bins]
 
 
@@ -132,9 +147,10 @@ def row_costs(pairs: Sequence[Pair], layout: Layout) -> list[int]:
 
 def count_tokens(indices: Sequence[int], pairs: Sequence[Pair], costs: Sequence[int], layout: Layout) -> int:
     """Count the tokens of one forward over these pairs."""
-    if layout == "padded":
-        return len(indices) * max((costs[i] for i in indices), default=0)
-    return sum(tokens for _, tokens in parts(indices, pairs, costs, layout, sys.maxsize))
+    if layout == "shared" and len(indices) > 1:
+        return sum(tokens for _, tokens in parts(indices, pairs, costs, layout, sys.maxsize))
+    each = [costs[i] for i in indices]
+    return len(each) * max(each, default=0) if layout == "padded" else sum(each)
 
 
 def probe_pairs(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> list[Pair]:
@@ -177,7 +193,8 @@ class MicroBatch:
     Shapes: ``input_ids``, ``position_ids``, ``attention_mask`` (B, T), the latter two None where the model makes its
     own; ``logit_positions`` (E,) indices into the flattened rows, whose hidden states predict ``targets`` (E,), each
     distinct token once; ``edges`` (N,) the place of each response token among them; ``lengths`` (2P,) tokens of each
-    response that carry loss. ``pieces`` are slices of pairs, of N and of E that the head runs over at a time.
+    response that carry loss. ``pieces`` are slices of pairs, of N and of E that the head runs over at a time, and the
+    numbers of pairs of the rankings in each.
     ``alone`` holds one batch per sequence if each runs in a forward of its own; the results are concatenated.
 
     The rest is what the loss reads beside the policy's log-probs: ``token_weights`` (N,) of LD-DPO; ``weights`` and
@@ -193,7 +210,7 @@ class MicroBatch:
     targets: Tensor
     edges: Tensor
     lengths: Tensor
-    pieces: tuple[tuple[slice, slice, slice], ...]
+    pieces: tuple[Piece, ...]
     segments: Segments | None
     token_weights: Tensor
     weights: Tensor
@@ -232,16 +249,18 @@ def collate(
 ) -> MicroBatch:
     """Build the tensors of one forward over these pairs; their reference log-probs are zero until they are set.
 
-    ``max_logit_rows``: the most tokens that the head predicts at a time, unless a single pair has more.
+    ``max_logit_rows``: the most tokens that the head predicts at a time, unless one ranking has more.
     """
     sequences = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
+    together = [len(ranking) for ranking in rankings(range(len(pairs)), pairs)]
+    make = partial(_micro_batch, max_logit_rows=max_logit_rows, together=together)
     if layout == "shared":
-        batch = _shared(pairs, max_logit_rows)
+        batch = _shared(pairs, make)
     elif layout == "padded":
-        batch = padded(sequences, max_logit_rows)
+        batch = padded(sequences, make)
     else:
         alone = tuple(padded([sequence]) for sequence in sequences) if layout == "alone" else ()
-        batch = replace(_packed(sequences, max_logit_rows), alone=alone)
+        batch = replace(_packed(sequences, make), alone=alone)
     return replace(
         batch,
         token_weights=length_weights(batch.lengths, ld_alpha),
@@ -261,7 +280,7 @@ def length_weights(lengths: Tensor, alpha: float) -> Tensor:
     return torch.tensor([1.0, alpha]).repeat(len(lengths)).repeat_interleave(counts)
 
 
-def _shared(pairs: Sequence[Pair], max_logit_rows: int) -> MicroBatch:
+def _shared(pairs: Sequence[Pair], make: Make) -> MicroBatch:
     """Build one row of prompt trees; the positions of a sequence's own tokens continue those that it shares."""
     sequences = sequences_of(pairs)
     ids, positions, key_index, queries = [], [], [], []
@@ -294,13 +313,12 @@ def _shared(pairs: Sequence[Pair], max_logit_rows: int) -> MicroBatch:
     )
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
     tails = [path[-len(response) - 1 :] for path, response in zip(paths, responses, strict=True)]
-    return _micro_batch(
+    return make(
         np.concatenate(ids)[None],
         np.concatenate(positions)[None],
         None,
         [tail[:-1] for tail in tails],
         responses,
-        max_logit_rows,
         segments,
         np.concatenate([tail[1:] for tail in tails]),
     )
@@ -316,7 +334,7 @@ def _cut(route: Sequence[tuple[int, int, int]], depth: int) -> list[tuple[int, i
     return found
 
 
-def _packed(sequences: Sequence[tuple[Ids, Ids]], max_logit_rows: int) -> MicroBatch:
+def _packed(sequences: Sequence[tuple[Ids, Ids]], make: Make) -> MicroBatch:
     """Build one row of whole sequences; positions restart at each, which is how transformers separates them."""
     row = model_input_ids(np.concatenate([part for sequence in sequences for part in sequence]))[None]
     responses = [response for _, response in sequences]
@@ -324,10 +342,10 @@ def _packed(sequences: Sequence[tuple[Ids, Ids]], max_logit_rows: int) -> MicroB
     ends = np.cumsum(lengths)
     logit_positions = [np.arange(end - len(r) - 1, end - 1) for end, r in zip(ends, responses, strict=True)]
     positions = np.concatenate([np.arange(length) for length in lengths])[None]
-    return _micro_batch(row, positions, None, logit_positions, responses, max_logit_rows)
+    return make(row, positions, None, logit_positions, responses)
 
 
-def padded(sequences: Sequence[tuple[Ids, Ids]], max_logit_rows: int = sys.maxsize) -> MicroBatch:
+def padded(sequences: Sequence[tuple[Ids, Ids]], make: Make | None = None) -> MicroBatch:
     """Build one row per sequence, padded on the right; without a mask where nothing is padded."""
     longest = max(len(prompt) + len(response) for prompt, response in sequences)
     ids = np.zeros((len(sequences), longest), dtype=np.int64)
@@ -339,7 +357,7 @@ def padded(sequences: Sequence[tuple[Ids, Ids]], max_logit_rows: int = sys.maxsi
         mask[row, :length] = 1
         logit_positions.append(np.arange(len(prompt) - 1, length - 1) + row * longest)
     responses = [response for _, response in sequences]
-    return _micro_batch(ids, None, None if mask.all() else mask, logit_positions, responses, max_logit_rows)
+    return (make or _micro_batch)(ids, None, None if mask.all() else mask, logit_positions, responses)
 
 
 def _micro_batch(
@@ -348,18 +366,21 @@ def _micro_batch(
     mask: Integers | None,
     logit_positions: Sequence[Integers],
     responses: Sequence[Ids],
-    max_logit_rows: int,
     segments: Segments | None = None,
     places: Integers | None = None,
+    *,
+    max_logit_rows: int = sys.maxsize,
+    together: Sequence[int] = (),
 ) -> MicroBatch:
     """Build the batch; ``logit_positions`` covers all response tokens, of which those that carry loss are kept.
 
-    ``places`` are the indices of the response tokens in the row, where several responses may share one.
+    ``places`` are the indices of the response tokens in the row, where several responses may share one. ``together``
+    are the pairs of each ranking.
     """
     tokens, lengths = np.concatenate(responses), [count_loss_tokens(response) for response in responses]
     has_loss, pairs = tokens >= 0, len(responses) // 2
     predicted = np.arange(int(has_loss.sum())) if places is None else places[has_loss]
-    pieces, first, edges = _pieces(predicted, lengths, max_logit_rows)
+    pieces, first, edges = _pieces(predicted, lengths, max_logit_rows, together or [1] * pairs)
     return MicroBatch(
         input_ids=torch.as_tensor(ids, dtype=torch.int64),
         position_ids=None if positions is None else torch.as_tensor(positions, dtype=torch.int64),
@@ -379,33 +400,35 @@ def _micro_batch(
 
 
 def _pieces(
-    predicted: Integers, lengths: Sequence[int], max_rows: int
-) -> tuple[tuple[tuple[slice, slice, slice], ...], Integers, Integers]:
-    """Cut a batch into pieces of whole pairs of at most ``max_rows`` distinct tokens, unless a single pair has more.
+    predicted: Integers, lengths: Sequence[int], max_rows: int, together: Sequence[int]
+) -> tuple[tuple[Piece, ...], Integers, Integers]:
+    """Cut a batch into pieces of whole rankings of at most ``max_rows`` distinct tokens, unless one ranking has more.
 
-    Shapes: ``predicted`` (N,) names of the tokens -> slices of pairs, of N and of E; the first place of each of the E
-    distinct tokens of the pieces, (E,); the place of each token among them, (N,).
+    Shapes: ``predicted`` (N,) names of the tokens -> the pieces; the first place of each of the E distinct tokens of
+    the pieces, (E,); the place of each token among them, (N,).
     """
-    order, ends = np.argsort(predicted, kind="stable"), np.cumsum(lengths)[1::2].tolist()
+    bounds_of_pairs = np.cumsum([0, *together])  # of the rankings
+    order, ends = np.argsort(predicted, kind="stable"), np.cumsum(lengths)[2 * bounds_of_pairs[1:] - 1].tolist()
     again = predicted[order[1:]] == predicted[order[:-1]]
     earlier = np.full(len(predicted), -1)  # the last place with the same token
     earlier[order[1:][again]] = order[:-1][again]
-    starts, rows = [0], 0  # the first pair of each piece
-    for pair, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+    starts, rows = [0], 0  # the first ranking of each piece
+    for ranking, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
         piece = ends[starts[-1] - 1] if starts[-1] else 0  # its first token
         rows += int((earlier[begin:end] < piece).sum())
-        if rows > max_rows and pair > starts[-1]:
-            starts.append(pair)
+        if rows > max_rows and ranking > starts[-1]:
+            starts.append(ranking)
             rows = int((earlier[begin:end] < begin).sum())
-    cuts = [ends[pair - 1] for pair in starts[1:]]
+    cuts = [ends[ranking - 1] for ranking in starts[1:]]
     piece_of = np.searchsorted(cuts, np.arange(len(predicted)), side="right")
     _, first, names = np.unique(piece_of * (predicted.max() + 1) + predicted, return_index=True, return_inverse=True)
     ranks = np.argsort(np.argsort(first))  # tokens in the order of their first place
     first = np.sort(first)
     bounds = [
-        [*starts, len(ends)],
+        bounds_of_pairs[[*starts, len(ends)]].tolist(),
         [0, *cuts, len(predicted)],
         [0, *np.searchsorted(first, cuts).tolist(), len(first)],
     ]
-    slices = zip(*([slice(a, b) for a, b in pairwise(each)] for each in bounds), strict=True)
-    return tuple(slices), first, ranks[names]
+    slices = ([slice(a, b) for a, b in pairwise(each)] for each in bounds)
+    sizes = [tuple(together[a:b]) for a, b in pairwise([*starts, len(ends)])]
+    return tuple(zip(*slices, sizes, strict=True)), first, ranks[names]

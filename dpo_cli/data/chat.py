@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from dpo_cli.data.formats import FORMATS, common_prefix
 from dpo_cli.data.messages import REASONING, Message, answer_of, user_turn
@@ -21,13 +21,13 @@ from dpo_cli.data.template import PROBE, USER, ChatTemplate, leaves
 from dpo_cli.utils.errors import RowError
 
 # Notes about a row.
-NO_TEMPLATE = "pairs of messages written as 'User: … Assistant: …': the model has no chat template (--chat-template)"
-HISTORY_CHANGES = "pairs whose earlier turns the chat template rewrites once an answer follows: kept as at inference"
-TURNS_WITHOUT_LOSS = "pairs with turns after the prompt that carry no loss (--train-turns)"
-CONTROL_KEPT = "pairs with control tokens inside their messages, which act as such (--control-tokens)"
-TOOLS_UNSEEN = "pairs whose tools the chat template does not show"
-REASONING_UNSEEN = "pairs with an assistant's reasoning that the chat template leaves out"
-EARLIER_UNSEEN = "pairs with an earlier assistant's text or tool call that the chat template leaves out"
+NO_TEMPLATE = "rows of messages written as 'User: … Assistant: …': the model has no chat template (--chat-template)"
+HISTORY_CHANGES = "rows whose earlier turns the chat template rewrites once an answer follows: kept as at inference"
+TURNS_WITHOUT_LOSS = "rows with turns after the prompt that carry no loss (--train-turns)"
+CONTROL_KEPT = "rows with control tokens inside their messages, which act as such (--control-tokens)"
+TOOLS_UNSEEN = "rows whose tools the chat template does not show"
+REASONING_UNSEEN = "rows with an assistant's reasoning that the chat template leaves out"
+EARLIER_UNSEEN = "rows with an earlier assistant's text or tool call that the chat template leaves out"
 # Appended to the name of a format of strings.
 WRAPPED = ", wrapped as a user turn and an answer; --format strings keeps them raw"
 RENDERED = ", kept raw: rendered by a chat template already"
@@ -59,8 +59,7 @@ class Conversation:
 
     row: Row
     prompt: str
-    chosen: Side
-    rejected: Side
+    sides: tuple[Side, ...]
     templated: bool = True
     notes: frozenset[str] = frozenset()
 
@@ -83,9 +82,8 @@ class Chat:
         if is_rendered(row.prompt):
             return replace(row, format=row.format + RENDERED)
         # The template writes its own ending.
-        chosen, rejected = (answer_of(str(side).rstrip().removesuffix(self.eos)) for side in (row.chosen, row.rejected))
-        prompt = user_turn(row.prompt)
-        return replace(row, format=row.format + WRAPPED, prompt=prompt, chosen=chosen, rejected=rejected)
+        answers = tuple(answer_of(str(answer).rstrip().removesuffix(self.eos)) for answer in row.answers)
+        return replace(row, format=row.format + WRAPPED, prompt=user_turn(row.prompt), answers=answers)
 
     def conversation(self, row: Row) -> Conversation:
         """Render the texts of a row.
@@ -96,15 +94,15 @@ class Chat:
         """
         as_turns = row = self.as_turns(row)
         if isinstance(row.prompt, str):
-            texts = (row.prompt + str(side) for side in (row.chosen, row.rejected))
-            sides = [Side(text, ((len(row.prompt), len(text)),), complete=False) for text in texts]
-            return Conversation(row, row.prompt, sides[0], sides[1], templated=False)
+            texts = (row.prompt + str(answer) for answer in row.answers)
+            raw = tuple(Side(text, ((len(row.prompt), len(text)),), complete=False) for text in texts)
+            return Conversation(row, row.prompt, raw, templated=False)
         notes = {NO_TEMPLATE} if self.template.plain else set()
         self._check_control_tokens(row, notes)
         row = self.template.adapt(row, notes)
         turns: Any = row.prompt
-        responses: tuple[Any, Any] = row.chosen, row.rejected
-        trained = self._trained(*responses)
+        responses: tuple[Any, ...] = row.answers
+        trained = self._trained(row)
         if max(map(len, responses)) > 1:
             notes.add(TURNS_WITHOUT_LOSS)
         prompt = self.template.render(turns, row.template_arguments, generation=True)
@@ -117,10 +115,10 @@ class Chat:
                 raise _other_prompt(prompt, side.text)
             self._check_visible(response[: places[-1] + 1], side.text[len(prompt) :], notes, places)
         self._check_visible(turns, prompt, notes, tools=row.template_arguments.get("tools", ()))
-        return Conversation(as_turns, prompt, sides[0], sides[1], notes=frozenset(notes))
+        return Conversation(as_turns, prompt, tuple(sides), notes=frozenset(notes))
 
     def _check_control_tokens(self, row: Row, notes: set[str]) -> None:
-        fields = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} | row.template_arguments
+        fields = {"prompt": row.prompt} | row.sides | row.template_arguments
         tokens = {name: token for name, value in fields.items() if (token := self.template.first_control_token(value))}
         if tokens and self.control_tokens == "refuse":
             raise RowError(", ".join(f"{name} contains the control token '{token}'" for name, token in tokens.items()))
@@ -129,12 +127,12 @@ class Chat:
 
     # ---- each trained turn after the prompt that it has at inference ------------------------------------------------
 
-    def _trained(self, chosen: list[Message], rejected: list[Message]) -> list[list[int]]:
-        """Return the places of the turns that carry loss, for each side."""
-        places = []
-        for name, turns, others in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
+    def _trained(self, row: Row) -> list[list[int]]:
+        """Return the places of the turns that carry loss, for each answer."""
+        places, sides = [], cast(dict[str, list[Message]], row.sides)
+        for name, turns in sides.items():
             answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
-            differ = [place for place in answers if [turns[place]] != others[place : place + 1]]
+            differ = [p for p in answers if any([turns[p]] != other[p : p + 1] for other in sides.values())]
             if self.train_turns == "last" and any(turn["role"] == "user" for turn in turns):
                 raise RowError(
                     f"{name} has a 'user' turn; the two may differ in their last answer only "
@@ -143,8 +141,10 @@ class Chat:
             if self.train_turns == "all" and not differ:
                 raise RowError(f"{name} has no answer that differs from the other's")
             places.append(differ if self.train_turns == "all" else answers[-1:])
-        if self.train_turns == "last" and chosen[-1] == rejected[-1]:
-            raise RowError("chosen and rejected have the same last answer; they differ before (--train-turns all)")
+        names, ends = [*sides], [turns[-1] for turns in sides.values()]
+        same = [(names[i], names[j]) for i, j in row.preferences("all") if ends[i] == ends[j]]
+        if self.train_turns == "last" and same:
+            raise RowError(f"{' and '.join(same[0])} have the same last answer; they differ before (--train-turns all)")
         return places
 
     def _side(self, row: Row, asked: str, turns: list[Message], trained: list[int], notes: set[str]) -> Side:
@@ -180,7 +180,7 @@ class Chat:
             reply = reply.removesuffix(last_ending) + ending
         if reply.rstrip().endswith(self.template.special):
             return reply.rstrip(), True
-        notes.add(f"pairs whose answers end with '{self.eos}', the tokenizer's EOS: the chat template writes none")
+        notes.add(f"rows whose answers end with '{self.eos}', the tokenizer's EOS: the chat template writes none")
         return reply, False
 
     def _after_generation_prompt(self, row: Row, prompt: str, whole: str, history: list[Message]) -> str:
@@ -243,7 +243,7 @@ def _with_reasoning(opened: re.Match[str], reply: str, turn: Message, notes: set
     inside = _THOUGHT.match(turn["content"])
     reasoning = turn.get(REASONING) or (inside[2] if inside else "")
     if not reasoning:
-        notes.add(f"pairs with an answer without reasoning, closed by {end!r}: the chat template's prompt opens it")
+        notes.add(f"rows with an answer without reasoning, closed by {end!r}: the chat template's prompt opens it")
     begin = "" if opening.endswith("\n") else "\n"
     return f"{begin}{reasoning.strip()}\n{end}\n\n{reply.lstrip()}"
 

@@ -1,17 +1,16 @@
-"""The accepted formats of a record: how prompt, chosen and rejected are read from its columns."""
+"""The accepted formats of a record: how a prompt and the answers to it are read from its columns."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from dpo_cli.data.messages import Message, Text, answer_of, check_encodable, conversation, unwrap, user_turn
 from dpo_cli.data.readers import json_value, shortened
 from dpo_cli.utils.errors import RowError
 
 Record = dict[str, Any]  # without nulls, under our names of its columns
-PreferenceTexts = tuple[Text, Text, Text]  # prompt, chosen, rejected
 
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input", "context")
@@ -25,6 +24,13 @@ OWN_RANKS = ("rank", "score", "overall_score", "rating")  # of an answer, where 
 OTHERS = ("system", "tools", "chat_template_kwargs", "id", "weight", "margin")
 COLUMNS = (*PROMPTS, "chosen", "rejected", "responses", "scores", "ranks", "history", *OTHERS)
 LARGEST = 3e38  # in float32
+PAIRINGS = {  # of --pairs: which of several ranked answers are compared
+    "best-worst": "the best against the worst",
+    "adjacent": "each against the next lower",
+    "all": "each against every lower one",
+    "ranking": "whole rankings",
+}
+TIES_LEFT_OUT = "rows with answers left out of their ranking, since an earlier one has the same score or rank"
 
 # ---- values of a column -----------------------------------------------------------------------------------------
 
@@ -85,15 +91,29 @@ def parsed(row: Record, column: str, kind: type[Any]) -> Any:
 # ---- readers ----------------------------------------------------------------------------------------------------
 
 
+class Texts(NamedTuple):
+    """A prompt and its answers, best first; equal ``levels`` give two of them no order. ``scored``: they are scores."""
+
+    prompt: Text
+    answers: tuple[Text, ...]
+    levels: tuple[float, ...] = (1.0, 0.0)
+    scored: bool = False
+    notes: frozenset[str] = frozenset()
+
+
 class Format(NamedTuple):
-    """What a format is called, its reader, and its columns; of ``prompts`` a row's first is read, as a ``kind``."""
+    """What a format is called, its reader, and its columns; of ``prompts`` a row's first is read, as a ``kind``.
+
+    ``pairs`` is what a reader of more than two answers reads: a key of ``PAIRINGS``.
+    """
 
     label: str
-    read: Callable[[Record, Format], PreferenceTexts]
+    read: Callable[[Record, Format], Texts]
     prompts: tuple[str, ...] = ()
     kind: type[Any] | None = None
     answers: tuple[str, ...] = ANSWERS
     more: tuple[str, ...] = ()
+    pairs: str = "best-worst"
 
     @property
     def columns(self) -> set[str]:
@@ -107,39 +127,44 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)
 
 
-def _strings(row: Record, _: Format) -> PreferenceTexts:
-    return text(row, "prompt", str), text(row, "chosen", str), text(row, "rejected", str)
+def answer_names(count: int) -> tuple[str, ...]:
+    """Name the answers of a row, best first."""
+    return ("chosen", *(f"answer {number}" for number in range(2, count)), "rejected")
 
 
-def _turns(row: Record, format_: Format) -> PreferenceTexts:
+def _strings(row: Record, format_: Format) -> Texts:
+    return Texts(text(row, "prompt", str), tuple(text(row, name, str) for name in format_.answers))
+
+
+def _turns(row: Record, format_: Format) -> Texts:
     """Read a prompt and its answers."""
     column = next((name for name in format_.prompts if name in row), format_.prompts[0])
     return _answered(text(row, column, format_.kind), row, format_.answers)
 
 
-def _answered(prompt: Text, row: Record, answers: Sequence[str] = ANSWERS) -> PreferenceTexts:
+def _answered(prompt: Text, row: Record, answers: Sequence[str] = ANSWERS) -> Texts:
     """Read the answers to a prompt, which is the user's turn if it is a string; they may repeat it."""
     turns = user_turn(prompt) if isinstance(prompt, str) else prompt
-    chosen, rejected = (answer_of(text(row, name)) for name in answers)
-    if turns in (chosen, rejected):  # the prompt is one of the whole conversations
-        return _split(chosen, rejected)
-    n = len(turns) if chosen[: len(turns)] == turns == rejected[: len(turns)] else 0
-    return turns, chosen[n:], rejected[n:]
+    whole = [answer_of(text(row, name)) for name in answers]
+    if turns in whole:  # the prompt is one of the whole conversations
+        return _split(*whole)
+    n = len(turns) if all(each[: len(turns)] == turns for each in whole) else 0
+    return Texts(turns, tuple(each[n:] for each in whole))
 
 
-def _conversations(row: Record, _: Format) -> tuple[list[Message], list[Message], list[Message]]:
+def _conversations(row: Record, _: Format) -> Texts:
     return _split(text(row, "chosen", list), text(row, "rejected", list))
 
 
-def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """Split two conversations where they differ; answers before a user's turn that differs are no prompt."""
-    cut = common_prefix(chosen, rejected)
-    while cut and chosen[cut - 1]["role"] == "assistant":
+def _split(*whole: list[Message]) -> Texts:
+    """Split conversations where they differ; answers before a user's turn that differs are no prompt."""
+    cut = min(common_prefix(whole[0], other) for other in whole[1:])
+    while cut and whole[0][cut - 1]["role"] == "assistant":
         cut -= 1
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    return Texts(whole[0][:cut], tuple(each[cut:] for each in whole))
 
 
-def _hh(row: Record, _: Format) -> PreferenceTexts:
+def _hh(row: Record, _: Format) -> Texts:
     """Cut two dialogues after the last ``Assistant:`` that both share."""
     chosen, rejected = text(row, "chosen", str), text(row, "rejected", str)
     before_chosen, before_rejected = (dialogue.split(HH_ASSISTANT)[:-1] for dialogue in (chosen, rejected))
@@ -149,26 +174,26 @@ def _hh(row: Record, _: Format) -> PreferenceTexts:
     cut = sum(len(turn) + len(HH_ASSISTANT) for turn in shared)
     if any(mark in answer[cut:] for mark in (HH_HUMAN, HH_ASSISTANT) for answer in (chosen, rejected)):
         raise RowError("the dialogues differ before their last answer, so they have no common prompt")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    return Texts(chosen[:cut], (chosen[cut:], rejected[cut:]))
 
 
-def _openai(row: Record, format_: Format) -> PreferenceTexts:
+def _openai(row: Record, format_: Format) -> Texts:
     given = parsed(row, "input", dict)
     row.setdefault("tools", given.get("tools"))
     return _answered(text(given, "messages", list), row, format_.answers)
 
 
-def _swift(row: Record, _: Format) -> PreferenceTexts:
+def _swift(row: Record, _: Format) -> Texts:
     """Split a conversation that ends with the chosen answer, beside the rejected answer or conversation."""
     whole = text(row, "messages", list)
     if "rejected_messages" in row:
         return _split(whole, text(row, "rejected_messages", list))
     if whole[-1]["role"] != "assistant":
         raise RowError("messages must end with the chosen answer, since rejected_response is the other")
-    return whole[:-1], whole[-1:], answer_of(text(row, "rejected_response"))
+    return Texts(whole[:-1], (whole[-1:], answer_of(text(row, "rejected_response"))))
 
 
-def _alpaca(row: Record, _: Format) -> PreferenceTexts:
+def _alpaca(row: Record, _: Format) -> Texts:
     turns: list[Message] = []
     for exchange in parsed(row, "history", list):
         if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(each, str) for each in exchange):
@@ -178,39 +203,44 @@ def _alpaca(row: Record, _: Format) -> PreferenceTexts:
     return _answered([*turns, *user_turn("\n".join(parts))], row)
 
 
-def _ultrafeedback(row: Record, format_: Format) -> PreferenceTexts:
+def _ultrafeedback(row: Record, format_: Format) -> Texts:
     """Split conversations with their prompt beside them; or answers alone, which the prompt precedes."""
-    question, (prompt, chosen, rejected) = text(row, "prompt", str), _conversations(row, format_)
+    question, texts = text(row, "prompt", str), _conversations(row, format_)
+    prompt, chosen = cast(list[Message], texts.prompt), cast(list[Message], texts.answers[0])
     questions = [" ".join(message["content"].split()) for message in prompt if message["role"] == "user"]
     if not questions and "user" not in {message["role"] for message in chosen}:
         return _turns(row, format_)
     if not any(" ".join(question.split()) in each for each in questions):
         raise RowError("prompt is not in the conversations beside it (--format conversations reads those alone)")
-    return prompt, chosen, rejected
+    return texts
 
 
-def _ranked(row: Record, format_: Format) -> PreferenceTexts:
-    """Take the best and the worst of several answers."""
+def _ranked(row: Record, format_: Format) -> Texts:
+    """Read the answers that ``format_.pairs`` compares; a ranking has the first of equally good ones."""
     column = next((name for name in PROMPTS if name in row), "prompt")
     answers = next((name for name in RANKED if name in row), "responses")
     prompt, responses = text(row, column), parsed(row, answers, list)
-    scores = _scores(row, answers, responses)
-    if len(scores) != len(responses):
-        raise RowError(f"{len(responses)} {answers} have {len(scores)} scores or ranks")
-    rated = [place for place, score in enumerate(scores) if not math.isnan(score)]
+    levels, scored = _levels(row, answers, responses)
+    if len(levels) != len(responses):
+        raise RowError(f"{len(responses)} {answers} have {len(levels)} scores or ranks")
+    rated = [place for place, level in enumerate(levels) if not math.isnan(level)]
     if len(rated) < 2:
         raise RowError(f"of {len(responses)} {answers} {len(rated)} have a score or rank; two are needed")
-    worst, best = (pick(rated, key=scores.__getitem__) for pick in (min, max))
-    if scores[worst] == scores[best]:
+    best_first = sorted(rated, key=lambda place: -levels[place])
+    distinct = [*{levels[place]: place for place in reversed(best_first)}.values()][::-1]  # the first of equals
+    if len(distinct) < 2:
         raise RowError("all responses have the same score or rank, so none is better")
-    row |= {name: unwrap(responses[place], name) for name, place in zip(ANSWERS, (best, worst), strict=True)}
-    if all(isinstance(row.get(name), str) for name in ("prompt", *ANSWERS)):
-        return _strings(row, format_)
-    return _answered(prompt, row)
+    read = {"best-worst": [distinct[0], distinct[-1]], "ranking": distinct}.get(format_.pairs, best_first)
+    names = answer_names(len(read))
+    row |= {name: unwrap(responses[place], name) for name, place in zip(names, read, strict=True)}
+    as_strings = all(isinstance(row.get(name), str) for name in ("prompt", *names))
+    texts = _strings(row, format_._replace(answers=names)) if as_strings else _answered(prompt, row, names)
+    notes = [TIES_LEFT_OUT] * (format_.pairs == "ranking" and len(distinct) < len(rated))
+    return texts._replace(levels=tuple(levels[place] for place in read), scored=scored, notes=frozenset(notes))
 
 
-def _scores(row: Record, answers: str, responses: list[Any]) -> list[float]:
-    """Return how good each response is: its score, or minus its rank; NaN if it has none."""
+def _levels(row: Record, answers: str, responses: list[Any]) -> tuple[list[float], bool]:
+    """Return how good each response is: its score, or minus its rank; NaN if it has none. And if they are scores."""
     column = next((name for name in row if name in RANKS), "")
     if column:
         values = [{column: value} for value in parsed(row, column, list)]
@@ -219,8 +249,8 @@ def _scores(row: Record, answers: str, responses: list[Any]) -> list[float]:
         column, values = next(own, ""), responses
     if not column:
         raise RowError(f"{answers} need scores or ratings (the higher the better) or ranks (the lower the better)")
-    sign = -1 if column in ("ranks", "rank") else 1
-    return [sign * number(each, column, math.nan) for each in values]
+    scored = column not in ("ranks", "rank")
+    return [(1 if scored else -1) * number(each, column, math.nan) for each in values], scored
 
 
 # ---- formats ----------------------------------------------------------------------------------------------------
@@ -237,9 +267,7 @@ FORMATS = {
     "stackexchange": Format(
         "question, response_j and response_k (Stack Exchange)", _turns, QUESTIONS, str, BETTER_FIRST
     ),
-    "ranked": Format(
-        "ranked responses: the best against the worst", _ranked, PROMPTS, answers=(), more=(*RANKED, *RANKS)
-    ),
+    "ranked": Format("ranked responses: {pairs}", _ranked, PROMPTS, answers=(), more=(*RANKED, *RANKS)),
     "openai": Format("input, preferred and non-preferred output (OpenAI)", _openai, ("input",), list, PREFERRED),
     "swift": Format(
         "a conversation with the chosen answer, and the rejected one (ms-swift)", _swift, ("messages",), answers=()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Pair:
     rejected: Ids
     weight: float = 1.0  # multiplies its loss
     margin: float = 0.0  # by which its rewards should at least differ
+    continues: bool = False  # the ranking of the pair before it, whose rejected response is its chosen one
 
 
 def model_input_ids(ids: Ids) -> Ids:
@@ -45,6 +46,17 @@ def common_prefix(a: Ids, b: Ids) -> int:
 def count_loss_tokens(response: Ids) -> int:
     """Count the tokens of a response that carry loss: those whose log-probs are summed."""
     return int(np.count_nonzero(response >= 0))
+
+
+def rankings(indices: Iterable[int], pairs: Sequence[Pair]) -> list[list[int]]:
+    """Group indices of pairs by ranking: those of one follow each other and stay together; any other pair is alone."""
+    groups = list[list[int]]()
+    for index in indices:
+        if groups and pairs[index].continues:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 class Pairs(list[Pair]):

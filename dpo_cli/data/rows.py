@@ -1,13 +1,25 @@
-"""Records as rows: one preference each, with its weight, margin and template arguments; bad rows have a reason."""
+"""Records as rows: a prompt and its answers, with weight, margin and template arguments; bad rows have a reason."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
-from dpo_cli.data.formats import COLUMNS, FORMATS, OTHERS, PROMPTS, Record, detect_format, number, parsed
+from dpo_cli.data.formats import (
+    COLUMNS,
+    FORMATS,
+    OTHERS,
+    PAIRINGS,
+    PROMPTS,
+    Record,
+    answer_names,
+    detect_format,
+    number,
+    parsed,
+)
 from dpo_cli.data.messages import CONVERSATIONS, Text, answer_of, check_encodable, unwrap, user_turn, without_nulls
 from dpo_cli.data.readers import TOO_DEEP, json_value, shortened
 from dpo_cli.data.sources import Source
@@ -34,17 +46,35 @@ UNREAD = ("image", "images", "video", "videos", "audio", "audios")  # parts of a
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One preference: all three texts are strings, or all three are message lists."""
+    """A prompt and its answers, best first: all strings, or all message lists. Equal ``levels`` give no order.
+
+    ``pairs``: which of the answers are compared, a key of ``PAIRINGS``.
+    """
 
     where: str
     format: str
     prompt: Text
-    chosen: Text
-    rejected: Text
+    answers: tuple[Text, ...]
     template_arguments: dict[str, Any] = field(default_factory=dict)  # beside the messages
-    weight: float = 1.0  # multiplies the pair's loss
-    margin: float = 0.0  # the difference that its rewards should have at least
+    weight: float = 1.0  # multiplies the loss of its pairs
+    margin: float = 0.0  # the difference that their rewards should have at least
     raw: bool = False  # strings that no chat template wraps
+    levels: tuple[float, ...] = (1.0, 0.0)
+    pairs: str = "best-worst"
+    margin_per_score: float = 0.0  # added to the margin of a pair for each unit of the difference of its levels
+    notes: frozenset[str] = frozenset()
+
+    @property
+    def sides(self) -> dict[str, Text]:
+        """The answers by their names."""
+        return dict(zip(answer_names(len(self.answers)), self.answers, strict=True))
+
+    def preferences(self, pairs: str | None = None) -> list[tuple[int, int]]:
+        """Return the places of the two answers of each pair, the better one first; ``pairs``: other than the row's."""
+        order, every = sorted({*self.levels}, reverse=True), (pairs or self.pairs) == "all"
+        steps = [order.index(level) for level in self.levels]
+        both = combinations(range(len(steps)), 2)
+        return [(i, j) for i, j in both if 0 < steps[j] - steps[i] <= (len(order) if every else 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +88,15 @@ class BadRow:
 
 
 def read_rows(
-    sources: Iterable[Source], columns: str | None = None, format_: str | None = None
+    sources: Iterable[Source],
+    columns: str | None = None,
+    format_: str | None = None,
+    pairs: str = "best-worst",
+    margin_per_score: float = 0.0,
 ) -> Iterator[Row | BadRow]:
     """Yield every row of every source in order, bad ones included.
+
+    ``pairs``: which of several ranked answers are compared, a key of ``PAIRINGS``; ``margin_per_score``: see ``Row``.
 
     Raises:
         UsageError: a source is unreadable or empty, or ``columns`` is malformed.
@@ -72,7 +108,7 @@ def read_rows(
                 yield BadRow(where, str(record))
                 continue
             try:
-                yield _parse_row(record, where, names, format_)
+                yield _parse_row(record, where, names, format_, pairs, margin_per_score)
             except RecursionError:
                 yield BadRow(where, TOO_DEEP)
             except RowError as error:
@@ -96,30 +132,37 @@ def _parse_columns(columns: str | None) -> dict[str, str]:
     return names
 
 
-def _parse_row(record: Any, where: str, names: dict[str, str], format_: str | None) -> Row:
+def _parse_row(
+    record: Any, where: str, names: dict[str, str], format_: str | None, pairs: str, margin_per_score: float
+) -> Row:
     row = _our_columns(record, names)
     raw = format_ == "strings"  # as TRL's standard format
     format_ = format_ or detect_format(row)
-    accepted, label = FORMATS[format_], FORMATS[format_].label
+    accepted = FORMATS[format_]._replace(pairs=pairs)
+    label = accepted.label.format(pairs=PAIRINGS[pairs])
     if unread := sorted(names.keys() - {*accepted.columns, *OTHERS}):
         why = f"a row of the format '{format_}' has no {unread[0]}; name its format by --format"
         raise RowError(f"--columns {unread[0]}={names[unread[0]]}: {why}")
-    answers = [row[name] for name in ("chosen", "rejected") if isinstance(row.get(name), (str, list, dict))]
-    if "chosen" in accepted.columns and len({isinstance(answer, str) for answer in answers}) == 2:
+    sides = [row[name] for name in ("chosen", "rejected") if isinstance(row.get(name), (str, list, dict))]
+    if "chosen" in accepted.columns and len({isinstance(side, str) for side in sides}) == 2:
         raise RowError("chosen and rejected differ in kind: one is a string, the other a message list")
-    prompt, chosen, rejected = accepted.read(row, accepted)
+    prompt, answers, levels, scored, notes = accepted.read(row, accepted)
+    if margin_per_score and not scored:
+        raise RowError("--margin-per-score: the row has no scores")
     arguments = _template_arguments(row)
     if {names.get("system", "system"), "system_prompt"} & record.keys() or arguments:
         label += ", made into turns" * isinstance(prompt, str)
         prompt = _with_system(row.get("system", row.get("system_prompt")), prompt)
-        chosen, rejected = answer_of(chosen), answer_of(rejected)
-    _check_content(prompt, chosen, rejected)
+        answers = tuple(map(answer_of, answers))
     weight, margin = number(row, "weight", 1.0), number(row, "margin", 0.0)
     if weight < 0:
         raise RowError("weight must not be negative")
     if isinstance(name := row.get("id"), (str, int)) and name != "":
         where = f"{where} (id {shortened(str(name))})"
-    return Row(where, label, prompt, chosen, rejected, arguments, weight, margin, raw)
+    ranking = levels, pairs, margin_per_score, notes
+    made = Row(where, label, prompt, answers, arguments, weight, margin, raw, *ranking)
+    _check_content(made)
+    return made
 
 
 def _our_columns(record: Any, names: dict[str, str]) -> Record:
@@ -176,13 +219,15 @@ def _with_system(system: Any, prompt: Text) -> Text:
     return turns if has_system or not system else [{"role": "system", "content": system}, *turns]
 
 
-def _check_content(prompt: Text, chosen: Text, rejected: Text) -> None:
+def _check_content(row: Row) -> None:
+    prompt, names = row.prompt, [*row.sides]
     if not prompt:
         raise RowError("prompt is empty: the conversations share no first message")
-    _check_response(answer_of(chosen), "chosen")
-    _check_response(answer_of(rejected), "rejected")
-    if chosen == rejected:
-        raise RowError("chosen equals rejected")
+    for name, answer in row.sides.items():
+        _check_response(answer_of(answer), name)
+    for better, worse in row.preferences("all"):
+        if row.answers[better] == row.answers[worse]:
+            raise RowError(f"{names[better]} equals {names[worse]}")
     if isinstance(prompt, str):
         return
     if any(message["role"] == "user" and not message["content"].strip() for message in prompt):

@@ -19,9 +19,9 @@ from dpo_cli.data.rows import Row
 from dpo_cli.utils.errors import RowError
 
 # Notes about a row.
-SYSTEM_FIRST = "pairs whose system message begins the first user turn: the chat template takes none"
-SYSTEM_LAST = "pairs whose system message begins the last user turn, where the chat template puts it"
-CALLS_WRITTEN = "pairs whose tool calls are written into an answer's text: the chat template does not show them"
+SYSTEM_FIRST = "rows whose system message begins the first user turn: the chat template takes none"
+SYSTEM_LAST = "rows whose system message begins the last user turn, where the chat template puts it"
+CALLS_WRITTEN = "rows whose tool calls are written into an answer's text: the chat template does not show them"
 
 # For a model without a template: dialogues as they are common in pretraining data.
 PLAIN = (
@@ -155,8 +155,8 @@ class ChatTemplate:
             del prompt[0]
             notes.add(place)
         n = len(prompt)
-        chosen, rejected = (self._with_calls([*prompt, *side], notes) for side in (row.chosen, row.rejected))
-        return replace(row, prompt=chosen[:n], chosen=chosen[n:], rejected=rejected[n:])
+        whole = [self._with_calls([*prompt, *answer], notes) for answer in row.answers]
+        return replace(row, prompt=whole[0][:n], answers=tuple(each[n:] for each in whole))
 
     def _with_calls(self, turns: list[Message], notes: set[str]) -> list[Message]:
         """Adapt the tool calls and results of a conversation; a result without an id is of the first open call."""

@@ -35,13 +35,13 @@ class PairSet:
     @property
     def rows(self) -> int:
         """The number of rows that were read."""
-        return len(self.pairs) + len(self.refused)
+        return self.formats.total() + len(self.refused)
 
 
 # What PairSet.notes counts.
 PROMPT_CUT = "prompts truncated from the left"
-RESPONSE_CUT = "pairs with a response truncated at its end"
-BOUNDARY_MOVED = "pairs whose boundary moved back (tokens merge across it)"
+RESPONSE_CUT = "rows with a response truncated at its end"
+BOUNDARY_MOVED = "rows whose boundary moved back (tokens merge across it)"
 
 
 def tokenize_rows(rows: Iterable[Row | BadRow], tokenizer: Any, **reading: Any) -> PairSet:
@@ -51,7 +51,7 @@ def tokenize_rows(rows: Iterable[Row | BadRow], tokenizer: Any, **reading: Any) 
         if isinstance(each, BadRow):
             out.refused.append(each)
         else:
-            out.pairs.append(each.pair)
+            out.pairs += each.pairs
             out.formats[each.row.format] += 1
             out.notes.update(each.notes)
     return out
@@ -74,10 +74,10 @@ def refusal(refused: list[BadRow], rows: int) -> UsageError:
 
 
 class Encoded(NamedTuple):
-    """A row, rendered if it is messages, with its pair and notes."""
+    """A row, rendered if it is messages, with its pairs and notes."""
 
     row: Row
-    pair: Pair
+    pairs: list[Pair]
     notes: set[str]
 
 
@@ -111,12 +111,13 @@ class Encoder:
             texts = [row if isinstance(row, BadRow) else _attempt(row, self.chat.conversation, row) for row in batch]
             ids = self._encode(each for each in texts if isinstance(each, Conversation))
             for each in texts:
-                yield each if isinstance(each, BadRow) else _attempt(each.row, self._pair, each, ids)
+                yield each if isinstance(each, BadRow) else _attempt(each.row, self._pairs, each, ids)
 
-    def _pair(self, texts: Conversation, encoded: Texts) -> Encoded:
-        row, (prompt, chosen, rejected, moved) = texts.row, self._split(texts, encoded)
-        notes = {*texts.notes, BOUNDARY_MOVED} if moved else {*texts.notes}
-        longest = max(len(chosen), len(rejected))
+    def _pairs(self, texts: Conversation, encoded: Texts) -> Encoded:
+        """Make the pairs of a row, in which each answer has the same tokens, and so has the prompt."""
+        row, (prompt, responses, moved) = texts.row, self._split(texts, encoded)
+        notes = {*texts.notes, *row.notes} | ({BOUNDARY_MOVED} if moved else set())
+        longest = max(map(len, responses))
         room = max(self.max_length - longest, self.max_length // 4)  # the prompt is shortened first, down to a quarter
         if len(prompt) > room:
             shorter = self._shorten_prompt(row, prompt, room)
@@ -127,20 +128,28 @@ class Encoder:
         if room < 1:
             raise RowError(f"the prompt's last turn alone fills max_length {self.max_length} (--max-length)")
         if longest > room:
-            chosen, rejected = chosen[:room], rejected[:room]
+            responses = [response[:room] for response in responses]
             notes.add(RESPONSE_CUT)
-        if not all((response >= 0).any() for response in (chosen, rejected)):
+        if not all((response >= 0).any() for response in responses):
             raise RowError(f"truncation to max_length {self.max_length} leaves no token that carries loss")
-        if np.array_equal(chosen, rejected):
-            if RESPONSE_CUT in notes:
-                removes = "removes the difference between chosen and rejected"
-                raise RowError(f"truncation to max_length {self.max_length} {removes}")
-            why = ": the chat template leaves out the reasoning in which they differ" * (REASONING_UNSEEN in notes)
-            raise RowError(f"chosen and rejected give the same tokens{why}")
-        return Encoded(row, Pair(row.where, prompt, chosen, rejected, row.weight, row.margin), notes)
+        names = [*row.sides]
+        for better, worse in row.preferences("all"):
+            if np.array_equal(responses[better], responses[worse]):
+                both = f"{names[better]} and {names[worse]}"
+                if RESPONSE_CUT in notes:
+                    raise RowError(f"truncation to max_length {self.max_length} removes the difference between {both}")
+                why = ": the chat template leaves out the reasoning in which they differ" * (REASONING_UNSEEN in notes)
+                raise RowError(f"{both} give the same tokens{why}")
+        pairs, preferences = list[Pair](), row.preferences()
+        for number, (better, worse) in enumerate(preferences, 1):
+            where = row.where + f" ({number} of {len(preferences)})" * (len(preferences) > 1)
+            margin = row.margin + row.margin_per_score * (row.levels[better] - row.levels[worse])
+            continues = row.pairs == "ranking" and number > 1
+            pairs.append(Pair(where, prompt, responses[better], responses[worse], row.weight, margin, continues))
+        return Encoded(row, pairs, notes)
 
-    def _split(self, texts: Conversation, encoded: Texts) -> tuple[Ids, Ids, Ids, bool]:
-        """Return the untruncated ids of prompt, chosen and rejected, ``~id`` if without loss; and if the cut moved.
+    def _split(self, texts: Conversation, encoded: Texts) -> tuple[Ids, list[Ids], bool]:
+        """Return the untruncated ids of the prompt and of each answer, ``~id`` if without loss; and if the cut moved.
 
         The boundary is where the responses leave the prompt's own tokens: its end, unless a token spans it.
         """
@@ -148,7 +157,7 @@ class Encoder:
         if not len(prompt):
             raise RowError("the prompt gives no tokens")
         sides = []
-        for side in (texts.chosen, texts.rejected):
+        for side in texts.sides:
             ids = encoded[side.first, texts.templated]
             if side.cuts:
                 ids = np.append(ids, self._pieces(side, len(side.text))[len(ids) :])
@@ -157,7 +166,7 @@ class Encoder:
         if cut == 0:
             raise RowError("prompt and response share no first token, so the response would be read without a prompt")
         responses = []
-        for side, ids in zip((texts.chosen, texts.rejected), sides, strict=True):
+        for side, ids in zip(texts.sides, sides, strict=True):
             if side.spans != ((len(texts.prompt), len(side.text)),):  # not all of the response
                 carries = np.zeros(len(ids), dtype=bool)
                 for begin, end in side.spans:
@@ -165,7 +174,7 @@ class Encoder:
                     carries[common_prefix(self._pieces(side, begin), ids) : stop] = True
                 ids = np.where(carries, ids, ~ids)
             responses.append(ids[cut:])
-        return prompt[:cut], responses[0], responses[1], cut < len(prompt)
+        return prompt[:cut], responses, cut < len(prompt)
 
     def _shorten_prompt(self, row: Row, prompt: Ids, room: int) -> Ids:
         """Shorten a prompt to ``room`` tokens if possible: its end is kept; a conversation loses its oldest turns."""
@@ -189,7 +198,7 @@ class Encoder:
         """Encode every text up to its first cut, those of each kind in one call of the tokenizer."""
         texts: dict[bool, dict[str, None]] = {False: {}, True: {}}
         for each in conversations:
-            texts[each.templated] |= dict.fromkeys((each.prompt, each.chosen.first, each.rejected.first))
+            texts[each.templated] |= dict.fromkeys((each.prompt, *(side.first for side in each.sides)))
         ids: Texts = {}
         for templated, some in texts.items():
             encoded = self._batch(list(some), templated)
@@ -230,8 +239,7 @@ def _attempt(row: Row, make: Callable[..., Made], *arguments: Any) -> Made | Bad
     try:
         return make(*arguments)
     except RowError as error:
-        record = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
-        return BadRow(row.where, str(error), record, row.format)
+        return BadRow(row.where, str(error), {"prompt": row.prompt} | row.sides, row.format)
 
 
 def _only_asks_its_backend(tokenizer: Any) -> bool:

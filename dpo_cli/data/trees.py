@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from dpo_cli.data.pairs import Ids, Pair, common_prefix, model_input_ids
+from dpo_cli.data.pairs import Ids, Pair, common_prefix, model_input_ids, rankings
 
 MIN_SHARED = 16  # tokens: fewer are not worth a branch; docs/performance.md, "Prompt trees"
 PATHS, SAMPLE = 8, 256
@@ -98,7 +98,7 @@ def _beginning(prompt: Ids, response: Ids) -> bytes:
 def subtrees(
     indices: Sequence[int], pairs: Sequence[Pair], costs: Sequence[int], max_tokens: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Cut the trees of these pairs into parts of at most ``max_tokens``, unless a single pair has more: pairs, tokens.
+    """Cut the trees of these pairs into parts of at most ``max_tokens``, unless one ranking has more: pairs, tokens.
 
     Each part computes the tokens of its path again. ``costs`` are the ``pair_tokens`` of all pairs.
     """
@@ -106,17 +106,18 @@ def subtrees(
         if len(group) == 1:
             yield group, costs[group[0]]
             continue
-        part, most, seen = list[int](), 0, set[bytes]()  # most: a bound on its tokens, one pair after the other
-        for index in group:
-            pair = pairs[index]
-            new = {pair.prompt.tobytes() + r.tobytes(): len(r) for r in (pair.chosen, pair.rejected)}
-            own = sum(length for content, length in new.items() if content not in seen) + len(pair.prompt)
-            shared = common_prefix(pair.prompt, pairs[part[-1]].prompt) if part else 0
-            own -= shared if shared >= min(MIN_SHARED, len(pair.prompt)) else 0
+        part, most, seen = list[int](), 0, set[bytes]()  # most: a bound on its tokens, one ranking after the other
+        for ranking in rankings(group, pairs):
+            prompt, of_ranking = pairs[ranking[0]].prompt, [pairs[i] for i in ranking]
+            new = {prompt.tobytes() + r.tobytes(): len(r) for pair in of_ranking for r in (pair.chosen, pair.rejected)}
+            alone = own = sum(new.values()) + len(prompt)
+            own -= sum(length for content, length in new.items() if content in seen)
+            shared = common_prefix(prompt, pairs[part[-1]].prompt) if part else 0
+            own -= shared if shared >= min(MIN_SHARED, len(prompt)) else 0
             if part and most + own > max_tokens:
                 yield part, tree_tokens([pairs[i] for i in part])
-                part, most, seen, own = [], 0, set(), costs[index]
-            part.append(index)
+                part, most, seen, own = [], 0, set(), alone
+            part += ranking
             most += own
             seen |= new.keys()
         yield part, tree_tokens([pairs[i] for i in part])

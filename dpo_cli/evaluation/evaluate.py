@@ -40,7 +40,7 @@ from dpo_cli.training.prepare import (
     refuse_unread_terms,
     weights_mode,
 )
-from dpo_cli.training.run_dir import encoder_options, read_manifest, trained_hashes, trained_with
+from dpo_cli.training.run_dir import encoder_options, read_manifest, row_options, trained_hashes, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
 
@@ -78,6 +78,8 @@ def evaluate(
     source = choose_model(name, options, reporter, base=options.base_model)
     began, manifest = (trained_with(source.run), read_manifest(source.run)) if source.run else (None, None)
     source, options = _as_in_run(source, began), _as_trained(options, source, began)
+    if began and began.objective.uses("rankings") and options.pairs != "ranking":
+        raise UsageError(f"--pairs {options.pairs}: the run's loss is of whole rankings; leave it out")
     check_reference(options)
     tokenizer = choose_tokenizer(source, options)
     rows = read_pairs(options.data, options, tokenizer, reporter)
@@ -132,6 +134,7 @@ def _as_trained(options: EvalOptions, source: ModelSource, began: TrainOptions |
     return dataclasses.replace(
         options,
         **encoder_options(options, source.run),
+        **row_options(options, source.run),
         dtype=options.dtype or (began.dtype if began else None),
         beta=options.beta or (began.beta if began else 0.1),
     )

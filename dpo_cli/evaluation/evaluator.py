@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.data.pairs import Ids, Pairs, model_input_ids
+from dpo_cli.data.pairs import Ids, Pairs, model_input_ids, rankings
 from dpo_cli.evaluation import statistics
 from dpo_cli.evaluation.diagnostics import Evidence, diagnose
 from dpo_cli.evaluation.kl import COLUMNS, FOLD, TokenScores, spans_of
@@ -71,6 +71,7 @@ class Evaluator:
             objective=self.objective,
             distributions=tokens.distributions,
             weighted=(tokens.logps(0, alpha), ref_logps[1]),
+            rankings=[len(each) for each in rankings(range(len(self.pairs)), self.pairs)],
             shift=float(np.mean(rewards)) * self.objective.beta / (beta or self.objective.beta) if rewards else 0.0,
         )
 

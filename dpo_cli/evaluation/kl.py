@@ -136,7 +136,7 @@ def compare(
         other = torch.cat([recorded.states[spans[place]] for place in places]).to(runner.device)
         states = other if same else runner.body(batch).head_inputs()
         parts, targets = list[Tensor](), batch.targets[batch.edges]
-        for _, tokens, _ in batch.pieces:
+        for _, tokens, _, _ in batch.pieces:
             logits, other_logits = runner.head.logits(states[tokens]), other_head.logits(other[tokens])  # (n, V)
             if logits.shape != other_logits.shape:
                 sizes = f"{logits.shape[1]:,} and {other_logits.shape[1]:,}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Divergence = Callable[["Tensor"], "Tensor"]
 RUN_OPTIONS = ("beta", "label_smoothing", "f_divergence")  # parameters of a loss that are options of the run
-PAIR_FIELDS = ("margins", "reward_baseline")  # parameters of a loss that are fields of ``Preferences``
+PAIR_FIELDS = ("margins", "reward_baseline", "rankings")  # parameters of a loss that are fields of ``Preferences``
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Preferences:
 
     ``logps`` and ``ref_logps`` are sums of weighted token log-probs (LD-DPO), ``full_logps`` plain sums under the
     policy. ``mean_chosen_length`` is the mean over the step's chosen responses, ``reward_baseline`` the mean reward of
-    earlier steps. ``weights`` multiply the losses.
+    earlier steps. ``weights`` multiply the losses. ``rankings``: the pairs of each ranking, best answer first, in which
+    the rejected response of a pair is the chosen one of the next; 1: each pair is a ranking of its own.
 
     Shapes: ``logps``, ``ref_logps``, ``lengths``, ``full_logps`` (2P,); ``margins`` and ``weights`` (P,) or a number.
     Units: nats; ``lengths`` and ``mean_chosen_length`` in tokens that carry loss.
@@ -46,6 +47,7 @@ class Preferences:
     margins: Tensor | float = 0.0
     weights: Tensor | float = 1.0
     reward_baseline: float = 0.0
+    rankings: Sequence[int] | int = 1
 
     def logratios(self, f_divergence: Divergence = lambda ratios: ratios) -> tuple[Tensor, Tensor]:
         """Return r of the chosen and of the rejected responses: (P,) each."""
@@ -107,6 +109,13 @@ def logsigmoid(x: Tensor) -> Tensor:
     import torch.nn.functional as F
 
     return F.logsigmoid(x)
+
+
+def logsumexp_onwards(values: Tensor, sizes: Sequence[int] | int) -> Tensor:
+    """Compute the log-sum-exp of each value and all after it, in parts of these sizes: (P,) -> (P,)."""
+    import torch
+
+    return torch.cat([part.flip(0).logcumsumexp(0).flip(0) for part in values.split(sizes)])
 
 
 def _smoothed_sigmoid(logits: Tensor, margins: Tensor, eps: float) -> Tensor:
@@ -336,6 +345,20 @@ def discopop(p: Preferences, beta: float, f_divergence: Divergence = reverse_kl,
     # s exp(-x) with both under one exponential: where exp(-x) is infinite, s is 0
     exponential = (logsigmoid(logits / discopop_tau) - logits).exp()
     return exponential - (-logits / discopop_tau).sigmoid() * logsigmoid(logits)
+
+
+@preference_loss()
+def plackett_luce(
+    p: Preferences, beta: float, rankings: Sequence[int] | int, f_divergence: Divergence = reverse_kl
+) -> Tensor:
+    """For rankings of several answers: each is chosen among itself and all below it; of two answers it is sigmoid.
+
+        log sum over j of exp(beta r_j) - beta r_w, j from w to the last; a ranking's loss is the sum over its pairs
+
+    Source: appendix A.3 of arXiv 2305.18290
+    """
+    chosen, rejected = (beta * each for each in p.logratios(f_divergence))
+    return -logsigmoid(chosen - logsumexp_onwards(rejected, rankings))
 
 
 # ---- losses without a reference ---------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_cli.data.batching import Layout, MicroBatch, collate, count_tokens, pack, parts, row_costs
-from dpo_cli.data.pairs import Pair
+from dpo_cli.data.batching import Layout, MicroBatch, Piece, collate, count_tokens, pack, parts, row_costs
+from dpo_cli.data.pairs import Pair, rankings
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.parallel import BODY, Parallel, parallel_of
 from dpo_cli.utils.errors import DpoError, UsageError
@@ -98,9 +98,9 @@ class HiddenStates:
 
         ``wpo``: multiply the weights of the pairs by WPO's.
         """
-        for pairs, tokens, edges in self.batch.pieces:
-            leaf = self.values.detach()[edges].requires_grad_()
-            preferences = self._preferences(leaf, pairs, tokens, edges, wpo)
+        for piece in self.batch.pieces:
+            leaf = self.values.detach()[piece[2]].requires_grad_()
+            preferences = self._preferences(leaf, piece, wpo)
             self.full_logps.append(preferences.full_logps.detach().view(2, -1))
             yield preferences
             if leaf.grad is not None:
@@ -117,7 +117,8 @@ class HiddenStates:
             gradients = [torch.cat(self.gradients), *(None for _ in losses)]
             torch.autograd.backward([self.values, *losses], gradients)
 
-    def _preferences(self, leaf: Tensor, pairs: slice, tokens: slice, edges: slice, wpo: bool) -> Preferences:
+    def _preferences(self, leaf: Tensor, piece: Piece, wpo: bool) -> Preferences:
+        pairs, tokens, edges, together = piece
         batch, logits, places = self.batch, self.head.logits(leaf), self.batch.edges[tokens] - edges.start
         token_logps = target_logps(logits, batch.targets[edges])[places]  # (n,)
         lengths = batch.lengths[2 * pairs.start : 2 * pairs.stop]
@@ -133,6 +134,7 @@ class HiddenStates:
             margins=batch.margins[pairs],
             weights=weights,
             reward_baseline=batch.reward_baseline,
+            rankings=together,
         )
 
 
@@ -205,7 +207,7 @@ class ModelRunner:
         Units: nats.
         """
         hidden = self.body(batch)
-        pieces = [edges for _, _, edges in batch.pieces]
+        pieces = [edges for _, _, edges, _ in batch.pieces]
         logps = torch.cat([target_logps(hidden.head.logits(hidden.values[i]), batch.targets[i]) for i in pieces])
         return logps[batch.edges]
 
@@ -258,14 +260,15 @@ class ModelRunner:
         """Halve ``max_tokens`` after a forward over these pairs ran out of memory, below the tokens it had.
 
         Raises:
-            DpoError: it was a single pair, which cannot be split.
+            DpoError: it was a single pair or ranking, which cannot be split.
         """
         if self.parallel.sharded:
             raise DpoError("out of memory; with --fsdp all ranks run in lockstep: set a lower --max-tokens")
         tokens = count_tokens(range(len(pairs)), pairs, self.costs(pairs), self.layout)
-        if len(pairs) == 1:
+        if len(rankings(range(len(pairs)), pairs)) == 1:
+            what = "pair" if len(pairs) == 1 else "ranking"
             raise DpoError(
-                f"{pairs[0].where}: this pair alone ({tokens:,} tokens) does not fit the device's memory; "
+                f"{pairs[0].where}: this {what} alone ({tokens:,} tokens) does not fit the device's memory; "
                 "a lower --max-length helps, in training --gradient-checkpointing too"
             )
         if self.device.type == "cuda":

@@ -23,7 +23,7 @@ from dpo_cli.data.sources import Source, find_sources
 from dpo_cli.data.tokenize import PROMPT_CUT, RESPONSE_CUT, Encoder
 from dpo_cli.evaluation.statistics import wilson
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
-from dpo_cli.training.run_dir import encoder_options
+from dpo_cli.training.run_dir import encoder_options, row_options
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
 from dpo_cli.utils.files import atomic_write, finite
@@ -68,8 +68,9 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     model = choose_model(options.model, options, reporter, base=options.base_model)
     encoder = Encoder(choose_tokenizer(model, options), **encoder_options(options, model.run))
     check = DataCheck(encoder, options.examples)
-    check.read_held_out(read_rows(held_out, options.columns, options.format))
-    check.read(read_rows(sources, options.columns, options.format))
+    reading = row_options(options, model.run)
+    check.read_held_out(read_rows(held_out, options.columns, options.format, **reading))
+    check.read(read_rows(sources, options.columns, options.format, **reading))
     result = check.result()
     if options.fix:
         result["fixed"] = _write_clean(options.fix, sources, check.problems)
@@ -89,16 +90,15 @@ class DataCheck:
         self.where: list[str] = []
         self.problems: list[str] = []  # the first problem of each row, or an empty string
         self.lengths: list[tuple[int, int]] = []  # tokens of chosen and rejected that carry loss
-        self.first: dict[bytes, int] = {}  # the place of a row, by its hash
-        self.held_out: dict[bytes, str] = {}  # the location of a held-out row, by its hash and its prompt's
+        self.first: dict[bytes, int] = {}  # the place of a row, by the hash of each of its pairs
+        self.held_out: dict[bytes, str] = {}  # the location of a held-out row, by these hashes and its prompt's
 
     def read_held_out(self, rows: Iterable[Row | BadRow]) -> None:
         """Remember held-out rows, which no row of ``read`` should equal."""
         for row in rows:
             if isinstance(row, Row):
-                prompt, whole, _ = hashes(self.encoder.chat.as_turns(row))
-                self.held_out.setdefault(prompt, row.where)
-                self.held_out.setdefault(whole, row.where)
+                prompt, pairs, _ = hashes(self.encoder.chat.as_turns(row))
+                self.held_out |= {name: row.where for name in (prompt, *pairs) if name not in self.held_out}
 
     def read(self, rows: Iterable[Row | BadRow]) -> None:
         """Check rows."""
@@ -109,10 +109,10 @@ class DataCheck:
                 reason = printable(made.reason)
                 self._add("refused", reason, reason=re.sub(r"'.*'|\b\d+\b", "…", reason))  # the same of several rows
                 continue
-            row, pair, notes = made
+            row, pairs, notes = made
             self.where.append(row.where)
             self.formats[row.format] += 1
-            self.lengths.append((count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)))
+            self.lengths += [(count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)) for pair in pairs]
             excerpt = shortened(texts_of(row)["prompt"], 70)
             for kind, text in row_issues(row).items():
                 self._add(kind, text)
@@ -122,20 +122,22 @@ class DataCheck:
 
     def _compare(self, row: Row, excerpt: str) -> None:
         """Compare the last row with the held-out rows and with earlier ones."""
-        prompt, whole, swapped = hashes(row)
+        prompt, pairs, swapped = hashes(row)
         place = len(self.where) - 1
-        if other := self.held_out.get(whole):
-            self._add("leak_row", excerpt, other=other)
+        if leaked := [self.held_out[pair] for pair in pairs if pair in self.held_out]:
+            self._add("leak_row", excerpt, other=leaked[0])
         elif other := self.held_out.get(prompt):
             self._add("leak_prompt", excerpt, other=other)
-        if (earlier := self.first.get(whole)) is not None:
-            self._add("duplicate", excerpt, other=self.where[earlier])
-        elif whole != swapped and (earlier := self.first.get(swapped)) is not None:
-            if not self.problems[earlier]:
-                self._add("contradiction", excerpt, place=earlier, other=self.where[place])
-            self._add("contradiction", excerpt, other=self.where[earlier])
+        copied = [self.first[pair] for pair in pairs if pair in self.first]
+        if len(copied) == len(pairs):
+            self._add("duplicate", excerpt, other=self.where[copied[0]])
+        elif against := [self.first[pair] for pair in swapped if pair in self.first]:
+            for earlier in dict.fromkeys(against):
+                if not self.problems[earlier]:
+                    self._add("contradiction", excerpt, place=earlier, other=self.where[place])
+            self._add("contradiction", excerpt, other=self.where[against[0]])
         elif not self.problems[place]:
-            self.first[whole] = place
+            self.first |= {pair: place for pair in pairs if pair not in self.first}
 
     def _add(self, kind: str, text: str, *, reason: str = "", place: int = -1, **more: str) -> None:
         self.counts[kind, reason] += 1
@@ -201,7 +203,7 @@ def length_bias(lengths: Ids) -> dict[str, Any]:
 
 def texts_of(row: Row) -> dict[str, str]:
     """Return the text of each part of a row; for messages their reasoning, contents and tool calls."""
-    return {"prompt": _text(row.prompt), "chosen": _text(row.chosen), "rejected": _text(row.rejected)}
+    return {"prompt": _text(row.prompt)} | {name: _text(answer) for name, answer in row.sides.items()}
 
 
 def _text(value: Text) -> str:
@@ -215,16 +217,17 @@ def _text(value: Text) -> str:
     return "\n".join(parts)
 
 
-def hashes(row: Row) -> tuple[bytes, bytes, bytes]:
-    """Hash the prompt, the row, and the row with its responses swapped; tools are part of the prompt.
+def hashes(row: Row) -> tuple[bytes, list[bytes], list[bytes]]:
+    """Hash the prompt, each pair, and each with its responses swapped; tools are part of the prompt.
 
     Texts are compared by NFC, without case and with single spaces.
     """
     texts = [" ".join(unicodedata.normalize("NFC", text).casefold().split()) for text in texts_of(row).values()]
     if row.template_arguments:
         texts[0] += "\n" + json.dumps(row.template_arguments, sort_keys=True, default=str)
-    prompt, chosen, rejected = (_digest(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return prompt, _digest(prompt + chosen + rejected), _digest(prompt + rejected + chosen)
+    prompt, *sides = (_digest(text.encode("utf-8", "surrogatepass")) for text in texts)
+    pairs = [(sides[better], sides[worse]) for better, worse in row.preferences()]
+    return prompt, [_digest(prompt + a + b) for a, b in pairs], [_digest(prompt + b + a) for a, b in pairs if a != b]
 
 
 def _digest(content: bytes) -> bytes:
@@ -260,8 +263,8 @@ def row_issues(row: Row) -> dict[str, str]:
             issues["markers"] = f"{name}: {_around(text, marker)}"
         if not _WORD.search(text):
             issues["empty_response"] = f"{name}: {shortened(text)}"
-    if len(thinking := [name for name in ("chosen", "rejected") if _has_thinking(getattr(row, name))]) == 1:
-        issues["thinking"] = f"only the {thinking[0]}: {shortened(texts['prompt'])}"
+    if 0 < len(thinking := [name for name, answer in row.sides.items() if _has_thinking(answer)]) < len(row.answers):
+        issues["thinking"] = f"only the {', '.join(thinking)}: {shortened(texts['prompt'])}"
     return issues
 
 

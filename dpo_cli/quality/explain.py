@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
-from dpo_cli.training.run_dir import encoder_options
+from dpo_cli.training.run_dir import encoder_options, row_options
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
 
@@ -29,15 +30,25 @@ def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
     source = choose_model(options.model, options, reporter, base=options.base_model)
     tokenizer = choose_tokenizer(source, options)
     encoder = Encoder(tokenizer, **encoder_options(options, source.run))
-    made = next(encoder.pairs([_find(options)]))
+    made = next(encoder.pairs([_find(options, source.run)]))
     if isinstance(made, BadRow):
         return {"row": made.where} | ({"format": made.format} if made.format else {}) | {"refused": made.reason}
-    row, pair, notes = made
-    about: dict[str, Any] = {"row": row.where, "format": row.format, "weight": pair.weight, "margin": pair.margin}
+    row, pairs, notes = made
+    about: dict[str, Any] = {"row": row.where, "format": row.format, "weight": row.weight}
+    names, parts = [*row.sides], {"prompt": pairs[0].prompt}
+    both = [(names[better], names[worse]) for better, worse in row.preferences()]
+    for pair, (chosen, rejected) in zip(pairs, both, strict=True):
+        parts |= {chosen: pair.chosen, rejected: pair.rejected}
+    if len(pairs) == 1:
+        about["margin"] = pairs[0].margin
+    else:
+        columns = ("chosen", "rejected", "margin")
+        rows = ((*sides, pair.margin) for sides, pair in zip(both, pairs, strict=True))
+        about["pairs"] = [dict(zip(columns, each, strict=True)) for each in rows]
     about |= {"max_length": encoder.max_length, "notes": sorted(notes)}
     special = {tokenizer.eos_token_id: "EOS", tokenizer.bos_token_id: "BOS"}
-    for part in STYLES:
-        ids = getattr(pair, part)
+    for part in ("prompt", *names):
+        ids = parts[part]
         tokens = [
             {
                 "id": token,
@@ -52,10 +63,10 @@ def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
     return about
 
 
-def _find(options: ExplainOptions) -> Row | BadRow:
+def _find(options: ExplainOptions, run: Path | None) -> Row | BadRow:
     """Find the row by its number, or by file and number."""
-    wanted = options.row
-    for row in read_rows(find_sources(options.data), options.columns, options.format):
+    wanted, reading = options.row, row_options(options, run)
+    for row in read_rows(find_sources(options.data), options.columns, options.format, **reading):
         place = row.where.partition(" (id ")[0]
         if wanted in (None, place, place.rpartition(":")[2].removeprefix("row ")):
             return row
@@ -63,7 +74,7 @@ def _find(options: ExplainOptions) -> Row | BadRow:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the result to stdout: facts, the three texts, and one line per token."""
+    """Print the result to stdout: facts, the texts, and one line per token."""
     console = Console(highlight=False, soft_wrap=True)
 
     def line(text: str, style: str = "") -> None:
@@ -74,12 +85,15 @@ def show(result: dict[str, Any]) -> None:
             line(f"{name:<12}{result[name]}")
     if "refused" in result:
         return
+    for each in result.get("pairs", ()):
+        line(f"{'pair':<12}{each['chosen']} over {each['rejected']}, margin {each['margin']:g}")
     for note in result["notes"]:
         line(f"{'note':<12}{note}")
-    for part, style in STYLES.items():
+    styles = {part: STYLES.get(part, "yellow") for part, value in result.items() if isinstance(value, dict)}
+    for part, style in styles.items():
         line(f"\n[{part}] {result[part]['text']}", style)
     line(f"\n{'part':<10}{'loss':<6}{'id':>8}  token")
-    for part, style in STYLES.items():
+    for part, style in styles.items():
         for token in result[part]["tokens"]:
             loss, special = "loss" if token["loss"] else "", token["special"] or ""
             text = f"{part:<10}{loss:<6}{token['id']:>8}  {token['text']!r}  {special}".rstrip()

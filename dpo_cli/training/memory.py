@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.batching import MicroBatch, Step, count_tokens, probe_pairs, row_costs
-from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids
+from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids, rankings
 from dpo_cli.data.trees import most_tokens
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.logprobs import ModelRunner, forward_errors
@@ -177,9 +177,10 @@ def choose_memory(
     """
     room = -distributed.all_reduce_max([-int(usable_bytes(runner.device))])[0]  # the least of all ranks
     counted = count_bytes(runner, pairs, distributed.all_reduce_max([process])[0])
-    costs = runner.costs(pairs)
-    enough = max(max(costs), max_tokens or FEWEST_TOKENS)  # a longer pair gets its own forward
-    head = count_head_tokens(runner, [pairs[costs.index(max(costs))]])
+    costs, alone = runner.costs(pairs), rankings(range(len(pairs)), pairs)
+    sizes = [count_tokens(each, pairs, costs, runner.layout) for each in alone]
+    enough = max(max(sizes), max_tokens or FEWEST_TOKENS)  # a longer ranking or pair gets its own forward
+    head = count_head_tokens(runner, [pairs[i] for i in alone[sizes.index(max(sizes))]])
     head = max(head, min(runner.max_logit_rows, enough)) if runner.chunked_lm_head else 0
     ways = [(memory, recompute)]
     if memory == "auto":
@@ -197,5 +198,6 @@ def choose_memory(
 
 def count_head_tokens(runner: ModelRunner, pairs: Sequence[Pair]) -> int:
     """Count the response tokens at the head at once; 0 where the head runs within the measured forward."""
-    tokens = [count_loss_tokens(pair.chosen) + count_loss_tokens(pair.rejected) for pair in pairs]
+    each = [count_loss_tokens(pair.chosen) + count_loss_tokens(pair.rejected) for pair in pairs]
+    tokens = [sum(each[i] for i in ranking) for ranking in rankings(range(len(pairs)), pairs)]
     return min(sum(tokens), max(runner.max_logit_rows, *tokens)) if runner.chunked_lm_head and tokens else 0

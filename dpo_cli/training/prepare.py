@@ -41,7 +41,7 @@ from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.checkpoint import verified_step
 from dpo_cli.training.memory import MOST_TOKENS
 from dpo_cli.training.optimizer import SPLIT
-from dpo_cli.training.run_dir import encoder_options
+from dpo_cli.training.run_dir import encoder_options, row_options
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
@@ -100,7 +100,8 @@ def read_pairs(data: list[str], options: Options, tokenizer: Any, reporter: Repo
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
     sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
-    rows = tokenize_rows(read_rows(sources, options.columns, options.format), tokenizer, **encoder_options(options))
+    read = read_rows(sources, options.columns, options.format, **row_options(options))
+    rows = tokenize_rows(read, tokenizer, **encoder_options(options))
     if rows.refused and (options.on_bad_row != "skip" or not rows.pairs):
         raise refusal(rows.refused, rows.rows)
     counts = f"{rows.rows:,} rows, {len(rows.pairs):,} pairs, {len(rows.refused):,} refused"
@@ -243,6 +244,8 @@ def load_scored_model(
     tried = pairs + _sampled(pairs, options, limit)
     runner, description = choose_layout(model, tried, max_tokens, device, dtype)
     reporter.info("layout", description)
+    if fsdp and runner.layout == "alone" and any(pair.continues for pair in pairs):
+        raise UsageError("--fsdp: ranks run equally many forwards, and this model's rankings differ in theirs")
     runner.warn = reporter.warning
     if runner.layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LOCK = "run.lock"
 TRAINED = "trained-pairs.safetensors"  # hashes of the pairs that are trained on
 ENCODER_DEFAULTS = {"max_length": 1024, "control_tokens": "keep", "train_turns": "last"}
+ROW_DEFAULTS = {"pairs": "best-worst", "margin_per_score": 0.0}
 PACKAGES = ("dpo-cli", "torch", "transformers", "accelerate", "safetensors", "peft")  # versions in the manifest
 
 
@@ -170,8 +171,18 @@ def trained_hashes(
 
 def encoder_options(options: DataOptions, run: Path | None = None) -> dict[str, Any]:
     """Return the arguments of ``Encoder``: from the options, else from ``run``, else the defaults."""
-    run_options = vars(trained_with(run)) if run else {}
-    return {name: getattr(options, name) or run_options.get(name) or usual for name, usual in ENCODER_DEFAULTS.items()}
+    return _chosen(options, run, ENCODER_DEFAULTS)
+
+
+def row_options(options: DataOptions, run: Path | None = None) -> dict[str, Any]:
+    """Return further arguments of ``read_rows``: from the options, else from ``run``, else what the loss reads."""
+    reads_rankings = isinstance(options, TrainOptions) and options.objective.uses("rankings")
+    return _chosen(options, run, ROW_DEFAULTS | ({"pairs": "ranking"} if reads_rankings else {}))
+
+
+def _chosen(options: DataOptions, run: Path | None, usual: dict[str, Any]) -> dict[str, Any]:
+    places = [vars(options), vars(trained_with(run)) if run else {}, usual]
+    return {name: next(each[name] for each in places if each.get(name) is not None) for name in usual}
 
 
 def check_same_run(folder: Path, manifest: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:

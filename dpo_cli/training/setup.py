@@ -38,7 +38,7 @@ from dpo_cli.training.prepare import (
     refuse_unread_terms,
     weights_mode,
 )
-from dpo_cli.training.run_dir import choose_folder, encoder_options, read_manifest, trained_hashes
+from dpo_cli.training.run_dir import choose_folder, encoder_options, read_manifest, row_options, trained_hashes
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError
@@ -110,7 +110,7 @@ def prepare_run(
     tokenizer = choose_tokenizer(source, options)
     pairs, held_out, refused = _read_data(options, tokenizer, reporter)
     order = {name: getattr(options, name) for name in ("batch_size", "epochs", "max_steps", "seed")}
-    used = sorted({i for step in step_pairs(len(pairs), **order) for i in step})
+    used = sorted({i for step in step_pairs(pairs, **order) for i in step})
     process = process_bytes(device)
     if resume and options.fsdp and not distributed.is_launched():
         reporter.info("shard", "off, resumed in one process")
@@ -189,6 +189,7 @@ def _choose_memory(run: Run, process: int) -> None:
     run.options = dataclasses.replace(
         options,
         **encoder_options(options),
+        **row_options(options),
         max_tokens=choice.max_tokens,
         dtype=dtype_name(runner.dtype),
         memory=choice.memory,

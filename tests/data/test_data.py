@@ -82,7 +82,7 @@ def test_every_form_of_row_is_read_from_every_kind_of_file(form: str, suffix: st
     kind = kind_of(suffix)
     path = tmp_path / f"rows.{suffix}"
     write_records(path, [record, record])
-    assert read(path) == [Row(f"{path}:{place}", named, prompt, chosen, rejected) for place in PLACES[kind]]
+    assert read(path) == [Row(f"{path}:{place}", named, prompt, (chosen, rejected)) for place in PLACES[kind]]
 
 
 def test_several_files_are_read_in_order(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_text_is_kept_as_it_is(tmp_path: Path) -> None:
     record = {"prompt": "  e\u0301\t", "chosen": " 😀\n", "rejected": "\u2028 \x00"}
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
     assert isinstance(row, Row)
-    assert (row.prompt, row.chosen, row.rejected) == ("  e\u0301\t", " 😀\n", "\u2028 \x00")
+    assert (row.prompt, row.answers[0], row.answers[1]) == ("  e\u0301\t", " 😀\n", "\u2028 \x00")
 
 
 def test_tool_turns_belong_to_a_response(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_tool_turns_belong_to_a_response(tmp_path: Path) -> None:
     record = {"prompt": [user("Why?")], "chosen": chosen, "rejected": [assistant("No idea.")]}
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
     call |= {"content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
-    assert isinstance(row, Row) and row.chosen == chosen
+    assert isinstance(row, Row) and row.answers[0] == chosen
     shared = {
         "chosen": [user("Why?"), call, result, assistant("42")],
         "rejected": [user("Why?"), call, result, assistant("41")],
@@ -238,7 +238,7 @@ WHY, GOOD, BAD = [user("Why?")], [assistant("Because.")], [assistant("No.")]
 def test_what_a_row_means(record: Any, prompt: Any, chosen: Any, tmp_path: Path) -> None:
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
     assert isinstance(row, Row), row
-    assert (row.prompt, row.chosen) == (prompt, chosen)
+    assert (row.prompt, row.answers[0]) == (prompt, chosen)
 
 
 def test_csv_holds_the_columns_of_openai_as_json(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_csv_holds_the_columns_of_openai_as_json(tmp_path: Path) -> None:
     write_records(tmp_path / "rows.csv", [{name: json.dumps(value) for name, value in record.items()}])
     [row] = read(tmp_path / "rows.csv")
     assert isinstance(row, Row), row
-    assert (row.prompt, row.chosen, row.rejected) == ([SYSTEM, *WHY], GOOD, BAD)
+    assert (row.prompt, row.answers[0], row.answers[1]) == ([SYSTEM, *WHY], GOOD, BAD)
     assert row.template_arguments == {"tools": [tool]}
 
 
@@ -267,7 +267,7 @@ def called(arguments: Any, tmp_path: Path, **others: Any) -> Any:
     record = ASKED | {"chosen": [answer], "rejected": BAD}
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
     assert isinstance(row, Row), row
-    return row.chosen[0]
+    return row.answers[0][0]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_empty_tool_calls_are_none(empty: Any, tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "Because.", "tool_calls": empty, "name": None}
     record = ASKED | {"chosen": [answer], "rejected": BAD}
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
-    assert isinstance(row, Row) and row.chosen == GOOD
+    assert isinstance(row, Row) and row.answers[0] == GOOD
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -311,7 +311,7 @@ def test_tool_calls_may_be_text_or_a_turn_of_their_own(tmp_path: Path) -> None:
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
     ):
         [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(ASKED | {"chosen": [turn], "rejected": BAD}))
-        assert isinstance(row, Row) and row.chosen == [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        assert isinstance(row, Row) and row.answers[0] == [{"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
 def test_tools_may_be_json_texts(tmp_path: Path) -> None:
@@ -349,14 +349,18 @@ def test_ranked_rows_ignore_the_columns_chosen_and_rejected(tmp_path: Path) -> N
     (tmp_path / "rows.jsonl").write_text(json.dumps(record))
     for columns, kind in ((None, Row), ("chosen=chosen,rejected=rejected", BadRow)):
         [row] = read_rows(find_sources([str(tmp_path / "rows.jsonl")]), columns, "ranked")
-        assert type(row) is kind and (row.chosen if isinstance(row, Row) else "Because.") == "Because."
+        assert type(row) is kind and (row.answers[0] if isinstance(row, Row) else "Because.") == "Because."
 
 
 def test_tools_of_ranked_conversations_are_kept(tmp_path: Path) -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     responses = [{"messages": [*WHY, *end], "tools": [tool]} for end in (GOOD, BAD)]
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps({"prompt": WHY, "responses": responses, "ranks": [1, 2]}))
-    assert isinstance(row, Row) and (row.prompt, row.chosen, row.template_arguments) == (WHY, GOOD, {"tools": [tool]})
+    assert isinstance(row, Row) and (row.prompt, row.answers[0], row.template_arguments) == (
+        WHY,
+        GOOD,
+        {"tools": [tool]},
+    )
 
 
 def test_a_refusal_ends_with_the_columns_of_the_row(tmp_path: Path) -> None:
@@ -501,7 +505,7 @@ def test_a_dialogue_is_cut_after_the_last_shared_assistant_marker(tmp_path: Path
     record = {"chosen": HH + " I think so.", "rejected": HH + " I think not."}
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record))
     assert isinstance(row, Row)
-    assert (row.prompt, row.chosen, row.rejected) == (HH, " I think so.", " I think not.")
+    assert (row.prompt, row.answers[0], row.answers[1]) == (HH, " I think so.", " I think not.")
 
 
 def test_dialogues_that_differ_before_the_last_answer_are_refused(tmp_path: Path) -> None:
@@ -622,7 +626,9 @@ def test_bom_crlf_blank_lines_and_a_missing_last_newline(tmp_path: Path) -> None
     content = BOM + LINE + b"\r\n\r\n  \t\n" + LINE + b"\n\n" + LINE
     rows = read_bytes(tmp_path, "rows.jsonl", content)
     assert where_and_kind(rows) == [("1", Row), ("4", Row), ("6", Row)]
-    assert {(row.prompt, row.chosen, row.rejected) for row in rows if isinstance(row, Row)} == {tuple(STRINGS.values())}
+    assert {(row.prompt, row.answers[0], row.answers[1]) for row in rows if isinstance(row, Row)} == {
+        tuple(STRINGS.values())
+    }
 
 
 def test_a_bad_line_does_not_move_the_others(tmp_path: Path) -> None:
@@ -816,7 +822,7 @@ def test_csv_cells_may_span_lines_and_a_row_is_told_by_its_first(tmp_path: Path)
     text = HEADER + '"p\nq","a ""b""\nc",d\n' + "\n" + bad + "p,a,b\n"
     rows = read_bytes(tmp_path, "rows.csv", text)
     assert [type(row) for row in rows] == [Row, BadRow, Row]
-    assert isinstance(rows[0], Row) and (rows[0].prompt, rows[0].chosen) == ("p\nq", 'a "b"\nc')
+    assert isinstance(rows[0], Row) and (rows[0].prompt, rows[0].answers[0]) == ("p\nq", 'a "b"\nc')
     assert isinstance(rows[1], BadRow) and rows[1].reason == "chosen is empty"
     assert [row.where.rpartition(":")[2] for row in rows] == ["2", "6", "9"]
 
@@ -824,7 +830,7 @@ def test_csv_cells_may_span_lines_and_a_row_is_told_by_its_first(tmp_path: Path)
 def test_csv_with_bom_and_crlf(tmp_path: Path) -> None:
     content = BOM + HEADER.replace("\n", "\r\n").encode() + b'p,"a\r\nb",c\r\n\r\np,d,e\r\n'
     rows = read_bytes(tmp_path, "rows.csv", content)
-    assert [(row.prompt, row.chosen) for row in rows if isinstance(row, Row)] == [("p", "a\r\nb"), ("p", "d")]
+    assert [(row.prompt, row.answers[0]) for row in rows if isinstance(row, Row)] == [("p", "a\r\nb"), ("p", "d")]
     assert len(rows) == 2
 
 
@@ -832,7 +838,7 @@ def test_csv_dialogues(tmp_path: Path) -> None:
     buffer = io.StringIO()
     csv.writer(buffer).writerows([["chosen", "rejected"], [HH + " Because.", HH + " No."]])
     [row] = read_bytes(tmp_path, "rows.csv", buffer.getvalue())
-    assert isinstance(row, Row) and (row.prompt, row.chosen, row.rejected) == (HH, " Because.", " No.")
+    assert isinstance(row, Row) and (row.prompt, row.answers[0], row.answers[1]) == (HH, " Because.", " No.")
 
 
 def test_a_csv_row_with_a_cell_missing_or_empty_is_refused(tmp_path: Path) -> None:
@@ -878,9 +884,9 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     record = {"question": "Why?", "good": "Because.", "bad": "No idea.", "chosen": "unused"}
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record), " prompt=question, chosen = good,rejected=bad")
     assert isinstance(row, Row)
-    assert (row.prompt, row.chosen, row.rejected) == ("Why?", "Because.", "No idea.")
+    assert (row.prompt, row.answers[0], row.answers[1]) == ("Why?", "Because.", "No idea.")
     [row] = read_bytes(tmp_path, "rows.csv", "prompt,good,rejected\np,a,b\n", "chosen=good")
-    assert isinstance(row, Row) and row.chosen == "a"
+    assert isinstance(row, Row) and row.answers[0] == "a"
 
 
 def test_a_mapped_column_that_is_missing_or_bad_is_told_by_both_names(tmp_path: Path) -> None:
@@ -1069,9 +1075,9 @@ def check_row(row: Row | BadRow) -> None:
     if isinstance(row, BadRow):
         assert row.reason
         return
-    assert row.chosen != row.rejected
-    fields = (row.prompt, row.chosen, row.rejected)
-    assert all(isinstance(part, str) and part.strip() for part in (row.chosen, row.rejected)) == isinstance(
+    assert row.answers[0] != row.answers[1]
+    fields = (row.prompt, row.answers[0], row.answers[1])
+    assert all(isinstance(part, str) and part.strip() for part in (row.answers[0], row.answers[1])) == isinstance(
         row.prompt, str
     )
     for part in fields:
@@ -1079,8 +1085,8 @@ def check_row(row: Row | BadRow) -> None:
             content.encode()
     if not isinstance(row.prompt, str):
         assert row.prompt[-1]["role"] in ("user", "tool")
-        assert {m["role"] for m in [*row.chosen, *row.rejected]} <= {"assistant", "tool", "user"}  # type: ignore[index]
-        assert row.chosen[-1]["role"] == row.rejected[-1]["role"] == "assistant"  # type: ignore[index]
+        assert {m["role"] for m in [*row.answers[0], *row.answers[1]]} <= {"assistant", "tool", "user"}  # type: ignore[index]
+        assert row.answers[0][-1]["role"] == row.answers[1][-1]["role"] == "assistant"  # type: ignore[index]
 
 
 @anything

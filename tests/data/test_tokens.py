@@ -113,7 +113,7 @@ def assistant(text: str) -> Message:
 def row(prompt: Any, chosen: Any, rejected: Any) -> Row:
     if isinstance(prompt, list):
         chosen, rejected = [assistant(chosen)], [assistant(rejected)]
-    return Row("rows.jsonl:1", "some form", prompt, chosen, rejected)
+    return Row("rows.jsonl:1", "some form", prompt, (chosen, rejected))
 
 
 def plain(tokenizer: Any, text: str) -> list[int]:
@@ -214,7 +214,7 @@ def test_a_conversation_is_cut_where_the_answer_begins(name: str) -> None:
 def test_of_a_response_of_several_turns_the_last_carries_loss() -> None:
     tokenizer, _ = CHAT_TOKENIZERS["ChatML"]
     chosen = [assistant("call"), {"role": "tool", "content": "42"}, assistant("It is 42.")]
-    given = Row("w", "f", [user("Why?")], chosen, [assistant("No idea.")])
+    given = Row("w", "f", [user("Why?")], (chosen, [assistant("No idea.")]))
     pair, notes = pair_of(tokenizer, given)
     context = "call<|im_end|>\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
     assert decode(tokenizer, model_input_ids(pair.chosen)) == context + "It is 42.<|im_end|>"
@@ -237,7 +237,7 @@ def test_all_answers_that_differ_carry_loss_where_asked(name: str) -> None:
     tokenizer, _ = CHAT_TOKENIZERS[name]
     chosen = [assistant("One."), user("And?"), assistant("Two."), user("So?"), assistant("Three.")]
     rejected = [assistant("Eins."), user("And?"), assistant("Two."), user("So?"), assistant("Drei.")]
-    given = Row("w", "f", [user("Why?")], chosen, rejected)
+    given = Row("w", "f", [user("Why?")], (chosen, rejected))
     pair, notes = encode_row(Encoder(tokenizer, max_length=LONG, train_turns="all"), given)
     (first, last), (other, other_last) = turns_with_loss(tokenizer, pair)
     assert (first.strip()[:4], last.strip()[:6]) == ("One.", "Three.") and notes >= {TURNS_WITHOUT_LOSS}
@@ -250,7 +250,7 @@ def test_all_answers_that_differ_carry_loss_where_asked(name: str) -> None:
 def test_answers_that_differ_before_the_last_one_need_all_turns() -> None:
     tokenizer, _ = CHAT_TOKENIZERS["ChatML"]
     tool = {"role": "tool", "content": "42"}
-    given = Row("w", "f", [user("?")], *([assistant(a), tool, assistant("42")] for a in ("f", "g")))
+    given = Row("w", "f", [user("?")], tuple([assistant(a), tool, assistant("42")] for a in ("f", "g")))
     with pytest.raises(RowError, match="have the same last answer"):
         pair_of(tokenizer, given)
     pair, _ = encode_row(Encoder(tokenizer, max_length=LONG, train_turns="all"), given)
@@ -395,7 +395,9 @@ def test_calls_are_given_as_the_template_takes_them() -> None:
     template = CHATML.replace("message['content']", f"message['content'] + {called}")
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    given = Row("w", "f", [user("?")], [{"role": "assistant", "content": "", "tool_calls": [call]}], [assistant("No.")])
+    given = Row(
+        "w", "f", [user("?")], ([{"role": "assistant", "content": "", "tool_calls": [call]}], [assistant("No.")])
+    )
     pair, notes = pair_of(tokenizer, given)
     assert notes == set() and decode(tokenizer, pair.chosen) == 'f{"x": 1}<|im_end|>'
 
@@ -424,7 +426,7 @@ def test_tools_and_calls_are_rendered_by_a_template_that_knows_them() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
     tools = {"tools": [{"function": {"name": "f"}}]}
-    given = Row("w", "f", [user("Why?")], [answer], [assistant("No.")], tools)
+    given = Row("w", "f", [user("Why?")], ([answer], [assistant("No.")]), tools)
     pair, notes = pair_of(tokenizer, given)
     assert notes == set() and decode(tokenizer, pair.prompt).startswith("<tool>f<|im_start|>")
     assert decode(tokenizer, pair.chosen) == "f()<|im_end|>"
@@ -435,7 +437,7 @@ def test_a_template_that_rewrites_turns_cannot_train_several() -> None:
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", rewriting)
     turns = [assistant("call"), {"role": "tool", "content": "42"}, assistant("It is 42.")]
     with pytest.raises(RowError, match=r"renders the prompt differently .*user\\nWhy\?.* becomes .*gone"):
-        pair_of(tokenizer, Row("w", "f", [user("Why?")], turns, [assistant("No idea.")]))
+        pair_of(tokenizer, Row("w", "f", [user("Why?")], (turns, [assistant("No idea.")])))
 
 
 def test_a_template_that_writes_the_last_answer_otherwise_cannot_train_others() -> None:
@@ -446,7 +448,7 @@ def test_a_template_that_writes_the_last_answer_otherwise_cannot_train_others() 
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     sides = ([assistant(one), user("And?"), assistant(two)] for one, two in (("One.", "Two."), ("Eins.", "Zwei.")))
     with pytest.raises(RowError, match=r"renders a turn differently when others follow: .*<think>One.' becomes"):
-        encode_row(Encoder(tokenizer, max_length=LONG, train_turns="all"), Row("w", "f", [user("Why?")], *sides))
+        encode_row(Encoder(tokenizer, max_length=LONG, train_turns="all"), Row("w", "f", [user("Why?")], tuple(sides)))
 
 
 def test_responses_of_equal_tokens_are_refused() -> None:
@@ -466,7 +468,7 @@ def test_a_tool_call_that_cannot_be_rendered_is_refused(arguments: Any) -> None:
     template = CHATML.replace("+ message['content']", "+ (message['tool_calls'] or message['content']) | tojson")
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
-    given = Row("rows.jsonl:1", "f", [user("Why?")], [call], [assistant("No.")])
+    given = Row("rows.jsonl:1", "f", [user("Why?")], ([call], [assistant("No.")]))
     found = tokenize_rows([given], tokenizer, **cut())
     assert not found.pairs and [bad.where for bad in found.refused] == ["rows.jsonl:1"]
 
@@ -476,7 +478,9 @@ def test_deep_nesting_is_used_or_refused(depth: int) -> None:
     """What Python's limits let through is another depth in each of its versions, and in each place."""
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", CHATML)
     tools = {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(depth, "<|im_end|>")}}]}
-    given = Row("rows.jsonl:1", "f", [user("Why?")], [assistant("Yes.")], [assistant("No.")], template_arguments=tools)
+    given = Row(
+        "rows.jsonl:1", "f", [user("Why?")], ([assistant("Yes.")], [assistant("No.")]), template_arguments=tools
+    )
     for control_tokens in ("keep", "refuse"):
         found = tokenize_rows([given], tokenizer, **cut(control_tokens=control_tokens))
         assert len(found.pairs) + len(found.refused) == 1
@@ -602,7 +606,7 @@ def test_control_tokens_inside_messages_are_kept(where: str) -> None:
     ):
         pair, notes = encode_row(encoder, given)
         assert notes == {CONTROL_KEPT}
-        for answer, response in ((given.chosen, pair.chosen), (given.rejected, pair.rejected)):
+        for answer, response in ((given.answers[0], pair.chosen), (given.answers[1], pair.rejected)):
             text = letters().apply_chat_template([*given.prompt, *answer], tokenize=False).removesuffix("\n")
             assert [*pair.prompt, *response] == plain(letters(), text)
 
@@ -646,7 +650,7 @@ def test_a_tool_s_arguments_are_searched_for_control_tokens() -> None:
     template = CHATML.replace("+ message['content']", "+ (message['content'] or (message['tool_calls'] | tojson))")
     tokenizer = make("$A", "<|im_start|>", "<|im_end|>", template)
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": EVIL}}}]}
-    given = Row("w", "f", [user("q"), call, {"role": "tool", "content": "42"}], [assistant("c")], [assistant("d")])
+    given = Row("w", "f", [user("q"), call, {"role": "tool", "content": "42"}], ([assistant("c")], [assistant("d")]))
     assert pair_of(tokenizer, given)[1] == {CONTROL_KEPT}
     with pytest.raises(RowError, match=r"prompt contains the control token '<\|im_end\|>'"):
         encode_row(Encoder(tokenizer, **cut(LONG, "refuse")), given)
@@ -843,8 +847,8 @@ def check(tokenizer: Any, given: Row, length: int, end: str) -> None:
     assert (PROMPT_CUT in notes) == (len(pair.prompt) < len(whole.prompt))
     assert (RESPONSE_CUT in notes) == (len(pair.chosen) < len(whole.chosen) or len(pair.rejected) < len(whole.rejected))
     for response, uncut, answer in (
-        (pair.chosen, whole.chosen, given.chosen),
-        (pair.rejected, whole.rejected, given.rejected),
+        (pair.chosen, whole.chosen, given.answers[0]),
+        (pair.rejected, whole.rejected, given.answers[1]),
     ):
         assert response.tolist() == uncut[: len(response)].tolist()
         text = answer if isinstance(answer, str) else answer[-1]["content"]
@@ -890,12 +894,12 @@ def test_what_is_read_is_the_rendered_text_and_what_carries_loss_are_answers(
 ) -> None:
     """Each with its end; where tokens merge across an answer's beginning, with the line's end before it."""
     tokenizer, end = CHAT_TOKENIZERS[name]
-    given = Row("w", "f", prompt, of_turns(turns, chosen), of_turns(others, rejected))
+    given = Row("w", "f", prompt, (of_turns(turns, chosen), of_turns(others, rejected)))
     try:
         pair, notes = encode_row(Encoder(tokenizer, max_length=LONG, train_turns=trained_turns), given)
     except RowError:
         return
-    sides: Any = ((pair.chosen, given.chosen, given.rejected), (pair.rejected, given.rejected, given.chosen))
+    sides: Any = ((pair.chosen, given.answers[0], given.answers[1]), (pair.rejected, given.answers[1], given.answers[0]))
     for (response, own, other), runs in zip(sides, turns_with_loss(tokenizer, pair), strict=True):
         answers = [place for place, turn in enumerate(own) if turn["role"] == "assistant"]
         differ = [place for place in answers if [own[place]] != other[place : place + 1]]
@@ -947,7 +951,7 @@ def test_rows_give_together_what_each_gives_alone(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dpo_cli.data.tokenize.BATCH_ROWS", count)
         together = [
-            made.reason if isinstance(made, BadRow) else (lists(made.pair), made.notes)
+            made.reason if isinstance(made, BadRow) else (lists(made.pairs[0]), made.notes)
             for made in Encoder(tokenizer, **cut(length, mode)).pairs(rows)
         ]
     assert together == one_at_a_time(rows, tokenizer, length, mode)

@@ -88,7 +88,8 @@ def encode_row(encoder: Encoder, row: Row) -> tuple[Pair, set[str]]:
     made = next(encoder.pairs([row]))
     if isinstance(made, BadRow):
         raise RowError(made.reason)
-    return made.pair, made.notes
+    [pair] = made.pairs
+    return pair, made.notes
 
 
 def packed(content: bytes, name: str) -> bytes:

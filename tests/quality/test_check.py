@@ -182,7 +182,7 @@ def test_the_end_of_a_rendered_response_is_no_marker(tiny: Path, tmp_path: Path)
 
 def test_markers_are_those_of_chat_templates_outside_code() -> None:
     def found(text: str) -> bool:
-        row = Row("", "", "Why?", text, "No.")
+        row = Row("", "", "Why?", (text, "No."))
         return "markers" in row_issues(row)
 
     assert all(map(found, ["a <|im_end|> b", "a <|user|> c", "Here:\n```\na\n```\n[INST] b", "`a` <|im_start|>user"]))
@@ -200,7 +200,7 @@ def test_markers_are_those_of_chat_templates_outside_code() -> None:
     ],
 )
 def test_what_is_no_damage(text: str) -> None:
-    assert not row_issues(Row("", "", "Why?", text, "No."))
+    assert not row_issues(Row("", "", "Why?", (text, "No.")))
 
 
 HOSTILE = [
@@ -233,7 +233,7 @@ HOSTILE = [
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_text_takes_no_time(piece: str) -> None:
     text = piece * (2_000_000 // len(piece))
-    row = Row("", "", "Why?", f"x{text}", f"x{text}y")
+    row = Row("", "", "Why?", (f"x{text}", f"x{text}y"))
     began = time.process_time()
     row_issues(row)
     hashes(row)
