@@ -251,7 +251,9 @@ def test_tokens_without_loss_are_read_and_not_predicted_by_hand(layout: Layout) 
     assert batch.logit_positions.tolist() == POSITIONS[layout]
     assert batch.targets.tolist() == [20, 32, 51, 52, 60]
     assert batch.lengths.tolist() == [1, 1, 2, 1]
-    assert batch.edges.tolist() == [0, 1, 2, 3, 4] and batch.pieces == ((slice(0, 2), slice(0, 5), slice(0, 5)),)
+    assert batch.edges.tolist() == [0, 1, 2, 3, 4] and batch.pieces == (
+        (slice(0, 2), slice(0, 5), slice(0, 5), (1, 1)),
+    )
     assert row_costs(HIDDEN, layout) == row_costs(TWO, layout)  # a forward computes them all
 
 

@@ -899,7 +899,10 @@ def test_what_is_read_is_the_rendered_text_and_what_carries_loss_are_answers(
         pair, notes = encode_row(Encoder(tokenizer, max_length=LONG, train_turns=trained_turns), given)
     except RowError:
         return
-    sides: Any = ((pair.chosen, given.answers[0], given.answers[1]), (pair.rejected, given.answers[1], given.answers[0]))
+    sides: Any = (
+        (pair.chosen, given.answers[0], given.answers[1]),
+        (pair.rejected, given.answers[1], given.answers[0]),
+    )
     for (response, own, other), runs in zip(sides, turns_with_loss(tokenizer, pair), strict=True):
         answers = [place for place, turn in enumerate(own) if turn["role"] == "assistant"]
         differ = [place for place in answers if [own[place]] != other[place : place + 1]]

@@ -161,6 +161,7 @@ BY_HAND: dict[str, tuple[dict[str, Any], float]] = {
     "sppo_hard": ({}, 2.0),  # (2 - 1)^2 + (-2 + 1)^2
     "apo_zero": ({}, 2 * 0.268941),
     "apo_down": ({}, 0.731059 + 0.119203),
+    "plackett_luce": ({}, 0.126928),  # as sigmoid without a margin
     "discopop": ({"options": {"discopop_tau": 1.0}}, 0.119203 * 0.126928 + 0.880797 * 0.135335),
     "sft": ({}, 2.0),  # 8/4
     "simpo": ({}, 0.974077),  # -log sigma(0.5 (-2 + 3) - 0.5 - 0.5)

@@ -28,7 +28,7 @@ from tests.helpers.steps import make_trainer, relative, take_step
 
 # What a loss is at equal log-probs at beta 0.1, where the pairs do not decide it.
 STEP_0 = {
-    **dict.fromkeys(("sigmoid", "robust", "sigmoid_norm", "dpop"), 0.693147),
+    **dict.fromkeys(("sigmoid", "robust", "sigmoid_norm", "dpop", "plackett_luce"), 0.693147),
     **dict.fromkeys(("hinge", "apo_zero", "apo_down"), 1.0),
     **dict.fromkeys(("nca_pair", "bco_pair", "bco"), 1.386294),
     "ipo": 25.0,

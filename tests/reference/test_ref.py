@@ -147,5 +147,5 @@ def test_the_pairs_that_are_scored_are_those_of_the_plan() -> None:
     shape: dict[str, Any] = {"batch_size": 3, "epochs": 2, "seed": 5}
     for most in (None, 1, 4, 5, 99):
         plan = build_schedule(pairs, "shared", **shape, max_steps=most, max_tokens=9, world_size=1)
-        steps = step_pairs(10, **shape, max_steps=most)
+        steps = step_pairs(pairs, **shape, max_steps=most)
         assert [sorted(i for each in step for i in each) for step in plan] == [sorted(step) for step in steps]

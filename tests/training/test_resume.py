@@ -400,7 +400,7 @@ def test_nothing_to_go_on_from(place: Place, copy: Path, state: str) -> None:
         ("weight_decay", 0.1),
         ("max_grad_norm", 0.5), ("label_smoothing", 0.1), ("dtype", "bfloat16"), ("gradient_checkpointing", True),
         ("model", "other"), ("data", ["other.jsonl"]), ("eval_data", ["other.jsonl"]),
-        ("columns", "prompt=p"), ("control_tokens", "refuse"),
+        ("columns", "prompt=p"), ("control_tokens", "refuse"), ("pairs", "all"), ("margin_per_score", 0.5),
     ],
 )  # fmt: skip
 def test_what_is_trained_cannot_be_changed(stopped: Path, flag: str, value: Any) -> None:
