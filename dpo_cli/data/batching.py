@@ -114,7 +114,7 @@ def pack(found: Sequence[Part], layout: Layout, max_tokens: int) -> list[tuple[i
     """Pack parts, in the order of ``parts``, first-fit in bins of at most ``max_tokens``; a longer one gets its own.
 
     In a padded forward every pair costs as much as the longest. In the layout ``alone`` each part gets its own bin, so
-    that every bin takes the same number of forwards.
+    that every bin of a single pair takes the same number of forwards.
     """
     bins: list[list[int]] = []
     sizes: list[tuple[int, int]] = []  # tokens of each bin, and of its longest pair if it is padded
@@ -194,8 +194,8 @@ class MicroBatch:
     own; ``logit_positions`` (E,) indices into the flattened rows, whose hidden states predict ``targets`` (E,), each
     distinct token once; ``edges`` (N,) the place of each response token among them; ``lengths`` (2P,) tokens of each
     response that carry loss. ``pieces`` are slices of pairs, of N and of E that the head runs over at a time, and the
-    numbers of pairs of the rankings in each.
-    ``alone`` holds one batch per sequence if each runs in a forward of its own; the results are concatenated.
+    number of pairs of each ranking in them. ``alone`` holds one batch per sequence if each runs in a forward of its
+    own; the results are concatenated.
 
     The rest is what the loss reads beside the policy's log-probs: ``token_weights`` (N,) of LD-DPO; ``weights`` and
     ``margins`` (P,) of the pairs; ``ref_logps`` and ``weighted_ref_logps`` (2P,) nats, chosen first, the latter with

@@ -267,7 +267,7 @@ FORMATS = {
     "stackexchange": Format(
         "question, response_j and response_k (Stack Exchange)", _turns, QUESTIONS, str, BETTER_FIRST
     ),
-    "ranked": Format("ranked responses: {pairs}", _ranked, PROMPTS, answers=(), more=(*RANKED, *RANKS)),
+    "ranked": Format("ranked responses", _ranked, PROMPTS, answers=(), more=(*RANKED, *RANKS)),
     "openai": Format("input, preferred and non-preferred output (OpenAI)", _openai, ("input",), list, PREFERRED),
     "swift": Format(
         "a conversation with the chosen answer, and the rejected one (ms-swift)", _swift, ("messages",), answers=()

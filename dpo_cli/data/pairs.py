@@ -28,7 +28,7 @@ class Pair:
     rejected: Ids
     weight: float = 1.0  # multiplies its loss
     margin: float = 0.0  # by which its rewards should at least differ
-    continues: bool = False  # the ranking of the pair before it, whose rejected response is its chosen one
+    ranking: int = 0  # equal for the pairs of one ranking, each of which begins where the one before it ends
 
 
 def model_input_ids(ids: Ids) -> Ids:
@@ -52,7 +52,7 @@ def rankings(indices: Iterable[int], pairs: Sequence[Pair]) -> list[list[int]]:
     """Group indices of pairs by ranking: those of one follow each other and stay together; any other pair is alone."""
     groups = list[list[int]]()
     for index in indices:
-        if groups and pairs[index].continues:
+        if groups and pairs[index].ranking and pairs[index].ranking == pairs[groups[-1][0]].ranking:
             groups[-1].append(index)
         else:
             groups.append([index])

@@ -139,7 +139,7 @@ def _parse_row(
     raw = format_ == "strings"  # as TRL's standard format
     format_ = format_ or detect_format(row)
     accepted = FORMATS[format_]._replace(pairs=pairs)
-    label = accepted.label.format(pairs=PAIRINGS[pairs])
+    label = accepted.label + f": {PAIRINGS[pairs]}" * (format_ == "ranked")
     if unread := sorted(names.keys() - {*accepted.columns, *OTHERS}):
         why = f"a row of the format '{format_}' has no {unread[0]}; name its format by --format"
         raise RowError(f"--columns {unread[0]}={names[unread[0]]}: {why}")

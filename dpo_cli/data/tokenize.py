@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -102,6 +102,7 @@ class Encoder:
         probe = tokenizer("a")["input_ids"]  # also resets truncation and padding of the backend
         self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
         self.backend = tokenizer.backend_tokenizer if _only_asks_its_backend(tokenizer) else None
+        self.rankings = count(1)
         self.chat = Chat(tokenizer, control_tokens, self.adds_bos, train_turns)
 
     def pairs(self, rows: Iterable[Row | BadRow]) -> Iterator[Encoded | BadRow]:
@@ -141,11 +142,11 @@ class Encoder:
                 why = ": the chat template leaves out the reasoning in which they differ" * (REASONING_UNSEEN in notes)
                 raise RowError(f"{both} give the same tokens{why}")
         pairs, preferences = list[Pair](), row.preferences()
+        ranking = next(self.rankings) if row.pairs == "ranking" else 0
         for number, (better, worse) in enumerate(preferences, 1):
             where = row.where + f" ({number} of {len(preferences)})" * (len(preferences) > 1)
             margin = row.margin + row.margin_per_score * (row.levels[better] - row.levels[worse])
-            continues = row.pairs == "ranking" and number > 1
-            pairs.append(Pair(where, prompt, responses[better], responses[worse], row.weight, margin, continues))
+            pairs.append(Pair(where, prompt, responses[better], responses[worse], row.weight, margin, ranking))
         return Encoded(row, pairs, notes)
 
     def _split(self, texts: Conversation, encoded: Texts) -> tuple[Ids, list[Ids], bool]:

@@ -25,7 +25,7 @@ MODEL_PLACEHOLDER = "path/to/this/folder"  # of the model in its card; a push re
 _OPTIONS = (
     *("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo", "router_aux_loss_coef"),
     *("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "batch_size"),
-    *("max_length", "train_turns", "dtype", "memory", "seed"),
+    *("max_length", "train_turns", "pairs", "margin_per_score", "dtype", "memory", "seed"),
 )
 # Metrics of an evaluation shown in the card.
 _RESULTS = {

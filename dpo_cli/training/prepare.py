@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dpo_cli.config.options import CACHE_DIR, DataOptions, EvalOptions, Options, PrecomputeOptions, TrainOptions
 from dpo_cli.data.batching import row_costs
 from dpo_cli.data.chat import NO_TEMPLATE
-from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
+from dpo_cli.data.pairs import Pair, Pairs, model_input_ids, rankings
 from dpo_cli.data.rows import read_rows
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_rows
@@ -244,7 +244,7 @@ def load_scored_model(
     tried = pairs + _sampled(pairs, options, limit)
     runner, description = choose_layout(model, tried, max_tokens, device, dtype)
     reporter.info("layout", description)
-    if fsdp and runner.layout == "alone" and any(pair.continues for pair in pairs):
+    if fsdp and runner.layout == "alone" and len(rankings(range(len(pairs)), pairs)) < len(pairs):
         raise UsageError("--fsdp: ranks run equally many forwards, and this model's rankings differ in theirs")
     runner.warn = reporter.warning
     if runner.layout == "shared":

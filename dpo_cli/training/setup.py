@@ -292,7 +292,8 @@ def _report_plan(run: Run) -> None:
     reporter.info("parameters", f"{parameters:,}, {share}")
     steps, padded_costs = [[i for each in step for i in each] for step in run.plan], row_costs(run.pairs, "padded")
     forwards = f"{sum(map(len, run.plan)):,} micro-batches, max_tokens {runner.max_tokens:,}"
-    reporter.info("plan", f"{len(steps):,} steps of {options.batch_size} pairs in {forwards}")
+    up_to = "up to " * any(pair.ranking for pair in run.pairs)
+    reporter.info("plan", f"{len(steps):,} steps of {up_to}{options.batch_size} pairs in {forwards}")
     micro_batches = [micro_batch for step in run.plan for micro_batch in step]
     tokens = sum(count_tokens(each, run.pairs, run.costs, runner.layout) for each in micro_batches)
     plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)

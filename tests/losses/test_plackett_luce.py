@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.batching import Layout, build_schedule, collate, row_costs
-from dpo_cli.data.pairs import Pair, count_loss_tokens, rankings
+from dpo_cli.data.pairs import Pair, Pairs, count_loss_tokens, rankings
 from dpo_cli.losses.objective import parse_objective
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.attention import attention
+from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner
+from dpo_cli.training import prepare
 from dpo_cli.training.memory import count_head_tokens
+from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.helpers import make_model, token_logps, write_rows
 from tests.helpers.layouts import CPU, own
@@ -126,7 +130,7 @@ def ranked(answers: list[int], seed: int = 0, longest: int = 20) -> list[Pair]:
     for number, count in enumerate(answers):
         prompt, responses, weight = ids(), [ids() for _ in range(count)], float(rng.uniform(0.5, 2))
         for n, (better, worse) in enumerate(pairwise(responses)):
-            pairs.append(Pair(f"row {number} ({n})", prompt, better, worse, weight, continues=n > 0))
+            pairs.append(Pair(f"row {number} ({n})", prompt, better, worse, weight, ranking=number + 1))
     return pairs
 
 
@@ -420,3 +424,19 @@ def test_precompute_ref_scores_what_a_training_reads(place: Path, tiny: Path, mo
     words = ["--model", str(tiny), "--data", "rows.jsonl", "--cache-dir", "other", "--loss", "plackett_luce", "--json"]
     out = CliRunner().invoke(app, ["train", "--dry-run", "--output", "dry", *words])
     assert out.exit_code == 0 and json.loads(out.stdout)["reference_misses"] == 0, out.output
+
+
+def test_ranks_that_would_wait_for_each_other_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that runs one sequence per forward, rankings take different numbers of forwards."""
+    alone = ModelRunner(make_model(), "alone", torch.float32, 99, CPU)
+    monkeypatch.setattr(prepare, "choose_layout", lambda *_: (alone, "one sequence per forward"))
+    monkeypatch.setattr(prepare, "shard", lambda *_: None)
+    monkeypatch.setattr(prepare.distributed, "one_rank_at_a_time", lambda load: load())
+
+    def load(pairs: list[Pair]) -> ModelRunner:
+        about = TrainOptions(data=["-"], fsdp=True), "full", CPU, Reporter(quiet=True)
+        return prepare.load_scored_model(find_model(str(tiny)), Pairs(pairs), *about).runner
+
+    assert load([replace(pair, ranking=0) for pair in ranked([3, 2])]) is alone
+    with pytest.raises(UsageError, match="--fsdp: ranks run equally many forwards"):
+        load(ranked([3, 2]))
