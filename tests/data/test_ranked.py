@@ -138,12 +138,12 @@ def test_the_pairs_of_a_row_have_its_prompt_and_its_answers_once(
     turns = [{"role": role, "content": "some words"} for role in (*["user", "assistant"] * 9, "user")]
     record = {"prompt": turns, "responses": answers, "scores": [1, 4, 3, 2]}
     for pairs in ("all", "ranking"):
-        found = tokenized(tokenizer, tmp_path, [record, scored([2, 1])], 110, pairs=pairs)
+        found = tokenized(tokenizer, tmp_path, [record, scored([2, 1])], 90, pairs=pairs)
         *ranked, two = found.pairs
         assert found.rows == 2 and len(ranked) == len(PAIRS[pairs]) and two.where.endswith("rows.jsonl:2")
         assert len({pair.prompt.tobytes() for pair in ranked}) == 1
         assert found.notes[PROMPT_CUT] and not found.notes[RESPONSE_CUT]
-        assert max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in ranked) <= 110
+        assert max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in ranked) <= 90
         responses = {response.tobytes() for pair in ranked for response in (pair.chosen, pair.rejected)}
         assert len(responses) == 4
         count = len(ranked)
