@@ -25,8 +25,9 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import inherit_auto_options
-from dpo_cli.data.batching import Layout, build_schedule, collate, pack, row_costs
+from dpo_cli.data.batching import collate
 from dpo_cli.data.pairs import Pair, Pairs, count_loss_tokens, rankings
+from dpo_cli.data.schedule import Layout, build_schedule, pack, row_costs
 from dpo_cli.losses.objective import parse_objective
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.attention import attention
