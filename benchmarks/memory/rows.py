@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from dpo_cli.data.batching import build_schedule, row_costs
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.rows import read_rows
+from dpo_cli.data.schedule import build_schedule, row_costs
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import tokenize_rows
 from dpo_cli.models.loading import load_tokenizer

@@ -37,8 +37,8 @@ from torch import Tensor
 
 from benchmarks.studies.frontier_report import draw, markdown, summary
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import build_schedule
 from dpo_cli.data.pairs import Ids, Pair, Pairs
+from dpo_cli.data.schedule import build_schedule
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.generation import as_pairs, by_prompt, generate, sequence_kl, text
 from dpo_cli.evaluation.metrics import Table

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import step_pairs
 from dpo_cli.data.pairs import Pair
 from dpo_cli.data.rows import BadRow, Row, read_rows
+from dpo_cli.data.schedule import step_pairs
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder
 from dpo_cli.models.loading import load_tokenizer

@@ -26,9 +26,9 @@ from benchmarks.trl.cases import ROOT, Record, write_records
 from benchmarks.trl.commands import SEEN
 from benchmarks.trl.meter import Worker
 from benchmarks.trl.shapes import ready_model
-from dpo_cli.data.batching import row_costs, step_pairs
 from dpo_cli.data.pairs import Pairs
 from dpo_cli.data.rows import read_rows
+from dpo_cli.data.schedule import row_costs, step_pairs
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import tokenize_rows
 from dpo_cli.data.trees import tree_tokens

@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from dpo_cli.losses.divergences import DIVERGENCES, divergence
 from dpo_cli.losses.objective import Objective
-from dpo_cli.losses.preference import DIVERGENCES, LOSSES, divergence
+from dpo_cli.losses.preference import LOSSES
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 

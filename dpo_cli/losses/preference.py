@@ -15,13 +15,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import TYPE_CHECKING, Any
+
+from dpo_cli.losses.divergences import Divergence, logsigmoid, reverse_kl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Divergence = Callable[["Tensor"], "Tensor"]
 RUN_OPTIONS = ("beta", "label_smoothing", "f_divergence")  # parameters of a loss that are options of the run
 PAIR_FIELDS = ("margins", "reward_baseline", "rankings")  # parameters of a loss that are fields of ``Preferences``
 
@@ -104,13 +104,6 @@ def preference_loss(**properties: bool) -> Callable[[Callable[..., Tensor]], Cal
     return add
 
 
-def logsigmoid(x: Tensor) -> Tensor:
-    """Compute log(1 / (1 + exp(-x)))."""
-    import torch.nn.functional as F
-
-    return F.logsigmoid(x)
-
-
 def logsumexp_onwards(values: Tensor, sizes: Sequence[int] | int) -> Tensor:
     """Compute the log-sum-exp of each value and all after it, in parts of these sizes: (P,) -> (P,)."""
     import torch
@@ -120,47 +113,6 @@ def logsumexp_onwards(values: Tensor, sizes: Sequence[int] | int) -> Tensor:
 
 def _smoothed_sigmoid(logits: Tensor, margins: Tensor, eps: float) -> Tensor:
     return -(1 - eps) * logsigmoid(logits - margins) - eps * logsigmoid(-logits - margins)
-
-
-# ---- f-divergences ----------------------------------------------------------------------------------------------
-# f'(u) of the ratio u = pi/ref, as a function of log u (table 1 of arXiv 2309.16240), without their common constant.
-
-
-def reverse_kl(logratios: Tensor) -> Tensor:
-    """log u."""
-    return logratios
-
-
-def forward_kl(logratios: Tensor) -> Tensor:
-    """1 - 1/u: the alpha-divergence at alpha = 0."""
-    return alpha_divergence(logratios, 0.0)
-
-
-def js_divergence(logratios: Tensor) -> Tensor:
-    """log(2u / (1 + u))."""
-    return math.log(2) + logsigmoid(logratios)
-
-
-def alpha_divergence(logratios: Tensor, alpha: float = 0.5) -> Tensor:
-    """(u^(alpha - 1) - 1) / (alpha - 1), ratios beyond e^80 clamped."""
-    power = alpha - 1
-    return logratios if abs(power) < 1e-6 else ((power * logratios).clamp(max=80).exp() - 1) / power
-
-
-DIVERGENCES = {each.__name__: each for each in (reverse_kl, forward_kl, js_divergence, alpha_divergence)}
-
-
-@cache
-def divergence(text: str) -> Divergence:
-    """Parse ``--f-divergence``.
-
-    Raises:
-        ValueError: there is no such divergence.
-    """
-    name, given, alpha = text.partition("=")
-    if name not in DIVERGENCES or (given and name != "alpha_divergence") or (given and not math.isfinite(float(alpha))):
-        raise ValueError(text)
-    return partial(alpha_divergence, alpha=float(alpha)) if given else DIVERGENCES[name]
 
 
 # ---- losses with a reference ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from xxhash import xxh3_128
 
-from dpo_cli.data.batching import Layout
+from dpo_cli.data.schedule import Layout
 from dpo_cli.models.adapter_files import described
 from dpo_cli.models.adapters import is_adapted, is_quantized
 from dpo_cli.utils.files import sha256

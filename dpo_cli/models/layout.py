@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.data.batching import Layout, MicroBatch, padded, probe_pairs, row_costs
+from dpo_cli.data.batching import MicroBatch, padded
 from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.data.schedule import Layout, probe_pairs, row_costs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner, forward_errors, out_of_memory
 from dpo_cli.models.noise import draw_probes, measure_noise

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_cli.data.batching import Layout, MicroBatch, Piece, collate, count_tokens, pack, parts, row_costs
+from dpo_cli.data.batching import MicroBatch, Piece, collate
 from dpo_cli.data.pairs import Pair, rankings
+from dpo_cli.data.schedule import Layout, count_tokens, pack, parts, row_costs
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.parallel import BODY, Parallel, parallel_of
 from dpo_cli.utils.devices import KINDS, DeviceKind, device_kind, empty_cache

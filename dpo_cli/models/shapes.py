@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedModel
 
-from dpo_cli.data.batching import MicroBatch, collate, probe_pairs
+from dpo_cli.data.batching import MicroBatch, collate
 from dpo_cli.data.pairs import Pair
+from dpo_cli.data.schedule import probe_pairs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.layout import DESCRIPTIONS
 from dpo_cli.models.logprobs import ModelRunner, forward_errors

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from dpo_cli.data.batching import MicroBatch, Step, count_tokens, probe_pairs, row_costs
+from dpo_cli.data.batching import MicroBatch
 from dpo_cli.data.pairs import Pair, count_loss_tokens, model_input_ids, rankings
+from dpo_cli.data.schedule import Step, count_tokens, probe_pairs, row_costs
 from dpo_cli.data.trees import most_tokens
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.logprobs import ModelRunner, forward_errors

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_cli.config.options import CACHE_DIR, DataOptions, EvalOptions, Options, PrecomputeOptions, TrainOptions
-from dpo_cli.data.batching import row_costs
 from dpo_cli.data.chat import NO_TEMPLATE
 from dpo_cli.data.pairs import Pair, Pairs, model_input_ids, rankings
 from dpo_cli.data.rows import read_rows
+from dpo_cli.data.schedule import row_costs
 from dpo_cli.data.sources import find_sources
 from dpo_cli.data.tokenize import Encoder, PairSet, reasons, refusal, tokenize_rows
 from dpo_cli.data.trees import most_tokens

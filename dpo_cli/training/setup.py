@@ -13,9 +13,9 @@ import torch
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import RESUME_MUTABLE
-from dpo_cli.data.batching import Step, build_schedule, count_tokens, row_costs, step_pairs
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
 from dpo_cli.data.rows import BadRow
+from dpo_cli.data.schedule import Step, build_schedule, count_tokens, row_costs, step_pairs
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config

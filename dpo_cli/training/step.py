@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import MicroBatch, Step, split_into_micro_batches, to_device
+from dpo_cli.data.batching import MicroBatch, to_device
 from dpo_cli.data.pairs import Pair, count_loss_tokens
+from dpo_cli.data.schedule import Step, split_into_micro_batches
 from dpo_cli.evaluation.metrics import SUMS, mean_reward, pair_sums, summarize
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner, out_of_memory

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import Segments, Step
+from dpo_cli.data.batching import Segments
+from dpo_cli.data.schedule import Step
 from dpo_cli.models.shapes import shapes_only
 from dpo_cli.training.loop import StopSignal, make_trainer
 from dpo_cli.training.memory import USABLE

@@ -10,18 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_cli.data.batching import (
-    Layout,
-    MicroBatch,
-    build_schedule,
-    collate,
-    count_tokens,
-    pack,
-    padded,
-    parts,
-    row_costs,
-)
+from dpo_cli.data.batching import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair, model_input_ids
+from dpo_cli.data.schedule import Layout, build_schedule, count_tokens, pack, parts, row_costs
 from tests.helpers import random_pairs
 
 LAYOUTS: list[Layout] = ["shared", "packed", "padded", "alone"]

@@ -20,7 +20,7 @@ from dpo_cli.data.formats import FORMATS, PAIRINGS, TIES_LEFT_OUT, detect_format
 from dpo_cli.data.pairs import rankings
 from dpo_cli.data.rows import BadRow, Row, read_rows
 from dpo_cli.data.sources import find_sources
-from dpo_cli.data.tokenize import PairSet, tokenize_rows
+from dpo_cli.data.tokenize import PROMPT_CUT, RESPONSE_CUT, PairSet, tokenize_rows
 from dpo_cli.quality.check import run_check
 from dpo_cli.training.prepare import hold_out
 from dpo_cli.utils.console import Reporter
@@ -135,13 +135,15 @@ def test_the_pairs_of_a_row_have_its_prompt_and_its_answers_once(
 ) -> None:
     """Also where the longest answer shortens the prompt: it is that of the row, not of a pair."""
     answers = ["a " * 30, "b " * 5, "c " * 10, "d"]
-    turns = [{"role": role, "content": "some words " * 4} for role in ("user", "assistant", "user")]
+    turns = [{"role": role, "content": "some words"} for role in (*["user", "assistant"] * 9, "user")]
     record = {"prompt": turns, "responses": answers, "scores": [1, 4, 3, 2]}
     for pairs in ("all", "ranking"):
-        found = tokenized(tokenizer, tmp_path, [record, scored([2, 1])], 110, pairs=pairs)
+        found = tokenized(tokenizer, tmp_path, [record, scored([2, 1])], 90, pairs=pairs)
         *ranked, two = found.pairs
         assert found.rows == 2 and len(ranked) == len(PAIRS[pairs]) and two.where.endswith("rows.jsonl:2")
-        assert len({pair.prompt.tobytes() for pair in ranked}) == 1 and found.notes["prompts truncated from the left"]
+        assert len({pair.prompt.tobytes() for pair in ranked}) == 1
+        assert found.notes[PROMPT_CUT] and not found.notes[RESPONSE_CUT]
+        assert max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in ranked) <= 90
         responses = {response.tobytes() for pair in ranked for response in (pair.chosen, pair.rejected)}
         assert len(responses) == 4
         count = len(ranked)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.data.batching import Layout
 from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
+from dpo_cli.data.schedule import Layout
 from dpo_cli.evaluation.evaluator import TOP, Evaluator, shifted_tokens
 from dpo_cli.evaluation.kl import FOLD, Stopped, TokenScores, compare, divergences, record, score
 from dpo_cli.evaluation.metrics import PairScores

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.data.batching import Layout
+from dpo_cli.data.schedule import Layout
 from dpo_cli.models.loading import _disable_dropout
 from tests.helpers import make_model
 

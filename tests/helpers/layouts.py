@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dpo_cli.data.batching import Layout
+from dpo_cli.data.schedule import Layout
 from dpo_cli.models.attention import PREFIX_SHARED
 
 LAYOUTS: list[Layout] = ["shared", "packed", "padded", "alone"]

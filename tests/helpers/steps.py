@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import Step
 from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.data.schedule import Step
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.training.loop import StopSignal
 from dpo_cli.training.step import Trainer

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import build_schedule
 from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.data.schedule import build_schedule
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.shapes import ShapesRunner, shapes_only
 from dpo_cli.models.split_weights import split_master_weights

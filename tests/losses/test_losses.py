@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_cli.losses.divergences import DIVERGENCES, divergence
 from dpo_cli.losses.objective import Objective, parse_objective
-from dpo_cli.losses.preference import DIVERGENCES, LOSSES, Loss, Preferences, divergence
+from dpo_cli.losses.preference import LOSSES, Loss, Preferences
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import sigmoid_loss
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.config.resolve import resolve
-from dpo_cli.data.batching import build_schedule
+from dpo_cli.data.schedule import build_schedule
 from dpo_cli.losses.preference import LOSSES, Preferences
 from dpo_cli.models.logprobs import ModelRunner, likelihoods, response_logps, target_logps
 from tests.helpers import SAMPLE, make_model, random_pairs, stand_in, write_rows

@@ -24,8 +24,10 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import Layout, build_schedule, collate, row_costs
+from dpo_cli.config.resolve import inherit_auto_options
+from dpo_cli.data.batching import collate
 from dpo_cli.data.pairs import Pair, Pairs, count_loss_tokens, rankings
+from dpo_cli.data.schedule import Layout, build_schedule, pack, row_costs
 from dpo_cli.losses.objective import parse_objective
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.attention import attention
@@ -33,6 +35,7 @@ from dpo_cli.models.locate import find_model
 from dpo_cli.models.logprobs import HiddenStates, ModelRunner
 from dpo_cli.training import prepare
 from dpo_cli.training.memory import count_head_tokens
+from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
 from tests.helpers import make_model, token_logps, write_rows
@@ -166,6 +169,12 @@ def test_a_ranking_is_in_one_step_one_forward_and_one_piece(
             assert all(sum(piece[3]) == piece[0].stop - piece[0].start for piece in batch.pieces)
             assert all(piece[2].stop - piece[2].start <= 25 or len(piece[3]) == 1 for piece in batch.pieces)
     assert sorted(seen) == sorted(2 * [*whole]) and len(costs) == len(pairs)
+
+
+def test_padded_rows_are_as_long_as_the_longest_pair_of_their_rankings_by_hand() -> None:
+    """A ranking of three pairs of 20 tokens each, and a longer pair alone."""
+    found = [([0, 1, 2], 60), ([3], 50)]
+    assert pack(found, "padded", 199) == [(0, 1, 2), (3,)] and pack(found, "padded", 200) == [(0, 1, 2, 3)]
 
 
 def test_a_forward_has_the_prompt_and_each_answer_once() -> None:
@@ -384,6 +393,13 @@ def test_the_trajectory_does_not_depend_on_max_tokens(
     for one, other in zip(lines(place / "few"), lines(run), strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
     assert same_weights(place / "few", run, 1e-4)
+
+
+def test_what_a_run_chose_is_inherited(run: Path) -> None:
+    """So that a sweep can be resumed."""
+    began = trained_with(run)
+    assert (began.pairs, began.margin_per_score) == ("ranking", 0.0)
+    assert inherit_auto_options(replace(began, pairs=None, margin_per_score=None), began) == began
 
 
 def test_a_sweep_counts_rankings(place: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

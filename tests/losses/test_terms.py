@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 import dpo_cli.training.memory
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import Layout, build_schedule, collate
+from dpo_cli.data.batching import collate
 from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
+from dpo_cli.data.schedule import Layout, build_schedule
 from dpo_cli.data.tokenize import PairSet, tokenize_rows
 from dpo_cli.evaluation.evaluator import Evaluator
 from dpo_cli.evaluation.kl import COLUMNS, TokenScores

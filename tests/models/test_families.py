@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 import dpo_cli.models.attention
 import dpo_cli.models.layout
 import dpo_cli.models.logprobs
-from dpo_cli.data.batching import Layout, MicroBatch, collate, padded
+from dpo_cli.data.batching import MicroBatch, collate, padded
 from dpo_cli.data.pairs import Pair
+from dpo_cli.data.schedule import Layout
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.attention import PREFIX_SHARED, attention, prefix_shared_attention
 from dpo_cli.models.layout import choose_layout

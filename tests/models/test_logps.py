@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 import dpo_cli.models.logprobs
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import Layout, build_schedule, collate, length_weights, padded
+from dpo_cli.data.batching import collate, length_weights, padded
 from dpo_cli.data.pairs import Pair
+from dpo_cli.data.schedule import Layout, build_schedule
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner, likelihoods, response_logps
 from tests.helpers import make_model, random_pairs, sigmoid_loss, token_logps

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.data.batching import Layout, MicroBatch, collate
+from dpo_cli.data.batching import MicroBatch, collate
 from dpo_cli.data.pairs import Pair
+from dpo_cli.data.schedule import Layout
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.models.moe import auxiliary_loss, routed

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import dpo_cli.data.batching
 import dpo_cli.data.trees
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import build_schedule, collate, count_tokens, row_costs
+from dpo_cli.data.batching import collate
 from dpo_cli.data.pairs import Pair, Pairs, model_input_ids
+from dpo_cli.data.schedule import build_schedule, count_tokens, row_costs
 from dpo_cli.data.trees import branches, most_tokens, sequences_of, tree_tokens
 from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.logprobs import ModelRunner

@@ -29,8 +29,9 @@ import dpo_cli.models.fingerprint
 import dpo_cli.reference.store
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import PrecomputeOptions
-from dpo_cli.data.batching import Layout, padded
+from dpo_cli.data.batching import padded
 from dpo_cli.data.pairs import Pairs
+from dpo_cli.data.schedule import Layout
 from dpo_cli.models.fingerprint import hash_weights
 from dpo_cli.models.loading import load_model
 from dpo_cli.models.locate import find_model

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.data.batching import build_schedule, step_pairs
+from dpo_cli.data.schedule import build_schedule, step_pairs
 from dpo_cli.training import prepare
 from tests.helpers import make_model, random_pairs
 from tests.helpers.adapters import CLOSE, Place, make_place, plain_logps

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 import dpo_cli.training.memory
-from dpo_cli.data.batching import row_costs
+from dpo_cli.data.schedule import row_costs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner
 from dpo_cli.training.memory import (

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.memory.scale import SHAPES, make
 from benchmarks.trl.cases import CASES, draw_lengths
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.batching import build_schedule
 from dpo_cli.data.pairs import Pair
+from dpo_cli.data.schedule import build_schedule
 from dpo_cli.models.shapes import ShapesRunner, shapes_only
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.training import optimizer, trace
