@@ -102,7 +102,7 @@ def traced(folder: Path, model: str, card: str, **options: Any) -> tuple[dict[st
 )
 def test_the_estimate_is_near_the_bytes_of_a_step(folder: Path, model: str, memory: str, recompute: bool) -> None:
     """Of the whole step in each memory mode, which reads back once, and whose attention is flash."""
-    card = "h200" if (model, memory) == ("8B", "full") else "h100"
+    card = "b200" if (model, memory) == ("8B", "full") else "h100"
     result, watch = traced(folder, model, card, memory=memory, gradient_checkpointing=recompute)
     layers, forwards = SHAPES[model][1], result["step"]["micro_batches"]
     assert watch.operators["_varlen_attn"] == layers * forwards * (1 + result["gradient_checkpointing"])
