@@ -20,7 +20,8 @@ from scipy.sparse.csgraph import connected_components
 from dpo_cli.data.pairs import Ids, Pair, common_prefix, model_input_ids, rankings
 
 MIN_SHARED = 16  # tokens: fewer are not worth a branch; docs/performance.md, "Prompt trees"
-PATHS, SAMPLE = 8, 256
+PATHS = 6  # times the shared beginning: the rest of a forward, so that repeating it costs little
+SAMPLE = 256  # pairs
 
 
 def sequences_of(pairs: Sequence[Pair]) -> list[Ids]:
