@@ -90,7 +90,7 @@ def draw_rows(file: str, design: Design, tokenizer: Any) -> tuple[list[Record], 
     for encoded in encoder.pairs(read_rows(find_sources([file]))):
         if isinstance(encoded, BadRow) or encoded.notes:
             continue  # refused, or not as it was written
-        ids = {name: getattr(encoded.pair, name) for name in ("prompt", "chosen", "rejected")}
+        ids = {name: getattr(encoded.pairs[0], name) for name in ("prompt", "chosen", "rejected")}
         texts = {name: tokenizer.decode(part).removesuffix(tokenizer.eos_token) for name, part in ids.items()}
         found.setdefault(texts["prompt"], (sum(map(len, ids.values())), texts))
     training = design.steps * design.batch_size

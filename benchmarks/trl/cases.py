@@ -112,7 +112,7 @@ def usable_rows(options: TrainOptions, count: int) -> list[tuple[Row, Pair]]:
 
 def as_record(row: Row) -> Record:
     """A row of strings as both sides read it."""
-    return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+    return {"prompt": row.prompt, **row.sides}
 
 
 def write_records(file: Path, records: Sequence[Record]) -> Path:
@@ -123,4 +123,5 @@ def write_records(file: Path, records: Sequence[Record]) -> Path:
 def step_order(rows: int, options: TrainOptions) -> list[list[int]]:
     """Places of the rows in the order of `dpo train`, a list a step; it does not depend on their lengths."""
     order = {name: getattr(options, name) for name in ("batch_size", "epochs", "max_steps", "seed")}
-    return [sorted(step) for step in step_pairs(rows, **order)]
+    nothing = np.empty(0, np.int32)
+    return [sorted(step) for step in step_pairs([Pair("", nothing, nothing, nothing)] * rows, **order)]

@@ -96,10 +96,13 @@ def export_model(
                 warn(f"{folder} was not read back: {reason}")
                 return
             tokens = torch.tensor([count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)])
-            if found is not None and excess(off := found[0] - logps.to(CPU), tokens, found[1]) > 1:
+            if found is None:
+                return
+            offs = [again - logps.to(CPU) for again in found[0]]
+            if min(excess(off, tokens, found[1]) for off in offs) > 1:
                 raise NotReadBackError(
                     f"{folder}: loaded again, the model gives other log-probs than in memory, by "
-                    f"{float(off.abs().max()):.3g} nats on {pair.where}"
+                    f"{float(offs[0].abs().max()):.3g} nats on {pair.where}"
                 )
 
     parallel.on_rank_0(write)
@@ -152,10 +155,10 @@ def _save_weights(
 @torch.no_grad()
 def _read_back(
     written: Path, model: PreTrainedModel, source: ModelSource, pair: Pair, exact: bool
-) -> tuple[Tensor, float] | None:
+) -> tuple[list[Tensor], float] | None:
     """``response_logps`` (2,) of what was written, loaded again on the CPU, and their noise; None over a packed base.
 
-    The noise is that of bfloat16, in weights and computation, unless what is compared is ``exact``.
+    Unless what is compared is ``exact``, they are computed in bfloat16 too, weights included, whose error is the noise.
 
     Over a packed base, which is not loaded twice, the adapter's tensors are compared with those in memory.
 
@@ -182,11 +185,12 @@ def _read_back(
         raise NotReadBackError(f"what was written cannot be loaded again: {error}") from error
     try:
         runner, batch = ModelRunner(again, "padded", torch.float32, 0, CPU, chunked_lm_head=False), _padded_pair(pair)
-        token_logps, noise = runner.token_logps(batch), 0.0
+        token_logps = [runner.token_logps(batch)]
         if not exact:
             split_master_weights(again)
-            noise = rms(replace(runner, dtype=torch.bfloat16).token_logps(batch) - token_logps)
-        return response_logps(token_logps, batch.lengths), noise
+            token_logps.append(replace(runner, dtype=torch.bfloat16).token_logps(batch))
+        noise = rms(token_logps[-1] - token_logps[0])
+        return [response_logps(each, batch.lengths) for each in token_logps], noise
     finally:
         release(again)
 

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING
+
+from dpo_cli.losses.preference import Divergence, logsigmoid, reverse_kl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Divergence = Callable[["Tensor"], "Tensor"]
-
-
-def logsigmoid(x: Tensor) -> Tensor:
-    """Compute log(1 / (1 + exp(-x)))."""
-    import torch.nn.functional as F
-
-    return F.logsigmoid(x)
-
-
-# f'(u) of the ratio u = pi/ref, as a function of log u (table 1 of arXiv 2309.16240), without their common constant.
-
-
-def reverse_kl(logratios: Tensor) -> Tensor:
-    """log u."""
-    return logratios
+# f'(u) of the ratio u = pi/ref, as a function of log u (table 1 of arXiv 2309.16240), without their common constant;
+# that of the reverse KL, log u, is in preference.py.
 
 
 def forward_kl(logratios: Tensor) -> Tensor:

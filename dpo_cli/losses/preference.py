@@ -17,13 +17,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.losses.divergences import Divergence, logsigmoid, reverse_kl
-
 if TYPE_CHECKING:
     from torch import Tensor
 
 RUN_OPTIONS = ("beta", "label_smoothing", "f_divergence")  # parameters of a loss that are options of the run
 PAIR_FIELDS = ("margins", "reward_baseline", "rankings")  # parameters of a loss that are fields of ``Preferences``
+
+
+Divergence = Callable[["Tensor"], "Tensor"]
+
+
+def reverse_kl(logratios: Tensor) -> Tensor:
+    """Return log u of the ratio u = pi/ref: the divergence of DPO; divergences.py has others."""
+    return logratios
+
+
+def logsigmoid(x: Tensor) -> Tensor:
+    """Compute log(1 / (1 + exp(-x)))."""
+    import torch.nn.functional as F
+
+    return F.logsigmoid(x)
 
 
 @dataclass(frozen=True)

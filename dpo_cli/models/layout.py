@@ -73,7 +73,8 @@ def choose_layout(
         try:
             with forward_errors(f"{layout}: not supported by the code of this model"), attention(model, own):
                 scored = {p: torch.cat([r.token_logps(r.batch(g)) for g in groups]) for p, r in runners.items()}
-                _run_backward(runners[dtype], groups[0][-1])
+                if runners[dtype].kind.flash:
+                    _run_backward(runners[dtype], groups[0][-1])
         except UsageError as error:
             reasons.append(str(error))
             continue

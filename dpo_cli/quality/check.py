@@ -137,7 +137,8 @@ class DataCheck:
                     self._add("contradiction", excerpt, place=earlier, other=self.where[place])
             self._add("contradiction", excerpt, other=self.where[against[0]])
         elif not self.problems[place]:
-            self.first |= {pair: place for pair in pairs if pair not in self.first}
+            for pair in pairs:
+                self.first.setdefault(pair, place)
 
     def _add(self, kind: str, text: str, *, reason: str = "", place: int = -1, **more: str) -> None:
         self.counts[kind, reason] += 1

@@ -65,8 +65,8 @@ def train(
         if resume:
             trained_with(resume)  # which refuses options that were changed
         distributed.on_rank_0(lambda: check_installed(options))
-        several = device.type != "cpu" and options.device == "auto" and distributed.world_size() == 1
-        if several and (count := torch.accelerator.device_count()) > 1:
+        alone = options.device == "auto" and distributed.world_size() == 1
+        if alone and (count := torch.accelerator.device_count()) > 1:
             launch = shlex.join(["torchrun", "--nproc-per-node", str(count), "-m", "dpo_cli", *command[1:]])
             reporter.info("hint", f"{count} GPUs are visible and one is used; to use all: {launch}")
         set_seed(options.seed)

@@ -109,7 +109,7 @@ class Recorded:
 
 def test_sides_take_turns() -> None:
     log: list[str] = []
-    take_turns({name: Recorded(name, log) for name in "AB"}, "train", [1, 2, 2], [])  # type: ignore[dict-item]
+    take_turns({name: Recorded(name, log) for name in "AB"}, "train", {"A": [1, 2, 2], "B": [1, 2, 2]}, [])  # type: ignore[dict-item]
     assert log == list("ABABAB")
 
 
@@ -117,7 +117,7 @@ def test_a_killed_worker_is_reported_and_the_other_goes_on(tmp_path: Path) -> No
     log: list[str] = []
     dead: list[str] = []
     workers: dict[str, Any] = {"ours": Recorded("ours", log), "trl": worker(tmp_path, DIES)}
-    took, _ = take_turns(workers, "train", [1, 2], dead)
+    took, _ = take_turns(workers, "train", {side: [1, 2] for side in workers}, dead)
     assert dead == [f"trl, train: {KILLED}"]
     assert list(workers) == list(took) == ["ours"] and len(took["ours"]) == 2
 
@@ -193,7 +193,7 @@ def test_the_pairs_of_the_rival_are_those_of_the_case(tmp_path: Path) -> None:
     records = [{"prompt": f"say {n}", "chosen": f" {n} it is", "rejected": " no"} for n in range(6)]
     job = {"train": str(write_rows(tmp_path / "rows.jsonl", records)), "order": [[4, 1], [0, 5]]}
     rows = [*read_rows(find_sources([str(swift.write_rows(job, tmp_path))]), None, "swift")]
-    found = [[part[0]["content"].strip() for part in (row.prompt, row.chosen, row.rejected)] for row in rows]
+    found = [[part[0]["content"].strip() for part in (row.prompt, *row.answers)] for row in rows]
     assert found == [[text.strip() for text in records[place].values()] for place in (4, 1, 0, 5)]
 
 

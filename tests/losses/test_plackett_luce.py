@@ -38,7 +38,7 @@ from dpo_cli.training.memory import count_head_tokens
 from dpo_cli.training.run_dir import trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, UsageError
-from tests.helpers import make_model, token_logps, write_rows
+from tests.helpers import make_model, stand_in, token_logps, write_rows
 from tests.helpers.layouts import CPU, own
 from tests.helpers.steps import make_trainer, relative, take_step
 
@@ -253,7 +253,7 @@ def test_the_gradient_is_the_formulas_however_a_step_is_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Into forwards, over ranks, and into pieces of the head."""
-    monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4 * 384 * 40})
+    stand_in(monkeypatch, logits_bytes=4 * 384 * 40)
     gradients, loss, reference = exact
     found, values, _ = step_of(model, reference, layout, max_tokens, world_size)
     assert values["loss"] == pytest.approx(loss, rel=1e-5)
@@ -281,7 +281,7 @@ def test_where_memory_runs_out_rankings_stay_whole(
 
 
 def test_the_head_has_room_for_a_whole_ranking(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cli.models.logprobs.LOGITS_BUDGET_BYTES", {"cpu": 4 * 384 * 40})
+    stand_in(monkeypatch, logits_bytes=4 * 384 * 40)
     runner, pairs = ModelRunner(model, "packed", torch.float32, 4096, CPU), ranked([6, 2], longest=30)
     largest = max(piece[1].stop - piece[1].start for piece in runner.batch(pairs).pieces)
     assert 40 < largest == count_head_tokens(runner, pairs)

@@ -29,7 +29,7 @@ from dpo_cli.models.logprobs import Float32Product, Head, ModelRunner, response_
 from dpo_cli.models.noise import draw_probes, excess, measure_noise
 from dpo_cli.training.prepare import ScoredModel
 from dpo_cli.utils import devices, distributed
-from tests.helpers import SAMPLE, make_model, random_pairs
+from tests.helpers import SAMPLE, make_model, random_pairs, stand_in
 from tests.helpers.caches import plant
 
 CPU = torch.device("cpu")
@@ -175,6 +175,7 @@ def test_a_layout_without_a_backward_pass_is_refused(monkeypatch: pytest.MonkeyP
         def backward(ctx: Any, *gradients: Tensor) -> Tensor:
             raise RuntimeError("FlashAttention backward for head dim > 192 requires A100")
 
+    stand_in(monkeypatch, flash=True)  # float32 takes none
     found = shared_attention(monkeypatch, ForwardOnly.apply)
     assert found.startswith("packed: ") and "RuntimeError: FlashAttention backward for head dim > 192" in found
 

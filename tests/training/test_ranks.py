@@ -346,7 +346,7 @@ def test_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_several_gpus_and_one_process_get_the_command_that_uses_all(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
     words = ["train", "--data", str(SAMPLE / "train.jsonl"), "--model", str(tiny), "--dry-run"]
     monkeypatch.setattr(sys, "argv", ["dpo", *words])
     told = alone(*words, "--cache-dir", str(tmp_path))
