@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from dpo_cli.data.pairs import Ids, Pair, common_prefix, model_input_ids, rankings
@@ -81,7 +81,7 @@ def related(indices: Sequence[int], pairs: Sequence[Pair]) -> list[list[int]]:
         return [[index] for index in indices]
     nodes = {content: place for place, content in enumerate(dict.fromkeys(beginnings), len(indices))}
     own = np.repeat(np.arange(len(indices)), 2)  # a graph of pairs and beginnings
-    edges = coo_array(
+    edges = csr_array(
         (np.ones(len(own)), (own, [nodes[each] for each in beginnings])), (len(indices) + len(nodes),) * 2
     )
     labels = connected_components(edges, directed=False)[1].tolist()

@@ -73,8 +73,7 @@ def choose_layout(
         try:
             with forward_errors(f"{layout}: not supported by the code of this model"), attention(model, own):
                 scored = {p: torch.cat([r.token_logps(r.batch(g)) for g in groups]) for p, r in runners.items()}
-                if runners[dtype].kind.flash:
-                    _run_backward(runners[dtype], groups[0][-1])
+                _run_backward(runners[dtype], groups[0][-1])
         except UsageError as error:
             reasons.append(str(error))
             continue
@@ -139,7 +138,9 @@ def _alone(runner: ModelRunner, tried: Sequence[Pair]) -> Tensor:
 
 
 def _run_backward(runner: ModelRunner, pair: Pair) -> None:
-    """Run forward and backward pass over a pair, down to the embeddings: a kernel may have the forward pass only."""
+    """Run forward and backward pass over a pair, down to the embeddings: a flash kernel may have the forward only."""
+    if not runner.kind.flash:
+        return
     embedded: list[Tensor] = []
     layer = cast(PreTrainedModel, runner.model).get_input_embeddings()
     handle = layer.register_forward_hook(lambda *found: embedded.append(found[-1].requires_grad_()))

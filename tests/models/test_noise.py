@@ -175,7 +175,8 @@ def test_a_layout_without_a_backward_pass_is_refused(monkeypatch: pytest.MonkeyP
         def backward(ctx: Any, *gradients: Tensor) -> Tensor:
             raise RuntimeError("FlashAttention backward for head dim > 192 requires A100")
 
-    stand_in(monkeypatch, flash=True)  # float32 takes none
+    stand_in(monkeypatch, flash=True)
+    monkeypatch.setattr(dpo_cli.models.attention, "takes_flash", lambda *_: False)  # which a CPU does not have
     found = shared_attention(monkeypatch, ForwardOnly.apply)
     assert found.startswith("packed: ") and "RuntimeError: FlashAttention backward for head dim > 192" in found
 
