@@ -81,6 +81,7 @@ class Encoded(NamedTuple):
     notes: set[str]
 
 
+_RANKINGS = count(1)  # numbers of rankings, of training and held-out rows alike
 Texts = dict[tuple[str, bool], Ids]  # by the text, and whether a chat template rendered it, special tokens included
 Made = TypeVar("Made")
 
@@ -102,7 +103,6 @@ class Encoder:
         probe = tokenizer("a")["input_ids"]  # also resets truncation and padding of the backend
         self.adds_bos, self.adds_eos = probe[0] == tokenizer.bos_token_id, probe[-1] == self.eos
         self.backend = tokenizer.backend_tokenizer if _only_asks_its_backend(tokenizer) else None
-        self.rankings = count(1)
         self.chat = Chat(tokenizer, control_tokens, self.adds_bos, train_turns)
 
     def pairs(self, rows: Iterable[Row | BadRow]) -> Iterator[Encoded | BadRow]:
@@ -142,7 +142,7 @@ class Encoder:
                 why = ": the chat template leaves out the reasoning in which they differ" * (REASONING_UNSEEN in notes)
                 raise RowError(f"{both} give the same tokens{why}")
         pairs, preferences = list[Pair](), row.preferences()
-        ranking = next(self.rankings) if row.pairs == "ranking" else 0
+        ranking = next(_RANKINGS) if row.pairs == "ranking" else 0
         for number, (better, worse) in enumerate(preferences, 1):
             where = row.where + f" ({number} of {len(preferences)})" * (len(preferences) > 1)
             margin = row.margin + row.margin_per_score * (row.levels[better] - row.levels[worse])

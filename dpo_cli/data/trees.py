@@ -114,7 +114,7 @@ def subtrees(
             alone = own = sum(new.values()) + len(prompt)
             own -= sum(length for content, length in new.items() if content in seen)
             shared = common_prefix(prompt, pairs[part[-1]].prompt) if part else 0
-            own -= shared if shared >= min(MIN_SHARED, len(prompt)) else 0
+            own -= shared if shared >= MIN_SHARED else 0
             if part and most + own > max_tokens:
                 yield part, tree_tokens([pairs[i] for i in part])
                 part, most, seen, own = [], 0, set(), alone

@@ -255,7 +255,8 @@ def choose_memory(
     for way in ways:
         if counted.peak(*way, *[(enough, min(enough, head))] * 2) <= room:
             break
-    most = most_tokens(pairs, runner.kind.most_tokens)
+    most = runner.kind.most_tokens
+    most = most_tokens(pairs, most) if runner.layout == "shared" else most
     fitting = max(counted.max_tokens(*way, room, head, most), FEWEST_TOKENS)
     return MemoryChoice(*way, max_tokens or fitting, counted)
 

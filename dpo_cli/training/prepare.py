@@ -252,7 +252,7 @@ def load_scored_model(
     _report_unread(model, reporter)
     if not is_quantized(model):  # else it is on the device already
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
-    max_tokens = options.max_tokens or most_tokens(pairs, kind.most_tokens)
+    max_tokens = options.max_tokens or kind.most_tokens
     tried = pairs + _sampled(pairs, options, limit)
     choose = choose_layout if source.weights else assume_layout
     runner, description = choose(model, tried, max_tokens, device, dtype)
@@ -260,6 +260,8 @@ def load_scored_model(
     if fsdp and runner.layout == "alone" and len(rankings(range(len(pairs)), pairs)) < len(pairs):
         raise UsageError("--fsdp: ranks run equally many forwards, and this model's rankings differ in theirs")
     runner.warn = reporter.warning
+    if runner.layout == "shared" and not options.max_tokens:
+        runner.max_tokens = most_tokens(pairs, kind.most_tokens)
     if runner.layout == "shared":
         model.set_attn_implementation(PREFIX_SHARED)
     return ScoredModel(source, runner, own_attention, weights)

@@ -194,6 +194,8 @@ def trace(options: TrainOptions, resume: Path | None, card_name: str | None, rep
         UsageError: an option, the data or the model cannot be used, or not without values.
     """
     card = find_card(card_name)
+    if options.device != "auto" or options.fsdp:
+        raise UsageError("--trace: one card, which --card names; leave out --device and --fsdp")
     if options.quantize:
         raise UsageError(f"--trace: not with --load-in-{options.quantize}, which packs values, and a trace has none")
     watch, cpu = Watch(), torch.device("cpu")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpo_cli.utils.errors import UsageError, did_you_mean
 
@@ -91,7 +92,7 @@ def find_card(name: str | None) -> Card:
     if not torch.cuda.is_available():
         raise UsageError(f"--trace: there is no CUDA device here; name one by --card: {', '.join(CARDS)}")
     here, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    same = [card for card in CARDS.values() if card.name.partition("-")[0] in here.lower()]
+    same = [card for card in CARDS.values() if re.search(rf"\b{card.name.partition('-')[0]}\b", here.lower())]
     if not same:
         raise UsageError(f"--trace: nothing is known of the {here} here; name a card by --card: {', '.join(CARDS)}")
-    return min(same, key=lambda card: abs(card.memory - memory))
+    return replace(min(same, key=lambda card: abs(card.memory - memory)), memory=memory)

@@ -199,6 +199,8 @@ def test_refused(dpo: Cli, folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ("NVIDIA A100 80GB PCIe", 85e9, "a100"),
         ("NVIDIA L40S", 48e9, "l40s"),
         ("NVIDIA GeForce RTX 4090", 25e9, "4090"),
+        ("NVIDIA L40", 48e9, None),
+        ("NVIDIA T400 4GB", 4e9, None),
         ("Quadro P400", 2e9, None),
     ],
 )
@@ -207,7 +209,7 @@ def test_the_card_that_is_here(monkeypatch: pytest.MonkeyPatch, name: str, memor
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
     if expected:
-        assert find_card(None).name == expected
+        assert (find_card(None).name, find_card(None).memory) == (expected, memory)
     else:
         with pytest.raises(UsageError, match=f"nothing is known of the {name}"):
             find_card(None)
