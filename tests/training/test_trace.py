@@ -95,9 +95,9 @@ def traced(folder: Path, model: str, card: str, **options: Any) -> tuple[dict[st
     ("model", "memory", "recompute"),
     [
         *(("1B", memory, recompute) for memory in ("full", "split", "in-backward") for recompute in (False, True)),
-        ("8B", "full", True),
         ("8B", "auto", False),
-        ("8B", "in-backward", True),
+        pytest.param("8B", "full", True, marks=pytest.mark.bench),  # half a minute each
+        pytest.param("8B", "in-backward", True, marks=pytest.mark.bench),
     ],
 )
 def test_the_estimate_is_near_the_bytes_of_a_step(folder: Path, model: str, memory: str, recompute: bool) -> None:
