@@ -122,7 +122,7 @@ def compare(
 
     The model that runs is the policy if ``policy_runs``, else the reference; the other one was recorded. If it is the
     ``same`` model, the recorded states are its own and only its head runs. Each head gets as many tokens at a time as
-    when it scores, so that the log-probs are equal to the bit, unless responses share tokens.
+    when it scores, so that the log-probs are equal to the bit.
 
     Raises:
         UsageError: the two have different vocabularies.
@@ -133,16 +133,19 @@ def compare(
     def both(places: Sequence[int], batch: MicroBatch) -> Tensor:
         other = torch.cat([recorded.states[spans[place]] for place in places]).to(runner.device)
         states = other if same else runner.body(batch).head_inputs()
-        parts, targets = list[Tensor](), batch.targets[batch.edges]
-        for _, tokens, _, _ in batch.pieces:
-            logits, other_logits = runner.head.logits(states[tokens]), other_head.logits(other[tokens])  # (n, V)
+        first = torch.empty_like(batch.targets)  # (E,): a place of each distinct token
+        first[batch.edges] = torch.arange(len(batch.edges), device=first.device)
+        parts: list[Tensor] = []
+        for _, _, edges, _ in batch.pieces:
+            at, targets = first[edges], batch.targets[edges]
+            logits, other_logits = runner.head.logits(states[at]), other_head.logits(other[at])  # (e, V)
             if logits.shape != other_logits.shape:
                 sizes = f"{logits.shape[1]:,} and {other_logits.shape[1]:,}"
                 raise UsageError(f"the models have vocabularies of {sizes} tokens, so there is no KL: add --kl none")
             p, q = (logits, other_logits) if policy_runs else (other_logits, logits)
             rows = max(1, runner.kind.compared_bytes // (4 * p.shape[1]))
-            parts += map(divergences, p.split(rows), q.split(rows), targets[tokens].split(rows))
-        return torch.cat(parts)
+            parts += map(divergences, p.split(rows), q.split(rows), targets.split(rows))
+        return torch.cat(parts)[batch.edges]
 
     return TokenScores(_run(runner, pairs, both, progress, stopped=stopped), pairs.loss_lengths)
 

@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import set_seed
 
 from dpo_cli.config.options import TrainOptions
+from dpo_cli.data.schedule import count_tokens
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import judge
 from dpo_cli.evaluation.evaluator import Evaluator
@@ -257,7 +258,7 @@ class _Loop:
                         raise self._interrupted(step - 1)
                     seconds = time.monotonic() - started
                     self.log.write(step, metrics)
-                    tokens = sum(run.costs[i] for places in planned for i in places)
+                    tokens = sum(count_tokens(each, run.pairs, run.costs, run.policy.runner.layout) for each in planned)
                     progress.advance(1, metrics | {"tokens_per_second": tokens / seconds})
                     if step in saves:
                         self._save(step)
