@@ -1,4 +1,4 @@
-"""What threads that wait passively cost on a quiet CPU, and bring on one that other programs use; about 5 minutes.
+"""What OpenMP threads that wait without spinning cost on a quiet CPU, and gain on one that other programs use.
 
 ``python -m benchmarks.busy_cpu``: a worker process for each setting of OpenMP, with a thread per core, takes the same
 training steps in turns with the others, first alone, then beside a program that spins on each core. Prints medians as a
@@ -106,22 +106,21 @@ def idle_share(seconds: float = 3.0) -> float:
 
 
 def measure(workers: dict[str, Worker], steps: int, budget: float) -> dict[str, tuple[float, float, float]]:
-    """Let the workers take turns until the budget is used; median seconds and processor seconds per step, spread."""
+    """Let the workers take turns until the budget is used.
+
+    Medians: of the seconds per step, of their ratio to the first worker's in the same turn, of the processor seconds.
+    """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     began, order = time.monotonic(), [*workers]
     while time.monotonic() - began < budget or len(taken[order[0]]) < 3:
         order = order[1:] + order[:1]  # no setting always follows the same one
         for name in order:
             taken[name].append(workers[name].take(steps))
-    medians = {}
+    medians, first = {}, [seconds for seconds, _ in taken[next(iter(workers))]]
     for name, turns in taken.items():
         seconds, used = zip(*turns, strict=True)
-        quarters = statistics.quantiles(seconds, n=4)
-        medians[name] = (
-            statistics.median(seconds) / steps,
-            statistics.median(used) / steps,
-            (quarters[2] - quarters[0]) / quarters[1],
-        )
+        ratios = [own / other for own, other in zip(seconds, first, strict=True)]
+        medians[name] = statistics.median(seconds) / steps, statistics.median(ratios), statistics.median(used) / steps
     print(f"{len(taken[order[0]])} turns of {steps} steps each", file=sys.stderr)
     return medians
 
@@ -130,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=130.0, help="of each of the two parts")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="compared with the first")
     options = parser.parse_args()
     if options.worker:
         return work()
@@ -137,7 +137,7 @@ def main() -> None:
     if (idle := idle_share()) < 0.9:
         print(f'NOT QUIET: {1 - idle:.0%} of the processors is in use; the column "quiet" holds nothing')
     with ExitStack() as holding:
-        workers = {name: Worker(setting, holding) for name, setting in SETTINGS.items()}
+        workers = {name: Worker(SETTINGS[name], holding) for name in options.settings}
         alone = {name: [worker.take(1) for _ in range(3)][-1][0] for name, worker in workers.items()}  # warm
         steps = max(1, round(1.0 / min(alone.values())))  # a turn takes about a second
         quiet = measure(workers, steps, options.seconds)
@@ -146,13 +146,12 @@ def main() -> None:
     print(
         f"{cores} threads on {cores} cores; medians per step of about {TOKENS} tokens; loaded: a program on each core"
     )
-    print("| | quiet, s | of nothing set | spread | processor s | loaded, s | of nothing set | spread | processor s |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for name in SETTINGS:
+    print("| | quiet, s | of nothing set | processor s | loaded, s | of nothing set | processor s |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name in options.settings:
         cells = [name if name == "nothing set" else f"`{name}`"]
         for found in (quiet, loaded):
-            seconds, used, spread = found[name]
-            cells += [f"{seconds:.3f}", f"{seconds / found['nothing set'][0]:.3f}", f"{spread:.0%}", f"{used:.3f}"]
+            cells += [f"{number:.3f}" for number in found[name]]
         print("| " + " | ".join(cells) + " |")
     return None
 

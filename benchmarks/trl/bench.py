@@ -38,7 +38,7 @@ from dpo_cli.config.options import TrainOptions
 from dpo_cli.data.pairs import Pair
 from dpo_cli.models.loading import load_tokenizer
 from dpo_cli.models.locate import find_model
-from dpo_cli.reference.store import count_tokens
+from dpo_cli.reference.store import pair_length
 
 COMMANDS = {
     side: [sys.executable, "-m", f"benchmarks.trl.{name}"] for side, name in (("ours", "ours"), ("trl", "theirs"))
@@ -236,7 +236,7 @@ def summarize(case: Case, phase: str, took: Mapping[str, Sequence[Message]], rat
         flops = case.arithmetic.flops(every, backward=phase in ("train", "command"))
         line[side] = {
             "pairs_per_s": statistics.median(rates[side]),
-            "tokens_per_s": sum(map(count_tokens, every)) / sum(seconds),
+            "tokens_per_s": sum(map(pair_length, every)) / sum(seconds),
             "cpu_s_per_pair": sum(cpu) / len(every) if None not in cpu else None,
             "peak": max(block["peak"] for block in blocks),
             "matmul_share": flops / sum(seconds) / rate,
@@ -253,7 +253,7 @@ def run_case(case: Case, args: argparse.Namespace, environment: dict[str, str], 
     """All phases of one case with one batch size of TRL's."""
     dead: list[str] = []
     result: Message = {"case": case.name, "trl_batch": case.job["trl_batch"], "batch_size": case.blocks[0]}
-    result |= {"pairs": len(case.ordered), "tokens": sum(map(count_tokens, case.ordered)), "dead": dead}
+    result |= {"pairs": len(case.ordered), "tokens": sum(map(pair_length, case.ordered)), "dead": dead}
     result |= measure_blocks(case, [p for p in BLOCK_PHASES if p in args.phases], environment, rate, dead)
     result["void"] = not result["same_ids"] or not result["loss_difference"] <= args.tolerance
     if "start" in args.phases:

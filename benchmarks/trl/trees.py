@@ -115,16 +115,16 @@ def measure(name: str, args: argparse.Namespace, model: Path, folder: Path, envi
         "ours_options": "",
         "limit": 3600.0,
     }
-    some = args.trl_pairs or len(rows)
+    some = args.other_pairs or len(rows)
     fewer = {"options": job["options"] | {"batch_size": some}, "order": [list(range(some))] * steps}
-    blocks = {side: [some if side == "trl" else len(rows)] * steps for side in args.sides}
+    blocks = {side: [len(rows) if side == "ours" else some] * steps for side in args.sides}
     dead: list[str] = []
     workers: dict[str, Worker] = {}
     lines, losses = [], {}
     try:
         for side in args.sides:
             (own := folder / side).mkdir()
-            mine = job | {"folder": str(own)} | (fewer if side == "trl" else {})
+            mine = job | {"folder": str(own)} | ({} if side == "ours" else fewer)
             workers[side] = Worker(SIDES[side], mine, own / "log", environment | SEEN.get(side, {}), 3600.0)
         for phase in args.phases:
             took, said = take_turns(workers, phase, blocks, dead)
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--phases", nargs="+", choices=("precompute", "train"), default=["precompute", "train"])
     add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     add("--trl-batch", type=int, default=2, help="pairs per forward of TRL, accumulated to a step")
-    add("--trl-pairs", type=int, help="pairs of a step of TRL, whose rate does not depend on it; default: all")
+    add("--other-pairs", type=int, help="pairs of a step of the other sides, which share none; default: all")
     add("--dtype", default="float32")
     add("--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidia0").exists() else "cpu")
     args = parser.parse_args(arguments)

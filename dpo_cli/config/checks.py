@@ -83,7 +83,7 @@ def refused(options: Any) -> list[str]:
     trains, fsdp, lora = "lora_rank" in o, o["fsdp"], o["lora_rank"]
     sweeps = trains and "samples" in o
     objective = options.objective if trains else Objective()
-    whole = objective.uses("rankings")
+    whole = objective.uses("ranking_sizes")
     ref, held_out = trains and o["ref_model"], o["eval_data"] or o["eval_fraction"]
     quantized = o["load_in_4bit"] or o["load_in_8bit"]
     of_adapters = ["lora_type", "lora_alpha", "lora_targets", "modules_to_save"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,16 @@ from dpo_cli.utils.devices import device_kind
 
 Integers = npt.NDArray[np.integer]
 Make = Callable[..., "MicroBatch"]  # ``_micro_batch`` with its keywords
-Piece = tuple[slice, slice, slice, tuple[int, ...]]  # see ``MicroBatch.pieces``
 Value = TypeVar("Value")
+
+
+class Piece(NamedTuple):
+    """The part of a batch that the head runs over at a time: slices of P, N and E, and the pairs of each ranking."""
+
+    pairs: slice
+    tokens: slice
+    distinct: slice
+    ranking_sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +66,8 @@ class MicroBatch:
     Shapes: ``input_ids``, ``position_ids``, ``attention_mask`` (B, T), the latter two None where the model makes its
     own; ``logit_positions`` (E,) indices into the flattened rows, whose hidden states predict ``targets`` (E,), each
     distinct token once; ``edges`` (N,) the place of each response token among them; ``lengths`` (2P,) tokens of each
-    response that carry loss. ``pieces`` are slices of pairs, of N and of E that the head runs over at a time, and the
-    number of pairs of each ranking in them. ``alone`` holds one batch per sequence if each runs in a forward of its
-    own; the results are concatenated.
+    response that carry loss. ``pieces`` are what the head runs over at a time. ``alone`` holds one batch per
+    sequence if each runs in a forward of its own; the results are concatenated.
 
     The rest is what the loss reads beside the policy's log-probs: ``token_weights`` (N,) of LD-DPO; ``weights`` and
     ``margins`` (P,) of the pairs; ``ref_logps`` and ``weighted_ref_logps`` (2P,) nats, chosen first, the latter with
@@ -118,8 +125,8 @@ def collate(
     ``max_logit_rows``: the most tokens that the head predicts at a time, unless one ranking has more.
     """
     sequences = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
-    together = [len(ranking) for ranking in rankings(range(len(pairs)), pairs)]
-    make = partial(_micro_batch, max_logit_rows=max_logit_rows, together=together)
+    ranking_sizes = [len(ranking) for ranking in rankings(range(len(pairs)), pairs)]
+    make = partial(_micro_batch, max_logit_rows=max_logit_rows, ranking_sizes=ranking_sizes)
     if layout == "shared":
         batch = _shared(pairs, make)
     elif layout == "padded":
@@ -192,12 +199,12 @@ def _shared(pairs: Sequence[Pair], make: Make) -> MicroBatch:
 
 def _cut(route: Sequence[tuple[int, int, int]], depth: int) -> list[tuple[int, int, int]]:
     """Return the parts of a sequence up to this many tokens."""
-    found = []
+    kept = []
     for segment, begin, end in route:
         if depth > 0:
-            found.append((segment, begin, min(end, begin + depth)))
+            kept.append((segment, begin, min(end, begin + depth)))
         depth -= end - begin
-    return found
+    return kept
 
 
 def _packed(sequences: Sequence[tuple[Ids, Ids]], make: Make) -> MicroBatch:
@@ -236,17 +243,16 @@ def _micro_batch(
     places: Integers | None = None,
     *,
     max_logit_rows: int = sys.maxsize,
-    together: Sequence[int] = (),
+    ranking_sizes: Sequence[int] = (),
 ) -> MicroBatch:
     """Build the batch; ``logit_positions`` covers all response tokens, of which those that carry loss are kept.
 
-    ``places`` are the indices of the response tokens in the row, where several responses may share one. ``together``
-    are the pairs of each ranking.
+    ``places`` are the indices of the response tokens in the row, where several responses may share one.
     """
     tokens, lengths = np.concatenate(responses), [count_loss_tokens(response) for response in responses]
     has_loss, pairs = tokens >= 0, len(responses) // 2
     predicted = np.arange(int(has_loss.sum())) if places is None else places[has_loss]
-    pieces, first, edges = _pieces(predicted, lengths, max_logit_rows, together or [1] * pairs)
+    pieces, first, edges = _pieces(predicted, lengths, max_logit_rows, ranking_sizes or [1] * pairs)
     return MicroBatch(
         input_ids=torch.as_tensor(ids, dtype=torch.int64),
         position_ids=None if positions is None else torch.as_tensor(positions, dtype=torch.int64),
@@ -266,14 +272,14 @@ def _micro_batch(
 
 
 def _pieces(
-    predicted: Integers, lengths: Sequence[int], max_rows: int, together: Sequence[int]
+    predicted: Integers, lengths: Sequence[int], max_rows: int, ranking_sizes: Sequence[int]
 ) -> tuple[tuple[Piece, ...], Integers, Integers]:
     """Cut a batch into pieces of whole rankings of at most ``max_rows`` distinct tokens, unless one ranking has more.
 
     Shapes: ``predicted`` (N,) names of the tokens -> the pieces; the first place of each of the E distinct tokens of
     the pieces, (E,); the place of each token among them, (N,).
     """
-    bounds_of_pairs = np.cumsum([0, *together])  # of the rankings
+    bounds_of_pairs = np.cumsum([0, *ranking_sizes])  # of the rankings
     order, ends = np.argsort(predicted, kind="stable"), np.cumsum(lengths)[2 * bounds_of_pairs[1:] - 1].tolist()
     again = predicted[order[1:]] == predicted[order[:-1]]
     earlier = np.full(len(predicted), -1)  # the last place with the same token
@@ -296,5 +302,5 @@ def _pieces(
         [0, *np.searchsorted(first, cuts).tolist(), len(first)],
     ]
     slices = ([slice(a, b) for a, b in pairwise(each)] for each in bounds)
-    sizes = [tuple(together[a:b]) for a, b in pairwise([*starts, len(ends)])]
-    return tuple(zip(*slices, sizes, strict=True)), first, ranks[names]
+    sizes = [tuple(ranking_sizes[a:b]) for a, b in pairwise([*starts, len(ends)])]
+    return tuple(map(Piece, *slices, sizes)), first, ranks[names]

@@ -34,12 +34,12 @@ def branches(pairs: Sequence[Pair], sequences: Sequence[Ids]) -> list[tuple[int,
 
     Apart from a pair's own prompt and from whole sequences, fewer than ``MIN_SHARED`` tokens are not shared.
     """
-    found = _longest_shared(sequences)
-    for place, (_, depth) in enumerate(found):
+    continued = _longest_shared(sequences)
+    for place, (_, depth) in enumerate(continued):
         prompt = len(pairs[place // 2].prompt) if place % 2 else 0  # which the chosen sequence has
         if depth < min(prompt + MIN_SHARED, len(sequences[place])):
-            found[place] = place - 1, prompt
-    return found
+            continued[place] = place - 1, prompt
+    return continued
 
 
 def _longest_shared(sequences: Sequence[Ids]) -> list[tuple[int, int]]:
@@ -52,13 +52,13 @@ def _longest_shared(sequences: Sequence[Ids]) -> list[tuple[int, int]]:
     after = {left: right for right, left in before.items()}
     shared = {i: common_prefix(sequences[before[i]], sequences[i]) for i in order[1:]}  # with the one before
     shared |= {last: 0} | dict.fromkeys(order[:1], 0)
-    found = []
+    longest = []
     for i in reversed(range(len(sequences))):
         left, right = before[i], after[i]
-        found.append((left, shared[i]) if shared[i] >= shared[right] else (right, shared[right]))
+        longest.append((left, shared[i]) if shared[i] >= shared[right] else (right, shared[right]))
         before[right], after[left] = left, right
         shared[right] = min(shared[i], shared[right])
-    return found[::-1]
+    return longest[::-1]
 
 
 def tree_tokens(pairs: Sequence[Pair]) -> int:

@@ -79,7 +79,7 @@ def evaluate(
     source = choose_model(name, options, reporter, base=options.base_model)
     began, manifest = (trained_with(source.run), read_manifest(source.run)) if source.run else (None, None)
     source, options = _as_in_run(source, began), _as_trained(options, source, began)
-    if began and began.objective.uses("rankings") and options.pairs != "ranking":
+    if began and began.objective.uses("ranking_sizes") and options.pairs != "ranking":
         raise UsageError(f"--pairs {options.pairs}: the run's loss is of whole rankings; leave it out")
     check_reference(options)
     tokenizer = choose_tokenizer(source, options)

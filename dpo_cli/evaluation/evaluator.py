@@ -71,7 +71,7 @@ class Evaluator:
             objective=self.objective,
             distributions=tokens.distributions,
             weighted=(tokens.logps(0, alpha), ref_logps[1]),
-            rankings=[len(each) for each in rankings(range(len(self.pairs)), self.pairs)],
+            ranking_sizes=[len(each) for each in rankings(range(len(self.pairs)), self.pairs)],
             shift=float(np.mean(rewards)) * self.objective.beta / (beta or self.objective.beta) if rewards else 0.0,
         )
 

@@ -136,8 +136,8 @@ def compare(
         first = torch.empty_like(batch.targets)  # (E,): a place of each distinct token
         first[batch.edges] = torch.arange(len(batch.edges), device=first.device)
         parts: list[Tensor] = []
-        for _, _, edges, _ in batch.pieces:
-            at, targets = first[edges], batch.targets[edges]
+        for piece in batch.pieces:
+            at, targets = first[piece.distinct], batch.targets[piece.distinct]
             logits, other_logits = runner.head.logits(states[at]), other_head.logits(other[at])  # (e, V)
             if logits.shape != other_logits.shape:
                 sizes = f"{logits.shape[1]:,} and {other_logits.shape[1]:,}"

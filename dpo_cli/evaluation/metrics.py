@@ -82,7 +82,7 @@ class PairScores:
     ``ref_logps`` are NaN where the objective reads no reference and none was scored. ``groups``: the number of each
     pair's prompt, if some share one. ``distributions``: sums over each response of entropy, ref_entropy, kl, reverse_kl
     and shifted_tokens, if computed. ``weighted``: ``logps`` and ``ref_logps`` with the token weights of LD-DPO.
-    ``shift``: the mean reward of earlier steps. ``rankings``: as in ``Preferences``.
+    ``shift``: the mean reward of earlier steps. ``ranking_sizes``: as in ``Preferences``.
 
     Shapes: ``tokens`` (those that carry loss), ``logps``, ``ref_logps``, ``terms`` (weight and margin), each of
     ``distributions`` and ``weighted``: (P, 2); ``groups`` (P,).
@@ -99,7 +99,7 @@ class PairScores:
     distributions: Mapping[str, Table] = field(default_factory=dict)
     weighted: tuple[Table, Table] | None = None
     shift: float = 0.0
-    rankings: Sequence[int] | int = 1
+    ranking_sizes: Sequence[int] | int = 1
 
     @property
     def logratios(self) -> Table:
@@ -138,7 +138,7 @@ class PairScores:
             margins=torch.from_numpy(self.terms[:, 1]),
             weights=torch.from_numpy(self.terms[:, 0]),
             reward_baseline=self.shift,
-            rankings=self.rankings,
+            ranking_sizes=self.ranking_sizes,
         )
         losses: Table = self.objective(pairs).numpy()
         return losses

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RUN_OPTIONS = ("beta", "label_smoothing", "f_divergence")  # parameters of a loss that are options of the run
-PAIR_FIELDS = ("margins", "reward_baseline", "rankings")  # parameters of a loss that are fields of ``Preferences``
+PAIR_FIELDS = ("margins", "reward_baseline", "ranking_sizes")  # parameters of a loss that are fields of ``Preferences``
 
 
 Divergence = Callable[["Tensor"], "Tensor"]
@@ -45,8 +45,8 @@ class Preferences:
 
     ``logps`` and ``ref_logps`` are sums of weighted token log-probs (LD-DPO), ``full_logps`` plain sums under the
     policy. ``mean_chosen_length`` is the mean over the step's chosen responses, ``reward_baseline`` the mean reward of
-    earlier steps. ``weights`` multiply the losses. ``rankings``: the pairs of each ranking, best answer first, in which
-    the rejected response of a pair is the chosen one of the next; 1: each pair is a ranking of its own.
+    earlier steps. ``weights`` multiply the losses. ``ranking_sizes``: the pairs of each ranking, best answer first, in
+    which the rejected response of a pair is the chosen one of the next; 1: each pair is a ranking of its own.
 
     Shapes: ``logps``, ``ref_logps``, ``lengths``, ``full_logps`` (2P,); ``margins`` and ``weights`` (P,) or a number.
     Units: nats; ``lengths`` and ``mean_chosen_length`` in tokens that carry loss.
@@ -60,9 +60,9 @@ class Preferences:
     margins: Tensor | float = 0.0
     weights: Tensor | float = 1.0
     reward_baseline: float = 0.0
-    rankings: Sequence[int] | int = 1
+    ranking_sizes: Sequence[int] | int = 1
 
-    def logratios(self, f_divergence: Divergence = lambda ratios: ratios) -> tuple[Tensor, Tensor]:
+    def logratios(self, f_divergence: Divergence = reverse_kl) -> tuple[Tensor, Tensor]:
         """Return r of the chosen and of the rejected responses: (P,) each."""
         chosen, rejected = f_divergence(self.logps - self.ref_logps).chunk(2)
         return chosen, rejected
@@ -314,7 +314,7 @@ def discopop(p: Preferences, beta: float, f_divergence: Divergence = reverse_kl,
 
 @preference_loss()
 def plackett_luce(
-    p: Preferences, beta: float, rankings: Sequence[int] | int, f_divergence: Divergence = reverse_kl
+    p: Preferences, beta: float, ranking_sizes: Sequence[int] | int, f_divergence: Divergence = reverse_kl
 ) -> Tensor:
     """For rankings of several answers: each is chosen among itself and all below it; of two answers it is sigmoid.
 
@@ -323,7 +323,7 @@ def plackett_luce(
     Source: appendix A.3 of arXiv 2305.18290
     """
     chosen, rejected = (beta * each for each in p.logratios(f_divergence))
-    return -logsigmoid(chosen - logsumexp_onwards(rejected, rankings))
+    return -logsigmoid(chosen - logsumexp_onwards(rejected, ranking_sizes))
 
 
 # ---- losses without a reference ---------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def _varlen(
 
 
 class _FlashWithSinks(torch.autograd.Function):
-    """Flash attention with a sink per head, of which the kernel knows nothing.
+    """Flash attention with a sink per head, which torch's kernel does not support.
 
     A sink adds its exponential to each softmax's denominator, so it scales the output. With the sinks in the output
     and in the log-sum-exp, the kernel's backward pass is exact: of the softmax it reads these two alone,

@@ -14,6 +14,7 @@ from xxhash import xxh3_128
 from dpo_cli.data.schedule import Layout
 from dpo_cli.models.adapter_files import described
 from dpo_cli.models.adapters import is_adapted, is_quantized
+from dpo_cli.utils.devices import device_kind
 from dpo_cli.utils.files import sha256
 
 # Increase it when log-probs are computed differently.
@@ -24,15 +25,14 @@ NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "use_cache", "
 
 def fingerprint(model: PreTrainedModel, weights: str, layout: Layout, dtype: torch.dtype) -> str:
     """Hash everything that decides a log-prob (hex): 16 digits of how it is computed, then 48 of the weights."""
-    device = next(model.parameters()).device.type
     config = {key: value for key, value in model.config.to_diff_dict().items() if key not in NOT_COMPUTED}
     about = {
         "config": config,
         "attention": "shared" if layout == "shared" else model.config._attn_implementation,
         "layout": layout,
         "dtype": str(dtype),
-        "device": device,
-        "version": SCORING_VERSION + (device == "cuda"),  # where the head's product became float32 after version 2
+        "device": device_kind(next(model.parameters()).device).name,
+        "version": SCORING_VERSION,
     }
     foreign = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers_modules.")]
     if foreign:  # --trust-remote-code

@@ -27,13 +27,10 @@ from dpo_cli.data.pairs import Pair, rankings
 from dpo_cli.data.schedule import Layout, count_tokens, pack, parts, row_costs
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.parallel import BODY, Parallel, parallel_of
-from dpo_cli.utils.devices import KINDS, DeviceKind, device_kind, empty_cache
+from dpo_cli.utils.devices import DeviceKind, device_kind, empty_cache
 from dpo_cli.utils.errors import DpoError, UsageError
 
 WINDOW = 512  # pairs or trees of similar length that are packed together where order does not matter
-
-# Devices whose products of 16-bit matrices can be float32: in torch 2.13 not those of ROCm, which are "cuda" there.
-FLOAT32_PRODUCTS = set[str]() if torch.version.hip else {"cuda"}
 
 Result = TypeVar("Result")
 Compute = Callable[[Sequence[int], MicroBatch], Result]  # of indices of pairs and their batch
@@ -87,7 +84,7 @@ class Head:
     def _product(self, module: nn.Module, hidden: Tensor) -> Tensor:
         logits: Tensor
         # A head that an adapter wraps, or that is sharded, is of another class.
-        if type(module) is nn.Linear and self.dtype != torch.float32 and hidden.device.type in FLOAT32_PRODUCTS:
+        if type(module) is nn.Linear and self.dtype != torch.float32 and device_kind(hidden.device).float32_logits:
             logits = Float32Product.apply(hidden.to(self.dtype), module.weight.to(self.dtype))
             return logits if module.bias is None else logits + module.bias
         with precision(hidden.device, self.dtype):
@@ -132,7 +129,7 @@ class HiddenStates:
         ``wpo``: multiply the weights of the pairs by WPO's.
         """
         for piece in self.batch.pieces:
-            leaf = self.values.detach()[piece[2]].requires_grad_()
+            leaf = self.values.detach()[piece.distinct].requires_grad_()
             preferences = self._preferences(leaf, piece, wpo)
             self.full_logps.append(preferences.full_logps.detach().view(2, -1))
             yield preferences
@@ -151,15 +148,15 @@ class HiddenStates:
             torch.autograd.backward([self.values, *losses], gradients)
 
     def _preferences(self, leaf: Tensor, piece: Piece, wpo: bool) -> Preferences:
-        pairs, tokens, edges, together = piece
-        batch, logits, places = self.batch, self.head.logits(leaf), self.batch.edges[tokens] - edges.start
-        token_logps = target_logps(logits, batch.targets[edges])[places]  # (n,)
+        batch, logits, pairs = self.batch, self.head.logits(leaf), piece.pairs
+        places = batch.edges[piece.tokens] - piece.distinct.start  # (n,) among the logits
+        token_logps = target_logps(logits, batch.targets[piece.distinct])[places]  # (n,)
         lengths = batch.lengths[2 * pairs.start : 2 * pairs.stop]
         weights = batch.weights[pairs]
         if wpo:
             weights = weights * likelihoods(token_logps.detach(), logits.detach(), places, lengths)
         return Preferences(
-            logps=response_logps(token_logps * batch.token_weights[tokens], lengths),
+            logps=response_logps(token_logps * batch.token_weights[piece.tokens], lengths),
             ref_logps=batch.weighted_ref_logps.view(2, -1)[:, pairs].reshape(-1),
             lengths=lengths.view(-1, 2).T.reshape(-1),
             full_logps=response_logps(token_logps, lengths),
@@ -167,7 +164,7 @@ class HiddenStates:
             margins=batch.margins[pairs],
             weights=weights,
             reward_baseline=batch.reward_baseline,
-            rankings=together,
+            ranking_sizes=piece.ranking_sizes,
         )
 
 
@@ -251,7 +248,7 @@ class ModelRunner:
         Units: nats.
         """
         hidden = self.body(batch)
-        pieces = [edges for _, _, edges, _ in batch.pieces]
+        pieces = [piece.distinct for piece in batch.pieces]
         logps = torch.cat([target_logps(hidden.head.logits(hidden.values[i]), batch.targets[i]) for i in pieces])
         return logps[batch.edges]
 
@@ -379,8 +376,9 @@ def _grouped_mm(rows: Tensor, weights: Tensor, *options: Any) -> Tensor:
 
 
 ATEN = torch.library.Library("aten", "IMPL")  # for the life of the process
-if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_grouped_mm", "AutocastCUDA"):
-    ATEN.impl("_grouped_mm", _grouped_mm, "AutocastCUDA")
+for key in ("AutocastCUDA", "AutocastCPU"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_grouped_mm", key):
+        ATEN.impl("_grouped_mm", _grouped_mm, key)
 
 
 def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
@@ -390,6 +388,6 @@ def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
     Units: nats.
     """
     index = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(token_logps))
-    values = token_logps.to(KINDS[token_logps.device.type].sums)  # segment_reduce is for CPU and CUDA alone
+    values = token_logps.to(device_kind(token_logps.device).sums)  # segment_reduce is for CPU and CUDA alone
     sums = values.new_zeros(len(lengths)).index_add(0, index, values)  # (2P,) pair by pair
     return sums.float().view(-1, 2).T.reshape(-1)

@@ -57,7 +57,7 @@ def pair_keys(pair: Pair) -> tuple[bytes, bytes]:
     return response_key(pair.prompt, pair.chosen), response_key(pair.prompt, pair.rejected)
 
 
-def count_tokens(pair: Pair) -> int:
+def pair_length(pair: Pair) -> int:
     """Count the tokens of a pair, its prompt once."""
     return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
@@ -241,7 +241,7 @@ def fill_reference(
         todo, began = Pairs(pairs[place] for place in missing), time.monotonic()
         _score(cache, todo, runner, reporter)
         logps, seconds = distributed.all_reduce_known(cache.lookup(pairs)), time.monotonic() - began
-        tokens = sum(map(count_tokens, todo))
+        tokens = sum(map(pair_length, todo))
         rate = f"{seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
         reporter.info("", f"{tokens:,} tokens in {rate}; kept in {cache.folder}")
     weighted = logps if ld_alpha == 1 else cache.weighted(pairs, ld_alpha)
@@ -265,7 +265,7 @@ def _score(cache: ReferenceCache, pairs: Pairs, runner: ModelRunner, reporter: R
         return response_logps(token_logps, batch.lengths), token_logps
 
     try:
-        with reporter.progress("reference", sum(map(count_tokens, pairs)), unit="tok") as progress:
+        with reporter.progress("reference", sum(map(pair_length, pairs)), unit="tok") as progress:
             for indices, (sums, token_logps) in runner.forwards(pairs, score, share):
                 scored = [pairs[i] for i in indices]
                 logps = sums.view(2, -1).T.cpu()  # (P, 2)
@@ -277,7 +277,7 @@ def _score(cache: ReferenceCache, pairs: Pairs, runner: ModelRunner, reporter: R
                 lengths = [count_loss_tokens(response) for pair in scored for response in (pair.chosen, pair.rejected)]
                 entries = zip(logps.flatten().tolist(), token_logps.cpu().split(lengths), strict=True)
                 waiting.update(zip(keys, entries, strict=True))
-                progress.advance(sum(map(count_tokens, scored)) * share[1])  # the other ranks are about as fast
+                progress.advance(sum(map(pair_length, scored)) * share[1])  # the other ranks are about as fast
                 if time.monotonic() - last_flush > SHARD_SECONDS:
                     flush()
                     last_flush = time.monotonic()

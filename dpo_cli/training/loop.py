@@ -20,7 +20,6 @@ import torch
 from accelerate.utils import set_seed
 
 from dpo_cli.config.options import TrainOptions
-from dpo_cli.data.schedule import count_tokens
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import judge
 from dpo_cli.evaluation.evaluator import Evaluator
@@ -32,7 +31,7 @@ from dpo_cli.reference.store import lookup_cached
 from dpo_cli.reporting.html import ReportInput, write_report
 from dpo_cli.reporting.plots import curves, write_plots
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
-from dpo_cli.training.optimizer import SPLIT, compile_updates, learning_rate, make_optimizer
+from dpo_cli.training.optimizer import SPLIT_MODES, compile_updates, learning_rate, make_optimizer
 from dpo_cli.training.results import answer, export, summary
 from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, read_manifest, trained_with
 from dpo_cli.training.setup import Run, prepare_run, record_reference, score_reference
@@ -128,7 +127,7 @@ def make_trainer(run: Run) -> Trainer:
     low, run.policy.low = run.policy.low, None  # the optimizer's from now on
     reshard(model)
     memory = run.memory_choice.memory
-    if memory in SPLIT and run.device.type == "cuda":
+    if memory in SPLIT_MODES and run.device.type == "cuda":
         compile_updates(run.device, memory, run.reporter.warning)
     return Trainer(
         runner=dataclasses.replace(run.policy.runner, max_tokens=run.memory_choice.max_tokens),  # scoring may lower it
@@ -258,7 +257,7 @@ class _Loop:
                         raise self._interrupted(step - 1)
                     seconds = time.monotonic() - started
                     self.log.write(step, metrics)
-                    tokens = sum(count_tokens(each, run.pairs, run.costs, run.policy.runner.layout) for each in planned)
+                    tokens = run.count_tokens([planned])
                     progress.advance(1, metrics | {"tokens_per_second": tokens / seconds})
                     if step in saves:
                         self._save(step)

@@ -30,7 +30,7 @@ from dpo_cli.data.trees import most_tokens
 from dpo_cli.models.adapters import is_adapted
 from dpo_cli.models.logprobs import ModelRunner, forward_errors
 from dpo_cli.models.parallel import layers, local_shard
-from dpo_cli.training.optimizer import BYTES, SPLIT
+from dpo_cli.training.optimizer import BYTES, SPLIT_MODES
 from dpo_cli.utils import distributed
 from dpo_cli.utils.cards import traced_card
 
@@ -85,7 +85,7 @@ class StepBytes:
         when the logits are gone.
         """
         weights, gradient, moments = (each * self.parameters / self.shards for each in BYTES[memory])
-        addend = self.largest * (2 if memory in SPLIT else 4)
+        addend = self.largest * (2 if memory in SPLIT_MODES else 4)
         held = [self._forward(recompute, *first) + 2 * addend, gradient + addend + self._layer(recompute, first[0])]
         if later:
             held.append(self._forward(recompute, *later) + gradient + addend)
@@ -250,7 +250,7 @@ def choose_memory(
     ways = [(memory, recompute)]
     if memory == "auto":
         can_split = runner.dtype == torch.bfloat16 and not is_adapted(runner.model)
-        ways = [way for way in runner.kind.ladder if (way[1] or not recompute) and (can_split or way[0] not in SPLIT)]
+        ways = [way for way in runner.kind.ladder if (way[1] or not recompute) and (can_split or way[0] not in SPLIT_MODES)]
         ways = [way for way in ways if way[0] == "full" or not runner.parallel.sharded]
     for way in ways:
         if counted.peak(*way, *[(enough, min(enough, head))] * 2) <= room:

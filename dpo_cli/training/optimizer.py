@@ -26,7 +26,7 @@ from dpo_cli.utils.devices import device_kind
 
 # Per parameter: its weight, its gradient, its moments. "in-backward": no gradient outlives its update.
 BYTES = {"full": (4, 4, 8), "split": (4, 2, 2), "in-backward": (4, 0, 2)}
-SPLIT = {"split", "in-backward"}  # modes whose model is split first, see models/split_weights.py
+SPLIT_MODES = {"split", "in-backward"}  # their model is split first, see models/split_weights.py
 BLOCK = 256  # values that share scales
 SLICE = 2**22  # values that are float32 at a time; a multiple of BLOCK
 SMALLEST = 4096  # values of a tensor whose moments are worth coding
@@ -41,7 +41,7 @@ def make_optimizer(
 ) -> Optimizer:
     """Make AdamW with decay on matrices only; the learning rate is set before each step. The model is on its device.
 
-    ``low`` is what ``split_master_weights(model)`` returned, in the modes of ``SPLIT``; it is used up.
+    ``low`` is what ``split_master_weights(model)`` returned, in ``SPLIT_MODES``; it is used up.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
@@ -49,7 +49,7 @@ def make_optimizer(
     groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in kinds if parameters]
     if memory == "full":
         return AdamW(groups, lr=0.0, fused=True)
-    assert (memory in SPLIT) == (low is not None)
+    assert (memory in SPLIT_MODES) == (low is not None)
     names = {p: name for name, p in model.named_parameters()}
     halves: dict[Tensor, Tensor] = {p: low.pop(name) for p, name in names.items() if name in low} if low else {}
     return SmallAdamW(groups, halves)

@@ -41,7 +41,7 @@ from dpo_cli.models.shapes import assume_layout
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.reference.store import ReferenceCache
 from dpo_cli.training.checkpoint import verified_step
-from dpo_cli.training.optimizer import SPLIT
+from dpo_cli.training.optimizer import SPLIT_MODES
 from dpo_cli.training.run_dir import encoder_options, row_options
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
@@ -198,7 +198,7 @@ class ScoredModel:
 
         Of a model with an adapter the base is rounded for good.
         """
-        if memory not in SPLIT or self.low is not None or is_quantized(self.model):
+        if memory not in SPLIT_MODES or self.low is not None or is_quantized(self.model):
             return False
         self.weights = hashlib.sha256(f"{self.weights} halved".encode()).hexdigest()
         if is_adapted(self.model):
@@ -245,8 +245,8 @@ def load_scored_model(
     model, weights = distributed.one_rank_at_a_time(load) if fsdp else load()
     own_attention = model.config._attn_implementation
     kind = device_kind(device)
-    dtype = compute_dtype(options.dtype, kind, memory in SPLIT)
-    if memory in SPLIT and dtype != torch.bfloat16:
+    dtype = compute_dtype(options.dtype, kind, memory in SPLIT_MODES)
+    if memory in SPLIT_MODES and dtype != torch.bfloat16:
         raise UsageError(f"--dtype {options.dtype}: weights that --memory {memory} splits compute in bfloat16")
     limit = _check_pairs(model, pairs)
     _report_unread(model, reporter)
@@ -320,7 +320,7 @@ def weights_mode(memory: str, frozen: bool, dtype: str | None, kind: DeviceKind)
 
     So the reference of an adapter is that of full trainings in the modes that split.
     """
-    if not frozen or memory in SPLIT:
+    if not frozen or memory in SPLIT_MODES:
         return memory
     return "split" if kind.dtypes[0] == torch.bfloat16 and dtype != "float32" else "full"
 

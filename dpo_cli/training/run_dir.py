@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import platform
 import secrets
@@ -176,7 +177,7 @@ def encoder_options(options: DataOptions, run: Path | None = None) -> dict[str, 
 
 def row_options(options: DataOptions, run: Path | None = None) -> dict[str, Any]:
     """Return further arguments of ``read_rows``: from the options, else from ``run``, else what the loss reads."""
-    reads_rankings = isinstance(options, TrainOptions) and options.objective.uses("rankings")
+    reads_rankings = isinstance(options, TrainOptions) and options.objective.uses("ranking_sizes")
     return _chosen(options, run, ROW_DEFAULTS | ({"pairs": "ranking"} if reads_rankings else {}))
 
 
@@ -187,15 +188,20 @@ def _chosen(options: DataOptions, run: Path | None, usual: dict[str, Any]) -> di
 
 def check_same_run(folder: Path, manifest: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
     """Refuse to resume if data or weights changed since the run began; return its manifest."""
+    from dpo_cli.models.fingerprint import same_weights
+
     saved = read_manifest(folder)
+    # A fingerprint holds the device, too, and a run may be resumed on another.
+    same_device = saved["device"] == manifest["device"]
+    same = {"sha256": operator.eq, "fingerprint": operator.eq if same_device else same_weights}
     checks = [("data", "sha256", "the data"), ("held_out", "sha256", "the held-out data")]
     checks.append(("start", "fingerprint", "the start model"))
     if any(each["reference"]["fingerprint"] != each["start"]["fingerprint"] for each in (saved, manifest)):
         checks.append(("reference", "fingerprint", "the reference"))
-    if changed := [what for name, key, what in checks if saved[name][key] != manifest[name][key]]:
+    if changed := [what for name, key, what in checks if not same[key](saved[name][key], manifest[name][key])]:
         raise UsageError(
             f"--resume {folder}: {' and '.join(changed)} changed since the run began; start a new run instead"
         )
-    if any(saved[name] != manifest[name] for name in ("versions", "device")):
+    if not same_device or saved["versions"] != manifest["versions"]:
         warn("the libraries or the device have changed since the run began: the last bits may differ")
     return saved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,11 @@ class Run:
     memory_choice: MemoryChoice = dataclasses.field(init=False)
     costs: list[int] = dataclasses.field(init=False)  # tokens that each pair takes up in a forward
     plan: list[Step] = dataclasses.field(init=False)
+
+    def count_tokens(self, steps: Sequence[Step]) -> int:
+        """Count the tokens of the forwards of these steps."""
+        layout = self.policy.runner.layout
+        return sum(count_tokens(places, self.pairs, self.costs, layout) for step in steps for places in step)
 
     def scored(self) -> Pairs:
         """Return the pairs that the reference scores: those that are used, then the held-out ones."""
@@ -300,8 +306,7 @@ def _report_plan(run: Run) -> None:
     forwards = f"{sum(map(len, run.plan)):,} micro-batches, max_tokens {runner.max_tokens:,}"
     up_to = "up to " * any(pair.ranking for pair in run.pairs)
     reporter.info("plan", f"{len(steps):,} steps of {up_to}{options.batch_size} pairs in {forwards}")
-    micro_batches = [micro_batch for step in run.plan for micro_batch in step]
-    tokens = sum(count_tokens(each, run.pairs, run.costs, runner.layout) for each in micro_batches)
+    tokens = run.count_tokens(run.plan)
     plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
     apart = sum(run.costs[i] for step in steps for i in step)
     others = {f"padded batches of {options.batch_size}": plain}

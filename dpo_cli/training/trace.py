@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +216,8 @@ def _estimate(run: Run, step: Step) -> int:
 def _result(run: Run, card: Card, watch: Watch, planned: Step, estimate: int) -> dict[str, Any]:
     """What the watch saw, and what follows for the run."""
     options, state = run.options, run.memory_choice.step_bytes
-    step, steps = ([i for places in each for i in places] for each in (planned, [p for s in run.plan for p in s]))
-    tokens, all_tokens = (sum(run.costs[i] for i in each) for each in (step, steps))
-    responses, all_responses = (int(run.pairs.loss_lengths[each].sum()) for each in (step, steps))
+    tokens, all_tokens = (run.count_tokens(steps) for steps in ([planned], run.plan))
+    responses, all_responses = (_response_tokens(run, steps) for steps in ([planned], run.plan))
     head, body = watch.flops["head"], sum(watch.flops.values()) - watch.flops["head"]
     weights, gradients, moments = BYTES[options.memory]
     moved = state.parameters * (2 * weights + gradients + 2 * moments)  # by the optimizer
@@ -229,7 +228,7 @@ def _result(run: Run, card: Card, watch: Watch, planned: Step, estimate: int) ->
         "memory": options.memory,
         "gradient_checkpointing": options.gradient_checkpointing,
         "max_tokens": options.max_tokens,
-        "step": {"pairs": len(step), "tokens": tokens, "micro_batches": len(planned)},
+        "step": {"pairs": sum(map(len, planned)), "tokens": tokens, "micro_batches": len(planned)},
         "peak_bytes": {"total": peak, **watch.peak},
         "estimate_bytes": estimate,
         "usable_bytes": int(usable),
@@ -240,6 +239,10 @@ def _result(run: Run, card: Card, watch: Watch, planned: Step, estimate: int) ->
         "host_syncs": len(watch.waits),
         "operators": watch.operators.total(),
     }
+
+
+def _response_tokens(run: Run, steps: Sequence[Step]) -> int:
+    return sum(int(run.pairs.loss_lengths[[*places]].sum()) for step in steps for places in step)
 
 
 def as_text(result: Mapping[str, Any]) -> str:

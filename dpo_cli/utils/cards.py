@@ -71,7 +71,7 @@ def check_trace(dry_run: bool, trace: bool, card: str | None) -> bool:
         UsageError: these options need another one, or there is no such card.
     """
     if (trace or card) and not (dry_run and trace):
-        raise UsageError("--trace, --card: are of a dry run, as in dpo train --dry-run --trace --card h100")
+        raise UsageError("--trace, --card: need --dry-run and --trace, as in dpo train --dry-run --trace --card h100")
     if card:
         find_card(card)
     return trace

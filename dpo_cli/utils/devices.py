@@ -32,6 +32,7 @@ class DeviceKind:
     logits_bytes: int = 2**30  # of float32 logits computed at a time, unless a single pair needs more
     compared_bytes: int = 2**28  # of logits compared at a time; on a CPU they stay in its cache
     flash: bool = False  # attention is one flash call for all segments; else scaled-dot-product, a call for each
+    float32_logits: bool = False  # torch multiplies 16-bit matrices to float32 there
     sums: torch.dtype = torch.float32  # of sums over tokens and pairs; float64 where the device has it
     pinned: bool = False  # copies from pinned memory do not block
     bitsandbytes: bool = False
@@ -41,15 +42,22 @@ class DeviceKind:
 
 
 WHOLE: Ways = (("full", False), ("full", True))
-SPLIT: Ways = (("full", False), ("split", False), ("full", True), ("split", True))
+SPLIT_OR_WHOLE: Ways = (("full", False), ("split", False), ("full", True), ("split", True))
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 CPU = DeviceKind(*("cpu", (FP32, BF16), WHOLE, 2048, 2**28, 2**24), sums=FP64, backend="gloo", heap=1.15, tested=True)
 CUDA = DeviceKind(
-    *("cuda", (BF16, FP32), SPLIT), flash=True, sums=FP64, pinned=True, bitsandbytes=True, backend="cpu:gloo,cuda:nccl"
+    *("cuda", (BF16, FP32), SPLIT_OR_WHOLE),
+    flash=True,
+    float32_logits=True,
+    sums=FP64,
+    pinned=True,
+    bitsandbytes=True,
+    backend="cpu:gloo,cuda:nccl",
 )
 # T4, V100, RTX 20: no bfloat16, no flash over segments. float16 would need scaled losses, and skip steps.
 OLD_CUDA = replace(CUDA, name="cuda before sm_80", dtypes=(FP32,), ladder=WHOLE, flash=False)
-ROCM = replace(CUDA, name="rocm", flash=False, bitsandbytes=False)  # its flash may align causality at the first key
+# Its flash may align causality at the first key, and its products of 16-bit matrices are 16-bit (torch 2.13).
+ROCM = replace(CUDA, name="rocm", flash=False, float32_logits=False, bitsandbytes=False)
 XPU = DeviceKind("xpu", (BF16, FP32), WHOLE, backend="cpu:gloo,xpu:xccl")  # Arc has no float64
 MPS = DeviceKind("mps", (FP32, BF16), WHOLE, most_tokens=8192)
 KINDS = {kind.name: kind for kind in (CPU, CUDA, OLD_CUDA, ROCM, XPU, MPS)}

@@ -17,7 +17,7 @@ from dpo_cli.models.attention import PREFIX_SHARED
 from dpo_cli.models.shapes import ShapesRunner, shapes_only
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.training.memory import choose_memory
-from dpo_cli.training.optimizer import SPLIT, make_optimizer
+from dpo_cli.training.optimizer import SPLIT_MODES, make_optimizer
 from dpo_cli.training.step import Trainer
 from dpo_cli.training.trace import Watch, watch_step
 from dpo_cli.utils.cards import CARDS, standing_in
@@ -54,7 +54,7 @@ def traced_step(device: str, memory: str, recompute: bool) -> dict[str, Any]:
     with standing_in(CARDS["h100"]), shapes_only(), watch:
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=PREFIX_SHARED).eval()
-        low = split_master_weights(model) if memory in SPLIT else None
+        low = split_master_weights(model) if memory in SPLIT_MODES else None
         runner = ShapesRunner(model, "shared", torch.bfloat16, 4096, torch.device(device))
         choice, costs = choose_memory(runner, pairs, 0, memory, recompute, 4096), runner.costs(pairs)
         order = {"batch_size": 16, "epochs": 1, "max_steps": 1, "world_size": 1, "seed": 0}

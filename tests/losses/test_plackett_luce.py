@@ -52,7 +52,7 @@ def of_rewards(rewards: list[list[float]], beta: float = 1.0) -> tuple[Preferenc
     chosen = [i for start, end in pairwise(starts) for i in range(start, end - 1)]
     logps = leaf[chosen + [i + 1 for i in chosen]]
     sizes = [len(each) - 1 for each in rewards]
-    return Preferences(logps, 0 * logps, torch.ones(len(logps)), logps, 1.0, rankings=sizes), leaf
+    return Preferences(logps, 0 * logps, torch.ones(len(logps)), logps, 1.0, ranking_sizes=sizes), leaf
 
 
 # ---- the formula ------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_of_two_answers_it_is_sigmoid(f_divergence: str) -> None:
     for loss in ("plackett_luce", "sigmoid"):
         leaf = logps.clone().requires_grad_()
         p = Preferences(
-            leaf, torch.zeros(200), torch.ones(200), leaf, 1.0, 0.0, torch.linspace(0, 2, 100), rankings=[1] * 100
+            leaf, torch.zeros(200), torch.ones(200), leaf, 1.0, 0.0, torch.linspace(0, 2, 100), ranking_sizes=[1] * 100
         )
         losses = parse_objective(loss, f_divergence=f_divergence)(p)
         losses.sum().backward()
@@ -165,9 +165,9 @@ def test_a_ranking_is_in_one_step_one_forward_and_one_piece(
             if len(of_forward) > 1:
                 assert layout == "alone" or batch.input_ids.numel() <= max_tokens
             sizes = [len(each) for each in of_forward]
-            assert [size for piece in batch.pieces for size in piece[3]] == sizes
-            assert all(sum(piece[3]) == piece[0].stop - piece[0].start for piece in batch.pieces)
-            assert all(piece[2].stop - piece[2].start <= 25 or len(piece[3]) == 1 for piece in batch.pieces)
+            assert [size for piece in batch.pieces for size in piece.ranking_sizes] == sizes
+            assert all(sum(piece.ranking_sizes) == piece.pairs.stop - piece.pairs.start for piece in batch.pieces)
+            assert all(p.distinct.stop - p.distinct.start <= 25 or len(p.ranking_sizes) == 1 for p in batch.pieces)
     assert sorted(seen) == sorted(2 * [*whole]) and len(costs) == len(pairs)
 
 
@@ -283,7 +283,7 @@ def test_where_memory_runs_out_rankings_stay_whole(
 def test_the_head_has_room_for_a_whole_ranking(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, logits_bytes=4 * 384 * 40)
     runner, pairs = ModelRunner(model, "packed", torch.float32, 4096, CPU), ranked([6, 2], longest=30)
-    largest = max(piece[1].stop - piece[1].start for piece in runner.batch(pairs).pieces)
+    largest = max(piece.tokens.stop - piece.tokens.start for piece in runner.batch(pairs).pieces)
     assert 40 < largest == count_head_tokens(runner, pairs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.data.batching import collate
 from dpo_cli.models.attention import PREFIX_SHARED, attention
-from dpo_cli.models.logprobs import ModelRunner, _grouped_mm, precision, response_logps
+from dpo_cli.models.logprobs import ModelRunner, precision, response_logps
 from tests.helpers.families import make
 from tests.models.test_flash import LENGTHS, pairs_of
 
@@ -33,14 +32,6 @@ class Products(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.fixture
-def on_the_cpu() -> Iterator[None]:
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_grouped_mm", _grouped_mm, "AutocastCPU")
-    yield
-    library._destroy()
-
-
 def run(model: nn.Module, dtype: torch.dtype, checkpointing: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of responses and gradients, of a forward in training mode with shared prompts."""
     model.zero_grad()
@@ -57,7 +48,7 @@ def run(model: nn.Module, dtype: torch.dtype, checkpointing: bool = False) -> tu
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", MIXTURES)
-def test_products_are_bfloat16_and_gradients_float32(family: str, checkpointing: bool, on_the_cpu: None) -> None:
+def test_products_are_bfloat16_and_gradients_float32(family: str, checkpointing: bool) -> None:
     """Forward, backward and recomputed; float32 without autocast."""
     model = make(family)
     products = {}
@@ -72,7 +63,7 @@ def test_products_are_bfloat16_and_gradients_float32(family: str, checkpointing:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_they_equal_the_models_own_loop_within_the_noise_of_bfloat16(family: str, on_the_cpu: None) -> None:
+def test_they_equal_the_models_own_loop_within_the_noise_of_bfloat16(family: str) -> None:
     """A linear layer per expert, which autocast knows. Routers agree: what differs is the order of sums."""
     model = make(family)
     exact, exact_gradients = run(model, torch.float32)

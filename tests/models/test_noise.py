@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +28,12 @@ from dpo_cli.models.logprobs import Float32Product, Head, ModelRunner, response_
 from dpo_cli.models.noise import draw_probes, excess, measure_noise
 from dpo_cli.training.prepare import ScoredModel
 from dpo_cli.utils import devices, distributed
+from dpo_cli.utils.cards import CARDS, standing_in
+from dpo_cli.utils.devices import CPU, CUDA, OLD_CUDA, ROCM
 from tests.helpers import SAMPLE, make_model, random_pairs, stand_in
 from tests.helpers.caches import plant
 
-CPU = torch.device("cpu")
+CPU_DEVICE = torch.device("cpu")
 WIDE = {"hidden_size": 64, "num_hidden_layers": 4, "head_dim": 16, "scale": 12.0}  # of much noise in bfloat16
 
 
@@ -69,7 +70,7 @@ def test_other_kernels_pass_and_another_head_does_not(mode: str) -> None:
     """The kernels differ by more than the 0.1 nats per root of tokens that are right for no model."""
     model, pairs = make_model(**WIDE), Pairs(random_pairs(32, longest=40))
     model.set_attn_implementation(PREFIX_SHARED)
-    runner = ModelRunner(model, "shared", torch.bfloat16, 4096, CPU)
+    runner = ModelRunner(model, "shared", torch.bfloat16, 4096, CPU_DEVICE)
     runner.probes = draw_probes(runner, pairs)
     measure_noise(runner)
     if mode == "split":
@@ -92,7 +93,7 @@ def test_in_float32_nothing_is_measured_and_the_largest_difference_counts() -> N
     for differences, wanted in (([1e-3, 8e-3, 2e-3], 0.8), ([0, 0.02, 0], 2.0), ([9e-4 * 2, 9e-3, 9e-4 * 3], 0.9)):
         assert excess(torch.tensor(differences), tokens, 0.0) == pytest.approx(wanted)
     assert excess(torch.tensor([0, float("nan"), 0]), tokens, 1.0) == float("inf")
-    assert choose_layout(make_model(), random_pairs(3), 1024, CPU, torch.float32)[0].noise == 0
+    assert choose_layout(make_model(), random_pairs(3), 1024, CPU_DEVICE, torch.float32)[0].noise == 0
 
 
 def test_the_limits_by_hand() -> None:
@@ -145,7 +146,7 @@ def test_a_mixture_whose_routes_flip_keeps_its_layout() -> None:
             if name.endswith("gate.weight"):
                 parameter.copy_(parameter.mean(0) + 1e-3 * (parameter - parameter.mean(0)))
     with kernel(lambda rows: 1 + rows % 3):
-        runner, description = choose_layout(model, random_pairs(12), 1024, CPU, torch.bfloat16)
+        runner, description = choose_layout(model, random_pairs(12), 1024, CPU_DEVICE, torch.bfloat16)
     assert runner.layout == "shared" and runner.noise > 0.3, description
 
 
@@ -156,7 +157,7 @@ def shared_attention(monkeypatch: pytest.MonkeyPatch, changed: Callable[[Tensor]
         return changed(prefix_shared_attention(*inputs, **more)[0]), None
 
     monkeypatch.setitem(AttentionInterface._global_mapping, PREFIX_SHARED, attention)
-    runner, description = choose_layout(make_model(), random_pairs(6), 1024, CPU, torch.bfloat16)
+    runner, description = choose_layout(make_model(), random_pairs(6), 1024, CPU_DEVICE, torch.bfloat16)
     return f"{runner.layout}: {description}"
 
 
@@ -176,7 +177,7 @@ def test_a_layout_without_a_backward_pass_is_refused(monkeypatch: pytest.MonkeyP
             raise RuntimeError("FlashAttention backward for head dim > 192 requires A100")
 
     stand_in(monkeypatch, flash=True)
-    monkeypatch.setattr(dpo_cli.models.attention, "takes_flash", lambda *_: False)  # which a CPU does not have
+    monkeypatch.setattr(dpo_cli.models.attention, "takes_flash", lambda *_: False)  # which a CPU_DEVICE does not have
     found = shared_attention(monkeypatch, ForwardOnly.apply)
     assert found.startswith("packed: ") and "RuntimeError: FlashAttention backward for head dim > 192" in found
 
@@ -199,7 +200,7 @@ def test_logits_are_not_rounded(
     bias: bool, trained: bool, config: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and gradients are those of float32 products of what was rounded before."""
-    monkeypatch.setattr(dpo_cli.models.logprobs, "FLOAT32_PRODUCTS", {"cpu"})
+    stand_in(monkeypatch, float32_logits=True)
     monkeypatch.setattr(torch, "mm", product)
     torch.manual_seed(0)
     module = nn.Linear(16, 40, bias=bias).requires_grad_(trained)
@@ -223,7 +224,7 @@ def test_logits_are_not_rounded(
 
 
 def test_a_head_within_an_adapter_is_run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dpo_cli.models.logprobs, "FLOAT32_PRODUCTS", {"cpu"})
+    stand_in(monkeypatch, float32_logits=True)
 
     class Adapted(nn.Linear):
         def forward(self, hidden: Tensor) -> Tensor:
@@ -245,7 +246,7 @@ def test_on_a_cuda_device_no_logits_in_bfloat16_are_made() -> None:
             made.extend([result.dtype] if isinstance(result, Tensor) and result.shape == (7, 40) else [])
             return result
 
-    with FakeTensorMode(), Recorder(), torch.no_grad():
+    with standing_in(CARDS["h100"]), FakeTensorMode(), Recorder(), torch.no_grad():
         module = nn.Linear(16, 40, bias=False, device="meta")
         module.weight = nn.Parameter(torch.empty(40, 16, device="cuda"), requires_grad=False)
         hidden = torch.empty(7, 16, dtype=torch.bfloat16, device="cuda")
@@ -256,17 +257,13 @@ def test_on_a_cuda_device_no_logits_in_bfloat16_are_made() -> None:
     assert [leaf.grad.shape for leaf in leaves if leaf.grad is not None] == [(7, 16), (40, 16)]
 
 
-def test_logits_of_another_precision_are_other_log_probs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only on CUDA: what a CPU has computed stays in its cache."""
-    written: list[dict[str, Any]] = []
-    dumps = json.dumps
-    monkeypatch.setattr(json, "dumps", lambda about, **more: written.append(about) or dumps(about, **more))
-    model = make_model()
-    fingerprint(model, "", "shared", torch.bfloat16)
-    with FakeTensorMode():
-        cuda = SimpleNamespace(config=model.config, parameters=lambda: iter([torch.empty(1, device="cuda")]))
-        fingerprint(cuda, "", "shared", torch.bfloat16)  # type: ignore[arg-type]
-    assert [about["version"] for about in written if "version" in about] == [2, 3]
+def test_each_kind_of_device_has_log_probs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds differ in attention and in the precision of logits."""
+    model, found = make_model(), set[str]()
+    for kind in (CPU, CUDA, OLD_CUDA, ROCM):
+        stand_in(monkeypatch, kind)
+        found.add(fingerprint(model, "", "shared", torch.bfloat16))
+    assert len(found) == 4
 
 
 def test_sums_of_bfloat16_products_are_float32_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,7 @@ def test_pieces_of_the_head_do_not_change_the_gradient(kind: str, monkeypatch: p
     check_equal(score(model, pairs, "shared"), whole)
     pieces = collate(pairs, "shared", 1.0, 9).pieces
     assert len(pieces) > 1 or len(collate(pairs, "shared").targets) <= 9
-    rows = [edges.stop - edges.start for _, _, edges, _ in pieces]
-    assert all(n <= 9 or pairs_.stop - pairs_.start == 1 for n, (pairs_, _, _, _) in zip(rows, pieces, strict=True))
+    assert all(p.distinct.stop - p.distinct.start <= 9 or len(p.ranking_sizes) == 1 for p in pieces)
 
 
 # ---- the forest ---------------------------------------------------------------------------------------------------

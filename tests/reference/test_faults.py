@@ -102,11 +102,11 @@ def gradient_of_one(trainer: Trainer, places: list[int]) -> list[int]:
     culprit, head_pieces = places[1], HiddenStates.head_pieces
 
     def spoilt(hidden: HiddenStates, *rest: Any) -> Iterator[Preferences]:
-        for (pairs, *_), piece in zip(hidden.batch.pieces, head_pieces(hidden, *rest), strict=True):
-            guilty = torch.tensor([place == culprit for place in hidden.batch.places[pairs]] * 2)
-            if piece.logps.requires_grad:
-                piece.logps.register_hook(lambda grad, guilty=guilty: torch.where(guilty, math.nan, grad))
-            yield piece
+        for piece, preferences in zip(hidden.batch.pieces, head_pieces(hidden, *rest), strict=True):
+            guilty = torch.tensor([place == culprit for place in hidden.batch.places[piece.pairs]] * 2)
+            if preferences.logps.requires_grad:
+                preferences.logps.register_hook(lambda grad, guilty=guilty: torch.where(guilty, math.nan, grad))
+            yield preferences
 
     patch = pytest.MonkeyPatch()
     patch.setattr(HiddenStates, "head_pieces", spoilt)

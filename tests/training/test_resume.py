@@ -27,6 +27,7 @@ from dpo_cli.config.resolve import resolve_training
 from dpo_cli.evaluation.metrics import truncate_metrics
 from dpo_cli.training.checkpoint import newest_checkpoint, save_checkpoint
 from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.files import with_checksum
 from tests.helpers import make_model
 from tests.helpers.runs import (
     Place,
@@ -461,6 +462,24 @@ def test_refused_when_the_input_was_edited_since(place: Place, copy: Path, edite
     assert code == 2, told
     what = {"rows.jsonl": "the data", "held-out.jsonl": "the held-out data", "model": "the start model"}[edited]
     assert f"--resume {copy.name}: {what} changed since the run began" in told
+
+
+@pytest.mark.parametrize("other", ["device", "weights"])
+def test_resumed_on_another_device_with_the_same_weights(place: Place, copy: Path, other: str) -> None:
+    """A fingerprint holds both; of weights that changed, another device is no excuse."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["device"] = "cuda"
+    for name in ("start", "reference"):
+        how, weights = manifest[name]["fingerprint"][:16], manifest[name]["fingerprint"][16:]
+        manifest[name]["fingerprint"] = "0" * 16 + weights if other == "device" else how + "0" * 48
+    (copy / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
+    code, told = place.dpo("train", "--resume", copy.name)
+    if other == "device":
+        assert code == 0 and "the libraries or the device have changed since the run began" in told, told
+        assert_equal(copy, place.folder / "whole")
+    else:
+        assert code == 2 and "the start model changed since the run began" in told, told
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])

@@ -164,6 +164,16 @@ def test_the_command_needs_no_weights(dpo: Cli, folder: Path, tmp_path: Path, mo
         assert "4090, the largest step: 16 pairs" in text and "a floor" in text and "it fits" in text
 
 
+def test_a_mixture_of_experts(dpo: Cli, folder: Path, tmp_path: Path) -> None:
+    """Its grouped products are bfloat16, for which alone a trace knows shapes."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": True}
+    config_only(tmp_path / "model", "qwen3_moe", **SMALL, **experts)
+    common = ("train", "--dry-run", "--trace", "--model", "model", "--data", folder / "rows.jsonl")
+    result = dpo(*common, "--card", "h100", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["host_syncs"] == 1
+
+
 def test_a_card_without_bfloat16_computes_in_float32(dpo: Cli, folder: Path, tmp_path: Path) -> None:
     config_only(tmp_path / "model", **SMALL)
     result = dpo("train", "--dry-run", "--trace", "--model", "model", "--data", folder / "rows.jsonl", "--card", "t4")
@@ -183,7 +193,7 @@ def test_refused(dpo: Cli, folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     assert "the folder has no weights" in refusal("--dry-run")
     for alone in (("--trace",), ("--card", "h100"), ("--dry-run", "--card", "h100")):
-        assert "are of a dry run, as in dpo train --dry-run --trace --card h100" in refusal(*alone)
+        assert "need --dry-run and --trace, as in dpo train --dry-run --trace --card h100" in refusal(*alone)
     assert "--card h10: must be one of" in refusal("--dry-run", "--trace", "--card", "h10")
     assert "there is no CUDA device here; name one by --card: b200, h200" in refusal("--dry-run", "--trace")
     on = ("--dry-run", "--trace", "--card", "h100")
