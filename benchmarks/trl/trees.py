@@ -125,6 +125,8 @@ def measure(name: str, args: argparse.Namespace, model: Path, folder: Path, envi
         for side in args.sides:
             (own := folder / side).mkdir()
             mine = job | {"folder": str(own)} | ({} if side == "ours" else fewer)
+            if side != "ours":
+                mine["train"] = str(write_records(own / "rows.jsonl", rows[:some]))
             workers[side] = Worker(SIDES[side], mine, own / "log", environment | SEEN.get(side, {}), 3600.0)
         for phase in args.phases:
             took, said = take_turns(workers, phase, blocks, dead)
@@ -137,8 +139,8 @@ def measure(name: str, args: argparse.Namespace, model: Path, folder: Path, envi
             peak = {side: max(block["peak"] for block in blocks) for side, blocks in took.items()}
             cells = [f"{blocks[side][0] / seconds[side]:.2f}" if side in seconds else "–" for side in SIDES]
             for side in ("trl", "pairs"):
-                more = len(rows) / blocks[side][0] if side in seconds else 1
-                ratios = [more * each[side] / each["ours"] for each in (seconds, cpu) if side in each]
+                more = len(rows) / blocks[side][0] if side in blocks else 1
+                ratios = [more * each[side] / each["ours"] for each in (seconds, cpu) if {side, "ours"} <= each.keys()]
                 cells.append("{:.2f} ({:.2f})".format(*ratios) if ratios else "–")
             cells.append(", ".join(f"{peak[side]:,.0f}" for side in peak))
             lines.append(f"| {name} | {phase} | {' | '.join(cells)} |")

@@ -115,7 +115,15 @@ def eval_(options: EvalOptions) -> None:
     from dpo_cli.evaluation.evaluate import run_eval
     from dpo_cli.reporting.text import as_text
 
-    run_eval(options, reporter, lambda result: out.show(result, as_text))
+    gates: list[dict[str, Any]] = []
+
+    def show(result: dict[str, Any]) -> None:
+        out.show(result, as_text)
+        gates.extend(result.get("gates", ()))
+
+    run_eval(options, reporter, show)
+    if not all(gate["passed"] for gate in gates):
+        raise typer.Exit(3)
 
 
 def sweep(options: SweepOptions) -> None:

@@ -12,6 +12,7 @@ from dpo_cli.losses.divergences import DIVERGENCES, divergence
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import LOSSES
 
+GATE = re.compile(r"\s*([\w/.]+)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*", re.ASCII)
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -67,6 +68,10 @@ trackers = Check(
     f"must be one or more of {', '.join(TRACKERS)}, separated by commas, or none",
     TRACKERS,
 )
+gates = Check(
+    lambda v: all(map(GATE.fullmatch, v.split(","))),
+    "must be conditions as rewards/accuracies>=0.7, separated by commas, with >=, <=, > or <",
+)
 module_names = Check(
     lambda v: bool(re.fullmatch(r"[\w-]+(\.[\w-]+)*(,[\w-]+(\.[\w-]+)*)*", v, re.ASCII)),
     "must be names of modules, separated by commas, for example q_proj,v_proj",
@@ -120,6 +125,9 @@ def refused(options: Any) -> list[str]:
             reads_held_out and not held_out,
             "--eval-steps, --show-answers and --save-best need held-out pairs: --eval-data or --eval-fraction",
         ),
+        (o["reward"] and o["judge"], "--reward and --judge: give one of them"),
+        (o["judge_model"] and not o["judge"], "--judge-model: needs --judge, the address that offers it"),
+        ((o["reward"] or o["judge"]) and not o["samples"], "--reward, --judge: need --samples, for example 1"),
         (sweeps and not o["eval_data"], "--eval-data is missing: a sweep compares its runs on held-out rows"),
         (sweeps and not objective.uses("beta"), "--loss {loss}: reads no beta, so there is nothing to compare"),
     ]

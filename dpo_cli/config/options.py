@@ -245,6 +245,16 @@ class EvalOptions(SampleOptions):
     beta: float | None = option(None, "Scale of the implicit reward.", positive, shown="the run's, else 0.1")
     kl: str = option("exact", KL, one_of("exact", "none"))
     seed: int = option(0, "Seed of the samples.", checks.valid_seed)
+    reward: str | None = option(
+        None, "MODULE:FUNCTION that scores --samples: the share of the policy's answers that beat the reference's."
+    )
+    judge: str | None = option(
+        None, "The same by a language model: an OpenAI-compatible address; the key is read from OPENAI_API_KEY."
+    )
+    judge_model: str | None = option(None, "Model of --judge.", shown="the only one there")
+    gate: str | None = option(
+        None, "Exit with code 3 unless these hold, as rewards/accuracies>=0.7,win_rate.share>0.5", checks.gates
+    )
     per_pair: Path | None = option(None, "Write one JSON line per pair to this file.")
     report: Path | None = option(None, "Write the report, one HTML file, to this file.")
 

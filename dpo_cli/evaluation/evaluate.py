@@ -21,7 +21,9 @@ from dpo_cli.data.pairs import Ids, Pairs, trained_on
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation import kl, statistics
 from dpo_cli.evaluation.evaluator import Evaluation, Evaluator, write_per_pair
+from dpo_cli.evaluation.gate import check_gates
 from dpo_cli.evaluation.generation import as_pairs, by_prompt, eos_ids, generate, sequence_kl, text
+from dpo_cli.evaluation.judge import by_judge, by_reward, win_rate
 from dpo_cli.evaluation.metrics import Table, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import same_weights
@@ -61,8 +63,9 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
     if len(names) == 1:
         evaluate(names[0], options, reporter, show)
         return
-    if options.per_pair or options.report or options.samples or options.base_model:
-        raise UsageError("--per-pair, --report, --samples and --base-model take one --model: evaluate each on its own")
+    if options.per_pair or options.report or options.samples or options.base_model or options.gate:
+        single = "--per-pair, --report, --samples, --gate and --base-model"
+        raise UsageError(f"{single} take one --model: evaluate each on its own")
     (first, pairs), (second, others) = (evaluate(name, options, reporter) for name in names)
     result: dict[str, Any] = {"pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
     for name, each in (("a", first.result), ("b", second.result)):
@@ -82,6 +85,8 @@ def evaluate(
     if began and began.objective.uses("ranking_sizes") and options.pairs != "ranking":
         raise UsageError(f"--pairs {options.pairs}: the run's loss is of whole rankings; leave it out")
     check_reference(options)
+    contest = by_reward(options.reward) if options.reward else None
+    contest = by_judge(options.judge, options.judge_model) if options.judge else contest
     tokenizer = choose_tokenizer(source, options)
     rows = read_pairs(options.data, options, tokenizer, reporter)
     pairs = rows.pairs
@@ -99,12 +104,22 @@ def evaluate(
         overlap = trained_on(pairs, trained) if trained is not None else None
     about: dict[str, Any] = {"model": source.description, "reference": scored.reference, "beta": options.beta}
     about |= {"rows": rows.rows, "refused": reasons(rows.refused), "pairs": len(pairs)}
-    evaluation = evaluator.evaluation(scores, scored.tokens, history, about, overlap, held_out, **scored.samples)
+    samples = dict(scored.samples)
+    if contest:
+        try:
+            samples["win_rate"] = win_rate(samples["samples"], contest)
+        except UsageError as error:  # of the user's function or the judge: the rest is not lost
+            reporter.warning(f"{error}; so there is no win rate")
+    evaluation = evaluator.evaluation(scores, scored.tokens, history, about, overlap, held_out, **samples)
+    if options.gate:
+        evaluation.result["gates"] = check_gates(options.gate, evaluation.result)
     show(evaluation.result)
     if options.per_pair:
         write_per_pair(options.per_pair, pairs, scores)
     if options.report:
-        report = ReportInput(source.description, evaluation, history, manifest, vars(options), objective)
+        title = source.run.name if source.run else source.description
+        of_run = vars(began) if began else None
+        report = ReportInput(title, evaluation, history, manifest, of_run, objective, evaluated_with=vars(options))
         write_report(options.report, report)
         reporter.info("report", str(options.report))
     return evaluation, pairs

@@ -25,7 +25,7 @@ from dpo_cli.evaluation.evaluator import Evaluation
 from dpo_cli.evaluation.metrics import SIDES, reward_unit
 from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.reporting.plots import Plot, curves, pair_plots, png
-from dpo_cli.reporting.text import format_interval, is_number, number, percent
+from dpo_cli.reporting.text import flat_numbers, format_interval, is_number, number, percent
 from dpo_cli.utils.files import atomic_write
 
 MAX_TOKENS = 600  # of a response that are shown
@@ -39,7 +39,8 @@ _UNSEEN = re.compile(  # controls, surrogates, what turns the direction of writi
 class ReportInput:
     """What a report is made of; what is absent leaves its section out.
 
-    ``history`` has the lines of ``metrics.jsonl``; ``manifest`` and ``options`` are those of the run.
+    ``history`` has the lines of ``metrics.jsonl``; ``manifest`` and ``options`` are those of the run,
+    ``evaluated_with`` those of ``dpo eval``.
     """
 
     title: str
@@ -48,6 +49,7 @@ class ReportInput:
     manifest: Mapping[str, Any] | None = None
     options: Mapping[str, Any] | None = None
     objective: Objective = DPO
+    evaluated_with: Mapping[str, Any] | None = None
 
 
 def write_report(file: Path, about: ReportInput) -> None:
@@ -64,17 +66,23 @@ def page(about: ReportInput) -> str:
     """Render the report as HTML."""
     evaluation = about.evaluation
     result: Mapping[str, Any] = evaluation.result if evaluation else {}
+    numbers = [(name, number(value), format_interval(ends)) for name, (value, ends) in flat_numbers(result).items()]
     sections = {
+        "verdict": ("Verdict", "judged" in result),
         "headline": ("Headline", list(_headline(result, about.objective))),
-        "findings": ("Findings", "judged" in result),
+        "facts": ("The run", list(_facts(about))),
+        "samples": ("Answers before and after", result.get("samples")),
         "training": ("Training", curves(about.history)),
         "preference": ("Preference", pair_plots(evaluation.scores) if evaluation else []),
         "pairs": ("Pairs, token by token", evaluation.shown if evaluation else []),
-        "drift": ("Drift", (result.get("drift") or {}).get("top")),
-        "samples": ("Samples", result.get("samples")),
-        "numbers": ("All numbers", list(_all_numbers(result))),
+        "drift": ("Tokens that changed most", (result.get("drift") or {}).get("top")),
+        "numbers": ("All numbers", numbers),
         "manifest": ("Manifest", about.manifest and json.dumps(about.manifest, indent=2, default=str)),
         "options": ("Options", about.options and json.dumps(about.options, indent=2, default=str)),
+        "evaluation": (
+            "Options of the evaluation",
+            about.evaluated_with and json.dumps(about.evaluated_with, indent=2, default=str),
+        ),
     }
     css, template = _style()
     return template.render(
@@ -85,6 +93,8 @@ def page(about: ReportInput) -> str:
         result=result,
         steps=len({line.get("step") for line in about.history if "loss" in line}),
         held_out=any("eval_loss" in line for line in about.history),
+        unnamed=("verdict", "headline", "facts"),  # their headings are for screen readers
+        folded=("numbers", "manifest", "options", "evaluation"),
         shades=range(-len(SHADES), len(SHADES) + 1),
         max_tokens=MAX_TOKENS,
     )
@@ -108,37 +118,45 @@ def shown(value: Any) -> Any:
 
 def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[dict[str, Any]]:
     """Yield the headline numbers: a name, (side, value, interval) each, and the meaning."""
-    sampled: Mapping[str, Any] = result.get("sequence_kl") or {}
-    values = {**result, "sequence_kl": sampled.get("token_kl")}
-    intervals = {**(result.get("intervals") or {}), "sequence_kl": sampled.get("token_kl_interval")}
-    start = "; ln 2 = 0.693 where policy and reference are equal" if objective.is_vanilla_dpo else ""
+    numbers, unit = flat_numbers(result), reward_unit(objective)
+    longer = numbers.get("length.accuracy_prefer_longer", (None,))[0]
+    baseline = f", always choosing the longer answer {percent(longer)}" if is_number(longer) else ""
+    equal = "; 0 where the model equals its reference" if objective.reference else ""
     items = [
-        ("Accuracy", "rewards/accuracies", "Share of pairs ranked right. A coin gets half."),
-        ("Margin", "rewards/margins", "Mean of chosen reward minus rejected reward."),
-        ("Loss", "loss", f"Of --loss {objective.name}{start}."),
-        ("Rewards", "rewards/", f"Beta times {reward_unit(objective)}."),
-        ("KL per token", "kl/", "KL(policy ‖ reference) over the vocabulary at the responses' tokens, in nats."),
-        ("KL per response", "sequence_kl", "KL(policy ‖ reference) of sampled responses, in nats."),
-        ("Perplexity before", "ref_perplexity/", "The reference's, on these responses."),
-        ("Perplexity after", "perplexity/", "The policy's, on these responses."),
+        ("Accuracy", "rewards/accuracies", f"Pairs whose chosen answer has the higher reward. Chance: 50%{baseline}."),
+        ("Margin", "rewards/margins", f"Reward of chosen minus rejected: beta times {unit}{equal}."),
+        ("KL per token", "kl/", "How far the next-token distribution moved from the reference, in nats."),
+        ("KL per response", "sequence_kl.token_kl", "The same, summed over a sampled answer, in nats."),
+        ("Win rate", "win_rate.share", "Sampled answers that were judged better than the reference's; a tie is half."),
     ]
     for name, key, meaning in items:
-        show = percent if name == "Accuracy" else number
+        show = number if name.startswith(("Margin", "KL")) else percent
         sides = SIDES if key.endswith("/") else ("",)
-        if values.get(key + sides[0]) is not None:
-            figures = [(s, show(values[key + s]), format_interval(intervals.get(key + s), show)) for s in sides]
+        figures = [
+            (s, show(value), format_interval(ends, show))
+            for s in sides
+            for value, ends in [numbers.get(key + s, (None, None))]
+        ]
+        if key + sides[0] in numbers:
             yield {"name": name, "figures": figures, "meaning": meaning}
 
 
-def _all_numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield name, value and interval of every number, named as in ``dpo eval --json``."""
-    flat = {name: (value, (result.get("intervals") or {}).get(name)) for name, value in result.items()}
-    for section, content in result.items():
-        if isinstance(content, Mapping) and section != "intervals":
-            flat |= {f"{section}.{name}": (value, content.get(f"{name}_interval")) for name, value in content.items()}
-    for name, (value, interval) in flat.items():
-        if is_number(value) or isinstance(value, float):
-            yield name, number(value), format_interval(interval)
+def _facts(about: ReportInput) -> Iterator[tuple[str, str]]:
+    """Yield what the run was: a name and a text each; nothing of a model that is of no run."""
+    options, manifest = about.options or {}, about.manifest or {}
+    data, held_out, losses = manifest.get("data"), manifest.get("held_out"), [x for x in about.history if "loss" in x]
+    if "start_model" in manifest:
+        yield "start model", manifest["start_model"]
+    if isinstance(data, Mapping) and isinstance(held_out, Mapping):
+        yield "pairs", f"{number(data['pairs'])} to train on, {number(held_out['pairs'])} held out"
+    if "lr" in options:
+        steps = f"{number(len({line.get('step') for line in losses}))} of {number(options.get('batch_size'))} pairs"
+        yield "steps", steps
+        yield "learning rate", f"{options['lr']:g}, {options.get('lr_scheduler')}"
+        adapter = f"adapter of rank {options['lora_rank']}" if options.get("lora_rank") else "all weights"
+        yield "trained", f"{adapter}, beta {options.get('beta')}, loss {about.objective.name}"
+    if "began" in manifest:
+        yield "began", f"{manifest['began']}, on {manifest.get('device')}"
 
 
 def fold(logratio: float) -> str:

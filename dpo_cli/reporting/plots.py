@@ -31,7 +31,7 @@ THEME: Any = {
     "svg.hashsalt": "dpo",  # the same input gives the same bytes
 }
 OUTCOMES = {0.0: "wrong", 0.5: "tie", 1.0: "right"}  # of ``PairScores.wins``
-WIN_COLORS = {0.0: COLORS["rejected"], 0.5: COLORS["muted"], 1.0: COLORS["chosen"]}
+WIN_COLORS = {0.0: COLORS["ink"], 0.5: "#cdc8bd", 1.0: "#948d80"}  # blue and orange are chosen and rejected
 LARGEST = 1e30  # a larger value cannot be drawn
 
 
@@ -80,12 +80,22 @@ def _save(target: Any, plots: Sequence[Plot], **how: Any) -> None:
 
 
 CURVES = (  # title, metrics, where a dashed line is drawn, caption
-    ("Loss", ["loss"], None, "Held-out loss that rises while the training loss falls: over-optimised."),
-    ("Margin, beta × nats", ["rewards/margins"], 0, "Held-out pairs far behind training pairs: memorised."),
-    ("Accuracy", ["rewards/accuracies"], 0.5, "Share of pairs ranked right. A coin gets half (dashed)."),
+    ("Loss", ["loss"], None, "If the held-out loss rises while the training loss falls, stop earlier."),
+    (
+        "Margin, beta × nats",
+        ["rewards/margins"],
+        0,
+        "If held-out pairs stay far behind training pairs, those were memorised.",
+    ),
+    ("Accuracy", ["rewards/accuracies"], 0.5, "Share of pairs ranked right. Dashed: chance."),
     ("Rewards, beta × nats", [f"rewards/{s}" for s in SIDES], 0, "The gap between the two is the margin."),
-    ("KL from the reference, nats per token", [f"kl/{s}" for s in SIDES], 0, "What the preference cost."),
-    ("Gradient norm", ["grad_norm"], None, "Before clipping. A rising floor: the run becomes unstable."),
+    (
+        "KL from the reference, nats per token",
+        [f"kl/{s}" for s in SIDES],
+        0,
+        "How far the model moved to learn the preference.",
+    ),
+    ("Gradient norm", ["grad_norm"], None, "Before clipping. If it keeps rising, the run becomes unstable."),
 )
 
 
@@ -114,7 +124,8 @@ def _draw_curve(axes: Axes, history: History, names: Sequence[str], level: float
             steps, values = points(history, line)
             if len(steps):
                 label = f"{side} {kind} {number(values[-1])}".strip()
-                axes.plot(steps, values, color=COLORS[side or "ink"], label=label, **style)
+                line_style = {"ls": ""} if len(steps) < 3 else {}  # two points show no course
+                axes.plot(steps, values, color=COLORS[side or "ink"], label=label, **style | line_style)
     if level is not None:
         axes.axhline(level, color=COLORS["muted"], lw=0.8, ls="--", zorder=1)
     axes.set_xlabel("step")
@@ -131,11 +142,13 @@ def pair_plots(scores: PairScores) -> list[Plot]:
     if not keep.any():
         return []
     margins, wins, gaps = margins[keep], wins[keep], (scores.tokens[:, 0] - scores.tokens[:, 1])[keep]
-    caption = "Right of 0 the chosen response has the higher reward. Dashed: the median. The ends hold what is beyond."
+    caption = (
+        "Right of 0 the chosen answer has the higher reward. Dashed: the median. The outer bars include all beyond."
+    )
     by_length = partial(_draw_lengths, gaps=gaps, margins=margins, wins=wins)
     return [
         Plot("Margins, pairs", caption, partial(_draw_margins, margins=margins, wins=wins)),
-        Plot("Margin and length", "One dot per pair. A slope is a length bias.", by_length),
+        Plot("Margin and length", "One dot per pair. A slope means a length bias.", by_length),
     ]
 
 
@@ -148,7 +161,8 @@ def _draw_margins(axes: Axes, margins: Table, wins: Table) -> None:
         color=[*WIN_COLORS.values()],
         label=[f"{(wins == win).mean():.0%} {word}" for win, word in OUTCOMES.items()],
     )
-    axes.axvline(float(np.median(margins)), color=COLORS["ink"], lw=1, ls="--")
+    axes.axvline(float(np.median(margins)), color=COLORS["muted"], lw=1, ls="--")
+    axes.locator_params(axis="y", integer=True)
     axes.set_xlabel("margin")
 
 

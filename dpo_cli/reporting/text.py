@@ -52,6 +52,15 @@ def format_interval(interval: Sequence[float] | None, show: Callable[[Any], str]
     return " to ".join(map(show, interval)) if interval else NONE
 
 
+def flat_numbers(result: Result) -> dict[str, tuple[float, Sequence[float] | None]]:
+    """Return every number of an evaluation, those of a section as SECTION.NAME, with its interval if it has one."""
+    flat = {name: (value, (result.get("intervals") or {}).get(name)) for name, value in result.items()}
+    for section, content in result.items():
+        if isinstance(content, Mapping) and section != "intervals":
+            flat |= {f"{section}.{name}": (value, content.get(f"{name}_interval")) for name, value in content.items()}
+    return {name: each for name, each in flat.items() if is_number(each[0]) or isinstance(each[0], float)}
+
+
 def as_text(result: Result) -> str:
     """Format the result of `dpo eval`: numbers with 95 % intervals, findings, shifted tokens."""
     lines = _comparison(result) if "differences" in result else _evaluation(result)
@@ -99,6 +108,16 @@ def _evaluation(result: Result) -> Iterator[str]:
             f"{kl['samples']} samples per prompt over {kl['prompts']} prompts, cut at {kl['max_new_tokens']} tokens; "
             f"{percent(kl['ended'], 0)} ended with EOS"
         )
+    if won := result.get("win_rate"):
+        by_length = ", ".join(
+            f"{percent(won[f'policy_{which}'])} of {count:,} where the policy's is {which}"
+            for which in ("longer", "shorter")
+            if (count := won[f"policy_{which}_contests"])
+        )
+        yield (
+            f"{'win rate':<24}{percent(won['share'])} ({format_interval(won['share_interval'], percent)}) of "
+            f"{won['contests']:,} answers to {won['prompts']:,} prompts beat the reference's, ties as half; {by_length}"
+        )
     if drift := result.get("drift"):
         yield (
             f"{'shifted tokens':<24}{drift['shifted']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) changed "
@@ -109,6 +128,8 @@ def _evaluation(result: Result) -> Iterator[str]:
             yield f"{number(token['fold']):>20}  {text[:WIDTH]}  {token['row']} {token['response']}"
     yield ""
     yield from verdict_lines(result)
+    for gate in result.get("gates", ()):
+        yield f"gate {'passed' if gate['passed'] else 'FAILED'}: {gate['gate']} ({gate['text']})"
 
 
 def _means(result: Result) -> Iterator[str]:

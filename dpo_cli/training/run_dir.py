@@ -88,6 +88,7 @@ def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
     start = _named(options.model, options.base_model)
     return {
         "command": shlex.join(command),
+        "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
         "device": policy.runner.device.type,

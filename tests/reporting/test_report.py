@@ -156,7 +156,7 @@ def test_a_run_without_held_out_pairs_has_curves_and_its_origin() -> None:
     found = Parsed(
         page(ReportInput("run", None, history, {"device": "cpu"}, {"lr": 5e-7, "wpo": False, "columns": None}))
     )
-    assert found.sections() == ["training", "manifest", "options"]
+    assert found.sections() == ["facts", "training", "manifest", "options"]
     text = "".join(found.texts)
     assert "60 training steps. No pairs were held out" in text and "--eval-fraction 0.1 holds out a tenth" in text
     assert '"lr": 5e-07' in text and '"wpo": false' in text
@@ -167,9 +167,13 @@ def test_held_out_pairs_are_not_denied() -> None:
 
 
 def test_everything_has_its_section() -> None:
-    found = Parsed(page(ReportInput("run", make_evaluation(), make_history(60), {"a": 1}, {"b": 2})))
-    names = ["headline", "findings", "training", "preference", "pairs", "drift", "samples", "numbers", "manifest"]
-    assert found.sections() == [*names, "options"]
+    options, manifest = {"lr": 2e-5, "batch_size": 8}, {"start_model": "a model", "device": "cpu"}
+    about = ReportInput("run", make_evaluation(), make_history(60), manifest, options, evaluated_with={"b": 2})
+    found = Parsed(page(about))
+    names = ["verdict", "headline", "facts", "samples", "training", "preference", "pairs", "drift", "numbers"]
+    assert found.sections() == [*names, "manifest", "options", "evaluation"]
+    text = " ".join("".join(found.texts).split())
+    assert "start modela model" in text and "60 of 8 pairs" in text and "2e-05" in text
     assert len([tag for tag, _ in found.elements if tag == "img"]) == len(plots.CURVES) + 2
 
 
@@ -179,13 +183,13 @@ def test_the_page_says_what_was_judged_on_how_many_pairs(pairs: int) -> None:
     clean = "No problems found: 2 checks passed on 20 pairs (not found: not finite, length bias)."
     verdict = judge(pairs, 0, ["not_finite", "length_bias"])
     parsed = Parsed(page(ReportInput("run", make_evaluation(pairs, findings=[], judged=verdict))))
-    assert "findings" in parsed.sections() and (few if pairs < 20 else clean) in parsed.texts
+    assert "verdict" in parsed.sections() and (few if pairs < 20 else clean) in parsed.texts
 
 
 def test_the_page_begins_with_what_was_trained_on() -> None:
     told = {"pairs": 24, "prompts": 0, "text": "24 of these 30 pairs were trained on: <b>"}
     texts = Parsed(page(ReportInput("run", make_evaluation(30, trained_on=told)))).texts
-    assert texts.index(told["text"] + ".") < texts.index("Findings")
+    assert texts.index(told["text"] + ".") < texts.index("Verdict")
 
 
 def test_headline_numbers_are_those_of_the_result() -> None:
@@ -249,6 +253,13 @@ def test_a_spike_is_seen_in_a_long_history() -> None:
         plots.curves(lines)[0].draw(axes)
         tops.append(axes.get_ylim()[1])
     assert tops[0] > 20 > 2 > tops[1]
+
+
+@pytest.mark.parametrize(("evaluations", "line"), [(2, False), (3, True)])
+def test_two_points_are_no_course(evaluations: int, line: bool) -> None:
+    axes = Figure().add_subplot()
+    plots.curves([{"step": step, "eval_loss": 0.5} for step in range(evaluations)])[0].draw(axes)
+    assert axes.get_lines()[0].get_linestyle() == ("--" if line else "None")
 
 
 def test_constant_and_single_values_are_drawn() -> None:
@@ -336,8 +347,8 @@ def test_a_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         write_report(tmp_path / "file" / "report.html", ReportInput("run"))
 
 
-def test_of_another_loss_nothing_is_said_of_ln_2() -> None:
-    about = ReportInput("run", make_evaluation(), make_history(60))
-    assert "ln 2" in page(about)
+def test_the_margin_is_explained_by_the_loss() -> None:
+    about = ReportInput("run", make_evaluation(), make_history(60), {}, {"lr": 1e-6})
+    assert "loss sigmoid" in page(about) and "0 where the model equals its reference" in page(about)
     told = page(dataclasses.replace(about, objective=parse_objective("simpo")))
-    assert "ln 2" not in told and "Of --loss simpo" in told and "Beta times log-probs per token" in told
+    assert "loss simpo" in told and "beta times log-probs per token" in told and "equals its reference" not in told
