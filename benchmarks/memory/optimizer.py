@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.models.split_weights import split_master_weights
-from dpo_cli.training.optimizer import BYTES, SPLIT, SmallAdamW, make_optimizer
+from dpo_cli.training.optimizer import BYTES, SPLIT_MODES, SmallAdamW, make_optimizer
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -63,7 +63,7 @@ def take_step(optimizer: Any, memory: str, lr: float) -> None:
 
 def speed(memory: str, steps: int = 4) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMOLLM2))
-    optimizer = make_optimizer(model, 0.1, memory, split_master_weights(model) if memory in SPLIT else None)
+    optimizer = make_optimizer(model, 0.1, memory, split_master_weights(model) if memory in SPLIT_MODES else None)
     took = []
     for step in range(steps):
         random = torch.Generator().manual_seed(step)
@@ -100,7 +100,7 @@ def operators(memory: str) -> tuple[int, int]:
     with FakeTensorMode():
         config = AutoConfig.for_model("llama", **LLAMA_8B)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        optimizer = make_optimizer(model, 0.1, memory, split_master_weights(model) if memory in SPLIT else None)
+        optimizer = make_optimizer(model, 0.1, memory, split_master_weights(model) if memory in SPLIT_MODES else None)
         for _ in range(2):
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
@@ -194,7 +194,7 @@ def main() -> None:
     if arguments.what == "moments":
         moments(arguments.model)
     elif arguments.what == "operators":
-        for memory in [arguments.memory] if arguments.memory else sorted(SPLIT):
+        for memory in [arguments.memory] if arguments.memory else sorted(SPLIT_MODES):
             count, tensors = operators(memory)
             print(f"{memory:12s} {count:,} operators for {tensors} tensors")
     elif arguments.memory:

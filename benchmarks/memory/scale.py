@@ -22,7 +22,7 @@ from dpo_cli.models.parallel import Parallel
 from dpo_cli.models.shapes import ShapesRunner, shapes_only
 from dpo_cli.models.split_weights import split_master_weights
 from dpo_cli.training.memory import USABLE, StepBytes, count_bytes
-from dpo_cli.training.optimizer import SPLIT
+from dpo_cli.training.optimizer import SPLIT_MODES
 from dpo_cli.utils.cards import CARDS, standing_in
 
 GPU = 80e9  # bytes
@@ -80,7 +80,7 @@ class Counted:
 
     def peak(self, mode: str, shards: int = 1) -> int:
         """Bytes of each GPU, with activations recomputed."""
-        counted, forward = self.split if mode in SPLIT else self.whole, (TOKENS, self.at_head)
+        counted, forward = self.split if mode in SPLIT_MODES else self.whole, (TOKENS, self.at_head)
         if shards > 1:
             kept, outside, layer = (replace(each, fixed=0.0) for each in (counted.kept, counted.outside, counted.layer))
             gathered = Parallel(sharded=True).gathered_parameters(self.model)
