@@ -28,6 +28,7 @@ if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's wi
     os.environ["TERMINAL_WIDTH"] = "10000"
 
 Precision = Literal["float32", "bfloat16", "auto"]
+GgufPrecision = Literal["f32", "f16", "bf16", "q8_0"]
 CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Folder of cached reference log-probs.")]
 
 app = main = typer.Typer(
@@ -59,9 +60,23 @@ def top(
 def init(
     file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.yaml"),
     data: Annotated[list[str] | None, typer.Option(help="Value of --data of dpo train. Repeatable.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="DPO configuration of TRL, axolotl or LLaMA-Factory, to be translated instead."),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="With --from: devices there, each with a batch of its own. [default: 1]")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a file of all options of dpo train, with comments."""
+    """Write a file of the options of dpo train, with comments."""
+    if devices and not source:
+        raise UsageError("--devices: counts those of the configuration that --from names; leave it out")
+    if source:
+        from dpo_cli.config.importers import as_text, import_config
+
+        out.show(import_config(source, file, devices or 1, data or (), force), as_text)
+        return
     write_config(file, data or (), force)
     then = f"{file} is written. {'Now' if data else 'Fill in data: there, then'}: dpo train --config {file}"
     out.show({"config": str(file)}, lambda _: then)
@@ -154,6 +169,25 @@ def merge(
     out.show(run(model, base_model, output, export_dtype, trust_remote_code, reporter))
 
 
+def export(
+    run: Annotated[str, typer.Argument(help="A run, its best/, or the folder of a model or an adapter.")],
+    gguf: Annotated[Path, typer.Option(help="The GGUF file to write; must not exist yet.")],
+    quantization: Annotated[GgufPrecision, typer.Option(help="Of the matrices.")] = "q8_0",
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="Checkout of llama.cpp, with its converter. [default: an installed one]")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="The adapter's base. [default: what it names]")] = None,
+) -> None:
+    """Write a model as a GGUF file for llama.cpp and Ollama."""
+    from dpo_cli.models.locate import find_model
+
+    find_model(run, base=base_model)
+    reporter = out.reporter()
+    from dpo_cli.hub.gguf import export as write
+
+    out.show(write(run, gguf, quantization, llama_cpp, base_model, reporter))
+
+
 def explain(options: ExplainOptions) -> None:
     """Show the tokens of one row, and which carry loss."""
     reporter = out.reporter(options)
@@ -222,6 +256,7 @@ COMMANDS.update(
         "eval": Command(eval_, EvalOptions),
         "sweep": Command(sweep, SweepOptions),
         "merge": Command(merge),
+        "export": Command(export),
         "explain": Command(explain, ExplainOptions),
         "check": Command(check, CheckOptions),
         "losses": Command(losses),

@@ -114,6 +114,11 @@ def refused(options: Any) -> list[str]:
         (unused, f"{unused}: no adapter is trained; add --lora-rank, for example 16, or leave it out"),
         (lora and not in_full, "--memory {memory}: an adapter's weights are few and stay float32; use full"),
         (clips, "--memory in-backward: nothing can be clipped; set --max-grad-norm 0"),
+        (
+            o["min_lr"] and o["lr_scheduler"] == "constant",
+            "--min-lr {min_lr}: --lr-scheduler constant never falls; leave it out, or take linear or cosine",
+        ),
+        (o["min_lr"] and o["min_lr"] > o["lr"], "--min-lr {min_lr}: must be at most --lr, which is {lr}"),
         (stored, "--export-dtype {export_dtype}: an adapter is float32; add --export merged"),
         (merged and quantized, "--export merged: not over a quantized base; export the adapter, and use dpo merge"),
         (quantized and o["dtype"] == "float32", "--load-in-4bit, --load-in-8bit: not with --dtype float32"),

@@ -44,7 +44,8 @@ class DataOptions:
     data: list[str] = option(
         MISSING,
         "Preference rows: .jsonl, .json, .parquet or .csv, also .gz; a folder of them; a saved data set or a "
-        "hub id (ORG/NAME), with :SPLIT; - for JSON lines from stdin. Repeatable.",
+        "hub id (ORG/NAME), with :SPLIT; - for JSON lines from stdin. Repeatable; with =SHARE each, as in a.jsonl=0.7 "
+        "and b.jsonl=0.3, a mixture.",
     )
     columns: str | None = option(None, "Your columns, as prompt=…,chosen=…,rejected=…", shown="by the format")
     format: str | None = option(None, "Format of every row.", one_of(*FORMATS), shown="from each row's columns")
@@ -170,6 +171,9 @@ class TrainOptions(WeightsOptions):
     lr: float = option(None, "Peak learning rate.", positive, shown="1e-6; 1e-5 for an adapter")
     lr_scheduler: str = option("linear", "Learning rate schedule.", one_of("linear", "cosine", "constant"))
     warmup_ratio: float = option(0.1, "Fraction of the steps in which the learning rate rises.", checks.fraction)
+    min_lr: float = option(0.0, "Learning rate at which linear and cosine schedules end.", not_negative)
+    adam_beta1: float = option(0.9, "AdamW: decay of the mean gradient per step.", checks.fraction)
+    adam_beta2: float = option(0.999, "AdamW: decay of the mean squared gradient per step.", checks.fraction)
     weight_decay: float = option(0.0, "AdamW's weight decay, applied to matrices only.", not_negative)
     max_grad_norm: float = option(1.0, "Clip the gradient norm to this; 0 turns clipping off.", not_negative)
     ref_model: str | None = option(None, "Reference model; never in memory with the policy.", shown="--model")
@@ -191,7 +195,9 @@ class TrainOptions(WeightsOptions):
         "float32", "Precision of exported weights; auto: the start model's.", one_of("float32", "bfloat16", "auto")
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    seed: int = option(0, "Seed of the order of the pairs.", checks.valid_seed)
+    seed: int = option(
+        0, "Seed of the order of the pairs, of --eval-fraction and of a mixture's draw.", checks.valid_seed
+    )
     logging_steps: int = option(10, "Steps per log line if stderr is not a terminal; at least one per 30 s.", positive)
     eval_steps: int = option(0, "Steps between evaluations; 0: only before and after.", not_negative)
     kl: str = option("exact", KL, one_of("exact", "none"))
@@ -229,6 +235,7 @@ class TrainOptions(WeightsOptions):
 class PrecomputeOptions(WeightsOptions):
     """`dpo precompute-ref`."""
 
+    seed: int = option(0, "Seed of a mixture's draw, as of the training.", checks.valid_seed)
     verify: int = option(0, "Recompute this many random cached pairs and show the largest difference.", not_negative)
 
 
@@ -244,7 +251,7 @@ class EvalOptions(SampleOptions):
     ref_model: str | None = option(None, "Reference model.", shown="the run's, else the model itself")
     beta: float | None = option(None, "Scale of the implicit reward.", positive, shown="the run's, else 0.1")
     kl: str = option("exact", KL, one_of("exact", "none"))
-    seed: int = option(0, "Seed of the samples.", checks.valid_seed)
+    seed: int = option(0, "Seed of the samples, and of a mixture's draw.", checks.valid_seed)
     reward: str | None = option(
         None, "MODULE:FUNCTION that scores --samples: the share of the policy's answers that beat the reference's."
     )
@@ -281,6 +288,7 @@ class CheckOptions(DataOptions):
 
     eval_data: list[str] | None = option(None, "Held-out rows, which are searched for rows of --data.")
     examples: int = option(3, "Rows shown per finding.", not_negative)
+    seed: int = option(0, "Seed of a mixture's draw, as of the training.", checks.valid_seed)
     fix: Path | None = option(None, "Write the clean rows of --data to this new .jsonl file.")
     strict: bool = option(False, "Exit with code 3 if there is a problem.")
 

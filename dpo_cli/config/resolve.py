@@ -33,13 +33,36 @@ AUTO_OPTIONS = (
 OTHER_NAMES = {
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
     "model_name_or_path": "model",
+    "base_model": "model",
     "dataset_name": "data",
+    "dataset": "data",
+    "datasets": "data",
     "output_dir": "output",
     "lora_r": "lora_rank",
+    "lora_target": "lora_targets",
+    "lora_target_modules": "lora_targets",
+    "lora_modules_to_save": "modules_to_save",
+    "additional_target": "modules_to_save",
     "lr_scheduler_type": "lr_scheduler",
     "max_seq_length": "max_length",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "loss_type": "loss",
+    "pref_loss": "loss",
+    "dpo_loss_type": "loss",
+    "pref_beta": "beta",
+    "rl_beta": "beta",
+    "orpo_alpha": "beta",
+    "dpo_label_smoothing": "label_smoothing",
+    "f_divergence_type": "f_divergence",
+    "use_weighting": "wpo",
+    "dpo_use_weighting": "wpo",
+    "val_size": "eval_fraction",
+    "val_set_size": "eval_fraction",
 }
 
 HEAD = (
@@ -69,7 +92,7 @@ def resolve(kind: type[T], given: Mapping[str, Any], file: Name | None = None) -
     types, values, problems = get_type_hints(kind), dict[str, Any](), list[str]()
     optional = {f.name for f in fields(kind) if f.default in (None, MISSING)}
     flags = [(name, value, "") for name, value in given.items() if value is not None]
-    for items in (_yaml_items(Path(file)) if file else (), flags):
+    for items in (yaml_items(Path(file)) if file else (), flags):
         read: dict[str, Any] = {}
         for key, value, place in items:
             name = key.replace("-", "_")
@@ -92,18 +115,23 @@ def resolve(kind: type[T], given: Mapping[str, Any], file: Name | None = None) -
     return kind(**values)
 
 
-def _yaml_items(file: Path) -> Iterator[tuple[str, Any, str]]:
+def yaml_items(file: Path, option: str = "--config") -> Iterator[tuple[str, Any, str]]:
+    """Yield each key of a YAML mapping with its value, and its place for messages.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no such mapping.
+    """
     import yaml
 
     try:
         loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
         node = loader.get_single_node()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {file}: cannot be read ({error}){suggest_path(file)}") from error
+        raise UsageError(f"{option} {file}: cannot be read ({error}){suggest_path(file)}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"--config {file}: not valid YAML\n{error}") from error
+        raise UsageError(f"{option} {file}: not valid YAML\n{error}") from error
     if node is not None and not isinstance(node, yaml.MappingNode):
-        raise UsageError(f"--config {file}: must be a mapping of option names to values")
+        raise UsageError(f"{option} {file}: must be a mapping of option names to values")
     for key, value in node.value if node else ():
         place = f"{file}:{key.start_mark.line + 1}: "
         try:
@@ -123,10 +151,12 @@ def _convert(value: Any, type_: Any) -> Any:
         type_ = next(kind for kind in get_args(type_) if kind is not NoneType)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if isinstance(value, Mapping):
+        if type_ == list[str]:  # data with shares
+            value = {name: float(each) for name, each in value.items()}
+        value = [f"{name}={each}" for name, each in value.items()] if type_ in (str, list[str]) else value
     if type_ == list[str]:
         return [os.fspath(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
-    if type_ is str and isinstance(value, Mapping):
-        value = [f"{name}={each}" for name, each in value.items()]
     if type_ is str and isinstance(value, (list, tuple)) and value:
         value = ",".join(map(str, value))
     if type_ is bool and isinstance(value, bool):
@@ -159,10 +189,6 @@ def write_config(file: Path, data: Sequence[str] = (), force: bool = False) -> N
     """
     import yaml
 
-    from dpo_cli.utils.files import atomic_write
-
-    if file.exists() and not force:
-        raise UsageError(f"{file}: exists already; name another file, or replace it with --force")
     comment = partial(fill, width=WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
     entries = [f"{comment(HEAD)}\n"]
     for option in sorted(fields(TrainOptions), key=lambda f: f.name != "data"):
@@ -172,8 +198,22 @@ def write_config(file: Path, data: Sequence[str] = (), force: bool = False) -> N
         text += f" null: {shown}." if shown else ""
         value = str(value) if isinstance(value, Path) else value
         entries.append(f"{comment(text)}\n{yaml.safe_dump({option.name: value}, allow_unicode=True)}")
+    write_new(file, "\n".join(entries), force)
+
+
+def write_new(file: Path, text: str, force: bool) -> None:
+    """Write a file that does not exist yet, or replace it by ``force``.
+
+    Raises:
+        UsageError: it exists.
+        NotWrittenError: it cannot be written.
+    """
+    from dpo_cli.utils.files import atomic_write
+
+    if file.exists() and not force:
+        raise UsageError(f"{file}: exists already; name another file, or replace it with --force")
     with atomic_write(file) as temporary:
-        temporary.write_text("\n".join(entries), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 # ---- resumed runs -----------------------------------------------------------------------------------------------

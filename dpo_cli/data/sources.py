@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import random
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ class Source:
     name: str  # the option and its value, for messages
     place: str  # how the location of each record begins
     read: Callable[[], readers.Records]
+    rows: int = 0  # that it has, where a mixture draws some of them
+    drawn: frozenset[int] | None = None  # their places, from 0; None: all are read
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield the location of each record, as ``file:line``, and the record, or a RowError if it cannot be read.
@@ -38,8 +42,10 @@ class Source:
         """
         empty = True
         try:
-            for where, record in self.read():
+            for place, (where, record) in enumerate(self.read()):
                 empty = False
+                if self.drawn is not None and place not in self.drawn:
+                    continue
                 yield f"{self.place}:{where}", RowError(readers.TOO_DEEP) if readers.is_too_deep(record) else record
         except readers.SourceError as error:
             raise UsageError(f"{self.name}: {error}") from error
@@ -52,13 +58,22 @@ class Source:
 # ---- names ------------------------------------------------------------------------------------------------------
 
 
-def find_sources(data: list[str], option: str = "--data") -> list[Source]:
+def find_sources(data: list[str], option: str = "--data", seed: int | None = None) -> list[Source]:
     """Return the sources that an option names, in order; data sets are not loaded yet.
 
+    Where the names have shares, ``seed`` draws the rows of the mixture; without a seed all rows are kept.
+
     Raises:
-        UsageError: a name is no readable source.
+        UsageError: a name is no readable source, or there is no such mixture.
     """
-    return [source for typed in data for source in _sources(typed, f"{option} {typed}")]
+    pairs = [split_share(typed) for typed in data]
+    names, shares = [name for name, _ in pairs], [share for _, share in pairs]
+    groups = [_sources(name, f"{option} {name}") for name in names]
+    if any(share is not None for share in shares):
+        _check_shares(option, data, names, shares)
+        if seed is not None:
+            return [*_draw(option, groups, [share for share in shares if share], seed)]
+    return [source for group in groups for source in group]
 
 
 # ORG/NAME, ORG/NAME:SPLIT or ORG/NAME:CONFIG/SPLIT
@@ -183,7 +198,7 @@ def _read_data_set(dataset: str, config: str, split: str, folder: Path | None) -
 
 def hub_id(typed: str) -> str | None:
     """Return the name of the hub data set that an option names, or None for local data."""
-    match = _hub_match(typed)
+    match = _hub_match(split_share(typed)[0])
     return match[1] if match else None
 
 
@@ -234,3 +249,43 @@ def kept_of_hub(name: str, data: bool = False) -> bool:
         if any(sets.glob(f"{name.partition('/')[0]}___*")):  # the rest of the name is written differently
             return True
     return Path(HF_HUB_CACHE, f"{'datasets' if data else 'models'}--{name.replace('/', '--')}").is_dir()
+
+
+# ---- mixtures ---------------------------------------------------------------------------------------------------
+
+
+def split_share(typed: str) -> tuple[str, float | None]:
+    """Split ``NAME=SHARE``; the share is None where there is none, also where a file has a ``=`` in its name."""
+    name, _, share = typed.rpartition("=")
+    with suppress(ValueError):
+        if name and not _existing(typed):
+            return name, float(share)
+    return typed, None
+
+
+def _check_shares(option: str, data: list[str], names: list[str], shares: list[float | None]) -> None:
+    given = [share for share in shares if share is not None]
+    problem = ""
+    if len(given) < len(shares):
+        problem = f"{names[shares.index(None)]} has no share: give one to every name, or to none"
+    elif not all(0 < share <= 1 for share in given):
+        problem = "a share must be greater than 0 and at most 1"
+    elif abs(sum(given) - 1) > 0.01:
+        problem = f"shares are parts of the mixture and must add up to 1; these add up to {sum(given):g}"
+    elif len({*names}) < len(names):
+        problem = "a name is there twice, and a row is drawn once only; add up its shares"
+    if problem:
+        raise UsageError(f"{option} {', '.join(data)}: {problem}")
+
+
+def _draw(option: str, groups: list[list[Source]], shares: list[float], seed: int) -> Iterator[Source]:
+    """Draw each group's share of the largest mixture that repeats no row; the seed and the numbers of rows decide."""
+    rows = [[sum(1 for _ in source.records()) for source in group] for group in groups]
+    size = min(sum(counts) / share for counts, share in zip(rows, shares, strict=True))
+    for number, (group, counts, share) in enumerate(zip(groups, rows, shares, strict=True)):
+        if not (wanted := min(round(share * size), sum(counts))):
+            raise UsageError(f"{option}: a share of {share:g} is less than a row: no mixture has more than {size:.0f}")
+        drawn = sorted(random.Random(f"{seed}/mixture/{number}").sample(range(sum(counts)), wanted))
+        for source, count in zip(group, counts, strict=True):
+            own, drawn = [place for place in drawn if place < count], [p - count for p in drawn if p >= count]
+            yield replace(source, rows=count, drawn=frozenset(own))

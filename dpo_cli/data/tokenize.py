@@ -25,12 +25,13 @@ BATCH_ROWS = 512  # per call of the tokenizer; more is no faster
 
 @dataclass
 class PairSet:
-    """The pairs of some rows, the refused rows, and counts of formats and notes."""
+    """The pairs of some rows, the refused rows, and counts of formats, notes and rows drawn."""
 
     pairs: Pairs = field(default_factory=Pairs)
     refused: list[BadRow] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    drawn: dict[str, int] = field(default_factory=dict)  # rows of each source of a mixture
 
     @property
     def rows(self) -> int:

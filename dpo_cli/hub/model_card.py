@@ -24,7 +24,8 @@ MODEL_PLACEHOLDER = "path/to/this/folder"  # of the model in its card; a push re
 # Options shown in the card; none of them is a path.
 _OPTIONS = (
     *("beta", "label_smoothing", "f_divergence", "ld_alpha", "wpo", "router_aux_loss_coef"),
-    *("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "batch_size"),
+    *("lr", "lr_scheduler", "min_lr", "warmup_ratio", "adam_beta1", "adam_beta2", "weight_decay"),
+    *("max_grad_norm", "epochs", "batch_size"),
     *("max_length", "train_turns", "pairs", "margin_per_score", "dtype", "memory", "seed"),
 )
 # Metrics of an evaluation shown in the card.

@@ -59,8 +59,8 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     Raises:
         UsageError: a file cannot be read, or ``--fix`` names an existing file.
     """
-    sources = find_sources(options.data)
-    held_out = find_sources(options.eval_data or [], "--eval-data")
+    sources = find_sources(options.data, seed=options.seed)
+    held_out = find_sources(options.eval_data or [], "--eval-data", options.seed)
     if options.fix and options.fix.suffix != ".jsonl":
         raise UsageError(f"--fix {options.fix}: the output is JSON lines; give it a name that ends with .jsonl")
     if options.fix and (options.fix.exists() or options.fix.is_symlink()):

@@ -127,11 +127,12 @@ def make_trainer(run: Run) -> Trainer:
     low, run.policy.low = run.policy.low, None  # the optimizer's from now on
     reshard(model)
     memory = run.memory_choice.memory
+    betas = run.options.adam_beta1, run.options.adam_beta2
     if memory in SPLIT_MODES and run.device.type == "cuda":
         compile_updates(run.device, memory, run.reporter.warning)
     return Trainer(
         runner=dataclasses.replace(run.policy.runner, max_tokens=run.memory_choice.max_tokens),  # scoring may lower it
-        optimizer=make_optimizer(model, run.options.weight_decay, memory, low),
+        optimizer=make_optimizer(model, run.options.weight_decay, memory, low, betas),
         pairs=run.pairs,
         costs=run.costs,
         ref_logps=tables[0],

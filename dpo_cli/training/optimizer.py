@@ -31,13 +31,17 @@ BLOCK = 256  # values that share scales
 SLICE = 2**22  # values that are float32 at a time; a multiple of BLOCK
 SMALLEST = 4096  # values of a tensor whose moments are worth coding
 FLOOR = -38.0  # octaves: a root below 2^-38 counts as that, 1 % of eps at the first step
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+BETAS, EPS = (0.9, 0.999), 1e-8
 GOLDEN = (math.sqrt(5) - 1) / 2
 KERNELS: dict[str, Callable[..., None]] = {}  # the compiled ``_update_blocks`` of a type of device
 
 
 def make_optimizer(
-    model: nn.Module, weight_decay: float, memory: str = "full", low: dict[str, Tensor] | None = None
+    model: nn.Module,
+    weight_decay: float,
+    memory: str = "full",
+    low: dict[str, Tensor] | None = None,
+    betas: tuple[float, float] = BETAS,
 ) -> Optimizer:
     """Make AdamW with decay on matrices only; the learning rate is set before each step. The model is on its device.
 
@@ -48,22 +52,21 @@ def make_optimizer(
     kinds = [(matrices, weight_decay), (vectors, 0.0)]
     groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in kinds if parameters]
     if memory == "full":
-        return AdamW(groups, lr=0.0, fused=True)
+        return AdamW(groups, lr=0.0, betas=betas, fused=True)
     assert (memory in SPLIT_MODES) == (low is not None)
     names = {p: name for name, p in model.named_parameters()}
     halves: dict[Tensor, Tensor] = {p: low.pop(name) for p, name in names.items() if name in low} if low else {}
-    return SmallAdamW(groups, halves)
+    return SmallAdamW(groups, halves, betas)
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
-    """Compute the learning rate of step 1, 2, …, ``steps``: a linear warm-up, then the schedule down to 0."""
+    """Compute the learning rate of step 1, 2, …, ``steps``: a linear warm-up, then the schedule down to ``min_lr``."""
     warmup_steps = round(options.warmup_ratio * steps)
     if step <= warmup_steps:
         return options.lr * step / warmup_steps
     done = (step - 1 - warmup_steps) / (steps - warmup_steps)  # 0 at the first step after the warm-up
-    if options.lr_scheduler == "linear":
-        return options.lr * (1 - done)
-    return options.lr * (0.5 + 0.5 * math.cos(math.pi * done) if options.lr_scheduler == "cosine" else 1)
+    left = {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "constant": 1}[options.lr_scheduler]
+    return options.min_lr + (options.lr - options.min_lr) * left
 
 
 # ---- moments in 8 bits ------------------------------------------------------------------------------------------
@@ -128,8 +131,10 @@ class SmallAdamW(Optimizer):
     Its state is plain tensors: ``step``, the moments and their scales, ``low``.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], low: dict[Tensor, Tensor]) -> None:
-        super().__init__(groups, {"lr": 0.0})
+    def __init__(
+        self, groups: list[dict[str, Any]], low: dict[Tensor, Tensor], betas: tuple[float, float] = BETAS
+    ) -> None:
+        super().__init__(groups, {"lr": 0.0, "betas": betas})
         for _, p in self._parameters():
             p.data = p.detach().contiguous()  # it is viewed in blocks
             if p in low:
@@ -197,6 +202,7 @@ class SmallAdamW(Optimizer):
             state.update(_zero_moments(p))
         shape = state["exp_avg"].shape  # (B, W)
         settings = {"lr": group["lr"], "weight_decay": group["weight_decay"], "found_inf": found_inf}
+        settings |= {"beta1": group["betas"][0], "beta2": group["betas"][1]}
         torch.ops.dpo_cli.adamw_(p.detach().view(shape), p.grad.reshape(shape), **state, **settings)
 
 
@@ -206,25 +212,34 @@ torch.library.define(
     "dpo_cli::adamw_",
     "(Tensor(a!) weight, Tensor grad, *, Tensor(b!) step, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
     "Tensor(e!)? low=None, Tensor(f!)? scale=None, Tensor(g!)? least=None, Tensor(h!)? gap=None, "
-    "float lr, float weight_decay, Tensor? found_inf) -> ()",
+    "float lr, float weight_decay, float beta1, float beta2, Tensor? found_inf) -> ()",
 )
 torch.library.register_fake("dpo_cli::adamw_", lambda *_, **__: None)
 
 
 @torch.library.impl("dpo_cli::adamw_", "default")
 def _update(
-    weight: Tensor, grad: Tensor, *, step: Tensor, lr: float, weight_decay: float, found_inf: Any, **state: Tensor
+    weight: Tensor,
+    grad: Tensor,
+    *,
+    step: Tensor,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    found_inf: Any,
+    **state: Tensor,
 ) -> None:
     rows = {"weight": weight, "grad": grad} | {name: each for name, each in state.items() if each is not None}
     rows = {
         name: each.data for name, each in rows.items()
     }  # no views: a compiler would ask for the shape of their base
     if "scale" in rows and (kernel := KERNELS.get(weight.device.type)):
-        kernel(rows, step, *_on_device(weight.device, lr, weight_decay), found_inf)
+        kernel(rows, step, *_on_device(weight.device, lr, weight_decay, 1 - beta1, 1 - beta2), found_inf)
     else:
         for start in range(0, len(weight), SLICE // BLOCK):
             part = {name: tensor[start : start + SLICE // BLOCK] for name, tensor in rows.items()}
-            _update_blocks(part, step, lr, weight_decay, found_inf)
+            _update_blocks(part, step, lr, weight_decay, 1 - beta1, 1 - beta2, found_inf)
     step += 1 if found_inf is None else 1 - found_inf
 
 
@@ -233,21 +248,33 @@ def _on_device(device: torch.device, *values: float) -> list[Tensor]:
     return [torch.full((), value, device=device) for value in values]  # numbers could become part of the kernel
 
 
-def _update_blocks(part: dict[str, Tensor], step: Tensor, lr: Any, weight_decay: Any, found_inf: Tensor | None) -> None:
-    """Take one step of AdamW on some blocks (B, W) and their moments, in place; none if ``found_inf`` is 1."""
+def _update_blocks(
+    part: dict[str, Tensor],
+    step: Tensor,
+    lr: Any,
+    weight_decay: Any,
+    gain: Any,
+    gain_sq: Any,
+    found_inf: Tensor | None,
+) -> None:
+    """Take one step of AdamW on some blocks (B, W) and their moments, in place; none if ``found_inf`` is 1.
+
+    ``gain``, ``gain_sq``: the weights of the new gradient in the moments, 1 - beta, which float32 has more exactly.
+    """
     weight = join(part["weight"], part["low"]) if "low" in part else part["weight"]
     exp_avg, exp_avg_sq = decode(part) if "scale" in part else (part["exp_avg"], part["exp_avg_sq"])
     grad = part["grad"].float()
     if torch.compiler.is_compiling():
         assert weight.shape[1] == BLOCK  # a constant of the kernel: a block is one reduction
-        exp_avg = exp_avg + (1 - BETA1) * (grad - exp_avg)
-        exp_avg_sq = BETA2 * exp_avg_sq + (1 - BETA2) * grad.square()
+        exp_avg = exp_avg + gain * (grad - exp_avg)
+        exp_avg_sq = (1 - gain_sq) * exp_avg_sq + gain_sq * grad.square()
         # 1 - beta^step, without the cancellation
-        correction, correction_sq = (-torch.expm1((step + 1) * math.log(beta)) for beta in (BETA1, BETA2))
+        correction, correction_sq = (-torch.expm1((step + 1) * torch.log1p(-each)) for each in (gain, gain_sq))
         weight = weight - lr * weight_decay * weight
         weight = weight - lr / correction * exp_avg / ((exp_avg_sq / correction_sq).sqrt() + EPS)
     else:
-        settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "beta1": BETA1, "beta2": BETA2, "eps": EPS}
+        settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "eps": EPS}
+        settings |= {"beta1": 1 - gain, "beta2": 1 - gain_sq}
         settings |= {"amsgrad": False, "maximize": False, "found_inf": found_inf}
         adamw([weight], [grad], [exp_avg], [exp_avg_sq], [], [step.clone()], fused=True, **settings)  # it counts
     new = {"weight": weight, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}

@@ -109,13 +109,18 @@ def read_pairs(data: list[str], options: Options, tokenizer: Any, reporter: Repo
     Raises:
         UsageError: bad rows without ``--on-bad-row skip``, or no pair is left.
     """
-    sources = find_sources(data, "--eval-data" if name == "held out" else "--data")
+    seed = getattr(options, "seed", None)
+    sources = find_sources(data, "--eval-data" if name == "held out" else "--data", seed)
     read = read_rows(sources, options.columns, options.format, **row_options(options))
     rows = tokenize_rows(read, tokenizer, **encoder_options(options))
+    rows.drawn = {each.name.partition(" ")[2]: len(each.drawn) for each in sources if each.drawn is not None}
     if rows.refused and (options.on_bad_row != "skip" or not rows.pairs):
         raise refusal(rows.refused, rows.rows)
     counts = f"{rows.rows:,} rows, {len(rows.pairs):,} pairs, {len(rows.refused):,} refused"
     reporter.info(name, f"{', '.join(data)}: {counts} ({', '.join(rows.formats)})")
+    for each in sources:
+        if each.drawn is not None:
+            reporter.info("", f"{each.place}: {len(each.drawn):,} of its {each.rows:,} rows drawn")
     reporter.info("", f"the first: {_excerpt(rows.pairs[0], tokenizer)}")
     for reason, count in list(reasons(rows.refused).items())[:10]:
         reporter.info("", f"{count:,} refused: {reason}")

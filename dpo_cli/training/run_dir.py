@@ -95,6 +95,7 @@ def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
         "processes": distributed.world_size(),
         "data": {
             "files": options.data,
+            **({"drawn": run.drawn} if run.drawn else {}),
             "pairs": len(run.pairs),
             "refused": len(run.refused),
             "sha256": run.pairs.digest(),

@@ -17,6 +17,7 @@ from dpo_cli.config.resolve import RESUME_MUTABLE
 from dpo_cli.data.pairs import Hashes, Pairs, trained_on
 from dpo_cli.data.rows import BadRow
 from dpo_cli.data.schedule import Step, build_schedule, count_tokens, row_costs, step_pairs
+from dpo_cli.data.tokenize import PairSet
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.diagnostics import HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config
@@ -67,6 +68,7 @@ class Run:
     pairs: Pairs
     held_out: Pairs
     refused: list[BadRow]
+    drawn: dict[str, int]  # rows of each data set of a mixture
     used: list[int]  # places of the pairs that the run trains on
     reference: ScoredModel = dataclasses.field(init=False)
     cache: ReferenceCache | None = None  # of the reference; None: the loss reads none
@@ -121,14 +123,15 @@ def prepare_run(
     source, options = resolve_adapter(source, options, device, reporter)
     check_reference(options)
     tokenizer = choose_tokenizer(source, options)
-    pairs, held_out, refused = _read_data(options, tokenizer, reporter)
+    rows, held_out = _read_data(options, tokenizer, reporter)
+    pairs = rows.pairs
     order = {name: getattr(options, name) for name in ("batch_size", "epochs", "max_steps", "seed")}
     used = sorted({i for step in step_pairs(pairs, **order) for i in step})
     process = process_bytes(device)
     if resume and options.fsdp and not distributed.is_launched():
         reporter.info("shard", "off, resumed in one process")
         options = dataclasses.replace(options, fsdp=False)
-    run = Run(folder, options, device, reporter, tokenizer, pairs, held_out, refused, used)
+    run = Run(folder, options, device, reporter, tokenizer, pairs, held_out, rows.refused, rows.drawn, used)
     if options.ref_model:
         _load_reference(run)
         if not dry_run:
@@ -149,18 +152,17 @@ def prepare_run(
     return run
 
 
-def _read_data(options: TrainOptions, tokenizer: Any, reporter: Reporter) -> tuple[Pairs, Pairs, list[BadRow]]:
-    """Return the pairs to train on, the held-out pairs, and the refused rows of both."""
-    rows = read_pairs(options.data, options, tokenizer, reporter)
-    pairs, held_out, refused = rows.pairs, Pairs(), rows.refused
+def _read_data(options: TrainOptions, tokenizer: Any, reporter: Reporter) -> tuple[PairSet, Pairs]:
+    """Return the pairs to train on, with the refused rows of all data, and the held-out pairs."""
+    rows, held_out = read_pairs(options.data, options, tokenizer, reporter), Pairs()
     if options.eval_data:
         others = read_pairs(options.eval_data, options, tokenizer, reporter, "held out")
-        held_out, refused = others.pairs, refused + others.refused
+        held_out, rows.refused = others.pairs, rows.refused + others.refused
     elif options.eval_fraction:
-        pairs, held_out = hold_out(pairs, options.eval_fraction, options.seed)
+        rows.pairs, held_out = hold_out(rows.pairs, options.eval_fraction, options.seed)
         reporter.info("held out", f"{len(held_out):,} of the pairs")
-    refuse_unread_terms(options.objective, pairs + held_out)
-    return pairs, held_out, refused
+    refuse_unread_terms(options.objective, rows.pairs + held_out)
+    return rows, held_out
 
 
 def _load_policy(run: Run, source: ModelSource) -> None:

@@ -137,16 +137,29 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_gguf(file: Path, tokenizer: PreTrainedTokenizerFast, split: str = "default", seed: int = 0) -> Path:
-    """A tiny llama as a GGUF file, its tokenizer and template inside; matrices in blocks of 8 bits."""
-    model, writer = make_model(seed=seed, hidden_size=64, num_hidden_layers=1), gguf.GGUFWriter(file, "llama")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+def write_gguf(
+    file: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    split: str = "default",
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+    kind: str = "q8_0",
+) -> Path:
+    """A tiny llama as a GGUF file, its tokenizer and template inside; matrices as ``kind`` has it.
+
+    The rows of queries and keys of a ``model`` are in llama.cpp's order; those of the random one are taken to be.
+    """
+    permuted = model is not None
+    model, writer = model or make_model(seed=seed, hidden_size=64, num_hidden_layers=1), gguf.GGUFWriter(file, "llama")
+    config, stored = model.config, gguf.GGMLQuantizationType[kind.upper()]
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
     writer.add_context_length(2048)
-    writer.add_block_count(1)
-    writer.add_embedding_length(64)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    writer.add_head_count(heads["q_proj"])
+    writer.add_head_count_kv(heads["k_proj"])
     writer.add_rope_dimension_count(8)
     writer.add_key_length(8)
     writer.add_value_length(8)
@@ -164,12 +177,14 @@ def write_gguf(file: Path, tokenizer: PreTrainedTokenizerFast, split: str = "def
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        array, kind = tensor.float().numpy(), gguf.GGMLQuantizationType.F32
+        array, each = tensor.float().numpy(), gguf.GGMLQuantizationType.F32
+        if permuted and (count := next((n for part, n in heads.items() if part in name), 0)):
+            array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         if array.ndim == 2:
-            array, kind = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=kind)
+            array, each = gguf.quants.quantize(array, stored), stored
+        writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=each)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

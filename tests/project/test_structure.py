@@ -183,6 +183,9 @@ WRONG = [
     "eval --data rows.jsonl --model runs/mine --model runs/mien",
     "train --data rows.jsonl --ref-model runs/mien",
     "merge --model runs/mien --output merged",
+    "export runs/mien --gguf my.gguf",
+    "init --from rows.jsonl --devices 2",
+    "check --data rows.jsonl=0.5",
     "push runs/mien me/model",
 ]
 

@@ -26,7 +26,16 @@ from dpo_cli.models.locate import ModelSource
 from dpo_cli.models.logprobs import response_logps
 from dpo_cli.models.split_weights import fp32_weights, join, split, split_master_weights
 from dpo_cli.training.checkpoint import restore_checkpoint, save_checkpoint
-from dpo_cli.training.optimizer import BYTES, SPLIT, SmallAdamW, compile_updates, decode, encode, make_optimizer
+from dpo_cli.training.optimizer import (
+    BETAS,
+    BYTES,
+    SPLIT_MODES,
+    SmallAdamW,
+    compile_updates,
+    decode,
+    encode,
+    make_optimizer,
+)
 from tests.helpers import make_model, random_pairs, sigmoid_loss, token_logps
 
 SMALL = ["split", "in-backward"]
@@ -38,8 +47,9 @@ def small_llama(**config: Any) -> PreTrainedModel:
     return make_model(**{"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "scale": 2.0, **config})
 
 
-def start(model: nn.Module, memory: str, decay: float = 0.1) -> Any:
-    return make_optimizer(model, decay, memory, split_master_weights(model) if memory in SPLIT else None)
+def start(model: nn.Module, memory: str, decay: float = 0.1, betas: tuple[float, float] = BETAS) -> Any:
+    low = split_master_weights(model) if memory in SPLIT_MODES else None
+    return make_optimizer(model, decay, memory, low, betas)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -230,13 +240,14 @@ def quadratic(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32)
     return nn.ParameterList([nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes])
 
 
+@pytest.mark.parametrize("betas", [BETAS, (0.8, 0.95)])
 @pytest.mark.parametrize("memory", SMALL)
-def test_without_coding_it_is_torchs_adamw_to_the_bit(memory: str) -> None:
+def test_without_coding_it_is_torchs_adamw_to_the_bit(memory: str, betas: tuple[float, float]) -> None:
     """Tensors too small to be coded, or not of whole blocks; gradients that bfloat16 holds."""
     shapes = [(15, 17), (64,), (4095,), (4097,), ()]
     exact, ours = quadratic(shapes), quadratic(shapes)
-    expected, optimizer = make_optimizer(exact, 0.1), start(ours, memory)
-    assert isinstance(expected, AdamW)
+    expected, optimizer = start(exact, "full", betas=betas), start(ours, memory, betas=betas)
+    assert isinstance(expected, AdamW) and expected.defaults["betas"] == betas
     for step in range(1, 12):
         for p, q in zip(exact, ours, strict=True):
             gradient = torch.randn(p.shape).bfloat16()
@@ -357,7 +368,7 @@ def check_state(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
             torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5)
 
 
-def check_kernel(memory: str, steps: int = 7) -> None:
+def check_kernel(memory: str, steps: int = 7, betas: tuple[float, float] = BETAS) -> None:
     """Each step begins at the same state as that of torch's AdamW; gradients of a block lie decades apart.
 
     In the last step of "in-backward" the second tensor's gradient is not finite.
@@ -367,7 +378,7 @@ def check_kernel(memory: str, steps: int = 7) -> None:
     exact, ours = (quadratic([(16, 256), (17, 256), (300, 256)]) for _ in range(2))
     for p in (*exact, *ours):
         p.data.mul_(1e-3)  # below an update
-    expected, optimizer = start(exact, memory), start(ours, memory)
+    expected, optimizer = start(exact, memory, betas=betas), start(ours, memory, betas=betas)
     for step in range(1, steps + 1):
         gradients = [torch.randn(p.shape) * 10 ** (torch.rand(p.shape) * -4) for p in exact]
         if broken := memory == "in-backward" and step == steps:
@@ -394,6 +405,7 @@ def test_the_compiled_update_is_torchs_adamw_and_one_graph_for_all_sizes(memory:
     compile_updates(torch.device("cpu"), memory, warnings.append)
     assert len(graphs) == 1 and warnings == []
     check_kernel(memory)
+    check_kernel(memory, betas=(0.8, 0.95))
     assert len(graphs) == 1
 
 
@@ -611,7 +623,7 @@ def test_on_cuda_it_is_the_same_and_needs_no_room(memory: str, compiled: bool, m
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         model = nn.ParameterList([nn.Parameter(torch.randn(2**20, 256) * 0.05)])
-        low = split_master_weights(model) if memory in SPLIT else None
+        low = split_master_weights(model) if memory in SPLIT_MODES else None
         optimizer: Any = make_optimizer(model.to(device), 0.1, memory, low)
         for step in range(2):
             gradient = torch.randn(256, generator=torch.Generator().manual_seed(step)).to(device, model[0].dtype)

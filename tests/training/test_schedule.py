@@ -10,14 +10,15 @@ from transformers import get_scheduler
 
 from dpo_cli.config.options import TrainOptions
 from dpo_cli.training.optimizer import learning_rate, make_optimizer
+from dpo_cli.utils.errors import UsageError
 from tests.helpers import make_model
 
 HALF, QUARTER = 0.5, 0.25
 DIAGONAL = math.sqrt(HALF) / 2  # half the cosine of 45°
 
 
-def rates(steps: int, schedule: str, warmup_ratio: float, lr: float = 1.0) -> list[float]:
-    options = TrainOptions(data=["x"], lr=lr, lr_scheduler=schedule, warmup_ratio=warmup_ratio)
+def rates(steps: int, schedule: str, warmup_ratio: float, lr: float = 1.0, min_lr: float = 0.0) -> list[float]:
+    options = TrainOptions(data=["x"], lr=lr, lr_scheduler=schedule, warmup_ratio=warmup_ratio, min_lr=min_lr)
     return [learning_rate(step, steps, options) for step in range(1, steps + 1)]
 
 
@@ -35,6 +36,40 @@ def rates(steps: int, schedule: str, warmup_ratio: float, lr: float = 1.0) -> li
 )
 def test_worked_by_hand(schedule: str, warmup_ratio: float, expected: list[float]) -> None:
     assert rates(len(expected), schedule, warmup_ratio) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("linear", [HALF, 1, 1, 0.8, 0.6, 0.4]), ("cosine", [HALF, 1, 1, 0.2 + 0.8 * (HALF + DIAGONAL), 0.6, None])],
+)
+def test_a_floor(schedule: str, expected: list[float | None]) -> None:
+    """The schedule falls to a fifth of the peak instead of 0; the warm-up still begins at 0."""
+    found = rates(6, schedule, 1 / 3, min_lr=0.2)
+    assert [rate for rate, want in zip(found, expected, strict=True) if want] == pytest.approx(
+        [e for e in expected if e]
+    )
+    assert min(found[2:]) > 0.2
+
+
+def test_a_floor_is_transformers_cosine_with_min_lr() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-6)
+    kwargs = {"min_lr_rate": 0.1}
+    theirs = get_scheduler("cosine_with_min_lr", optimizer, 0, 13, scheduler_specific_kwargs=kwargs)
+    expected = []
+    for _ in range(13):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert rates(13, "cosine", 0.0, lr=1e-6, min_lr=1e-7) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [({"lr_scheduler": "constant"}, "never falls"), ({"lr": 1e-6}, "at most --lr, which is 1e-06")],
+)
+def test_a_floor_that_cannot_be(given: dict[str, object], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        TrainOptions(data=["x"], min_lr=1e-5, **{"lr": 1e-3} | given)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
