@@ -250,7 +250,9 @@ def choose_memory(
     ways = [(memory, recompute)]
     if memory == "auto":
         can_split = runner.dtype == torch.bfloat16 and not is_adapted(runner.model)
-        ways = [way for way in runner.kind.ladder if (way[1] or not recompute) and (can_split or way[0] not in SPLIT_MODES)]
+        ways = [
+            way for way in runner.kind.ladder if (way[1] or not recompute) and (can_split or way[0] not in SPLIT_MODES)
+        ]
         ways = [way for way in ways if way[0] == "full" or not runner.parallel.sharded]
     for way in ways:
         if counted.peak(*way, *[(enough, min(enough, head))] * 2) <= room:
