@@ -28,9 +28,9 @@ def one_of(*values: str) -> Check:
     return Check(lambda v: v in values, "must be one of: " + ", ".join(values), values)
 
 
-def numbers(text: str) -> list[float]:
+def numbers(text: str | float) -> list[float]:
     """Parse numbers separated by commas, lowest first."""
-    return sorted(float(part) for part in text.split(","))
+    return sorted(float(part) for part in str(text).split(","))
 
 
 positive = Check(lambda v: math.isfinite(v) and v > 0, "must be greater than 0")
@@ -58,7 +58,7 @@ divergences = Check(
     f"must be one of: {', '.join(DIVERGENCES)}, the last also with =ALPHA",
     tuple(DIVERGENCES),
 )
-betas = Check(
+several = Check(
     lambda v: all(map(positive.holds, numbers(v))) and len({f"{beta:g}" for beta in numbers(v)}) == len(numbers(v)),
     "must be different numbers greater than 0, separated by commas",
 )
@@ -121,6 +121,9 @@ def refused(options: Any) -> list[str]:
             "--eval-steps, --show-answers and --save-best need held-out pairs: --eval-data or --eval-fraction",
         ),
         (sweeps and not o["eval_data"], "--eval-data is missing: a sweep compares its runs on held-out rows"),
-        (sweeps and not objective.uses("beta"), "--loss {loss}: reads no beta, so there is nothing to compare"),
+        (
+            sweeps and not objective.uses("beta") and (o["beta"] or len(numbers(o["lr"])) < 2),
+            "--loss {loss}: reads no beta, so there is nothing to compare but several --lr",
+        ),
     ]
     return [text.format_map(o) for refuse, text in table if refuse]

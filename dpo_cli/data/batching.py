@@ -109,7 +109,7 @@ def to_device(value: Value, device: torch.device) -> Value:
     if isinstance(value, Tensor):
         pinned = device.type != "cpu" and device_kind(device).pinned
         copy = value.pin_memory().to(device, non_blocking=True) if pinned else value.to(device)
-    elif isinstance(value, tuple) and not isinstance(value, Piece):  # a piece has no tensors, and stays one
+    elif isinstance(value, tuple) and not isinstance(value, Piece):
         copy = tuple(to_device(each, device) for each in value)
     elif isinstance(value, (Segments, MicroBatch)):
         copies = {each.name: to_device(getattr(value, each.name), device) for each in fields(value) if each.init}
