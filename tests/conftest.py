@@ -96,8 +96,9 @@ def dpo_process(tmp_path: Path) -> Cli:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _without_pictures() -> Iterator[None]:
-    with pictures(drawn=False):
+def _without_pictures_and_answers() -> Iterator[None]:
+    with pictures(drawn=False), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo_cli.training.results.ANSWERS_SHOWN", 0)  # generating takes most of a tiny training
         yield
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +34,17 @@ if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's wi
 Precision = Literal["float32", "bfloat16", "auto"]
 GgufPrecision = Literal["f32", "f16", "bf16", "q8_0"]
 CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Folder of cached reference log-probs.")]
+Run = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run, its model/, best/ or a checkpoint; a folder of a model; a hub id."),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0, help="0: greedy; 1: as the model distributes.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of answers at a temperature.")]
+NoBefore = Annotated[bool, typer.Option("--no-before", help="Leave out what the model answered before its training.")]
+BaseModel = Annotated[str | None, typer.Option("--base-model", help="The adapter's base. [default: what it names]")]
+Device = Annotated[str, typer.Option("--device", help="cuda, cuda:NUMBER, xpu, mps, cpu or auto.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the model's repository.")]
 
 app = main = typer.Typer(
     cls=Commands,
@@ -54,7 +69,10 @@ def top(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Train language models on preference pairs with DPO: no reward model, no critic, no resident reference."""
+    """Train language models on preference pairs with DPO: no reward model, no critic.
+
+    First steps: dpo check --data my-pairs.jsonl, then dpo train, then dpo chat RUN. Each command has --help.
+    """
 
 
 def init(
@@ -102,7 +120,68 @@ def train(
         reporter = out.reporter(options, several=True)
         from dpo_cli.training.loop import train as run
 
-        out.show(run(options, resume, sys.argv, reporter, dry_run), _train_summary)
+        began = time.monotonic()
+        result = run(options, resume, sys.argv, reporter, dry_run)
+        out.show(result, partial(_train_summary, seconds=time.monotonic() - began))
+
+
+def chat(
+    run: Run,
+    save: Annotated[
+        Path | None, typer.Option(help="Ask which answer is better; append the pairs to this file.")
+    ] = None,
+    no_before: NoBefore = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    base_model: BaseModel = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk with a model as it is after its training and before."""
+    if out.json:
+        raise UsageError("--json: a chat is for a person; dpo generate RUN PROMPT --json answers one prompt")
+    if save and (save.suffix != ".jsonl" or no_before):
+        raise UsageError(f"--save {save}: takes a name that ends with .jsonl, and both answers: leave out --no-before")
+    models = _open(run, not no_before, seed, base_model, device, trust_remote_code)
+    if save and len(models) < 2:
+        raise UsageError(f"--save {save}: {run} has no model before its training to compare with")
+    from dpo_cli.evaluation.chat import Sampling, console
+    from dpo_cli.evaluation.chat import chat as talk
+
+    talk(models, Sampling(max_new_tokens, temperature, seed), save, console())
+
+
+def generate(
+    run: Run,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to answer.")],
+    no_before: NoBefore = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    base_model: BaseModel = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer prompts with a model after its training and before."""
+    models = _open(run, not no_before, seed, base_model, device, trust_remote_code)
+    from dpo_cli.evaluation.chat import Sampling, console, generate_answers
+
+    result = generate_answers(models, prompts, Sampling(max_new_tokens, temperature, seed), console(quiet=out.json))
+    if out.json:
+        out.show(result)
+
+
+def _open(run: str, before: bool, seed: int, base: str | None, device: str, trust: bool) -> Any:
+    about = {"base_model": base, "device": device, "trust_remote_code": trust, "seed": seed}
+    options = EvalOptions(data=[], model=[run], **about)
+    try:
+        reporter = out.reporter(options)
+        from dpo_cli.evaluation.chat import open_models
+
+        return open_models(run, options, before, reporter)
+    except UsageError as error:  # here it is an argument
+        raise UsageError(str(error).replace("--model ", "", 1)) from error
 
 
 def push(
@@ -124,7 +203,10 @@ def precompute_ref(options: PrecomputeOptions) -> None:
     out.show(precompute(options, reporter))
 
 
-def eval_(options: EvalOptions) -> None:
+def eval_(
+    options: EvalOptions,
+    full: Annotated[bool, typer.Option("--full", help="Print all numbers before the verdict.")] = False,
+) -> None:
     """Show what a model learned and how far it drifted."""
     reporter = out.reporter(options)
     from dpo_cli.evaluation.evaluate import run_eval
@@ -133,7 +215,7 @@ def eval_(options: EvalOptions) -> None:
     gates: list[dict[str, Any]] = []
 
     def show(result: dict[str, Any]) -> None:
-        out.show(result, as_text)
+        out.show(result, partial(as_text, full=full))
         gates.extend(result.get("gates", ()))
 
     run_eval(options, reporter, show)
@@ -142,7 +224,7 @@ def eval_(options: EvalOptions) -> None:
 
 
 def sweep(options: SweepOptions) -> None:
-    """Train with several betas: what each reward costs in KL."""
+    """Train with several betas or learning rates and compare them."""
     reporter = out.reporter(options)
     from dpo_cli.training.sweep import as_text
     from dpo_cli.training.sweep import sweep as run
@@ -214,11 +296,15 @@ def check(options: CheckOptions) -> None:
         raise typer.Exit(3)
 
 
-def losses() -> None:
-    """List the losses with formulas, uses and papers."""
-    from dpo_cli.losses.objective import as_text, list_losses
+def losses(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One loss, with formula, paper and options.")
+    ] = None,
+) -> None:
+    """List the losses, or explain one."""
+    from dpo_cli.losses.objective import as_lines, as_text, list_losses
 
-    out.show(list_losses(), as_text)
+    out.show(list_losses(name), as_text if name else as_lines)
 
 
 def cache_list(cache_dir: CacheDir = CACHE_DIR) -> None:
@@ -247,40 +333,42 @@ def cache_prune(
     out.show(prune(entries, reporter))
 
 
-COMMANDS.update(
+COMMANDS.update(  # in the order of use
     {
-        "init": Command(init),
+        "check": Command(check, CheckOptions),
+        "explain": Command(explain, ExplainOptions),
         "train": Command(train, TrainOptions),
-        "push": Command(push),
-        "precompute-ref": Command(precompute_ref, PrecomputeOptions),
+        "chat": Command(chat),
+        "generate": Command(generate),
         "eval": Command(eval_, EvalOptions),
         "sweep": Command(sweep, SweepOptions),
-        "merge": Command(merge),
-        "export": Command(export),
-        "explain": Command(explain, ExplainOptions),
-        "check": Command(check, CheckOptions),
+        "init": Command(init),
         "losses": Command(losses),
+        "precompute-ref": Command(precompute_ref, PrecomputeOptions),
         "cache": TyperGroup(
             commands={"list": Command(cache_list), "prune": Command(cache_prune)},
             no_args_is_help=True,
             rich_markup_mode=None,
             help="Manage cached reference log-probs.",
         ),
+        "merge": Command(merge),
+        "export": Command(export),
+        "push": Command(push),
     }
 )
 
 
-def _train_summary(result: dict[str, Any]) -> str:
-    from dpo_cli.reporting.text import overlap_lines, verdict_lines
+def _train_summary(result: dict[str, Any], seconds: float) -> str:
+    from dpo_cli.reporting.text import PER_PAIR, answer_lines, overlap_lines, verdict_lines
 
-    lines = [*overlap_lines(result)]
-    for answer in result.get("answers", []):
-        lines.append(answer["prompt"].strip())
-        lines += [f"  reference: {answer['reference']}", f"  policy:    {answer['policy']}", ""]
+    lines = [*overlap_lines(result), *answer_lines(result.get("answers", ()))]
     if after := result.get("after", {}):
         lines.append(f"{'held out, ' + str(result['held_out']) + ' pairs':<24}{'before':>12}{'after':>12}")
-        for name in ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"):
-            lines.append(f"  {name:<22}{result['before'].get(name, float('nan')):>12.4f}{after[name]:>12.4f}")
+        before = result["before"]
+        lines += [f"  {name:<22}{before.get(name, float('nan')):>12.4f}{after[name]:>12.4f}" for name in PER_PAIR]
     shown = ("pairs", "steps", "run", "model", "report", "reference_misses")
     lines += [f"{name:<11} {result[name]}" for name in shown if name in result]
-    return "\n".join([*lines, *verdict_lines(result)])
+    if "run" in result:
+        lines += ["", f"Trained on {result['pairs']:,} pairs in {timedelta(seconds=round(seconds))}."]
+        lines += [*verdict_lines(result), f"Next: dpo chat {shlex.quote(result['run'])}"]
+    return "\n".join(lines)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_type_hints
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
+from dpo_cli.cli.help import LONGEST, write_examples, write_options
 from dpo_cli.config.options import DataOptions, option
 from dpo_cli.config.resolve import resolve, resolve_training, suggest_option
 from dpo_cli.utils.errors import DpoError, UsageError, printable
@@ -143,6 +144,14 @@ class Command(TyperCommand):
             self.params = typer.main.get_command(single).params
         return super().get_params(ctx)
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options in groups."""
+        write_options(self.get_params(ctx), ctx, formatter)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write two examples."""
+        write_examples(ctx.info_name, formatter)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of the command to the flags of ``out`` and the arguments of the function."""
         rest = super().parse_args(ctx, args)
@@ -163,6 +172,15 @@ class Commands(TyperGroup):
 
     def __init__(self, **about: Any) -> None:
         super().__init__(**about | {"commands": COMMANDS})
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """List the commands in the order of use."""
+        return [*self.commands]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write every command with all of its first sentence."""
+        with formatter.section("Commands, in the order of use"):
+            formatter.write_dl([(name, (each.help or "").partition("\n")[0]) for name, each in self.commands.items()])
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was typed."""
@@ -199,7 +217,9 @@ def _flag(option: Field[Any]) -> Any:
 
     # without completions of its own a shell offers files
     name, completion = f"--{option.name.replace('_', '-')}", offered if check and check.choices else None
-    return typer.Option(name, help=text, show_default=False, autocompletion=completion)
+    choices = "|".join(check.choices) if check else ""
+    metavar = choices if 0 < len(choices) <= LONGEST else "NAME" if str(option.type).startswith("list") else None
+    return typer.Option(name, help=text, show_default=False, autocompletion=completion, metavar=metavar)
 
 
 def is_main_process() -> bool:

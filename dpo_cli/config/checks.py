@@ -29,9 +29,9 @@ def one_of(*values: str) -> Check:
     return Check(lambda v: v in values, "must be one of: " + ", ".join(values), values)
 
 
-def numbers(text: str) -> list[float]:
+def numbers(text: str | float) -> list[float]:
     """Parse numbers separated by commas, lowest first."""
-    return sorted(float(part) for part in text.split(","))
+    return sorted(float(part) for part in str(text).split(","))
 
 
 positive = Check(lambda v: math.isfinite(v) and v > 0, "must be greater than 0")
@@ -59,7 +59,7 @@ divergences = Check(
     f"must be one of: {', '.join(DIVERGENCES)}, the last also with =ALPHA",
     tuple(DIVERGENCES),
 )
-betas = Check(
+several = Check(
     lambda v: all(map(positive.holds, numbers(v))) and len({f"{beta:g}" for beta in numbers(v)}) == len(numbers(v)),
     "must be different numbers greater than 0, separated by commas",
 )
@@ -134,6 +134,9 @@ def refused(options: Any) -> list[str]:
         (o["judge_model"] and not o["judge"], "--judge-model: needs --judge, the address that offers it"),
         ((o["reward"] or o["judge"]) and not o["samples"], "--reward, --judge: need --samples, for example 1"),
         (sweeps and not o["eval_data"], "--eval-data is missing: a sweep compares its runs on held-out rows"),
-        (sweeps and not objective.uses("beta"), "--loss {loss}: reads no beta, so there is nothing to compare"),
+        (
+            sweeps and not objective.uses("beta") and (o["beta"] or len(numbers(o["lr"])) < 2),
+            "--loss {loss}: reads no beta, so there is nothing to compare but several --lr",
+        ),
     ]
     return [text.format_map(o) for refuse, text in table if refuse]

@@ -207,7 +207,9 @@ class TrainOptions(WeightsOptions):
     save_steps: int = option(100, "Steps between checkpoints; 0: only at the end.", not_negative)
     save_total_limit: int = option(2, "Checkpoints kept.", positive)
     report_to: str = option("none", "Experiment trackers that get the metrics too.", checks.trackers)
-    show_answers: int = option(0, "Held-out prompts answered before and after training.", not_negative)
+    show_answers: int | None = option(
+        None, "Held-out prompts answered before and after training; 0: none.", not_negative, shown="3"
+    )
 
     def __init__(self, **values: Any) -> None:
         if values.get("lr") is None:
@@ -268,18 +270,26 @@ class EvalOptions(SampleOptions):
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class SweepOptions(SampleOptions, TrainOptions):
-    """`dpo sweep`: the options of its trainings, which differ in beta alone, and of the evaluation after them."""
+    """`dpo sweep`: options of its trainings, which differ in beta and lr alone, and of the evaluation after them."""
 
-    beta: str = option(  # type: ignore[assignment]  # several
-        "0.03,0.1,0.3,1", "Strengths of the pull towards the reference: a training each.", checks.betas
+    beta: str | None = option(  # type: ignore[assignment]  # several
+        None,
+        "Strengths of the pull towards the reference: a training each.",
+        checks.several,
+        shown="0.03,0.1,0.3,1; 0.1 for several --lr",
+    )
+    lr: str = option(  # type: ignore[assignment]  # several
+        None, "Peak learning rates: a training each, with each beta.", checks.several, shown="1e-6; 1e-5 for an adapter"
     )
     output: Path | None = option(None, "Folder of the runs; an existing sweep is resumed.", shown="runs/sweep")
     kl: str = option("exact", f"{KL} While training; the frontier's is always exact.", one_of("exact", "none"))
 
     def runs(self) -> list[TrainOptions]:
-        """Return the options of each training, lowest beta first, without its output folder."""
-        common = {f.name: getattr(self, f.name) for f in fields(TrainOptions)}
-        return [TrainOptions(**common | {"beta": beta, "output": None}) for beta in checks.numbers(self.beta)]
+        """Return the options of each training, lowest beta and lr first, without its output folder."""
+        common = {f.name: getattr(self, f.name) for f in fields(TrainOptions)} | {"output": None}
+        rates = checks.numbers(self.lr)
+        betas = checks.numbers(self.beta or ("0.1" if len(rates) > 1 else "0.03,0.1,0.3,1"))
+        return [TrainOptions(**common | {"beta": beta, "lr": lr}) for beta in betas for lr in rates]
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)

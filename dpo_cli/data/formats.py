@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -24,6 +25,11 @@ OWN_RANKS = ("rank", "score", "overall_score", "rating")  # of an answer, where 
 OTHERS = ("system", "tools", "chat_template_kwargs", "id", "weight", "margin")
 COLUMNS = (*PROMPTS, "chosen", "rejected", "responses", "scores", "ranks", "history", *OTHERS)
 LARGEST = 3e38  # in float32
+GUESSES = {  # parts of others' names for our columns
+    "prompt": ("prompt", "question", "instruction", "query"),
+    "chosen": ("good", "better", "best", "preferred", "accepted"),
+    "rejected": ("reject", "bad", "worse", "worst"),
+}
 PAIRINGS = {  # of --pairs: which of several ranked answers are compared
     "best-worst": "the best against the worst",
     "adjacent": "each against the next lower",
@@ -31,6 +37,19 @@ PAIRINGS = {  # of --pairs: which of several ranked answers are compared
     "ranking": "whole rankings",
 }
 TIES_LEFT_OUT = "rows with answers left out of their ranking, since an earlier one has the same score or rank"
+
+
+def suggested_columns(row: Record) -> str:
+    """Return the option that maps a row's columns to ours, guessed by their names; empty where one is not found."""
+    found: dict[str, str] = {}
+    for ours, words in GUESSES.items():
+        names = [name for name in row if name not in found.values()]
+        alike = [name for name in names if any(word in name.lower() for word in words)]
+        if not (near := [ours] * (ours in row) or alike or difflib.get_close_matches(ours, names, 1)):
+            return ""
+        found[ours] = near[0]
+    return "--columns " + ",".join(f"{ours}={name}" for ours, name in found.items() if ours != name)
+
 
 # ---- values of a column -----------------------------------------------------------------------------------------
 
@@ -40,7 +59,8 @@ def text(row: Record, column: str, kind: type[Any] | None = None) -> Any:
     value = row.get(column)
     if value is None:
         names = "" if {"chosen", "rejected"} & row.keys() else ", ".join(shortened(name) for name in list(row)[:8])
-        hint = f"; the row has {names} (name yours as --columns prompt=NAME,chosen=NAME,rejected=NAME)" if names else ""
+        columns = suggested_columns(row) or "--columns prompt=NAME,chosen=NAME,rejected=NAME"
+        hint = f"; the row has {names} (name yours as {columns})" if names else ""
         raise RowError(f"{column} is missing{hint}")
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         if (tools := value.get("tools")) and row.setdefault("tools", tools) != tools:
@@ -170,7 +190,10 @@ def _hh(row: Record, _: Format) -> Texts:
     before_chosen, before_rejected = (dialogue.split(HH_ASSISTANT)[:-1] for dialogue in (chosen, rejected))
     shared = before_chosen[: common_prefix(before_chosen, before_rejected)]
     if not shared:
-        raise RowError("prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'")
+        hint = f"; to read yours: {columns}" if (columns := suggested_columns(row)) else ""
+        raise RowError(
+            f"prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'{hint}"
+        )
     cut = sum(len(turn) + len(HH_ASSISTANT) for turn in shared)
     if any(mark in answer[cut:] for mark in (HH_HUMAN, HH_ASSISTANT) for answer in (chosen, rejected)):
         raise RowError("the dialogues differ before their last answer, so they have no common prompt")

@@ -106,6 +106,28 @@ def judge(pairs: int, problems: int = 0, passed: Sequence[str] = (), trained_on:
     return verdict | {"text": text}
 
 
+def verdict(about: Evidence, judged: Mapping[str, Any]) -> list[str]:
+    """Say in plain words how often the better answer is preferred, against what, and how far the policy moved.
+
+    Nothing on fewer pairs than can be judged, or where a log-prob is not finite.
+    """
+    ends, scores = about.intervals.get("rewards/accuracies"), about.scores
+    if not judged["enough"] or ends is None:
+        return []
+    longer = about.length["accuracy_prefer_longer"]
+    rule, share = max(("longer", longer), ("shorter", 1 - longer), key=lambda each: each[1])
+    which = "held-out " * (bool(about.history) and not about.trained_on)
+    low, high = ends
+    often = f"the better answer in {scores.wins.mean():.0%} ({low:.0%} to {high:.0%})"
+    against = f"a coin: 50%, always the {rule} answer: {share:.0%}"
+    lines = [f"On {len(scores.where):,} {which}pairs the model prefers {often}; {against}."]
+    if scores.distributions:
+        kl = max(scores.distributions["kl"].sum(0) / scores.tokens.sum(0))
+        moved = "stayed close to" if kl < KL else "moved far from"
+        lines.append(f"It {moved} its reference: KL {kl:.2g} nats per token.")
+    return lines
+
+
 def _finding(title: str, advice: str, numbers: Mapping[str, float]) -> Finding:
     return {"title": title, "advice": advice, "numbers": {name: float(value) for name, value in numbers.items()}}
 

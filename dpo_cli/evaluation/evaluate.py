@@ -22,7 +22,15 @@ from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation import kl, statistics
 from dpo_cli.evaluation.evaluator import Evaluation, Evaluator, write_per_pair
 from dpo_cli.evaluation.gate import check_gates
-from dpo_cli.evaluation.generation import as_pairs, by_prompt, eos_ids, generate, sequence_kl, text
+from dpo_cli.evaluation.generation import (
+    answer_text,
+    as_pairs,
+    by_prompt,
+    eos_ids,
+    generate,
+    sequence_kl,
+    user_text,
+)
 from dpo_cli.evaluation.judge import by_judge, by_reward, win_rate
 from dpo_cli.evaluation.metrics import Table, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
@@ -81,7 +89,7 @@ def evaluate(
     """Evaluate one model, show its result, and write the files that were asked for."""
     source = choose_model(name, options, reporter, base=options.base_model)
     began, manifest = (trained_with(source.run), read_manifest(source.run)) if source.run else (None, None)
-    source, options = _as_in_run(source, began), _as_trained(options, source, began)
+    source, options = as_in_run(source, began), _as_trained(options, source, began)
     if began and began.objective.uses("ranking_sizes") and options.pairs != "ranking":
         raise UsageError(f"--pairs {options.pairs}: the run's loss is of whole rankings; leave it out")
     check_reference(options)
@@ -98,11 +106,12 @@ def evaluate(
     scores = evaluator.scores(scored.tokens, scored.ref_logps, history, began.beta if began else None)
     held_out, overlap = False, None
     if source.run and began and manifest:
-        as_in_run = options.beta == began.beta and options.ref_model is None
-        held_out = as_in_run and manifest["held_out"]["sha256"] == pairs.digest()
+        same_rewards = options.beta == began.beta and options.ref_model is None
+        held_out = same_rewards and manifest["held_out"]["sha256"] == pairs.digest()
         trained = trained_hashes(source.run, manifest, reporter.warning)
         overlap = trained_on(pairs, trained) if trained is not None else None
-    about: dict[str, Any] = {"model": source.description, "reference": scored.reference, "beta": options.beta}
+    about: dict[str, Any] = {"run": name} if source.run else {}
+    about |= {"model": source.description, "reference": scored.reference, "beta": options.beta}
     about |= {"rows": rows.rows, "refused": reasons(rows.refused), "pairs": len(pairs)}
     samples = dict(scored.samples)
     if contest:
@@ -136,7 +145,7 @@ def _history(source: ModelSource, began: TrainOptions | None) -> list[dict[str, 
     return [line for line in history if step is None or line["step"] <= step]
 
 
-def _as_in_run(source: ModelSource, began: TrainOptions | None) -> ModelSource:
+def as_in_run(source: ModelSource, began: TrainOptions | None) -> ModelSource:
     """A policy or start model as a run had it: with its adapter attached and its base quantized."""
     if began is None or began.lora_rank is None:
         return source
@@ -227,10 +236,12 @@ class _Models:
         estimate = sequence_kl(by_prompt(token_kl, options.samples))
         estimate |= {"max_new_tokens": options.sample_tokens, "ended": float(np.mean(ended))}
         answers["reference"] = answers["policy"] if itself else self._answers(reference, prompts)
-        decode, samples = partial(text, self.evaluator.tokenizer), list[dict[str, Any]]()
+        tokenizer, samples = self.evaluator.tokenizer, list[dict[str, Any]]()
         for place, prompt in enumerate(prompts):
-            samples.append({"prompt": decode(prompt)})
+            samples.append({"prompt": user_text(tokenizer, prompt)})
             for model, (greedy, sampled) in answers.items():
+                scored = policy if model == "policy" else reference
+                decode = partial(answer_text, scored.model, tokenizer)
                 samples[-1] |= {model: decode(greedy[place][0]), f"{model}_sampled": [*map(decode, sampled[place])]}
         return _Scored(tokens, name, samples={"sequence_kl": estimate, "samples": samples})
 
@@ -286,7 +297,7 @@ class _Models:
             name, base = start_model(recorded, options.base_model) if recorded else (options.ref_model, None)
             source = choose_model(name, options, self.reporter, "reference", base)
             if recorded and self.began and self.began.ref_model is None:
-                source = _as_in_run(source, self.began)
+                source = as_in_run(source, self.began)
             loaded = self._load(source, hashed=True)
         except UsageError as error:
             raise UsageError(f"the reference cannot be loaded; name it with --ref-model\n{error}") from error

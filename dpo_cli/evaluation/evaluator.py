@@ -16,7 +16,7 @@ import numpy as np
 
 from dpo_cli.data.pairs import Ids, Pairs, model_input_ids, rankings
 from dpo_cli.evaluation import statistics
-from dpo_cli.evaluation.diagnostics import Evidence, diagnose
+from dpo_cli.evaluation.diagnostics import Evidence, diagnose, verdict
 from dpo_cli.evaluation.kl import COLUMNS, FOLD, TokenScores, spans_of
 from dpo_cli.evaluation.metrics import SIDES, History, PairScores, Table, step_rewards
 from dpo_cli.losses.objective import Objective
@@ -96,7 +96,7 @@ class Evaluator:
         result: dict[str, Any] = {"trained_on": trained_on} if trained_on else {}
         result |= {**about, **scores.means(), "intervals": intervals}
         result["rewards/margins_quantiles"] = {str(q): float(np.quantile(scores.margins, q)) for q in QUANTILES}
-        result |= {"length": length, "findings": findings, "judged": judged}
+        result |= {"length": length, "findings": findings, "judged": judged, "verdict": verdict(evidence, judged)}
         shown = []
         if tokens.distributions:
             result["drift"] = shifted_tokens(tokens, self.pairs, self.tokenizer)

@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from dpo_cli.data.formats import common_prefix
+from dpo_cli.data.messages import answer_of, user_turn
 from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
+from dpo_cli.data.template import PROBE, USER, ChatTemplate
 from dpo_cli.evaluation.metrics import Table
 from dpo_cli.evaluation.statistics import student
 from dpo_cli.models.attention import attention
@@ -24,6 +27,7 @@ from dpo_cli.models.logprobs import ModelRunner, forward_errors, precision
 from dpo_cli.utils.errors import DpoError
 
 ENDS_OF = 256  # pairs whose last token is looked at
+CUT = "…"  # ends an answer that was cut, where it is shown
 
 
 def generate(
@@ -34,13 +38,16 @@ def generate(
     max_new_tokens: int,
     copies: int = 0,
     seed: int = 0,
+    temperature: float = 1.0,
+    streamer: Any = None,
 ) -> list[list[Ids]]:
-    """Answer each prompt greedily, or ``copies`` times at temperature 1 from the model's own distribution.
+    """Answer each prompt greedily, or ``copies`` times at a temperature from the model's own distribution.
 
     Nothing else shapes the distribution: of the model's generation config only the EOS ids are used. A response ends
     with an EOS, after ``max_new_tokens``, or where the model's context ends. It is computed in the precision of the
     ``runner``, which may score it, with prompts, padding and responses of at most its ``max_tokens`` per batch. The
     same ``seed`` and ``max_tokens`` give the same samples, and the global random state is left as it was.
+    ``streamer``: one of transformers', for a single prompt.
 
     Shapes: -> for each prompt the token ids of its responses.
 
@@ -53,7 +60,7 @@ def generate(
     places = sorted([*range(len(prompts))] * (copies or 1), key=lambda i: -len(prompts[i]))
     responses: list[list[Ids]] = [[] for _ in prompts]
     config = GenerationConfig(do_sample=copies > 0, eos_token_id=eos_ids(model, tokenizer) or None, pad_token_id=0)
-    config.update(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if copies else {}))
+    config.update(**({"temperature": temperature, "top_k": 0, "top_p": 1.0} if copies else {}))
     on_device = [] if model.device.type == "cpu" else [model.device]
     unchanged = torch.random.fork_rng(on_device, device_type=model.device.type)
     model.eval()
@@ -65,13 +72,15 @@ def generate(
             batch = [place for place in places[:size] if room[place] == room[places[0]]]
             places = places[len(batch) :]
             with precision(model.device, runner.dtype):
-                answers = _generate(model, [prompts[place] for place in batch], config)
+                answers = _generate(model, [prompts[place] for place in batch], config, streamer)
             for place, response in zip(batch, answers, strict=True):
                 responses[place].append(response)
     return responses
 
 
-def _generate(model: PreTrainedModel, prompts: Sequence[Ids], config: GenerationConfig) -> list[Ids]:
+def _generate(
+    model: PreTrainedModel, prompts: Sequence[Ids], config: GenerationConfig, streamer: Any = None
+) -> list[Ids]:
     """Answer prompts in one batch, padded on the left."""
     width = max(map(len, prompts))
     ids, mask = (torch.zeros(len(prompts), width, dtype=torch.long, device=model.device) for _ in range(2))
@@ -79,11 +88,11 @@ def _generate(model: PreTrainedModel, prompts: Sequence[Ids], config: Generation
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, width - len(prompt) :] = 1
     try:
-        with forward_errors("the model cannot generate answers", "; leave out --samples and --show-answers"):
-            out = cast(Any, model).generate(ids, attention_mask=mask, generation_config=config)
+        with forward_errors("the model cannot generate answers", "; leave out --samples, set --show-answers 0"):
+            out = cast(Any, model).generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)
     except RuntimeError as error:  # out of memory
         size = f"{len(prompts)} answers ({width} + {config.max_new_tokens} tokens each)"
-        remedy = "set a lower --max-tokens or --sample-tokens"
+        remedy = "set a lower --max-tokens, --sample-tokens or --max-new-tokens"
         raise DpoError(f"{size} do not fit the device's memory: {remedy}") from error
     answers = out[:, width:].cpu().numpy().astype(np.int32)
     ends = [np.flatnonzero(np.isin(answer, config.eos_token_id or [])) for answer in answers]
@@ -104,6 +113,24 @@ def text(tokenizer: Any, ids: Ids) -> str:
     """Decode token ids for a reader: without special tokens and surrounding space."""
     decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
     return decoded.strip()
+
+
+def answer_text(model: PreTrainedModel, tokenizer: Any, ids: Ids) -> str:
+    """Decode an answer for a reader; one that does not end with an EOS was cut, and ends with a mark of it."""
+    return text(tokenizer, ids) + CUT * (not np.isin(ids[-1:], eos_ids(model, tokenizer)).any())
+
+
+def user_text(tokenizer: Any, prompt: Ids) -> str:
+    """Decode the user's last turn without the chat template around it; of a prompt of another kind, all of it."""
+    template = ChatTemplate(tokenizer, adds_bos=False)
+    probe, earlier = user_turn(PROBE)[0], (USER, *answer_of("a"))
+    first, _, end = template.probe(probe, generation=True).rpartition(PROBE)
+    second = template.probe(*earlier, probe).rpartition(PROBE)[0]
+    opening = first[len(first) - common_prefix(first[::-1], second[::-1]) :]
+    whole = tokenizer.decode(prompt)
+    if opening.strip() and opening in whole and whole.endswith(end):
+        return str(whole.removesuffix(end).rpartition(opening)[2].strip())
+    return text(tokenizer, prompt)
 
 
 def generation_config(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pair]) -> GenerationConfig:

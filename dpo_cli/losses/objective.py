@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.losses.divergences import divergence
 from dpo_cli.losses.preference import LOSSES, PAIR_FIELDS, RUN_OPTIONS, Loss, Preferences
-from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,16 +77,30 @@ class Objective:
 DPO = Objective()
 
 
-def list_losses() -> dict[str, Any]:
-    """`dpo losses`: the description of each loss."""
+def list_losses(name: str | None = None) -> dict[str, Any]:
+    """`dpo losses`: the description of each loss, or of one.
+
+    Raises:
+        UsageError: there is no such loss.
+    """
+    if name is not None and name not in LOSSES:
+        raise UsageError(f"{name}: no such loss{did_you_mean(name, LOSSES)}; dpo losses lists them")
     return {
         "losses": [
             {"name": loss.name, "use": loss.use, "formula": loss.formula, "paper": loss.paper}
             | {"reads": [name for name in loss.reads if name not in ("reward_baseline", *loss.options)]}
             | {"options": loss.options, "reference": loss.reference}
             for loss in LOSSES.values()
+            if name in (None, loss.name)
         ]
     }
+
+
+def as_lines(result: Mapping[str, Any]) -> str:
+    """Format the result of ``list_losses``: a line per loss."""
+    width = max(len(each["name"]) for each in result["losses"])
+    lines = [f"{each['name']:<{width}}  {each['use']}" for each in result["losses"]]
+    return "\n".join([*lines, "", "dpo losses NAME shows one with formula, paper and options"])
 
 
 def as_text(result: Mapping[str, Any]) -> str:

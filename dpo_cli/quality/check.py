@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.config.options import CheckOptions
+from dpo_cli.config.resolve import as_words
 from dpo_cli.data.chat import CONTROL_KEPT
 from dpo_cli.data.messages import REASONING, Text
 from dpo_cli.data.pairs import Ids, count_loss_tokens
@@ -28,7 +30,8 @@ from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import UsageError, printable
 from dpo_cli.utils.files import atomic_write, finite
 
-# In the order in which they are reported. On a problem --strict fails and --fix drops the row.
+# In the order in which they are reported, what changes a training most first. On a problem --strict fails, and --fix
+# drops the row.
 PROBLEMS = {
     "refused": "refused rows; dpo train needs --on-bad-row skip, or these rows mended",
     "encoding": "damaged encoding: text decoded wrongly, replacement or control characters",
@@ -39,12 +42,12 @@ PROBLEMS = {
     "duplicate": "copies of other rows, but for case and white space",
 }
 NOTES = {
-    "prompt_cut": "truncated prompts: the oldest turns are removed beyond --max-length",
+    "length_bias": "length predicts the preference",
     "response_cut": "truncated responses: the end is removed beyond --max-length",
-    "control_tokens": "control tokens in messages, which act as such; --control-tokens refuse",
     "thinking": "thinking on one side only, which teaches to think, or not to",
     "empty_response": "responses without a letter or a digit",
-    "length_bias": "length predicts the preference",
+    "control_tokens": "control tokens in messages, which act as such; --control-tokens refuse",
+    "prompt_cut": "truncated prompts: the oldest turns are removed beyond --max-length",
     "other": "noted when the row was tokenized",
 }
 TITLES = PROBLEMS | NOTES
@@ -75,7 +78,18 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
     if options.fix:
         result["fixed"] = _write_clean(options.fix, sources, check.problems)
         reporter.info("fixed", f"{result['fixed']['kept']:,} of {result['rows']:,} rows are clean")
-    return result
+    return result | ({"next": _next_command(options, result)} if result["pairs"] else {})
+
+
+def _next_command(options: CheckOptions, result: dict[str, Any]) -> str:
+    """Return the command that follows: a training, or where rows have problems, one that writes the others."""
+    given = {name: getattr(options, name) for name in ("model", "base_model", "columns", "format", "data", "eval_data")}
+    cleaned = result.get("fixed", {}).get("kept")
+    if result["problems"] and not cleaned:
+        return shlex.join(["dpo", "check", *as_words(given | {"fix": "clean.jsonl"})])
+    given |= {"data": str(options.fix)} if cleaned else {}
+    given |= {} if options.eval_data else {"eval_fraction": 0.1}
+    return shlex.join(["dpo", "train", *as_words(given)])
 
 
 class DataCheck:
@@ -158,7 +172,7 @@ class DataCheck:
             {
                 "kind": kind,
                 "severity": "problem" if kind in PROBLEMS else "note",
-                "title": f"{TITLES[kind]}: {reason}" if reason else TITLES[kind],
+                "title": f"{TITLES[kind]}: {self._reason(kind, reason)}" if reason else TITLES[kind],
                 "count": count,
                 "share": count / len(self.problems),
                 "examples": self.examples[kind, reason],
@@ -176,6 +190,11 @@ class DataCheck:
             "findings": findings,
         }
         return result | ({"length_bias": bias} if self.lengths else {})
+
+    def _reason(self, kind: str, reason: str) -> str:
+        """Return the reason of a kind, of refused rows in full where their examples have the same."""
+        texts = {example["text"] for example in self.examples[kind, reason]}
+        return texts.pop() if kind == "refused" and len(texts) == 1 else reason
 
 
 def length_bias(lengths: Ids) -> dict[str, Any]:
@@ -326,4 +345,5 @@ def as_text(result: dict[str, Any]) -> str:
         lines += [f"  {count:>9,}  dropped: {PROBLEMS[kind]}" for kind, count in fixed["dropped"].items()]
         lines.append("")
     problems = f"problems: {result['problems']}, in {result['problem_rows']:,} of" if result["problems"] else ""
-    return "\n".join([*lines, f"{problems or 'no problems found in'} {result['rows']:,} rows"])
+    lines.append(f"{problems or 'no problems found in'} {result['rows']:,} rows")
+    return "\n".join([*lines, *[f"Next: {result.get('next')}"] * ("next" in result)])

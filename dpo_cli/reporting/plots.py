@@ -196,5 +196,6 @@ def _draw_frontier(axes: Axes, points: Sequence[Mapping[str, Any]], unit: str, n
     x, y = values.values()
     axes.errorbar(x, y, errors[name], errors["kl"], fmt="o-", color=COLORS["ink"], elinewidth=0.9)
     for at, height, point in zip(x, y, points, strict=True):
-        axes.annotate(f"β {point['beta']:g}", (at, height), (5, -11), textcoords="offset points")
+        rate = f", lr {point['lr']:g}" * (len({each["lr"] for each in points}) > 1)
+        axes.annotate(f"β {point['beta']:g}{rate}", (at, height), (5, -11), textcoords="offset points")
     axes.set(xlabel=f"KL from the reference, {unit}", ylabel=name)

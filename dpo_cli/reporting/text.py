@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
@@ -11,9 +12,10 @@ from typing import Any
 from dpo_cli.evaluation.metrics import SIDES
 
 Result = Mapping[str, Any]
-NONE = "–"
+NONE, EMPTY = "–", "(empty answer)"
 WIDTH = 110
 PER_PAIR = ("loss", "rewards/margins", "rewards/accuracies", *(f"rewards/{side}" for side in SIDES))
+COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logratios/margins", *(f"kl/{side}" for side in SIDES))
 PER_TOKEN = {
     "cross_entropy": "H(data, policy), nats",
     "ref_cross_entropy": "H(data, reference)",
@@ -61,10 +63,30 @@ def flat_numbers(result: Result) -> dict[str, tuple[float, Sequence[float] | Non
     return {name: each for name, each in flat.items() if is_number(each[0]) or isinstance(each[0], float)}
 
 
-def as_text(result: Result) -> str:
-    """Format the result of `dpo eval`: numbers with 95 % intervals, findings, shifted tokens."""
-    lines = _comparison(result) if "differences" in result else _evaluation(result)
-    return "\n".join(lines)
+def as_text(result: Result, full: bool = False) -> str:
+    """Format the result of `dpo eval`: the answers and the verdict, before them all numbers if they are asked for."""
+    if "differences" in result:
+        return "\n".join(_comparison(result, full))
+    lines = [*overlap_lines(result), *(_evaluation(result) if full else ()), *answer_lines(result.get("samples", ()))]
+    lines += [*_win_rate(result), *verdict_lines(result, full)]
+    for gate in result.get("gates", ()):
+        lines.append(f"gate {'passed' if gate['passed'] else 'FAILED'}: {gate['gate']} ({gate['text']})")
+    if "run" in result:
+        lines.append(f"Next: dpo chat {shlex.quote(result['run'])}")
+    return "\n".join(lines if full else [*lines, "All numbers: --full"])
+
+
+def answer_lines(samples: Sequence[Result]) -> Iterator[str]:
+    """Yield each prompt with the answers before and after the training."""
+    for sample in samples:
+        for name, text in (
+            ("prompt", sample["prompt"]),
+            ("  before", sample["reference"] or EMPTY),
+            ("  after", sample["policy"] or EMPTY),
+        ):
+            lines = [line for each in text.splitlines() for line in textwrap.wrap(each, WIDTH - 10) or [""]]
+            yield f"{name:<10}{(chr(10) + 10 * ' ').join(lines)}"
+        yield ""
 
 
 def overlap_lines(result: Result) -> Iterator[str]:
@@ -73,19 +95,20 @@ def overlap_lines(result: Result) -> Iterator[str]:
         yield f"warning: {text}"
 
 
-def verdict_lines(result: Result) -> Iterator[str]:
-    """Yield the findings, and which checks passed on how many pairs."""
+def verdict_lines(result: Result, full: bool = False) -> Iterator[str]:
+    """Yield the verdict in words, findings with what to try, and how many checks passed; their names if ``full``."""
+    yield from (textwrap.fill(line, WIDTH) for line in result.get("verdict", ()))
     for finding in result.get("findings", ()):
         yield f"finding: {finding['title']}"
         numbers = ", ".join(f"{name} {number(value)}" for name, value in finding["numbers"].items())
-        for text in (numbers, f"To try: {finding['advice']}"):
+        for text in (*[numbers] * full, f"To try: {finding['advice']}"):
             yield textwrap.indent(textwrap.fill(text, WIDTH), "  ")
     if "judged" in result:
-        yield textwrap.fill(result["judged"]["text"], WIDTH)
+        judged = result["judged"]["text"]
+        yield textwrap.fill(judged if full else judged.partition(" (not found")[0], WIDTH)
 
 
 def _evaluation(result: Result) -> Iterator[str]:
-    yield from overlap_lines(result)
     refused = "; ".join(f"{count:,} refused: {reason}" for reason, count in result["refused"].items())
     yield f"{'policy':<24}{result['model']}"
     yield f"{'reference':<24}{result['reference']}"
@@ -108,6 +131,18 @@ def _evaluation(result: Result) -> Iterator[str]:
             f"{kl['samples']} samples per prompt over {kl['prompts']} prompts, cut at {kl['max_new_tokens']} tokens; "
             f"{percent(kl['ended'], 0)} ended with EOS"
         )
+    if drift := result.get("drift"):
+        yield (
+            f"{'shifted tokens':<24}{drift['shifted']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) changed "
+            f"over {drift['fold']:g}-fold{'; the largest changes:' if drift['top'] else ''}"
+        )
+        for token in drift["top"]:
+            text = f"{token['before']}[{token['token']}]{token['after']}".replace("\n", "\\n")
+            yield f"{number(token['fold']):>20}  {text[:WIDTH]}  {token['row']} {token['response']}"
+    yield ""
+
+
+def _win_rate(result: Result) -> Iterator[str]:
     if won := result.get("win_rate"):
         by_length = ", ".join(
             f"{percent(won[f'policy_{which}'])} of {count:,} where the policy's is {which}"
@@ -118,18 +153,6 @@ def _evaluation(result: Result) -> Iterator[str]:
             f"{'win rate':<24}{percent(won['share'])} ({format_interval(won['share_interval'], percent)}) of "
             f"{won['contests']:,} answers to {won['prompts']:,} prompts beat the reference's, ties as half; {by_length}"
         )
-    if drift := result.get("drift"):
-        yield (
-            f"{'shifted tokens':<24}{drift['shifted']:,} of {drift['tokens']:,} ({percent(drift['share'], 2)}) changed "
-            f"over {drift['fold']:g}-fold{'; the largest changes:' if drift['top'] else ''}"
-        )
-        for token in drift["top"]:
-            text = f"{token['before']}[{token['token']}]{token['after']}".replace("\n", "\\n")
-            yield f"{number(token['fold']):>20}  {text[:WIDTH]}  {token['row']} {token['response']}"
-    yield ""
-    yield from verdict_lines(result)
-    for gate in result.get("gates", ()):
-        yield f"gate {'passed' if gate['passed'] else 'FAILED'}: {gate['gate']} ({gate['text']})"
 
 
 def _means(result: Result) -> Iterator[str]:
@@ -151,19 +174,42 @@ def _means(result: Result) -> Iterator[str]:
             yield f"{name:<24}{cells}{meaning}"
 
 
-def _comparison(result: Result) -> Iterator[str]:
+def _comparison(result: Result, full: bool) -> Iterator[str]:
+    """Yield what differs between two models; ``full``: all that was measured, but for what is 0 or equal in both."""
     for name in "ab":
         about = result[name]
         yield from overlap_lines(about)
-        yield f"{name:<34}{about['model']}, beta {about['beta']:g}, reference {about['reference']}"
+        yield f"{name:<24}{about['model']}, beta {about['beta']:g}, reference {about['reference']}"
     other = "tokenized differently: per-token means not comparable"
-    yield f"{'pairs':<34}{result['pairs']:,}, {'the same tokens in both' if result['same_tokens'] else other}"
-    better = result["pairs_b_better"]
-    share = f"{percent(better['share'])} of the pairs ({format_interval(better['interval'], percent)})"
-    yield f"{'larger log-ratio margin':<34}in b for {share}"
+    yield f"{'pairs':<24}{result['pairs']:,}, {'the same tokens in both' if result['same_tokens'] else other}"
     for name, why in result["not_compared"].items():
-        yield f"{f'{name} not compared':<34}{why}"
-    yield f"\n{'':<34}{'a':>10} {'b':>10} {'b - a':>11}  95 % interval of the paired difference"
+        yield f"{f'{name} not compared':<24}{why}"
+    rows = [("", "a", "b", "b - a", "95 % interval of the paired difference")]
     for name, values in result["differences"].items():
-        cells = f"{number(values['a']):>10} {number(values['b']):>10} {number(values['difference']):>11}"
-        yield f"{name:<34}{cells}  {format_interval(values['interval'])}"
+        if (full or name in COMPARED) and not (values["a"] == values["b"] and values["interval"] in (None, [0, 0])):
+            numbers = (number(values[key]) for key in ("a", "b", "difference"))
+            rows.append((name, *numbers, format_interval(values["interval"])))
+    yield ""
+    yield from table(rows)
+    better, interval = result["pairs_b_better"], result["pairs_b_better"]["interval"]
+    yield ""
+    yield (
+        f"b has the larger log-ratio margin in {percent(better['share'])} of the pairs "
+        f"({format_interval(interval, percent)})."
+    )
+    accuracy = result["differences"].get("rewards/accuracies")
+    if accuracy and accuracy["interval"]:
+        low, high = accuracy["interval"]
+        winner = "b" if low > 0 else "a" if high < 0 else ""
+        sure = f"{winner} prefers the better answer more often" if winner else "No difference in accuracy is certain"
+        yield f"{sure}: b - a is {percent(accuracy['difference'])} ({format_interval([low, high], percent)})."
+    if not full:
+        yield "All numbers: --full"
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield lines of columns as wide as their widest cell; all but the first and the last are set flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *cells, last in rows:
+        inner = "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:-1], strict=True))
+        yield f"{first:<{widths[0]}}{inner}  {last}".rstrip()

@@ -316,7 +316,7 @@ class _Loop:
         return metrics
 
     def write_report(self, samples: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-        """Write the run's report and curves as of now; return ``findings`` and ``judged``.
+        """Write the run's report and curves as of now; return ``findings``, ``judged`` and ``verdict``.
 
         An error is reported and does not end the training.
         """
@@ -334,8 +334,8 @@ class _Loop:
             write_plots(run.folder / "curves.png", curves(history))
         except Exception as error:  # also of the libraries that draw
             run.reporter.warning(f"the report of {run.folder} is not up to date: {error}")
-        verdict = result.result if result else {"findings": [], "judged": judge(0)}
-        return {name: verdict[name] for name in ("findings", "judged")}
+        shown = result.result if result else {"findings": [], "judged": judge(0), "verdict": []}
+        return {name: shown[name] for name in ("findings", "judged", "verdict")}
 
     def _save(self, step: int) -> None:
         if self.log.file.exists() and distributed.rank() == 0:

@@ -11,8 +11,9 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from dpo_cli.data.pairs import Ids
 from dpo_cli.data.tokenize import reasons
-from dpo_cli.evaluation.generation import generate, text
+from dpo_cli.evaluation.generation import answer_text, generate, user_text
 from dpo_cli.evaluation.metrics import evaluations, read_metrics
 from dpo_cli.hub.export import NotReadBackError, export_model, pair_logps
 from dpo_cli.hub.model_card import model_card
@@ -21,9 +22,10 @@ from dpo_cli.models.attention import attention
 from dpo_cli.models.loading import export_dtype, load_model, release
 from dpo_cli.models.split_weights import fp32_weights
 from dpo_cli.training.setup import Run
-from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.errors import DpoError, UsageError
 
 ANSWER_TOKENS = 80  # shown of an answer, at most
+ANSWERS_SHOWN = 3  # where --show-answers is left open
 
 
 def export(run: Run, optimizer: Optimizer, name: str, step: int, after: Mapping[str, float] | None = None) -> None:
@@ -69,17 +71,29 @@ def _merged(run: Run) -> PreTrainedModel:
     return model
 
 
+def _shown_prompts(run: Run) -> list[Ids]:
+    """Return the first held-out prompts, each once; none of a model in shards, which does not answer."""
+    shown = run.options.show_answers
+    if shown is None:
+        shown = 0 if run.options.fsdp else ANSWERS_SHOWN
+    return [*{pair.prompt.tobytes(): pair.prompt for pair in run.held_out}.values()][:shown]
+
+
 def answer(run: Run) -> list[str]:
-    """Answer the first held-out prompts greedily, as many as are shown."""
-    prompts = [pair.prompt for pair in run.held_out[: run.options.show_answers]]
-    responses = generate(run.policy.runner, run.tokenizer, prompts, run.policy.own_attention, ANSWER_TOKENS)
-    return [text(run.tokenizer, response) for (response,) in responses]
+    """Answer the first held-out prompts greedily, as many as are shown; none with a warning if the model cannot."""
+    policy = run.policy
+    try:
+        responses = generate(policy.runner, run.tokenizer, _shown_prompts(run), policy.own_attention, ANSWER_TOKENS)
+    except DpoError as error:
+        run.reporter.warning(str(error))
+        return []
+    return [answer_text(policy.model, run.tokenizer, response) for (response,) in responses]
 
 
 def summary(run: Run, first_answers: list[str]) -> dict[str, Any]:
     """Return what ``dpo train --json`` prints of a finished run."""
     scores = evaluations(read_metrics(run.folder / "metrics.jsonl"))
-    shown = zip(run.held_out, first_answers, answer(run), strict=False)
+    shown = zip(_shown_prompts(run), first_answers, answer(run), strict=False)
     return {
         "trained_on": run.trained_on,
         "run": str(run.folder),
@@ -93,7 +107,7 @@ def summary(run: Run, first_answers: list[str]) -> dict[str, Any]:
         "before": scores.get(0, {}),
         "after": scores.get(len(run.plan), {}),
         "answers": [
-            {"prompt": run.tokenizer.decode(pair.prompt), "reference": first, "policy": last}
-            for pair, first, last in shown
+            {"prompt": user_text(run.tokenizer, prompt), "reference": first, "policy": last}
+            for prompt, first, last in shown
         ],
     }

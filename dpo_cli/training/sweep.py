@@ -1,8 +1,9 @@
-"""``dpo sweep``: the same training with several betas from one reference, and what each margin costs in KL."""
+"""``dpo sweep``: the same training with several betas or learning rates, and what each margin costs in KL."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 from dpo_cli.config.options import EvalOptions, SweepOptions, TrainOptions
 from dpo_cli.config.resolve import differences, inherit_auto_options
 from dpo_cli.evaluation.evaluate import evaluate
+from dpo_cli.evaluation.evaluator import Evaluation
+from dpo_cli.evaluation.metrics import PairScores
+from dpo_cli.evaluation.statistics import compare
 from dpo_cli.models.loading import free_memory
 from dpo_cli.reporting.plots import frontier, write_plots
-from dpo_cli.reporting.text import format_interval, number, overlap_lines, percent, verdict_lines
+from dpo_cli.reporting.text import format_interval, number, overlap_lines, percent, table, verdict_lines
 from dpo_cli.training.loop import train
 from dpo_cli.training.run_dir import read_manifest, trained_with
 from dpo_cli.utils.console import Reporter
@@ -35,16 +39,20 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
     names = [path.name for path in folder.glob("*")]
     if folder.is_file() or (names and RESULT not in names and not any(name.startswith("beta-") for name in names)):
         raise UsageError(f"--output {folder}: it holds something other than a sweep; choose another folder")
-    runs = {folder / f"beta-{training.beta:g}": training for training in options.runs()}
+    trainings = options.runs()
+    several = len({training.lr for training in trainings}) > 1
+    runs = {folder / f"beta-{t.beta:g}{f'-lr-{t.lr:g}' * several}": t for t in trainings}
     started = {run: trained_with(run) for run in runs if run.exists()}
     for run, began in started.items():
         if changed := differences(began, inherit_auto_options(runs[run], began)):
             changes = f"{run.name} exists with other options: {', '.join(changed.values())}"
             raise UsageError(f"--output {folder}: {changes}; choose another folder")
-    evaluations: dict[Path, dict[str, Any]] = {}
+    evaluations: dict[Path, Evaluation] = {}
     first = next(iter(runs))
     for run, training in runs.items():
-        reporter.info("sweep", f"beta {training.beta:g}, {len(evaluations) + 1} of {len(runs)}: {run}")
+        reporter.info(
+            "sweep", f"beta {training.beta:g}, lr {training.lr:g}, {len(evaluations) + 1} of {len(runs)}: {run}"
+        )
         like = started.get(run) or next(iter(started.values()), None)
         _train(run, inherit_auto_options(training, like) if like else training, command, reporter)
         started[run] = trained_with(run)
@@ -52,7 +60,7 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
         if moved := [name for name, value in _starting_point(run).items() if value != expected[name]]:
             raise UsageError(f"{run}: {' and '.join(moved)} changed since {first.name} began; choose another --output")
         evaluations[run] = _evaluate(run, options, reporter)
-    about = evaluations[first]
+    about = evaluations[first].result
     result: dict[str, Any] = {"output": str(folder)}
     result |= {name: about[name] for name in ("trained_on", "reference", "pairs") if name in about}
     if "sequence_kl" in about:
@@ -60,7 +68,10 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
         result["kl"] |= {name: about["sequence_kl"][name] for name in ("prompts", "samples", "max_new_tokens")}
     else:
         result["kl"] = {"of": "at each token of the chosen responses", "unit": "nats per token"}
-    points = result["points"] = [_point(run, evaluation) for run, evaluation in evaluations.items()]
+    points = [_point(run, started[run].lr, evaluation.result) for run, evaluation in evaluations.items()]
+    result["points"] = points
+    if points[0]["judged"]["enough"]:
+        result["best"] = _best(points, [evaluation.scores for evaluation in evaluations.values()])
     for name in ("frontier.svg", "frontier.png"):
         write_plots(folder / name, frontier(points, result["kl"]["unit"]))
     write_json(folder / RESULT, result)
@@ -69,18 +80,40 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """A line per run, for a terminal."""
-    head = f"{'beta':>7}{'KL':>10}  {'95 % interval':<22}" + "".join(f"{name:>20}" for name in METRICS)
-    lines = [*overlap_lines(result), f"{head}  run"]
+    """A line per run, what can be compared, and which run is best, for a terminal."""
+    rows = [("beta", "lr", "KL", "95 % interval", "accuracy", "margin, nats", "run")]
     for point in result["points"]:
-        cells = [percent(point[m]) if m == "rewards/accuracies" else number(point[m]) for m in METRICS]
-        line = f"{point['beta']:>7g}{number(point['kl']):>10}  {format_interval(point['intervals']['kl']):<22}"
-        lines.append(line + "".join(f"{cell:>20}" for cell in cells) + f"  {point['run']}")
+        ends, nats = format_interval(point["intervals"]["kl"]), number(point["rewards/margins"] / point["beta"])
+        cells = [number(point["kl"]), ends, percent(point["rewards/accuracies"]), nats]
+        rows.append((f"{point['beta']:g}", f"{point['lr']:g}", *cells, point["run"]))
+    lines = [*overlap_lines(result), *table(rows)]
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
+    lines.append(
+        f"{'compare':<12}KL, accuracy and margin in nats; loss and rewards grow with beta, and are in {RESULT} alone"
+    )
     lines.append(f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}")
     for point in result["points"]:
-        lines += ["", f"beta {point['beta']:g}", *verdict_lines(point)]
+        lines += ["", Path(point["run"]).name, *verdict_lines(point)]
+    if best := result.get("best"):
+        equal = ", ".join(Path(run).name for run in best["not_worse"] if run != best["run"])
+        lines += ["", f"The highest accuracy is {percent(best['accuracy'])}, of {Path(best['highest']).name}."]
+        more = f", of the least KL; no certain difference in accuracy: {equal}" if equal else ""
+        lines += [f"Best: {Path(best['run']).name}{more}.", f"Next: dpo chat {shlex.quote(best['run'])}"]
     return "\n".join(lines)
+
+
+def _best(points: Sequence[Mapping[str, Any]], scores: Sequence[PairScores]) -> dict[str, Any]:
+    """Choose the run of least KL whose accuracy is not certainly below the highest, by paired differences."""
+    accuracies = [point["rewards/accuracies"] for point in points]
+    top = accuracies.index(max(accuracies))
+    differences = {}
+    for point, each in zip(points, scores, strict=True):
+        difference = compare(scores[top], each)["differences"]["rewards/accuracies"]
+        differences[point["run"]] = {name: difference[name] for name in ("difference", "interval")}
+    not_worse = [run for run, each in differences.items() if each["interval"] is None or each["interval"][1] >= 0]
+    run = min(not_worse, key={point["run"]: point["kl"] for point in points}.__getitem__)
+    about = {"run": run, "highest": points[top]["run"], "accuracy": accuracies[top], "not_worse": not_worse}
+    return about | {"differences": differences}
 
 
 def _starting_point(run: Path) -> dict[str, str]:
@@ -103,7 +136,7 @@ def _train(run: Path, options: TrainOptions, command: Sequence[str], reporter: R
         free_memory()
 
 
-def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str, Any]:
+def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> Evaluation:
     """Evaluate a run on the held-out rows, as ``dpo eval`` does; refuse rows other than it began with."""
     common = {f.name: getattr(options, f.name) for f in dataclasses.fields(EvalOptions) if hasattr(options, f.name)}
     own = {"model": [str(run)], "data": options.eval_data, "beta": None, "ref_model": None, "kl": "exact"}
@@ -111,16 +144,17 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> dict[str,
     if pairs.digest() != read_manifest(run)["held_out"]["sha256"]:
         raise UsageError(f"{run}: the held-out data changed since it began; choose another --output")
     free_memory()
-    return evaluation.result
+    return evaluation
 
 
-def _point(run: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+def _point(run: Path, lr: float, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's KL, margin, accuracy and findings, named as in ``dpo eval --json``."""
     kl, kl_interval = found["kl/chosen"], found["intervals"]["kl/chosen"]
     if "sequence_kl" in found:
         kl, kl_interval = (found["sequence_kl"][name] for name in ("token_kl", "token_kl_interval"))
     return {
         "beta": found["beta"],
+        "lr": lr,
         "run": str(run),
         "kl": kl,
         **{name: found[name] for name in METRICS},

@@ -132,6 +132,23 @@ def file_lock(file: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line and sync it; whole where other processes append too, or where the last line has no end.
+
+    Raises:
+        NotWrittenError: the system refuses it.
+    """
+    with writing(path), path.open("ab+") as stream:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(size - 1, 0))
+        begin = b"" if stream.read() in (b"", b"\n") else b"\n"
+        stream.write(begin + line.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def sha256(path: Path) -> str:
     """Hash the content of a file (hex)."""
     with path.open("rb") as stream:

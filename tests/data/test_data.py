@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from dpo_cli.config import options as config
 from dpo_cli.data import readers
 from dpo_cli.data.formats import FORMATS as READERS
+from dpo_cli.data.formats import suggested_columns
 from dpo_cli.data.readers import MAX_DEPTH
 from dpo_cli.data.rows import BadRow, Row, is_rendered, read_rows
 from dpo_cli.data.sources import find_sources
@@ -365,9 +366,9 @@ def test_tools_of_ranked_conversations_are_kept(tmp_path: Path) -> None:
 
 def test_a_refusal_ends_with_the_columns_of_the_row(tmp_path: Path) -> None:
     record = {"query": "Why?", "good_answer": "a", "bad_answer": "b"}
-    ends = "the row has query, good_answer, bad_answer (name yours as --columns prompt=NAME,chosen=NAME,rejected=NAME)"
-    assert reason(tmp_path, record) == f"chosen is missing; {ends}"
     columns = "prompt=query,chosen=good_answer,rejected=bad_answer"
+    ends = f"the row has query, good_answer, bad_answer (name yours as --columns {columns})"
+    assert reason(tmp_path, record) == f"chosen is missing; {ends}"
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record), columns)
     assert isinstance(row, Row), row
 
@@ -1127,3 +1128,21 @@ def test_any_bytes_give_rows_bad_rows_or_a_usage_error(folder: Path, content: by
             assert row.where.startswith(f"{folder / name}:")
         if name == "any.jsonl":
             assert len(rows) == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("promt", "chosen", "rejected"), "prompt=promt"),
+        (("question", "good_answer", "bad_answer"), "prompt=question,chosen=good_answer,rejected=bad_answer"),
+        (("instruction", "best", "worst", "id"), "prompt=instruction,chosen=best,rejected=worst"),
+        (("prompt", "chosen", "rejectd"), "rejected=rejectd"),
+        (("a", "b", "c"), ""),
+    ],
+)
+def test_columns_are_guessed_by_their_names(names: tuple[str, ...], columns: str) -> None:
+    assert suggested_columns(dict.fromkeys(names, "x")) == ("--columns " + columns if columns else "")
+
+
+def test_a_misspelt_prompt_is_no_dialogue(tmp_path: Path) -> None:
+    assert reason(tmp_path, {"promt": "Why?", "chosen": "a", "rejected": "b"}).endswith("--columns prompt=promt")

@@ -27,8 +27,8 @@ MEANS |= {"logp_accuracy/policy", "logp_accuracy/reference"}
 MEANS |= {f"{name}/{side}" for name in BY_RESPONSE for side in EITHER}
 EXACT = {f"{name}/{side}" for name in FROM_BOTH for side in EITHER}  # what needs both models
 EVALUATED = MEANS | EXACT
-ABOUT = {"trained_on", "model", "reference", "rows", "refused", "pairs", "beta"}
-SECTIONS = {"intervals", "rewards/margins_quantiles", "length", "findings", "judged"}
+ABOUT = {"trained_on", "run", "model", "reference", "rows", "refused", "pairs", "beta"}
+SECTIONS = {"intervals", "rewards/margins_quantiles", "length", "findings", "judged", "verdict"}
 SHOWN = EVALUATED | ABOUT | SECTIONS | {"drift"}
 PER_PAIR = [
     "row", "logps/chosen", "logps/rejected", "ref_logps/chosen", "ref_logps/rejected", "rewards/chosen",
@@ -125,7 +125,8 @@ def flat(value: Any) -> list[Any]:
 
 
 def test_the_runs_model_folder_is_the_run(trained: tuple[Path, dict[str, Any]]) -> None:
-    assert evaluate(trained[0], model="run/model") == evaluate(trained[0])
+    whole = evaluate(trained[0]) | {"run": str(trained[0] / "run" / "model")}
+    assert evaluate(trained[0], model="run/model") == whole
 
 
 def test_beta_scales_rewards_and_nothing_else(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -367,11 +368,11 @@ def test_stdout_is_one_json_object_and_nothing_else(dpo: Cli, trained: tuple[Pat
     assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "cache"}
 
 
-def test_a_person_gets_a_table(trained: tuple[Path, Any]) -> None:
+def test_full_is_all_numbers(trained: tuple[Path, Any]) -> None:
     folder = trained[0]
     common = ("--data", folder / "held-out.jsonl", "--cache-dir", folder / "cache")
     for kl in ("exact", "none"):
-        result = invoke("eval", "--model", folder / "run", *common, "--kl", kl)
+        result = invoke("eval", "--model", folder / "run", *common, "--kl", kl, "--full")
         assert result.exit_code == 0, result.output
         shown = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
         for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):

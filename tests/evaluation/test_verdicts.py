@@ -89,7 +89,8 @@ def test_the_most_overfitted_run_is_no_clean_result(memorised: tuple[Path, Any])
     run, result = memorised
     head, _, told = result.stdout.partition("finding: ")
     assert told.startswith("The training pairs were memorised: loss ") and "To try: " in told
-    assert told.rstrip().endswith(FEW) and "warning" not in head
+    assert "Next: dpo chat " in told and FEW in told and "warning" not in head
+    assert "\nTrained on 24 pairs in 0:00:" in head
     text = page(run / "report.html")
     assert "The training pairs were memorised" in text and f"{FEW}." in text
     assert "Nothing stood out" not in text and "no finding" not in result.stdout
@@ -163,15 +164,15 @@ def test_evaluated_rows_that_were_trained_on_are_said_first(memorised: tuple[Pat
     run, said = memorised[0], "24 of these 30 pairs were trained on: accuracy on them says nothing about new pairs"
     report = place / "both.html"
     out = evaluate(place, run, "--report", report)
-    assert out.stdout.startswith(f"warning: {said}\npolicy ")
-    assert out.stdout.rstrip().endswith("Only 6 pairs that were not trained on: too few to judge (6; 20 needed)")
+    assert out.stdout.startswith(f"warning: {said}\n")
+    assert "Only 6 pairs that were not trained on: too few to judge (6; 20 needed)\nNext: dpo chat" in out.stdout
     assert said in page(report) and page(report).index(said) < page(report).index("<nav")
     for model in (run / "model", run / "best", run / "checkpoints" / "step-000120"):
         result = json.loads(evaluate(place, model, "--json", "--kl", "none").stdout)
         assert next(iter(result)) == "trained_on" and result["trained_on"]["text"] == said
         assert (result["trained_on"]["pairs"], result["judged"]["pairs"]) == (24, 6)
     new = evaluate(place, run, data="new.jsonl")
-    assert "were trained on" not in new.stdout and new.stdout.rstrip().endswith(FEW)
+    assert "were trained on" not in new.stdout and FEW in new.stdout
     two = evaluate(place, run, "--model", place / "start", "--kl", "none")
     assert two.stdout.startswith(f"warning: {said}\na ") and two.stdout.count("trained on") == 1
 
@@ -264,3 +265,82 @@ def test_the_plan_says_when_the_steps_move_nothing(place: Path, options: list[An
     out = train(place, *options, "--batch-size", 4, "--dry-run")
     hints = [line for line in out.stderr.splitlines() if "will hardly move" in line]
     assert hints == [] if told is None else hints[0].startswith(f"hint        {told}")
+
+
+# ---- the verdict in words -----------------------------------------------------------------------------------------
+
+
+def test_the_end_of_an_evaluation_is_a_few_plain_lines(place: Path, tmp_path: Path) -> None:
+    """On enough new pairs: how often, against what, how far, whether anything is wrong, what next."""
+    rows = [json.loads(line) for line in (SAMPLE / "train.jsonl").read_text().splitlines()]
+    write_rows(tmp_path / "held-out.jsonl", rows[100:124])
+    run, held_out = tmp_path / "run", ("--eval-data", tmp_path / "held-out.jsonl")
+    trained = train(place, *held_out, "--max-steps", 6, "--lr", 3e-4, "--batch-size", 4, "--output", run)
+    data = ("--model", run, "--data", tmp_path / "held-out.jsonl", "--cache-dir", place / "cache")
+    result, short, full = (
+        json.loads(dpo("eval", *data, "--json").stdout),
+        dpo("eval", *data),
+        dpo("eval", *data, "--full"),
+    )
+    accuracy, ends = result["rewards/accuracies"], result["intervals"]["rewards/accuracies"]
+    rule, share = "longer", result["length"]["accuracy_prefer_longer"]
+    rule, share = (rule, share) if share >= 0.5 else ("shorter", 1 - share)
+    said = (
+        f"On 24 held-out pairs the model prefers the better answer in {accuracy:.0%} ({ends[0]:.0%} to {ends[1]:.0%});"
+    )
+    assert result["verdict"][0] == f"{said} a coin: 50%, always the {rule} answer: {share:.0%}."
+    kl = max(result["kl/chosen"], result["kl/rejected"])
+    assert result["verdict"][1] == f"It stayed close to its reference: KL {kl:.2g} nats per token."
+    for text in (short.stdout, full.stdout, trained.stdout):
+        assert said in " ".join(text.split()) and f"\nNext: dpo chat {run}" in text
+    assert "cross_entropy" in full.stdout and "cross_entropy" not in short.stdout and "\nnumbers" not in short.stdout
+    assert len(short.stdout.splitlines()) < 15 and short.stdout.endswith("All numbers: --full\n")
+    assert " ".join(result["verdict"]) in page(run / "report.html")
+
+
+def test_answers_are_shown_before_and_after_by_default(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_cli.training.results.ANSWERS_SHOWN", 3)
+    monkeypatch.setattr("dpo_cli.training.results.ANSWER_TOKENS", 4)
+    held_out = ("--eval-data", place / "new.jsonl", "--max-steps", 1, "--lr", 1e-2, "--kl", "none")
+    out = train(place, *held_out, "--output", tmp_path / "run")
+    asked = [json.loads(line)["prompt"][-1]["content"] for line in (place / "new.jsonl").read_text().splitlines()]
+    shown = " ".join(out.stdout.partition("held out, ")[0].split())
+    assert [question in shown for question in asked] == [True] * 3 + [False] * 3 and "<|im_" not in shown
+    assert [shown.count(word) for word in (" before ", " after ")] == [3, 3] and shown.count("…") == 6
+    none = train(place, *held_out, "--show-answers", 0, "--output", tmp_path / "none", "--json")
+    assert json.loads(none.stdout)["answers"] == []
+    samples = ("--samples", 1, "--sample-prompts", 2, "--sample-tokens", 4)
+    drawn = evaluate(place, tmp_path / "run", *samples, data="new.jsonl").stdout
+    assert (
+        drawn.startswith(f"prompt    {asked[0][:40]}") and drawn.count("\n  before  ") == drawn.count("\n  after ") == 2
+    )
+
+
+def test_a_model_that_cannot_answer_is_trained(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of transformers raises where no layer attends."""
+    monkeypatch.setattr("dpo_cli.training.results.ANSWERS_SHOWN", 3)
+    make_model("lfm2", scale=3.0, layer_types=["conv", "conv"]).save_pretrained(tmp_path / "start")
+    for file in (place / "start").glob("*token*"):
+        shutil.copy(file, tmp_path / "start")
+    shutil.copy(place / "start" / "chat_template.jinja", tmp_path / "start")
+    out = train(
+        place, "--eval-data", place / "new.jsonl", "--max-steps", 1, "--kl", "none", "--output", tmp_path / "run",
+        "--model", tmp_path / "start",
+    )  # fmt: skip
+    assert "warning: the model cannot generate answers: " in out.stderr and "Next: dpo chat" in out.stdout
+
+
+def test_two_models_are_compared_in_columns(memorised: tuple[Path, Any], place: Path) -> None:
+    run = memorised[0]
+    short = evaluate(place, run, "--model", run / "best").stdout
+    full = evaluate(place, run, "--model", run / "best", "--full").stdout
+    for text, names in ((short, {"loss", "rewards/margins", "kl/chosen"}), (full, {"cross_entropy/chosen"})):
+        lines = text.split("\n\n")[1].splitlines()
+        end = lines[0].index("95 % interval")
+        assert names <= {line.split()[0] for line in lines[1:]} and "ref_logps/chosen" not in text
+        assert all(line[end - 2 : end] == "  " and line[end] != " " for line in lines), text
+    assert (
+        len(short.splitlines()) < 18 and "prefers the better answer more often" in short
+    ) or "No difference" in short

@@ -118,7 +118,7 @@ class Place:
         return [
             "--model", "model", "--data", "rows.jsonl", "--eval-data", "held-out.jsonl", "--output", output,
             "--epochs", 2, "--batch-size", 3, "--max-tokens", 600, "--lr", 1e-3, "--eval-steps", 4, "--save-steps", 2,
-            "--cache-dir", "cache",
+            "--cache-dir", "cache", "--show-answers", 0,
         ]  # fmt: skip
 
 

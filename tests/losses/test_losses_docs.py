@@ -46,10 +46,13 @@ def test_the_table_is_what_the_losses_say() -> None:
 def test_dpo_losses_lists_them() -> None:
     out = CliRunner().invoke(app, ["losses"])
     assert out.exit_code == 0
+    lines = [line.split(maxsplit=1) for line in out.stdout.splitlines()]
+    assert lines[: len(LOSSES)] == [[name, loss.use] for name, loss in LOSSES.items()]
     as_data = json.loads(CliRunner().invoke(app, ["losses", "--json"]).stdout)["losses"]
     assert [each["name"] for each in as_data] == list(LOSSES)
     for each in as_data:
-        (block,) = re.findall(rf"^{each['name']}(?:  .*)?\n((?:  .*\n)+)", out.stdout, re.MULTILINE)
+        one = CliRunner().invoke(app, ["losses", each["name"]]).stdout
+        (block,) = re.findall(rf"^{each['name']}(?:  .*)?\n((?:  .*\n)+)", one, re.MULTILINE)
         assert all(text in block for text in (each["use"], each["formula"], each["paper"]))
         assert all(f"--loss-options {name}=" in block for name in each["options"])
 

@@ -72,7 +72,7 @@ CALLS = {
 }
 TRUE_ARGUMENTS = {"shell", "trust_remote_code", "allow_pickle"}
 # Off unless --trust-remote-code; tests/project/test_security.py.
-ASKED_FOR = {f"dpo_cli.models.{module}": {"trust_remote_code"} for module in ("loading", "locate")}
+ASKED_FOR = {f"dpo_cli.{module}": {"trust_remote_code"} for module in ("models.loading", "models.locate", "cli.app")}
 
 
 def forbidden(source: ast.Module) -> set[str]:

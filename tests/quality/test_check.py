@@ -79,7 +79,7 @@ def test_the_sample_data_has_no_problem(tiny: Path, name: str) -> None:
     result = check(tiny, SAMPLE / name)
     assert result["problems"] == result["problem_rows"] == 0
     assert set(places(result)) <= {"length_bias"}
-    assert as_text(result).splitlines()[-1] == f"no problems found in {result['rows']} rows"
+    assert as_text(result).splitlines()[-2] == f"no problems found in {result['rows']} rows"
 
 
 @pytest.mark.parametrize("messages", [False, True])
@@ -276,7 +276,7 @@ def test_json_is_one_object_with_everything(tiny: Path, tmp_path: Path) -> None:
     result = json.loads(out.stdout)
     assert result["rows"] == len(rows) and result["pairs"] == len(rows) - 5
     assert set(result) == {
-        "rows", "pairs", "formats", "problems", "problem_rows", "findings", "length_bias",
+        "rows", "pairs", "formats", "problems", "problem_rows", "findings", "length_bias", "next",
     }  # fmt: skip
     assert result["problems"] == sum(finding["severity"] == "problem" for finding in result["findings"])
     for finding in result["findings"]:
@@ -290,13 +290,16 @@ def test_json_is_one_object_with_everything(tiny: Path, tmp_path: Path) -> None:
 def test_strict_fails_on_problems_only(tiny: Path, tmp_path: Path) -> None:
     clean = here("check", "--model", tiny, "--data", SAMPLE / "train.jsonl", "--strict")
     assert clean.returncode == 0, clean.stderr
-    assert clean.stdout.splitlines()[-1] == "no problems found in 328 rows"
+    follows = f"Next: dpo train --model {tiny} --data {SAMPLE / 'train.jsonl'} --eval-fraction 0.1"
+    assert clean.stdout.splitlines()[-2:] == ["no problems found in 328 rows", follows]
     records = read_records("train.jsonl")
     data = write_rows(tmp_path / "rows.jsonl", [*records, records[7]])
     strict, plain = (here("check", "--model", tiny, "--data", data, *flags) for flags in (["--strict"], []))
     assert (strict.returncode, plain.returncode) == (3, 0)
     assert strict.stdout == plain.stdout
-    assert strict.stdout.splitlines()[-1] == "problems: 1, in 1 of 329 rows"
+    assert strict.stdout.splitlines()[-2:] == [
+        "problems: 1, in 1 of 329 rows", f"Next: dpo check --model {tiny} --data {data} --fix clean.jsonl"
+    ]  # fmt: skip
     assert f"{data}:329 (see {data}:8): " in strict.stdout
     note = [
         *records,

@@ -363,12 +363,12 @@ def test_the_table_says_what_the_json_says(swept: tuple[Path, Any, Any], seen: S
     out = invoke(*command(folder, "--save-steps", 7, "--logging-steps", 3))
     assert out.exit_code == 0 and seen.models == []
     head, *lines = out.stdout.splitlines()
-    assert head.split() == ["beta", "KL", "95", "%", "interval", *SHOWN, "run"]
+    assert head.split() == ["beta", "lr", "KL", "95", "%", "interval", "accuracy", "margin,", "nats", "run"]
     for line, point in zip(lines, result["points"], strict=False):
-        beta, kl, low, to, high, loss, margin, accuracy, run = line.split()
-        assert (float(beta), to, run) == (point["beta"], "to", point["run"])
-        found = [float(text) for text in (kl, low, high, margin, loss)]
-        wanted = [point["kl"], *point["intervals"]["kl"], point["rewards/margins"], point["loss"]]
+        beta, lr, kl, low, to, high, accuracy, nats, run = line.split()
+        assert (float(beta), float(lr), to, run) == (point["beta"], point["lr"], "to", point["run"])
+        found = [float(text) for text in (kl, low, high, nats)]
+        wanted = [point["kl"], *point["intervals"]["kl"], point["rewards/margins"] / point["beta"]]
         assert found == pytest.approx(wanted, rel=5e-3)
         assert accuracy == f"{point['rewards/accuracies']:.1%}"
     assert "nats per token" in out.stdout and str(folder / "sweep" / "frontier.svg") in out.stdout
@@ -377,7 +377,7 @@ def test_the_table_says_what_the_json_says(swept: tuple[Path, Any, Any], seen: S
 def point(beta: float, kl: float, value: float, spread: float | None = 0.1) -> dict[str, Any]:
     found = {"kl": kl, "rewards/margins": value, "rewards/accuracies": value}
     ends = {name: None if spread is None else [each - spread, each + spread] for name, each in found.items()}
-    return found | {"beta": beta, "intervals": ends}
+    return found | {"beta": beta, "lr": 1e-6, "intervals": ends}
 
 
 @pytest.mark.parametrize(
@@ -400,3 +400,49 @@ def test_odd_frontiers_are_drawn(points: list[dict[str, Any]], tmp_path: Path) -
     drawn = [each for each in points if np.isfinite([each["kl"], each["rewards/margins"]]).all()]
     assert all(svg_texts(tmp_path / "a.svg").count(f"β {each['beta']:g}") == 2 for each in drawn)
     assert all(png(plot).startswith(b"\x89PNG") for plot in plots)
+
+
+# ---- learning rates ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "runs"),
+    [
+        ({"lr": "1e-5,1e-6"}, [(0.1, 1e-6), (0.1, 1e-5)]),
+        ({"lr": [1e-5, 1e-6], "beta": "0.3,0.1"}, [(0.1, 1e-6), (0.1, 1e-5), (0.3, 1e-6), (0.3, 1e-5)]),
+        ({"lr": 2e-5}, [(beta, 2e-5) for beta in BETAS]),
+        ({}, [(beta, 1e-6) for beta in BETAS]),
+        ({"lora_rank": 4, "beta": 1}, [(1.0, 1e-5)]),
+        ({"lr": "1e-5,1e-6", "loss": "orpo", "beta": None}, None),
+    ],
+)
+def test_a_grid_of_betas_and_learning_rates(given: dict[str, Any], runs: list[tuple[float, float]] | None) -> None:
+    options = resolve(SweepOptions, {"data": ["rows.jsonl"], "eval_data": ["new.jsonl"]} | given)
+    assert runs is None or [(run.beta, run.lr) for run in options.runs()] == runs
+
+
+@pytest.mark.parametrize("given", ["0", "1e-5,1e-5", "fast", "1e-5,"])
+def test_learning_rates_that_are_none(given: str) -> None:
+    with pytest.raises(UsageError, match=r"^--lr .*: must be different numbers greater than 0"):
+        resolve(SweepOptions, {"data": ["rows.jsonl"], "eval_data": ["new.jsonl"], "lr": given})
+
+
+def test_a_sweep_of_learning_rates_names_the_best(place: Path) -> None:
+    rows = [json.loads(line) for line in (SAMPLE / "heldout-strings.jsonl").read_text().splitlines()[:24]]
+    write_rows(place / "held-out.jsonl", rows)
+    out = invoke(*command(place, "--lr", "1e-6,3e-3", "--max-steps", 4, beta="0.1"))
+    assert out.exit_code == 0, out.output
+    found = json.loads((place / "sweep" / "sweep.json").read_text())
+    slow, fast = found["points"]
+    assert [Path(point["run"]).name for point in found["points"]] == ["beta-0.1-lr-1e-06", "beta-0.1-lr-0.003"]
+    best, accuracies = found["best"], [point["rewards/accuracies"] for point in found["points"]]
+    assert best["accuracy"] == max(accuracies) and best["highest"] in best["not_worse"]
+    other = slow if best["highest"] == fast["run"] else fast
+    difference = best["differences"][other["run"]]
+    assert difference["difference"] == pytest.approx(min(accuracies) - max(accuracies))
+    certain = difference["interval"][1] < 0
+    least = min((slow, fast), key=lambda point: point["kl"])["run"]
+    assert best["run"] == (best["highest"] if certain else least)
+    assert out.stdout.endswith(f"Next: dpo chat {best['run']}\n") and "loss and rewards grow with beta" in out.stdout
+    texts = svg_texts(place / "sweep" / "frontier.svg") if (place / "sweep" / "frontier.svg").stat().st_size else []
+    assert not texts or "β 0.1, lr 0.003" in texts

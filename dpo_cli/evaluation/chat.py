@@ -1,0 +1,302 @@
+"""``dpo chat`` and ``dpo generate``: what a run's model answers, and what it answered before its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from transformers import GenerationConfig, PreTrainedModel, TextStreamer
+
+from dpo_cli.config.options import EvalOptions
+from dpo_cli.data.messages import Message, answer_of, user_turn
+from dpo_cli.data.pairs import Ids
+from dpo_cli.data.template import ChatTemplate
+from dpo_cli.evaluation.evaluate import as_in_run
+from dpo_cli.evaluation.generation import CUT, eos_ids, generate, text
+from dpo_cli.models.adapters import is_quantized
+from dpo_cli.models.loading import compute_dtype, load_model
+from dpo_cli.models.locate import ModelSource, check_hub, find_model, start_model
+from dpo_cli.models.logprobs import ModelRunner
+from dpo_cli.reporting.text import EMPTY
+from dpo_cli.training.memory import process_bytes, usable_bytes
+from dpo_cli.training.prepare import choose_model, choose_tokenizer
+from dpo_cli.training.run_dir import read_manifest, trained_with
+from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.devices import device_kind, start
+from dpo_cli.utils.errors import DpoError, RowError, UsageError, printable
+from dpo_cli.utils.files import append_line, to_json
+
+WIDE = 100  # columns of a terminal from which on two answers stand side by side
+GAP = 3  # columns between them
+COMMANDS = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C ends an answer"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer; ``whole``: the model ended it, rather than a limit or an interrupt."""
+
+    text: str
+    whole: bool
+
+    @property
+    def marked(self) -> str:
+        """The text, with a mark where it was cut."""
+        return self.text + CUT * (not self.whole)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: greedily at temperature 0."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that answers; ``adapter``: whether an attached adapter takes part."""
+
+    runner: ModelRunner
+    tokenizer: Any
+    adapter: bool = True
+
+    def answer(self, history: list[Message], sampling: Sampling, show: Callable[[str], None]) -> Answer:
+        """Answer the last message, and ``show`` each piece of text as it is generated. Ctrl-C ends the answer.
+
+        Raises:
+            UsageError: the chat template refuses the messages, or the model has no room for an answer.
+        """
+        model, streamer = cast(PreTrainedModel, self.runner.model), _Streamer(self.tokenizer, show)
+        prompt, drawn = self._prompt(history), sampling.temperature > 0
+        temperature = sampling.temperature if drawn else 1.0
+        attention, tokens = model.config._attn_implementation, sampling.max_new_tokens
+        answer = partial(generate, self.runner, self.tokenizer, [prompt], attention, tokens, int(drawn), sampling.seed)
+        try:
+            with self._adapted(model):
+                ((ids,),) = answer(temperature, streamer)
+        except KeyboardInterrupt:
+            return Answer(streamer.text.strip(), whole=False)
+        return Answer(text(self.tokenizer, ids), bool(np.isin(ids[-1:], eos_ids(model, self.tokenizer)).any()))
+
+    def _prompt(self, history: list[Message]) -> Ids:
+        """Render and encode a conversation; plain text where there is no chat template."""
+        if not self.tokenizer.chat_template:
+            ids = self.tokenizer("\n".join(message["content"] for message in history))["input_ids"]
+            ids = ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
+        else:
+            try:
+                rendered = ChatTemplate(self.tokenizer, adds_bos=False).render(history, {}, generation=True)
+            except RowError as error:
+                raise UsageError(str(error)) from error
+            ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        model: Any = self.runner.model
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context and len(ids) >= context:
+            raise UsageError(f"the conversation has {len(ids):,} tokens and the model's context {context:,}: /reset")
+        return np.asarray(ids, dtype=np.int32)
+
+    @contextmanager
+    def _adapted(self, model: PreTrainedModel) -> Iterator[None]:
+        """Compute with the adapter or without it."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        layers = [each for each in model.modules() if isinstance(each, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        for each in layers:
+            each.enable_adapters(self.adapter)
+        try:
+            yield
+        finally:
+            for each in layers:
+                each.enable_adapters(True)
+
+
+class _Streamer(TextStreamer):
+    """Passes on text as words are complete, without special tokens and leading space."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show, self.text = show, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        piece = text if self.text else text.lstrip()
+        self.text += piece
+        self.show(printable(piece.expandtabs(4)))
+
+
+# ---- the models of a run ----------------------------------------------------------------------------------------
+
+
+def open_models(name: str, options: EvalOptions, before: bool, reporter: Reporter) -> dict[str, Model]:
+    """Load the model that ``name`` stands for, and for a run the one that it began with: ``before`` and ``after``.
+
+    Of an adapter's run one model is in memory; else the second is loaded where it fits the memory.
+
+    Raises:
+        UsageError: there is no such model, or it cannot be loaded.
+    """
+    source = choose_model(name, options, reporter, base=options.base_model)
+    source = as_in_run(source, trained_with(source.run) if source.run else None)
+    tokenizer = choose_tokenizer(source, options)
+    after = _load(source, tokenizer, options)
+    if not (before and source.run):
+        return {"after": after}
+    device, model = after.runner.device, after.runner.model
+    began, base = start_model(read_manifest(source.run)["start"], options.base_model)
+    try:
+        start_source = find_model(began, options.trust_remote_code, base)
+        if source.attached and not start_source.adapter:
+            return {"before": replace(after, adapter=False), "after": after}
+        size = sum(tensor.nbytes for tensor in model.parameters())
+        if max(process_bytes(device), size) + size > usable_bytes(device):
+            reporter.info("before", f"left out: a second model of {size / 2**30:.1f} GiB does not fit the memory")
+            return {"after": after}
+        check_hub({} if Path(start_source.path).exists() else {start_source.path: "the start model"}, {})
+        first = _load(choose_model(began, options, reporter, "before", base), tokenizer, options)
+    except UsageError as error:
+        reporter.warning(f"the model before the training is left out: {error}")
+        return {"after": after}
+    cast(Any, first.runner.model).generation_config = cast(Any, model).generation_config
+    return {"before": first, "after": after}
+
+
+def _load(source: ModelSource, tokenizer: Any, options: EvalOptions) -> Model:
+    """Load a model onto the device in its precision; a turn ends where its chat template ends it, too."""
+    device = start(options.device)
+    dtype, model = compute_dtype(options.dtype, device_kind(device)), load_model(source)
+    if not is_quantized(model):
+        for p in model.parameters():  # buffers, such as rotary frequencies, stay float32
+            p.data = p.data.to(dtype)
+        model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
+    ending = tokenizer.get_vocab().get(ChatTemplate(tokenizer, adds_bos=False).endings[0].strip())
+    config = model.generation_config or GenerationConfig()
+    config.eos_token_id = sorted({*eos_ids(model, tokenizer), *([] if ending is None else [ending])})
+    model.generation_config = config
+    return Model(ModelRunner(model, "padded", dtype, 1, device), tokenizer)
+
+
+# ---- answers on a terminal --------------------------------------------------------------------------------------
+
+
+def console(quiet: bool = False) -> Console:
+    """Return the terminal of stdout; ``quiet``: nothing is shown on it."""
+    return Console(highlight=False, markup=False, emoji=False, quiet=quiet)
+
+
+def answer_all(
+    models: Mapping[str, Model], histories: Mapping[str, list[Message]], sampling: Sampling, console: Console
+) -> dict[str, Answer]:
+    """Let each model answer its history, and show the answers as they come: in columns, or one under the other."""
+    answers: dict[str, Answer] = {}
+    if len(models) > 1 and console.width >= WIDE:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            for name, model in models.items():
+                texts = dict.fromkeys(models, "") | {each: answer.marked for each, answer in answers.items()}
+
+                def show(piece: str, texts: dict[str, str], name: str) -> None:
+                    texts[name] += piece
+                    if console.is_terminal:
+                        live.update(_columns(texts, console, console.height - 2), refresh=True)
+
+                answers[name] = model.answer(histories[name], sampling, partial(show, texts=texts, name=name))
+        console.print(_columns({name: answer.marked or EMPTY for name, answer in answers.items()}, console))
+        return answers
+    for name, model in models.items():
+        if len(models) > 1:
+            console.print(Text(name, "bold"))
+        show_piece = partial(console.print, end="", soft_wrap=True)
+        answers[name] = model.answer(histories[name], sampling, show_piece)
+        console.print((EMPTY if not answers[name].text else "") + CUT * (not answers[name].whole))
+    return answers
+
+
+def _columns(texts: Mapping[str, str], console: Console, rows: int = 0) -> Table:
+    """Put texts beside each other; of each the last ``rows`` lines, or with 0 all."""
+    width = (console.width - GAP) // len(texts)
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), collapse_padding=True)
+    for name in texts:
+        table.add_column(name, width=width)
+    lines = (Text(printable(each.expandtabs(4))).wrap(console, width)[-rows:] for each in texts.values())
+    table.add_row(*(Text("\n").join(each) for each in lines))
+    return table
+
+
+def generate_answers(
+    models: Mapping[str, Model], prompts: list[str], sampling: Sampling, console: Console
+) -> dict[str, Any]:
+    """Answer each prompt on its own: `dpo generate`."""
+    results = []
+    for prompt in prompts:
+        if len(prompts) > 1:
+            console.print(Text(f"> {printable(prompt)}", "bold"))
+        answers = answer_all(models, dict.fromkeys(models, user_turn(prompt)), sampling, console)
+        results.append({"prompt": prompt} | {name: answer.marked for name, answer in answers.items()})
+    return {"answers": results}
+
+
+def chat(models: Mapping[str, Model], sampling: Sampling, save: Path | None, console: Console) -> None:
+    """Talk with the models until the person ends it: `dpo chat`. Each keeps its own answers in mind.
+
+    With ``save`` the person says which answer is better; the pair is appended to that file, and the better one is what
+    both models go on from, since the answers of a pair have one prompt.
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401  # lines can be edited, and earlier ones recalled
+    console.print(Text(COMMANDS, "dim"))
+    histories: dict[str, list[Message]] = {name: [] for name in models}
+    for turn in count(sampling.seed):
+        if (line := _typed("> ")) is None or line == "/exit":
+            return
+        if line == "/reset":
+            histories = {name: [] for name in models}
+        elif line.startswith("/") and " " not in line:
+            console.print(Text(f"unknown: {line}; {COMMANDS}", "dim"))
+        elif line:
+            asked = {name: history + user_turn(line) for name, history in histories.items()}
+            try:
+                answers = answer_all(models, asked, replace(sampling, seed=turn % 2**32), console)
+            except DpoError as error:
+                console.print(Text(f"error: {printable(str(error))}", "red"))
+                continue
+            if save:
+                kept = _preferred(answers, asked["after"], save, models["after"], console)
+                answers = dict.fromkeys(models, answers[kept])
+            histories = {name: asked[name] + answer_of(answers[name].text) for name in models}
+
+
+def _typed(prompt: str) -> str | None:
+    """Read a line; None at Ctrl-D and Ctrl-C."""
+    try:
+        return input(prompt).strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _preferred(answers: Mapping[str, Answer], prompt: list[Message], file: Path, model: Model, console: Console) -> str:
+    """Ask which answer is better, append the pair, and return the name of the better one; ``after`` without one."""
+    texts = {name: answer.text for name, answer in answers.items()}
+    if not all(texts.values()) or not all(answer.whole for answer in answers.values()) or len({*texts.values()}) < 2:
+        console.print(Text("not a pair: two different answers are needed, neither empty nor cut", "dim"))
+        return "after"
+    better = {"a": "after", "b": "before"}.get(_typed("better? a: after, b: before, enter: neither ") or "")
+    if not better:
+        return "after"
+    worse = "before" if better == "after" else "after"
+    row: dict[str, Any] = {"prompt": prompt, "chosen": answer_of(texts[better]), "rejected": answer_of(texts[worse])}
+    if not model.tokenizer.chat_template:
+        plain = "\n".join(message["content"] for message in prompt)
+        row = {"prompt": plain, "chosen": texts[better], "rejected": texts[worse]}
+    append_line(file, to_json(row))
+    return better
