@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install -q --disable-pip-version-check --retries 10 --timeout 60
 
-.PHONY: setup check test pytest test-bench test-browser torture demo bench docs
+.PHONY: setup check test pytest test-bench test-browser torture demo bench docs site
 
 setup: .venv/done
 
@@ -43,3 +43,8 @@ bench: setup
 
 docs: setup
 	$(BIN)/python -m tests.losses.test_losses_docs
+	$(BIN)/python -m tests.docs.test_options_docs
+
+site: setup
+	$(INSTALL) -c constraints.txt --group docs
+	$(BIN)/mkdocs build --strict

@@ -1,6 +1,6 @@
 """What training takes of each GPU's memory, as ``dpo train`` reckons; prints the table of docs/scale.md.
 
-``python -m benchmarks.memory.scale``, with ``--cards`` the one of README.md: a minute on a CPU. The models have their
+``python -m benchmarks.memory.scale``, with ``--cards`` that of single cards: a minute on a CPU. The models have their
 real sizes and no values, so what a forward keeps is counted on them as on a GPU; tests/training/test_trace.py compares
 the estimate with the bytes of whole steps.
 """

@@ -41,14 +41,11 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the tiny model stands for it
 OWN_DATA = ("my-pairs.jsonl", "pairs.jsonl", "test.jsonl", "train.jsonl", "heldout.jsonl")  # that pages speak of
 ROWS = {"train": 32, "heldout": 20}
 HARMLESS = ("cat ", "cp ", "head ", "ls ", "mkdir ")  # that stand beside ours
-OF_OTHERS = {
-    "--ours-options",
-    "--grid",
-    "--case",
-    "--phases",
-    "--logdir",
-    "--no-deps",
-}  # options of benchmarks, named alone
+OF_OTHERS = {  # options of benchmarks, pip, hf, named alone
+    *("--ours-options", "--grid", "--case", "--phases", "--logdir"),
+    *("--no-deps", "--upgrade", "--force", "--timeout", "--secrets", "--with"),
+}
+COMING = {"chat", "generate"}  # commands that pages name before they are there
 
 
 def _commands(group: Any, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -151,7 +148,8 @@ def test_options_are_there(page: str) -> None:
         known = OPTIONS[names] if names else OF_OTHERS.union(*OPTIONS.values())
         unknown = {word for word in given if re.fullmatch(r"--\w[\w-]*", word)} - known
         assert not unknown, f"{page}: {span}: {unknown}"
-        assert names or words[0] != "dpo" or not given or given[0] in {"cache", *OPTIONS[()]}, f"{page}: {span}"
+        others = {"cache", *COMING, *OPTIONS[()]}
+        assert names or words[0] != "dpo" or not given or given[0] in others, f"{page}: {span}"
 
 
 def _command(words: list[str]) -> tuple[tuple[str, ...] | None, list[str]]:
@@ -168,6 +166,14 @@ def test_links_lead_somewhere(page: str) -> None:
     for file, anchor in links(page):
         assert file.exists(), f"{page}: {file}"
         assert not anchor or anchor in anchors(file), f"{page}: {file}#{anchor}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """Of the site, and of the pages' own index."""
+    files = {Path(page).name for page in pages() if page.startswith("docs/")}
+    nav = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(nav) == sorted(files)
+    assert {file.name for file, _ in links("docs/index.md") if file.suffix == ".md"} == files - {"index.md"}
 
 
 def test_the_demo_runs(reader: Path, tiny: Path) -> None:

