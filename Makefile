@@ -36,7 +36,7 @@ torture: setup
 
 demo: setup
 	$(BIN)/dpo train --data sample_data/train.jsonl --eval-data sample_data/heldout.jsonl \
-	  --max-steps 24 --batch-size 8 --lr 3e-5 --logging-steps 2 --show-answers 2
+	  --max-steps 24 --batch-size 8 --lr 3e-5 --logging-steps 2
 
 bench: setup
 	$(BIN)/python -m benchmarks.trl.bench

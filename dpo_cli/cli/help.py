@@ -12,10 +12,12 @@ PANELS = {
     "examples fix strict",
     "Model": "base_model ref_model trust_remote_code dtype device",
     "Training": "config resume dry_run trace card loss loss_options label_smoothing f_divergence ld_alpha wpo "
-    "max_steps lr_scheduler warmup_ratio weight_decay max_grad_norm seed",
+    "max_steps lr_scheduler min_lr warmup_ratio weight_decay adam_beta1 adam_beta2 max_grad_norm router_aux_loss_coef "
+    "seed",
     "Adapter": "lora_type lora_alpha lora_targets modules_to_save load_in_4bit load_in_8bit",
     "Memory": "memory max_tokens gradient_checkpointing fsdp",
-    "Evaluation": "eval_steps kl save_best show_answers samples sample_prompts sample_tokens per_pair report full",
+    "Evaluation": "eval_steps kl save_best show_answers samples sample_prompts sample_tokens reward judge judge_model "
+    "gate per_pair report full",
     "Output": "export export_dtype logging_steps save_steps save_total_limit report_to json quiet log_json debug",
 }
 OTHERS = "Advanced"
@@ -49,6 +51,7 @@ EXAMPLES = {
         "dpo merge --model runs/lora --output merged",
         "dpo merge --model runs/lora --output merged --export-dtype bfloat16",
     ),
+    "export": ("dpo export runs/mine --gguf mine.gguf", "dpo export runs/mine --gguf mine.gguf --quantization q8_0"),
     "push": ("dpo push runs/mine me/my-model", "dpo push runs/mine me/my-model --public"),
 }
 

@@ -45,7 +45,6 @@ OF_OTHERS = {  # options of benchmarks, pip, hf, named alone
     *("--ours-options", "--grid", "--case", "--phases", "--logdir"),
     *("--no-deps", "--upgrade", "--force", "--timeout", "--secrets", "--with"),
 }
-COMING = {"chat", "generate"}  # commands that pages name before they are there
 
 
 def _commands(group: Any, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -148,7 +147,7 @@ def test_options_are_there(page: str) -> None:
         known = OPTIONS[names] if names else OF_OTHERS.union(*OPTIONS.values())
         unknown = {word for word in given if re.fullmatch(r"--\w[\w-]*", word)} - known
         assert not unknown, f"{page}: {span}: {unknown}"
-        others = {"cache", *COMING, *OPTIONS[()]}
+        others = {"cache", *OPTIONS[()]}
         assert names or words[0] != "dpo" or not given or given[0] in others, f"{page}: {span}"
 
 
