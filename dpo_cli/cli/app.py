@@ -369,6 +369,6 @@ def _train_summary(result: dict[str, Any], seconds: float) -> str:
     shown = ("pairs", "steps", "run", "model", "report", "reference_misses")
     lines += [f"{name:<11} {result[name]}" for name in shown if name in result]
     if "run" in result:
-        lines += ["", f"Trained on {result['pairs']:,} pairs in {timedelta(seconds=round(seconds))}."]
+        lines += ["", f"Trained on {result['trained']:,} pairs. This command took {timedelta(seconds=round(seconds))}."]
         lines += [*verdict_lines(result), f"Next: dpo chat {shlex.quote(result['run'])}"]
     return "\n".join(lines)

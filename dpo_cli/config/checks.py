@@ -70,7 +70,7 @@ trackers = Check(
 )
 gates = Check(
     lambda v: all(map(GATE.fullmatch, v.split(","))),
-    "must be conditions as rewards/accuracies>=0.7, separated by commas, with >=, <=, > or <",
+    "must be conditions such as rewards/accuracies>=0.7, separated by commas, with >=, <=, > or <",
 )
 module_names = Check(
     lambda v: bool(re.fullmatch(r"[\w-]+(\.[\w-]+)*(,[\w-]+(\.[\w-]+)*)*", v, re.ASCII)),
@@ -116,9 +116,9 @@ def refused(options: Any) -> list[str]:
         (clips, "--memory in-backward: nothing can be clipped; set --max-grad-norm 0"),
         (
             o["min_lr"] and o["lr_scheduler"] == "constant",
-            "--min-lr {min_lr}: --lr-scheduler constant never falls; leave it out, or take linear or cosine",
+            "--min-lr {min_lr}: --lr-scheduler constant does not decay; leave it out, or take linear or cosine",
         ),
-        (o["min_lr"] and o["min_lr"] > o["lr"], "--min-lr {min_lr}: must be at most --lr, which is {lr}"),
+        (o["min_lr"] and o["min_lr"] > numbers(o["lr"])[0], "--min-lr {min_lr}: must be at most --lr, which is {lr}"),
         (stored, "--export-dtype {export_dtype}: an adapter is float32; add --export merged"),
         (merged and quantized, "--export merged: not over a quantized base; export the adapter, and use dpo merge"),
         (quantized and o["dtype"] == "float32", "--load-in-4bit, --load-in-8bit: not with --dtype float32"),

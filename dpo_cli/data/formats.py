@@ -25,10 +25,10 @@ OWN_RANKS = ("rank", "score", "overall_score", "rating")  # of an answer, where 
 OTHERS = ("system", "tools", "chat_template_kwargs", "id", "weight", "margin")
 COLUMNS = (*PROMPTS, "chosen", "rejected", "responses", "scores", "ranks", "history", *OTHERS)
 LARGEST = 3e38  # in float32
-GUESSES = {  # parts of others' names for our columns
+GUESSES = {  # parts of others' names for our columns; "dispreferred" before "preferred"
+    "rejected": ("reject", "bad", "worse", "worst", "disprefer", "not_prefer"),
     "prompt": ("prompt", "question", "instruction", "query"),
     "chosen": ("good", "better", "best", "preferred", "accepted"),
-    "rejected": ("reject", "bad", "worse", "worst"),
 }
 PAIRINGS = {  # of --pairs: which of several ranked answers are compared
     "best-worst": "the best against the worst",
@@ -41,14 +41,16 @@ TIES_LEFT_OUT = "rows with answers left out of their ranking, since an earlier o
 
 def suggested_columns(row: Record) -> str:
     """Return the option that maps a row's columns to ours, guessed by their names; empty where one is not found."""
-    found: dict[str, str] = {}
+    guessed: dict[str, str] = {}
     for ours, words in GUESSES.items():
-        names = [name for name in row if name not in found.values()]
+        names = [name for name in row if name not in guessed.values() and not name.endswith("id")]
         alike = [name for name in names if any(word in name.lower() for word in words)]
-        if not (near := [ours] * (ours in row) or alike or difflib.get_close_matches(ours, names, 1)):
+        near = [ours] * (ours in row) or alike or difflib.get_close_matches(ours, names, 1)
+        if len(near) != 1:
             return ""
-        found[ours] = near[0]
-    return "--columns " + ",".join(f"{ours}={name}" for ours, name in found.items() if ours != name)
+        guessed[ours] = near[0]
+    names_of = ((ours, guessed[ours]) for ours in ("prompt", "chosen", "rejected"))
+    return "--columns " + ",".join(f"{ours}={name}" for ours, name in names_of if ours != name)
 
 
 # ---- values of a column -----------------------------------------------------------------------------------------

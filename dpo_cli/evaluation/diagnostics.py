@@ -107,7 +107,7 @@ def judge(pairs: int, problems: int = 0, passed: Sequence[str] = (), trained_on:
 
 
 def verdict(about: Evidence, judged: Mapping[str, Any]) -> list[str]:
-    """Say in plain words how often the better answer is preferred, against what, and how far the policy moved.
+    """Say in plain words how often the better answer is favored, against what, and how far the policy moved.
 
     Nothing on fewer pairs than can be judged, or where a log-prob is not finite.
     """
@@ -116,15 +116,19 @@ def verdict(about: Evidence, judged: Mapping[str, Any]) -> list[str]:
         return []
     longer = about.length["accuracy_prefer_longer"]
     rule, share = max(("longer", longer), ("shorter", 1 - longer), key=lambda each: each[1])
-    which = "held-out " * (bool(about.history) and not about.trained_on)
-    low, high = ends
-    often = f"the better answer in {scores.wins.mean():.0%} ({low:.0%} to {high:.0%})"
-    against = f"a coin: 50%, always the {rule} answer: {share:.0%}"
-    lines = [f"On {len(scores.where):,} {which}pairs the model prefers {often}; {against}."]
+    which = "held-out " * (about.held_out and bool(about.history) and not about.trained_on)
+    overlap = f", {about.trained_on:,} of which were trained on," * bool(about.trained_on)
+    more = "favors the better answer" + " more than its reference does" * scores.objective.reference
+    often = f"in {scores.wins.mean():.0%} ({ends[0]:.0%} to {ends[1]:.0%})"
+    against = f"chance: 50%, always the {rule} answer: {share:.0%}"
+    lines = [f"On {len(scores.where):,} {which}pairs{overlap} the model {more} {often}; {against}."]
+    if scores.objective.reference:
+        policy, reference = ((table[:, 0] > table[:, 1]).mean() for table in (scores.logps, scores.ref_logps))
+        lines.append(f"The better answer is the likelier one in {policy:.0%}; under the reference in {reference:.0%}.")
     if scores.distributions:
         kl = max(scores.distributions["kl"].sum(0) / scores.tokens.sum(0))
-        moved = "stayed close to" if kl < KL else "moved far from"
-        lines.append(f"It {moved} its reference: KL {kl:.2g} nats per token.")
+        far = ", which is far" if kl > KL else ""
+        lines.append(f"KL from its reference on these answers: {kl:.2g} nats per token{far}.")
     return lines
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +26,14 @@ from dpo_cli.evaluation.generation import (
     answer_text,
     as_pairs,
     by_prompt,
+    end_turns,
     eos_ids,
     generate,
     sequence_kl,
+    text,
     user_text,
 )
-from dpo_cli.evaluation.judge import by_judge, by_reward, win_rate
+from dpo_cli.evaluation.judge import Compare, Contest, Judge, by_reward, win_rate
 from dpo_cli.evaluation.metrics import Table, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
 from dpo_cli.models.fingerprint import same_weights
@@ -93,8 +95,8 @@ def evaluate(
     if began and began.objective.uses("ranking_sizes") and options.pairs != "ranking":
         raise UsageError(f"--pairs {options.pairs}: the run's loss is of whole rankings; leave it out")
     check_reference(options)
-    contest = by_reward(options.reward) if options.reward else None
-    contest = by_judge(options.judge, options.judge_model) if options.judge else contest
+    contest: Compare | None = by_reward(options.reward) if options.reward else None
+    contest = Judge(options.judge, options.judge_model) if options.judge else contest
     tokenizer = choose_tokenizer(source, options)
     rows = read_pairs(options.data, options, tokenizer, reporter)
     pairs = rows.pairs
@@ -116,7 +118,7 @@ def evaluate(
     samples = dict(scored.samples)
     if contest:
         try:
-            samples["win_rate"] = win_rate(samples["samples"], contest)
+            samples["win_rate"] = win_rate(scored.contests, contest)
         except UsageError as error:  # of the user's function or the judge: the rest is not lost
             reporter.warning(f"{error}; so there is no win rate")
     evaluation = evaluator.evaluation(scores, scored.tokens, history, about, overlap, held_out, **samples)
@@ -173,6 +175,7 @@ class _Scored:
     reference: str
     ref_logps: tuple[Table, Table] | None = None
     samples: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    contests: Sequence[Contest] = ()  # of the sampled answers of both
 
 
 @dataclass(frozen=True)
@@ -243,11 +246,17 @@ class _Models:
                 scored = policy if model == "policy" else reference
                 decode = partial(answer_text, scored.model, tokenizer)
                 samples[-1] |= {model: decode(greedy[place][0]), f"{model}_sampled": [*map(decode, sampled[place])]}
-        return _Scored(tokens, name, samples={"sequence_kl": estimate, "samples": samples})
+        contests = [
+            Contest(*(text(tokenizer, ids) for ids in (prompt, *two)))
+            for place, prompt in enumerate(prompts)
+            for two in zip(*(answers[model][1][place] for model in answers), strict=True)
+        ]
+        return _Scored(tokens, name, samples={"sequence_kl": estimate, "samples": samples}, contests=contests)
 
     def _answers(self, model: ScoredModel, prompts: list[Ids]) -> tuple[list[list[Ids]], list[list[Ids]]]:
         """Answer each prompt greedily, and with as many samples as ``--samples`` asks for."""
         options, tokenizer = self.options, self.evaluator.tokenizer
+        end_turns(cast(Any, model.model), tokenizer)
         answer = partial(generate, model.runner, tokenizer, prompts, model.own_attention, options.sample_tokens)
         return answer(seed=options.seed), answer(options.samples, options.seed)
 
@@ -262,7 +271,7 @@ class _Models:
         The run's cache needs no other model if its reference computed as the policy does and it has all of these pairs.
         """
         recorded, runner = self.reference_of_run, policy.runner
-        same = (runner.layout, dtype_name(runner.dtype), runner.device.type)
+        same = (runner.layout, dtype_name(runner.dtype), runner.kind.name)
         if recorded and self.manifest and same == (recorded["layout"], recorded["dtype"], self.manifest["device"]):
             cache = ReferenceCache(self.options.cache_dir, recorded["fingerprint"], self.reporter.warning)
             if not cache.lookup(self.evaluator.pairs).isnan().any():

@@ -17,13 +17,17 @@ COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": oper
 def check_gates(text: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Compare numbers of a result, named as in the report's table, with the bounds of ``--gate``.
 
-    A condition on a number that the result does not have, or that is not finite, does not pass.
+    NAME.low and NAME.high are the ends of a number's interval. A condition on a number that is missing or not finite
+    does not pass, nor any where there are too few pairs to judge.
     """
-    gates, numbers = [], flat_numbers(result)
+    gates, numbers, enough = [], dict[str, float](), result["judged"]["enough"]
+    for name, (value, interval) in flat_numbers(result).items():
+        numbers |= {name: value} | dict(zip((f"{name}.low", f"{name}.high"), interval or (), strict=False))
     for condition in text.split(","):
         name, comparison, bound = GATE.fullmatch(condition).groups()  # type: ignore[union-attr]  # checked before
-        value = float(numbers[name][0]) if name in numbers else math.nan
+        value = float(numbers.get(name, math.nan))
         about = f"it is {number(value)}" if name in numbers else f"no such number{did_you_mean(name, numbers)}"
-        passed = COMPARISONS[comparison](value, float(bound))
+        about += "" if enough else ", of too few pairs to judge"
+        passed = enough and COMPARISONS[comparison](value, float(bound))
         gates.append({"gate": condition.strip(), "value": value, "passed": passed, "text": about})
     return gates

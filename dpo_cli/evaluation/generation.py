@@ -174,6 +174,14 @@ def eos_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     return []
 
 
+def end_turns(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Let answers end where the chat template ends a turn, too: a start model may name only the end of a text."""
+    ending = tokenizer.get_vocab().get(ChatTemplate(tokenizer, adds_bos=False).endings[0].strip())
+    config = model.generation_config or GenerationConfig()
+    config.eos_token_id = sorted({*eos_ids(model, tokenizer), *([] if ending is None else [ending])}) or None
+    model.generation_config = config
+
+
 def as_pairs(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> Pairs:
     """Put the sampled responses of each prompt into pairs, so that they are scored as any pairs are.
 

@@ -7,10 +7,12 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -26,32 +28,31 @@ QUESTION = (
 
 
 class Contest(NamedTuple):
-    """Two answers to one prompt."""
+    """Two answers to one prompt, without special tokens."""
 
     prompt: str
     policy: str
     reference: str
 
 
-Compare = Callable[[Sequence[Contest]], list[float]]  # of each: 1 if the policy wins, 0 if it loses, 1/2 for a tie
+TRIAL = Contest("What is 2 + 2?", "2 + 2 is 4.", "2 + 2 is 5.")
+# Of each contest: 1 if the policy wins, 0 if it loses, 1/2 for a tie, NaN where that is left open.
+Compare = Callable[[Sequence[Contest]], list[float]]
 
 
-def win_rate(samples: Sequence[Mapping[str, Any]], compare: Compare) -> dict[str, Any]:
+def win_rate(contests: Sequence[Contest], compare: Compare) -> dict[str, Any]:
     """Compute the share of contests that the policy wins, a tie as half, with a Wilson interval over prompts.
 
-    ``samples``: for each prompt its text and equally many sampled answers of both models. ``by_length``: the share
-    where the policy's answer is the longer or the shorter one, in characters.
+    ``policy_longer`` and ``policy_shorter``: the share where its answer has more or fewer characters. What was left
+    open (``unclear``) counts as a tie.
     """
-    contests = [
-        Contest(each["prompt"], *answers)
-        for each in samples
-        for answers in zip(each["policy_sampled"], each["reference_sampled"], strict=True)
-    ]
     wins = np.array(compare(contests))
-    prompts = np.repeat(np.arange(len(samples)), len(contests) // len(samples))
+    unclear, wins = int(np.isnan(wins).sum()), np.nan_to_num(wins, nan=0.5)
+    _, prompts = np.unique([each.prompt for each in contests], return_inverse=True)
     gaps = np.array([len(each.policy) - len(each.reference) for each in contests])
     result: dict[str, Any] = {"share": float(wins.mean()), "share_interval": share_interval(wins, prompts)}
-    result |= {"ties": float((wins == 0.5).mean()), "prompts": len(samples), "contests": len(contests)}
+    result |= {"ties": float((wins == 0.5).mean()), "unclear": unclear}
+    result |= {"prompts": int(prompts.max()) + 1, "contests": len(contests)}
     for name, inside in (("longer", gaps > 0), ("shorter", gaps < 0)):
         result[f"policy_{name}"] = float(wins[inside].mean()) if inside.any() else math.nan
         result[f"policy_{name}_interval"] = share_interval(wins[inside], prompts[inside])
@@ -60,12 +61,12 @@ def win_rate(samples: Sequence[Mapping[str, Any]], compare: Compare) -> dict[str
 
 
 def by_reward(name: str) -> Compare:
-    """Compare by a function of the user's: ``function(prompts=[...], completions=[...])`` returns a number for each.
+    """Compare by a function of the user's: ``function(prompts=[...], completions=[...])``, lists of strings.
 
-    The signature is that of TRL's reward functions. The module is looked for in the working folder, too.
+    It returns a number for each completion, and is tried once. Its module may lie in the working folder.
 
     Raises:
-        UsageError: there is no such function; from the result: it fails, or returns no finite number for each answer.
+        UsageError: there is no such function; it fails, or returns no finite number for each answer, also later.
     """
     module, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
@@ -86,56 +87,70 @@ def by_reward(name: str) -> Compare:
         pairs = zip(scores[: len(contests)], scores[len(contests) :], strict=True)
         return [(ours > theirs) + (ours == theirs) / 2 for ours, theirs in pairs]
 
+    compare([TRIAL])
     return compare
 
 
-def by_judge(url: str, model: str | None) -> Compare:
-    """Compare by a model behind an OpenAI-compatible address, with ``OPENAI_API_KEY``; it is tried once at first.
+class Judge:
+    """A language model behind an OpenAI-compatible address, with the key in ``OPENAI_API_KEY``; it is tried once.
 
-    Each contest is judged in both orders, and what the judge leaves open counts as a tie. ``model`` None: the only one
-    that the address offers.
+    ``model`` None: the only one that the address offers.
 
     Raises:
         UsageError: the address or its model cannot be used, also later.
     """
-    try:
-        from openai import OpenAI, OpenAIError
-    except ImportError as error:
-        raise UsageError("--judge: needs the package openai: pip install 'dpo-cli[judge]'") from error
-    key = os.environ.get("OPENAI_API_KEY", "")
-    if not key:
-        raise UsageError(f"--judge {url}: set OPENAI_API_KEY in the environment; of a local server, to any word")
-    client = OpenAI(base_url=url, api_key=key)
 
-    def ask(prompt: str, first: str, second: str) -> float:
-        content = QUESTION.format(prompt=prompt, first=first, second=second)
+    def __init__(self, url: str, model: str | None) -> None:
         try:
-            reply = client.chat.completions.create(
-                model=str(model), messages=[{"role": "user", "content": content}], temperature=0
-            )
-        except OpenAIError as error:
-            raise UsageError(f"--judge {url}: {str(error).replace(key, '***')}") from error
-        words = re.findall(r"\b(?:A|B|(?i:tie))\b", reply.choices[0].message.content or "")
-        return {"A": 1.0, "B": 0.0}.get(words[-1], 0.5) if words else 0.5
-
-    if model is None:
+            from openai import OpenAI, OpenAIError
+        except ImportError as error:
+            raise UsageError("--judge: needs the package openai: pip install 'dpo-cli[judge]'") from error
+        parts = urlsplit(url)
+        if parts.username or parts.query:
+            raise UsageError("--judge: an address without user and query, as reports show it; set OPENAI_API_KEY")
+        self.url, self.key, self.settings = url, os.environ.get("OPENAI_API_KEY", ""), {"temperature": 0.0}
+        if not self.key:
+            raise UsageError(f"--judge {url}: set OPENAI_API_KEY in the environment; for a local server, to any word")
+        self.client, self.errors = OpenAI(base_url=url, api_key=self.key), (OpenAIError, AttributeError, TypeError)
+        self.model = model or self._only_model()
         try:
-            offered = [each.id for each in client.models.list()]
-        except OpenAIError as error:
-            raise UsageError(f"--judge {url}: {str(error).replace(key, '***')}") from error
-        if len(offered) != 1:
-            raise UsageError(f"--judge-model is missing; {url} offers: {', '.join(offered) or 'none'}")
-        (model,) = offered
-    trial = ask("What is 2 + 2?", "2 + 2 is 4.", "2 + 2 is 5.")
-    if trial != 1:
-        raise UsageError(
-            f"--judge {url}: {model} does not see that '2 + 2 is 4' beats '2 + 2 is 5'; take another model"
-        )
+            trial = self._ask(*TRIAL)
+        except UsageError:  # reasoning models refuse a temperature
+            self.settings.clear()
+            trial = self._ask(*TRIAL)
+        if trial != 1:
+            raise UsageError(f"--judge {url}: {self.model} does not reply A where A is '2 + 2 is 4' and B '2 + 2 is 5'")
 
-    def compare(contests: Sequence[Contest]) -> list[float]:
+    def __call__(self, contests: Sequence[Contest]) -> list[float]:
+        """Judge each contest in both orders; both replies must be clear."""
         orders = [(c.prompt, *answers) for c in contests for answers in (c[1:], c[:0:-1])]
         with ThreadPoolExecutor(REQUESTS) as pool:
-            replies = [*pool.map(lambda question: ask(*question), orders)]
+            replies = [*pool.map(lambda question: self._ask(*question), orders)]
         return [(one + 1 - other) / 2 for one, other in zip(replies[::2], replies[1::2], strict=True)]
 
-    return compare
+    def _ask(self, prompt: str, first: str, second: str) -> float:
+        """Ask which of two answers is better: 1 for the first, 0 for the second, 1/2 for a tie, NaN if unclear."""
+        messages = [{"role": "user", "content": QUESTION.format(prompt=prompt, first=first, second=second)}]
+        completions: Any = self.client.chat.completions
+        with self._reported():
+            reply = completions.create(model=self.model, messages=messages, **self.settings)
+            text = ((reply.choices[:1] and reply.choices[0].message.content) or "").strip()
+        word = text.rpartition("\n")[2].strip(" .,:;!*\"'`()[]").lower()
+        return {"a": 1.0, "b": 0.0, "tie": 0.5}.get(word, math.nan)
+
+    def _only_model(self) -> str:
+        with self._reported():
+            offered = [each.id for each in self.client.models.list()]
+        if len(offered) != 1:
+            raise UsageError(f"--judge-model is missing; {self.url} offers: {', '.join(offered) or 'none'}")
+        return offered[0]
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Report an error of the client, or a reply in another format, without the key."""
+        try:
+            yield
+        except self.errors as error:
+            reason = str(error) if isinstance(error, self.errors[0]) else "its reply is not OpenAI's format"
+            hidden = re.sub(rf"\b{re.escape(self.key)}\b", "***", reason)
+            raise UsageError(f"--judge {self.url}: {hidden}") from error

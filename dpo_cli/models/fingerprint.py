@@ -18,7 +18,7 @@ from dpo_cli.utils.devices import device_kind
 from dpo_cli.utils.files import sha256
 
 # Increase it when log-probs are computed differently.
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 # Keys of a config that do not change the forward.
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "quantization_config")
 

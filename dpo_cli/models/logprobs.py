@@ -27,7 +27,7 @@ from dpo_cli.data.pairs import Pair, rankings
 from dpo_cli.data.schedule import Layout, count_tokens, pack, parts, row_costs
 from dpo_cli.losses.preference import Preferences
 from dpo_cli.models.parallel import BODY, Parallel, parallel_of
-from dpo_cli.utils.devices import DeviceKind, device_kind, empty_cache
+from dpo_cli.utils.devices import CPU, KINDS, DeviceKind, device_kind, empty_cache
 from dpo_cli.utils.errors import DpoError, UsageError
 
 WINDOW = 512  # pairs or trees of similar length that are packed together where order does not matter
@@ -59,11 +59,12 @@ class Float32Product(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Head:
-    """Maps hidden states to logits. ``module`` None: its inputs are logits already."""
+    """Maps hidden states to logits, on a device of this ``kind``. ``module`` None: its inputs are logits already."""
 
     module: nn.Module | None
     config: Any
     dtype: torch.dtype
+    kind: DeviceKind = CPU
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits over the vocabulary: (N, H) -> (N, V), float32.
@@ -84,7 +85,7 @@ class Head:
     def _product(self, module: nn.Module, hidden: Tensor) -> Tensor:
         logits: Tensor
         # A head that an adapter wraps, or that is sharded, is of another class.
-        if type(module) is nn.Linear and self.dtype != torch.float32 and device_kind(hidden.device).float32_logits:
+        if type(module) is nn.Linear and self.dtype != torch.float32 and self.kind.float32_logits:
             logits = Float32Product.apply(hidden.to(self.dtype), module.weight.to(self.dtype))
             return logits if module.bias is None else logits + module.bias
         with precision(hidden.device, self.dtype):
@@ -100,7 +101,7 @@ class Head:
         """Copy to a device."""
         if self.module is None or next(self.module.parameters()).device == device:
             return self
-        return Head(deepcopy(self.module).to(device), self.config, self.dtype)
+        return Head(deepcopy(self.module).to(device), self.config, self.dtype, device_kind(device))
 
 
 @dataclass
@@ -205,7 +206,7 @@ class ModelRunner:
         """The head for ``body(...).values``."""
         model: Any = self.model
         module = model.get_output_embeddings() if self.chunked_lm_head else None
-        return Head(module, model.config.get_text_config(), self.dtype)
+        return Head(module, model.config.get_text_config(), self.dtype, self.kind)
 
     @property
     def max_logit_rows(self) -> int:
@@ -388,6 +389,6 @@ def response_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
     Units: nats.
     """
     index = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(token_logps))
-    values = token_logps.to(device_kind(token_logps.device).sums)  # segment_reduce is for CPU and CUDA alone
+    values = token_logps.to(KINDS.get(token_logps.device.type, CPU).sums)  # segment_reduce is for CPU and CUDA alone
     sums = values.new_zeros(len(lengths)).index_add(0, index, values)  # (2P,) pair by pair
     return sums.float().view(-1, 2).T.reshape(-1)

@@ -102,6 +102,7 @@ def summary(run: Run, first_answers: list[str]) -> dict[str, Any]:
         "rows": len(run.pairs) + len(run.held_out) + len(run.refused),
         "refused": reasons(run.refused),
         "pairs": len(run.pairs),
+        "trained": len(run.used),
         "held_out": len(run.held_out),
         "steps": len(run.plan),
         "before": scores.get(0, {}),

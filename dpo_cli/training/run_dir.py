@@ -91,7 +91,7 @@ def make_manifest(run: Run, command: Sequence[str]) -> dict[str, Any]:
         "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
-        "device": policy.runner.device.type,
+        "device": policy.runner.kind.name,
         "processes": distributed.world_size(),
         "data": {
             "files": options.data,

@@ -15,7 +15,7 @@ from dpo_cli.cli.help import EXAMPLES, PANELS
 
 COMMANDS = [
     *("check", "explain", "train", "chat", "generate", "eval", "sweep", "init", "losses", "precompute-ref"),
-    *("cache list", "cache prune", "merge", "push"),
+    *("cache list", "cache prune", "merge", "export", "push"),
 ]
 
 

@@ -281,6 +281,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "kl": (["exact", "none"], ["Exact", "", "sampled"]),
     "save_best": (["loss", "rewards/margins", "rewards/accuracies"], ["accuracy", "", "rewards/chosen"]),
     "samples": NOT_NEGATIVE,
+    "gate": (["loss<1", "rewards/accuracies>=0.7, kl/chosen <= 1e-1"], ["loss=1", "loss<", "<1", "a<1,", ""]),
     "sample_prompts": POSITIVE,
     "sample_tokens": POSITIVE,
     "verify": NOT_NEGATIVE,
@@ -328,7 +329,17 @@ def test_defaults_are_in_their_ranges_and_have_a_help_text() -> None:
         resolve(kind, DATA)
         for f in fields(kind):
             assert f.metadata["help"].endswith((".", "…")) or "=…" in f.metadata["help"], f.name
-            off = {"eval_data", "per_pair", "report", "save_best", "lora_rank", "modules_to_save"}
+            off = {
+                "eval_data",
+                "per_pair",
+                "report",
+                "save_best",
+                "lora_rank",
+                "modules_to_save",
+                "reward",
+                "judge",
+                "gate",
+            }
             assert f.default is not None or f.metadata["shown"] or f.name in off, f.name  # unless asked for
 
 

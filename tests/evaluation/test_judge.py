@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -16,15 +17,17 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.config.options import EvalOptions
 from dpo_cli.evaluation.gate import check_gates
-from dpo_cli.evaluation.judge import Contest, by_judge, by_reward, win_rate
+from dpo_cli.evaluation.judge import Contest, Judge, by_reward, win_rate
 from dpo_cli.evaluation.statistics import wilson
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import SAMPLE, make_model, write_rows
 
 KEY = "sk-very-secret"
-SAMPLES = [
-    {"prompt": "one", "policy_sampled": ["long answer", "b"], "reference_sampled": ["short", "c"]},
-    {"prompt": "two", "policy_sampled": ["x", "same"], "reference_sampled": ["longer", "same"]},
+CONTESTS = [
+    Contest("one", "long answer", "short"),
+    Contest("one", "b", "c"),
+    Contest("two", "x", "longer"),
+    Contest("two", "same", "same"),
 ]
 
 
@@ -32,9 +35,10 @@ SAMPLES = [
 
 
 def test_win_rate_by_hand() -> None:
-    """A win, a loss, a tie, a win; prompts are the observations, not answers."""
-    result = win_rate(SAMPLES, lambda contests: [1.0, 0.0, 0.5, 1.0])
+    """A win, a loss, one left open, a win; prompts are the observations, not answers."""
+    result = win_rate(CONTESTS, lambda contests: [1.0, 0.0, float("nan"), 1.0])
     assert (result["share"], result["ties"], result["prompts"], result["contests"]) == (0.625, 0.25, 2, 4)
+    assert result["unclear"] == 1
     assert result["share_interval"] == list(wilson(0.625 * 2, 2))
     assert (result["policy_longer"], result["policy_longer_contests"]) == (1.0, 1)
     assert (result["policy_shorter"], result["policy_shorter_contests"]) == (0.5, 1)
@@ -43,16 +47,18 @@ def test_win_rate_by_hand() -> None:
 def test_a_reward_function_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my_rewards.py").write_text(
-        "def longer(prompts, completions):\n    assert prompts == ['p', 'q'] * 2\n    return map(len, completions)\n"
+        "def longer(prompts, completions):\n    seen.append(prompts)\n    return map(len, completions)\n"
+        "seen = []\n"
         "def few(prompts, completions):\n    return [1.0]\n"
         "def broken(prompts, completions):\n    raise KeyError('oops')\n"
         "def endless(prompts, completions):\n    return [float('inf')] * len(completions)\n"
     )
     contests = [Contest("p", "longest", "short"), Contest("q", "same", "size")]
     assert by_reward("my_rewards:longer")(contests) == [1.0, 0.5]
+    assert importlib.import_module("my_rewards").seen == [["What is 2 + 2?"] * 2, ["p", "q"] * 2]
     for name, reason in (("few", "a finite number for each"), ("endless", "a finite"), ("broken", "KeyError: 'oops'")):
         with pytest.raises(UsageError, match=f"--reward my_rewards:{name}: .*{reason}"):
-            by_reward(f"my_rewards:{name}")(contests)
+            by_reward(f"my_rewards:{name}")
     for name in ("my_rewards:none", "nowhere:longer", "my_rewards", ""):
         with pytest.raises(UsageError, match="write MODULE:FUNCTION"):
             by_reward(name)
@@ -68,7 +74,7 @@ class Server:
 
     def __init__(self) -> None:
         self.answer: Answer = truth
-        self.models, self.fails, self.questions = ["judge-1"], 0, list[str]()
+        self.models, self.fails, self.questions, self.asked = ["judge-1"], 0, list[str](), dict[str, Any]()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -90,6 +96,10 @@ class Server:
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 question = asked["messages"][0]["content"]
                 outer.questions.append(question)
+                outer.asked = asked
+                if "temperature" in asked and asked["model"] == "thinker":
+                    self.reply({"error": {"message": "no temperature"}}, 400)
+                    return
                 if outer.fails:
                     self.reply({"error": {"message": f"bad key {self.headers['Authorization']}"}}, outer.fails)
                     return
@@ -113,7 +123,7 @@ def truth(question: str) -> str:
     first, second = (each.count("e") for each in answers(question))
     if "2 + 2" in question:
         return "A" if "is 4" in answers(question)[0] else "B"
-    return "A good question. I take: " + ("A" if first > second else "B" if second > first else "Tie.")
+    return "B is my first thought.\n" + ("**A**" if first > second else "B." if second > first else "Tie")
 
 
 @pytest.fixture
@@ -127,29 +137,41 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_a_judge_decides_in_both_orders(server: Server) -> None:
     contests = [Contest("p", "eee", "e"), Contest("p", "x", "ee"), Contest("p", "e", "e")]
-    assert by_judge(server.url, None)(contests) == [1.0, 0.0, 0.5]
+    assert Judge(server.url, None)(contests) == [1.0, 0.0, 0.5]
     assert len(server.questions) == 1 + 2 * len(contests)
 
 
 def test_a_judge_that_prefers_the_first_answer_ends_in_ties(server: Server) -> None:
     server.answer = lambda question: "A"
-    assert by_judge(server.url, "judge-1")([Contest("p", "eee", "e"), Contest("p", "", "eeee")]) == [0.5, 0.5]
+    assert Judge(server.url, "judge-1")([Contest("p", "eee", "e"), Contest("p", "", "eeee")]) == [0.5, 0.5]
+
+
+def test_unclear_replies_are_counted_and_a_judge_may_refuse_a_temperature(server: Server) -> None:
+    server.answer = lambda question: truth(question) if "2 + 2" in question else "Both."
+    result = win_rate(CONTESTS, Judge(server.url, "thinker"))
+    assert (result["unclear"], result["share"]) == (4, 0.5) and "temperature" not in server.asked
 
 
 def test_a_judge_that_cannot_be_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.answer = lambda question: "I would rather not say."
-    with pytest.raises(UsageError, match=r"does not see that '2 [+] 2 is 4' beats"):
-        by_judge(server.url, None)
+    for reply in ("I would rather not say.", "A is better than B", "B", ""):
+        server.answer = lambda question, reply=reply: reply
+        with pytest.raises(UsageError, match=r"does not reply A where A is '2 [+] 2 is 4'"):
+            Judge(server.url, None)
+    server.answer = lambda question: {"not": "text"}
+    with pytest.raises(UsageError, match=r"its reply is not OpenAI's format"):
+        Judge(server.url, None)
+    with pytest.raises(UsageError, match=r"an address without user and query"):
+        Judge("https://me:secret@host/v1", None)
     server.models = ["one", "two"]
     with pytest.raises(UsageError, match=r"--judge-model is missing; .* offers: one, two"):
-        by_judge(server.url, None)
+        Judge(server.url, None)
     server.fails = 401
     with pytest.raises(UsageError, match=r"--judge http.*bad key Bearer \*\*\*") as error:
-        by_judge(server.url, "one")
+        Judge(server.url, "one")
     assert KEY not in str(error.value)
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UsageError, match="set OPENAI_API_KEY"):
-        by_judge(server.url, "one")
+        Judge(server.url, "one")
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
@@ -163,7 +185,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     for name in ("model", "other"):
         tokenizer.save_pretrained(folder / name)
     rows = [json.loads(line) for line in (SAMPLE / "heldout-strings.jsonl").read_text().splitlines()]
-    write_rows(folder / "rows.jsonl", rows[:4])
+    write_rows(folder / "rows.jsonl", rows[:20])
     return folder
 
 
@@ -182,7 +204,7 @@ def test_the_command_reports_the_win_rate_and_ends_by_the_gate(place: Path, monk
     assert found.exit_code == 0, found.output
     result = json.loads(found.stdout)
     ours, theirs = (
-        [len(set(text)) for each in result["samples"] for text in each[f"{model}_sampled"]]
+        [len(set(text.removesuffix("…"))) for each in result["samples"] for text in each[f"{model}_sampled"]]
         for model in ("policy", "reference")
     )
     expected = [(a > b) + (a == b) / 2 for a, b in zip(ours, theirs, strict=True)]
@@ -200,17 +222,20 @@ def test_a_gate_that_does_not_pass_is_exit_code_3(place: Path, server: Server) -
     server.answer = once
     found = evaluated(place, "--judge", server.url, "--gate", "loss<1e-9,win_rate.share>0.5")
     assert found.exit_code == 3, found.output
-    assert "gate FAILED: loss<1e-9 (it is 0." in found.stdout and "rewards/margins" in found.stdout
+    assert "gate FAILED: loss<1e-9 (it is " in found.stdout and "On 20 pairs the model favors" in found.stdout
     assert "gate FAILED: win_rate.share>0.5 (no such number" in found.stdout
     assert "so there is no win rate" in found.stderr and KEY not in found.output
 
 
 def test_gates_by_hand() -> None:
-    result = {"loss": 0.5, "pairs": 3, "length": {"share": 0.25}, "none": float("nan")}
-    texts = "loss<0.6,loss>=.5,loss > 5e-1,length.share<=0.25,none>0,los<1"
+    result: dict[str, Any] = {"loss": 0.5, "pairs": 30, "length": {"share": 0.25}, "none": float("nan")}
+    result |= {"intervals": {"loss": [0.4, 0.6]}, "judged": {"enough": True}}
+    texts = "loss<0.6,loss>=.5,loss > 5e-1,length.share<=0.25,none>0,los<1,loss.high<0.6,loss.low>=0.4"
     gates = check_gates(texts, result)
-    assert [gate["passed"] for gate in gates] == [True, True, False, True, False, False]
-    assert gates[-1]["text"] == "no such number; did you mean 'loss'?"
+    assert [gate["passed"] for gate in gates] == [True, True, False, True, False, False, False, True]
+    assert gates[5]["text"] == "no such number; did you mean 'loss'?"
+    (few,) = check_gates("loss<0.6", result | {"judged": {"enough": False}})
+    assert not few["passed"] and few["text"] == "it is 0.5000, of too few pairs to judge"
 
 
 @pytest.mark.parametrize(

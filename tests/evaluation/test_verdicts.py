@@ -90,7 +90,7 @@ def test_the_most_overfitted_run_is_no_clean_result(memorised: tuple[Path, Any])
     head, _, told = result.stdout.partition("finding: ")
     assert told.startswith("The training pairs were memorised: loss ") and "To try: " in told
     assert "Next: dpo chat " in told and FEW in told and "warning" not in head
-    assert "\nTrained on 24 pairs in 0:00:" in head
+    assert "\nTrained on 24 pairs. This command took 0:00:" in head
     text = page(run / "report.html")
     assert "The training pairs were memorised" in text and f"{FEW}." in text
     assert "Nothing stood out" not in text and "no finding" not in result.stdout
@@ -285,12 +285,15 @@ def test_the_end_of_an_evaluation_is_a_few_plain_lines(place: Path, tmp_path: Pa
     accuracy, ends = result["rewards/accuracies"], result["intervals"]["rewards/accuracies"]
     rule, share = "longer", result["length"]["accuracy_prefer_longer"]
     rule, share = (rule, share) if share >= 0.5 else ("shorter", 1 - share)
-    said = (
-        f"On 24 held-out pairs the model prefers the better answer in {accuracy:.0%} ({ends[0]:.0%} to {ends[1]:.0%});"
-    )
-    assert result["verdict"][0] == f"{said} a coin: 50%, always the {rule} answer: {share:.0%}."
+    said = "On 24 held-out pairs the model favors the better answer more than its reference does in"
+    often = f"{accuracy:.0%} ({ends[0]:.0%} to {ends[1]:.0%})"
     kl = max(result["kl/chosen"], result["kl/rejected"])
-    assert result["verdict"][1] == f"It stayed close to its reference: KL {kl:.2g} nats per token."
+    assert result["verdict"] == [
+        f"{said} {often}; chance: 50%, always the {rule} answer: {share:.0%}.",
+        f"The better answer is the likelier one in {result['logp_accuracy/policy']:.0%}; "
+        f"under the reference in {result['logp_accuracy/reference']:.0%}.",
+        f"KL from its reference on these answers: {kl:.2g} nats per token.",
+    ]
     for text in (short.stdout, full.stdout, trained.stdout):
         assert said in " ".join(text.split()) and f"\nNext: dpo chat {run}" in text
     assert "cross_entropy" in full.stdout and "cross_entropy" not in short.stdout and "\nnumbers" not in short.stdout

@@ -28,7 +28,6 @@ from dpo_cli.models.logprobs import Float32Product, Head, ModelRunner, response_
 from dpo_cli.models.noise import draw_probes, excess, measure_noise
 from dpo_cli.training.prepare import ScoredModel
 from dpo_cli.utils import devices, distributed
-from dpo_cli.utils.cards import CARDS, standing_in
 from dpo_cli.utils.devices import CPU, CUDA, OLD_CUDA, ROCM
 from tests.helpers import SAMPLE, make_model, random_pairs, stand_in
 from tests.helpers.caches import plant
@@ -200,12 +199,11 @@ def test_logits_are_not_rounded(
     bias: bool, trained: bool, config: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and gradients are those of float32 products of what was rounded before."""
-    stand_in(monkeypatch, float32_logits=True)
     monkeypatch.setattr(torch, "mm", product)
     torch.manual_seed(0)
     module = nn.Linear(16, 40, bias=bias).requires_grad_(trained)
     hidden, weights = torch.randn(7, 16).bfloat16().requires_grad_(), torch.randn(7, 40)
-    logits = Head(module, SimpleNamespace(**config), torch.bfloat16).logits(hidden)
+    logits = Head(module, SimpleNamespace(**config), torch.bfloat16, CUDA).logits(hidden)
     (logits * weights).sum().backward()
     found = [hidden.grad, module.weight.grad, module.bias.grad if bias else None]
     exact = hidden.detach().float().requires_grad_()
@@ -223,8 +221,7 @@ def test_logits_are_not_rounded(
             assert got is None
 
 
-def test_a_head_within_an_adapter_is_run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, float32_logits=True)
+def test_a_head_within_an_adapter_is_run_as_it_is() -> None:
 
     class Adapted(nn.Linear):
         def forward(self, hidden: Tensor) -> Tensor:
@@ -233,7 +230,7 @@ def test_a_head_within_an_adapter_is_run_as_it_is(monkeypatch: pytest.MonkeyPatc
     module, hidden = Adapted(16, 40), torch.randn(7, 16)
     with torch.autocast("cpu", torch.bfloat16):
         wanted = module(hidden).float()
-    assert torch.equal(Head(module, SimpleNamespace(), torch.bfloat16).logits(hidden), wanted)
+    assert torch.equal(Head(module, SimpleNamespace(), torch.bfloat16, CUDA).logits(hidden), wanted)
 
 
 def test_on_a_cuda_device_no_logits_in_bfloat16_are_made() -> None:
@@ -246,11 +243,11 @@ def test_on_a_cuda_device_no_logits_in_bfloat16_are_made() -> None:
             made.extend([result.dtype] if isinstance(result, Tensor) and result.shape == (7, 40) else [])
             return result
 
-    with standing_in(CARDS["h100"]), FakeTensorMode(), Recorder(), torch.no_grad():
+    with FakeTensorMode(), Recorder(), torch.no_grad():
         module = nn.Linear(16, 40, bias=False, device="meta")
         module.weight = nn.Parameter(torch.empty(40, 16, device="cuda"), requires_grad=False)
         hidden = torch.empty(7, 16, dtype=torch.bfloat16, device="cuda")
-        logits = Head(module, SimpleNamespace(), torch.bfloat16).logits(hidden)
+        logits = Head(module, SimpleNamespace(), torch.bfloat16, CUDA).logits(hidden)
     assert logits.dtype == torch.float32 and logits.device.type == "cuda" and set(made) == {torch.float32}
     leaves = [torch.empty(n, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (7, 40)]
     Float32Product.apply(*leaves).sum().backward()
