@@ -9,6 +9,7 @@ import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def run_check(options: CheckOptions, reporter: Reporter) -> dict[str, Any]:
 
 def _next_command(options: CheckOptions, result: dict[str, Any]) -> str:
     """Return the command that follows: a training, or where rows have problems, one that writes the others."""
-    given = {name: getattr(options, name) for name in ("model", "base_model", "columns", "format", "data", "eval_data")}
+    shared = [f for f in fields(CheckOptions) if f.name not in ("examples", "fix", "strict")]
+    given = {f.name: value for f in shared if (value := getattr(options, f.name)) != f.default}
     cleaned = result.get("fixed", {}).get("kept")
     if result["problems"] and not cleaned:
         return shlex.join(["dpo", "check", *as_words(given | {"fix": "clean.jsonl"})])

@@ -1138,6 +1138,9 @@ def test_any_bytes_give_rows_bad_rows_or_a_usage_error(folder: Path, content: by
         (("instruction", "best", "worst", "id"), "prompt=instruction,chosen=best,rejected=worst"),
         (("prompt", "chosen", "rejectd"), "rejected=rejectd"),
         (("a", "b", "c"), ""),
+        (("prompt_id", "question", "better", "worse"), "prompt=question,chosen=better,rejected=worse"),
+        (("query", "preferred", "dispreferred"), "prompt=query,chosen=preferred,rejected=dispreferred"),
+        (("question", "good", "best", "bad"), ""),
     ],
 )
 def test_columns_are_guessed_by_their_names(names: tuple[str, ...], columns: str) -> None:

@@ -297,6 +297,11 @@ def test_strict_fails_on_problems_only(tiny: Path, tmp_path: Path) -> None:
     strict, plain = (here("check", "--model", tiny, "--data", data, *flags) for flags in (["--strict"], []))
     assert (strict.returncode, plain.returncode) == (3, 0)
     assert strict.stdout == plain.stdout
+    options = ("--max-length", 512, "--pairs", "all", "--seed", 3)
+    assert here("check", "--model", tiny, "--data", SAMPLE / "train.jsonl", *options).stdout.splitlines()[-1] == (
+        f"Next: dpo train --model {tiny} --data {SAMPLE / 'train.jsonl'} --max-length 512 --pairs all --seed 3 "
+        "--eval-fraction 0.1"
+    )
     assert strict.stdout.splitlines()[-2:] == [
         "problems: 1, in 1 of 329 rows", f"Next: dpo check --model {tiny} --data {data} --fix clean.jsonl"
     ]  # fmt: skip
