@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr, t
 
 from dpo_cli.evaluation.metrics import Groups, PairScores, Table, reward_unit, wins
 from dpo_cli.utils.errors import UsageError
@@ -42,6 +41,8 @@ def student(values: Table) -> Interval:
 
 
 def _student(center: float, deviations: Table) -> Interval:
+    from scipy.stats import t  # which takes a second to import
+
     n = len(deviations)
     error = math.sqrt(n / (n - 1) * float(deviations @ deviations)) if n > 1 else math.nan
     if not math.isfinite(error + center):
@@ -108,6 +109,8 @@ def spearman(first: Table, second: Table, groups: Groups | None = None) -> tuple
 
     Source: Bonett and Wright (2000): Fisher's z with the variance (1 + rho^2 / 2) / (n - 3); n is the number of groups.
     """
+    from scipy.stats import spearmanr
+
     n = len(first) if groups is None else len(np.unique(groups))
     if len(first) < 2 or not np.ptp(first) or not np.ptp(second) or not np.isfinite(first).all():
         return math.nan, None

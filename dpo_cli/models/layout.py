@@ -61,7 +61,8 @@ def choose_layout(
         _check_alone(exact, padded([longest]).to(device))
     apart, reasons = False, list[str]()
     with suppress(UsageError), forward_errors("a body or a head of another kind"):
-        apart = _largest(_alone(replace(exact, chunked_lm_head=True), tried) - expected[torch.float32]) < 1e-3
+        short = [min(tried, key=lambda pair: len(pair.prompt) + len(pair.chosen) + len(pair.rejected))]
+        apart = _largest(_alone(replace(exact, chunked_lm_head=True), short) - _alone(exact, short)) < 1e-3
     layouts: list[Layout] = [*DESCRIPTIONS]
     chosen = getattr(model.config.get_text_config(), "index_topk", None)
     if chosen and sum(map(len, longest)) > chosen:

@@ -184,7 +184,7 @@ def _check_step_0(trainer: Trainer, run: Run) -> None:
             f"off by {largest:.2g} nats per root of its tokens. {cause}{float32_hint(runner.dtype)}"
         )
     else:
-        about = f"policy and cached reference are equal on its {len(indices)} pairs, as they must"
+        about = f"check passed: policy and cached reference are equal on its {len(indices)} pairs"
     run.reporter.info("step 0", f"{metrics}  ({about})")
 
 
