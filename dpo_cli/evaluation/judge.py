@@ -42,20 +42,17 @@ def win_rate(samples: Sequence[Mapping[str, Any]], compare: Compare) -> dict[str
     ``samples``: for each prompt its text and equally many sampled answers of both models. ``by_length``: the share
     where the policy's answer is the longer or the shorter one, in characters.
     """
-    contests = [
-        Contest(each["prompt"], *answers)
-        for each in samples
-        for answers in zip(each["policy_sampled"], each["reference_sampled"], strict=True)
-    ]
+    rows = [zip(each["policy_sampled"], each["reference_sampled"], strict=True) for each in samples]
+    contests = [Contest(each["prompt"], *two) for each, row in zip(samples, rows, strict=True) for two in row]
     wins = np.array(compare(contests))
     prompts = np.repeat(np.arange(len(samples)), len(contests) // len(samples))
     gaps = np.array([len(each.policy) - len(each.reference) for each in contests])
     result: dict[str, Any] = {"share": float(wins.mean()), "share_interval": share_interval(wins, prompts)}
     result |= {"ties": float((wins == 0.5).mean()), "prompts": len(samples), "contests": len(contests)}
-    for name, inside in (("longer", gaps > 0), ("shorter", gaps < 0)):
-        result[f"policy_{name}"] = float(wins[inside].mean()) if inside.any() else math.nan
-        result[f"policy_{name}_interval"] = share_interval(wins[inside], prompts[inside])
-        result[f"policy_{name}_contests"] = int(inside.sum())
+    for name, inside in (("policy_longer", gaps > 0), ("policy_shorter", gaps < 0)):
+        result[name] = float(wins[inside].mean()) if inside.any() else math.nan
+        result |= {f"{name}_interval": share_interval(wins[inside], prompts[inside])}
+        result |= {f"{name}_contests": int(inside.sum())}
     return result
 
 
@@ -78,13 +75,12 @@ def by_reward(name: str) -> Compare:
     def compare(contests: Sequence[Contest]) -> list[float]:
         prompts, policy, reference = ([*each] for each in zip(*contests, strict=True))
         try:
-            scores = [float(score) for score in function(prompts=prompts * 2, completions=policy + reference)]
+            scores = np.array([*map(float, function(prompts=prompts * 2, completions=policy + reference))])
         except Exception as error:  # of any type
             raise UsageError(f"--reward {name}: {type(error).__name__}: {error}") from error
-        if len(scores) != 2 * len(contests) or not all(map(math.isfinite, scores)):
+        if len(scores) != 2 * len(contests) or not np.isfinite(scores).all():
             raise UsageError(f"--reward {name}: must return a finite number for each completion")
-        pairs = zip(scores[: len(contests)], scores[len(contests) :], strict=True)
-        return [(ours > theirs) + (ours == theirs) / 2 for ours, theirs in pairs]
+        return [*np.heaviside(scores[: len(contests)] - scores[len(contests) :], 0.5)]
 
     return compare
 
@@ -102,35 +98,30 @@ def by_judge(url: str, model: str | None) -> Compare:
         from openai import OpenAI, OpenAIError
     except ImportError as error:
         raise UsageError("--judge: needs the package openai: pip install 'dpo-cli[judge]'") from error
-    key = os.environ.get("OPENAI_API_KEY", "")
-    if not key:
+    if not (key := os.environ.get("OPENAI_API_KEY")):
         raise UsageError(f"--judge {url}: set OPENAI_API_KEY in the environment; of a local server, to any word")
     client = OpenAI(base_url=url, api_key=key)
 
-    def ask(prompt: str, first: str, second: str) -> float:
-        content = QUESTION.format(prompt=prompt, first=first, second=second)
+    def request(call: Callable[..., Any], **about: Any) -> Any:
         try:
-            reply = client.chat.completions.create(
-                model=str(model), messages=[{"role": "user", "content": content}], temperature=0
-            )
+            return call(**about)
         except OpenAIError as error:
             raise UsageError(f"--judge {url}: {str(error).replace(key, '***')}") from error
+
+    def ask(prompt: str, first: str, second: str) -> float:
+        messages = [{"role": "user", "content": QUESTION.format(prompt=prompt, first=first, second=second)}]
+        reply = request(client.chat.completions.create, model=model, messages=messages, temperature=0)
         words = re.findall(r"\b(?:A|B|(?i:tie))\b", reply.choices[0].message.content or "")
         return {"A": 1.0, "B": 0.0}.get(words[-1], 0.5) if words else 0.5
 
     if model is None:
-        try:
-            offered = [each.id for each in client.models.list()]
-        except OpenAIError as error:
-            raise UsageError(f"--judge {url}: {str(error).replace(key, '***')}") from error
+        offered = [each.id for each in request(client.models.list)]
         if len(offered) != 1:
             raise UsageError(f"--judge-model is missing; {url} offers: {', '.join(offered) or 'none'}")
         (model,) = offered
-    trial = ask("What is 2 + 2?", "2 + 2 is 4.", "2 + 2 is 5.")
-    if trial != 1:
-        raise UsageError(
-            f"--judge {url}: {model} does not see that '2 + 2 is 4' beats '2 + 2 is 5'; take another model"
-        )
+    if ask("What is 2 + 2?", "2 + 2 is 4.", "2 + 2 is 5.") != 1:
+        problem = f"{model} does not see that '2 + 2 is 4' beats '2 + 2 is 5'; take another model"
+        raise UsageError(f"--judge {url}: {problem}")
 
     def compare(contests: Sequence[Contest]) -> list[float]:
         orders = [(c.prompt, *answers) for c in contests for answers in (c[1:], c[:0:-1])]
