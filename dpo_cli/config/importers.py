@@ -144,14 +144,11 @@ def _data(peer: str, config: Config, left: Config) -> None:
     if peer == "LLaMA-Factory":
         left["dataset"] = f"{data}: of their dataset_info.json; put files or hub ids there in data"
     splits = take("dataset_splits", None) or [take("dataset_train_split", None), take("dataset_test_split", None)]
-    mixture, mixer, about = (
-        take("dataset_mixture", {}),
-        take("dataset_mixer", {}),
-        {"name": take("dataset_config", None)},
-    )
+    mixture, mixer = take("dataset_mixture", {}), take("dataset_mixer", {})
+    about = {"name": take("dataset_config", None)}
     named = [about | {"path": name.strip(), "weight": mixer.get(name, 1)} for name in (*names, *mixer)]
     sets = [each | {"split": splits[0]} for each in named] + listed + mixture.get("datasets", [])
-    held_out = [each | {"split": splits[1]} for each in named if splits[1:] and splits[1]] + take("test_datasets", [])
+    held_out = [each | {"split": split} for each in named for split in splits[1:] if split] + take("test_datasets", [])
     if held_out:
         config["eval_data"] = [_name(each) for each in held_out]
     if size := mixture.get("test_split_size"):

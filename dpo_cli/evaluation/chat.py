@@ -83,10 +83,10 @@ class Model:
         for layer in model.modules():
             if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 layer.enable_adapters(self.adapter)
-        where = self.runner, self.tokenizer, [self._prompt(history)], model.config._attn_implementation
-        drawn = int(sampling.temperature > 0), sampling.seed, sampling.temperature or 1.0
+        attention, tokens = model.config._attn_implementation, sampling.max_new_tokens
+        answer = partial(generate, self.runner, self.tokenizer, [self._prompt(history)], attention, tokens)
         try:
-            ((ids,),) = generate(*where, sampling.max_new_tokens, *drawn, streamer)
+            ((ids,),) = answer(int(sampling.temperature > 0), sampling.seed, sampling.temperature or 1.0, streamer)
         except KeyboardInterrupt:
             return Answer(streamer.text.strip(), whole=False)
         return Answer(text(self.tokenizer, ids), bool(np.isin(ids[-1:], eos_ids(model, self.tokenizer)).any()))
@@ -205,7 +205,8 @@ def answer_all(
             texts[name] = answers[name].marked or EMPTY
             if not beside:
                 console.print(texts[name].removeprefix(answers[name].text))
-        live.update(_columns(texts, console))
+        if beside:
+            live.update(_columns(texts, console))
     return answers
 
 

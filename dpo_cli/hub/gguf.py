@@ -35,6 +35,10 @@ CONVERTER = "convert_hf_to_gguf.py"
 PAIRS = 4  # on which the GGUF file is compared with what it was made from
 OTHER = 0.5  # nats per token: more than any of these precisions loses
 GO_RANGE = "{{ range .Messages }}"
+GO_TURNS = (  # what stands before and after the text of each role
+    GO_RANGE + '{{ if eq .Role "system" }}%s{{ .Content }}%s{{ else if eq .Role "user" }}%s{{ .Content }}%s'
+    "{{ else }}{{ .Content }}%s{{ end }}{{ end }}"
+)
 
 
 def export(
@@ -87,11 +91,9 @@ def _converter(llama_cpp: Path | None) -> Path:
     for folder in folders:
         if (script := Path(folder, CONVERTER)).is_file():
             return script
-    where = (
-        f"--llama-cpp {llama_cpp}: has no {CONVERTER}" if llama_cpp else f"{CONVERTER} of llama.cpp is not installed"
-    )
+    what = f"--llama-cpp {llama_cpp}: has no {CONVERTER}" if llama_cpp else f"{CONVERTER} of llama.cpp is not installed"
     clone = "git clone --depth 1 https://github.com/ggml-org/llama.cpp, and add --llama-cpp llama.cpp"
-    raise UsageError(f"{where}; {clone}")
+    raise UsageError(f"{what}; {clone}")
 
 
 def _read_back(model: ModelSource, made: ModelSource, pairs: Pairs, reporter: Reporter) -> dict[str, Any]:
@@ -166,9 +168,5 @@ def go_template(tokenizer: Any) -> str | None:
     if not user or not end == to_answer == closing or any(mark in text for text in whole for mark in ('"""', "{{")):
         return None
     without = opening.removesuffix(user)
-    return (
-        f"{{{{ if not .System }}}}{without}{{{{ end }}}}" * bool(without) + GO_RANGE + '{{ if eq .Role "system" }}'
-        f"{begin}{{{{ .Content }}}}{to_user.removesuffix(user)}"
-        f'{{{{ else if eq .Role "user" }}}}{user}{{{{ .Content }}}}{to_answer}'
-        f"{{{{ else }}}}{{{{ .Content }}}}{to_next.removesuffix(user)}{{{{ end }}}}{{{{ end }}}}"
-    )
+    first = "{{ if not .System }}" + without + "{{ end }}" if without else ""
+    return first + GO_TURNS % (begin, to_user.removesuffix(user), user, to_answer, to_next.removesuffix(user))
