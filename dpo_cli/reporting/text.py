@@ -71,7 +71,8 @@ def as_text(result: Result, full: bool = False) -> str:
     lines += [*_win_rate(result), *verdict_lines(result, full)]
     for gate in result.get("gates", ()):
         lines.append(f"gate {'passed' if gate['passed'] else 'FAILED'}: {gate['gate']} ({gate['text']})")
-    lines += [f"Next: dpo chat {shlex.quote(result['run'])}"] * ("run" in result)
+    if "run" in result:
+        lines.append(f"Next: dpo chat {shlex.quote(result['run'])}")
     return "\n".join(lines if full else [*lines, "All numbers: --full"])
 
 
