@@ -35,8 +35,7 @@ Precision = Literal["float32", "bfloat16", "auto"]
 GgufPrecision = Literal["f32", "f16", "bf16", "q8_0"]
 CacheDir = Annotated[Path, Option("--cache-dir", help="Folder of cached reference log-probs.")]
 Run = Annotated[
-    str,
-    Argument(metavar="RUN", help="A run, its model/, best/ or a checkpoint; a folder of a model; a hub id."),
+    str, Argument(metavar="RUN", help="A run, its model/, best/ or a checkpoint; a folder of a model; a hub id.")
 ]
 MaxNewTokens = Annotated[int, Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
 Temperature = Annotated[float, Option("--temperature", min=0, help="0: greedy; 1: as the model distributes.")]
@@ -200,8 +199,7 @@ def precompute_ref(options: PrecomputeOptions) -> None:
 
 
 def eval_(
-    options: EvalOptions,
-    full: Annotated[bool, Option("--full", help="Print all numbers before the verdict.")] = False,
+    options: EvalOptions, full: Annotated[bool, Option("--full", help="Print all numbers before the verdict.")] = False
 ) -> None:
     """Show what a model learned and how far it drifted."""
     reporter = out.reporter(options)

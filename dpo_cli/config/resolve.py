@@ -17,12 +17,10 @@ from dpo_cli.config.options import DataOptions, TrainOptions, out_of_range
 from dpo_cli.utils.errors import UsageError, did_you_mean, suggest_path
 
 # Options that do not change what is trained: a resumed run may change them.
-RESUME_MUTABLE = frozenset(
-    (
-        *("logging_steps", "save_steps", "save_total_limit", "cache_dir", "show_answers", "trust_remote_code", "kl"),
-        *("export", "export_dtype", "base_model", "fsdp", "device", "report_to"),
-    )
-)
+RESUME_MUTABLE = {
+    *("logging_steps", "save_steps", "save_total_limit", "cache_dir", "show_answers", "trust_remote_code", "kl"),
+    *("export", "export_dtype", "base_model", "fsdp", "device", "report_to"),
+}
 # Options that a run chooses itself when they are left open: from its model, its data, the free memory.
 AUTO_OPTIONS = (
     *("max_length", "control_tokens", "train_turns", "pairs", "margin_per_score"),

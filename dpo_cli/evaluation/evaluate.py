@@ -22,15 +22,7 @@ from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation import kl, statistics
 from dpo_cli.evaluation.evaluator import Evaluation, Evaluator, write_per_pair
 from dpo_cli.evaluation.gate import check_gates
-from dpo_cli.evaluation.generation import (
-    answer_text,
-    as_pairs,
-    by_prompt,
-    eos_ids,
-    generate,
-    sequence_kl,
-    user_text,
-)
+from dpo_cli.evaluation.generation import answer_text, as_pairs, by_prompt, eos_ids, generate, sequence_kl, user_text
 from dpo_cli.evaluation.judge import by_judge, by_reward, win_rate
 from dpo_cli.evaluation.metrics import Table, best_step, evaluations, read_metrics
 from dpo_cli.losses.objective import Objective
