@@ -99,7 +99,7 @@ class Model:
         except RowError as error:
             raise UsageError(str(error)) from error
         ids = self.tokenizer(text, add_special_tokens=bool(template.plain))["input_ids"]
-        if template.plain and ids[-1] == self.tokenizer.eos_token_id:
+        if template.plain and ids[-1:] == [self.tokenizer.eos_token_id]:
             ids.pop()
         model: Any = self.runner.model
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
