@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Exit, Option, Typer
 from typer.core import TyperGroup
 
 from dpo_cli.cli.command import COMMANDS, Command, Commands, out
@@ -33,20 +33,19 @@ if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's wi
 
 Precision = Literal["float32", "bfloat16", "auto"]
 GgufPrecision = Literal["f32", "f16", "bf16", "q8_0"]
-CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Folder of cached reference log-probs.")]
+CacheDir = Annotated[Path, Option("--cache-dir", help="Folder of cached reference log-probs.")]
 Run = Annotated[
-    str,
-    typer.Argument(metavar="RUN", help="A run, its model/, best/ or a checkpoint; a folder of a model; a hub id."),
+    str, Argument(metavar="RUN", help="A run, its model/, best/ or a checkpoint; a folder of a model; a hub id.")
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0, help="0: greedy; 1: as the model distributes.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of answers at a temperature.")]
-NoBefore = Annotated[bool, typer.Option("--no-before", help="Leave out what the model answered before its training.")]
-BaseModel = Annotated[str | None, typer.Option("--base-model", help="The adapter's base. [default: what it names]")]
-Device = Annotated[str, typer.Option("--device", help="cuda, cuda:NUMBER, xpu, mps, cpu or auto.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the model's repository.")]
+MaxNewTokens = Annotated[int, Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
+Temperature = Annotated[float, Option("--temperature", min=0, help="0: greedy; 1: as the model distributes.")]
+Seed = Annotated[int, Option("--seed", min=0, help="Seed of answers at a temperature.")]
+NoBefore = Annotated[bool, Option("--no-before", help="Leave out what the model answered before its training.")]
+BaseModel = Annotated[str | None, Option("--base-model", help="The adapter's base. [default: what it names]")]
+Device = Annotated[str, Option("--device", help="cuda, cuda:NUMBER, xpu, mps, cpu or auto.")]
+Trust = Annotated[bool, Option("--trust-remote-code", help="Run Python code of the model's repository.")]
 
-app = main = typer.Typer(
+app = main = Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -60,14 +59,12 @@ def _version(wanted: bool) -> None:
         from dpo_cli import __version__
 
         print(f"dpo-cli {__version__}")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
 def top(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Train language models on preference pairs with DPO: no reward model, no critic.
 
@@ -76,16 +73,16 @@ def top(
 
 
 def init(
-    file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.yaml"),
-    data: Annotated[list[str] | None, typer.Option(help="Value of --data of dpo train. Repeatable.")] = None,
+    file: Annotated[Path, Argument(help="Where to write it.")] = Path("run.yaml"),
+    data: Annotated[list[str] | None, Option(help="Value of --data of dpo train. Repeatable.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="DPO configuration of TRL, axolotl or LLaMA-Factory, to be translated instead."),
+        Option("--from", help="DPO configuration of TRL, axolotl or LLaMA-Factory, to be translated instead."),
     ] = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="With --from: devices there, each with a batch of its own. [default: 1]")
+        int | None, Option(min=1, help="With --from: devices there, each with a batch of its own. [default: 1]")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a file of the options of dpo train, with comments."""
     if devices and not source:
@@ -102,12 +99,12 @@ def init(
 
 def train(
     options: TrainOptions,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before the first step.")] = False,
+    resume: Annotated[Path | None, Option(help="Continue the run in this folder.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show the plan and stop before the first step.")] = False,
     trace: Annotated[
-        bool, typer.Option("--trace", help="With --dry-run: what a step takes of a GPU, without one or weights.")
+        bool, Option("--trace", help="With --dry-run: what a step takes of a GPU, without one or weights.")
     ] = False,
-    card: Annotated[str | None, typer.Option(help="GPU of --trace, as h100. [default: the one that is here]")] = None,
+    card: Annotated[str | None, Option(help="GPU of --trace, as h100. [default: the one that is here]")] = None,
 ) -> None:
     """Train a model on chosen/rejected pairs."""
     if check_trace(dry_run, trace, card):
@@ -127,9 +124,7 @@ def train(
 
 def chat(
     run: Run,
-    save: Annotated[
-        Path | None, typer.Option(help="Ask which answer is better; append the pairs to this file.")
-    ] = None,
+    save: Annotated[Path | None, Option(help="Ask which answer is better; append the pairs to this file.")] = None,
     no_before: NoBefore = False,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -154,7 +149,7 @@ def chat(
 
 def generate(
     run: Run,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to answer.")],
+    prompts: Annotated[list[str], Argument(metavar="PROMPT...", help="What to answer.")],
     no_before: NoBefore = False,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -185,9 +180,9 @@ def _open(run: str, before: bool, seed: int, base: str | None, device: str, trus
 
 
 def push(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or its model/ or best/.")],
-    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository on the hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    run: Annotated[Path, Argument(help="A run's folder, or its model/ or best/.")],
+    name: Annotated[str, Argument(metavar="ORG/NAME", help="The repository on the hub.")],
+    public: Annotated[bool, Option("--public", help="Make a new repository public.")] = False,
 ) -> None:
     """Upload a trained model to the Hugging Face hub."""
     from dpo_cli.hub.push import push as upload
@@ -204,8 +199,7 @@ def precompute_ref(options: PrecomputeOptions) -> None:
 
 
 def eval_(
-    options: EvalOptions,
-    full: Annotated[bool, typer.Option("--full", help="Print all numbers before the verdict.")] = False,
+    options: EvalOptions, full: Annotated[bool, Option("--full", help="Print all numbers before the verdict.")] = False
 ) -> None:
     """Show what a model learned and how far it drifted."""
     reporter = out.reporter(options)
@@ -220,7 +214,7 @@ def eval_(
 
     run_eval(options, reporter, show)
     if not all(gate["passed"] for gate in gates):
-        raise typer.Exit(3)
+        raise Exit(3)
 
 
 def sweep(options: SweepOptions) -> None:
@@ -233,13 +227,11 @@ def sweep(options: SweepOptions) -> None:
 
 
 def merge(
-    model: Annotated[str, typer.Option(help="Run, checkpoint or folder of an adapter.")],
-    output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
-    base_model: Annotated[str | None, typer.Option(help="The adapter's base. [default: what it names]")] = None,
-    export_dtype: Annotated[Precision, typer.Option(help="Of the weights; auto: as the base is stored.")] = "float32",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code of the base.")
-    ] = False,
+    model: Annotated[str, Option(help="Run, checkpoint or folder of an adapter.")],
+    output: Annotated[Path, Option(help="Folder of the merged model; must not exist yet.")],
+    base_model: BaseModel = None,
+    export_dtype: Annotated[Precision, Option(help="Of the weights; auto: as the base is stored.")] = "float32",
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code", help="Run Python code of the base.")] = False,
 ) -> None:
     """Write an adapter and its base as one model."""
     from dpo_cli.models.locate import find_model
@@ -252,13 +244,13 @@ def merge(
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="A run, its best/, or the folder of a model or an adapter.")],
-    gguf: Annotated[Path, typer.Option(help="The GGUF file to write; must not exist yet.")],
-    quantization: Annotated[GgufPrecision, typer.Option(help="Of the matrices.")] = "q8_0",
+    run: Annotated[str, Argument(help="A run, its best/, or the folder of a model or an adapter.")],
+    gguf: Annotated[Path, Option(help="The GGUF file to write; must not exist yet.")],
+    quantization: Annotated[GgufPrecision, Option(help="Of the matrices.")] = "q8_0",
     llama_cpp: Annotated[
-        Path | None, typer.Option(help="Checkout of llama.cpp, with its converter. [default: an installed one]")
+        Path | None, Option(help="Checkout of llama.cpp, with its converter. [default: an installed one]")
     ] = None,
-    base_model: Annotated[str | None, typer.Option(help="The adapter's base. [default: what it names]")] = None,
+    base_model: BaseModel = None,
 ) -> None:
     """Write a model as a GGUF file for llama.cpp and Ollama."""
     from dpo_cli.models.locate import find_model
@@ -291,15 +283,13 @@ def check(options: CheckOptions) -> None:
     result = run_check(options, reporter)
     out.show(result, as_text)
     if not result["pairs"]:  # nothing that could be trained on
-        raise typer.Exit(2)
+        raise Exit(2)
     if options.strict and result["problems"]:
-        raise typer.Exit(3)
+        raise Exit(3)
 
 
 def losses(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="One loss, with formula, paper and options.")
-    ] = None,
+    name: Annotated[str | None, Argument(metavar="NAME", help="One loss, with formula, paper and options.")] = None,
 ) -> None:
     """List the losses, or explain one."""
     from dpo_cli.losses.objective import as_lines, as_text, list_losses
@@ -316,9 +306,9 @@ def cache_list(cache_dir: CacheDir = CACHE_DIR) -> None:
 
 def cache_prune(
     cache_dir: CacheDir = CACHE_DIR,
-    older_than: Annotated[float | None, typer.Option(min=0, help="Not used for so many days.")] = None,
-    model: Annotated[str | None, typer.Option(help="Part of the model's name.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only listed.")] = False,
+    older_than: Annotated[float | None, Option(min=0, help="Not used for so many days.")] = None,
+    model: Annotated[str | None, Option(help="Part of the model's name.")] = None,
+    yes: Annotated[bool, Option("--yes", help="Remove them; without it they are only listed.")] = False,
 ) -> None:
     """Remove what is cached, by age or model."""
     if older_than is None and not model:

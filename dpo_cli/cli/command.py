@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields
@@ -18,7 +19,7 @@ from typing import Annotated, Any, get_type_hints
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from dpo_cli.cli.help import LONGEST, write_examples, write_options
+from dpo_cli.cli.help import EXAMPLES, FEW, LONGEST, OTHERS, PANELS
 from dpo_cli.config.options import DataOptions, option
 from dpo_cli.config.resolve import resolve, resolve_training, suggest_option
 from dpo_cli.utils.errors import DpoError, UsageError, printable
@@ -145,12 +146,20 @@ class Command(TyperCommand):
         return super().get_params(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options in groups."""
-        write_options(self.get_params(ctx), ctx, formatter)
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write two examples."""
-        write_examples(ctx.info_name, formatter)
+        """Write arguments, options in groups, and two examples."""
+        groups, parameters = defaultdict[str, list[tuple[str, str]]](list), self.get_params(ctx)
+        panels = {name: panel for panel, names in PANELS.items() for name in names.split()}
+        for each in parameters:
+            if record := each.get_help_record(ctx):
+                panel = "Options" if len(parameters) < FEW else panels.get(each.name, OTHERS)
+                groups["Arguments" if each.param_type_name == "argument" else panel].append(record)
+        for panel in ("Arguments", "Options", *PANELS, OTHERS):
+            if panel in groups:
+                with formatter.section(panel):
+                    formatter.write_dl(groups[panel])
+        with formatter.section("Examples"):
+            for example in EXAMPLES[ctx.info_name]:
+                formatter.write(f"  {example}\n")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of the command to the flags of ``out`` and the arguments of the function."""

@@ -1,11 +1,5 @@
 """The help of a command: its options in groups, those of every day first, and two examples."""
 
-from __future__ import annotations
-
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
-
 PANELS = {
     "Everyday options": "data eval_data eval_fraction model output beta lr epochs batch_size lora_rank",
     "Data": "columns format max_length control_tokens train_turns pairs margin_per_score chat_template on_bad_row row "
@@ -21,6 +15,7 @@ PANELS = {
     "Output": "export export_dtype logging_steps save_steps save_total_limit report_to json quiet log_json debug",
 }
 OTHERS = "Advanced"
+FEW = 20  # options of a command that are one group
 LONGEST = 60  # characters of choices that are shown in place of a type
 EXAMPLES = {
     "check": ("dpo check --data my-pairs.jsonl", "dpo check --data my-pairs.jsonl --fix clean.jsonl"),
@@ -54,27 +49,3 @@ EXAMPLES = {
     "export": ("dpo export runs/mine --gguf mine.gguf", "dpo export runs/mine --gguf mine.gguf --quantization q8_0"),
     "push": ("dpo push runs/mine me/my-model", "dpo push runs/mine me/my-model --public"),
 }
-
-
-def write_options(parameters: Sequence[Any], ctx: Any, formatter: Any) -> None:
-    """Write the arguments and options of a command, grouped by ``PANELS``; small groups are one."""
-    groups = defaultdict[str, list[tuple[str, str]]](list)
-    panel_of = {name: panel for panel, names in PANELS.items() for name in names.split()}
-    few = len(parameters) < 20
-    for parameter in parameters:
-        if record := parameter.get_help_record(ctx):
-            is_option = parameter.param_type_name == "option"
-            panel = "Options" if few else panel_of.get(parameter.name, OTHERS)
-            groups[panel if is_option else "Arguments"].append(record)
-    for panel in ("Arguments", "Options", *PANELS, OTHERS):
-        if panel in groups:
-            with formatter.section(panel):
-                formatter.write_dl(groups[panel])
-
-
-def write_examples(name: str, formatter: Any) -> None:
-    """Write the examples of a command."""
-    if name in EXAMPLES:
-        with formatter.section("Examples"):
-            for example in EXAMPLES[name]:
-                formatter.write(f"  {example}\n")

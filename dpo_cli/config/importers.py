@@ -24,22 +24,10 @@ DEFAULTS: dict[str, Config] = {
     "axolotl": {"batch_size": 1, "epochs": 1, "lr_scheduler": "cosine", "max_length": 512, "seed": 42},
     "LLaMA-Factory": {**HF, "lr": 5e-5, "max_length": 2048, "finetuning_type": "lora"},
 }
-ACCEPTED = {"axolotl": ("dpo", "ipo", "simpo", "orpo"), "LLaMA-Factory": ("dpo",), "TRL": ("dpo",)}
 # Keys by which a TRL file is of DPO, or is not; the trainer is not named in it.
 OF_DPO = {"beta", "loss_type", "max_prompt_length", "precompute_ref_log_probs", "rpo_alpha", "label_smoothing"}
-NOT_DPO = {
-    "grpo": {"num_generations", "reward_funcs", "use_vllm"},
-    "ppo": {"reward_model_path", "num_ppo_epochs", "kl_coef"},
-    "kto": {"desirable_weight", "undesirable_weight"},
-    "sft": {"dataset_text_field", "completion_only_loss", "assistant_only_loss"},
-}
-OTHERWISE = {
-    "output",
-    "trust_remote_code",
-    "fsdp",
-    "dtype",
-    "chat_template",
-}  # options of ours whose names mean something else there
+NOT_DPO = {"grpo": {"num_generations", "reward_funcs"}, "kto": {"desirable_weight", "undesirable_weight"}}
+OTHERWISE = {"output", "trust_remote_code", "fsdp", "dtype", "chat_template"}  # ours, which mean something else there
 # Why a key has no counterpart: the first pattern that it matches.
 REASONS = {
     r".*packing|.*padding_free|pad_to.*|flash.*|attn.*|sdp.*|xformers.*|.*liger.*|group_by.*": "rows are packed always",
@@ -104,17 +92,17 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 def _peer(file: Path, theirs: Config) -> str:
     """Tell the trainer by its keys, and refuse what is not DPO."""
-    of_factory = theirs.keys() & {"stage", "finetuning_type", "cutoff_len", "pref_loss"}
-    names = {"axolotl": "base_model" in theirs, "LLaMA-Factory": of_factory, "TRL": "model_name_or_path" in theirs}
-    peer = next((name for name, there in names.items() if there), None)
-    if peer is None:
-        raise UsageError(f"--from {file}: by its keys no configuration of TRL, axolotl or LLaMA-Factory")
-    kind = theirs.get({"axolotl": "rl", "LLaMA-Factory": "stage"}.get(peer, ""), "sft")
-    if peer == "TRL":
-        kind = next((kind for kind, keys in NOT_DPO.items() if theirs.keys() & keys), "dpo")
+    if "base_model" in theirs:
+        peer, kind = "axolotl", theirs.get("rl", "sft")
+    elif theirs.keys() & {"stage", "finetuning_type", "cutoff_len", "pref_loss"}:
+        peer, kind = "LLaMA-Factory", theirs.get("stage", "sft")
+    elif "model_name_or_path" in theirs:
+        peer, kind = "TRL", next((kind for kind, keys in NOT_DPO.items() if theirs.keys() & keys), "dpo")
         if kind == "dpo" and not theirs.keys() & OF_DPO:
             raise UsageError(f"--from {file}: nothing in it is of DPO alone; if it is of DPO, add beta: 0.1")
-    if kind not in ACCEPTED[peer]:
+    else:
+        raise UsageError(f"--from {file}: by its keys no configuration of TRL, axolotl or LLaMA-Factory")
+    if kind not in ("dpo", "ipo", "simpo", "orpo"):
         raise UsageError(f"--from {file}: trains {str(kind).upper()}; dpo trains on preference pairs alone")
     if (adapter := theirs.get("finetuning_type", "lora")) not in ("lora", "full"):
         raise UsageError(f"--from {file}: finetuning_type {adapter}: there are lora and full")
@@ -123,82 +111,75 @@ def _peer(file: Path, theirs: Config) -> str:
 
 def _translate(peer: str, theirs: Config, devices: int, left: Config) -> tuple[Config, dict[str, str]]:
     """Return our options and their origin; ``left`` gets the keys that have none, and what means something else."""
-    config, origin = {**DEFAULTS[peer]}, dict[str, str]()
-    for key, value in theirs.items():
-        name = OTHER_NAMES.get(key, key)
-        config[name], origin[name] = value, f"{key} there"
-    several = int(config.pop("gradient_accumulation_steps", 1))
-    origin["batch_size"] = f"{config['batch_size']} per device x {several} accumulated x {devices} devices"
-    config["batch_size"] = int(config["batch_size"]) * several * devices
-    if (passes := float(config["epochs"])) != round(passes):
+    config = DEFAULTS[peer] | {OTHER_NAMES.get(key, key): value for key, value in theirs.items()}
+    origin = {OTHER_NAMES.get(key, key): f"{key} there" for key in theirs}
+    batch, several, passes = config["batch_size"], config.pop("gradient_accumulation_steps", 1), float(config["epochs"])
+    origin["batch_size"] = f"{batch} per device x {several} accumulated x {devices} devices"
+    config |= {"batch_size": int(batch) * int(several) * devices, "epochs": max(1, round(passes))}
+    if passes != round(passes):
         left["epochs"] = f"{passes:g}: passes are whole here; see --max-steps"
-    config["epochs"] = max(1, round(passes))
-    if int(config.get("max_steps", -1)) < 1:
-        config.pop("max_steps", None)
-    for part in (_data, _loss, _adapter, _schedule):
-        config = part(peer, config, left)
+    if int(config.get("max_steps", 1)) < 1:
+        del config["max_steps"]
+    _data(peer, config, left)
+    _loss(config)
+    _adapter(peer, config, left)
+    _schedule(config, left)
     report = config.pop("report_to", [])
     if known := [name for name in ([report] if isinstance(report, str) else report) if name in TRACKERS]:
         config["report_to"] = known
     names = {f.name for f in fields(TrainOptions)} - OTHERWISE
-    if not isinstance(config.get("save_steps"), int):  # a part of the run
-        names.discard("save_steps")
-    if not (isinstance(config.get("eval_steps"), int) and config.keys() & {"eval_data", "eval_fraction"}):
+    names -= {name for name in ("save_steps", "eval_steps") if not isinstance(config.get(name), int)}  # parts of a run
+    if not config.keys() & {"eval_data", "eval_fraction"}:
         names.discard("eval_steps")
     for name in config.keys() - names:
-        key = origin.get(name, name).removesuffix(" there")
         why = next((why for pattern, why in REASONS.items() if re.fullmatch(pattern, name)), "no counterpart")
-        left[key] = f"{reprlib.repr(config[name])}: {why}"
+        left[origin.get(name, name).removesuffix(" there")] = f"{reprlib.repr(config[name])}: {why}"
     return {name: value for name, value in config.items() if name in names}, origin
 
 
-def _data(peer: str, config: Config, left: Config) -> Config:
+def _data(peer: str, config: Config, left: Config) -> None:
     """Name the data sets as --data does; a part of a data set is no share of a mixture."""
-    data, take = config.get("data", []), config.pop
-    if isinstance(data, str):
-        data = [name.strip() for name in data.split(",")]
+    take, data = config.pop, config.get("data", [])
+    names, listed = (data.split(","), []) if isinstance(data, str) else ([], data)
     if peer == "LLaMA-Factory":
-        left["dataset"] = f"{', '.join(data)}: of their dataset_info.json; put files or hub ids there in data"
-    elif splits := [split for split in (take("dataset_train_split", None), take("dataset_test_split", None)) if split]:
-        config |= {"eval_data": [f"{name}:{splits[1]}" for name in data]} if splits[1:] else {}
-        data = [{"path": name, "name": take("dataset_config", None), "split": splits[0]} for name in data]
+        left["dataset"] = f"{data}: of their dataset_info.json; put files or hub ids there in data"
+    splits = take("dataset_splits", None) or [take("dataset_train_split", None), take("dataset_test_split", None)]
     mixture, mixer = take("dataset_mixture", {}), take("dataset_mixer", {})
-    splits = take("dataset_splits", [None])
-    sets = data + mixture.get("datasets", [])
-    sets += [{"path": name, "split": splits[0], "weight": part} for name, part in mixer.items()]
-    if splits[1:]:
-        config["eval_data"] = [f"{name}:{splits[1]}" for name in mixer]
-    config |= {"eval_data": [_name(each) for each in take("test_datasets")]} if "test_datasets" in config else {}
-    if held_out := mixture.get("test_split_size"):
-        config["eval_fraction" if held_out < 1 else "test_split_size"] = held_out
-    if (part := float(config.get("eval_fraction", 0))) >= 1 or not part:
-        left |= {"val_size": f"{part:g}: --eval-fraction is a share"} if part else {}
+    about = {"name": take("dataset_config", None)}
+    named = [about | {"path": name.strip(), "weight": mixer.get(name, 1)} for name in (*names, *mixer)]
+    sets = [each | {"split": splits[0]} for each in named] + listed + mixture.get("datasets", [])
+    held_out = [each | {"split": split} for each in named for split in splits[1:] if split] + take("test_datasets", [])
+    if held_out:
+        config["eval_data"] = [_name(each) for each in held_out]
+    if size := mixture.get("test_split_size"):
+        config["eval_fraction" if size < 1 else "test_split_size"] = size
+    if (part := float(config.get("eval_fraction", 0))) >= 1:
+        left["val_size"] = f"{part:g}: --eval-fraction is a share"
+    if not 0 < part < 1:
         config.pop("eval_fraction", None)
     for each in sets:
-        if isinstance(each, Mapping) and each.get("weight", 1) != 1:
+        if each.get("weight", 1) != 1:
             other = "there a part of that data set is used; a share, as in NAME=0.7, is of the mixture"
             left[f"weight of {_name(each)}"] = f"{each['weight']}: {other}"
-        if isinstance(each, Mapping) and ("type" in each or "columns" in each):
+        if each.keys() & {"type", "columns"}:
             left[f"type of {_name(each)}"] = "its columns decide the format; see dpo explain, --columns"
-    return config | {"data": [_name(each) for each in sets]}
+    config["data"] = [_name(each) for each in sets]
 
 
-def _name(each: Any) -> str:
+def _name(each: Config) -> str:
     """Write a data set as NAME, NAME:SPLIT or NAME:CONFIG/SPLIT."""
-    if not isinstance(each, Mapping):
-        return str(each)
     path, config, split = each.get("path", each.get("id")), each.get("name", each.get("config")), each.get("split")
     inner = f"{config}/{split or 'train'}" if config not in (None, "default") else split
     return f"{path}:{inner}" if inner else str(path)
 
 
-def _loss(_: str, config: Config, left: Config) -> Config:
+def _loss(config: Config) -> None:
     """Name the loss with what is added to it, its options, and beta."""
     take = config.pop
     kind = take("rl", "dpo")
     take("stage", None)
     named = take("loss", "sigmoid" if kind == "dpo" else kind)
-    names = [named] if isinstance(named, str) else [*named]
+    names = [named] if isinstance(named, str) else named
     weights = dict(zip(names, take("loss_weights", [1] * len(names)), strict=False))
     if unknown := [name for name in names if name not in LOSSES]:
         raise UsageError(f"--from: the loss {', '.join(unknown)} is none of dpo losses")
@@ -207,34 +188,37 @@ def _loss(_: str, config: Config, left: Config) -> Config:
         weights["sft"] = float(sft)
     if "simpo_gamma" in config:
         config["loss_options"] = {"simpo_gamma": take("simpo_gamma")}
-    if isinstance(of_trl := take("trl", None), Mapping) and "beta" in of_trl:
-        config["beta"] = of_trl["beta"]
-    return config | {"loss": names[0] if len(weights) == 1 else weights}
+    config |= {name: value for name, value in take("trl", {}).items() if name == "beta"}
+    config["loss"] = names[0] if len(weights) == 1 else weights
 
 
-def _adapter(peer: str, config: Config, left: Config) -> Config:
+def _adapter(peer: str, config: Config, left: Config) -> None:
+    """Name the kind of adapter, and fill in what each trainer takes by default; full training has none."""
     take = config.pop
     kind = take("adapter", None) or take("finetuning_type", None) or ("lora" if take("use_peft", False) else None)
-    kinds = [("rslora", "use_rslora"), ("dora", "use_dora"), ("rslora", "peft_use_rslora"), ("dora", "peft_use_dora")]
-    special = [name for name, key in kinds if take(key, False)]
+    special = [key.rpartition("use_")[2] for key in [*config] if key.endswith(("use_rslora", "use_dora")) and take(key)]
     if take("quantization_bit", None):
         config["load_in_4bit"] = True
     if kind in (None, "full"):
-        unused = {key: take(key) for key in [*config] if key.startswith("lora_")}
-        left |= {key: f"{value!r}: no adapter is trained there" for key, value in unused.items()}
-        return config
+        unused = [key for key in config if key.startswith("lora_")]
+        left |= {key: f"{take(key)!r}: no adapter is trained there" for key in unused}
+        return
     usual = {"lora_rank": 16, "lora_alpha": 32} if peer == "TRL" else {"lora_rank": 8}
+    config |= {key: value for key, value in usual.items() if key not in config}
     if take("lora_target_linear", False) or config.get("lora_targets") in ("all", "all-linear"):
         take("lora_targets", None)  # our default
-    return usual | config | ({"lora_type": special[0]} if special else {})
+    if special:
+        config["lora_type"] = special[0]
 
 
-def _schedule(_: str, config: Config, left: Config) -> Config:
+def _schedule(config: Config, left: Config) -> None:
+    """Name the schedule, and the learning rate at which it ends."""
     name, more = str(config["lr_scheduler"]), config.pop("lr_scheduler_kwargs", {})
     ours = {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"}.get(name, name)
     if ours not in ("linear", "cosine", "constant"):
         left["lr_scheduler"] = f"{name}: there are linear, cosine and constant"
         ours = "linear"
+    config["lr_scheduler"] = ours
     rate = more.get("min_lr_rate", config.pop("cosine_min_lr_ratio", 0))
-    least = more.get("min_lr") or float(rate) * float(config.get("lr", 0))
-    return config | {"lr_scheduler": ours} | ({"min_lr": least} if least else {})
+    if least := more.get("min_lr") or float(rate) * float(config.get("lr", 0)):
+        config["min_lr"] = least

@@ -17,12 +17,10 @@ from dpo_cli.config.options import DataOptions, TrainOptions, out_of_range
 from dpo_cli.utils.errors import UsageError, did_you_mean, suggest_path
 
 # Options that do not change what is trained: a resumed run may change them.
-RESUME_MUTABLE = frozenset(
-    (
-        *("logging_steps", "save_steps", "save_total_limit", "cache_dir", "show_answers", "trust_remote_code", "kl"),
-        *("export", "export_dtype", "base_model", "fsdp", "device", "report_to"),
-    )
-)
+RESUME_MUTABLE = {
+    *("logging_steps", "save_steps", "save_total_limit", "cache_dir", "show_answers", "trust_remote_code", "kl"),
+    *("export", "export_dtype", "base_model", "fsdp", "device", "report_to"),
+}
 # Options that a run chooses itself when they are left open: from its model, its data, the free memory.
 AUTO_OPTIONS = (
     *("max_length", "control_tokens", "train_turns", "pairs", "margin_per_score"),
@@ -31,38 +29,27 @@ AUTO_OPTIONS = (
 )
 # Other trainers' names of options.
 OTHER_NAMES = {
-    "learning_rate": "lr",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "micro_batch_size": "batch_size",
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "dataset_name": "data",
-    "dataset": "data",
-    "datasets": "data",
-    "output_dir": "output",
-    "lora_r": "lora_rank",
-    "lora_target": "lora_targets",
-    "lora_target_modules": "lora_targets",
-    "lora_modules_to_save": "modules_to_save",
-    "additional_target": "modules_to_save",
-    "lr_scheduler_type": "lr_scheduler",
-    "max_seq_length": "max_length",
-    "sequence_len": "max_length",
-    "cutoff_len": "max_length",
-    "loss_type": "loss",
-    "pref_loss": "loss",
-    "dpo_loss_type": "loss",
-    "pref_beta": "beta",
-    "rl_beta": "beta",
-    "orpo_alpha": "beta",
-    "dpo_label_smoothing": "label_smoothing",
-    "f_divergence_type": "f_divergence",
-    "use_weighting": "wpo",
-    "dpo_use_weighting": "wpo",
-    "val_size": "eval_fraction",
-    "val_set_size": "eval_fraction",
+    theirs: ours
+    for ours, names in {
+        "model": "model_name_or_path base_model",
+        "data": "dataset_name dataset datasets",
+        "eval_fraction": "val_size val_set_size",
+        "output": "output_dir",
+        "max_length": "max_seq_length sequence_len cutoff_len",
+        "loss": "loss_type pref_loss dpo_loss_type",
+        "beta": "pref_beta rl_beta orpo_alpha",
+        "label_smoothing": "dpo_label_smoothing",
+        "f_divergence": "f_divergence_type",
+        "wpo": "use_weighting dpo_use_weighting",
+        "lr": "learning_rate",
+        "lr_scheduler": "lr_scheduler_type",
+        "epochs": "num_train_epochs num_epochs",
+        "batch_size": "per_device_train_batch_size micro_batch_size",
+        "lora_rank": "lora_r",
+        "lora_targets": "lora_target lora_target_modules",
+        "modules_to_save": "lora_modules_to_save additional_target",
+    }.items()
+    for theirs in names.split()
 }
 
 HEAD = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
@@ -78,48 +80,36 @@ class Model:
             UsageError: the chat template refuses the messages, or the model has no room for an answer.
         """
         model, streamer = cast(PreTrainedModel, self.runner.model), _Streamer(self.tokenizer, show)
-        prompt, drawn = self._prompt(history), sampling.temperature > 0
-        temperature = sampling.temperature if drawn else 1.0
+        for layer in model.modules():
+            if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                layer.enable_adapters(self.adapter)
         attention, tokens = model.config._attn_implementation, sampling.max_new_tokens
-        answer = partial(generate, self.runner, self.tokenizer, [prompt], attention, tokens, int(drawn), sampling.seed)
+        answer = partial(generate, self.runner, self.tokenizer, [self._prompt(history)], attention, tokens)
         try:
-            with self._adapted(model):
-                ((ids,),) = answer(temperature, streamer)
+            ((ids,),) = answer(int(sampling.temperature > 0), sampling.seed, sampling.temperature or 1.0, streamer)
         except KeyboardInterrupt:
             return Answer(streamer.text.strip(), whole=False)
         return Answer(text(self.tokenizer, ids), bool(np.isin(ids[-1:], eos_ids(model, self.tokenizer)).any()))
 
     def _prompt(self, history: list[Message]) -> Ids:
         """Render and encode a conversation; plain text where there is no chat template."""
-        if not self.tokenizer.chat_template:
-            ids = self.tokenizer("\n".join(message["content"] for message in history))["input_ids"]
-            ids = ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
-        else:
-            try:
-                rendered = ChatTemplate(self.tokenizer, adds_bos=False).render(history, {}, generation=True)
-            except RowError as error:
-                raise UsageError(str(error)) from error
-            ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        template = ChatTemplate(self.tokenizer, adds_bos=False)
+        try:
+            text = _plain(history) if template.plain else template.render(history, {}, generation=True)
+        except RowError as error:
+            raise UsageError(str(error)) from error
+        ids = self.tokenizer(text, add_special_tokens=bool(template.plain))["input_ids"]
+        if template.plain and ids[-1:] == [self.tokenizer.eos_token_id]:
+            ids.pop()
         model: Any = self.runner.model
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context and len(ids) >= context:
             raise UsageError(f"the conversation has {len(ids):,} tokens and the model's context {context:,}: /reset")
         return np.asarray(ids, dtype=np.int32)
 
-    @contextmanager
-    def _adapted(self, model: PreTrainedModel) -> Iterator[None]:
-        """Compute with the adapter or without it."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
 
-        layers = [each for each in model.modules() if isinstance(each, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-        for each in layers:
-            each.enable_adapters(self.adapter)
-        try:
-            yield
-        finally:
-            for each in layers:
-                each.enable_adapters(True)
+def _plain(history: list[Message]) -> str:
+    return "\n".join(message["content"] for message in history)
 
 
 class _Streamer(TextStreamer):
@@ -180,9 +170,8 @@ def _load(source: ModelSource, tokenizer: Any, options: EvalOptions) -> Model:
             p.data = p.data.to(dtype)
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
     ending = tokenizer.get_vocab().get(ChatTemplate(tokenizer, adds_bos=False).endings[0].strip())
-    config = model.generation_config or GenerationConfig()
-    config.eos_token_id = sorted({*eos_ids(model, tokenizer), *([] if ending is None else [ending])})
-    model.generation_config = config
+    ends = [*eos_ids(model, tokenizer), *([] if ending is None else [ending])]
+    model.generation_config = GenerationConfig(eos_token_id=ends)  # generate reads no more of it
     return Model(ModelRunner(model, "padded", dtype, 1, device), tokenizer)
 
 
@@ -198,35 +187,34 @@ def answer_all(
     models: Mapping[str, Model], histories: Mapping[str, list[Message]], sampling: Sampling, console: Console
 ) -> dict[str, Answer]:
     """Let each model answer its history, and show the answers as they come: in columns, or one under the other."""
-    answers: dict[str, Answer] = {}
-    if len(models) > 1 and console.width >= WIDE:
-        with Live(console=console, auto_refresh=False, transient=True) as live:
-            for name, model in models.items():
-                texts = dict.fromkeys(models, "") | {each: answer.marked for each, answer in answers.items()}
+    answers, texts = dict[str, Answer](), dict.fromkeys(models, "")
+    beside, live = len(models) > 1 and console.width >= WIDE, Live(console=console, auto_refresh=False)
 
-                def show(piece: str, texts: dict[str, str], name: str) -> None:
-                    texts[name] += piece
-                    if console.is_terminal:
-                        live.update(_columns(texts, console, console.height - 2), refresh=True)
+    def show(name: str, piece: str) -> None:
+        texts[name] += piece
+        if not beside:
+            console.print(piece, end="", soft_wrap=True)
+        elif console.is_terminal:
+            live.update(_columns(texts, console, console.height - 2), refresh=True)
 
-                answers[name] = model.answer(histories[name], sampling, partial(show, texts=texts, name=name))
-        console.print(_columns({name: answer.marked or EMPTY for name, answer in answers.items()}, console))
-        return answers
-    for name, model in models.items():
-        if len(models) > 1:
-            console.print(Text(name, "bold"))
-        show_piece = partial(console.print, end="", soft_wrap=True)
-        answers[name] = model.answer(histories[name], sampling, show_piece)
-        console.print((EMPTY if not answers[name].text else "") + CUT * (not answers[name].whole))
+    with live if beside else nullcontext():
+        for name, model in models.items():
+            if len(models) > 1 and not beside:
+                console.print(Text(name, "bold"))
+            answers[name] = model.answer(histories[name], sampling, partial(show, name))
+            texts[name] = answers[name].marked or EMPTY
+            if not beside:
+                console.print(texts[name].removeprefix(answers[name].text))
+        if beside:
+            live.update(_columns(texts, console))
     return answers
 
 
 def _columns(texts: Mapping[str, str], console: Console, rows: int = 0) -> Table:
     """Put texts beside each other; of each the last ``rows`` lines, or with 0 all."""
     width = (console.width - GAP) // len(texts)
-    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), collapse_padding=True)
-    for name in texts:
-        table.add_column(name, width=width)
+    columns = (Column(name, width=width) for name in texts)
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, GAP, 0, 0), collapse_padding=True)
     lines = (Text(printable(each.expandtabs(4))).wrap(console, width)[-rows:] for each in texts.values())
     table.add_row(*(Text("\n").join(each) for each in lines))
     return table
@@ -287,16 +275,15 @@ def _typed(prompt: str) -> str | None:
 def _preferred(answers: Mapping[str, Answer], prompt: list[Message], file: Path, model: Model, console: Console) -> str:
     """Ask which answer is better, append the pair, and return the name of the better one; ``after`` without one."""
     texts = {name: answer.text for name, answer in answers.items()}
-    if not all(texts.values()) or not all(answer.whole for answer in answers.values()) or len({*texts.values()}) < 2:
+    if len({*texts.values()}) < 2 or not all(answer.text and answer.whole for answer in answers.values()):
         console.print(Text("not a pair: two different answers are needed, neither empty nor cut", "dim"))
         return "after"
-    better = {"a": "after", "b": "before"}.get(_typed("better? a: after, b: before, enter: neither ") or "")
-    if not better:
+    letter = _typed("better? a: after, b: before, enter: neither ")
+    if letter not in ("a", "b"):
         return "after"
-    worse = "before" if better == "after" else "after"
-    row: dict[str, Any] = {"prompt": prompt, "chosen": answer_of(texts[better]), "rejected": answer_of(texts[worse])}
-    if not model.tokenizer.chat_template:
-        plain = "\n".join(message["content"] for message in prompt)
-        row = {"prompt": plain, "chosen": texts[better], "rejected": texts[worse]}
+    better, worse = ("after", "before") if letter == "a" else ("before", "after")
+    row: dict[str, Any] = {"prompt": _plain(prompt), "chosen": texts[better], "rejected": texts[worse]}
+    if model.tokenizer.chat_template:
+        row = {"prompt": prompt} | {side: answer_of(row[side]) for side in ("chosen", "rejected")}
     append_line(file, to_json(row))
     return better

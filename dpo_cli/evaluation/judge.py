@@ -79,13 +79,12 @@ def by_reward(name: str) -> Compare:
     def compare(contests: Sequence[Contest]) -> list[float]:
         prompts, policy, reference = ([*each] for each in zip(*contests, strict=True))
         try:
-            scores = [float(score) for score in function(prompts=prompts * 2, completions=policy + reference)]
+            scores = np.array([*map(float, function(prompts=prompts * 2, completions=policy + reference))])
         except Exception as error:  # of any type
             raise UsageError(f"--reward {name}: {type(error).__name__}: {error}") from error
-        if len(scores) != 2 * len(contests) or not all(map(math.isfinite, scores)):
+        if len(scores) != 2 * len(contests) or not np.isfinite(scores).all():
             raise UsageError(f"--reward {name}: must return a finite number for each completion")
-        pairs = zip(scores[: len(contests)], scores[len(contests) :], strict=True)
-        return [(ours > theirs) + (ours == theirs) / 2 for ours, theirs in pairs]
+        return [*np.heaviside(scores[: len(contests)] - scores[len(contests) :], 0.5)]
 
     compare([TRIAL])
     return compare

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from sysconfig import get_path
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,10 @@ CONVERTER = "convert_hf_to_gguf.py"
 PAIRS = 4  # on which the GGUF file is compared with what it was made from
 OTHER = 0.5  # nats per token: more than any of these precisions loses
 GO_RANGE = "{{ range .Messages }}"
+GO_TURNS = (  # what stands before and after the text of each role
+    GO_RANGE + '{{ if eq .Role "system" }}%s{{ .Content }}%s{{ else if eq .Role "user" }}%s{{ .Content }}%s'
+    "{{ else }}{{ .Content }}%s{{ end }}{{ end }}"
+)
 
 
 def export(
@@ -67,41 +71,36 @@ def export(
             raise UsageError(f"{script}: needs the package {missing[1]}; pip install {missing[1]}")
         if done.returncode or not made.is_file():
             raise DpoError(f"{shlex.join(command)} failed:\n{(done.stderr or done.stdout).strip()[-1500:]}")
+        merged = find_model(str(model))
+        tokenizer, beside = load_tokenizer(merged), file.with_name(f"{file.stem}.Modelfile")
         result: dict[str, Any] = {"gguf": str(file), "bytes": made.stat().st_size, "precision": precision}
-        result |= _read_back(find_model(str(model)), find_model(str(made)), source.run, reporter)
-        modelfile = _modelfile(find_model(str(model)), file.name)
+        result |= _read_back(merged, find_model(str(made)), _pairs(tokenizer, source.run, reporter), reporter)
+        modelfile = _modelfile(tokenizer, model, file.name)
         made.replace(file)
-    if source.run and result["kl"] is not None:
-        _note(source.adapter or Path(source.path), precision, result["kl"])
-    beside = file.with_name(f"{file.stem}.Modelfile")
-    beside.write_text(modelfile, encoding="utf-8")
+        beside.write_text(modelfile, encoding="utf-8")
+    if source.run and result["kl"] is not None:  # what the file loses, in the card, in the place of an earlier line
+        card, line = Path(source.adapter or source.path, "README.md"), f"GGUF, {precision}: KL "
+        kept = re.sub(rf"\n{line}.*\n", "", card.read_text(encoding="utf-8"))
+        card.write_text(f"{kept}\n{line}{result['kl']:.2g} nats per token from this model.\n", encoding="utf-8")
     return result | {"modelfile": str(beside)}
 
 
 def _converter(llama_cpp: Path | None) -> Path:
     """Find llama.cpp's converter: in a checkout, on the PATH, or where llama-cpp-python puts it."""
-    if llama_cpp:
-        found = [llama_cpp.expanduser() / CONVERTER]
-    else:
-        spec = importlib.util.find_spec("llama_cpp")
-        found = [Path(spec.origin).parents[1] / "bin" / CONVERTER] if spec and spec.origin else []
-        found += [Path(on_path)] if (on_path := shutil.which(CONVERTER)) else []
-    if script := next((path for path in found if path.is_file()), None):
-        return script
-    where = (
-        f"--llama-cpp {llama_cpp}: has no {CONVERTER}" if llama_cpp else f"{CONVERTER} of llama.cpp is not installed"
-    )
-    raise UsageError(
-        f"{where}; git clone --depth 1 https://github.com/ggml-org/llama.cpp, and add --llama-cpp llama.cpp"
-    )
+    folders = [str(llama_cpp.expanduser())] if llama_cpp else [*os.get_exec_path(), f"{get_path('platlib')}/bin"]
+    for folder in folders:
+        if (script := Path(folder, CONVERTER)).is_file():
+            return script
+    what = f"--llama-cpp {llama_cpp}: has no {CONVERTER}" if llama_cpp else f"{CONVERTER} of llama.cpp is not installed"
+    clone = "git clone --depth 1 https://github.com/ggml-org/llama.cpp, and add --llama-cpp llama.cpp"
+    raise UsageError(f"{what}; {clone}")
 
 
-def _read_back(model: ModelSource, made: ModelSource, run: Path | None, reporter: Reporter) -> dict[str, Any]:
-    """Return the mean KL of the GGUF file's next tokens from the model's, in nats per token, on pairs of the run."""
-    pairs = _pairs(model, run, reporter)
+def _read_back(model: ModelSource, made: ModelSource, pairs: Pairs, reporter: Reporter) -> dict[str, Any]:
+    """Return the mean KL of the GGUF file's next tokens from the model's, in nats per token."""
     with tempfile.TemporaryDirectory(dir=made.path) as folder:
-        runner, progress = _runner(model), reporter.progress("model", len(pairs))
-        recorded = kl.record(runner, pairs, Path(folder), progress)
+        runner = _runner(model)
+        recorded = kl.record(runner, pairs, Path(folder), reporter.progress("model", len(pairs)))
         release(runner.model)
         try:
             runner = _runner(made)
@@ -120,45 +119,32 @@ def _runner(source: ModelSource) -> ModelRunner:
     return ModelRunner(load_model(source), "padded", torch.float32, 2048, CPU, chunked_lm_head=False)
 
 
-def _pairs(model: ModelSource, run: Path | None, reporter: Reporter) -> Pairs:
+def _pairs(tokenizer: Any, run: Path | None, reporter: Reporter) -> Pairs:
     """Return the first held-out pairs of a run, else of those it trained on; made up ones without a run or its data."""
     if run:
         options = trained_with(run)
         try:
             rows = read_rows(find_sources(options.eval_data or options.data), options.columns, options.format)
-            encoder = Encoder(load_tokenizer(model), **encoder_options(options))
-            made = (each.pairs[0] for each in encoder.pairs(rows) if isinstance(each, Encoded))
-            return Pairs(islice(made, PAIRS))
+            encoded = Encoder(tokenizer, **encoder_options(options)).pairs(rows)
+            return Pairs(islice((each.pairs[0] for each in encoded if isinstance(each, Encoded)), PAIRS))
         except UsageError as error:
             reporter.warning(f"compared on made-up tokens: the run's data cannot be read: {error}")
     ids = np.arange(64, dtype=np.int32)
     return Pairs([Pair("the ids from 0 to 63", ids[:1], ids[1:], ids[:0:-1])])
 
 
-def _note(folder: Path, precision: str, kl_of_tokens: float) -> None:
-    """Write what the file loses into the card of the model, in the place of an earlier line."""
-    card = folder / "README.md"
-    text, line = (
-        card.read_text(encoding="utf-8"),
-        f"GGUF, {precision}: KL {kl_of_tokens:.2g} nats per token from this model.",
-    )
-    kept = re.sub(rf"\nGGUF, {precision}: .*\n", "", text)
-    card.write_text(f"{kept}\n{line}\n", encoding="utf-8")
-
-
 # ---- Ollama -----------------------------------------------------------------------------------------------------
 
 
-def _modelfile(source: ModelSource, file: str) -> str:
+def _modelfile(tokenizer: Any, model: Path, file: str) -> str:
     """Write what `ollama create` reads: the file, the template in Go's language, and the tokens that end an answer."""
-    tokenizer, ends = load_tokenizer(source), None
+    ends = None
     with suppress(OSError):  # there is none
-        ends = GenerationConfig.from_pretrained(source.path).eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    lines, template = [f"FROM ./{file}"], go_template(tokenizer)
-    lines.append(
-        f'TEMPLATE """{template}"""' if template else "# TEMPLATE: left to Ollama, which knows many by the file's"
-    )
+        ends = GenerationConfig.from_pretrained(model).eos_token_id
+    ends, template = tokenizer.eos_token_id if ends is None else ends, go_template(tokenizer)
+    lines = [f"FROM ./{file}", "# TEMPLATE: left to Ollama, which knows many by the file's"]
+    if template:
+        lines[1] = f'TEMPLATE """{template}"""'
     lines += [f'PARAMETER stop "{tokenizer.decode([end])}"' for end in (ends if isinstance(ends, list) else [ends])]
     return "\n".join(lines) + "\n"
 
@@ -166,26 +152,21 @@ def _modelfile(source: ModelSource, file: str) -> str:
 def go_template(tokenizer: Any) -> str | None:
     """Translate a chat template whose turns are each a text between two fixed ones; None for any other."""
 
-    def render(*roles: str) -> str:
-        messages = [{"role": role, "content": f"@{number}@"} for number, role in enumerate(roles)]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    def render(*roles: str) -> list[str]:
+        messages = [{"role": role, "content": "@@"} for role in roles]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(text).removeprefix(bos).split("@@")
 
     try:
         bos = tokenizer.bos_token if Encoder(tokenizer).adds_bos else ""  # which llama.cpp adds too
-        whole = render("system", "user", "assistant", "user").removeprefix(bos)
-        begin, to_user, to_answer, to_next, end = re.split("@[0-3]@", whole)
-        alone = render("user").removeprefix(bos).split("@0@")
+        begin, to_user, to_answer, to_next, end = whole = render("system", "user", "assistant", "user")
+        opening, closing = render("user")
     except Exception:  # of a template of any kind: it refuses a system message, changes texts, …
         return None
-    ends = (to_user[i:] for i in range(len(to_user) + 1))
-    user = next(text for text in ends if to_next.endswith(text) and alone[0].endswith(text))  # what opens a turn
-    if end != to_answer or alone[1:] != [end] or not user or '"""' in whole or "{{" in whole:
+    ends = (to_user[place:] for place in range(len(to_user) + 1))
+    user = next(text for text in ends if to_next.endswith(text) and opening.endswith(text))  # what opens a turn
+    if not user or not end == to_answer == closing or any(mark in text for text in whole for mark in ('"""', "{{")):
         return None
-    after_system, after_answer = to_user.removesuffix(user), to_next.removesuffix(user)
-    first = f"{{{{ if not .System }}}}{without}{{{{ end }}}}" if (without := alone[0].removesuffix(user)) else ""
-    return (
-        f"{first}{GO_RANGE}"
-        f'{{{{ if eq .Role "system" }}}}{begin}{{{{ .Content }}}}{after_system}'
-        f'{{{{ else if eq .Role "user" }}}}{user}{{{{ .Content }}}}{to_answer}'
-        f"{{{{ else }}}}{{{{ .Content }}}}{after_answer}{{{{ end }}}}{{{{ end }}}}"
-    )
+    without = opening.removesuffix(user)
+    first = "{{ if not .System }}" + without + "{{ end }}" if without else ""
+    return first + GO_TURNS % (begin, to_user.removesuffix(user), user, to_answer, to_next.removesuffix(user))

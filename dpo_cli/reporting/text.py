@@ -79,11 +79,8 @@ def as_text(result: Result, full: bool = False) -> str:
 def answer_lines(samples: Sequence[Result]) -> Iterator[str]:
     """Yield each prompt with the answers before and after the training."""
     for sample in samples:
-        for name, text in (
-            ("prompt", sample["prompt"]),
-            ("  before", sample["reference"] or EMPTY),
-            ("  after", sample["policy"] or EMPTY),
-        ):
+        for name, key in (("prompt", "prompt"), ("  before", "reference"), ("  after", "policy")):
+            text = sample[key] or EMPTY * (key != "prompt")
             lines = [line for each in text.splitlines() for line in textwrap.wrap(each, WIDTH - 10) or [""]]
             yield f"{name:<10}{(chr(10) + 10 * ' ').join(lines)}"
         yield ""
@@ -116,11 +113,7 @@ def _evaluation(result: Result) -> Iterator[str]:
     yield f"{'beta':<24}{result['beta']:g}"
     yield from _means(result)
     length = result["length"]
-    accuracies = ", ".join(
-        f"{percent(length[f'accuracy_chosen_{which}'])} of {count:,} where chosen is {which}"
-        for which in ("longer", "shorter")
-        if (count := length[f"accuracy_chosen_{which}_pairs"])
-    )
+    accuracies = _by_length(length, "accuracy_chosen", "pairs", "chosen")
     rule = percent(length["accuracy_prefer_longer"])
     yield f"\n{'accuracy by length':<24}{accuracies or NONE}; always the longer: {rule}"
     rho, ends = length["margin_length_correlation"], length["margin_length_correlation_interval"]
@@ -144,15 +137,20 @@ def _evaluation(result: Result) -> Iterator[str]:
 
 def _win_rate(result: Result) -> Iterator[str]:
     if won := result.get("win_rate"):
-        by_length = ", ".join(
-            f"{percent(won[f'policy_{which}'])} of {count:,} where the policy's is {which}"
-            for which in ("longer", "shorter")
-            if (count := won[f"policy_{which}_contests"])
-        )
+        by_length = _by_length(won, "policy", "contests", "the policy's")
         yield (
             f"{'win rate':<24}{percent(won['share'])} ({format_interval(won['share_interval'], percent)}) of "
             f"{won['contests']:,} answers to {won['prompts']:,} prompts beat the reference's, ties as half; {by_length}"
         )
+
+
+def _by_length(numbers: Result, share: str, count: str, what: str) -> str:
+    """Format the shares where one answer is the longer or the shorter one, and of how many they are."""
+    return ", ".join(
+        f"{percent(numbers[f'{share}_{side}'])} of {of:,} where {what} is {side}"
+        for side in ("longer", "shorter")
+        if (of := numbers[f"{share}_{side}_{count}"])
+    )
 
 
 def _means(result: Result) -> Iterator[str]:
@@ -191,12 +189,9 @@ def _comparison(result: Result, full: bool) -> Iterator[str]:
             rows.append((name, *numbers, format_interval(values["interval"])))
     yield ""
     yield from table(rows)
-    better, interval = result["pairs_b_better"], result["pairs_b_better"]["interval"]
-    yield ""
-    yield (
-        f"b has the larger log-ratio margin in {percent(better['share'])} of the pairs "
-        f"({format_interval(interval, percent)})."
-    )
+    better = result["pairs_b_better"]
+    share, ends = percent(better["share"]), format_interval(better["interval"], percent)
+    yield f"\nb has the larger log-ratio margin in {share} of the pairs ({ends})."
     accuracy = result["differences"].get("rewards/accuracies")
     if accuracy and accuracy["interval"]:
         low, high = accuracy["interval"]

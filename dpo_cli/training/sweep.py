@@ -50,9 +50,8 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
     evaluations: dict[Path, Evaluation] = {}
     first = next(iter(runs))
     for run, training in runs.items():
-        reporter.info(
-            "sweep", f"beta {training.beta:g}, lr {training.lr:g}, {len(evaluations) + 1} of {len(runs)}: {run}"
-        )
+        place = f"{len(evaluations) + 1} of {len(runs)}"
+        reporter.info("sweep", f"beta {training.beta:g}, lr {training.lr:g}, {place}: {run}")
         like = started.get(run) or next(iter(started.values()), None)
         _train(run, inherit_auto_options(training, like) if like else training, command, reporter)
         started[run] = trained_with(run)
@@ -61,15 +60,13 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
             raise UsageError(f"{run}: {' and '.join(moved)} changed since {first.name} began; choose another --output")
         evaluations[run] = _evaluate(run, options, reporter)
     about = evaluations[first].result
+    points = [_point(run, started[run].lr, evaluation.result) for run, evaluation in evaluations.items()]
     result: dict[str, Any] = {"output": str(folder)}
     result |= {name: about[name] for name in ("trained_on", "reference", "pairs") if name in about}
-    if "sequence_kl" in about:
+    result |= {"kl": {"of": "at each token of the chosen responses", "unit": "nats per token"}, "points": points}
+    if sampled := about.get("sequence_kl"):
         result["kl"] = {"of": "over responses sampled from the policy", "unit": "nats per response"}
-        result["kl"] |= {name: about["sequence_kl"][name] for name in ("prompts", "samples", "max_new_tokens")}
-    else:
-        result["kl"] = {"of": "at each token of the chosen responses", "unit": "nats per token"}
-    points = [_point(run, started[run].lr, evaluation.result) for run, evaluation in evaluations.items()]
-    result["points"] = points
+        result["kl"] |= {name: sampled[name] for name in ("prompts", "samples", "max_new_tokens")}
     if points[0]["judged"]["enough"]:
         result["best"] = _best(points, [evaluation.scores for evaluation in evaluations.values()])
     for name in ("frontier.svg", "frontier.png"):
@@ -87,11 +84,9 @@ def as_text(result: Mapping[str, Any]) -> str:
         cells = [number(point["kl"]), ends, percent(point["rewards/accuracies"]), nats]
         rows.append((f"{point['beta']:g}", f"{point['lr']:g}", *cells, point["run"]))
     lines = [*overlap_lines(result), *table(rows)]
+    compared = f"KL, accuracy and margin in nats; loss and rewards grow with beta, and are in {RESULT} alone"
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
-    lines.append(
-        f"{'compare':<12}KL, accuracy and margin in nats; loss and rewards grow with beta, and are in {RESULT} alone"
-    )
-    lines.append(f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}")
+    lines += [f"{'compare':<12}{compared}", f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}"]
     for point in result["points"]:
         lines += ["", Path(point["run"]).name, *verdict_lines(point)]
     if best := result.get("best"):
@@ -111,8 +106,8 @@ def _best(points: Sequence[Mapping[str, Any]], scores: Sequence[PairScores]) -> 
         difference = compare(scores[top], each)["differences"]["rewards/accuracies"]
         differences[point["run"]] = {name: difference[name] for name in ("difference", "interval")}
     not_worse = [run for run, each in differences.items() if each["interval"] is None or each["interval"][1] >= 0]
-    run = min(not_worse, key={point["run"]: point["kl"] for point in points}.__getitem__)
-    about = {"run": run, "highest": points[top]["run"], "accuracy": accuracies[top], "not_worse": not_worse}
+    best = min((point for point in points if point["run"] in not_worse), key=lambda point: point["kl"])
+    about = {"run": best["run"], "highest": points[top]["run"], "accuracy": accuracies[top], "not_worse": not_worse}
     return about | {"differences": differences}
 
 
@@ -149,16 +144,9 @@ def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> Evaluatio
 
 def _point(run: Path, lr: float, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's KL, margin, accuracy and findings, named as in ``dpo eval --json``."""
-    kl, kl_interval = found["kl/chosen"], found["intervals"]["kl/chosen"]
-    if "sequence_kl" in found:
-        kl, kl_interval = (found["sequence_kl"][name] for name in ("token_kl", "token_kl_interval"))
-    return {
-        "beta": found["beta"],
-        "lr": lr,
-        "run": str(run),
-        "kl": kl,
-        **{name: found[name] for name in METRICS},
-        "intervals": {"kl": kl_interval} | {name: found["intervals"][name] for name in METRICS},
-        "findings": found["findings"],
-        "judged": found["judged"],
-    }
+    intervals, kl = {"kl": found["intervals"]["kl/chosen"]}, found["kl/chosen"]
+    if sampled := found.get("sequence_kl"):
+        intervals["kl"], kl = sampled["token_kl_interval"], sampled["token_kl"]
+    intervals |= {name: found["intervals"][name] for name in METRICS}
+    point = {"beta": found["beta"], "lr": lr, "run": str(run), "kl": kl} | {name: found[name] for name in METRICS}
+    return point | {"intervals": intervals, "findings": found["findings"], "judged": found["judged"]}
