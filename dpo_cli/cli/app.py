@@ -246,7 +246,7 @@ def merge(
 def export(
     run: Annotated[str, Argument(help="A run, its best/, or the folder of a model or an adapter.")],
     gguf: Annotated[Path, Option(help="The GGUF file to write; must not exist yet.")],
-    quantization: Annotated[GgufPrecision, Option(help="Of the matrices.")] = "q8_0",
+    quantization: Annotated[GgufPrecision, Option(help="Precision of the weight matrices.")] = "q8_0",
     llama_cpp: Annotated[
         Path | None, Option(help="Checkout of llama.cpp, with its converter. [default: an installed one]")
     ] = None,

@@ -21,7 +21,14 @@ Config = dict[str, Any]
 HF = {"batch_size": 8, "epochs": 3, "lr_scheduler": "linear", "warmup_ratio": 0, "seed": 42}
 DEFAULTS: dict[str, Config] = {
     "TRL": {**HF, "lr": 1e-6, "max_length": 1024},
-    "axolotl": {"batch_size": 1, "epochs": 1, "lr_scheduler": "cosine", "max_length": 512, "seed": 42},
+    "axolotl": {
+        "batch_size": 1,
+        "epochs": 1,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.03,
+        "max_length": 512,
+        "seed": 42,
+    },
     "LLaMA-Factory": {**HF, "lr": 5e-5, "max_length": 2048, "finetuning_type": "lora"},
 }
 # Keys by which a TRL file is of DPO, or is not; the trainer is not named in it.
@@ -91,7 +98,7 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 
 def _peer(file: Path, theirs: Config) -> str:
-    """Tell the trainer by its keys, and refuse what is not DPO."""
+    """Identify the trainer by its keys, and refuse what is not DPO."""
     if "base_model" in theirs:
         peer, kind = "axolotl", theirs.get("rl", "sft")
     elif theirs.keys() & {"stage", "finetuning_type", "cutoff_len", "pref_loss"}:
@@ -101,7 +108,7 @@ def _peer(file: Path, theirs: Config) -> str:
         if kind == "dpo" and not theirs.keys() & OF_DPO:
             raise UsageError(f"--from {file}: nothing in it is of DPO alone; if it is of DPO, add beta: 0.1")
     else:
-        raise UsageError(f"--from {file}: by its keys no configuration of TRL, axolotl or LLaMA-Factory")
+        raise UsageError(f"--from {file}: not recognised as a configuration of TRL, axolotl or LLaMA-Factory")
     if kind not in ("dpo", "ipo", "simpo", "orpo"):
         raise UsageError(f"--from {file}: trains {str(kind).upper()}; dpo trains on preference pairs alone")
     if (adapter := theirs.get("finetuning_type", "lora")) not in ("lora", "full"):
@@ -120,6 +127,8 @@ def _translate(peer: str, theirs: Config, devices: int, left: Config) -> tuple[C
         left["epochs"] = f"{passes:g}: passes are whole here; see --max-steps"
     if int(config.get("max_steps", 1)) < 1:
         del config["max_steps"]
+    if peer == "TRL" and "loss_type" not in theirs:
+        left["loss_type"] = "not named, so it is taken as DPO; files of TRL's ORPO and CPO look alike"
     _data(peer, config, left)
     _loss(config)
     _adapter(peer, config, left)

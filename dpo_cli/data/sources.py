@@ -273,7 +273,7 @@ def _check_shares(option: str, data: list[str], names: list[str], shares: list[f
     elif abs(sum(given) - 1) > 0.01:
         problem = f"shares are parts of the mixture and must add up to 1; these add up to {sum(given):g}"
     elif len({*names}) < len(names):
-        problem = "a name is there twice, and a row is drawn once only; add up its shares"
+        problem = "a data set is named twice; name it once, with the sum of its shares"
     if problem:
         raise UsageError(f"{option} {', '.join(data)}: {problem}")
 

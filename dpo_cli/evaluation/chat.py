@@ -17,15 +17,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
-from transformers import GenerationConfig, PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from dpo_cli.config.options import EvalOptions
 from dpo_cli.data.messages import Message, answer_of, user_turn
 from dpo_cli.data.pairs import Ids
 from dpo_cli.data.template import ChatTemplate
 from dpo_cli.evaluation.evaluate import as_in_run
-from dpo_cli.evaluation.generation import CUT, eos_ids, generate, text
+from dpo_cli.evaluation.generation import CUT, end_turns, eos_ids, generate, text
 from dpo_cli.models.adapters import is_quantized
+from dpo_cli.models.fingerprint import hash_weights, same_weights
 from dpo_cli.models.loading import compute_dtype, load_model
 from dpo_cli.models.locate import ModelSource, check_hub, find_model, start_model
 from dpo_cli.models.logprobs import ModelRunner
@@ -58,11 +59,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: greedily at temperature 0."""
+    """How answers are drawn: greedily at temperature 0. ``interruptible``: Ctrl-C ends the answer, not the command."""
 
     max_new_tokens: int
     temperature: float
     seed: int
+    interruptible: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Model:
     adapter: bool = True
 
     def answer(self, history: list[Message], sampling: Sampling, show: Callable[[str], None]) -> Answer:
-        """Answer the last message, and ``show`` each piece of text as it is generated. Ctrl-C ends the answer.
+        """Answer the last message, and ``show`` each piece of text as it is generated.
 
         Raises:
             UsageError: the chat template refuses the messages, or the model has no room for an answer.
@@ -88,28 +90,29 @@ class Model:
         try:
             ((ids,),) = answer(int(sampling.temperature > 0), sampling.seed, sampling.temperature or 1.0, streamer)
         except KeyboardInterrupt:
+            if not sampling.interruptible:
+                raise
             return Answer(streamer.text.strip(), whole=False)
         return Answer(text(self.tokenizer, ids), bool(np.isin(ids[-1:], eos_ids(model, self.tokenizer)).any()))
 
     def _prompt(self, history: list[Message]) -> Ids:
-        """Render and encode a conversation; plain text where there is no chat template."""
+        """Render and encode a conversation; a single turn as it is where there is no chat template."""
         template = ChatTemplate(self.tokenizer, adds_bos=False)
         try:
-            text = _plain(history) if template.plain else template.render(history, {}, generation=True)
+            raw = template.plain and len(history) == 1
+            text = history[0]["content"] if raw else template.render(history, {}, generation=True)
         except RowError as error:
             raise UsageError(str(error)) from error
         ids = self.tokenizer(text, add_special_tokens=bool(template.plain))["input_ids"]
         if template.plain and ids[-1:] == [self.tokenizer.eos_token_id]:
             ids.pop()
+        if not ids:
+            raise UsageError("the prompt is empty")
         model: Any = self.runner.model
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context and len(ids) >= context:
             raise UsageError(f"the conversation has {len(ids):,} tokens and the model's context {context:,}: /reset")
         return np.asarray(ids, dtype=np.int32)
-
-
-def _plain(history: list[Message]) -> str:
-    return "\n".join(message["content"] for message in history)
 
 
 class _Streamer(TextStreamer):
@@ -153,7 +156,8 @@ def open_models(name: str, options: EvalOptions, before: bool, reporter: Reporte
             reporter.info("before", f"left out: a second model of {size / 2**30:.1f} GiB does not fit the memory")
             return {"after": after}
         check_hub({} if Path(start_source.path).exists() else {start_source.path: "the start model"}, {})
-        first = _load(choose_model(began, options, reporter, "before", base), tokenizer, options)
+        recorded = read_manifest(source.run)["start"]["fingerprint"]
+        first = _load(choose_model(began, options, reporter, "before", base), tokenizer, options, recorded)
     except UsageError as error:
         reporter.warning(f"the model before the training is left out: {error}")
         return {"after": after}
@@ -161,17 +165,21 @@ def open_models(name: str, options: EvalOptions, before: bool, reporter: Reporte
     return {"before": first, "after": after}
 
 
-def _load(source: ModelSource, tokenizer: Any, options: EvalOptions) -> Model:
-    """Load a model onto the device in its precision; a turn ends where its chat template ends it, too."""
+def _load(source: ModelSource, tokenizer: Any, options: EvalOptions, recorded: str | None = None) -> Model:
+    """Load a model onto the device in its precision; a turn ends where its chat template ends it, too.
+
+    Raises:
+        UsageError: its weights are not those of the ``recorded`` fingerprint.
+    """
     device = start(options.device)
     dtype, model = compute_dtype(options.dtype, device_kind(device)), load_model(source)
+    if recorded and not same_weights(recorded[:16] + hash_weights(model)[:48], recorded):
+        raise UsageError(f"{source.path} is no longer the model that the run began with")
     if not is_quantized(model):
         for p in model.parameters():  # buffers, such as rotary frequencies, stay float32
             p.data = p.data.to(dtype)
         model.to(device)  # type: ignore[arg-type]  # transformers' annotation hides torch's
-    ending = tokenizer.get_vocab().get(ChatTemplate(tokenizer, adds_bos=False).endings[0].strip())
-    ends = [*eos_ids(model, tokenizer), *([] if ending is None else [ending])]
-    model.generation_config = GenerationConfig(eos_token_id=ends)  # generate reads no more of it
+    end_turns(model, tokenizer)
     return Model(ModelRunner(model, "padded", dtype, 1, device), tokenizer)
 
 
@@ -234,10 +242,10 @@ def generate_answers(
 
 
 def chat(models: Mapping[str, Model], sampling: Sampling, save: Path | None, console: Console) -> None:
-    """Talk with the models until the person ends it: `dpo chat`. Each keeps its own answers in mind.
+    """Talk with the models until the person ends it: `dpo chat`. Each model sees its own earlier answers.
 
-    With ``save`` the person says which answer is better; the pair is appended to that file, and the better one is what
-    both models go on from, since the answers of a pair have one prompt.
+    With ``save`` the person says which answer is better; the pair is appended to that file, and both models continue
+    from the better one, since the answers of a pair have one prompt.
     """
     with suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and earlier ones recalled
@@ -253,7 +261,8 @@ def chat(models: Mapping[str, Model], sampling: Sampling, save: Path | None, con
         elif line:
             asked = {name: history + user_turn(line) for name, history in histories.items()}
             try:
-                answers = answer_all(models, asked, replace(sampling, seed=turn % 2**32), console)
+                drawn = replace(sampling, seed=turn % 2**32, interruptible=True)
+                answers = answer_all(models, asked, drawn, console)
             except DpoError as error:
                 console.print(Text(f"error: {printable(str(error))}", "red"))
                 continue
@@ -282,8 +291,8 @@ def _preferred(answers: Mapping[str, Answer], prompt: list[Message], file: Path,
     if letter not in ("a", "b"):
         return "after"
     better, worse = ("after", "before") if letter == "a" else ("before", "after")
-    row: dict[str, Any] = {"prompt": _plain(prompt), "chosen": texts[better], "rejected": texts[worse]}
-    if model.tokenizer.chat_template:
+    row: dict[str, Any] = {"prompt": prompt[0]["content"], "chosen": texts[better], "rejected": texts[worse]}
+    if model.tokenizer.chat_template or len(prompt) > 1:
         row = {"prompt": prompt} | {side: answer_of(row[side]) for side in ("chosen", "rejected")}
     append_line(file, to_json(row))
     return better

@@ -75,13 +75,15 @@ def export(
         tokenizer, beside = load_tokenizer(merged), file.with_name(f"{file.stem}.Modelfile")
         result: dict[str, Any] = {"gguf": str(file), "bytes": made.stat().st_size, "precision": precision}
         result |= _read_back(merged, find_model(str(made)), _pairs(tokenizer, source.run, reporter), reporter)
-        modelfile = _modelfile(tokenizer, model, file.name)
+        beside.write_text(_modelfile(tokenizer, model, file.name), encoding="utf-8")
         made.replace(file)
-        beside.write_text(modelfile, encoding="utf-8")
     if source.run and result["kl"] is not None:  # what the file loses, in the card, in the place of an earlier line
         card, line = Path(source.adapter or source.path, "README.md"), f"GGUF, {precision}: KL "
-        kept = re.sub(rf"\n{line}.*\n", "", card.read_text(encoding="utf-8"))
-        card.write_text(f"{kept}\n{line}{result['kl']:.2g} nats per token from this model.\n", encoding="utf-8")
+        try:
+            kept = re.sub(rf"\n{line}.*\n", "", card.read_text(encoding="utf-8"))
+            card.write_text(f"{kept}\n{line}{result['kl']:.2g} nats per token from this model.\n", encoding="utf-8")
+        except OSError as error:
+            reporter.warning(f"the model card does not have the KL: {error}")
     return result | {"modelfile": str(beside)}
 
 
@@ -142,15 +144,21 @@ def _modelfile(tokenizer: Any, model: Path, file: str) -> str:
     with suppress(OSError):  # there is none
         ends = GenerationConfig.from_pretrained(model).eos_token_id
     ends, template = tokenizer.eos_token_id if ends is None else ends, go_template(tokenizer)
+    ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
     lines = [f"FROM ./{file}", "# TEMPLATE: left to Ollama, which knows many by the file's"]
     if template:
         lines[1] = f'TEMPLATE """{template}"""'
-    lines += [f'PARAMETER stop "{tokenizer.decode([end])}"' for end in (ends if isinstance(ends, list) else [ends])]
+    lines += [f'PARAMETER stop "{tokenizer.decode([end])}"' for end in ends]
     return "\n".join(lines) + "\n"
 
 
 def go_template(tokenizer: Any) -> str | None:
-    """Translate a chat template whose turns are each a text between two fixed ones; None for any other."""
+    """Translate a chat template whose turns are each a text between two fixed ones; None for any other.
+
+    One that writes the date of each day is another.
+    """
+    if "strftime_now" in str(tokenizer.chat_template):
+        return None
 
     def render(*roles: str) -> list[str]:
         messages = [{"role": role, "content": "@@"} for role in roles]

@@ -194,8 +194,9 @@ def _draw_frontier(axes: Axes, points: Sequence[Mapping[str, Any]], unit: str, n
         ends = [point["intervals"][each] or (point[each], point[each]) for point in points]
         errors[each] = np.abs(np.array(ends, float).T - values[each])  # below and above: (2, N)
     x, y = values.values()
-    axes.errorbar(x, y, errors[name], errors["kl"], fmt="o-", color=COLORS["ink"], elinewidth=0.9)
+    several = len({each["lr"] for each in points}) > 1  # no line through points of several learning rates
+    axes.errorbar(x, y, errors[name], errors["kl"], fmt="o" if several else "o-", color=COLORS["ink"], elinewidth=0.9)
     for at, height, point in zip(x, y, points, strict=True):
-        rate = f", lr {point['lr']:g}" * (len({each["lr"] for each in points}) > 1)
+        rate = f", lr {point['lr']:g}" * several
         axes.annotate(f"β {point['beta']:g}{rate}", (at, height), (5, -11), textcoords="offset points")
     axes.set(xlabel=f"KL from the reference, {unit}", ylabel=name)

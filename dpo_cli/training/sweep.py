@@ -25,6 +25,7 @@ from dpo_cli.utils.files import write_json
 
 METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 RESULT = "sweep.json"
+NOT_LEARNED = {"not_finite", "nothing_learned", "at_chance", "worse_than_chance", "memorised"}  # findings
 
 
 def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> dict[str, Any]:
@@ -67,8 +68,13 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
     if sampled := about.get("sequence_kl"):
         result["kl"] = {"of": "over responses sampled from the policy", "unit": "nats per response"}
         result["kl"] |= {name: sampled[name] for name in ("prompts", "samples", "max_new_tokens")}
-    if points[0]["judged"]["enough"]:
-        result["best"] = _best(points, [evaluation.scores for evaluation in evaluations.values()])
+    learned = [  # and some pairs to show it
+        (point, evaluation.scores)
+        for point, evaluation in zip(points, evaluations.values(), strict=True)
+        if point["judged"]["enough"] and not {each["kind"] for each in point["findings"]} & NOT_LEARNED
+    ]
+    if learned:
+        result["best"] = _best(*zip(*learned, strict=True))
     for name in ("frontier.svg", "frontier.png"):
         write_plots(folder / name, frontier(points, result["kl"]["unit"]))
     write_json(folder / RESULT, result)
@@ -92,7 +98,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     if best := result.get("best"):
         equal = ", ".join(Path(run).name for run in best["not_worse"] if run != best["run"])
         lines += ["", f"The highest accuracy is {percent(best['accuracy'])}, of {Path(best['highest']).name}."]
-        more = f", of the least KL; no certain difference in accuracy: {equal}" if equal else ""
+        more = f", of the least KL among runs whose accuracy cannot be told apart: {equal}" if equal else ""
         lines += [f"Best: {Path(best['run']).name}{more}.", f"Next: dpo chat {shlex.quote(best['run'])}"]
     return "\n".join(lines)
 

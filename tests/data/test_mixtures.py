@@ -65,7 +65,7 @@ def test_a_folder_has_one_share() -> None:
         (["a.jsonl=0.5"], "these add up to 0.5"),
         (["a.jsonl=1.5", "b.jsonl=-0.5"], "must be greater than 0 and at most 1"),
         (["a.jsonl=nan", "b.jsonl=1"], "must be greater than 0 and at most 1"),
-        (["a.jsonl=0.5", "a.jsonl=0.5"], "a name is there twice"),
+        (["a.jsonl=0.5", "a.jsonl=0.5"], "is named twice; name it once"),
         (["a.jsonl=0.999", "b.jsonl=0.001"], "a share of 0.001 is less than a row"),
     ],
 )

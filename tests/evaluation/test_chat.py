@@ -20,6 +20,7 @@ from dpo_cli.evaluation import chat as chatting
 from dpo_cli.evaluation.chat import Answer, Model, Sampling, generate_answers, open_models
 from dpo_cli.evaluation.generation import user_text
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import UsageError
 from dpo_cli.utils.files import append_line
 from tests.helpers import SAMPLE, make_model, make_tokenizer
 from tests.helpers.chat import tokenizer_of
@@ -112,12 +113,22 @@ def test_a_temperature_draws_and_a_seed_repeats(place: Path) -> None:
 def test_without_a_chat_template_the_prompt_is_plain_text(place: Path) -> None:
     model = opened(place / "start")["after"]
     model.tokenizer.chat_template = None
-    turns = [{"role": "user", "content": "Once"}, {"role": "assistant", "content": "upon"}]
-    assert model._prompt(turns).tolist() == model.tokenizer("Once\nupon")["input_ids"]
+    once, upon = {"role": "user", "content": "Once"}, {"role": "assistant", "content": "upon"}
+    assert model._prompt([once]).tolist() == model.tokenizer("Once")["input_ids"]
+    several = model.tokenizer.decode(model._prompt([once, upon, once]))
+    assert "User: Once" in several and "Assistant: upon" in several and several.endswith("Assistant:")
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        model._prompt([once | {"content": ""}])
+
+
+def test_before_is_the_model_that_the_run_began_with_or_left_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatting, "hash_weights", lambda model: "0" * 64)
+    out = dpo("generate", place / "full", "Hello", *FEW)
+    assert "is no longer the model that the run began with" in out.stderr and "before" not in out.stdout
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_program(place: Path) -> None:
-    before, drawn = opened(place / "lora")["before"], Sampling(30, 1.0, 0)
+    before, drawn = opened(place / "lora")["before"], Sampling(30, 1.0, 0, interruptible=True)
 
     def interrupted(piece: str) -> None:
         if piece:
@@ -127,6 +138,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(place: Path) -> None:
     cut = before.answer(asked, drawn, interrupted)
     whole = before.answer(asked, drawn, lambda piece: None)
     assert not cut.whole and cut.text and whole.text.startswith(cut.text) and len(cut.text) < len(whole.text)
+    with pytest.raises(KeyboardInterrupt):  # of dpo generate it ends the command
+        before.answer(asked, Sampling(30, 1.0, 0), interrupted)
 
 
 # ---- the conversation -------------------------------------------------------------------------------------------
