@@ -119,8 +119,9 @@ def shown(value: Any) -> Any:
 def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[dict[str, Any]]:
     """Yield the headline numbers: a name, (side, value, interval) each, and the meaning."""
     numbers, unit = flat_numbers(result), reward_unit(objective)
-    longer = numbers.get("length.accuracy_prefer_longer", (None,))[0]
-    baseline = f", always choosing the longer answer {percent(longer)}" if is_number(longer) else ""
+    longer = float(numbers.get("length.accuracy_prefer_longer", (math.nan,))[0])
+    share, rule = max((longer, "longer"), (1 - longer, "shorter"))
+    baseline = f", always choosing the {rule} answer {percent(share)}" if is_number(longer) else ""
     equal = "; 0 where the model equals its reference" if objective.reference else ""
     items = [
         ("Accuracy", "rewards/accuracies", f"Pairs whose chosen answer has the higher reward. Chance: 50%{baseline}."),
