@@ -98,7 +98,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     if best := result.get("best"):
         equal = ", ".join(Path(run).name for run in best["not_worse"] if run != best["run"])
         lines += ["", f"The highest accuracy is {percent(best['accuracy'])}, of {Path(best['highest']).name}."]
-        more = f", of the least KL among runs whose accuracy cannot be told apart: {equal}" if equal else ""
+        more = f", of the least KL among runs whose accuracy does not certainly differ: {equal}" if equal else ""
         lines += [f"Best: {Path(best['run']).name}{more}.", f"Next: dpo chat {shlex.quote(best['run'])}"]
     return "\n".join(lines)
 
