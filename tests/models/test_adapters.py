@@ -153,7 +153,7 @@ def test_a_run_tells_what_it_trains_and_starts_at_ln_2(place: Place) -> None:
     told = place.told  # type: ignore[attr-defined]
     assert "adapter     lora of rank 4, alpha 8, on 14 matrices: 2 each of mlp.down_proj, " in told
     assert "4,096 of them trained" in told and "frozen base float32, adapter and its moments float32" in told
-    assert "step 0      loss 0.693147  margin 0.000000  (policy and cached reference are equal" in told
+    assert "step 0      loss 0.693147  margin 0.000000  (check passed: policy and cached reference are equal" in told
     before, after = (place.result[name] for name in ("before", "after"))  # type: ignore[attr-defined]
     assert before["loss"] == pytest.approx(0.693147, abs=1e-6) and after["rewards/margins"] > 0.1
 

@@ -65,7 +65,7 @@ def test_a_floor_is_transformers_cosine_with_min_lr() -> None:
 
 @pytest.mark.parametrize(
     ("given", "why"),
-    [({"lr_scheduler": "constant"}, "never falls"), ({"lr": 1e-6}, "at most --lr, which is 1e-06")],
+    [({"lr_scheduler": "constant"}, "does not decay"), ({"lr": 1e-6}, "at most --lr, which is 1e-06")],
 )
 def test_a_floor_that_cannot_be(given: dict[str, object], why: str) -> None:
     with pytest.raises(UsageError, match=why):

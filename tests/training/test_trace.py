@@ -96,7 +96,7 @@ def traced(folder: Path, model: str, card: str, **options: Any) -> tuple[dict[st
     [
         *(("1B", memory, recompute) for memory in ("full", "split", "in-backward") for recompute in (False, True)),
         ("8B", "auto", False),
-        *(("8B, 4 layers", memory, True) for memory in ("full", "split", "in-backward")),
+        *(("8B, 4 layers", memory, True) for memory in ("full", "in-backward")),
         pytest.param("8B", "full", True, marks=pytest.mark.bench),  # half a minute each
         pytest.param("8B", "in-backward", True, marks=pytest.mark.bench),
     ],

@@ -270,7 +270,8 @@ def test_flash_where_the_entry_has_it(tiny: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(dpo_cli.models.attention, "_varlen", no_kernel)
     with attention(model, PREFIX_SHARED), torch.no_grad():
-        for kind, dtype in ((CUDA, torch.bfloat16), (CUDA, torch.float32), (OLD_CUDA, torch.bfloat16)):
+        for each, dtype in ((CUDA, torch.bfloat16), (CUDA, torch.float32), (OLD_CUDA, torch.bfloat16)):
+            kind = dataclasses.replace(each, float32_logits=False)  # a CPU has no such product
             runner = ModelRunner(model, "shared", dtype, 512, torch.device("cpu"), kind=kind)
             runner.token_logps(runner.batch(random_pairs(2)))
     assert calls == ["flash"] * model.config.num_hidden_layers
