@@ -111,8 +111,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return f"out of device memory; lower --max-tokens, or set --gradient-checkpointing\n{error}", 1
     if type(error).__name__ == "NoSuchOption":  # click's, which typer may vendor
         about: Any = error
-        known = [parameter.name for parameter in about.ctx.command.params]
-        near = suggest_option(about.option_name.lstrip("-").replace("-", "_"), known)
+        names = [parameter.name for parameter in about.ctx.command.params]
+        near = suggest_option(about.option_name.lstrip("-").replace("-", "_"), names)
         near = near.replace("_", "-").replace("'", "'--", 1)
         return f"unknown option {about.option_name}{near}", 2
     raise error

@@ -134,8 +134,8 @@ def _translate(peer: str, theirs: Config, devices: int, left: Config) -> tuple[C
     _adapter(peer, config, left)
     _schedule(config, left)
     report = config.pop("report_to", [])
-    if known := [name for name in ([report] if isinstance(report, str) else report) if name in TRACKERS]:
-        config["report_to"] = known
+    if trackers := [name for name in ([report] if isinstance(report, str) else report) if name in TRACKERS]:
+        config["report_to"] = trackers
     names = {f.name for f in fields(TrainOptions)} - OTHERWISE
     names -= {name for name in ("save_steps", "eval_steps") if not isinstance(config.get(name), int)}  # parts of a run
     if not config.keys() & {"eval_data", "eval_fraction"}:

@@ -214,8 +214,8 @@ class Chat:
         parts += [(-1, "tool", hide(str(tool["function"].get("name", "")))) for tool in tools]
         text = hide(text)
         for place, part, words in parts:
-            if seen := _find(words, text):
-                text = text.replace(seen, "\0", 1)
+            if passage := _find(words, text):
+                text = text.replace(passage, "\0", 1)
             elif part == "tool":
                 notes.add(TOOLS_UNSEEN)
             elif part == "reasoning":

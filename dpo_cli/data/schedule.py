@@ -90,10 +90,10 @@ def parts(
 ) -> list[Part]:
     """Return what stays together in a forward, the part with most tokens first: trees where they are shared."""
     if layout == "shared":
-        found = list(subtrees(indices, pairs, costs, max_tokens))
+        packable = list(subtrees(indices, pairs, costs, max_tokens))
     else:
-        found = [(each, count_tokens(each, pairs, costs, layout)) for each in rankings(indices, pairs)]
-    return sorted(found, key=lambda part: (-part[1], part[0]))
+        packable = [(each, count_tokens(each, pairs, costs, layout)) for each in rankings(indices, pairs)]
+    return sorted(packable, key=lambda part: (-part[1], part[0]))
 
 
 def pack(found: Sequence[Part], layout: Layout, max_tokens: int) -> list[tuple[int, ...]]:

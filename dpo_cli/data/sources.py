@@ -225,8 +225,8 @@ def unreachable() -> str:
     from http.client import HTTPException
     from urllib.request import Request, urlopen
 
-    if off := [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]:
-        return f"{off[0]} is set"
+    if offline := [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]:
+        return f"{offline[0]} is set"
     request = Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")  # noqa: S310
     try:
         urlopen(request, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 10)).close()  # noqa: S310

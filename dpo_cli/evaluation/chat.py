@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -244,8 +245,8 @@ def generate_answers(
 def chat(models: Mapping[str, Model], sampling: Sampling, save: Path | None, console: Console) -> None:
     """Talk with the models until the person ends it: `dpo chat`. Each model sees its own earlier answers.
 
-    With ``save`` the person says which answer is better; the pair is appended to that file, and both models continue
-    from the better one, since the answers of a pair have one prompt.
+    With ``save`` the person says which answer is better, without knowing whose it is; the pair is appended to that
+    file, and both models continue from the better one, since the answers of a pair have one prompt.
     """
     with suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and earlier ones recalled
@@ -260,16 +261,20 @@ def chat(models: Mapping[str, Model], sampling: Sampling, save: Path | None, con
             console.print(Text(f"unknown: {line}; {COMMANDS}", "dim"))
         elif line:
             asked = {name: history + user_turn(line) for name, history in histories.items()}
+            shown = {name: name for name in models}
+            if save:
+                shown = dict(zip("ab", random.Random(turn).sample([*models], 2), strict=True))
             try:
                 drawn = replace(sampling, seed=turn % 2**32, interruptible=True)
-                answers = answer_all(models, asked, drawn, console)
+                speakers = {label: models[name] for label, name in shown.items()}
+                answers = answer_all(speakers, {label: asked[shown[label]] for label in shown}, drawn, console)
             except DpoError as error:
                 console.print(Text(f"error: {printable(str(error))}", "red"))
                 continue
             if save:
-                kept = _preferred(answers, asked["after"], save, models["after"], console)
-                answers = dict.fromkeys(models, answers[kept])
-            histories = {name: asked[name] + answer_of(answers[name].text) for name in models}
+                better = _preferred(answers, shown, asked["after"], save, models["after"], console)
+                answers = dict.fromkeys(shown, answers[better])
+            histories = {name: asked[name] + answer_of(answers[label].text) for label, name in shown.items()}
 
 
 def _typed(prompt: str) -> str | None:
@@ -281,16 +286,28 @@ def _typed(prompt: str) -> str | None:
         return None
 
 
-def _preferred(answers: Mapping[str, Answer], prompt: list[Message], file: Path, model: Model, console: Console) -> str:
-    """Ask which answer is better, append the pair, and return the name of the better one; ``after`` without one."""
-    texts = {name: answer.text for name, answer in answers.items()}
+def _preferred(
+    answers: Mapping[str, Answer],
+    shown: Mapping[str, str],
+    prompt: list[Message],
+    file: Path,
+    model: Model,
+    console: Console,
+) -> str:
+    """Ask which of the answers a and b is better, append the pair, and return its letter; that of ``after`` if neither.
+
+    ``shown``: whose answer each is, which is said afterwards.
+    """
+    texts = {letter: answer.text for letter, answer in answers.items()}
+    (after,) = (letter for letter, name in shown.items() if name == "after")
     if len({*texts.values()}) < 2 or not all(answer.text and answer.whole for answer in answers.values()):
         console.print(Text("not a pair: two different answers are needed, neither empty nor cut", "dim"))
-        return "after"
-    letter = _typed("better? a: after, b: before, enter: neither ")
-    if letter not in ("a", "b"):
-        return "after"
-    better, worse = ("after", "before") if letter == "a" else ("before", "after")
+        return after
+    better = _typed("better? a, b, or enter for neither: ") or ""
+    console.print(Text(", ".join(f"{letter}: {name}" for letter, name in shown.items()), "dim"))
+    if better not in shown:
+        return after
+    worse = "b" if better == "a" else "a"
     row: dict[str, Any] = {"prompt": prompt[0]["content"], "chosen": texts[better], "rejected": texts[worse]}
     if model.tokenizer.chat_template or len(prompt) > 1:
         row = {"prompt": prompt} | {side: answer_of(row[side]) for side in ("chosen", "rejected")}

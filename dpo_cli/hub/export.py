@@ -88,7 +88,7 @@ def export_model(
             try:
                 logps, precision = expected
                 exact = dtype == precision == torch.float32 and logps.device == CPU
-                found = _read_back(temporary, model, source, pair, exact)
+                exported = _read_back(temporary, model, source, pair, exact)
             except NotReadBackError as error:
                 raise NotReadBackError(f"{folder}: {error}".replace(str(temporary), str(folder))) from error
             except Exception as error:  # of any type, such as of code that runs on CUDA only
@@ -96,10 +96,10 @@ def export_model(
                 warn(f"{folder} was not read back: {reason}")
                 return
             tokens = torch.tensor([count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)])
-            if found is None:
+            if exported is None:
                 return
-            offs = [again - logps.to(CPU) for again in found[0]]
-            if min(excess(off, tokens, found[1]) for off in offs) > 1:
+            offs = [again - logps.to(CPU) for again in exported[0]]
+            if min(excess(off, tokens, exported[1]) for off in offs) > 1:
                 raise NotReadBackError(
                     f"{folder}: loaded again, the model gives other log-probs than in memory, by "
                     f"{float(offs[0].abs().max()):.3g} nats on {pair.where}"

@@ -64,13 +64,13 @@ def read_config(folder: Path, warn: Callable[[str], None] = lambda _: None) -> A
             f"{file}: it began as {began}, which changes its base; save it as a plain LoRA where it was trained: "
             "peft's path_initial_model_for_weight_conversion"
         )
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    if ignored := {k: values[k] for k in sorted(values.keys() - known) if values[k] and "version" not in k}:
+    field_names = {field.name for field in dataclasses.fields(LoraConfig)}
+    if ignored := {k: values[k] for k in sorted(values.keys() - field_names) if values[k] and "version" not in k}:
         keys = ", ".join(f"{name}: {json.dumps(value)}" for name, value in ignored.items())
         warn(f"{file}: peft {__version__} does not know and ignores {keys[:300]}")
     try:
         with warnings.catch_warnings(action="ignore"):
-            config = LoraConfig(**{name: value for name, value in values.items() if name in known})
+            config = LoraConfig(**{name: value for name, value in values.items() if name in field_names})
         if odd := [each for each in (config.r, config.lora_alpha) if not isinstance(each, int | float)]:
             raise TypeError(f"{odd[0]!r} is no number")
     except (TypeError, ValueError, ImportError, AttributeError, KeyError) as error:
@@ -123,8 +123,8 @@ def put_adapter(model: PreTrainedModel, folder: Path) -> None:
     try:
         unexpected, lacking = _put(model, saved)
         # peft writes some of what it saves with an embedding under a second name
-        known = [tensor for name, tensor in saved.items() if name not in unexpected]
-        odd = [n for n in unexpected if n not in saved or not any(torch.equal(saved[n], t) for t in known)]
+        loaded = [tensor for name, tensor in saved.items() if name not in unexpected]
+        odd = [n for n in unexpected if n not in saved or not any(torch.equal(saved[n], t) for t in loaded)]
         reason = f"it has no {lacking[0]}" if lacking else f"its base has no {odd[0]}" if odd else ""
     except KeyError as error:  # of a module that is saved whole
         reason = f"it has no {error.args[0]}"

@@ -107,21 +107,21 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 def _modules_to_save(model: PreTrainedModel, names: str, targets: Targets) -> list[str]:
     """Return all modules that ``--modules-to-save`` names by their ends."""
-    found = dict[str, None]()
+    matched = dict[str, None]()
     for name in names.split(","):
         ending = [full for full, _ in model.named_modules() if ends_with(full, name)]
         if not ending:
             kinds = sorted({kind_of(full.rpartition(".")[0]) for full, _ in model.named_parameters()})
             why = f"no module's name ends with {name}; there are {', '.join(kinds)}"
             raise UsageError(f"--modules-to-save {names}: {why}")
-        found.update(dict.fromkeys(ending))
-    inside = tuple(f"{name}." for name in found)
+        matched.update(dict.fromkeys(ending))
+    inside = tuple(f"{name}." for name in matched)
     if both := [name for name in (*targets.modules, *targets.parameters) if f"{name}.".startswith(inside)]:
         raise UsageError(
             f"--modules-to-save {names}: {kind_of(both[0])} would be trained whole and have an adapter; name other "
             "--lora-targets, or leave it out"
         )
-    return [*found]
+    return [*matched]
 
 
 def attach(model: PreTrainedModel, config: Any, seed: int = 0, where: str = "--lora-targets") -> Any:
@@ -223,7 +223,7 @@ def choose_targets(model: PreTrainedModel, names: str, logps: Callable[[], Tenso
         named, routers = _named(every, stacked, names), set[str]()
     reached, read = _reached(model, logps), _read_directly(model)
     renamed = {end for end in {name.rpartition(".")[2] for name in named if name in every} if _is_renamed(model, end)}
-    modules, parameters, left = list[str](), list[str](), defaultdict[str, Counter[str]](Counter)
+    modules, parameters, skipped = list[str](), list[str](), defaultdict[str, Counter[str]](Counter)
     for name in named:
         module, as_parameter = every.get(name), name.rpartition(".")[2] in renamed
         owner = name if module else name.rpartition(".")[0]
@@ -235,20 +235,20 @@ def choose_targets(model: PreTrainedModel, names: str, logps: Callable[[], Tenso
             or (UNREACHED if pattern_of(owner) not in reached else "")
             or (OWN_FORWARD if own_forward and (as_parameter or not packed) else "")
         ):
-            left[reason][kind_of(name)] += 1
+            skipped[reason][kind_of(name)] += 1
         elif module and not as_parameter:
             modules.append(name)
         else:
             parameters.append(f"{name}.weight" if module else name)
     if names != ALL_LINEAR:
-        if beyond := [(kind, reason) for reason, kinds in left.items() if reason != UNREACHED for kind in kinds]:
+        if beyond := [(kind, reason) for reason, kinds in skipped.items() if reason != UNREACHED for kind in kinds]:
             kind, reason = beyond[0]
             raise UsageError(f"--lora-targets {names}: {kind} is {reason}, so that no adapter reaches it")
         if unnamed := Counter(kind_of(name) for name in stacked if name not in named):
-            left[NOT_NAMED] = unnamed
+            skipped[NOT_NAMED] = unnamed
     if not modules and not parameters:
         raise UsageError(f"--lora-targets {names}: nothing to adapt; {_adaptable_names(every, stacked)}")
-    return Targets(modules, parameters, left)
+    return Targets(modules, parameters, skipped)
 
 
 def kind_of(name: str) -> str:
@@ -331,12 +331,12 @@ def _routers(every: dict[str, nn.Module], experts: list[tuple[str, int, list[str
     """Linear modules that score the experts beside them, or weigh the shared one."""
     linear = {name: module for name, module in every.items() if isinstance(module, nn.Linear)}
     inside = tuple(f"{name}." for name, module in every.items() if "Router" in type(module).__name__)
-    found = {name for name in linear if "router" in name or name.startswith(inside)}
+    routers = {name for name in linear if "router" in name or name.startswith(inside)}
     for group, count, _ in experts:
         block = group.rpartition(".")[0]
         beside = [n for n in linear if n.rpartition(".")[0] in (block, f"{block}.gate") and "proj" not in n]
-        found |= {name for name in beside if linear[name].out_features in (1, count)}
-    return found
+        routers |= {name for name in beside if linear[name].out_features in (1, count)}
+    return routers
 
 
 def _named(every: dict[str, nn.Module], stacked: list[str], names: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,11 +19,11 @@ from dpo_cli.models.loading import load_model, load_tokenizer, release
 from dpo_cli.models.locate import ModelSource
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import NotWrittenError
-from dpo_cli.utils.files import atomic_dir, load_checksummed, sha256, with_checksum
+from dpo_cli.utils.files import CACHED, atomic_dir, load_checksummed, sha256, with_checksum
 
 # Increase it when the conversion changes.
 CONVERSION_VERSION = 2
-FOLDER, MANIFEST = "models", "copy.json"
+FOLDER, MANIFEST = CACHED["model"]
 LARGEST = 2**30  # bytes of a GGUF file that is copied, which takes up to eight times as much in float32
 
 
@@ -90,10 +89,3 @@ def _convert(source: ModelSource, folder: Path) -> None:
     release(model)
     if described(load_tokenizer(copy), load_model(copy)) != began:
         raise NotWrittenError(f"{source.gguf}: it cannot be converted exactly")
-
-
-def copies(cache_dir: Path) -> Iterator[tuple[Path, str]]:
-    """Return the folder of every copy in a cache, and the model's name."""
-    for folder in sorted((cache_dir.expanduser() / FOLDER).glob(f"{'[0-9a-f]' * 32}*")):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # it is none, or was pruned meanwhile
-            yield folder, str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["model"])

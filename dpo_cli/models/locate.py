@@ -233,18 +233,18 @@ def check_names(options: DataOptions, weights: bool = True) -> tuple[dict[str, s
         find_sources(typed, option)
     next(read_rows([], options.columns), None)  # of no source: the names of columns alone are parsed
     of_adapter = "--base-model" if options.base_model else "--model {}: its base model"
-    found = {}
+    models = {}
     for name in (options.model if isinstance(options.model, list) else [options.model]) or [None]:
         source = find_model(name, base=options.base_model, weights=weights)
-        found[source.path] = of_adapter.format(name) if source.adapter else "--model"
+        models[source.path] = of_adapter.format(name) if source.adapter else "--model"
     if ref := getattr(options, "ref_model", None):
         try:
-            found[find_model(ref).path] = "--ref-model"
+            models[find_model(ref).path] = "--ref-model"
         except UsageError as error:
             merge = "merge it with dpo merge --base-model PATH_OR_NAME first"
             raise UsageError(str(error).replace("--model", "--ref-model").replace(NAME_BASE, merge)) from error
     sets = {name: option for option, typed in data.items() for each in typed if (name := hub_id(each))}
-    return {path: option for path, option in found.items() if not Path(path).exists()}, sets
+    return {path: option for path, option in models.items() if not Path(path).exists()}, sets
 
 
 def check_hub(models: Mapping[str, str], sets: Mapping[str, str]) -> None:

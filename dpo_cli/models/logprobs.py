@@ -285,8 +285,8 @@ class ModelRunner:
 
     def _pack(self, indices: Sequence[int], pairs: Sequence[Pair], costs: Sequence[int]) -> list[tuple[int, ...]]:
         """Pack what shares a beginning together, and pairs of similar length, a window after the other."""
-        found = parts(indices, pairs, costs, self.layout, self.max_tokens)
-        windows = (found[start : start + WINDOW] for start in range(0, len(found), WINDOW))
+        packable = parts(indices, pairs, costs, self.layout, self.max_tokens)
+        windows = (packable[start : start + WINDOW] for start in range(0, len(packable), WINDOW))
         return [packed for window in windows for packed in pack(window, self.layout, self.max_tokens)]
 
     def _attempt(self, pairs: Sequence[Pair], places: Sequence[int], compute: Compute[Result]) -> tuple[Result] | None:

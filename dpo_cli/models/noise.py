@@ -36,9 +36,9 @@ def excess(differences: Tensor, tokens: Tensor, noise: float) -> float:
     """
     differences, tokens = differences.double().cpu(), tokens.double().cpu()
     per_root, root = differences / tokens.sqrt(), len(tokens) ** 0.5
-    found = [per_root.abs().max(), per_root.square().mean().sqrt(), differences.sum().abs() / tokens.sum().sqrt()]
+    measured = [per_root.abs().max(), per_root.square().mean().sqrt(), differences.sum().abs() / tokens.sum().sqrt()]
     allowed = [max(10 * noise, FLOAT32), max((1.5 + 4.5 / root) * noise, FLOAT32), max(6 * noise, FLOAT32 * root)]
-    return float((torch.stack(found) / torch.tensor(allowed)).nan_to_num(math.inf, math.inf).max())
+    return float((torch.stack(measured) / torch.tensor(allowed)).nan_to_num(math.inf, math.inf).max())
 
 
 def float32_hint(dtype: torch.dtype) -> str:

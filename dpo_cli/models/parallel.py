@@ -98,11 +98,11 @@ def shard(model: Any, device: torch.device) -> None:
     """
     if not distributed.is_launched():
         raise UsageError("--fsdp: there is one process to shard over; start it with torchrun")
-    found = layers(model)
-    if not found:
+    blocks = layers(model)
+    if not blocks:
         raise UsageError("--fsdp: the model has no layers of transformers' kind to shard by; leave it out")
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
-    for module in [*found, model]:
+    for module in [*blocks, model]:
         sharded = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)  # a step's gradient is the sum of all ranks', not their mean
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum

@@ -34,8 +34,8 @@ def packing_of(source: ModelSource) -> Mapping[str, Any] | None:
         parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # text_config among them
     except Exception:  # any error of a malformed folder; loading reports it
         return None
-    found = [part[KEY] for part in parts if part.get(KEY) is not None]
-    packing = (found[0] if isinstance(found[0], dict) else {}) if found else None
+    packings = [part[KEY] for part in parts if part.get(KEY) is not None]
+    packing = (packings[0] if isinstance(packings[0], dict) else {}) if packings else None
     if packing and (packing.get("load_in_4bit") is True or packing.get("load_in_8bit") is True):
         return {**packing, "quant_method": BITS}  # which its first versions did not name
     return packing

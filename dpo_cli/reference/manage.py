@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.models import converted
-from dpo_cli.reference.store import ABOUT
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.files import DAY, remove_leftovers
+from dpo_cli.utils.files import CACHED, DAY, remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,14 @@ class CacheEntry:
 
 def select(cache_dir: Path, days: float | None = None, model: str | None = None) -> list[CacheEntry]:
     """Return the entries not used for so many days, if given, and of a model with this part of a name, if given."""
-    references = sorted((cache_dir.expanduser() / "reference").glob("[0-9a-f]" * 32))
-    folders = [("reference", each, _model_of(each)) for each in references if each.is_dir() and not each.is_symlink()]
-    folders += [("model", folder, name) for folder, name in converted.copies(cache_dir)]
+    entries = [
+        (kind, entry, _model_of(entry / about))
+        for kind, (folder, about) in CACHED.items()
+        for entry in sorted((cache_dir.expanduser() / folder).glob("[0-9a-f]" * 32))
+        if entry.is_dir() and not entry.is_symlink()
+    ]
     chosen = []
-    for kind, folder, name in folders:
+    for kind, folder, name in entries:
         stats = []
         for file in folder.iterdir():
             with suppress(FileNotFoundError):  # pruned meanwhile
@@ -51,9 +52,9 @@ def select(cache_dir: Path, days: float | None = None, model: str | None = None)
     return chosen
 
 
-def _model_of(folder: Path) -> str:
+def _model_of(about: Path) -> str:
     with suppress(OSError, ValueError, AttributeError, RecursionError):  # only a description
-        return str(json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("model", "unknown"))
+        return str(json.loads(about.read_text(encoding="utf-8")).get("model", "unknown"))
     return "unknown"
 
 
@@ -79,7 +80,7 @@ def prune(chosen: Sequence[CacheEntry], reporter: Reporter) -> dict[str, Any]:
     for entry in chosen:
         aside = entry.path.with_name(f".{entry.path.name}.pruned.tmp")  # a writer may create the folder again
         try:
-            entry.path.rename(aside) if entry.path.is_dir() else entry.path.unlink()
+            entry.path.rename(aside)
         except OSError as error:
             reporter.warning(f"{entry.path} cannot be removed ({error.strerror})")
             continue

@@ -31,10 +31,10 @@ from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.errors import DpoError, NotWrittenError, UsageError
-from dpo_cli.utils.files import DAY, atomic_write, remove_leftovers, write_json
+from dpo_cli.utils.files import CACHED, DAY, atomic_write, remove_leftovers, write_json
 
 SHARD_SECONDS = 30.0  # a crash costs about this much work
-ABOUT = "about.json"
+FOLDER, ABOUT = CACHED["reference"]
 KEY_BYTES = 16
 SHARD_GLOB = "[0-9a-f]" * 64 + ".safetensors"
 
@@ -71,7 +71,7 @@ class ReferenceCache:
     def __init__(self, cache_dir: Path, fingerprint: str, warn: Callable[[str], None], model: str = "unknown") -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", fingerprint):  # it names a folder, and may come from an edited manifest
             raise UsageError(f"manifest.json: '{fingerprint[:80]}' is not a reference fingerprint")
-        self.folder = cache_dir.expanduser() / "reference" / fingerprint[:32]
+        self.folder = cache_dir.expanduser() / FOLDER / fingerprint[:32]
         self.model = model
         self.values: dict[bytes, float] = {}
         for keys, logps, _, _ in read_folder(self.folder, warn):

@@ -70,10 +70,10 @@ def attach_adapter(policy: ScoredModel, options: TrainOptions, pairs: Pairs, rep
     costs = runner.costs(pairs)  # long pairs also reach modules that merge many tokens into one
     most = max(min(costs), min(PROBE_TOKENS, runner.max_tokens))
     batch = runner.batch([pairs[max((i for i in range(len(pairs)) if costs[i] <= most), key=costs.__getitem__)]])
-    left = dict[str, Counter[str]]()
+    skipped = dict[str, Counter[str]]()
     if new:
         with forward_errors("the model's own forward fails with gradients enabled"):
-            left = new_adapter(model, options, policy.source.name, lambda: runner.token_logps(batch))
+            skipped = new_adapter(model, options, policy.source.name, lambda: runner.token_logps(batch))
         check_loadable(model)
     adapted, experts = describe_adapter(model)
     about = f"{options.lora_type} of rank {options.lora_rank}, alpha {options.lora_alpha}"
@@ -83,7 +83,7 @@ def attach_adapter(policy: ScoredModel, options: TrainOptions, pairs: Pairs, rep
             f"transformers 4 loads the exported adapter without its part on {', '.join(experts)}, or not at all: "
             "it needs transformers 5; for other tools take --export merged, or dpo merge"
         )
-    for reason, counts in left.items():
+    for reason, counts in skipped.items():
         reporter.info("", f"without an adapter, {reason}: {counted(counts)}")
     with forward_errors("--lora-targets: this model fails with an adapter"):
         runner.token_logps(batch).sum().backward()

@@ -65,8 +65,8 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     if step <= warmup_steps:
         return options.lr * step / warmup_steps
     done = (step - 1 - warmup_steps) / (steps - warmup_steps)  # 0 at the first step after the warm-up
-    left = {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "constant": 1}[options.lr_scheduler]
-    return options.min_lr + (options.lr - options.min_lr) * left
+    share = {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "constant": 1}[options.lr_scheduler]
+    return options.min_lr + (options.lr - options.min_lr) * share
 
 
 # ---- moments in 8 bits ------------------------------------------------------------------------------------------

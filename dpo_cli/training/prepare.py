@@ -313,10 +313,10 @@ def _report_unread(model: PreTrainedModel, reporter: Reporter) -> None:
         reporter.info("", f"not read by text, not trained, exported as they are: {', '.join(parts)}")
     if rows := getattr(model, "resized", None):
         reporter.info("", f"its base is resized to the {rows:,} tokens that the adapter was trained with")
-    if left := getattr(model, "not_loaded", {}):
-        parts = sorted({kind_of(name.rpartition(".")[0]) for name in left})[:5]
-        kept = "a whole export keeps them" if all(left.values()) else "an export is without them"
-        what = f"{len(left):,} tensors of the checkpoint are not part of the model ({', '.join(parts)})"
+    if not_loaded := getattr(model, "not_loaded", {}):
+        parts = sorted({kind_of(name.rpartition(".")[0]) for name in not_loaded})[:5]
+        kept = "a whole export keeps them" if all(not_loaded.values()) else "an export is without them"
+        what = f"{len(not_loaded):,} tensors of the checkpoint are not part of the model ({', '.join(parts)})"
         reporter.info("", f"{what}; {kept}")
 
 

@@ -100,12 +100,12 @@ def start(name: str = "auto") -> torch.device:
     device_type = next(iter(usable), "cpu") if wanted == "auto" else wanted
     if device_type == "cpu":
         return torch.device("cpu")
-    index, there = int(number or os.environ.get("LOCAL_RANK", "0")), ", ".join([*usable, "cpu"])
+    index, choices = int(number or os.environ.get("LOCAL_RANK", "0")), ", ".join([*usable, "cpu"])
     why = why_unusable(device_type)
     if not why and index >= (count := torch.get_device_module(device_type).device_count()):
         why = f"{device_type}:{index} is not there, the first of {count} is {device_type}:0"
     if why:
-        raise UsageError(f"--device {name}: {why}; what can be used: {there}")
+        raise UsageError(f"--device {name}: {why}; what can be used: {choices}")
     if device_type != "mps":
         torch.get_device_module(device_type).set_device(index)
     if device_type == "cuda":  # partial sums stay float32 and are not split: a row depends less on how many there are
@@ -154,7 +154,7 @@ def describe(device: torch.device, option: str) -> str:
         text = f"cpu, {torch.get_num_threads()} threads"
         nvidia = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
         apple = (platform.system(), platform.machine()) == ("Darwin", "arm64")
-        seen = {"cuda": nvidia or Path("/dev/kfd").exists(), "mps": apple}
-        if option == "auto" and (whys := [why for gpu, here in seen.items() if here and (why := why_unusable(gpu))]):
+        present = {"cuda": nvidia or Path("/dev/kfd").exists(), "mps": apple}
+        if option == "auto" and (whys := [why for gpu, here in present.items() if here and (why := why_unusable(gpu))]):
             text += f", the GPU is not used: {'; '.join(whys)}"
     return text if kind.tested else f"{text}, untested on hardware"

@@ -24,6 +24,8 @@ except ModuleNotFoundError as error:
     raise UsageError("Windows cannot lock files as runs need it; use WSL, the Windows Subsystem for Linux") from error
 
 DAY = 86_400  # seconds: no process writes one file or folder for as long
+# Of each kind of entry in the cache folder: where they lie, and the file in each that names its model.
+CACHED = {"reference": ("reference", "about.json"), "model": ("models", "copy.json")}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 from io import StringIO
 from pathlib import Path
@@ -180,7 +181,10 @@ def test_saved_pairs_are_trained_on(place: Path, tmp_path: Path, monkeypatch: py
     after = [Answer(text, True) for text in ("Scrub it.", "Yes.", "Same.", "", "Two.")] + [Answer("cu", False)]
     before = [Answer(text, True) for text in ("It depends.", "No.", "Same.", "Old.", "One.", "Whole.")]
     seen, file = Scripted(monkeypatch, after=after, before=before), tmp_path / "pairs.jsonl"
-    typed = "A pan?\na\nSure?\nb\nSame?\nEmpty?\n/reset\nNeither?\n\nCut?\n"
+    names = [random.Random(turn).sample(["before", "after"], 2) for turn in range(7)]  # whose the answers a and b are
+    assert ["before", "after"] in names and ["after", "before"] in names
+    first, second = "ab"[names[0].index("after")], "ab"[names[1].index("before")]
+    typed = f"A pan?\n{first}\nSure?\n{second}\nSame?\nEmpty?\n/reset\nNeither?\n\nCut?\n"
     out = dpo("chat", place / "lora", "--save", file, typed=typed)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows] == [
@@ -189,6 +193,8 @@ def test_saved_pairs_are_trained_on(place: Path, tmp_path: Path, monkeypatch: py
     assert [turn["content"] for turn in rows[1]["prompt"]] == ["A pan?", "Scrub it.", "Sure?"]
     assert seen.histories[2] == seen.histories[3] == rows[1]["prompt"], "a pair has one prompt"
     assert out.stdout.count("not a pair") == 3
+    asked, said = out.stdout.index("better?"), out.stdout.index("a: {}, b: {}".format(*names[0]))
+    assert asked < said and not {"before", "after"} & {*out.stdout[:asked].split()}, "whose it is comes afterwards"
     read = dpo("train", "--model", place / "start", "--data", file, "--dry-run", "--json")
     assert json.loads(read.stdout)["pairs"] == 2 and "prompt and responses as messages" in read.stderr
 
