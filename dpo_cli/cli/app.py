@@ -193,9 +193,9 @@ def push(
 def precompute_ref(options: PrecomputeOptions) -> None:
     """Fill the cache with the reference's log-probabilities."""
     reporter = out.reporter(options, several=True)
-    from dpo_cli.reference.precompute import precompute
+    from dpo_cli.reference.precompute import as_text, precompute
 
-    out.show(precompute(options, reporter))
+    out.show(precompute(options, reporter), as_text)
 
 
 def eval_(
@@ -240,7 +240,9 @@ def merge(
     reporter = out.reporter()
     from dpo_cli.hub.export import merge as run
 
-    out.show(run(model, base_model, output, export_dtype, trust_remote_code, reporter))
+    result = run(model, base_model, output, export_dtype, trust_remote_code, reporter)
+    written = f"{output}: {result['parameters']:,} parameters, loaded again and compared with the model in memory"
+    out.show(result, lambda _: f"{written}\nNext: dpo chat {shlex.quote(str(output))}")
 
 
 def export(
@@ -314,13 +316,13 @@ def cache_prune(
     if older_than is None and not model:
         raise UsageError("say what to remove: --older-than DAYS, --model NAME or both")
     reporter = out.reporter()
-    from dpo_cli.reference.manage import as_text, prune, select
+    from dpo_cli.reference.manage import as_text, as_text_of_pruned, prune, select
 
     entries = select(cache_dir, older_than, model)
     if entries and not yes:
         print(printable(as_text({"entries": [entry.shown() for entry in entries]})), file=sys.stderr)
-        raise UsageError(f"these {len(entries)} entries would be removed: add --yes")
-    out.show(prune(entries, reporter))
+        raise UsageError("nothing was removed: add --yes to remove these")
+    out.show(prune(entries, reporter), as_text_of_pruned)
 
 
 COMMANDS.update(  # in the order of use
@@ -356,7 +358,7 @@ def _train_summary(result: dict[str, Any], seconds: float) -> str:
         lines.append(f"{'held out, ' + str(result['held_out']) + ' pairs':<24}{'before':>12}{'after':>12}")
         before = result["before"]
         lines += [f"  {name:<22}{before.get(name, float('nan')):>12.4f}{after[name]:>12.4f}" for name in PER_PAIR]
-    shown = ("pairs", "steps", "run", "model", "report", "reference_misses")
+    shown = ("pairs", "steps", "run", "model", "report")
     lines += [f"{name:<11} {result[name]}" for name in shown if name in result]
     if "run" in result:
         lines += ["", f"Trained on {result['trained']:,} pairs. This command took {timedelta(seconds=round(seconds))}."]

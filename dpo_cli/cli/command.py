@@ -109,12 +109,15 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), 1
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return f"out of device memory; lower --max-tokens, or set --gradient-checkpointing\n{error}", 1
+    about: Any = error
     if type(error).__name__ == "NoSuchOption":  # click's, which typer may vendor
-        about: Any = error
         names = [parameter.name for parameter in about.ctx.command.params]
         near = suggest_option(about.option_name.lstrip("-").replace("-", "_"), names)
         near = near.replace("_", "-").replace("'", "'--", 1)
         return f"unknown option {about.option_name}{near}", 2
+    if hasattr(error, "format_message"):  # another of click's
+        where = f"; see {about.ctx.command_path} --help" if getattr(about, "ctx", None) else ""
+        return about.format_message().rstrip(".") + where, 2
     raise error
 
 

@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from dpo_cli.config.options import DataOptions, TrainOptions, out_of_range
-from dpo_cli.utils.errors import UsageError, did_you_mean, suggest_path
+from dpo_cli.utils.errors import UsageError, did_you_mean, reason_of, suggest_path
 
 # Options that do not change what is trained: a resumed run may change them.
 RESUME_MUTABLE = {
@@ -114,7 +114,7 @@ def yaml_items(file: Path, option: str = "--config") -> Iterator[tuple[str, Any,
         loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
         node = loader.get_single_node()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{option} {file}: cannot be read ({error}){suggest_path(file)}") from error
+        raise UsageError(f"{option} {file}: cannot be read ({reason_of(error)}){suggest_path(file)}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{option} {file}: not valid YAML\n{error}") from error
     if node is not None and not isinstance(node, yaml.MappingNode):

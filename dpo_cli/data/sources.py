@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data import readers
-from dpo_cli.utils.errors import RowError, UsageError, suggest_path
+from dpo_cli.utils.errors import RowError, UsageError, reason_of, suggest_path
 
 KINDS = f"{', '.join(readers.READERS)}, each optionally with .gz"
 FILES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".yaml")  # never names on the hub
@@ -50,7 +50,7 @@ class Source:
         except readers.SourceError as error:
             raise UsageError(f"{self.name}: {error}") from error
         except (OSError, EOFError, zlib.error) as error:
-            raise UsageError(f"{self.name}: cannot be read ({error})") from error
+            raise UsageError(f"{self.name}: cannot be read ({reason_of(error)})") from error
         if empty:
             raise UsageError(f"{self.name}: has no rows")
 
@@ -122,7 +122,7 @@ def _files(folder: Path, name: str) -> list[Source]:
     try:
         files = sorted(p for p in folder.iterdir() if _is_known(p.name) and not p.name.startswith(".") and p.is_file())
     except OSError as error:
-        raise UsageError(f"{name}: cannot be read ({error})") from error
+        raise UsageError(f"{name}: cannot be read ({reason_of(error)})") from error
     if not files:
         raise UsageError(f"{name}: the folder has no file to read; looked for {KINDS}")
     return [Source(f"{name.rstrip('/')}/{file.name}", str(file), partial(_read_file, file)) for file in files]
@@ -190,7 +190,7 @@ def _read_data_set(dataset: str, config: str, split: str, folder: Path | None) -
         for where, record in readers.read_tables(rows.with_format("arrow").iter(batch_size=128), is_mapped=True):
             yield f"{begin}:{where}" if begin else where, record
     except (ArrowException, ValueError, OverflowError) as error:
-        raise readers.SourceError(f"the data set cannot be read ({error})") from error
+        raise readers.SourceError(f"the data set cannot be read ({reason_of(error)})") from error
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------------

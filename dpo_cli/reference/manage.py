@@ -87,3 +87,8 @@ def prune(chosen: Sequence[CacheEntry], reporter: Reporter) -> dict[str, Any]:
         removed.append(entry)
         shutil.rmtree(aside, ignore_errors=True)
     return {"removed": [entry.path.name for entry in removed], "bytes": sum(entry.bytes for entry in removed)}
+
+
+def as_text_of_pruned(result: dict[str, Any]) -> str:
+    """Format the result of ``prune``."""
+    return f"removed: {', '.join(result['removed']) or 'nothing'} ({result['bytes'] / 2**20:,.1f} MiB)"

@@ -64,6 +64,18 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
         return result
 
 
+def as_text(result: dict[str, Any]) -> str:
+    """Format the result of ``precompute``."""
+    scored = f"{result['misses']:,} were scored: {result['tokens']:,} tokens in {result['seconds']:,.1f} s"
+    cached = f"{result['hits']:,} of {result['pairs']:,} pairs were cached"
+    lines = [f"{cached}; {scored}" if result["misses"] else cached, f"kept in {result['cache_dir']}"]
+    if "verified" in result:
+        lines.append(
+            f"{result['verified']:,} cached pairs computed again: within {result['largest_difference']:.1g} nats"
+        )
+    return "\n".join(lines)
+
+
 def verify(cached_logps: Tensor, pairs: Pairs, runner: ModelRunner, folder: str) -> float:
     """Return the largest difference between cached log-probs of pairs (P, 2) and fresh ones, in nats.
 

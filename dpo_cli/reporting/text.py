@@ -102,7 +102,7 @@ def verdict_lines(result: Result, full: bool = False) -> Iterator[str]:
             yield textwrap.indent(textwrap.fill(text, WIDTH), "  ")
     if "judged" in result:
         judged = result["judged"]["text"]
-        yield textwrap.fill(judged if full else judged.partition(" (not found")[0], WIDTH)
+        yield textwrap.fill(judged if full else judged.partition(" (looked for")[0], WIDTH)
 
 
 def _evaluation(result: Result) -> Iterator[str]:

@@ -46,7 +46,7 @@ from dpo_cli.training.run_dir import encoder_options, row_options
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.devices import DeviceKind, device_kind
-from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.errors import UsageError, reason_of
 
 
 def choose_model(
@@ -94,7 +94,7 @@ def choose_tokenizer(source: ModelSource, options: DataOptions) -> Any:
         try:
             tokenizer.chat_template = file.expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, RuntimeError) as error:
-            raise UsageError(f"--chat-template {file}: cannot be read ({error})") from error
+            raise UsageError(f"--chat-template {file}: cannot be read ({reason_of(error)})") from error
         if not tokenizer.chat_template.strip():
             raise UsageError(f"--chat-template {file}: the file is empty")
     return tokenizer

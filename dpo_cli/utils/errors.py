@@ -18,11 +18,18 @@ def did_you_mean(word: str, choices: Iterable[str], elsewhere: Mapping[str, str]
 
 
 def suggest_path(path: Path) -> str:
-    """Suggest, for a path that is missing, a similar name beside it."""
+    """Suggest, for a path that is missing, one beside it with a similar name, apart from what follows its last dot."""
     try:
-        return "" if path.exists() else did_you_mean(path.name, (other.name for other in path.parent.iterdir()))
+        beside = [] if path.exists() else [*path.parent.iterdir()]
+        similar = [str(other) for other in beside if difflib.get_close_matches(path.stem, [other.stem])]
+        return did_you_mean(str(path), similar)
     except (OSError, ValueError):  # no such folder either, or an invalid name
         return ""
+
+
+def reason_of(error: Exception) -> str:
+    """Say why something failed, without the number and the path of an operating system's error."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def printable(text: str) -> str:

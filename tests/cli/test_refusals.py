@@ -363,7 +363,9 @@ def test_the_nearest_word() -> None:
 
 def test_the_nearest_file(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").touch()
-    assert suggest_path(tmp_path / "piars.jsonl") == "; did you mean 'pairs.jsonl'?"
+    assert suggest_path(tmp_path / "piars.jsonl") == f"; did you mean '{tmp_path / 'pairs.jsonl'}'?"
+    assert suggest_path(tmp_path / "pairs.json") == f"; did you mean '{tmp_path / 'pairs.jsonl'}'?"
+    assert suggest_path(tmp_path / "nothere.jsonl") == "", "the suffix alone is no likeness"
     assert suggest_path(tmp_path / "pairs.jsonl") == ""  # it is there
     assert suggest_path(tmp_path / "none" / "pairs.jsonl") == "" == suggest_path(Path("a\0b"))
 
@@ -392,8 +394,8 @@ def place(tmp_path: Path) -> Path:
         ("train --data pairs.jsonl --f-divergence js_divergense", "'js_divergence'"),
         ("train --data pairs.jsonl --columns promt=question --model {tiny}", "'prompt'"),
         ("train --data pairs.jsonl --columns prompt=qestion --model {tiny}", "'question'"),
-        ("train --data pairs.jsonl --model ./runs/frist", "'first'"),
-        ("train --resume runs/frist", "'first'"),
+        ("train --data pairs.jsonl --model ./runs/frist", "'runs/first'"),
+        ("train --resume runs/frist", "'runs/first'"),
         ("train --config rnu.yaml", "'run.yaml'"),
     ],
 )
@@ -403,10 +405,26 @@ def test_a_command_tells_it(typed: str, meant: str, place: Path, dpo: Cli, tiny:
     assert "did you mean" in told.stderr.lower() or "Possible options" in told.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("train --data pairs.jsonl --lr abc", "error: Invalid value for '--lr': Input should be a valid number"),
+        ("train --data pairs.jsonl --lr abc", " train --help\n"),
+        ("train --eval-fraction", "error: Option '--eval-fraction' requires an argument\n"),
+        ("sweep extra", " sweep --help\n"),
+        ("chat", "error: Missing argument 'RUN'; see "),
+        ("init --from other.yaml", "error: --from other.yaml: cannot be read (No such file or directory)\n"),
+    ],
+)
+def test_a_wrong_command_line_is_one_message(typed: str, message: str, place: Path, dpo: Cli) -> None:
+    told = dpo(*typed.split())
+    assert told.returncode == 2 and message in told.stderr and told.stderr.count("\n") == 1, told.stderr
+
+
 def test_what_lies_below_runs_is_never_looked_up_on_the_hub(
     place: Path, dpo: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the hub was asked"))
     told = dpo("train", "--data", "pairs.jsonl", "--model", "runs/frist")
     assert told.returncode == 2
-    assert told.stderr == "error: --model runs/frist: no such folder; did you mean 'first'?\n"
+    assert told.stderr == "error: --model runs/frist: no such folder; did you mean 'runs/first'?\n"

@@ -96,7 +96,7 @@ def test_too_few_pairs_are_no_clean_result(pairs: int) -> None:
     scores = healthy(pairs=pairs)
     told = judged_and_found(scores, run([0.69, 0.6]))[1]
     plural = "s" * (pairs > 1)
-    assert told["text"] == f"Only {pairs} pair{plural}: too few to judge ({pairs}; 20 needed)"
+    assert told["text"] == f"Only {pairs} pair{plural}: too few to judge (20 needed)"
     assert (told["pairs"], told["needed"], told["enough"]) == (pairs, 20, False)
     assert told["passed"] == ["not_finite", "memorised", "nothing_learned"]
 
@@ -108,7 +108,7 @@ def test_a_clean_result_names_what_was_looked_for_on_how_many_pairs() -> None:
     passed += ["at_chance"]
     assert told == {"pairs": PAIRS, "needed": 20, "enough": True, "passed": passed, "text": told["text"]}
     names = "not finite, length bias, displaced chosen, kl drift, worse than chance, at chance"
-    assert told["text"] == f"No problems found: 6 checks passed on 300 pairs (not found: {names})"
+    assert told["text"] == f"No problems found: 6 checks passed on 300 pairs (looked for: {names})"
     less = dataclasses.replace(scores, distributions={})
     assert judged_and_found(less)[1]["passed"] == [name for name in passed if "drift" not in name]
     more = judged_and_found(scores, run([0.69, 0.5]))[1]["passed"]
@@ -118,7 +118,7 @@ def test_a_clean_result_names_what_was_looked_for_on_how_many_pairs() -> None:
 def test_what_was_found_did_not_pass() -> None:
     scores = healthy(kl=0.8)
     told = judged_and_found(scores)[1]
-    assert told["text"].startswith("1 problem found: 5 checks passed on 300 pairs (not found: ")
+    assert told["text"].startswith("1 problem found: 5 checks passed on 300 pairs (looked for: ")
     assert told["enough"] and "kl_drift" not in told["passed"] and len(told["passed"]) == 5
 
 
@@ -129,7 +129,7 @@ def test_of_pairs_of_one_prompt_no_check_that_needs_an_interval_has_passed() -> 
 
 def test_pairs_that_were_trained_on_do_not_count() -> None:
     told = judge(30, 0, ["not_finite"], trained_on=24)
-    assert told["text"] == "Only 6 pairs that were not trained on: too few to judge (6; 20 needed)"
+    assert told["text"] == "Only 6 pairs that were not trained on: too few to judge (20 needed)"
     assert not told["enough"] and told["pairs"] == 6
     told = judge(50, 2, ["not_finite"], trained_on=24)
     assert told["enough"] and told["text"].startswith("2 problems found: 1 check passed on 50 pairs, 24 of which were")

@@ -19,7 +19,7 @@ from dpo_cli.cli.app import app
 from dpo_cli.data.pairs import Pair, Pairs, trained_on
 from tests.helpers import SAMPLE, make_model, random_pairs, write_rows
 
-FEW = "Only 6 pairs: too few to judge (6; 20 needed)"
+FEW = "Only 6 pairs: too few to judge (20 needed)"
 NO_PAIRS = "No pairs were held out: nothing shows whether the model learned the preference; --eval-fraction 0.1"
 Run = Callable[..., Any]
 
@@ -165,7 +165,7 @@ def test_evaluated_rows_that_were_trained_on_are_said_first(memorised: tuple[Pat
     report = place / "both.html"
     out = evaluate(place, run, "--report", report)
     assert out.stdout.startswith(f"warning: {said}\n")
-    assert "Only 6 pairs that were not trained on: too few to judge (6; 20 needed)\nNext: dpo chat" in out.stdout
+    assert "Only 6 pairs that were not trained on: too few to judge (20 needed)\nNext: dpo chat" in out.stdout
     assert said in page(report) and page(report).index(said) < page(report).index("<nav")
     for model in (run / "model", run / "best", run / "checkpoints" / "step-000120"):
         result = json.loads(evaluate(place, model, "--json", "--kl", "none").stdout)
@@ -225,7 +225,7 @@ def test_held_out_pairs_that_are_trained_on(place: Path, tmp_path: Path, fractio
     assert (f"warning: {begins}" in out.stderr, out.stdout.startswith(f"warning: {ends}\n")) == (not fraction,) * 2
     assert (ends in page(tmp_path / "run" / "report.html")) == (not fraction)
     if not fraction:
-        assert "Only 6 pairs that were not trained on: too few to judge (6; 20 needed)" in out.stdout
+        assert "Only 6 pairs that were not trained on: too few to judge (20 needed)" in out.stdout
         resumed = dpo("train", "--resume", tmp_path / "run", "--json")
         assert json.loads(resumed.stdout)["trained_on"]["pairs"] == 24
 
@@ -237,7 +237,7 @@ def test_a_sweep_says_what_was_trained_on_and_judged(place: Path, tmp_path: Path
     )  # fmt: skip
     out = dpo("sweep", *common, "--eval-data", place / "both.jsonl")
     assert out.stdout.startswith("warning: 24 of these 30 pairs were trained on")
-    assert "Only 6 pairs that were not trained on: too few to judge (6; 20 needed)" in out.stdout
+    assert "Only 6 pairs that were not trained on: too few to judge (20 needed)" in out.stdout
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert found["trained_on"]["pairs"] == 24
     assert [point["judged"]["pairs"] for point in found["points"]] == [6, 6]

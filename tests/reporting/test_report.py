@@ -179,8 +179,8 @@ def test_everything_has_its_section() -> None:
 
 @pytest.mark.parametrize("pairs", [6, 20])
 def test_the_page_says_what_was_judged_on_how_many_pairs(pairs: int) -> None:
-    few = f"Only {pairs} pairs: too few to judge ({pairs}; 20 needed)."
-    clean = "No problems found: 2 checks passed on 20 pairs (not found: not finite, length bias)."
+    few = f"Only {pairs} pairs: too few to judge (20 needed)."
+    clean = "No problems found: 2 checks passed on 20 pairs (looked for: not finite, length bias)."
     verdict = judge(pairs, 0, ["not_finite", "length_bias"])
     parsed = Parsed(page(ReportInput("run", make_evaluation(pairs, findings=[], judged=verdict))))
     assert "verdict" in parsed.sections() and (few if pairs < 20 else clean) in parsed.texts
