@@ -129,7 +129,7 @@ def verdict(about: Evidence, judged: Mapping[str, Any]) -> list[str]:
         lines.append(f"The better answer is the likelier one in {policy:.0%}; under the reference in {reference:.0%}.")
     if scores.distributions:
         kl = max(scores.distributions["kl"].sum(0) / scores.tokens.sum(0))
-        far = ", which is far" if kl > KL else ""
+        far = ", which is far" if _kl_drift(about) else ""
         lines.append(f"KL from its reference on these answers: {kl:.2g} nats per token{far}.")
     return lines
 
