@@ -203,7 +203,7 @@ def test_what_is_wrong_is_told_in_one_line_before_anything_heavy_is_loaded(argum
     said = [line for line in out.stderr.splitlines() if not line.startswith("import time:")]
     assert out.returncode == 2 and [line.partition(": ")[0] for line in said] == ["error"]
     assert "dpo_cli" in names and not names & HEAVY
-    for wrong, right in (("rowz.", "rows.jsonl"), ("mien", "mine"), ("lerning", "--lr"), ("promt", "prompt")):
+    for wrong, right in (("rowz.", "rows.jsonl"), ("mien", "runs/mine"), ("lerning", "--lr"), ("promt", "prompt")):
         assert wrong not in arguments or f"did you mean '{right}'?" in said[0]
 
 
