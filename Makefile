@@ -15,7 +15,7 @@ setup: .venv/done
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
-	$(BIN)/codespell -L wronly -D - -D .ci/words.txt --regex "[A-Za-z]+" dpo_cli docs README.md CONTRIBUTING.md
+	$(BIN)/codespell -L wronly,afe -D - -D .ci/words.txt --regex "[A-Za-z]+" dpo_cli docs README.md CONTRIBUTING.md
 
 test: setup
 	$(MAKE) --no-print-directory -j 2 check pytest

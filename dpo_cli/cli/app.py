@@ -38,7 +38,7 @@ Run = Annotated[
     str, Argument(metavar="RUN", help="A run, its model/, best/ or a checkpoint; a folder of a model; a hub id.")
 ]
 MaxNewTokens = Annotated[int, Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
-Temperature = Annotated[float, Option("--temperature", min=0, help="0: greedy; 1: as the model distributes.")]
+Temperature = Annotated[float, Option("--temperature", min=0, help="0: greedy; 1: the model's own distribution.")]
 Seed = Annotated[int, Option("--seed", min=0, help="Seed of answers at a temperature.")]
 NoBefore = Annotated[bool, Option("--no-before", help="Leave out what the model answered before its training.")]
 BaseModel = Annotated[str | None, Option("--base-model", help="The adapter's base. [default: what it names]")]
@@ -133,7 +133,7 @@ def chat(
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Talk with a model as it is after its training and before."""
+    """Chat with a model before and after its training."""
     if out.json:
         raise UsageError("--json: a chat is for a person; dpo generate RUN PROMPT --json answers one prompt")
     if save and (save.suffix != ".jsonl" or no_before):
@@ -158,7 +158,7 @@ def generate(
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Answer prompts with a model after its training and before."""
+    """Answer prompts with a model before and after its training."""
     models = _open(run, not no_before, seed, base_model, device, trust_remote_code)
     from dpo_cli.evaluation.chat import Sampling, console, generate_answers
 

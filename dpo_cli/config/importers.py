@@ -49,7 +49,7 @@ REASONS = {
     r"warmup_steps": "the warm-up is a share of the steps, --warmup-ratio",
     r"trust_remote_\w+": "it runs foreign code, so give --trust-remote-code yourself",
     r"output": "see --output",
-    r"(\w+_strategy)|(save|eval)s_per_epoch|(save|eval)_steps": "a number of steps, --save-steps and --eval-steps",
+    r"(\w+_strategy)|(save|eval)s_per_epoch|(save|eval)_steps": "not carried over; see --save-steps and --eval-steps",
     r"max_samples|test_split_size": "make a smaller file, or see --max-steps",
     r"do_\w+|\w*(num_proc|workers)|log\w*|plot_\w+|overwrite_\w+|save_only_model|\w*eval_batch_size|resume\w*|"
     r"dataset_prepared_path|remove_unused_columns|gradient_checkpointing_kwargs|dataloader\w*": "not needed",

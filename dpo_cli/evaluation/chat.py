@@ -296,7 +296,7 @@ def _preferred(
 ) -> str:
     """Ask which of the answers a and b is better, append the pair, and return its letter; that of ``after`` if neither.
 
-    ``shown``: whose answer each is, which is said afterwards.
+    ``shown``: whose answer each is, shown afterwards.
     """
     texts = {letter: answer.text for letter, answer in answers.items()}
     (after,) = (letter for letter, name in shown.items() if name == "after")

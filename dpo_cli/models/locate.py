@@ -155,6 +155,10 @@ def _local_model(name: str, path: Path, base: str | None, needs_weights: bool) -
     if (folder / "adapter_config.json").is_file():
         return replace(_adapter(name, folder, base), base=run.name if run else folder.name, run=run)
     if not (folder / "config.json").is_file():
+        if run == path:
+            step = max((each.name for each in (path / "checkpoints").glob("step-*")), default=None)
+            instead = f", or name its checkpoint {name}/checkpoints/{step}" if step else ""
+            raise UsageError(f"--model {name}: the run is not complete; resume it: dpo train --resume {name}{instead}")
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
     if not (weights := {file.name for file in folder.glob("*.safetensors")}) and needs_weights:
         raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")

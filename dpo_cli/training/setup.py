@@ -19,7 +19,7 @@ from dpo_cli.data.rows import BadRow
 from dpo_cli.data.schedule import Step, build_schedule, count_tokens, row_costs, step_pairs
 from dpo_cli.data.tokenize import PairSet
 from dpo_cli.evaluation import kl
-from dpo_cli.evaluation.diagnostics import HOLD_OUT
+from dpo_cli.evaluation.diagnostics import ENOUGH, HOLD_OUT
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.models.attention import attention
 from dpo_cli.models.loading import dtype_name, export_dtype, load_tokenizer, release
@@ -325,7 +325,9 @@ def _report_plan(run: Run) -> None:
         reporter.info("hint", f"{count} will hardly move the model: {more}")
     if not run.held_out:
         reporter.info("held out", f"no pairs: nothing will show whether the model learns the preference; {HOLD_OUT}")
-    elif overlap := trained_on(run.held_out, run.trained, "will be")["text"]:
+    elif len(run.held_out) < ENOUGH:
+        reporter.info("", f"{len(run.held_out)} held-out pairs are too few to judge the result: {ENOUGH} are needed")
+    if run.held_out and (overlap := trained_on(run.held_out, run.trained, "will be")["text"]):
         reporter.warning(overlap)
 
 

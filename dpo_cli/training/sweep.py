@@ -90,7 +90,9 @@ def as_text(result: Mapping[str, Any]) -> str:
         cells = [number(point["kl"]), ends, percent(point["rewards/accuracies"]), nats]
         rows.append((f"{point['beta']:g}", f"{point['lr']:g}", *cells, point["run"]))
     lines = [*overlap_lines(result), *table(rows)]
-    compared = f"KL, accuracy and margin in nats; loss and rewards grow with beta, and are in {RESULT} alone"
+    compared = (
+        f"KL, accuracy and margin in nats; loss and rewards of different betas cannot be compared, and are in {RESULT}"
+    )
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
     lines += [f"{'compare':<12}{compared}", f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}"]
     for point in result["points"]:
