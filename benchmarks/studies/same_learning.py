@@ -214,7 +214,7 @@ def train_with_trl(
 
 @dataclass(frozen=True)
 class Figure:
-    """A held-out figure: that of each seed, their mean, and its 95 % interval by the held-out pairs."""
+    """A held-out figure: that of each seed, their mean, and its 95% interval by the held-out pairs."""
 
     seeds: list[float]
     mean: float

@@ -26,7 +26,7 @@ from dpo_cli.config.options import (
 )
 from dpo_cli.config.resolve import write_config
 from dpo_cli.utils.cards import check_trace
-from dpo_cli.utils.errors import UsageError, printable
+from dpo_cli.utils.errors import UsageError, plural, printable
 
 if "_DPO_COMPLETE" in os.environ:  # else typer breaks help at the terminal's width, and a shell offers each line
     os.environ["TERMINAL_WIDTH"] = "10000"
@@ -159,6 +159,8 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer prompts with a model before and after its training."""
+    if not all(prompt.strip() for prompt in prompts):
+        raise UsageError("PROMPT: a prompt is empty")
     models = _open(run, not no_before, seed, base_model, device, trust_remote_code)
     from dpo_cli.evaluation.chat import Sampling, console, generate_answers
 
@@ -286,7 +288,8 @@ def check(options: CheckOptions) -> None:
     out.show(result, as_text)
     if not result["pairs"]:  # nothing that could be trained on
         raise Exit(2)
-    if options.strict and result["problems"]:
+    refused = not options.fix and any(each["kind"] == "refused" for each in result["findings"])
+    if refused or (options.strict and result["problems"]):
         raise Exit(3)
 
 
@@ -361,6 +364,7 @@ def _train_summary(result: dict[str, Any], seconds: float) -> str:
     shown = ("pairs", "steps", "run", "model", "report")
     lines += [f"{name:<11} {result[name]}" for name in shown if name in result]
     if "run" in result:
-        lines += ["", f"Trained on {result['trained']:,} pairs. This command took {timedelta(seconds=round(seconds))}."]
+        took = timedelta(seconds=round(seconds))
+        lines += ["", f"Trained on {plural(result['trained'], 'pair')}. This command took {took}."]
         lines += [*verdict_lines(result), f"Next: dpo chat {shlex.quote(result['run'])}"]
     return "\n".join(lines)

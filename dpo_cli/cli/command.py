@@ -6,6 +6,7 @@ import atexit
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -115,9 +116,14 @@ def _explain(error: BaseException) -> tuple[str, int]:
         near = suggest_option(about.option_name.lstrip("-").replace("-", "_"), names)
         near = near.replace("_", "-").replace("'", "'--", 1)
         return f"unknown option {about.option_name}{near}", 2
-    if hasattr(error, "format_message"):  # another of click's
-        where = f"; see {about.ctx.command_path} --help" if getattr(about, "ctx", None) else ""
-        return about.format_message().rstrip(".") + where, 2
+    if type(error).__name__ != "NoArgsIsHelpError" and hasattr(error, "format_message"):  # another of click's
+        message = about.format_message().rstrip(".").partition(", unable to parse")[0]
+        if not (context := getattr(about, "ctx", None)):
+            return message, 2
+        extra = re.search(r"unexpected extra argument.* \((.*)\)", message)
+        if extra and any(parameter.name == "data" for parameter in context.command.params):
+            return f"{message}; did you mean {' '.join(f'--data {name}' for name in extra[1].split())}?", 2
+        return f"{message}; see {context.command_path} --help", 2
     raise error
 
 

@@ -5,14 +5,30 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dpo_cli.losses.divergences import DIVERGENCES, divergence
 from dpo_cli.losses.objective import Objective
 from dpo_cli.losses.preference import LOSSES
+from dpo_cli.utils.errors import did_you_mean
 
 GATE = re.compile(r"\s*([\w/.]+)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*", re.ASCII)
+# Numbers of an evaluation that --gate may name, by what they need; "/*" stands for both responses of a pair.
+NUMBERS = {
+    "": "pairs rows beta loss rewards/* rewards/margins rewards/accuracies rewards/ties logps/* ref_logps/* "
+    "logp_accuracy/policy logp_accuracy/reference cross_entropy/* ref_cross_entropy/* perplexity/* ref_perplexity/* "
+    "delta_kl_data/* rewards/margins_quantiles.0.05 rewards/margins_quantiles.0.25 rewards/margins_quantiles.0.5 "
+    "rewards/margins_quantiles.0.75 rewards/margins_quantiles.0.95 length.margin_length_correlation "
+    "length.accuracy_chosen_longer length.accuracy_chosen_longer_pairs length.accuracy_chosen_shorter "
+    "length.accuracy_chosen_shorter_pairs length.accuracy_prefer_longer drift.fold drift.tokens drift.shifted "
+    "drift.share judged.pairs judged.needed trained_on.pairs trained_on.prompts",
+    "--kl exact": "kl/* reverse_kl/* entropy/* ref_entropy/* shifted_tokens/*",
+    "--samples": "sequence_kl.token_kl sequence_kl.ended sequence_kl.prompts sequence_kl.samples "
+    "sequence_kl.max_new_tokens",
+    "--reward or --judge": "win_rate.share win_rate.ties win_rate.unclear win_rate.prompts win_rate.contests "
+    "win_rate.policy_longer win_rate.policy_longer_contests win_rate.policy_shorter win_rate.policy_shorter_contests",
+}
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -133,10 +149,34 @@ def refused(options: Any) -> list[str]:
         (o["reward"] and o["judge"], "--reward and --judge: give one of them"),
         (o["judge_model"] and not o["judge"], "--judge-model: needs --judge, the address that offers it"),
         ((o["reward"] or o["judge"]) and not o["samples"], "--reward, --judge: need --samples, for example 1"),
-        (sweeps and not o["eval_data"], "--eval-data is missing: a sweep compares its runs on held-out rows"),
+        (
+            sweeps and not held_out,
+            "--eval-data is missing: a sweep compares its runs on held-out rows; or hold out some by --eval-fraction",
+        ),
         (
             sweeps and not objective.uses("beta") and (o["beta"] or len(numbers(o["lr"])) < 2),
             "--loss {loss}: reads no beta, so there is nothing to compare but several --lr",
         ),
     ]
-    return [text.format_map(o) for refuse, text in table if refuse]
+    return [text.format_map(o) for refuse, text in table if refuse] + (_unknown_numbers(o) if o["gate"] else [])
+
+
+def _unknown_numbers(options: Mapping[str, Any]) -> list[str]:
+    """Return a message per number of ``--gate`` that this evaluation will not have."""
+    given = {
+        "": True,
+        "--kl exact": options["kl"] == "exact",
+        "--samples": options["samples"],
+        "--reward or --judge": options["reward"] or options["judge"],
+    }
+    names = [(name, need) for need, text in NUMBERS.items() for name in text.split()]
+    needs = {name.replace("*", side): need for name, need in names for side in ("chosen", "rejected")}
+    short = {part: name for name in reversed(needs) for part in re.split("[/.]", name)}  # as accuracies
+    problems = []
+    for name in (GATE.fullmatch(condition)[1] for condition in options["gate"].split(",")):  # type: ignore[index]
+        number = re.sub(r"\.(low|high)$", "", name)  # the ends of its interval
+        if number not in needs:
+            problems.append(f"--gate {name}: no such number{did_you_mean(number, needs, short)}")
+        elif not given[needs[number]]:
+            problems.append(f"--gate {name}: needs {needs[number]}")
+    return problems

@@ -300,7 +300,7 @@ class CheckOptions(DataOptions):
     examples: int = option(3, "Rows shown per finding.", not_negative)
     seed: int = option(0, "Seed of a mixture's draw, as of the training.", checks.valid_seed)
     fix: Path | None = option(None, "Write the clean rows of --data to this new .jsonl file.")
-    strict: bool = option(False, "Exit with code 3 if there is a problem.")
+    strict: bool = option(False, "Exit with code 3 for every problem, not for refused rows alone.")
 
 
 def out_of_range(kind: type[DataOptions], values: Mapping[str, Any]) -> list[str]:

@@ -42,12 +42,13 @@ from dpo_cli.utils.files import append_line, to_json
 
 WIDE = 100  # columns of a terminal from which on two answers stand side by side
 GAP = 3  # columns between them
-COMMANDS = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C ends an answer"
+COMMANDS = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops the answers"
+STOPPED = "stopped: the question and its answers are no part of the conversation"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer; ``whole``: the model ended it, rather than a limit or an interrupt."""
+    """An answer; ``whole``: the model ended it, rather than a limit."""
 
     text: str
     whole: bool
@@ -60,12 +61,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: greedily at temperature 0. ``interruptible``: Ctrl-C ends the answer, not the command."""
+    """How answers are drawn: greedily at temperature 0."""
 
     max_new_tokens: int
     temperature: float
     seed: int
-    interruptible: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,7 @@ class Model:
                 layer.enable_adapters(self.adapter)
         attention, tokens = model.config._attn_implementation, sampling.max_new_tokens
         answer = partial(generate, self.runner, self.tokenizer, [self._prompt(history)], attention, tokens)
-        try:
-            ((ids,),) = answer(int(sampling.temperature > 0), sampling.seed, sampling.temperature or 1.0, streamer)
-        except KeyboardInterrupt:
-            if not sampling.interruptible:
-                raise
-            return Answer(streamer.text.strip(), whole=False)
+        ((ids,),) = answer(int(sampling.temperature > 0), sampling.seed, sampling.temperature or 1.0, streamer)
         return Answer(text(self.tokenizer, ids), bool(np.isin(ids[-1:], eos_ids(model, self.tokenizer)).any()))
 
     def _prompt(self, history: list[Message]) -> Ids:
@@ -121,11 +116,11 @@ class _Streamer(TextStreamer):
 
     def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.show, self.text = show, ""
+        self.show, self.begun = show, False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        piece = text if self.text else text.lstrip()
-        self.text += piece
+        piece = text if self.begun else text.lstrip()
+        self.begun |= bool(piece)
         self.show(printable(piece.expandtabs(4)))
 
 
@@ -221,7 +216,7 @@ def answer_all(
 
 def _columns(texts: Mapping[str, str], console: Console, rows: int = 0) -> Table:
     """Put texts beside each other; of each the last ``rows`` lines, or with 0 all."""
-    width = (console.width - GAP) // len(texts)
+    width = (console.width - GAP - len("^C")) // len(texts)  # else what a terminal shows of Ctrl-C begins a line
     columns = (Column(name, width=width) for name in texts)
     table = Table(*columns, box=None, pad_edge=False, padding=(0, GAP, 0, 0), collapse_padding=True)
     lines = (Text(printable(each.expandtabs(4))).wrap(console, width)[-rows:] for each in texts.values())
@@ -265,11 +260,14 @@ def chat(models: Mapping[str, Model], sampling: Sampling, save: Path | None, con
             if save:
                 shown = dict(zip("ab", random.Random(turn).sample([*models], 2), strict=True))
             try:
-                drawn = replace(sampling, seed=turn % 2**32, interruptible=True)
+                drawn = replace(sampling, seed=turn % 2**32)
                 speakers = {label: models[name] for label, name in shown.items()}
                 answers = answer_all(speakers, {label: asked[shown[label]] for label in shown}, drawn, console)
             except DpoError as error:
                 console.print(Text(f"error: {printable(str(error))}", "red"))
+                continue
+            except KeyboardInterrupt:
+                console.print(Text(f"\n{STOPPED}", "dim"))
                 continue
             if save:
                 better = _preferred(answers, shown, asked["after"], save, models["after"], console)
@@ -278,12 +276,15 @@ def chat(models: Mapping[str, Model], sampling: Sampling, save: Path | None, con
 
 
 def _typed(prompt: str) -> str | None:
-    """Read a line; None at Ctrl-D and Ctrl-C."""
+    """Read a line; None at Ctrl-D. At Ctrl-C there is nothing to stop."""
     try:
         return input(prompt).strip()
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         print()
         return None
+    except KeyboardInterrupt:
+        print(f"\n{COMMANDS}")
+        return ""
 
 
 def _preferred(

@@ -16,6 +16,7 @@ import numpy as np
 
 from dpo_cli.evaluation.metrics import SIDES, History, PairScores
 from dpo_cli.evaluation.statistics import Interval
+from dpo_cli.utils.errors import plural
 
 Finding = dict[str, Any]
 
@@ -25,7 +26,7 @@ MEMORISED = 0.5  # of the first step's loss: half the training loss is gone, and
 FALL = math.log(2)  # nats per response: half as likely as before; less is true of many good models, and harmless
 CORRELATED = 0.3  # Spearman's: Cohen's (1988) medium effect
 KL = 0.5  # nats per token: by Pinsker's inequality up to half of a next token's probability may have moved
-RISE = 0.02  # nats of held-out loss: 3 % of ln 2
+RISE = 0.02  # nats of held-out loss: 3% of ln 2
 LAST_STEPS = 10  # whose mean is taken, since single batches scatter
 HOLD_OUT = "--eval-fraction 0.1 holds out a tenth of the pairs"
 
@@ -91,19 +92,24 @@ def diagnose(about: Evidence) -> tuple[list[Finding], dict[str, Any]]:
 
 def judge(pairs: int, problems: int = 0, passed: Sequence[str] = (), trained_on: int = 0) -> dict[str, Any]:
     """The verdict on a model after its checks: on how many pairs, whether they are enough, and all of it in words."""
-    new = pairs - trained_on
-    verdict = {"pairs": new, "needed": ENOUGH, "enough": new >= ENOUGH, "passed": list(passed)}
+    judged = {**count_new(pairs, trained_on), "passed": list(passed)}
     if not pairs:
         text = "No pairs were held out: nothing shows whether the model learned the preference; " + HOLD_OUT
-    elif new < ENOUGH:
-        which = " that were not trained on" * bool(trained_on)
-        text = f"Only {new:,} pair{'s' * (new != 1)}{which}: too few to judge ({ENOUGH} needed)"
-    else:
-        count = f"{problems} problem{'s' * (problems > 1)} found" if problems else "No problems found"
+    elif judged["enough"]:
+        count = f"{plural(problems, 'problem')} found" if problems else "No problems found"
         of = f"{pairs:,} pairs{f', {trained_on:,} of which were trained on' * bool(trained_on)}"
         names = ", ".join(kind.replace("_", " ") for kind in passed)
-        text = f"{count}: {len(passed)} check{'s' * (len(passed) != 1)} passed on {of} (looked for: {names})"
-    return verdict | {"text": text}
+        text = f"{count}: {plural(len(passed), 'check')} passed on {of} (looked for: {names})"
+    else:
+        text = judged["text"]
+    return judged | {"text": text}
+
+
+def count_new(pairs: int, trained_on: int = 0) -> dict[str, Any]:
+    """Count the pairs that were not trained on, and compare with how many are needed; ``text`` is for too few."""
+    new, which = pairs - trained_on, " that were not trained on" * bool(trained_on)
+    text = f"Only {plural(new, 'pair')}{which}: too few to judge ({ENOUGH} needed)"
+    return {"pairs": new, "needed": ENOUGH, "enough": new >= ENOUGH, "text": text}
 
 
 def verdict(about: Evidence, judged: Mapping[str, Any]) -> list[str]:
@@ -150,7 +156,7 @@ def _not_finite(about: Evidence) -> Finding | None:
         advice = "The reference itself fails on these rows: try --dtype float32, or another reference."
     numbers = {"pairs": len(places), "policy": policy.sum(), "reference": reference.sum()}
     first = ", ".join(scores.where[place] for place in places[:5])
-    return _finding(f"{len(places):,} pairs have log-probs that are not finite: {first}", advice, numbers)
+    return _finding(f"Log-probs that are not finite, of {plural(len(places), 'pair')}: {first}", advice, numbers)
 
 
 def _memorised(about: Evidence) -> Finding | None:
@@ -266,7 +272,7 @@ def _over_optimised(about: Evidence) -> Finding | None:
     after = [line["rewards/margins"] for line in lines if line["step"] > best][-LAST_STEPS:] or [0.0]
     if losses[last] - losses[best] <= max(noise, RISE) or np.mean(after) <= np.mean(before):
         return None
-    advice = f"Train for about {best} steps, keep the best model with --save-best loss, or lower --lr."
+    advice = f"Train for about {plural(best, 'step')}, keep the best model with --save-best loss, or lower --lr."
     if not best:
         advice = "It was never better than at the start: lower --lr, and check that the two sets are of one kind."
     numbers = {"best_step": best, "best_loss": losses[best], "last_step": last, "last_loss": losses[last]}

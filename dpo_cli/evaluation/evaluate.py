@@ -20,6 +20,7 @@ from dpo_cli.config.options import EvalOptions, TrainOptions
 from dpo_cli.data.pairs import Ids, Pairs, trained_on
 from dpo_cli.data.tokenize import reasons
 from dpo_cli.evaluation import kl, statistics
+from dpo_cli.evaluation.diagnostics import count_new
 from dpo_cli.evaluation.evaluator import Evaluation, Evaluator, write_per_pair
 from dpo_cli.evaluation.gate import check_gates
 from dpo_cli.evaluation.generation import (
@@ -47,6 +48,7 @@ from dpo_cli.training.prepare import (
     check_reference,
     choose_model,
     choose_tokenizer,
+    hold_out,
     load_scored_model,
     read_pairs,
     refuse_unread_terms,
@@ -55,7 +57,7 @@ from dpo_cli.training.prepare import (
 from dpo_cli.training.run_dir import encoder_options, read_manifest, row_options, trained_hashes, trained_with
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.devices import device_kind, start
-from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.errors import UsageError, plural
 
 ITSELF = "the model itself"
 Show = Callable[[dict[str, Any]], None]
@@ -79,16 +81,21 @@ def run_eval(options: EvalOptions, reporter: Reporter, show: Show) -> None:
     (first, pairs), (second, others) = (evaluate(name, options, reporter) for name in names)
     result: dict[str, Any] = {"pairs": len(pairs), "same_tokens": pairs.digest() == others.digest()}
     for name, each in (("a", first.result), ("b", second.result)):
-        result[name] = {key: each[key] for key in ("trained_on", "model", "reference", "beta") if key in each}
+        result[name] = {key: each[key] for key in ("trained_on", "run", "model", "reference", "beta") if key in each}
+    trained = max(each.result.get("trained_on", {}).get("pairs", 0) for each in (first, second))
+    result["judged"] = count_new(len(pairs), trained)
     if result["a"]["reference"] != result["b"]["reference"]:
         reporter.warning("the two models have different references: their rewards and KLs are not comparable")
     show(result | statistics.compare(first.scores, second.scores))
 
 
 def evaluate(
-    name: str | None, options: EvalOptions, reporter: Reporter, show: Show = lambda result: None
+    name: str | None, options: EvalOptions, reporter: Reporter, show: Show = lambda result: None, fraction: float = 0.0
 ) -> tuple[Evaluation, Pairs]:
-    """Evaluate one model, show its result, and write the files that were asked for."""
+    """Evaluate one model, show its result, and write the files that were asked for.
+
+    ``fraction``: that of the pairs which ``--eval-fraction`` held out in a training; 0: all of them.
+    """
     source = choose_model(name, options, reporter, base=options.base_model)
     began, manifest = (trained_with(source.run), read_manifest(source.run)) if source.run else (None, None)
     source, options = as_in_run(source, began), _as_trained(options, source, began)
@@ -99,7 +106,7 @@ def evaluate(
     contest = Judge(options.judge, options.judge_model) if options.judge else contest
     tokenizer = choose_tokenizer(source, options)
     rows = read_pairs(options.data, options, tokenizer, reporter)
-    pairs = rows.pairs
+    pairs = hold_out(rows.pairs, fraction, options.seed)[1] if fraction else rows.pairs
     objective = dataclasses.replace(began.objective if began else Objective(), beta=cast(float, options.beta))
     refuse_unread_terms(objective, pairs)
     evaluator = Evaluator(pairs, tokenizer, objective)
@@ -221,7 +228,8 @@ class _Models:
         recorded = kl.record(policy.runner, pairs, options.cache_dir, self.reporter.progress("policy", len(pairs)))
         if options.samples:
             prompts = [*{pair.prompt.tobytes(): pair.prompt for pair in pairs}.values()][: options.sample_prompts]
-            self.reporter.info("samples", f"{options.samples} answers to each of {len(prompts)} prompts")
+            count = f"{plural(options.samples, 'answer')} to each of {plural(len(prompts), 'prompt')}"
+            self.reporter.info("samples", count)
             answers["policy"] = self._answers(policy, prompts)
             drawn = as_pairs(prompts, answers["policy"][1])
             recorded_samples = kl.record(

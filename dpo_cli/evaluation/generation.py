@@ -21,10 +21,10 @@ from dpo_cli.data.messages import answer_of, user_turn
 from dpo_cli.data.pairs import Ids, Pair, Pairs, model_input_ids
 from dpo_cli.data.template import PROBE, USER, ChatTemplate
 from dpo_cli.evaluation.metrics import Table
-from dpo_cli.evaluation.statistics import student
+from dpo_cli.evaluation.statistics import not_negative, student
 from dpo_cli.models.attention import attention
 from dpo_cli.models.logprobs import ModelRunner, forward_errors, precision
-from dpo_cli.utils.errors import DpoError
+from dpo_cli.utils.errors import DpoError, plural
 
 ENDS_OF = 256  # pairs whose last token is looked at
 CUT = "…"  # ends an answer that was cut, where it is shown
@@ -91,7 +91,7 @@ def _generate(
         with forward_errors("the model cannot generate answers", "; leave out --samples, set --show-answers 0"):
             out = cast(Any, model).generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)
     except RuntimeError as error:  # out of memory
-        size = f"{len(prompts)} answers ({width} + {config.max_new_tokens} tokens each)"
+        size = f"{plural(len(prompts), 'answer')} ({width} + {config.max_new_tokens} tokens each)"
         remedy = "set a lower --max-tokens, --sample-tokens or --max-new-tokens"
         raise DpoError(f"{size} do not fit the device's memory: {remedy}") from error
     answers = out[:, width:].cpu().numpy().astype(np.int32)
@@ -210,6 +210,6 @@ def sequence_kl(token_kl: Table) -> dict[str, Any]:
     Units: nats per response.
     Source: the Rao-Blackwellised estimator of Amini, Vieira, Cotterell 2025, arXiv 2504.10637.
     """
-    ends = student(token_kl.mean(1) if len(token_kl) > 1 else token_kl[0])
+    ends = not_negative(student(token_kl.mean(1) if len(token_kl) > 1 else token_kl[0]))
     about = {"prompts": token_kl.shape[0], "samples": token_kl.shape[1]}
     return about | {"token_kl": float(token_kl.mean()), "token_kl_interval": ends}

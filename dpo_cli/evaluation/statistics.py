@@ -1,4 +1,4 @@
-"""95 % intervals of what an evaluation reports, and the comparison of two evaluations.
+"""95% intervals of what an evaluation reports, and the comparison of two evaluations.
 
 Pairs of one prompt are not independent observations: they are added up first, so that a prompt counts once.
 
@@ -19,6 +19,7 @@ from dpo_cli.utils.errors import UsageError
 Interval = list[float] | None  # [low, high]; None where there is none
 LEVEL = 0.95
 Z = 1.959964  # the normal quantile of that level
+NOT_NEGATIVE = ("kl/", "reverse_kl/", "entropy/", "ref_entropy/", "cross_entropy/", "ref_cross_entropy/", "shifted_")
 
 
 def deviations(above: Table, below: Table, groups: Groups | None) -> Table:
@@ -38,6 +39,11 @@ def ratio_interval(above: Table, below: Table, groups: Groups | None = None) -> 
 def student(values: Table) -> Interval:
     """Student's interval of the mean of independent values (P,); None for a single one."""
     return ratio_interval(values, np.ones_like(values))
+
+
+def not_negative(interval: Interval) -> Interval:
+    """Cut an interval of what cannot be below 0 there: Student's, of few values, may reach further."""
+    return interval and [max(end, 0.0) for end in interval]
 
 
 def _student(center: float, deviations: Table) -> Interval:
@@ -80,6 +86,8 @@ def intervals(scores: PairScores) -> dict[str, Interval]:
             ends[name] = share_interval(above, scores.groups)
         else:
             ends[name] = ratio_interval(above, below, scores.groups)
+            if name.startswith(NOT_NEGATIVE):
+                ends[name] = not_negative(ends[name])
         if "cross_entropy/" in name:
             low, high = np.exp(ends[name] or [math.nan, math.nan]).tolist()
             ends[name.replace("cross_entropy", "perplexity")] = [low, high] if math.isfinite(high) else None

@@ -87,7 +87,8 @@ def choose_layout(
             reasons.append("the head cannot run apart from the body")
         if layout == "alone" and limit < math.inf:
             reasons.append(f"--max-length {limit} lets sequences share one")
-        description = f"{DESCRIPTIONS[layout]}; equal to single sequences within {largest:.0e} nats per token"
+        within = f" within {largest:.0e} nats per token" if largest else ""
+        description = f"{DESCRIPTIONS[layout]}; equal to single sequences{within}"
         if dtype != torch.float32:
             with attention(model, own):
                 runners[dtype].probes = draw_probes(runners[dtype], pairs)

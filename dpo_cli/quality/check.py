@@ -28,13 +28,13 @@ from dpo_cli.evaluation.statistics import wilson
 from dpo_cli.training.prepare import choose_model, choose_tokenizer
 from dpo_cli.training.run_dir import encoder_options, row_options
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.errors import UsageError, printable
+from dpo_cli.utils.errors import UsageError, plural, printable
 from dpo_cli.utils.files import atomic_write, finite
 
 # In the order in which they are reported, what changes a training most first. On a problem --strict fails, and --fix
 # drops the row.
 PROBLEMS = {
-    "refused": "refused rows; dpo train needs --on-bad-row skip, or these rows mended",
+    "refused": "refused rows: mend them, or leave them out by --fix or dpo train --on-bad-row skip",
     "encoding": "damaged encoding: text decoded wrongly, replacement or control characters",
     "markers": "markers of chat templates in a response, outside code; the template writes its own",
     "contradiction": "contradictions: for one prompt two responses are preferred to each other",
@@ -324,7 +324,7 @@ def _write_clean(file: Path, sources: list[Source], problems: list[str]) -> dict
 
 def as_text(result: dict[str, Any]) -> str:
     """Format the result: formats, problems, notes, the bias by length, and a verdict at the end."""
-    lines = [f"{count:,} rows: {name}" for name, count in result["formats"].items()]
+    lines = [f"{plural(count, 'row')}: {name}" for name, count in result["formats"].items()]
     for finding in result["findings"]:
         share = f"{finding['count']:>9,}  {finding['share']:>6.1%}"
         lines.append(f"{finding['severity']:<9}{share}  {finding['title']}")
@@ -336,16 +336,16 @@ def as_text(result: dict[str, Any]) -> str:
         low, high = bias["interval"]
         lines += [
             f"the longer response is chosen in {bias['share']:.1%} of the pairs that differ in length "
-            f"(95 % interval {low:.1%} to {high:.1%}; {bias['ties']:,} ties)",
+            f"(95% interval {low:.1%} to {high:.1%}; {bias['ties']:,} ties)",
             f"accuracy to beat: {bias['accuracy_prefer_longer']:.1%} by preferring the longer response, "
             f"{bias['accuracy_prefer_shorter']:.1%} by preferring the shorter",
             "",
         ]
     if fixed := result.get("fixed"):
-        kept = f"{fixed['kept']:,} rows written to" if fixed["kept"] else "no row is clean; not written:"
+        kept = f"{plural(fixed['kept'], 'row')} written to" if fixed["kept"] else "no row is clean; not written:"
         lines.append(f"fixed: {kept} {fixed['file']}")
         lines += [f"  {count:>9,}  dropped: {PROBLEMS[kind]}" for kind, count in fixed["dropped"].items()]
         lines.append("")
     problems = f"problems: {result['problems']}, in {result['problem_rows']:,} of" if result["problems"] else ""
-    lines.append(f"{problems or 'no problems found in'} {result['rows']:,} rows")
+    lines.append(f"{problems or 'no problems found in'} {plural(result['rows'], 'row')}")
     return "\n".join([*lines, *[f"Next: {result.get('next')}"] * ("next" in result)])

@@ -26,6 +26,7 @@ from dpo_cli.evaluation.metrics import SIDES, reward_unit
 from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.reporting.plots import Plot, curves, pair_plots, png
 from dpo_cli.reporting.text import flat_numbers, format_interval, is_number, number, percent
+from dpo_cli.utils.errors import plural
 from dpo_cli.utils.files import atomic_write
 
 MAX_TOKENS = 600  # of a response that are shown
@@ -138,6 +139,9 @@ def _headline(result: Mapping[str, Any], objective: Objective) -> Iterator[dict[
             for s in sides
             for value, ends in [numbers.get(key + s, (None, None))]
         ]
+        value = numbers.get(key, (math.nan,))[0]
+        if name == "Accuracy" and is_number(value) and not result["judged"]["enough"]:  # a share would look like more
+            figures = [("", f"{value * result['pairs']:g} of {result['pairs']}", "")]
         if key + sides[0] in numbers:
             yield {"name": name, "figures": figures, "meaning": meaning}
 
@@ -151,8 +155,8 @@ def _facts(about: ReportInput) -> Iterator[tuple[str, str]]:
     if isinstance(data, Mapping) and isinstance(held_out, Mapping):
         yield "pairs", f"{number(data['pairs'])} to train on, {number(held_out['pairs'])} held out"
     if "lr" in options:
-        steps = f"{number(len({line.get('step') for line in losses}))} of {number(options.get('batch_size'))} pairs"
-        yield "steps", steps
+        steps = len({line.get("step") for line in losses})
+        yield "steps", f"{number(steps)} of {plural(options.get('batch_size', 0), 'pair')}"
         yield "learning rate", f"{options['lr']:g}, {options.get('lr_scheduler')}"
         adapter = f"adapter of rank {options['lora_rank']}" if options.get("lora_rank") else "all weights"
         yield "trained", f"{adapter}, beta {options.get('beta')}, loss {about.objective.name}"

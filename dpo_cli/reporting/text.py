@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from dpo_cli.evaluation.metrics import SIDES
+from dpo_cli.utils.errors import plural
 
 Result = Mapping[str, Any]
 NONE, EMPTY = "–", "(empty answer)"
@@ -109,7 +110,7 @@ def _evaluation(result: Result) -> Iterator[str]:
     refused = "; ".join(f"{count:,} refused: {reason}" for reason, count in result["refused"].items())
     yield f"{'policy':<24}{result['model']}"
     yield f"{'reference':<24}{result['reference']}"
-    yield f"{'pairs':<24}{result['pairs']:,} of {result['rows']:,} rows{'; ' + refused if refused else ''}"
+    yield f"{'pairs':<24}{result['pairs']:,} of {plural(result['rows'], 'row')}{'; ' + refused if refused else ''}"
     yield f"{'beta':<24}{result['beta']:g}"
     yield from _means(result)
     length = result["length"]
@@ -121,8 +122,8 @@ def _evaluation(result: Result) -> Iterator[str]:
     if kl := result.get("sequence_kl"):
         yield (
             f"{'KL per response':<24}{number(kl['token_kl'])} ({format_interval(kl['token_kl_interval'])}) nats, from "
-            f"{kl['samples']} samples per prompt over {kl['prompts']} prompts, cut at {kl['max_new_tokens']} tokens; "
-            f"{percent(kl['ended'], 0)} ended with EOS"
+            f"{plural(kl['samples'], 'sample')} per prompt over {plural(kl['prompts'], 'prompt')}, cut at "
+            f"{kl['max_new_tokens']} tokens; {percent(kl['ended'], 0)} ended with EOS"
         )
     if drift := result.get("drift"):
         yield (
@@ -140,7 +141,8 @@ def _win_rate(result: Result) -> Iterator[str]:
         by_length = _by_length(won, "policy", "contests", "the policy's")
         yield (
             f"{'win rate':<24}{percent(won['share'])} ({format_interval(won['share_interval'], percent)}) of "
-            f"{won['contests']:,} answers to {won['prompts']:,} prompts beat the reference's, ties as half; {by_length}"
+            f"{plural(won['contests'], 'answer')} to {plural(won['prompts'], 'prompt')} beat the reference's, "
+            f"ties as half; {by_length}"
         )
 
 
@@ -155,7 +157,7 @@ def _by_length(numbers: Result, share: str, count: str, what: str) -> str:
 
 def _means(result: Result) -> Iterator[str]:
     intervals = result["intervals"]
-    yield f"\n{'mean over pairs':<24}{'':>10}  95 % interval"
+    yield f"\n{'mean over pairs':<24}{'':>10}  95% interval"
     for name in PER_PAIR:
         ties = f"   {percent(result['rewards/ties'])} ties" if name == "rewards/accuracies" else ""
         yield f"{name:<24}{number(result[name]):>10}  {format_interval(intervals[name])}{ties}"
@@ -164,7 +166,7 @@ def _means(result: Result) -> Iterator[str]:
     policy, reference = (percent(result[f"logp_accuracy/{name}"]) for name in ("policy", "reference"))
     yield f"{'logp accuracy':<24}chosen has the higher log-prob under the policy in {policy}, reference {reference}"
 
-    yield f"\n{'mean over tokens':<24}" + "".join(f"{side:>10}  {'95 % interval':<20}" for side in SIDES)
+    yield f"\n{'mean over tokens':<24}" + "".join(f"{side:>10}  {'95% interval':<20}" for side in SIDES)
     for name, meaning in PER_TOKEN.items():
         if f"{name}/chosen" in result:
             keys = [f"{name}/{side}" for side in SIDES]
@@ -177,27 +179,35 @@ def _comparison(result: Result, full: bool) -> Iterator[str]:
     for name in "ab":
         about = result[name]
         yield from overlap_lines(about)
-        yield f"{name:<24}{about['model']}, beta {about['beta']:g}, reference {about['reference']}"
+        yield f"{name:<24}{about.get('run', about['model'])}, beta {about['beta']:g}"
+    references = [result[name]["reference"] for name in "ab"]
+    yield f"{'reference':<24}{' and '.join(dict.fromkeys(references))}"
     other = "tokenized differently: per-token means not comparable"
     yield f"{'pairs':<24}{result['pairs']:,}, {'the same tokens in both' if result['same_tokens'] else other}"
     for name, why in result["not_compared"].items():
         yield f"{f'{name} not compared':<24}{why}"
-    rows = [("", "a", "b", "b - a", "95 % interval of the paired difference")]
+    rows = [("", "a", "b", "b - a", "95% interval of the paired difference")]
     for name, values in result["differences"].items():
         if (full or name in COMPARED) and not (values["a"] == values["b"] and values["interval"] in (None, [0, 0])):
             numbers = (number(values[key]) for key in ("a", "b", "difference"))
             rows.append((name, *numbers, format_interval(values["interval"])))
     yield ""
     yield from table(rows)
-    better = result["pairs_b_better"]
-    share, ends = percent(better["share"]), format_interval(better["interval"], percent)
-    yield f"\nb has the larger log-ratio margin in {share} of the pairs ({ends})."
+    share, ends = result["pairs_b_better"]["share"], result["pairs_b_better"]["interval"]
+    winner = "b"
+    if share < 0.5:
+        winner, share, ends = "a", 1 - share, ends and [1 - end for end in reversed(ends)]
+    often = f"{percent(share)} of the pairs ({format_interval(ends, percent)})"
+    yield f"\n{winner} has the larger log-ratio margin in {often}."
     accuracy = result["differences"].get("rewards/accuracies")
-    if accuracy and accuracy["interval"]:
+    if not result["judged"]["enough"]:
+        yield result["judged"]["text"]
+    elif accuracy and accuracy["interval"]:
         low, high = accuracy["interval"]
         winner = "b" if low > 0 else "a" if high < 0 else ""
         sure = f"{winner} prefers the better answer more often" if winner else "No difference in accuracy is certain"
-        yield f"{sure}: b - a is {percent(accuracy['difference'])} ({format_interval([low, high], percent)})."
+        gap, *ends = (f"{100 * value:.1f}" for value in (accuracy["difference"], low, high))
+        yield f"{sure}: b - a is {gap} percentage points ({' to '.join(ends)})."
     if not full:
         yield "All numbers: --full"
 

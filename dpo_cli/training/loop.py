@@ -39,7 +39,7 @@ from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.training.trackers import MetricsLog, check_installed
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter, format_metrics
-from dpo_cli.utils.errors import DpoError, Interrupted, NotWrittenError
+from dpo_cli.utils.errors import DpoError, Interrupted, NotWrittenError, plural
 from dpo_cli.utils.files import file_lock, remove_leftovers, sync
 
 
@@ -184,7 +184,7 @@ def _check_step_0(trainer: Trainer, run: Run) -> None:
             f"off by {largest:.2g} nats per root of its tokens. {cause}{float32_hint(runner.dtype)}"
         )
     else:
-        about = f"check passed: policy and cached reference are equal on its {len(indices)} pairs"
+        about = f"check passed: policy and cached reference are equal on its {plural(len(indices), 'pair')}"
     run.reporter.info("step 0", f"{metrics}  ({about})")
 
 

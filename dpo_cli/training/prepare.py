@@ -46,7 +46,7 @@ from dpo_cli.training.run_dir import encoder_options, row_options
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.devices import DeviceKind, device_kind
-from dpo_cli.utils.errors import UsageError, reason_of
+from dpo_cli.utils.errors import UsageError, plural, reason_of
 
 
 def choose_model(
@@ -116,7 +116,7 @@ def read_pairs(data: list[str], options: Options, tokenizer: Any, reporter: Repo
     rows.drawn = {each.name.partition(" ")[2]: len(each.drawn) for each in sources if each.drawn is not None}
     if rows.refused and (options.on_bad_row != "skip" or not rows.pairs):
         raise refusal(rows.refused, rows.rows)
-    counts = f"{rows.rows:,} rows, {len(rows.pairs):,} pairs, {len(rows.refused):,} refused"
+    counts = f"{plural(rows.rows, 'row')}, {plural(len(rows.pairs), 'pair')}, {len(rows.refused):,} refused"
     reporter.info(name, f"{', '.join(data)}: {counts} ({', '.join(rows.formats)})")
     for each in sources:
         if each.drawn is not None:
@@ -125,11 +125,12 @@ def read_pairs(data: list[str], options: Options, tokenizer: Any, reporter: Repo
     for reason, count in list(reasons(rows.refused).items())[:10]:
         reporter.info("", f"{count:,} refused: {reason}")
     for note, count in sorted(rows.notes.items()):
-        reporter.info("", f"{count:,} {note}")
+        what, _, about = note.partition(" ")
+        reporter.info("", f"{plural(count, what.removesuffix('s'))} {about}")
     for name, column, usual in zip(("weights", "margins"), rows.pairs.terms.T, (1, 0), strict=True):
         if count := int(np.count_nonzero(column != usual)):
             values = f"{name} from {column.min():g} to {column.max():g}"
-            reporter.info("", f"{values}, other than {usual} in {count:,} pairs")
+            reporter.info("", f"{values}, other than {usual} in {plural(count, 'pair')}")
     if rows.notes[NO_TEMPLATE]:  # what the policy learns to answer to goes with it
         tokenizer.chat_template = Encoder(tokenizer).chat.template.plain
     return rows

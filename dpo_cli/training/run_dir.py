@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import os
 import platform
 import secrets
 import shlex
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -52,8 +52,10 @@ def choose_folder(output: Path | None, resume: Path | None) -> Path:
     except UnicodeEncodeError as error:
         raise UsageError(f"--output {folder}: its path is not UTF-8") from error
     above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UsageError(f"--output {folder}: cannot be created: {above} is not a writable folder")
+    try:
+        tempfile.TemporaryDirectory(dir=above).cleanup()
+    except OSError as error:
+        raise UsageError(f"--output {folder}: cannot be created: no folder can be made in {above}") from error
     return folder
 
 

@@ -44,7 +44,7 @@ from dpo_cli.training.run_dir import choose_folder, encoder_options, read_manife
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.devices import describe, device_kind
-from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.errors import UsageError, plural
 
 # The sum of the steps' learning rates is about the most that AdamW moves a weight. Each 1e-6 of it moved the margin of
 # an easy preference by 0.17 nats on the packaged model, and by 0.009 with an adapter: below these it stays under a nat.
@@ -274,7 +274,7 @@ def record_reference(run: Run) -> None:
     """
     options, runner, reporter = run.options, run.reference.runner, run.reporter
     if run.held_out and options.kl == "exact":
-        reporter.info("", f"one pass over the {len(run.held_out):,} held-out pairs for the exact KL")
+        reporter.info("", "one pass over the held-out pairs for the exact KL")
         progress = reporter.progress("reference", len(run.held_out))
 
         def record() -> None:
@@ -305,9 +305,9 @@ def _report_plan(run: Run) -> None:
     share = f"{trained:,} of them trained ({trained / parameters:.2%})" if trained < parameters else "all trained"
     reporter.info("parameters", f"{parameters:,}, {share}")
     steps, padded_costs = [[i for each in step for i in each] for step in run.plan], row_costs(run.pairs, "padded")
-    forwards = f"{sum(map(len, run.plan)):,} micro-batches, max_tokens {runner.max_tokens:,}"
-    up_to = "up to " * any(pair.ranking for pair in run.pairs)
-    reporter.info("plan", f"{len(steps):,} steps of {up_to}{options.batch_size} pairs in {forwards}")
+    forwards = f"{plural(sum(map(len, run.plan)), 'micro-batch')}, max_tokens {runner.max_tokens:,}"
+    size = f"{'up to ' * any(pair.ranking for pair in run.pairs)}{plural(options.batch_size, 'pair')}"
+    reporter.info("plan", f"{plural(len(steps), 'step')} of {size} in {forwards}")
     tokens = run.count_tokens(run.plan)
     plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
     apart = sum(run.costs[i] for step in steps for i in step)
@@ -319,14 +319,15 @@ def _report_plan(run: Run) -> None:
     _report_room(run)
     least, suggested_lr = (MIN_LR_SUM_ADAPTER, 2e-4) if options.lora_rank else (MIN_LR_SUM, 2e-5)
     if sum(learning_rate(step, len(steps), options) for step in range(1, len(steps) + 1)) < least:
-        count = f"{len(steps):,} step{'s' * (len(steps) > 1)} at lr {options.lr:g}"
+        count = f"{plural(len(steps), 'step')} at lr {options.lr:g}"
         low = options.lr < suggested_lr
         more = f"for a few hundred pairs try --lr {suggested_lr:g} --batch-size 8" if low else "take more steps"
         reporter.info("hint", f"{count} will hardly move the model: {more}")
     if not run.held_out:
         reporter.info("held out", f"no pairs: nothing will show whether the model learns the preference; {HOLD_OUT}")
     elif len(run.held_out) < ENOUGH:
-        reporter.info("", f"{len(run.held_out)} held-out pairs are too few to judge the result: {ENOUGH} are needed")
+        few = plural(len(run.held_out), "held-out pair")
+        reporter.info("", f"{few}: too few to judge the result ({ENOUGH} needed)")
     if run.held_out and (overlap := trained_on(run.held_out, run.trained, "will be")["text"]):
         reporter.warning(overlap)
 

@@ -84,7 +84,7 @@ def sweep(options: SweepOptions, command: Sequence[str], reporter: Reporter) -> 
 
 def as_text(result: Mapping[str, Any]) -> str:
     """A line per run, what can be compared, and which run is best, for a terminal."""
-    rows = [("beta", "lr", "KL", "95 % interval", "accuracy", "margin, nats", "run")]
+    rows = [("beta", "lr", "KL", "95% interval", "accuracy", "margin, nats", "run")]
     for point in result["points"]:
         ends, nats = format_interval(point["intervals"]["kl"]), number(point["rewards/margins"] / point["beta"])
         cells = [number(point["kl"]), ends, percent(point["rewards/accuracies"]), nats]
@@ -142,8 +142,9 @@ def _train(run: Path, options: TrainOptions, command: Sequence[str], reporter: R
 def _evaluate(run: Path, options: SweepOptions, reporter: Reporter) -> Evaluation:
     """Evaluate a run on the held-out rows, as ``dpo eval`` does; refuse rows other than it began with."""
     common = {f.name: getattr(options, f.name) for f in dataclasses.fields(EvalOptions) if hasattr(options, f.name)}
-    own = {"model": [str(run)], "data": options.eval_data, "beta": None, "ref_model": None, "kl": "exact"}
-    evaluation, pairs = evaluate(str(run), EvalOptions(**common | own), reporter)
+    own = {"model": [str(run)], "data": options.eval_data or options.data, "beta": None, "ref_model": None}
+    evaluation_options = EvalOptions(**common | own | {"kl": "exact"})
+    evaluation, pairs = evaluate(str(run), evaluation_options, reporter, fraction=options.eval_fraction)
     if pairs.digest() != read_manifest(run)["held_out"]["sha256"]:
         raise UsageError(f"{run}: the held-out data changed since it began; choose another --output")
     free_memory()

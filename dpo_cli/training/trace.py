@@ -33,7 +33,7 @@ from dpo_cli.training.setup import Run, prepare_run, score_reference
 from dpo_cli.training.step import Trainer
 from dpo_cli.utils.cards import Card, find_card, standing_in
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.errors import UsageError, plural
 
 # Of the bytes that are held: "casts" are of weights to the compute precision, "body" and "head" what these computed.
 PART_NAMES = {
@@ -46,7 +46,7 @@ PART_NAMES = {
     "other": "other",
 }
 PARTS = tuple(PART_NAMES)
-ATTENTION = "attention"  # whose FLOPs are counted apart
+ATTENTION = "attention"  # whose FLOPs are plural apart
 BLOCK = 512  # bytes: the CUDA allocator rounds up to it
 BACKWARD = 2.5  # products of flash attention's backward pass per product of its forward
 
@@ -250,9 +250,9 @@ def as_text(result: Mapping[str, Any]) -> str:
     step, peak, unit = result["step"], result["peak_bytes"], 2**30
     recomputed = ", activations recomputed" if result["gradient_checkpointing"] else ""
     fits = "it fits" if result["fits"] else "it does not fit"
-    micro_batches = f"{step['micro_batches']} micro-batch{'es' * (step['micro_batches'] > 1)}"
+    micro_batches, pairs = plural(step["micro_batches"], "micro-batch"), plural(step["pairs"], "pair")
     lines = [
-        f"{result['card']}, the largest step: {step['pairs']} pairs, {step['tokens']:,} tokens in {micro_batches}; "
+        f"{result['card']}, the largest step: {pairs}, {step['tokens']:,} tokens in {micro_batches}; "
         f"--memory {result['memory']}{recomputed}, --max-tokens {result['max_tokens']}",
         "",
         f"{'bytes at the peak':<20}{'GiB':>9}",

@@ -41,10 +41,17 @@ class Reporter:
         )
         self.live = self.console.is_interactive and not self.quiet and not log_json
         self.name = ""  # of the last line
+        self.shown = set[tuple[str, str]]()  # lines by name and text
 
     def info(self, name: str, text: str, values: Mapping[str, float] | None = None) -> None:
-        """Print one line under a name; an empty name continues the last one. A JSON log also gets the ``values``."""
+        """Print one line under a name, once; an empty name continues the last one.
+
+        A JSON log gets it as often as it is reported, and the ``values``.
+        """
         self.name = name or self.name
+        if (line := (self.name, text)) in self.shown and not self.log_json:
+            return
+        self.shown.add(line)
         event: dict[str, Any] = {"event": "info", "name": self.name, "text": text}
         self.emit(event | dict(values or {}), text, f"{name:<12}", "bold")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dpo_cli.utils.cards import traced_card
-from dpo_cli.utils.errors import UsageError
+from dpo_cli.utils.errors import UsageError, plural
 
 Ways = tuple[tuple[str, bool], ...]  # memory modes, and whether the backward pass recomputes activations
 
@@ -151,7 +151,7 @@ def describe(device: torch.device, option: str) -> str:
         name = module.get_device_name(device) if hasattr(module, "get_device_name") else platform.machine()
         text = f"{device} ({name}: {kind.name}, {attention} attention)"
     else:
-        text = f"cpu, {torch.get_num_threads()} threads"
+        text = f"cpu, {plural(torch.get_num_threads(), 'thread')}"
         nvidia = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
         apple = (platform.system(), platform.machine()) == ("Darwin", "arm64")
         present = {"cuda": nvidia or Path("/dev/kfd").exists(), "mps": apple}

@@ -1,4 +1,4 @@
-"""Exceptions whose messages are written for the user, spelling suggestions, text that is safe to print."""
+"""Exceptions whose messages are written for the user, and the wording of messages."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ def suggest_path(path: Path) -> str:
         return did_you_mean(str(path), similar)
     except (OSError, ValueError):  # no such folder either, or an invalid name
         return ""
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count and what is plural, as ``1 pair`` or ``2,000 pairs``."""
+    ending = "es" if noun.endswith("ch") else "s"
+    return f"{count:,} {noun}{ending * (count != 1)}"
 
 
 def reason_of(error: Exception) -> str:

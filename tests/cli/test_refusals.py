@@ -408,10 +408,11 @@ def test_a_command_tells_it(typed: str, meant: str, place: Path, dpo: Cli, tiny:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("train --data pairs.jsonl --lr abc", "error: Invalid value for '--lr': Input should be a valid number"),
+        ("train --data pairs.jsonl --lr abc", "error: Invalid value for '--lr': Input should be a valid number; see "),
         ("train --data pairs.jsonl --lr abc", " train --help\n"),
         ("train --eval-fraction", "error: Option '--eval-fraction' requires an argument\n"),
-        ("sweep extra", " sweep --help\n"),
+        ("sweep a.jsonl b.jsonl", "(a.jsonl b.jsonl); did you mean --data a.jsonl --data b.jsonl?\n"),
+        ("losses simpo extra", "unexpected extra argument(s) (extra); see "),
         ("chat", "error: Missing argument 'RUN'; see "),
         ("init --from other.yaml", "error: --from other.yaml: cannot be read (No such file or directory)\n"),
     ],

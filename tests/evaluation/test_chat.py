@@ -128,21 +128,6 @@ def test_before_is_the_model_that_the_run_began_with_or_left_out(place: Path, mo
     assert "is no longer the model that the run began with" in out.stderr and "before" not in out.stdout
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_program(place: Path) -> None:
-    before, drawn = opened(place / "lora")["before"], Sampling(30, 1.0, 0, interruptible=True)
-
-    def interrupted(piece: str) -> None:
-        if piece:
-            raise KeyboardInterrupt
-
-    asked = [{"role": "user", "content": "How do I clean a pan?"}]
-    cut = before.answer(asked, drawn, interrupted)
-    whole = before.answer(asked, drawn, lambda piece: None)
-    assert not cut.whole and cut.text and whole.text.startswith(cut.text) and len(cut.text) < len(whole.text)
-    with pytest.raises(KeyboardInterrupt):  # of dpo generate it ends the command
-        before.answer(asked, Sampling(30, 1.0, 0), interrupted)
-
-
 # ---- the conversation -------------------------------------------------------------------------------------------
 
 
@@ -199,6 +184,33 @@ def test_saved_pairs_are_trained_on(place: Path, tmp_path: Path, monkeypatch: py
     assert json.loads(read.stdout)["pairs"] == 2 and "prompt and responses as messages" in read.stderr
 
 
+def test_ctrl_c_stops_the_answers_and_not_the_program(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was stopped is no part of the conversation, though one model had answered; at the prompt it does nothing."""
+    asked = []
+
+    def answer(model: Model, history: Any, sampling: Sampling, show: Any) -> Answer:
+        asked.append(([turn["content"] for turn in history], model.adapter))
+        if asked[-1] == (["Stopped?"], True):
+            raise KeyboardInterrupt
+        return Answer("Yes.", True)
+
+    typed = iter(["Stopped?", KeyboardInterrupt, "Next?", "More?", "/exit"])
+
+    def entered(prompt: str) -> str:
+        if (line := next(typed)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return str(line)
+
+    monkeypatch.setattr(Model, "answer", answer)
+    monkeypatch.setattr("builtins.input", entered)
+    out = dpo("chat", place / "lora")
+    assert out.stdout.count(chatting.STOPPED) == 1 and out.stdout.count(chatting.COMMANDS) == 2
+    whole = ["Next?", "Yes.", "More?"]
+    assert [history for history, _ in asked] == [["Stopped?"]] * 2 + [["Next?"]] * 2 + [whole] * 2
+    monkeypatch.setattr(Model, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert CliRunner().invoke(app, ["generate", str(place / "lora"), "Hello"]).exit_code == 130
+
+
 def test_appending_loses_nothing(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"n": -1}')  # as an editor may leave it
@@ -225,6 +237,7 @@ def test_appending_loses_nothing(tmp_path: Path) -> None:
         (("chat", "start", "--save", "p.jsonl"), "start has no model before its training to compare with"),
         (("chat", "ful"), "error: ful"),
         (("generate", "./ful", "Hello"), "./ful: no such folder; did you mean 'full'?"),
+        (("generate", "full", "Hello", " "), "PROMPT: a prompt is empty"),
         (("generate", "full", "Hello", "--device", "tpu"), "--device tpu: must be one of"),
     ],
 )
@@ -258,7 +271,7 @@ def test_an_answer_does_not_steer_the_terminal(place: Path) -> None:
     streamer = chatting._Streamer(make_tokenizer(), (pieces := list[str]()).append)
     streamer.on_finalized_text("\n a\x1b[31m ")
     streamer.on_finalized_text("[bold]b", stream_end=True)
-    assert pieces == ["a�[31m ", "[bold]b"] and streamer.text == "a\x1b[31m [bold]b"
+    assert pieces == ["a�[31m ", "[bold]b"]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3_1", "gemma3", "phi3", "mistral", "gptoss"])

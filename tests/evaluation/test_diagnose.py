@@ -20,7 +20,7 @@ PAIRS = 300
 
 
 def healthy(seed: int = 0, pairs: int = PAIRS, shift: float = 4.0, beta: float = 0.1, **drift: float) -> PairScores:
-    """Normal margins, right in about 70 % of the pairs; the chosen responses rise as the rejected ones fall.
+    """Normal margins, right in about 70% of the pairs; the chosen responses rise as the rejected ones fall.
 
     ``drift``: KL a token and shares of moved tokens, of both sides or one.
     """

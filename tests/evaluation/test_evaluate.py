@@ -22,7 +22,7 @@ import dpo_cli.training.results
 import dpo_cli.training.trackers
 from dpo_cli.cli.app import app
 from dpo_cli.evaluation import kl as divergence
-from dpo_cli.evaluation.diagnostics import Evidence, judge
+from dpo_cli.evaluation.diagnostics import Evidence, count_new, judge
 from dpo_cli.evaluation.generation import eos_ids
 from dpo_cli.evaluation.metrics import best_step
 from dpo_cli.models.logprobs import HiddenStates
@@ -232,7 +232,7 @@ def test_two_models_are_compared_on_the_same_pairs(place: Place, runs: dict[str,
     result = place.eval(models[0], "--model", models[1])
     assert (result["pairs"], result["same_tokens"]) == (5, True)
     for name, alone in (("a", one), ("b", other)):
-        assert result[name] == {about: alone[about] for about in ("trained_on", "model", "reference", "beta")}
+        assert result[name] == {about: alone[about] for about in ("trained_on", "run", "model", "reference", "beta")}
     for each in (one, other):
         each["logratios/margins"] = each["rewards/margins"] / each["beta"]
     for name, found in result["differences"].items():
@@ -242,6 +242,8 @@ def test_two_models_are_compared_on_the_same_pairs(place: Place, runs: dict[str,
         assert low <= found["difference"] <= high
     assert {"loss", "rewards/margins", "kl/chosen", "cross_entropy/rejected"} <= result["differences"].keys()
     assert result["differences"]["rewards/margins"]["difference"] > 0.1
+    trained_on = max(alone["trained_on"]["pairs"] for alone in (one, other))
+    assert result["judged"] == count_new(5, trained_on) and not result["judged"]["enough"]
     itself = place.eval(run, "--model", run)
     assert {found["difference"] for found in itself["differences"].values()} == {0}
     assert itself["pairs_b_better"]["share"] == 0.5
@@ -344,7 +346,7 @@ def test_a_resumed_run_has_the_same_best_model(
     monkeypatch.undo()
     result = place("train", "--resume", run)
     assert result.exit_code == 0, result.output
-    assert "one pass over the 5 held-out pairs for the exact KL" in result.stderr
+    assert "one pass over the held-out pairs for the exact KL" in result.stderr
     assert same(run / "best", runs["loss"] / "best") and same(run / "model", runs["loss"] / "model")
     assert lines(run) == lines(runs["loss"])
 

@@ -15,10 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
+from dpo_cli.config.checks import NUMBERS
 from dpo_cli.config.options import EvalOptions
 from dpo_cli.evaluation.gate import check_gates
 from dpo_cli.evaluation.judge import Contest, Judge, by_reward, win_rate
+from dpo_cli.evaluation.metrics import SIDES
 from dpo_cli.evaluation.statistics import wilson
+from dpo_cli.reporting.text import flat_numbers
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import SAMPLE, make_model, write_rows
 
@@ -210,6 +213,10 @@ def test_the_command_reports_the_win_rate_and_ends_by_the_gate(place: Path, monk
     expected = [(a > b) + (a == b) / 2 for a, b in zip(ours, theirs, strict=True)]
     assert result["win_rate"]["share"] == pytest.approx(sum(expected) / 6) and len(set(expected)) > 1
     assert [gate["passed"] for gate in result["gates"]] == [True, True]
+    names = [name.replace("*", side) for text in NUMBERS.values() for name in text.split() for side in SIDES]
+    assert flat_numbers(result).keys() <= {*names}, "what --gate may name"
+    absent = {name for name in names if not name.startswith("trained_on.")} - flat_numbers(result).keys()
+    assert absent <= {"length.accuracy_chosen_longer", "length.accuracy_chosen_shorter"}
 
 
 def test_a_gate_that_does_not_pass_is_exit_code_3(place: Path, server: Server) -> None:
@@ -243,6 +250,11 @@ def test_gates_by_hand() -> None:
     [
         ({"gate": "loss=3"}, "--gate loss=3: must be conditions"),
         ({"gate": "loss<"}, "must be conditions"),
+        ({"gate": "accuracy>0.7"}, "--gate accuracy: no such number; did you mean 'rewards/accuracies'?"),
+        ({"gate": "loss<1,kl.high<2"}, "--gate kl.high: no such number; did you mean 'kl/chosen'?"),
+        ({"gate": "kl/chosen<1", "kl": "none"}, "--gate kl/chosen: needs --kl exact"),
+        ({"gate": "sequence_kl.token_kl<1"}, "--gate sequence_kl.token_kl: needs --samples"),
+        ({"gate": "win_rate.share.low>0.5", "samples": 1}, "--gate win_rate.share.low: needs --reward or --judge"),
         ({"reward": "a:b"}, "--reward, --judge: need --samples"),
         ({"reward": "a:b", "judge": "http://x", "samples": 1}, "--reward and --judge: give one of them"),
         ({"judge_model": "x", "samples": 1}, "--judge-model: needs --judge"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.stats import binom, spearmanr
 
+from dpo_cli.evaluation.diagnostics import count_new
 from dpo_cli.evaluation.metrics import METRICS, PairScores, pair_sums, summarize
 from dpo_cli.evaluation.statistics import (
     compare,
@@ -296,7 +297,7 @@ def test_what_other_objectives_measure_otherwise_is_not_compared(objective: Obje
     assert "loss" not in kept and "kl/chosen" in kept
     assert ("rewards/margins" in kept) == ("rewards" not in reasons)
     about = {"model": "m", "reference": "r", "beta": 0.1}
-    text = as_text({"a": about, "b": about, "pairs": 20, "same_tokens": True} | result)
+    text = as_text({"a": about, "b": about, "pairs": 20, "same_tokens": True, "judged": count_new(20)} | result)
     assert all(f"{name} not compared" in text and words in text for name, words in reasons.items())
 
 
@@ -304,7 +305,7 @@ def test_the_columns_of_a_comparison_are_apart() -> None:
     about = {"model": "m", "reference": "r", "beta": 0.1}
     wide = {"a": -4.71e-14, "b": -4.71e-14, "difference": 4.71e-14, "interval": [0, 1]}
     result = compare(random_scores(20), random_scores(20)) | {"differences": {"loss": wide}}
-    text = as_text({"a": about, "b": about, "pairs": 20, "same_tokens": True} | result)
+    text = as_text({"a": about, "b": about, "pairs": 20, "same_tokens": True, "judged": count_new(20)} | result)
     (line,) = (line for line in text.splitlines() if line.startswith("loss"))
     assert line.split() == ["loss", "-4.710e-14", "-4.710e-14", "4.710e-14", "0", "to", "1"]
 

@@ -174,7 +174,7 @@ def test_evaluated_rows_that_were_trained_on_are_said_first(memorised: tuple[Pat
     new = evaluate(place, run, data="new.jsonl")
     assert "were trained on" not in new.stdout and FEW in new.stdout
     two = evaluate(place, run, "--model", place / "start", "--kl", "none")
-    assert two.stdout.startswith(f"warning: {said}\na ") and two.stdout.count("trained on") == 1
+    assert two.stdout.startswith(f"warning: {said}\na ") and two.stdout.count("warning") == 1
 
 
 def test_prompts_that_were_trained_on_are_counted_apart(memorised: tuple[Path, Any], place: Path) -> None:
@@ -341,9 +341,7 @@ def test_two_models_are_compared_in_columns(memorised: tuple[Path, Any], place: 
     full = evaluate(place, run, "--model", run / "best", "--full").stdout
     for text, names in ((short, {"loss", "rewards/margins", "kl/chosen"}), (full, {"cross_entropy/chosen"})):
         lines = text.split("\n\n")[1].splitlines()
-        end = lines[0].index("95 % interval")
+        end = lines[0].index("95% interval")
         assert names <= {line.split()[0] for line in lines[1:]} and "ref_logps/chosen" not in text
         assert all(line[end - 2 : end] == "  " and line[end] != " " for line in lines), text
-    assert (
-        len(short.splitlines()) < 18 and "prefers the better answer more often" in short
-    ) or "No difference" in short
+    assert len(short.splitlines()) < 20 and "too few to judge (20 needed)\nAll numbers: --full\n" in short

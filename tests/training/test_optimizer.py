@@ -201,7 +201,7 @@ def test_any_finite_moments_stay_finite(values: list[float]) -> None:
 
 
 def test_a_second_moment_that_changes_slower_than_its_code_is_followed() -> None:
-    """0.1 % a step, while the codes are 10 % apart; rounded to the nearest it would stay where it is."""
+    """0.1% a step, while the codes are 10% apart; rounded to the nearest it would stay where it is."""
     golden, exp_avg_sq = (5**0.5 - 1) / 2, torch.ones(1, 256)
     exp_avg_sq[0, 0] = 1e-22  # these two make the steps wide
     rounded = exp_avg_sq = exp_avg_sq.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import weakref
@@ -25,6 +26,7 @@ from dpo_cli.reference import store
 from dpo_cli.reporting.plots import frontier, png, write_plots
 from dpo_cli.training import prepare
 from dpo_cli.training.loop import train
+from dpo_cli.training.run_dir import read_manifest
 from dpo_cli.training.step import Trainer
 from dpo_cli.training.sweep import NOT_LEARNED, _best
 from dpo_cli.utils.errors import UsageError
@@ -317,6 +319,21 @@ def test_held_out_rows_are_needed(start: Path) -> None:
     assert out.exit_code == 2 and "--eval-data is missing" in out.stderr
 
 
+@pytest.mark.pictures
+def test_a_fraction_of_the_data_is_held_out(start: Path, tmp_path: Path) -> None:
+    """The same pairs of every run, none of which is trained on; what is the same is reported once."""
+    trained = ("--model", start / "start", "--data", start / "train.jsonl", "--cache-dir", tmp_path / "cache")
+    rates = ("--eval-fraction", "0.5", "--lr", "1e-3,1e-2", "--batch-size", 4, "--max-steps", 2)
+    out = invoke("sweep", *trained, *rates, "--output", tmp_path / "swept", "--json")
+    assert out.exit_code == 0, out.stderr
+    result = json.loads(out.stdout)
+    manifests = [read_manifest(Path(point["run"])) for point in result["points"]]
+    assert len({manifest["held_out"]["sha256"] for manifest in manifests}) == 1 < len(manifests)
+    assert result["pairs"] == manifests[0]["held_out"]["pairs"] > 0 == result["trained_on"]["pairs"]
+    lines = [line for line in out.stderr.splitlines() if re.match("model|data|layout|plan", line)]
+    assert len({*lines}) == len(lines) and sum(line.startswith("plan") for line in lines) == 1
+
+
 @pytest.mark.parametrize("given", ["[0.1, 1, 1e-2]", "0.1,1,0.01", "'1, 0.1, 0.01'", "[0.1, '1', 0.01]"])
 def test_betas_of_a_yaml_file(tmp_path: Path, given: str) -> None:
     file = tmp_path / "sweep.yaml"
@@ -365,7 +382,7 @@ def test_the_table_says_what_the_json_says(swept: tuple[Path, Any, Any], seen: S
     out = invoke(*command(folder, "--save-steps", 7, "--logging-steps", 3))
     assert out.exit_code == 0 and seen.models == []
     head, *lines = out.stdout.splitlines()
-    assert head.split() == ["beta", "lr", "KL", "95", "%", "interval", "accuracy", "margin,", "nats", "run"]
+    assert head.split() == ["beta", "lr", "KL", "95%", "interval", "accuracy", "margin,", "nats", "run"]
     for line, point in zip(lines, result["points"], strict=False):
         beta, lr, kl, low, to, high, accuracy, nats, run = line.split()
         assert (float(beta), float(lr), to, run) == (point["beta"], point["lr"], "to", point["run"])

@@ -914,7 +914,7 @@ def test_the_folder_of_a_killed_run_can_be_resumed_at_once(place: Place, trained
 
 
 def test_a_long_run_holds_no_more_than_a_short_one(place: Place, trained: Undisturbed) -> None:
-    """Descriptors from the first steps on; memory, in a run that is long enough, by 1 % at most."""
+    """Descriptors from the first steps on; memory, in a run that is long enough, by 1% at most."""
     steps = size(60, 2000)
     options = [*place.options("many-steps"), "--epochs", steps // 5, "--eval-steps", 50, "--save-steps", 50]
     watch = watching(place, "many-steps", steps=True)
