@@ -15,6 +15,7 @@ from typer import Argument, Exit, Option, Typer
 from typer.core import TyperGroup
 
 from dpo_cli.cli.command import COMMANDS, Command, Commands, out
+from dpo_cli.cli.help import PANEL_OF
 from dpo_cli.config.options import (
     CACHE_DIR,
     CheckOptions,
@@ -92,7 +93,7 @@ def init(
 
         out.show(import_config(source, file, devices or 1, data or (), force), as_text)
         return
-    write_config(file, data or (), force)
+    write_config(file, data or (), force, PANEL_OF)
     then = f"{file} is written. {'Now' if data else 'Fill in data: there, then'}: dpo train --config {file}"
     out.show({"config": str(file)}, lambda _: then)
 

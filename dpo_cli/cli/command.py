@@ -20,10 +20,10 @@ from typing import Annotated, Any, get_type_hints
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from dpo_cli.cli.help import EXAMPLES, FEW, LONGEST, OTHERS, PANELS
+from dpo_cli.cli.help import EXAMPLES, FEW, LONGEST, OTHERS, PANEL_OF, PANELS
 from dpo_cli.config.options import DataOptions, option
 from dpo_cli.config.resolve import resolve, resolve_training, suggest_option
-from dpo_cli.utils.errors import DpoError, UsageError, printable
+from dpo_cli.utils.errors import DpoError, Interrupted, UsageError, printable
 
 
 @dataclass
@@ -85,8 +85,9 @@ class Output:
 
             get_error_handler().record_exception(error)
         else:
+            head = "" if code == Interrupted.exit_code else "error: "
             overwrite = "\r" if sys.stderr.isatty() else ""  # the ^C that a terminal shows of an interrupt
-            self._log(message, {"event": "error", "exit_code": code}, f"{overwrite}error: ")
+            self._log(message, {"event": "error", "exit_code": code}, overwrite + head)
         return code
 
     def _log(self, text: str, event: dict[str, Any], head: str = "") -> None:
@@ -105,7 +106,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, DpoError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; cached reference log-probs are kept: rerun the command to continue", 130
+        return "interrupted; cached reference log-probs are kept: rerun the command to continue", Interrupted.exit_code
     if isinstance(error, OSError):
         return str(error), 1
     if type(error).__name__ == "OutOfMemoryError":  # torch's
@@ -157,10 +158,9 @@ class Command(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, options in groups, and two examples."""
         groups, parameters = defaultdict[str, list[tuple[str, str]]](list), self.get_params(ctx)
-        panels = {name: panel for panel, names in PANELS.items() for name in names.split()}
         for each in parameters:
             if record := each.get_help_record(ctx):
-                panel = "Options" if len(parameters) < FEW else panels.get(each.name, OTHERS)
+                panel = "Options" if len(parameters) < FEW else PANEL_OF.get(each.name, OTHERS)
                 groups["Arguments" if each.param_type_name == "argument" else panel].append(record)
         for panel in ("Arguments", "Options", *PANELS, OTHERS):
             if panel in groups:

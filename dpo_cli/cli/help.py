@@ -14,6 +14,7 @@ PANELS = {
     "gate per_pair report full",
     "Output": "export export_dtype logging_steps save_steps save_total_limit report_to json quiet log_json debug",
 }
+PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}
 OTHERS = "Advanced"
 FEW = 20  # options of a command that are one group
 LONGEST = 60  # characters of choices that are shown in place of a type

@@ -138,8 +138,8 @@ def _translate(peer: str, theirs: Config, devices: int, left: Config) -> tuple[C
         config["report_to"] = trackers
     names = {f.name for f in fields(TrainOptions)} - OTHERWISE
     names -= {name for name in ("save_steps", "eval_steps") if not isinstance(config.get(name), int)}  # parts of a run
-    if not config.keys() & {"eval_data", "eval_fraction"}:
-        names.discard("eval_steps")
+    if "eval_steps" in names & config.keys() and not config.keys() & {"eval_data", "eval_fraction"}:
+        left["eval_steps"] = f"{config.pop('eval_steps')}: no held-out data are named there; add --eval-fraction 0.1"
     for name in config.keys() - names:
         why = next((why for pattern, why in REASONS.items() if re.fullmatch(pattern, name)), "no counterpart")
         left[origin.get(name, name).removesuffix(" there")] = f"{reprlib.repr(config[name])}: {why}"

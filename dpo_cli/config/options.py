@@ -16,7 +16,7 @@ from dpo_cli.losses.preference import LOSSES
 from dpo_cli.utils.errors import UsageError, did_you_mean
 
 CACHE_DIR = Path("~/.cache/dpo")
-OF_A_RUN = "for eval, check and explain of a run, what it was trained with"
+OF_A_RUN = "when a run is evaluated or checked, its own"
 FORMATS = (
     *("strings", "messages", "conversations", "hh", "sharegpt"),
     *("alpaca", "orca", "ultrafeedback", "stackexchange", "ranked", "openai", "swift"),

@@ -167,8 +167,10 @@ def to_yaml(options: DataOptions) -> str:
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
-def write_config(file: Path, data: Sequence[str] = (), force: bool = False) -> None:
+def write_config(file: Path, data: Sequence[str], force: bool, headings: Mapping[str, str]) -> None:
     """Write a file of all options of `dpo train` with their help and defaults, and ``data`` as its pairs.
+
+    ``headings``: the heading of each option, in their order; options without one stand at the end.
 
     Raises:
         UsageError: the file exists, and ``force`` is not set.
@@ -177,8 +179,11 @@ def write_config(file: Path, data: Sequence[str] = (), force: bool = False) -> N
     import yaml
 
     comment = partial(fill, width=WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-    entries = [f"{comment(HEAD)}\n"]
-    for option in sorted(fields(TrainOptions), key=lambda f: f.name != "data"):
+    entries, places, last = [f"{comment(HEAD)}\n"], {name: i for i, name in enumerate(headings)}, ""
+    for option in sorted(fields(TrainOptions), key=lambda f: places.get(f.name, len(places))):
+        if (heading := headings.get(option.name, "Advanced")) != last:
+            entries.append(f"# ---- {heading} ".ljust(WIDTH, "-") + "\n")
+            last = heading
         value, text, shown = option.default, option.metadata["help"], option.metadata["shown"]
         if value is MISSING:
             value, text = list(data) or None, f"{text} Required."
@@ -250,11 +255,14 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
 
 def differences(began: TrainOptions, options: TrainOptions) -> dict[str, str]:
     """Describe, by name, the options that ask for another training than the one that a run began with."""
-    return {
-        name: f"--{name.replace('_', '-')} {value} (it began with {getattr(began, name)})"
-        for name, value in vars(options).items()
-        if name not in RESUME_MUTABLE and value != getattr(began, name)
-    }
+    found = {}
+    for name, value in vars(options).items():
+        if name in RESUME_MUTABLE or value == getattr(began, name):
+            continue
+        given, before = (" ".join(as_words({name: getattr(each, name)})) for each in (options, began))
+        given = given or f"no --{name.replace('_', '-')}"
+        found[name] = f"{given} (it began {f'with {before}' if before else 'without'})"
+    return found
 
 
 def inherit_auto_options(options: TrainOptions, began: TrainOptions) -> TrainOptions:

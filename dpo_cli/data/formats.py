@@ -50,7 +50,20 @@ def suggested_columns(row: Record) -> str:
             return ""
         guessed[ours] = near[0]
     names_of = ((ours, guessed[ours]) for ours in ("prompt", "chosen", "rejected"))
-    return "--columns " + ",".join(f"{ours}={name}" for ours, name in names_of if ours != name)
+    renamed = ",".join(f"{ours}={name}" for ours, name in names_of if ours != name)
+    return f"--columns {renamed}" if renamed else ""
+
+
+def _missing(row: Record, column: str) -> RowError:
+    """The error of a row without a column, with the option that names one of its own instead."""
+    if columns := suggested_columns(row):
+        return RowError(f"{column} is missing; to read yours: {columns}")
+    if not row or {"chosen", "rejected"} & row.keys():
+        return RowError(f"{column} is missing")
+    names = ", ".join(shortened(name) for name in list(row)[:8])
+    return RowError(
+        f"{column} is missing; the row has {names} (name yours as --columns prompt=NAME,chosen=NAME,rejected=NAME)"
+    )
 
 
 # ---- values of a column -----------------------------------------------------------------------------------------
@@ -60,10 +73,7 @@ def text(row: Record, column: str, kind: type[Any] | None = None) -> Any:
     """Return a string or normalized messages, or the one that ``kind`` asks for; neither of them empty."""
     value = row.get(column)
     if value is None:
-        names = "" if {"chosen", "rejected"} & row.keys() else ", ".join(shortened(name) for name in list(row)[:8])
-        columns = suggested_columns(row) or "--columns prompt=NAME,chosen=NAME,rejected=NAME"
-        hint = f"; the row has {names} (name yours as {columns})" if names else ""
-        raise RowError(f"{column} is missing{hint}")
+        raise _missing(row, column)
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         if (tools := value.get("tools")) and row.setdefault("tools", tools) != tools:
             raise RowError(f"{column} has other tools than the row or the other answer")
@@ -191,11 +201,10 @@ def _hh(row: Record, _: Format) -> Texts:
     chosen, rejected = text(row, "chosen", str), text(row, "rejected", str)
     before_chosen, before_rejected = (dialogue.split(HH_ASSISTANT)[:-1] for dialogue in (chosen, rejected))
     shared = before_chosen[: common_prefix(before_chosen, before_rejected)]
+    if not any(HH_ASSISTANT in dialogue for dialogue in (chosen, rejected)):
+        raise _missing(row, "prompt")
     if not shared:
-        hint = f"; to read yours: {columns}" if (columns := suggested_columns(row)) else ""
-        raise RowError(
-            f"prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'{hint}"
-        )
+        raise RowError("prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'")
     cut = sum(len(turn) + len(HH_ASSISTANT) for turn in shared)
     if any(mark in answer[cut:] for mark in (HH_HUMAN, HH_ASSISTANT) for answer in (chosen, rejected)):
         raise RowError("the dialogues differ before their last answer, so they have no common prompt")

@@ -263,4 +263,5 @@ def check_hub(models: Mapping[str, str], sets: Mapping[str, str]) -> None:
         if not kept_of_hub(name, data=name not in models):
             more = f". {WITHOUT_HUB}" if name == DEFAULT_MODEL else suggest_path(Path(name))
             more += f"; {NAME_BASE}" if option.endswith("its base model") else ""
+            more += "" if "/" in name else "; there is no folder of that name either, and a hub name is ORG/NAME"
             raise UsageError(f"{option} {name}: the hub cannot be reached ({why}), and its cache has no copy{more}")

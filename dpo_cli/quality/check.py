@@ -34,7 +34,7 @@ from dpo_cli.utils.files import atomic_write, finite
 # In the order in which they are reported, what changes a training most first. On a problem --strict fails, and --fix
 # drops the row.
 PROBLEMS = {
-    "refused": "refused rows: mend them, or leave them out by --fix or dpo train --on-bad-row skip",
+    "refused": "rows that dpo train refuses",
     "encoding": "damaged encoding: text decoded wrongly, replacement or control characters",
     "markers": "markers of chat templates in a response, outside code; the template writes its own",
     "contradiction": "contradictions: for one prompt two responses are preferred to each other",
@@ -330,7 +330,8 @@ def as_text(result: dict[str, Any]) -> str:
         lines.append(f"{finding['severity']:<9}{share}  {finding['title']}")
         for example in finding["examples"]:
             other = f" (see {example['other']})" if "other" in example else ""
-            lines.append(f"{'':28}{example['where']}{other}: {example['text']}")
+            text = "" if finding["title"].endswith(f": {example['text']}") else f": {example['text']}"
+            lines.append(f"{'':28}{example['where']}{other}{text}")
         lines.append("")
     if bias := result.get("length_bias"):
         low, high = bias["interval"]

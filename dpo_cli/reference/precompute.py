@@ -43,7 +43,7 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
             memory = choose_memory(reference.runner, pairs, process, options.memory, False, options.max_tokens).memory
             reference.split_weights(memory)
             trained = f"--memory {memory}"
-        reporter.info("memory", f"scored for dpo train {trained}")
+        reporter.info("memory", f"as in dpo train {trained}, which will read these log-probs")
         distributed.check_same(the_data=pairs.digest(), the_model=reference.fingerprint)
         cache = reference.open_cache(options, reporter)
         filled = fill_reference(cache, pairs, reference.runner, reporter)

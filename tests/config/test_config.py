@@ -14,8 +14,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_cli.cli.help import PANEL_OF
 from dpo_cli.config.options import Check, EvalOptions, Options, PrecomputeOptions, TrainOptions, option
-from dpo_cli.config.resolve import RESUME_MUTABLE, WIDTH, resolve, resolve_training, to_yaml, write_config
+from dpo_cli.config.resolve import RESUME_MUTABLE, WIDTH, as_words, resolve, resolve_training, to_yaml, write_config
 from dpo_cli.utils.errors import UsageError
 from tests.helpers import Cli
 
@@ -494,9 +495,10 @@ def test_what_changes_the_training_cannot_be_changed(option: str, run: Path) -> 
         return
     with pytest.raises(UsageError) as caught:
         resolve_training({option: OTHER[option]}, run)
-    began = getattr(resolve_training({}, run), option)
-    flag = "--" + option.replace("_", "-")
-    said = f"--resume {run}: cannot change {flag} {OTHER[option]} (it began with {began}). A new run can: dpo train "
+    began = vars(resolve_training({}, run))[option]
+    given, began = (" ".join(as_words({option: each})) for each in (OTHER[option], began))
+    began, flag = f"with {began}" if began else "without", "--" + option.replace("_", "-")
+    said = f"--resume {run}: cannot change {given} (it began {began}). A new run can: dpo train "
     assert str(caught.value).startswith(said)
     words = shlex.split(str(caught.value).removeprefix(said))
     value = [] if isinstance(OTHER[option], bool) else [str(OTHER[option])]
@@ -548,20 +550,22 @@ def entries(text: str) -> dict[str, str]:
     found = {}
     for block in text.split("\n\n")[1:]:
         comments = [line.removeprefix("# ") for line in block.splitlines() if line.startswith("# ")]
+        if block.startswith("# ---- "):
+            continue
         [option_line] = [line for line in block.splitlines() if not line.startswith("#")]
         found[option_line.partition(":")[0]] = " ".join(comments)
     return found
 
 
 def test_every_option_stands_there_with_its_default(tmp_path: Path) -> None:
-    write_config(tmp_path / "run.yaml")
+    write_config(tmp_path / "run.yaml", [], False, PANEL_OF)
     values = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    assert list(values)[:2] == ["data", "model"] and set(values) == {f.name for f in fields(TrainOptions)}
+    assert list(values)[:2] == ["data", "eval_data"] and set(values) == {f.name for f in fields(TrainOptions)}
     assert resolve(TrainOptions, {"data": ["pairs.jsonl"]}, tmp_path / "run.yaml") == TrainOptions(data=["pairs.jsonl"])
 
 
 def test_a_comment_says_what_it_is_for_and_what_it_can_be(tmp_path: Path) -> None:
-    write_config(tmp_path / "run.yaml")
+    write_config(tmp_path / "run.yaml", [], False, PANEL_OF)
     text = (tmp_path / "run.yaml").read_text()
     assert all(len(line) <= WIDTH for line in text.splitlines())
     about = entries(text)
@@ -571,6 +575,7 @@ def test_a_comment_says_what_it_is_for_and_what_it_can_be(tmp_path: Path) -> Non
         assert not check or all(choice in about[field.name] for choice in check.choices)
         assert field.metadata["shown"] is None or f"null: {field.metadata['shown']}" in about[field.name]
     assert "Must be at least 0 and less than 1." in about["warmup_ratio"]
+    assert text.index("# ---- Everyday options ") < text.index("\ndata:") < text.index("# ---- Data ")
 
 
 def test_a_new_option_is_in_it_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -579,7 +584,7 @@ def test_a_new_option_is_in_it_by_itself(tmp_path: Path, monkeypatch: pytest.Mon
         mood: str = option("good", "How it is.", Check(str.isalpha, "must be a word"))
 
     monkeypatch.setattr("dpo_cli.config.resolve.TrainOptions", More)
-    write_config(tmp_path / "run.yaml")
+    write_config(tmp_path / "run.yaml", [], False, PANEL_OF)
     assert (tmp_path / "run.yaml").read_text().endswith("\n# How it is. Must be a word.\nmood: good\n")
 
 

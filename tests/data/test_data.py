@@ -367,8 +367,11 @@ def test_tools_of_ranked_conversations_are_kept(tmp_path: Path) -> None:
 def test_a_refusal_ends_with_the_columns_of_the_row(tmp_path: Path) -> None:
     record = {"query": "Why?", "good_answer": "a", "bad_answer": "b"}
     columns = "prompt=query,chosen=good_answer,rejected=bad_answer"
-    ends = f"the row has query, good_answer, bad_answer (name yours as --columns {columns})"
-    assert reason(tmp_path, record) == f"chosen is missing; {ends}"
+    assert reason(tmp_path, record) == f"chosen is missing; to read yours: --columns {columns}"
+    typo = {"promt": "Why?", "chosen": "a", "rejected": "b"}
+    assert reason(tmp_path, typo) == "prompt is missing; to read yours: --columns prompt=promt"
+    ours = "--columns prompt=NAME,chosen=NAME,rejected=NAME"
+    assert reason(tmp_path, {"x": 1, "y": 2}) == f"chosen is missing; the row has x, y (name yours as {ours})"
     [row] = read_bytes(tmp_path, "rows.jsonl", json.dumps(record), columns)
     assert isinstance(row, Row), row
 
@@ -522,7 +525,7 @@ def test_dialogues_that_differ_before_the_last_answer_are_refused(tmp_path: Path
     differ = "the dialogues differ before their last answer, so they have no common prompt"
     none = "prompt is missing, and chosen and rejected share no dialogue that ends with 'Assistant:'"
     assert refused(tmp_path, early, longer, other_way_round) == [differ] * 3
-    assert refused(tmp_path, no_assistant, no_common, no_dialogue) == [none] * 3
+    assert refused(tmp_path, no_assistant, no_common, no_dialogue) == ["prompt is missing", none, "prompt is missing"]
 
 
 def test_a_dialogue_with_an_empty_or_equal_last_answer_is_refused(tmp_path: Path) -> None:
@@ -545,7 +548,7 @@ def test_a_dialogue_with_an_empty_or_equal_last_answer_is_refused(tmp_path: Path
         ({}, "chosen is missing"),
         (STRINGS | {"chosen": None}, "chosen is missing"),
         (STRINGS | {"rejected": None}, "rejected is missing"),
-        (STRINGS | {"prompt": None}, "prompt is missing, and chosen and rejected share no dialogue"),
+        (STRINGS | {"prompt": None}, "prompt is missing"),
         (STRINGS | {"chosen": 7}, "chosen is a number; it must be a string or a list of messages"),
         (ASKED | {"chosen": GOOD, "rejected": {"role": "assistant"}}, "rejected, message 1: content must be a string"),
         (STRINGS | {"prompt": True}, "prompt is a number; it must be a string or a list"),
