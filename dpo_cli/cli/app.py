@@ -108,6 +108,10 @@ def train(
     card: Annotated[str | None, Option(help="GPU of --trace, as h100. [default: the one that is here]")] = None,
 ) -> None:
     """Train a model on chosen/rejected pairs."""
+    if options.output and not resume:  # before libraries that take seconds to import
+        from dpo_cli.utils.files import refuse_existing
+
+        refuse_existing(options.output)
     if check_trace(dry_run, trace, card):
         reporter = out.reporter(options, weights=False)
         from dpo_cli.training.trace import as_text

@@ -33,14 +33,14 @@ from dpo_cli.reporting.plots import curves, write_plots
 from dpo_cli.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
 from dpo_cli.training.optimizer import SPLIT_MODES, compile_updates, learning_rate, make_optimizer
 from dpo_cli.training.results import answer, export, summary
-from dpo_cli.training.run_dir import LOCK, begin, check_same_run, make_manifest, read_manifest, trained_with
-from dpo_cli.training.setup import Run, prepare_run, record_reference, score_reference
+from dpo_cli.training.run_dir import begin, check_same_run, make_manifest, read_manifest, trained_with
+from dpo_cli.training.setup import Run, prepare_run, record_reference, report_time, score_reference
 from dpo_cli.training.step import Trainer, compare_with_reference
 from dpo_cli.training.trackers import MetricsLog, check_installed
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter, format_metrics
 from dpo_cli.utils.errors import DpoError, Interrupted, NotWrittenError, plural
-from dpo_cli.utils.files import file_lock, remove_leftovers, sync
+from dpo_cli.utils.files import LOCK, file_lock, remove_leftovers, sync
 
 
 def train(
@@ -73,6 +73,7 @@ def train(
         run = prepare_run(options, resume, device, reporter, dry_run)
         if dry_run:
             missing = lookup_cached(run.cache, run.scored(), reporter)[1] if run.cache else []
+            report_time(run, run.scored().select(missing))
             return {"pairs": len(run.pairs), "steps": len(run.plan), "reference_misses": len(missing)}
         manifest = make_manifest(run, command)
         _complete_manifest(run, manifest, bool(resume))

@@ -25,12 +25,20 @@ from dpo_cli.config.resolve import resolve, to_yaml
 from dpo_cli.data.pairs import Hashes
 from dpo_cli.utils import distributed
 from dpo_cli.utils.errors import NotWrittenError, UsageError
-from dpo_cli.utils.files import atomic_dir, file_lock, load_checksummed, sha256, to_json, with_checksum
+from dpo_cli.utils.files import (
+    LOCK,
+    atomic_dir,
+    file_lock,
+    load_checksummed,
+    refuse_existing,
+    sha256,
+    to_json,
+    with_checksum,
+)
 
 if TYPE_CHECKING:
     from dpo_cli.training.setup import Run
 
-LOCK = "run.lock"
 TRAINED = "trained-pairs.safetensors"  # hashes of the pairs that are trained on
 ENCODER_DEFAULTS = {"max_length": 1024, "control_tokens": "keep", "train_turns": "last"}
 ROW_DEFAULTS = {"pairs": "best-worst", "margin_per_score": 0.0}
@@ -42,11 +50,7 @@ def choose_folder(output: Path | None, resume: Path | None) -> Path:
     if resume:
         return resume
     folder = output or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
-    if folder.exists():
-        if (folder / LOCK).is_file():
-            with file_lock(folder / LOCK):  # fails if another process is using it
-                pass
-        raise UsageError(f"--output {folder}: exists; choose another, or for a run use --resume {folder}")
+    refuse_existing(folder)
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError as error:

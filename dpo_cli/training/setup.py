@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -327,9 +330,28 @@ def _report_plan(run: Run) -> None:
         reporter.info("held out", f"no pairs: nothing will show whether the model learns the preference; {HOLD_OUT}")
     elif len(run.held_out) < ENOUGH:
         few = plural(len(run.held_out), "held-out pair")
-        reporter.info("", f"{few}: too few to judge the result ({ENOUGH} needed)")
+        reporter.info("held out", f"{few}: too few to judge the result ({ENOUGH} needed)")
     if run.held_out and (overlap := trained_on(run.held_out, run.trained, "will be")["text"]):
         reporter.warning(overlap)
+
+
+def report_time(run: Run, unscored: Pairs) -> None:
+    """Report about how long the run will take, on a CPU, whose small forwards are as fast per token as large ones.
+
+    A step counts as three forwards; answers, updates and checkpoints are left out.
+    """
+    options, runner, steps = run.options, run.policy.runner, len(run.plan)
+    if runner.device.type != "cpu":
+        return
+    places = run.plan[0][0][:4]
+    with torch.no_grad():
+        batch, began = runner.batch(run.pairs.select(places)), time.perf_counter()
+        runner.token_logps(batch)
+    per_token = (time.perf_counter() - began) / count_tokens(places, run.pairs, run.costs, runner.layout)
+    passes = 1 + math.ceil(steps / (options.eval_steps or steps)) + (options.kl == "exact")
+    tokens = 3 * run.count_tokens(run.plan) + sum(runner.costs(unscored)) + passes * sum(runner.costs(run.held_out))
+    seconds = max(round(per_token * tokens), 1)
+    run.reporter.info("time", f"about {timedelta(seconds=seconds)} (estimate, by a forward's time)")
 
 
 def _report_room(run: Run) -> None:

@@ -23,6 +23,7 @@ try:
 except ModuleNotFoundError as error:
     raise UsageError("Windows cannot lock files as runs need it; use WSL, the Windows Subsystem for Linux") from error
 
+LOCK = "run.lock"  # in the folder of a run
 DAY = 86_400  # seconds: no process writes one file or folder for as long
 # Of each kind of entry in the cache folder: where they lie, and the file in each that names its model.
 CACHED = {"reference": ("reference", "about.json"), "model": ("models", "copy.json")}
@@ -132,6 +133,15 @@ def file_lock(file: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuse the folder of a new run if it exists, and say whether another process is using it."""
+    if folder.exists():
+        if (folder / LOCK).is_file():
+            with file_lock(folder / LOCK):
+                pass
+        raise UsageError(f"--output {folder}: exists; choose another, or for a run use --resume {folder}")
 
 
 def append_line(path: Path, line: str) -> None:

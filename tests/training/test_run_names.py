@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import time
+from datetime import timedelta
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,27 @@ def test_the_manifest_has_the_commit_of_the_working_folder(
     git("init")
     git("commit", "--allow-empty", "-m", "first")
     assert committed("after") == git("rev-parse", "HEAD")
+
+
+def test_a_dry_run_estimates_the_time_by_a_forward(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of four pairs counts as three forwards of them; to score them is one more, until they are cached."""
+    monkeypatch.chdir(tmp_path)
+    clock = iter(range(0, 10**6, 1000))  # a forward takes 1000 s
+    monkeypatch.setattr("dpo_cli.training.setup.time.perf_counter", lambda: next(clock))
+    base = ["--model", str(tiny), "--data", str(SAMPLE / "train.jsonl"), "--cache-dir", "cache"]
+    plan = [*base, "--max-steps", "1", "--batch-size", "4", "--dry-run"]
+    for seconds, first in ((4000, None), (3000, ["precompute-ref", *base])):
+        if first:
+            assert CliRunner().invoke(app, first).exit_code == 0
+        out = CliRunner().invoke(app, ["train", *plan])
+        assert out.exit_code == 0 and f"time        about {timedelta(seconds=seconds)} (estimate" in out.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_once(tiny: Path, tmp_path: Path) -> None:
+    """Also by root, whom no mode stops."""
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "run", Path("/proc/none/run")):
+        more = ["--data", str(SAMPLE / "train.jsonl"), "--output", str(output)]
+        out = CliRunner().invoke(app, ["train", "--model", str(tiny), *more])
+        assert out.exit_code == 2 and f"--output {output}: cannot be created" in out.stderr
+        assert "data  " not in out.stderr, "nothing was read"
