@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.data.batching import MicroBatch, padded
-from dpo_cli.data.pairs import Pair, Pairs
+from dpo_cli.data.pairs import Ids, Pair, Pairs
 from dpo_cli.data.schedule import Layout, probe_pairs, row_costs
 from dpo_cli.models.attention import PREFIX_SHARED, attention
 from dpo_cli.models.logprobs import ModelRunner, forward_errors, out_of_memory
@@ -49,23 +49,26 @@ def choose_layout(
     """
     groups, limit = _tried(model, pairs, max_tokens)
     tried = [pair for group in groups for pair in group]
-    longest = max(((p.prompt, r) for p in tried for r in (p.chosen, p.rejected)), key=lambda each: sum(map(len, each)))
+    sequences = [(pair.prompt, response) for pair in tried for response in (pair.chosen, pair.rejected)]
+    order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))  # a longer one may leave state
+    shortest, longest = order[0], order[-1]
     exact = ModelRunner(model, "alone", torch.float32, max_tokens, device, chunked_lm_head=False)
     precisions = dict.fromkeys((torch.float32, dtype))
     with forward_errors("the model's own forward fails on a pair of the data"):
-        expected = {p: _alone(replace(exact, dtype=p), tried) for p in precisions}
+        alone = {p: _alone(replace(exact, dtype=p), sequences, order) for p in precisions}
+    expected = {p: torch.cat(logps) for p, logps in alone.items()}
     if not all(logps.isfinite().all() for logps in expected.values()):
         raise DpoError("the start model's log-probs are not finite: its weights are broken, or --dtype is too coarse")
     own_error = (expected[dtype] - expected[torch.float32]).abs().mean()
     with forward_errors("the model's own forward fails in training mode"):
-        _check_alone(exact, padded([longest]).to(device))
+        _check_alone(exact, padded([sequences[longest]]).to(device), alone[torch.float32][longest])
     apart, reasons = False, list[str]()
     with suppress(UsageError), forward_errors("a body or a head of another kind"):
-        short = [min(tried, key=lambda pair: len(pair.prompt) + len(pair.chosen) + len(pair.rejected))]
-        apart = _largest(_alone(replace(exact, chunked_lm_head=True), short) - _alone(exact, short)) < 1e-3
+        (logps,) = _alone(replace(exact, chunked_lm_head=True), [sequences[shortest]])
+        apart = _largest(logps - alone[torch.float32][shortest]) < 1e-3
     layouts: list[Layout] = [*DESCRIPTIONS]
     chosen = getattr(model.config.get_text_config(), "index_topk", None)
-    if chosen and sum(map(len, longest)) > chosen:
+    if chosen and sum(map(len, sequences[longest])) > chosen:
         limit, layouts = min(limit, chosen), ["alone"]
         reasons.append("its attention chooses tokens, and breaks ties by the row's length")
     for layout in layouts:
@@ -129,14 +132,14 @@ def _tried(model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int) -> tu
     return groups, min(between, default=math.inf)
 
 
-def _alone(runner: ModelRunner, tried: Sequence[Pair]) -> Tensor:
-    """Token log-probs (N,) of these pairs, a forward per response, shorter ones before one that may leave state."""
-    sequences = [(pair.prompt, response) for pair in tried for response in (pair.chosen, pair.rejected)]
+def _alone(runner: ModelRunner, sequences: Sequence[tuple[Ids, Ids]], order: Sequence[int] = (0,)) -> list[Tensor]:
+    """Token log-probs of each response, (N,) each, a forward per distinct sequence of prompt and response."""
     logps = dict[tuple[bytes, bytes], Tensor]()
-    for prompt, response in sorted(sequences, key=lambda each: sum(map(len, each))):
-        if (ids := (prompt.tobytes(), response.tobytes())) not in logps:
-            logps[ids] = runner.token_logps(padded([(prompt, response)]).to(runner.device))
-    return torch.cat([logps[prompt.tobytes(), response.tobytes()] for prompt, response in sequences])
+    keys = [(prompt.tobytes(), response.tobytes()) for prompt, response in sequences]
+    for place in order:
+        if keys[place] not in logps:
+            logps[keys[place]] = runner.token_logps(padded([sequences[place]]).to(runner.device))
+    return [logps[key] for key in keys]
 
 
 def _run_backward(runner: ModelRunner, pair: Pair) -> None:
@@ -166,9 +169,9 @@ def _thresholds(config: Mapping[str, Any]) -> set[int]:
     return found.union(*(_thresholds(part) for part in config.values() if isinstance(part, dict)))
 
 
-def _check_alone(runner: ModelRunner, batch: MicroBatch) -> None:
-    """Refuse a model whose log-probs of one sequence are others in training, or with another last token."""
-    expected, ids = runner.token_logps(batch), batch.input_ids.clone()
+def _check_alone(runner: ModelRunner, batch: MicroBatch, expected: Tensor) -> None:
+    """Refuse a model whose log-probs of one sequence (N,) are others in training, or with another last token."""
+    ids = batch.input_ids.clone()
     ids[0, -1] = int(ids[0, -1] == 0)
     changed = replace(batch, input_ids=ids)
     runner.model.train()
