@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
@@ -191,13 +193,19 @@ def answer_all(
     models: Mapping[str, Model], histories: Mapping[str, list[Message]], sampling: Sampling, console: Console
 ) -> dict[str, Answer]:
     """Let each model answer its history, and show the answers as they come: in columns, or one under the other."""
-    answers, texts = dict[str, Answer](), dict.fromkeys(models, "")
+    answers, texts, column = dict[str, Answer](), dict.fromkeys(models, ""), 0
     beside, live = len(models) > 1 and console.width >= WIDE, Live(console=console, auto_refresh=False)
 
     def show(name: str, piece: str) -> None:
+        nonlocal column
         texts[name] += piece
         if not beside:
-            console.print(piece, end="", soft_wrap=True)
+            for word in re.split(r"(?<=\s)", piece):
+                if console.is_terminal and column + cell_len(word.rstrip()) > console.width:  # else it breaks words
+                    console.print()
+                    column = 0
+                console.print(word, end="", soft_wrap=True)
+                column = 0 if word.endswith("\n") else column + cell_len(word)
         elif console.is_terminal:
             live.update(_columns(texts, console, console.height - 2), refresh=True)
 
@@ -205,6 +213,7 @@ def answer_all(
         for name, model in models.items():
             if len(models) > 1 and not beside:
                 console.print(Text(name, "bold"))
+            column = 0
             answers[name] = model.answer(histories[name], sampling, partial(show, name))
             texts[name] = answers[name].marked or EMPTY
             if not beside:

@@ -156,7 +156,7 @@ def _facts(about: ReportInput) -> Iterator[tuple[str, str]]:
         yield "pairs", f"{number(data['pairs'])} to train on, {number(held_out['pairs'])} held out"
     if "lr" in options:
         steps = len({line.get("step") for line in losses})
-        yield "steps", f"{number(steps)} of {plural(options.get('batch_size', 0), 'pair')}"
+        yield "steps", f"{number(steps)} of {plural(options.get('batch_size', 0), 'pair')} each"
         yield "learning rate", f"{options['lr']:g}, {options.get('lr_scheduler')}"
         adapter = f"adapter of rank {options['lora_rank']}" if options.get("lora_rank") else "all weights"
         yield "trained", f"{adapter}, beta {options.get('beta')}, loss {about.objective.name}"

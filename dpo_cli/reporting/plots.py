@@ -128,6 +128,7 @@ def _draw_curve(axes: Axes, history: History, names: Sequence[str], level: float
                 axes.plot(steps, values, color=COLORS[side or "ink"], label=label, **style | line_style)
     if level is not None:
         axes.axhline(level, color=COLORS["muted"], lw=0.8, ls="--", zorder=1)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("step")
 
 

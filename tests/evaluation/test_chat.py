@@ -265,6 +265,9 @@ def test_answers_stand_side_by_side_where_there_is_room(
     assert answer == {"prompt": "Hello", "before": long.strip() + "…", "after": ""}
     beside = [line for line in shown.splitlines() if "before" in line and "after" in line]
     assert bool(beside) == (width == 140) and "(empty answer)" in shown and "word…" in shown.replace("\n", "")
+    if width == 80 and live:  # no word is broken; elsewhere lines are as the model wrote them
+        assert sum(line.startswith("word ") for line in shown.splitlines()) == 2 and "w\nord" not in shown
+    assert (long.strip() in shown) == (width == 80 and not live)
 
 
 def test_an_answer_does_not_steer_the_terminal(place: Path) -> None:

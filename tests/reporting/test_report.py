@@ -173,7 +173,7 @@ def test_everything_has_its_section() -> None:
     names = ["verdict", "headline", "facts", "samples", "training", "preference", "pairs", "drift", "numbers"]
     assert found.sections() == [*names, "manifest", "options", "evaluation"]
     text = " ".join("".join(found.texts).split())
-    assert "start modela model" in text and "60 of 8 pairs" in text and "2e-05" in text
+    assert "start modela model" in text and "60 of 8 pairs each" in text and "2e-05" in text
     assert len([tag for tag, _ in found.elements if tag == "img"]) == len(plots.CURVES) + 2
 
 
