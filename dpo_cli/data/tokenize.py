@@ -18,7 +18,7 @@ import numpy as np
 from dpo_cli.data.chat import REASONING_UNSEEN, Chat, Conversation, Side
 from dpo_cli.data.pairs import Ids, Pair, Pairs, common_prefix
 from dpo_cli.data.rows import BadRow, Row
-from dpo_cli.utils.errors import RowError, UsageError
+from dpo_cli.utils.errors import RowError, UsageError, plural
 
 BATCH_ROWS = 512  # per call of the tokenizer; more is no faster
 
@@ -70,7 +70,7 @@ def refusal(refused: list[BadRow], rows: int) -> UsageError:
         counts = reasons(refused[10:])
         most_frequent = [f"{n} × {why}" for why, n in list(counts.items())[:10]] + ["…"] * (len(counts) > 10)
         lines.append(f"and {len(refused) - 10} more: " + "; ".join(most_frequent))
-    lines.append(f"{len(refused)} of {rows} rows cannot be used. Fix them, or skip them with --on-bad-row skip")
+    lines.append(f"{len(refused):,} of {plural(rows, 'row')} cannot be used. Fix them, or skip them with --on-bad-row skip")
     return UsageError("\n".join(lines))
 
 

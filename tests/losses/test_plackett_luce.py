@@ -333,7 +333,7 @@ def run(place: Path, tiny: Path) -> Path:
         out = dpo(place, tiny, patch, "train", "--output", "run", *common)
     assert out.exit_code == 0, out.output
     # 1 + 2 (1 + 2 + 3 + 4) pairs of 9 rows; no pair of the answer whose score another has.
-    assert "9 rows, 21 pairs, 0 refused" in out.stderr and "1 rows with answers left out" in out.stderr
+    assert "9 rows, 21 pairs, 0 refused" in out.stderr and "1 row with answers left out" in out.stderr
     return place / "run"
 
 

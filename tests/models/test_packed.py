@@ -64,7 +64,7 @@ def pack_mxfp8(name: str, x: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
         return None
     blocks = x.unflatten(1, (-1, 32))
     exponents = blocks.abs().amax(-1, keepdim=True).log2().floor() - 8
-    packed = (blocks / 2**exponents).to(torch.float8_e4m3fn)
+    packed = (blocks / 2**exponents).clamp(-448, 448).to(torch.float8_e4m3fn)  # torch 2.11 does not saturate
     stored = {name: packed.flatten(1), f"{name}_scale_inv": (exponents[..., 0] + 127).to(torch.uint8)}
     return stored, (packed.float() * 2**exponents).flatten(1)
 
