@@ -70,7 +70,8 @@ def refusal(refused: list[BadRow], rows: int) -> UsageError:
         counts = reasons(refused[10:])
         most_frequent = [f"{n} × {why}" for why, n in list(counts.items())[:10]] + ["…"] * (len(counts) > 10)
         lines.append(f"and {len(refused) - 10} more: " + "; ".join(most_frequent))
-    lines.append(f"{len(refused):,} of {plural(rows, 'row')} cannot be used. Fix them, or skip them with --on-bad-row skip")
+    count = f"{len(refused):,} of {plural(rows, 'row')}"
+    lines.append(f"{count} cannot be used. Fix them, or skip them with --on-bad-row skip")
     return UsageError("\n".join(lines))
 
 
