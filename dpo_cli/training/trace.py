@@ -46,7 +46,7 @@ PART_NAMES = {
     "other": "other",
 }
 PARTS = tuple(PART_NAMES)
-ATTENTION = "attention"  # whose FLOPs are plural apart
+ATTENTION = "attention"  # whose FLOPs are counted apart
 BLOCK = 512  # bytes: the CUDA allocator rounds up to it
 BACKWARD = 2.5  # products of flash attention's backward pass per product of its forward
 

@@ -28,7 +28,7 @@ def suggest_path(path: Path) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Write a count and what is plural, as ``1 pair`` or ``2,000 pairs``."""
+    """Write a count and what is counted, as ``1 pair`` or ``2,000 pairs``."""
     ending = "es" if noun.endswith("ch") else "s"
     return f"{count:,} {noun}{ending * (count != 1)}"
 
