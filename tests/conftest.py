@@ -23,6 +23,8 @@ from tests.helpers import (
 )
 from tests.helpers.pictures import pictures
 
+# Of oneDNN, before its first use: kernels for AMX or AVX-512's bfloat16 round otherwise than the recorded numbers.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 # They take minutes: begun last, they would leave one worker busy while the others have nothing more to do.
 LONGEST = ("test_ranks", "test_torture", "test_resume")
 

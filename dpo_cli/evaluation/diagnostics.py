@@ -92,24 +92,23 @@ def diagnose(about: Evidence) -> tuple[list[Finding], dict[str, Any]]:
 
 def judge(pairs: int, problems: int = 0, passed: Sequence[str] = (), trained_on: int = 0) -> dict[str, Any]:
     """The verdict on a model after its checks: on how many pairs, whether they are enough, and all of it in words."""
-    judged = {**count_new(pairs, trained_on), "passed": list(passed)}
+    judged = count_new(pairs, trained_on) | {"passed": list(passed)}
     if not pairs:
-        text = "No pairs were held out: nothing shows whether the model learned the preference; " + HOLD_OUT
+        judged["text"] = "No pairs were held out: nothing shows whether the model learned the preference; " + HOLD_OUT
     elif judged["enough"]:
         count = f"{plural(problems, 'problem')} found" if problems else "No problems found"
         of = f"{pairs:,} pairs{f', {trained_on:,} of which were trained on' * bool(trained_on)}"
         names = ", ".join(kind.replace("_", " ") for kind in passed)
-        text = f"{count}: {plural(len(passed), 'check')} passed on {of} (looked for: {names})"
-    else:
-        text = judged["text"]
-    return judged | {"text": text}
+        judged["text"] = f"{count}: {plural(len(passed), 'check')} passed on {of} (looked for: {names})"
+    return judged
 
 
 def count_new(pairs: int, trained_on: int = 0) -> dict[str, Any]:
-    """Count the pairs that were not trained on, and compare with how many are needed; ``text`` is for too few."""
+    """Count the pairs that were not trained on, and whether they are ``enough``; ``text`` says so if they are not."""
     new, which = pairs - trained_on, " that were not trained on" * bool(trained_on)
+    judged = {"pairs": new, "needed": ENOUGH, "enough": new >= ENOUGH}
     text = f"Only {plural(new, 'pair')}{which}: too few to judge ({ENOUGH} needed)"
-    return {"pairs": new, "needed": ENOUGH, "enough": new >= ENOUGH, "text": text}
+    return judged if judged["enough"] else judged | {"text": text}
 
 
 def verdict(about: Evidence, judged: Mapping[str, Any]) -> list[str]:

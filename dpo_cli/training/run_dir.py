@@ -57,7 +57,7 @@ def choose_folder(output: Path | None, resume: Path | None) -> Path:
         raise UsageError(f"--output {folder}: its path is not UTF-8") from error
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     try:
-        tempfile.TemporaryDirectory(dir=above).cleanup()
+        Path(tempfile.mkdtemp(".tmp", ".", above)).rmdir()
     except OSError as error:
         raise UsageError(f"--output {folder}: cannot be created: no folder can be made in {above}") from error
     return folder
