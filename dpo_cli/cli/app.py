@@ -6,6 +6,8 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -40,8 +42,8 @@ Run = Annotated[
 ]
 MaxNewTokens = Annotated[int, Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
 Temperature = Annotated[float, Option("--temperature", min=0, help="0: greedy; 1: the model's own distribution.")]
-Seed = Annotated[int, Option("--seed", min=0, help="Seed of answers at a temperature.")]
-NoBefore = Annotated[bool, Option("--no-before", help="Leave out what the model answered before its training.")]
+Seed = Annotated[int, Option("--seed", min=0, help="Random seed for sampling, with --temperature above 0.")]
+NoBefore = Annotated[bool, Option("--no-before", help="Do not show the answers of the model before its training.")]
 BaseModel = Annotated[str | None, Option("--base-model", help="The adapter's base. [default: what it names]")]
 Device = Annotated[str, Option("--device", help="cuda, cuda:NUMBER, xpu, mps, cpu or auto.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run Python code of the model's repository.")]
@@ -177,12 +179,19 @@ def generate(
 def _open(run: str, before: bool, seed: int, base: str | None, device: str, trust: bool) -> Any:
     about = {"base_model": base, "device": device, "trust_remote_code": trust, "seed": seed}
     options = EvalOptions(data=[], model=[run], **about)
-    try:
+    with _model_is_argument():
         reporter = out.reporter(options)
         from dpo_cli.evaluation.chat import open_models
 
         return open_models(run, options, before, reporter)
-    except UsageError as error:  # here it is an argument
+
+
+@contextmanager
+def _model_is_argument() -> Iterator[None]:
+    """Let errors not name ``--model``, where the model is an argument."""
+    try:
+        yield
+    except UsageError as error:
         raise UsageError(str(error).replace("--model ", "", 1)) from error
 
 
@@ -245,11 +254,10 @@ def merge(
 
     find_model(model, base=base_model)
     reporter = out.reporter()
+    from dpo_cli.hub.export import as_text
     from dpo_cli.hub.export import merge as run
 
-    result = run(model, base_model, output, export_dtype, trust_remote_code, reporter)
-    written = f"{output}: {result['parameters']:,} parameters, loaded again and compared with the model in memory"
-    out.show(result, lambda _: f"{written}\nNext: dpo chat {shlex.quote(str(output))}")
+    out.show(run(model, base_model, output, export_dtype, trust_remote_code, reporter), as_text)
 
 
 def export(
@@ -264,11 +272,13 @@ def export(
     """Write a model as a GGUF file for llama.cpp and Ollama."""
     from dpo_cli.models.locate import find_model
 
-    find_model(run, base=base_model)
-    reporter = out.reporter()
-    from dpo_cli.hub.gguf import export as write
+    with _model_is_argument():
+        find_model(run, base=base_model)
+        reporter = out.reporter()
+        from dpo_cli.hub.gguf import as_text
+        from dpo_cli.hub.gguf import export as write
 
-    out.show(write(run, gguf, quantization, llama_cpp, base_model, reporter))
+        out.show(write(run, gguf, quantization, llama_cpp, base_model, reporter), as_text)
 
 
 def explain(options: ExplainOptions) -> None:

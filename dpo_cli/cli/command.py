@@ -124,7 +124,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         extra = re.search(r"unexpected extra argument.* \((.*)\)", message)
         if extra and any(parameter.name == "data" for parameter in context.command.params):
             return f"{message}; did you mean {' '.join(f'--data {name}' for name in extra[1].split())}?", 2
-        return f"{message}; see {context.command_path} --help", 2
+        return message if message.endswith("?") else f"{message}; see {context.command_path} --help", 2
     raise error
 
 

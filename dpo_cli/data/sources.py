@@ -236,7 +236,7 @@ def unreachable() -> str:
             return ""
         if "huggingface_hub" not in sys.modules:
             os.environ[OFFLINE[0]] = "1"
-        return str(getattr(why, "strerror", None) or why)
+        return reason_of(why)
     return ""
 
 

@@ -265,23 +265,22 @@ def chat(models: Mapping[str, Model], sampling: Sampling, save: Path | None, con
             console.print(Text(f"unknown: {line}; {COMMANDS}", "dim"))
         elif line:
             asked = {name: history + user_turn(line) for name, history in histories.items()}
-            shown = {name: name for name in models}
-            if save:
-                shown = dict(zip("ab", random.Random(turn).sample([*models], 2), strict=True))
+            names = random.sample([*models], len(models)) if save else [*models]
+            labels = dict(zip(names, "ab" if save else names, strict=False))
             try:
-                drawn = replace(sampling, seed=turn % 2**32)
-                speakers = {label: models[name] for label, name in shown.items()}
-                answers = answer_all(speakers, {label: asked[shown[label]] for label in shown}, drawn, console)
+                drawn, speakers = replace(sampling, seed=turn % 2**32), {labels[name]: models[name] for name in names}
+                answers = answer_all(speakers, {labels[name]: asked[name] for name in names}, drawn, console)
             except DpoError as error:
                 console.print(Text(f"error: {printable(str(error))}", "red"))
                 continue
             except KeyboardInterrupt:
                 console.print(Text(f"\n{STOPPED}", "dim"))
                 continue
+            answers = {name: answers[labels[name]] for name in models}
             if save:
-                better = _preferred(answers, shown, asked["after"], save, models["after"], console)
-                answers = dict.fromkeys(shown, answers[better])
-            histories = {name: asked[name] + answer_of(answers[label].text) for label, name in shown.items()}
+                better = _preferred(answers, labels, asked["after"], save, models["after"], console)
+                answers = dict.fromkeys(models, answers[better])
+            histories = {name: asked[name] + answer_of(answer.text) for name, answer in answers.items()}
 
 
 def _typed(prompt: str) -> str | None:
@@ -298,26 +297,27 @@ def _typed(prompt: str) -> str | None:
 
 def _preferred(
     answers: Mapping[str, Answer],
-    shown: Mapping[str, str],
+    labels: Mapping[str, str],
     prompt: list[Message],
     file: Path,
     model: Model,
     console: Console,
 ) -> str:
-    """Ask which of the answers a and b is better, append the pair, and return its letter; that of ``after`` if neither.
+    """Ask which answer is better by the label it was shown with, append the pair, and return whose answer it is.
 
-    ``shown``: whose answer each is, shown afterwards.
+    That is ``after`` if neither is better; whose each answer is is shown afterwards.
     """
-    texts = {letter: answer.text for letter, answer in answers.items()}
-    (after,) = (letter for letter, name in shown.items() if name == "after")
+    texts = {name: answer.text for name, answer in answers.items()}
     if len({*texts.values()}) < 2 or not all(answer.text and answer.whole for answer in answers.values()):
         console.print(Text("not a pair: two different answers are needed, neither empty nor cut", "dim"))
-        return after
-    better = _typed("better? a, b, or enter for neither: ") or ""
-    console.print(Text(", ".join(f"{letter}: {name}" for letter, name in shown.items()), "dim"))
-    if better not in shown:
-        return after
-    worse = "b" if better == "a" else "a"
+        return "after"
+    while (typed := (_typed("better? a, b, or enter for neither: ") or "").lower()) not in ("a", "b", ""):
+        pass
+    whose = sorted((label, name) for name, label in labels.items())
+    console.print(Text(", ".join(f"{label}: {name}" for label, name in whose), "dim"))
+    if not typed:
+        return "after"
+    better, worse = sorted(labels, key=lambda name: labels[name] != typed)
     row: dict[str, Any] = {"prompt": prompt[0]["content"], "chosen": texts[better], "rejected": texts[worse]}
     if model.tokenizer.chat_template or len(prompt) > 1:
         row = {"prompt": prompt} | {side: answer_of(row[side]) for side in ("chosen", "rejected")}

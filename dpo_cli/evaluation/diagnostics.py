@@ -98,8 +98,7 @@ def judge(pairs: int, problems: int = 0, passed: Sequence[str] = (), trained_on:
     elif judged["enough"]:
         count = f"{plural(problems, 'problem')} found" if problems else "No problems found"
         of = f"{pairs:,} pairs{f', {trained_on:,} of which were trained on' * bool(trained_on)}"
-        names = ", ".join(kind.replace("_", " ") for kind in passed)
-        judged["text"] = f"{count}: {plural(len(passed), 'check')} passed on {of} (looked for: {names})"
+        judged["text"] = f"{count}: {plural(len(passed), 'check')} passed on {of}"
     return judged
 
 
@@ -121,21 +120,23 @@ def verdict(about: Evidence, judged: Mapping[str, Any]) -> list[str]:
         return []
     more = "favors the better answer" + " more than its reference does" * scores.objective.reference
     if not judged["enough"]:
-        return [f"The model {more} in {scores.wins.sum():g} of {len(scores.where)} pairs."]
+        hits = scores.wins.sum()
+        tie = " (a tie counts half)" if hits % 1 else ""
+        return [f"The model {more} in {hits:g} of {plural(len(scores.where), 'pair')}{tie}."]
     longer = about.length["accuracy_prefer_longer"]
     rule, share = max(("longer", longer), ("shorter", 1 - longer), key=lambda each: each[1])
     which = "held-out " * (about.held_out and bool(about.history) and not about.trained_on)
     overlap = f", {about.trained_on:,} of which were trained on," * bool(about.trained_on)
     often = f"in {scores.wins.mean():.0%} ({ends[0]:.0%} to {ends[1]:.0%})"
-    against = f"chance: 50%, always the {rule} answer: {share:.0%}"
+    compared = ", which does better" if ends[1] < share else ", which may do as well" if ends[0] <= share else ""
+    against = f"chance: 50%, always the {rule} answer: {share:.0%}{compared}"
     lines = [f"On {len(scores.where):,} {which}pairs{overlap} the model {more} {often}; {against}."]
     if scores.objective.reference:
         policy, reference = ((table[:, 0] > table[:, 1]).mean() for table in (scores.logps, scores.ref_logps))
         lines.append(f"The better answer is the likelier one in {policy:.0%}; under the reference in {reference:.0%}.")
     if scores.distributions:
         kl = max(scores.distributions["kl"].sum(0) / scores.tokens.sum(0))
-        far = ", which is far" if _kl_drift(about) else ""
-        lines.append(f"KL from its reference on these answers: {kl:.2g} nats per token{far}.")
+        lines.append(f"KL from its reference on these answers: {kl:.2g} nats per token.")
     return lines
 
 

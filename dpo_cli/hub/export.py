@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,13 @@ def export_model(
     expected: tuple[Tensor, torch.dtype] | None = None,
     dtype: torch.dtype = torch.float32,
     warn: Callable[[str], None] = lambda _: None,
-) -> None:
+) -> bool:
     """Write weights in ``dtype``, config, tokenizer with template and model card, or the adapter where there is one.
 
     ``source`` is what the model was loaded from. The folder appears only after it was loaded again in the class that
     its config declares, with every weight and with the log-probs of ``pair`` that the model in memory gives:
     ``expected`` (2,) nats and the precision they were computed in. Of a sharded model all ranks take part, and the
-    first one's host has room for its weights.
+    first one's host has room for its weights. Returns False, after a warning, where it could not be loaded again.
 
     Raises:
         NotReadBackError: the model loaded again differs; no folder is left.
@@ -73,9 +74,11 @@ def export_model(
         expected = pair_logps(runner, pair), torch.float32
     parallel = parallel_of(model)
     reshard(model)
+    read_back = True
     weights = parallel.gather(model.state_dict(keep_vars=True)) if parallel.sharded else None
 
     def write() -> None:
+        nonlocal read_back
         with atomic_dir(folder) as temporary:
             if is_adapted(model):
                 save_adapter(model, temporary)
@@ -94,6 +97,7 @@ def export_model(
             except Exception as error:  # of any type, such as of code that runs on CUDA only
                 reason = str(error).replace(str(temporary), str(folder)).splitlines()[0]
                 warn(f"{folder} was not read back: {reason}")
+                read_back = False
                 return
             tokens = torch.tensor([count_loss_tokens(pair.chosen), count_loss_tokens(pair.rejected)])
             if exported is None:
@@ -106,6 +110,7 @@ def export_model(
                 )
 
     parallel.on_rank_0(write)
+    return read_back
 
 
 @torch.no_grad()
@@ -203,7 +208,7 @@ def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, re
     """
     source = find_model(name, trust, base)
     if source.adapter is None or source.checkpoint not in (None, source.adapter):
-        raise UsageError(f"--model {name}: there is no adapter to merge")
+        raise UsageError(f"--model {name}: there is no adapter to merge; a model of all weights is whole already")
     if source.checkpoint and verified_step(source.checkpoint) is None:
         raise UsageError(f"--model {name}: the checkpoint is damaged; take another, or the run's model/")
     if output.exists():
@@ -220,8 +225,16 @@ def merge(name: str, base: str | None, output: Path, dtype: str, trust: bool, re
     model = load_model(source)
     card = merged_card(source, output.name, trained.objective if trained else None)
     precision = export_dtype(dtype, source)
-    export_model(output, model, load_tokenizer(source), card, source=source, dtype=precision, warn=reporter.warning)
-    return {"model": str(output), "parameters": model.num_parameters()}
+    about: dict[str, Any] = {"source": source, "dtype": precision, "warn": reporter.warning}
+    read_back = export_model(output, model, load_tokenizer(source), card, **about)
+    return {"model": str(output), "parameters": model.num_parameters(), "read_back": read_back}
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """Format the result of ``merge``."""
+    checked = ", loaded again and compared with the model in memory" * result["read_back"]
+    written = f"{result['model']}: {result['parameters']:,} parameters{checked}"
+    return f"{written}\nNext: dpo chat {shlex.quote(result['model'])}"
 
 
 # ---- what transformers 4, and with it vLLM, reads of an export --------------------------------------------------

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -85,6 +86,15 @@ def export(
         except OSError as error:
             reporter.warning(f"the model card does not have the KL: {error}")
     return result | {"modelfile": str(beside)}
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """Format the result of ``export``."""
+    kl = "" if result["kl"] is None else f"; KL {result['kl']:.2g} nats per token from the model"
+    file, modelfile = (shlex.quote(result[name]) for name in ("gguf", "modelfile"))
+    name = shlex.quote(Path(result["gguf"]).stem)
+    lines = [f"{result['gguf']}: {result['bytes'] / 2**20:,.0f} MiB, {result['precision']}{kl}"]
+    return "\n".join([*lines, f"Next: llama-cli -m {file}, or ollama create {name} -f {modelfile}"])
 
 
 def _converter(llama_cpp: Path | None) -> Path:

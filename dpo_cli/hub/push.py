@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from dpo_cli.hub.model_card import MODEL_PLACEHOLDER, hub_name
 from dpo_cli.models.locate import find_model
-from dpo_cli.utils.errors import DpoError, UsageError, suggest_path
+from dpo_cli.utils.errors import DpoError, UsageError, reason_of, suggest_path
 
 FILES = ["README.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]  # of an export
 
@@ -55,7 +55,7 @@ def push(folder: Path, name: str, public: bool = False) -> dict[str, Any]:
     except LocalTokenNotFoundError as error:
         raise UsageError(f"{name}: you are not logged in; run: hf auth login") from error
     except Exception as error:  # offline, or what the hub answers
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next((line for line in reason_of(error).splitlines() if line.strip()), type(error).__name__)
         again = f"Try again with: dpo push {shlex.quote(str(folder))} {name}"
         raise DpoError(f"the model could not be pushed to {name}: {reason}\n{again}") from error
     return {"url": str(done.repo_url), "private": private}

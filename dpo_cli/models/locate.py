@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,9 +157,8 @@ def _local_model(name: str, path: Path, base: str | None, needs_weights: bool) -
         return replace(_adapter(name, folder, base), base=run.name if run else folder.name, run=run)
     if not (folder / "config.json").is_file():
         if run == path:
-            step = max((each.name for each in (path / "checkpoints").glob("step-*")), default=None)
-            instead = f", or name its checkpoint {name}/checkpoints/{step}" if step else ""
-            raise UsageError(f"--model {name}: the run is not complete; resume it: dpo train --resume {name}{instead}")
+            resume = f"resume it: dpo train --resume {shlex.quote(name)}"
+            raise UsageError(f"--model {name}: the run is not complete; {resume}, or name one of its checkpoints/")
         raise UsageError(f"--model {name}: no model there ({folder.name}/config.json is missing)")
     if not (weights := {file.name for file in folder.glob("*.safetensors")}) and needs_weights:
         raise UsageError(f"--model {name}: the folder has no weights (*.safetensors; pickled weights are not read)")
@@ -190,7 +190,7 @@ def _adapter(name: str, folder: Path, base_model: str | None) -> ModelSource:
     except UsageError as error:
         raise UsageError(option + str(error).removeprefix(f"--model {chosen}") + remedy) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{option}: cannot be found ({error}){remedy}") from error
+        raise UsageError(f"{option}: cannot be found ({reason_of(error)}){remedy}") from error
     tokenizer = folder if (folder / "tokenizer_config.json").is_file() else base.tokenizer
     return replace(base, description=f"{folder}, an adapter on {base.description}", adapter=folder, tokenizer=tokenizer)
 

@@ -53,6 +53,7 @@ NOTES = {
 }
 TITLES = PROBLEMS | NOTES
 NOTED = {PROMPT_CUT: "prompt_cut", RESPONSE_CUT: "response_cut", CONTROL_KEPT: "control_tokens"}
+FEW = 1000  # pairs: the default learning rate would hardly move the model
 CONTEXT = 30  # characters shown on either side of a match
 BIASED, LEAST = 0.65, 0.6  # share of pairs that length must predict to be noted, and what its interval must exceed
 
@@ -91,6 +92,7 @@ def _next_command(options: CheckOptions, result: dict[str, Any]) -> str:
         return shlex.join(["dpo", "check", *as_words(given | {"fix": "clean.jsonl"})])
     given |= {"data": str(options.fix)} if cleaned else {}
     given |= {} if options.eval_data else {"eval_fraction": 0.1}
+    given |= {"batch_size": 8, "lr": 2e-5} if result["pairs"] < FEW else {}
     return shlex.join(["dpo", "train", *as_words(given)])
 
 

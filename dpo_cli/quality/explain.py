@@ -65,12 +65,14 @@ def explain(options: ExplainOptions, reporter: Reporter) -> dict[str, Any]:
 
 def _find(options: ExplainOptions, run: Path | None) -> Row | BadRow:
     """Find the row by its number, or by file and number."""
-    wanted, reading = options.row, row_options(options, run)
+    wanted, reading, count = options.row, row_options(options, run), 0
     for row in read_rows(find_sources(options.data), options.columns, options.format, **reading):
         place = row.where.partition(" (id ")[0]
         if wanted in (None, place, place.rpartition(":")[2].removeprefix("row ")):
             return row
-    raise UsageError(f"--row {wanted}: {', '.join(options.data)} has no such row; name it as in pairs.jsonl:12")
+        count += 1
+    of = f"{', '.join(options.data)} has no such row of its {count:,}"
+    raise UsageError(f"--row {wanted}: {of}; name it by its number, or as pairs.jsonl:12")
 
 
 def show(result: dict[str, Any]) -> None:

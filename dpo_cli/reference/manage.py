@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.utils.console import Reporter
+from dpo_cli.utils.errors import reason_of
 from dpo_cli.utils.files import CACHED, DAY, remove_leftovers
 
 
@@ -42,11 +43,14 @@ def select(cache_dir: Path, days: float | None = None, model: str | None = None)
     chosen = []
     for kind, folder, name in entries:
         stats = []
-        for file in folder.iterdir():
-            with suppress(FileNotFoundError):  # pruned meanwhile
-                stats.append(file.lstat())
-        used = max((stat.st_mtime for stat in stats), default=folder.stat().st_mtime)
-        unused = max(time.time() - used, 0) / DAY
+        with suppress(FileNotFoundError):  # pruned meanwhile
+            for file in (folder, *folder.iterdir()):
+                with suppress(FileNotFoundError):
+                    stats.append(file.lstat())
+        if not stats:
+            continue
+        stats = stats[1:] or stats  # the files in it
+        unused = max(time.time() - max(stat.st_mtime for stat in stats), 0) / DAY
         if (days is None or unused > days) and (model is None or model in name):
             chosen.append(CacheEntry(kind, folder, name, sum(stat.st_size for stat in stats), unused))
     return chosen
@@ -82,7 +86,7 @@ def prune(chosen: Sequence[CacheEntry], reporter: Reporter) -> dict[str, Any]:
         try:
             entry.path.rename(aside)
         except OSError as error:
-            reporter.warning(f"{entry.path} cannot be removed ({error.strerror})")
+            reporter.warning(f"{entry.path} cannot be removed ({reason_of(error)})")
             continue
         removed.append(entry)
         shutil.rmtree(aside, ignore_errors=True)
@@ -91,4 +95,6 @@ def prune(chosen: Sequence[CacheEntry], reporter: Reporter) -> dict[str, Any]:
 
 def as_text_of_pruned(result: dict[str, Any]) -> str:
     """Format the result of ``prune``."""
-    return f"removed: {', '.join(result['removed']) or 'nothing'} ({result['bytes'] / 2**20:,.1f} MiB)"
+    count = len(result["removed"])
+    entries = f"{count:,} {'entry' if count == 1 else 'entries'} removed, {result['bytes'] / 2**20:,.1f} MiB"
+    return entries if count else "nothing to remove"

@@ -20,7 +20,7 @@ from dpo_cli.training.prepare import check_quantize, choose_model, choose_tokeni
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
 from dpo_cli.utils.devices import device_kind
-from dpo_cli.utils.errors import DpoError
+from dpo_cli.utils.errors import DpoError, plural
 
 
 def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]:
@@ -66,13 +66,10 @@ def precompute(options: PrecomputeOptions, reporter: Reporter) -> dict[str, Any]
 
 def as_text(result: dict[str, Any]) -> str:
     """Format the result of ``precompute``."""
-    scored = f"{result['misses']:,} were scored: {result['tokens']:,} tokens in {result['seconds']:,.1f} s"
-    cached = f"{result['hits']:,} of {result['pairs']:,} pairs were cached"
-    lines = [f"{cached}; {scored}" if result["misses"] else cached, f"kept in {result['cache_dir']}"]
+    lines = [f"{plural(result['pairs'], 'pair')} in the cache: {result['cache_dir']}"]
     if "verified" in result:
-        lines.append(
-            f"{result['verified']:,} cached pairs computed again: within {result['largest_difference']:.1g} nats"
-        )
+        again = f"{plural(result['verified'], 'cached pair')} computed again"
+        lines.append(f"{again}: log-probs differ by at most {result['largest_difference']:.1g} nats")
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ from dpo_cli.data.pairs import Ids, Pair, Pairs, count_loss_tokens
 from dpo_cli.models.logprobs import ModelRunner, response_logps
 from dpo_cli.utils import distributed
 from dpo_cli.utils.console import Reporter
-from dpo_cli.utils.errors import DpoError, NotWrittenError, UsageError
+from dpo_cli.utils.errors import DpoError, NotWrittenError, UsageError, reason_of
 from dpo_cli.utils.files import CACHED, DAY, atomic_write, remove_leftovers, write_json
 
 SHARD_SECONDS = 30.0  # a crash costs about this much work
@@ -161,7 +161,7 @@ def read_folder(folder: Path, warn: Callable[[str], None] = lambda _: None) -> I
         except FileNotFoundError:  # pruned meanwhile
             continue
         except OSError as error:
-            warn(f"reference cache: {shard} cannot be read and is ignored ({error.strerror})")
+            warn(f"reference cache: {shard} cannot be read and is ignored ({reason_of(error)})")
 
 
 def read_shard(shard: Path) -> Shard:

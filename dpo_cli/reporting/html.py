@@ -25,7 +25,7 @@ from dpo_cli.evaluation.evaluator import Evaluation
 from dpo_cli.evaluation.metrics import SIDES, reward_unit
 from dpo_cli.losses.objective import DPO, Objective
 from dpo_cli.reporting.plots import Plot, curves, pair_plots, png
-from dpo_cli.reporting.text import flat_numbers, format_interval, is_number, number, percent
+from dpo_cli.reporting.text import flat_numbers, format_interval, is_number, number, passed_names, percent
 from dpo_cli.utils.errors import plural
 from dpo_cli.utils.files import atomic_write
 
@@ -106,6 +106,7 @@ def _style() -> tuple[Markup, Template]:
     folder = files("dpo_cli.reporting")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=shown)
     environment.filters |= {"number": number, "percent": percent, "fold": fold, "shade": shade, "picture": picture}
+    environment.filters["passed"] = passed_names
     template = environment.from_string(folder.joinpath("report.html.jinja").read_text(encoding="utf-8"))
     return Markup(folder.joinpath("report.css").read_text(encoding="utf-8")), template  # noqa: S704 (our own file)
 

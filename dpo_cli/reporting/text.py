@@ -102,8 +102,14 @@ def verdict_lines(result: Result, full: bool = False) -> Iterator[str]:
         for text in (*[numbers] * full, f"To try: {finding['advice']}"):
             yield textwrap.indent(textwrap.fill(text, WIDTH), "  ")
     if "judged" in result:
-        judged = result["judged"]["text"]
-        yield textwrap.fill(judged if full else judged.partition(" (looked for")[0], WIDTH)
+        yield textwrap.fill(result["judged"]["text"], WIDTH)
+        if full and (names := passed_names(result["judged"])):
+            yield textwrap.fill(f"Not found: {names}", WIDTH)
+
+
+def passed_names(judged: Result) -> str:
+    """Name the problems that were looked for and not found."""
+    return ", ".join(kind.replace("_", " ") for kind in judged["passed"])
 
 
 def _evaluation(result: Result) -> Iterator[str]:

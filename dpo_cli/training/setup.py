@@ -22,7 +22,7 @@ from dpo_cli.data.rows import BadRow
 from dpo_cli.data.schedule import Step, build_schedule, count_tokens, row_costs, step_pairs
 from dpo_cli.data.tokenize import PairSet
 from dpo_cli.evaluation import kl
-from dpo_cli.evaluation.diagnostics import ENOUGH, HOLD_OUT
+from dpo_cli.evaluation.diagnostics import HOLD_OUT, count_new
 from dpo_cli.evaluation.generation import generation_config
 from dpo_cli.models.attention import attention
 from dpo_cli.models.loading import dtype_name, export_dtype, load_tokenizer, release
@@ -328,11 +328,12 @@ def _report_plan(run: Run) -> None:
         reporter.info("hint", f"{count} will hardly move the model: {more}")
     if not run.held_out:
         reporter.info("held out", f"no pairs: nothing will show whether the model learns the preference; {HOLD_OUT}")
-    elif len(run.held_out) < ENOUGH:
-        few = plural(len(run.held_out), "held-out pair")
-        reporter.info("held out", f"{few}: too few to judge the result ({ENOUGH} needed)")
-    if run.held_out and (overlap := trained_on(run.held_out, run.trained, "will be")["text"]):
-        reporter.warning(overlap)
+        return
+    overlap = trained_on(run.held_out, run.trained, "will be")
+    if overlap["text"]:
+        reporter.warning(overlap["text"])
+    if few := count_new(len(run.held_out), overlap["pairs"]).get("text"):
+        reporter.info("held out", few)
 
 
 def report_time(run: Run, unscored: Pairs) -> None:
@@ -351,7 +352,7 @@ def report_time(run: Run, unscored: Pairs) -> None:
     passes = 1 + math.ceil(steps / (options.eval_steps or steps)) + (options.kl == "exact")
     tokens = 3 * run.count_tokens(run.plan) + sum(runner.costs(unscored)) + passes * sum(runner.costs(run.held_out))
     seconds = max(round(per_token * tokens), 1)
-    run.reporter.info("time", f"about {timedelta(seconds=seconds)} (estimate, by a forward's time)")
+    run.reporter.info("time", f"about {timedelta(seconds=seconds)} for scoring, steps and evaluations (estimate)")
 
 
 def _report_room(run: Run) -> None:

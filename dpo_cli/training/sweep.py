@@ -90,11 +90,10 @@ def as_text(result: Mapping[str, Any]) -> str:
         cells = [number(point["kl"]), ends, percent(point["rewards/accuracies"]), nats]
         rows.append((f"{point['beta']:g}", f"{point['lr']:g}", *cells, point["run"]))
     lines = [*overlap_lines(result), *table(rows)]
-    compared = (
-        f"KL, accuracy and margin in nats; loss and rewards of different betas cannot be compared, and are in {RESULT}"
-    )
     lines += ["", f"{'KL':<12}from the reference, {result['kl']['of']}, in {result['kl']['unit']}"]
-    lines += [f"{'compare':<12}{compared}", f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}"]
+    if len({point["beta"] for point in result["points"]}) > 1:
+        lines.append(f"{'compare':<12}by KL, accuracy and margin; loss and rewards scale with beta ({RESULT} has them)")
+    lines.append(f"{'frontier':<12}{Path(result['output'], 'frontier.svg')}")
     for point in result["points"]:
         lines += ["", Path(point["run"]).name, *verdict_lines(point)]
     if best := result.get("best"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,9 +21,8 @@ def did_you_mean(word: str, choices: Iterable[str], elsewhere: Mapping[str, str]
 def suggest_path(path: Path) -> str:
     """Suggest, for a path that is missing, one beside it with a similar name, apart from what follows its last dot."""
     try:
-        beside = [] if path.exists() else [*path.parent.iterdir()]
-        similar = [str(other) for other in beside if difflib.get_close_matches(path.stem, [other.stem])]
-        return did_you_mean(str(path), similar)
+        beside = [] if os.path.lexists(path) else sorted(path.parent.iterdir())
+        return did_you_mean(path.stem, (), {other.stem: str(other) for other in beside})
     except (OSError, ValueError):  # no such folder either, or an invalid name
         return ""
 
@@ -34,7 +34,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Say why something failed, without the number and the path of an operating system's error."""
+    """Return the cause of an error, of the operating system's without its number and path."""
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 LOCK = "run.lock"  # in the folder of a run
 DAY = 86_400  # seconds: no process writes one file or folder for as long
-# Of each kind of entry in the cache folder: where they lie, and the file in each that names its model.
+# Per kind of cache entry: its folder below --cache-dir, and the file in it that names the model.
 CACHED = {"reference": ("reference", "about.json"), "model": ("models", "copy.json")}
 
 

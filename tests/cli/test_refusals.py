@@ -422,17 +422,14 @@ def test_a_wrong_command_line_is_one_message(typed: str, message: str, place: Pa
     assert told.returncode == 2 and message in told.stderr and told.stderr.count("\n") == 1, told.stderr
 
 
-def test_of_a_run_that_was_stopped_its_checkpoint_is_named(place: Path, dpo: Cli) -> None:
+def test_a_run_that_was_stopped_is_resumed_or_a_checkpoint_named(place: Path, dpo: Cli) -> None:
     run = place / "runs" / "stopped"
     run.mkdir(parents=True)
     for name in ("manifest.json", "config.yaml"):
         (run / name).write_text("{}")
     resume = "error: --model runs/stopped: the run is not complete; resume it: dpo train --resume runs/stopped"
     arguments = ("eval", "--data", "pairs.jsonl", "--model", "runs/stopped")
-    assert dpo(*arguments).stderr == f"{resume}\n"
-    for step in (5, 10):
-        (run / "checkpoints" / f"step-{step:06}").mkdir(parents=True)
-    assert dpo(*arguments).stderr == f"{resume}, or name its checkpoint runs/stopped/checkpoints/step-000010\n"
+    assert dpo(*arguments).stderr == f"{resume}, or name one of its checkpoints/\n"
 
 
 def test_what_lies_below_runs_is_never_looked_up_on_the_hub(

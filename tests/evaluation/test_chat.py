@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
 from io import StringIO
 from pathlib import Path
@@ -166,10 +165,10 @@ def test_saved_pairs_are_trained_on(place: Path, tmp_path: Path, monkeypatch: py
     after = [Answer(text, True) for text in ("Scrub it.", "Yes.", "Same.", "", "Two.")] + [Answer("cu", False)]
     before = [Answer(text, True) for text in ("It depends.", "No.", "Same.", "Old.", "One.", "Whole.")]
     seen, file = Scripted(monkeypatch, after=after, before=before), tmp_path / "pairs.jsonl"
-    names = [random.Random(turn).sample(["before", "after"], 2) for turn in range(7)]  # whose the answers a and b are
-    assert ["before", "after"] in names and ["after", "before"] in names
-    first, second = "ab"[names[0].index("after")], "ab"[names[1].index("before")]
-    typed = f"A pan?\n{first}\nSure?\n{second}\nSame?\nEmpty?\n/reset\nNeither?\n\nCut?\n"
+    names = [["before", "after"], ["after", "before"]] * 3  # whose the answers a and b are
+    drawn = iter(names)
+    monkeypatch.setattr("dpo_cli.evaluation.chat.random.sample", lambda models, count: next(drawn))
+    typed = "A pan?\nboth\nB\nSure?\nb\nSame?\nEmpty?\n/reset\nNeither?\n\nCut?\n"  # "both" is asked again
     out = dpo("chat", place / "lora", "--save", file, typed=typed)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows] == [

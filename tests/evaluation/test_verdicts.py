@@ -289,7 +289,7 @@ def test_the_end_of_an_evaluation_is_a_few_plain_lines(place: Path, tmp_path: Pa
     often = f"{accuracy:.0%} ({ends[0]:.0%} to {ends[1]:.0%})"
     kl = max(result["kl/chosen"], result["kl/rejected"])
     assert result["verdict"] == [
-        f"{said} {often}; chance: 50%, always the {rule} answer: {share:.0%}.",
+        f"{said} {often}; chance: 50%, always the {rule} answer: {share:.0%}, which does better.",
         f"The better answer is the likelier one in {result['logp_accuracy/policy']:.0%}; "
         f"under the reference in {result['logp_accuracy/reference']:.0%}.",
         f"KL from its reference on these answers: {kl:.2g} nats per token.",

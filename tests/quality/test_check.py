@@ -291,6 +291,7 @@ def test_strict_fails_on_problems_only(tiny: Path, tmp_path: Path) -> None:
     clean = here("check", "--model", tiny, "--data", SAMPLE / "train.jsonl", "--strict")
     assert clean.returncode == 0, clean.stderr
     follows = f"Next: dpo train --model {tiny} --data {SAMPLE / 'train.jsonl'} --eval-fraction 0.1"
+    follows += " --batch-size 8 --lr 2e-05"  # for a few hundred pairs
     assert clean.stdout.splitlines()[-2:] == ["no problems found in 328 rows", follows]
     records = read_records("train.jsonl")
     data = write_rows(tmp_path / "rows.jsonl", [*records, records[7]])
@@ -300,7 +301,7 @@ def test_strict_fails_on_problems_only(tiny: Path, tmp_path: Path) -> None:
     options = ("--max-length", 512, "--pairs", "all", "--seed", 3)
     assert here("check", "--model", tiny, "--data", SAMPLE / "train.jsonl", *options).stdout.splitlines()[-1] == (
         f"Next: dpo train --model {tiny} --data {SAMPLE / 'train.jsonl'} --max-length 512 --pairs all --seed 3 "
-        "--eval-fraction 0.1"
+        "--eval-fraction 0.1 --batch-size 8 --lr 2e-05"
     )
     assert strict.stdout.splitlines()[-2:] == [
         "problems: 1, in 1 of 329 rows", f"Next: dpo check --model {tiny} --data {data} --fix clean.jsonl"

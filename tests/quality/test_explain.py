@@ -85,4 +85,4 @@ def test_a_person_reads_texts_and_a_line_a_token(tiny: Path) -> None:
 
 def test_a_row_that_is_not_there(tiny: Path) -> None:
     out = explain(tiny, "4")
-    assert out.exit_code == 2 and "--row 4: rows.jsonl has no such row" in out.stderr and not out.stdout
+    assert out.exit_code == 2 and "--row 4: rows.jsonl has no such row of its 3" in out.stderr and not out.stdout

@@ -115,7 +115,7 @@ def test_a_dry_run_estimates_the_time_by_a_forward(tiny: Path, tmp_path: Path, m
         if first:
             assert CliRunner().invoke(app, first).exit_code == 0
         out = CliRunner().invoke(app, ["train", *plan])
-        assert out.exit_code == 0 and f"time        about {timedelta(seconds=seconds)} (estimate" in out.stderr
+        assert out.exit_code == 0 and f"time        about {timedelta(seconds=seconds)} for scoring, " in out.stderr
 
 
 def test_a_folder_that_cannot_be_made_is_refused_at_once(tiny: Path, tmp_path: Path) -> None:

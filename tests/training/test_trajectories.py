@@ -4,7 +4,8 @@ A change that is not meant to change numbers leaves them as they are: bit for bi
 on another one log-probs within ``LOGPS_TOLERANCE`` (relative), all else within ``TOLERANCE``. That cannot be 1e-6 with
 rows of hundreds of nats: in float32, kernels for AVX2 in place of AVX-512 give log-probs that differ by 1e-7, losses
 and gradient norms by 6e-6, and sums of weights by 9e-6, all relative. In bfloat16 they differ by more than that, so
-the tests take oneDNN's kernels for plain AVX-512 (``tests/conftest.py``): with them an AMD EPYC has a Xeon's numbers, bit for bit.
+the tests take oneDNN's kernels for plain AVX-512 (``tests/conftest.py``): with them an AMD EPYC has a Xeon's numbers,
+bit for bit.
 
 A change that is meant to records them again: ``python -m tests.training.test_trajectories``.
 """

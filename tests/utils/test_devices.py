@@ -155,7 +155,7 @@ def test_a_cpu_build_beside_a_gpu(
     monkeypatch.setattr(devices.shutil, "which", lambda name: f"/usr/bin/{name}")
     words = [*map(str, ("train", "--model", tiny, *DATA, "--cache-dir", tmp_path, "--dry-run"))]
     plan = CliRunner().invoke(app, words).output
-    assert f"thread, the GPU is not used: torch {torch.__version__} is built without cuda; compute float32" in plan
+    assert f", the GPU is not used: torch {torch.__version__} is built without cuda; compute float32" in plan
     refused = dpo("train", "--model", tiny, *DATA, "--device", "cuda")
     assert refused.returncode == 2 and refused.stdout == ""
     expected = f"error: --device cuda: torch {torch.__version__} is built without cuda; what can be used: cpu"
