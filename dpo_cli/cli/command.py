@@ -191,6 +191,13 @@ class Commands(TyperGroup):
     def __init__(self, **about: Any) -> None:
         super().__init__(**about | {"commands": COMMANDS})
 
+    def make_context(self, *args: Any, **about: Any) -> Any:
+        """Parse the words before the command."""
+        try:
+            return super().make_context(*args, **about)
+        except Exception as error:
+            raise typer.Exit(out.fail(error)) from error
+
     def list_commands(self, ctx: Any) -> list[str]:
         """List the commands in the order of use."""
         return [*self.commands]

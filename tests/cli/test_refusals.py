@@ -411,6 +411,8 @@ def test_a_command_tells_it(typed: str, meant: str, place: Path, dpo: Cli, tiny:
         ("train --data pairs.jsonl --lr abc", "error: Invalid value for '--lr': Input should be a valid number; see "),
         ("train --data pairs.jsonl --lr abc", " train --help\n"),
         ("train --eval-fraction", "error: Option '--eval-fraction' requires an argument\n"),
+        ("--verzion", "error: unknown option --verzion; did you mean '--version'?\n"),
+        ("tran", "error: No such command 'tran'. Did you mean 'train'?\n"),
         ("sweep a.jsonl b.jsonl", "(a.jsonl b.jsonl); did you mean --data a.jsonl --data b.jsonl?\n"),
         ("losses simpo extra", "unexpected extra argument(s) (extra); see "),
         ("chat", "error: Missing argument 'RUN'; see "),
