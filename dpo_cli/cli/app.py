@@ -143,8 +143,10 @@ def chat(
     """Chat with a model before and after its training."""
     if out.json:
         raise UsageError("--json: a chat is for a person; dpo generate RUN PROMPT --json answers one prompt")
-    if save and (save.suffix != ".jsonl" or no_before):
-        raise UsageError(f"--save {save}: takes a name that ends with .jsonl, and both answers: leave out --no-before")
+    if save and no_before:
+        raise UsageError(f"--save {save}: compares both answers; leave out --no-before")
+    if save and (save.suffix != ".jsonl" or not save.absolute().parent.is_dir()):
+        raise UsageError(f"--save {save}: takes a name that ends with .jsonl, in a folder that exists")
     models = _open(run, not no_before, seed, base_model, device, trust_remote_code)
     if save and len(models) < 2:
         raise UsageError(f"--save {save}: {run} has no model before its training to compare with")

@@ -21,6 +21,7 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from dpo_cli.cli.help import EXAMPLES, FEW, LONGEST, OTHERS, PANEL_OF, PANELS
+from dpo_cli.config.checks import several
 from dpo_cli.config.options import DataOptions, option
 from dpo_cli.config.resolve import resolve, resolve_training, suggest_option
 from dpo_cli.utils.errors import DpoError, Interrupted, UsageError, printable
@@ -123,7 +124,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return message, 2
         extra = re.search(r"unexpected extra argument.* \((.*)\)", message)
         if extra and any(parameter.name == "data" for parameter in context.command.params):
-            return f"{message}; did you mean {' '.join(f'--data {name}' for name in extra[1].split())}?", 2
+            option = "--model" if Path(extra[1], "model").is_dir() else "--data"  # a run's folder
+            return f"{message}; did you mean {' '.join(f'{option} {name}' for name in extra[1].split())}?", 2
         return message if message.endswith("?") else f"{message}; see {context.command_path} --help", 2
     raise error
 
@@ -228,6 +230,7 @@ class Commands(TyperGroup):
 def _flags(kind: type[Any]) -> list[inspect.Parameter]:
     """Make a flag of each option of a class, as typer reads them from a signature."""
     types = get_type_hints(kind)
+    types |= {each.name: list[str] for each in fields(kind) if each.metadata["check"] is several}  # or separated by ,
     annotations = {each.name: Annotated[types[each.name] | None, _flag(each)] for each in fields(kind)}
     return [inspect.Parameter(name, _KEYWORD, default=None, annotation=each) for name, each in annotations.items()]
 
@@ -243,7 +246,15 @@ def _flag(option: Field[Any]) -> Any:
     # without completions of its own a shell offers files
     name, completion = f"--{option.name.replace('_', '-')}", offered if check and check.choices else None
     choices = "|".join(check.choices) if check else ""
-    metavar = choices if 0 < len(choices) <= LONGEST else "NAME" if str(option.type).startswith("list") else None
+    metavar = (
+        "NUMBERS"
+        if check is several
+        else choices
+        if 0 < len(choices) <= LONGEST
+        else "NAME"
+        if str(option.type).startswith("list")
+        else None
+    )
     return typer.Option(name, help=text, show_default=False, autocompletion=completion, metavar=metavar)
 
 

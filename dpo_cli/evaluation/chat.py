@@ -45,7 +45,7 @@ from dpo_cli.utils.files import append_line, to_json
 WIDE = 100  # columns of a terminal from which on two answers stand side by side
 GAP = 3  # columns between them
 COMMANDS = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops the answers"
-STOPPED = "stopped: the question and its answers are no part of the conversation"
+STOPPED = "stopped: that question is discarded"
 
 
 @dataclass(frozen=True)

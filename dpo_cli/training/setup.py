@@ -311,6 +311,9 @@ def _report_plan(run: Run) -> None:
     forwards = f"{plural(sum(map(len, run.plan)), 'micro-batch')}, max_tokens {runner.max_tokens:,}"
     size = f"{'up to ' * any(pair.ranking for pair in run.pairs)}{plural(options.batch_size, 'pair')}"
     reporter.info("plan", f"{plural(len(steps), 'step')} of {size} in {forwards}")
+    if options.max_steps and len(steps) < options.max_steps:
+        passes = plural(options.epochs, "epoch")
+        reporter.info("", f"--max-steps {options.max_steps} is more than {passes} of these pairs: add --epochs for it")
     tokens = run.count_tokens(run.plan)
     plain = sum(len(step) * max(padded_costs[i] for i in step) for step in steps)
     apart = sum(run.costs[i] for step in steps for i in step)

@@ -405,6 +405,11 @@ def test_a_command_tells_it(typed: str, meant: str, place: Path, dpo: Cli, tiny:
     assert "did you mean" in told.stderr.lower() or "Possible options" in told.stderr
 
 
+def test_a_run_is_named_by_model(place: Path, dpo: Cli) -> None:
+    (place / "runs" / "first" / "model").mkdir()
+    assert "did you mean --model runs/first?" in dpo("eval", "runs/first", "--data", "pairs.jsonl").stderr
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [

@@ -233,6 +233,7 @@ def test_appending_loses_nothing(tmp_path: Path) -> None:
         (("chat", "full", "--json"), "--json: a chat is for a person"),
         (("chat", "full", "--save", "pairs.csv"), "--save pairs.csv: takes a name that ends with .jsonl"),
         (("chat", "full", "--save", "p.jsonl", "--no-before"), "leave out --no-before"),
+        (("chat", "full", "--save", "none/p.jsonl"), "--save none/p.jsonl: takes a name that ends with .jsonl, in a"),
         (("chat", "start", "--save", "p.jsonl"), "start has no model before its training to compare with"),
         (("chat", "ful"), "error: ful"),
         (("generate", "./ful", "Hello"), "./ful: no such folder; did you mean 'full'?"),

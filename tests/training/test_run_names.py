@@ -126,3 +126,14 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once(tiny: Path, tmp_path: P
         out = CliRunner().invoke(app, ["train", "--model", str(tiny), *more])
         assert out.exit_code == 2 and f"--output {output}: cannot be created" in out.stderr
         assert "data  " not in out.stderr, "nothing was read"
+
+
+def test_steps_that_the_epochs_do_not_have_are_pointed_out(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = ["train", "--model", str(tiny), "--data", str(SAMPLE / "heldout.jsonl"), "--batch-size", "8", "--dry-run"]
+    for most, told in (("12", True), ("11", False)):  # 88 pairs
+        out = CliRunner().invoke(app, [*plan, "--max-steps", most])
+        assert out.exit_code == 0 and "plan        11 steps of 8 pairs" in out.stderr
+        assert ("--max-steps 12 is more than 1 epoch of these pairs: add --epochs" in out.stderr) == told

@@ -50,17 +50,17 @@ def dpo(*arguments: Any) -> Any:
     return json.loads(result.stdout)
 
 
-def training(folder: Path) -> list[Any]:
+def training(folder: Path, lr: Any = 3e-4) -> list[Any]:
     """Options of every training here: smoothed labels, whose best margin is finite and the nearer the larger beta."""
     return [
         "--model", folder / "start", "--data", folder / "train.jsonl", "--eval-data", folder / "held-out.jsonl",
-        "--epochs", 10, "--batch-size", 4, "--lr", 3e-4, "--label-smoothing", 0.2, "--kl", "none",
+        "--epochs", 10, "--batch-size", 4, "--lr", lr, "--label-smoothing", 0.2, "--kl", "none",
         "--cache-dir", folder / "cache",
     ]  # fmt: skip
 
 
-def command(folder: Path, *more: Any, beta: str = "0.03,0.1,0.3,1") -> list[Any]:
-    return ["sweep", "--beta", beta, *training(folder), "--output", folder / "sweep", *more]
+def command(folder: Path, *more: Any, beta: str = "0.03,0.1,0.3,1", lr: Any = 3e-4) -> list[Any]:
+    return ["sweep", "--beta", beta, *training(folder, lr), "--output", folder / "sweep", *more]
 
 
 def short(folder: Path, *more: Any, beta: str = "0.1,1") -> list[Any]:
@@ -245,7 +245,7 @@ def test_an_interrupted_sweep_goes_on(place: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--lr", "0.5"], "beta-0.1 exists with other options: --lr 0.5 (it began with --lr 0.0003)"),
+        (["--epochs", "3"], "beta-0.1 exists with other options: --epochs 3 (it began with --epochs 10)"),
         (["--max-steps", "9"], "--max-steps 9 (it began without)"),
         (["--max-length", "64"], "--max-length 64 (it began with --max-length 1024)"),
         (["--eval-data", str(SAMPLE / "heldout.jsonl")], "heldout.jsonl (it began with --eval-data "),
@@ -294,7 +294,7 @@ def test_without_an_output_it_is_a_folder_below_runs(place: Path, monkeypatch: p
     first = dpo(*common, "--beta", "0.1")
     assert first["output"] == "runs/sweep" and (place / "runs/sweep/frontier.svg").is_file()
     assert dpo(*common, "--beta", "0.1", "--logging-steps", 2) == first
-    out = invoke(*common, "--beta", "0.1", "--lr", 1e-5)
+    out = invoke("sweep", *training(Path(), 1e-5), "--max-steps", 1, "--beta", "0.1")
     assert out.exit_code == 2 and "choose another folder" in out.stderr
 
 
@@ -310,7 +310,7 @@ def test_without_an_output_it_is_a_folder_below_runs(place: Path, monkeypatch: p
     ],
 )
 def test_options_that_are_refused(start: Path, more: list[str], told: str) -> None:
-    out = invoke(*command(start), *more)
+    out = invoke("sweep", *training(start), "--output", start / "sweep", *more)
     assert out.exit_code == 2 and told in out.stderr and out.stdout == ""
 
 
@@ -323,7 +323,7 @@ def test_held_out_rows_are_needed(start: Path) -> None:
 def test_a_fraction_of_the_data_is_held_out(start: Path, tmp_path: Path) -> None:
     """The same pairs of every run, none of which is trained on; what is the same is reported once."""
     trained = ("--model", start / "start", "--data", start / "train.jsonl", "--cache-dir", tmp_path / "cache")
-    rates = ("--eval-fraction", "0.5", "--lr", "1e-3,1e-2", "--batch-size", 4, "--max-steps", 2)
+    rates = ("--eval-fraction", "0.5", "--lr", "1e-3", "--lr", "1e-2", "--batch-size", 4, "--max-steps", 2)
     out = invoke("sweep", *trained, *rates, "--output", tmp_path / "swept", "--json")
     assert out.exit_code == 0, out.stderr
     result = json.loads(out.stdout)
@@ -462,7 +462,7 @@ def test_the_best_is_of_least_kl_among_those_not_certainly_worse() -> None:
 def test_a_sweep_of_learning_rates_names_the_best(place: Path) -> None:
     rows = [json.loads(line) for line in (SAMPLE / "heldout-strings.jsonl").read_text().splitlines()[:24]]
     write_rows(place / "held-out.jsonl", rows)
-    out = invoke(*command(place, "--lr", "1e-6,3e-3", "--max-steps", 4, beta="0.1"))
+    out = invoke(*command(place, "--max-steps", 4, beta="0.1", lr="1e-6,3e-3"))
     assert out.exit_code == 0, out.output
     found = json.loads((place / "sweep" / "sweep.json").read_text())
     slow, fast = found["points"]
